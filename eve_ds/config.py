@@ -1,0 +1,355 @@
+"""One typed configuration tree: a YAML preset, then a file or dotted overrides, then validation.
+
+Unknown keys are refused with the nearest known name. What DeepSpeed owns (ZeRO stage, precision, bucket sizes) stays in
+the DeepSpeed JSON; where both speak of one thing see :func:`eve_ds.engine.resolve_deepspeed_config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, its value and the rule."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and a key that is not a field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class MoEConfig(Section):
+    """Experts of the deep layers (EVE section 3.1; upstream `DeepSpeed MoE` and GShard top-2)."""
+
+    num_experts: PositiveInt = 32
+    top_k: PositiveInt = 2
+    routing: Literal["capacity", "dropless"] = "dropless"
+    """`capacity`: fixed slots per expert, tokens beyond them are dropped. `dropless`: every route is computed."""
+    capacity_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Slots per expert = ceil(top_k * capacity_factor * tokens / num_experts)."""
+    min_capacity: PositiveInt = 4
+    router_jitter: Fraction = 0.0
+    """Multiplicative uniform noise of the router's input in training, in [1 - jitter, 1 + jitter]."""
+    second_choice_noise: bool = False
+    """Draw every choice after the first with Gumbel noise in training (GShard's random second expert)."""
+    balance_over: Literal["rank", "data_parallel"] = "data_parallel"
+    """Tokens over which the load-balancing statistics are taken: this rank's, or all data-parallel ranks'."""
+
+
+class PixelDecoderConfig(Section):
+    """Light decoder that predicts masked patches; not in the released files, so depth and width are free."""
+
+    kind: Literal["cross", "self"] = "self"
+    """`self`: mask tokens join the encoded stream. `cross`: mask tokens query it and never see each other."""
+    num_layers: PositiveInt = 4
+    hidden_size: PositiveInt = 384
+    num_attention_heads: PositiveInt = 6
+
+
+class ModelConfig(Section):
+    """Architecture. Defaults are EVE-Base at 224 pixels (475,197,696 backbone parameters)."""
+
+    profile: Literal["default", "official"] = "default"
+    """`official` reproduces the released forward, quirks included; see `eve_ds/model/moe.py`."""
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    intermediate_size: PositiveInt = 3072
+    moe_layers: list[Annotated[int, Field(ge=0)]] = [10, 11]
+    moe: MoEConfig = MoEConfig()
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    vocab_size: PositiveInt = 64000
+    text_positions: PositiveInt = 196
+    """Rows of the text position table."""
+    text_length: PositiveInt = 40
+    """Most tokens of a caption, [CLS] and [SEP] included; longer ones are truncated."""
+    layer_scale_init: float = 0.1
+    drop_path_rate: Fraction = 0.1
+    """Of the last block; earlier blocks grow to it linearly from 0."""
+    text_dropout: Fraction = 0.1
+    layer_norm_eps: float = 1e-6
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the normal that weights are drawn from, truncated at one standard deviation."""
+    position_initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """The same for position embeddings and class tokens."""
+    pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size ({self.image_size}) must be divisible by patch_size ({self.patch_size})",
+        )
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads ({self.num_attention_heads})",
+        )
+        decoder = self.pixel_decoder
+        _require(
+            decoder.hidden_size % decoder.num_attention_heads == 0,
+            f"pixel_decoder.hidden_size ({decoder.hidden_size}) must be divisible by "
+            f"pixel_decoder.num_attention_heads ({decoder.num_attention_heads})",
+        )
+        _require(
+            all(layer < self.num_hidden_layers for layer in self.moe_layers),
+            f"moe_layers ({self.moe_layers}) must be below num_hidden_layers ({self.num_hidden_layers}); "
+            "layers are counted from 0",
+        )
+        _require(
+            self.moe.top_k <= self.moe.num_experts,
+            f"moe.top_k ({self.moe.top_k}) must not exceed moe.num_experts ({self.moe.num_experts})",
+        )
+        _require(
+            self.text_length <= self.text_positions,
+            f"text_length ({self.text_length}) must not exceed text_positions ({self.text_positions})",
+        )
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class MaskingConfig(Section):
+    """What is hidden from the encoder; masks derive from (seed, epoch, sample key)."""
+
+    patch_mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    text_mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    random_token_share: Fraction = 0.0
+    """Share of chosen tokens replaced by a random token instead of [MASK] (BERT: 0.1)."""
+    keep_token_share: Fraction = 0.0
+    """Share of chosen tokens left as they are, and still predicted (BERT: 0.1)."""
+
+
+class SourceConfig(Section):
+    """One source of the training mixture."""
+
+    kind: Literal["scenes", "shards"]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the mixture, relative to the other sources' weights."""
+    shards: str | list[str] | None = None
+    """`kind: shards`: paths, brace lists such as `cc3m-{00000..00331}.tar`, or a folder that holds an index.json."""
+    level: Literal["easy", "hard"] = "easy"
+    """`kind: scenes`: difficulty."""
+    num_samples: PositiveInt = 1_000_000
+    """`kind: scenes`: samples of one epoch."""
+    seed: int = 0
+    """`kind: scenes`: which world of scenes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SourceConfig:
+        _require(self.kind != "shards" or bool(self.shards), "a source of kind 'shards' needs `shards`")
+        return self
+
+
+class DataConfig(Section):
+    """Where samples come from and how they reach the model."""
+
+    sources: list[SourceConfig] = [SourceConfig(kind="scenes")]
+    tokenizer: str = "scenes"
+    """`scenes` (shipped), or a path or name of a Hugging Face fast tokenizer."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes per rank."""
+    shuffle_buffer: PositiveInt = 1000
+    """Samples a worker holds to shuffle, on top of the shuffled shard order."""
+    crop_scale: tuple[Fraction, Fraction] = (1.0, 1.0)
+    """Area range of RandomResizedCrop; (1, 1) only resizes."""
+    horizontal_flip: Fraction = 0.0
+    """Probability of a flip, for captions without left/right words only."""
+    max_bad_share: Fraction = 0.01
+    """Above this share of unusable samples the run stops."""
+
+
+class LossConfig(Section):
+    """Weights of the loss terms."""
+
+    pixel_weight: Annotated[float, Field(ge=0)] = 1.0
+    text_weight: Annotated[float, Field(ge=0)] = 1.0
+    load_balancing_weight: Annotated[float, Field(ge=0)] = 0.001
+    router_z_weight: Annotated[float, Field(ge=0)] = 0.0
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule: linear warm-up, then decay to `final_lr_share` of the peak."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_steps: Annotated[int, Field(ge=0)] = 10_000
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    decay_by: Literal["steps", "seconds"] = "steps"
+    """`seconds`: the decay follows training time against `train.max_seconds`, for runs with a time budget."""
+    final_lr_share: Fraction = 0.0
+    clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """0 turns clipping off."""
+
+
+class ParallelConfig(Section):
+    """How experts are spread."""
+
+    ep_size: PositiveInt = 1
+    """Ranks that share one full set of experts."""
+
+
+class TrainConfig(Section):
+    """The loop: how long, how large, what is written when."""
+
+    seed: int = 0
+    max_steps: PositiveInt = 480_000
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Stop after this much training time (evaluation and saving not counted)."""
+    train_batch_size: PositiveInt = 2048
+    """Samples of one optimiser step over all ranks and micro-steps."""
+    micro_batch_size: PositiveInt | None = None
+    """Samples of one forward on one rank; None: what the other two sides of the triangle leave."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    activation_checkpointing: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_nonfinite_skips: PositiveInt = 10
+    log_every: PositiveInt = 50
+    """Steps between plain log lines (not on a terminal)."""
+    metrics_every: PositiveInt = 10
+    eval_every: PositiveInt | None = None
+    save_every_steps: PositiveInt | None = None
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    output_dir: Path = Path("runs/pretrain")
+
+
+class Config(Section):
+    """The whole tree; `model_dump_json` of it travels with every checkpoint and export."""
+
+    name: str = "eve"
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        _require(
+            self.model.moe.num_experts % self.parallel.ep_size == 0,
+            f"model.moe.num_experts ({self.model.moe.num_experts}) must be divisible by "
+            f"parallel.ep_size ({self.parallel.ep_size})",
+        )
+        _require(
+            self.optimizer.decay_by == "steps" or self.train.max_seconds is not None,
+            "optimizer.decay_by ('seconds') needs train.max_seconds",
+        )
+        return self
+
+
+def presets() -> list[str]:
+    """Names of the presets shipped in `eve_ds/configs`."""
+    folder = resources.files("eve_ds") / "configs"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_config(preset_or_path: str, overrides: list[str] | None = None) -> Config:
+    """Read a preset by name or a YAML file by path, apply `section.key=value` overrides, validate.
+
+    A file may name a preset to start from under the key `base`. Values of overrides are parsed as YAML.
+
+    Raises:
+        ConfigError: unknown preset, unreadable file, unknown key (with the nearest name), or a value against a rule.
+    """
+    tree = _read_tree(preset_or_path)
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(tree, preset_or_path)
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+    """Validate a nested dictionary; raises :class:`ConfigError` with one line per problem."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_problem(item, where) for item in error.errors())) from None
+
+
+def _read_tree(preset_or_path: str) -> dict[str, Any]:
+    path = Path(preset_or_path)
+    if path.suffix in {".yaml", ".yml", ".json"} or path.is_file():
+        if not path.is_file():
+            raise ConfigError(f"config file {preset_or_path} does not exist")
+        text = path.read_text(encoding="utf-8")
+    elif preset_or_path in presets():
+        text = (resources.files("eve_ds") / "configs" / f"{preset_or_path}.yaml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"config '{preset_or_path}' is neither a file nor a preset{_nearest(preset_or_path, presets())}; "
+            f"presets: {', '.join(presets())}"
+        )
+    tree = yaml.safe_load(text) or {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {preset_or_path} must be a mapping of sections, not a {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(_read_tree(base), tree)
+
+
+def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override '{override}' must have the form section.key=value")
+    *sections, key = path.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
+    tree[key] = yaml.safe_load(text)
+
+
+def _problem(error: Any, where: str) -> str:
+    location = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        return f"{where}: unknown key '{'.'.join(location)}'{_nearest(location[-1], known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {'.'.join(location)} ({error['input']!r}): {message}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        if part.isdigit():
+            continue
+        field = section.model_fields[part].annotation
+        section = SourceConfig if part == "sources" else field
+    return list(section.model_fields)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,1 @@
+"""Plain PyTorch weights, out of a run and back into a model."""

@@ -1,0 +1,1 @@
+"""The plain PyTorch model: read `eve.py` from top to bottom."""

@@ -1,0 +1,1 @@
+"""Experts spread over processes by DeepSpeed."""

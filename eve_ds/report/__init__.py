@@ -1,0 +1,1 @@
+"""Pictures and tables from what a run wrote to disk."""
