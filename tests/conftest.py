@@ -1,0 +1,127 @@
+"""Environment of every test, and `run_ranks`: a function run on several gloo processes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before the first import of torch. Two OpenMP threads per rank on shared cores can be ten times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A killed DeepSpeed build leaves a lock in the shared extension cache that the next run would wait for.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="eve_ds_extensions_"))
+
+import pytest
+
+RANK_MAIN = Path(__file__).parent / "distributed" / "rank_main.py"
+GRACE_SECONDS = 3.0
+"""What the other ranks get to write their own traceback once one rank has failed or run out of time."""
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """The function `run_ranks(function, world_size, *arguments, timeout=120.0)`.
+
+    Starts `world_size` Python processes joined in one gloo group, calls `function(rank, world_size, *arguments)` in
+    each, and returns what each returned, in rank order. `function` must be a top-level function of a test file, which
+    is loaded by its path, so its module must not act on import. Arguments and results travel by pickle: tensors and
+    plain data, no classes of the test file. One start may run many configurations: loop over them inside `function`.
+
+    A rank that raises fails the test with its own traceback. When `timeout` seconds are over every rank writes the
+    stacks of all its threads, and the test fails with them. No process outlives the call.
+    """
+    starts = 0
+
+    def run(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+        nonlocal starts
+        starts += 1
+        folder = tmp_path / f"ranks{starts}"
+        folder.mkdir()
+        (folder / "arguments.pickle").write_bytes(pickle.dumps(arguments))
+        target = [inspect.getfile(function), function.__name__, str(folder), str(timeout)]
+        processes = [_start_rank(target, folder, rank, world_size) for rank in range(world_size)]
+        try:
+            problem = _wait(processes, timeout + 2 * GRACE_SECONDS)
+        finally:
+            for process in processes:
+                _kill_group(process)
+        if problem:
+            pytest.fail(f"{function.__name__} on {world_size} ranks: {problem}\n{_logs(folder, world_size)}", False)
+        return [pickle.loads((folder / f"result{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+    return run
+
+
+def _start_rank(target: list[str], folder: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
+    # A file store needs no port; the address is only there for code that reads it.
+    env = os.environ | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    with (folder / f"log{rank}.txt").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, str(RANK_MAIN), *target],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], limit: float) -> str | None:
+    """Wait for all, or for the first failure and a grace period; what went wrong in words, or None."""
+    deadline = time.monotonic() + limit
+    problem = None
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        failed = [rank for rank, process in enumerate(processes) if process.returncode]
+        if failed and problem is None:
+            problem = f"rank {failed[0]} exited with {processes[failed[0]].returncode}"
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        time.sleep(0.02)
+    failed = [rank for rank, process in enumerate(processes) if process.returncode]
+    hanging = [rank for rank, process in enumerate(processes) if process.returncode is None]
+    if problem is None and failed:
+        problem = f"rank {failed[0]} exited with {processes[failed[0]].returncode}"
+    if problem is None and hanging:
+        problem = f"ranks {hanging} did not return within {limit:.0f} seconds"
+    return problem
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its own session, so children of the rank go too
+    process.wait()
+
+
+def _logs(folder: Path, world_size: int) -> str:
+    parts = []
+    for rank in range(world_size):
+        text = (folder / f"log{rank}.txt").read_text(errors="replace")
+        parts.append(f"--- rank {rank} ---\n{text[-6000:]}")
+    return "\n".join(parts)
