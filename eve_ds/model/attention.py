@@ -1,0 +1,48 @@
+"""Multi-head attention with one fused projection (self) or separate query and key-value projections (cross)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """Fused qkv weight; queries and values have a bias, keys have none (BEiT; upstream `Attention`)."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.v_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, D); `attention_mask` (B, S) bool, keys that are False get no weight."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        return self.proj(attend(q, k, v, self.num_heads, attention_mask))
+
+
+class CrossAttention(nn.Module):
+    """Queries of one sequence read another sequence of a different width."""
+
+    def __init__(self, hidden_size: int, memory_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key_value = nn.Linear(memory_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+        """(B, N, D), (B, S, M) -> (B, N, D); `memory_mask` (B, S) bool."""
+        k, v = self.key_value(memory).chunk(2, dim=-1)
+        return self.proj(attend(self.query(x), k, v, self.num_heads, memory_mask))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention: (B, N, D), (B, S, D), (B, S, D) -> (B, N, D); softmax in fp32 (torch's SDPA)."""
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, length, D / heads)
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -1,0 +1,93 @@
+"""Decoders of masked signal modelling: pixels of masked patches, and masked words.
+
+The released files hold no decoder, so both follow common practice: a light Transformer as in masked autoencoders, and
+BERT's head tied to the word embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds.config import ModelConfig
+from eve_ds.model.attention import CrossAttention, SelfAttention
+from eve_ds.model.embeddings import TokenStream
+from eve_ds.model.feed_forward import FeedForward
+
+
+class PixelDecoder(nn.Module):
+    """Predict masked patches from the encoded visible patches and text tokens.
+
+    `cross`: mask tokens (one per masked patch, told apart by position) query the encoded stream.
+    `self`: mask tokens join the projected stream and everything attends to everything.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        decoder = config.pixel_decoder
+        width = decoder.hidden_size
+        self.kind = decoder.kind
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.position = nn.Parameter(torch.empty(config.num_patches, width))
+        self.memory_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.memory = nn.Linear(config.hidden_size, width) if decoder.kind == "self" else nn.Identity()
+        memory_size = width if decoder.kind == "self" else config.hidden_size
+        self.blocks = nn.ModuleList(DecoderBlock(config, memory_size) for _ in range(decoder.num_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.pixels = nn.Linear(width, config.patch_size**2 * 3)
+
+    def forward(self, stream: TokenStream, visible_patch_ids: Tensor, masked_patch_ids: Tensor) -> Tensor:
+        """Encoded stream (B, S, D), (B, N_visible), (B, N_masked) -> (B, N_masked, P * P * 3)."""
+        queries = self.mask_token + self.position[masked_patch_ids]  # (B, N_masked, W)
+        memory = self.memory(self.memory_norm(stream.hidden_states))
+        mask = stream.attention_mask
+        if self.kind == "self":
+            queries, mask = self._join(queries, memory, mask, visible_patch_ids)
+        for block in self.blocks:
+            queries = block(queries, memory, mask)
+        return self.pixels(self.norm(queries[:, : masked_patch_ids.shape[1]]))
+
+    def _join(self, queries: Tensor, memory: Tensor, mask: Tensor, visible_patch_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask tokens first, then the stream, whose patches (after the class token) get the decoder's positions."""
+        batch, num_visible = visible_patch_ids.shape
+        position = F.pad(self.position[visible_patch_ids], (0, 0, 1, memory.shape[1] - num_visible - 1))
+        joined = torch.cat([queries, memory + position], dim=1)
+        seen = torch.ones(batch, queries.shape[1], dtype=torch.bool, device=mask.device)
+        return joined, torch.cat([seen, mask], dim=1)
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm attention (self over everything, or cross from mask tokens to the stream) and feed-forward."""
+
+    def __init__(self, config: ModelConfig, memory_size: int) -> None:
+        super().__init__()
+        decoder = config.pixel_decoder
+        width, heads = decoder.hidden_size, decoder.num_attention_heads
+        self.kind = decoder.kind
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention: nn.Module = (
+            SelfAttention(width, heads) if self.kind == "self" else CrossAttention(width, memory_size, heads)
+        )
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.ffn = FeedForward(width, 4 * width)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """(B, N, W) -> (B, N, W); `mask` is of the sequence attended to."""
+        h = self.norm1(x)
+        x = x + (self.attention(h, mask) if self.kind == "self" else self.attention(h, memory, mask))
+        return x + self.ffn(self.norm2(x))
+
+
+class TextHead(nn.Module):
+    """Dense, GELU, LayerNorm; the projection to the vocabulary is the word embedding itself plus a bias (BERT)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(M, D) -> (M, D), to be multiplied by the word embedding."""
+        return self.norm(F.gelu(self.dense(hidden_states)))

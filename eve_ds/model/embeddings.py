@@ -1,0 +1,108 @@
+"""Embeddings: from pixels and token ids to one stream of tokens that carries its modality with it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds.config import ModelConfig
+
+IMAGE, TEXT = 0, 1
+"""Modality ids."""
+
+
+class TokenStream(NamedTuple):
+    """Image and text tokens of B samples in one sequence of S positions."""
+
+    hidden_states: Tensor
+    """(B, S, D)."""
+    modality_ids: Tensor
+    """(B, S) int64, IMAGE or TEXT."""
+    attention_mask: Tensor
+    """(B, S) bool, True = a real token."""
+
+
+class ImageEmbedding(nn.Module):
+    """Patch projection, class token first, + position + type (upstream `patch_embed`, `pos_embed_vision`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.patch_size = config.patch_size
+        self.projection = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size)
+        self.class_token = nn.Parameter(torch.empty(width))
+        self.position = nn.Parameter(torch.empty(config.num_patches + 1, width))
+        self.modality = nn.Parameter(torch.empty(width))
+
+    def forward(self, pixel_values: Tensor, visible_patch_ids: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) -> (B, 1 + N, D); with `visible_patch_ids` (B, N) only those patches are embedded.
+
+        Patches keep the position of where they were in the image.
+        """
+        batch = pixel_values.shape[0]
+        patches = F.unfold(pixel_values, self.patch_size, stride=self.patch_size).transpose(1, 2)  # (B, N, 3 * P * P)
+        position = self.position[1:].expand(batch, -1, -1)
+        if visible_patch_ids is not None:
+            patches = _take(patches, visible_patch_ids)
+            position = self.position[1:][visible_patch_ids]
+        # Projecting the unfolded patches is the convolution, on visible patches only.
+        patches = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
+        first = (self.class_token + self.position[0]).expand(batch, 1, -1)
+        return torch.cat([first, patches + position], dim=1) + self.modality
+
+
+class TextEmbedding(nn.Module):
+    """Word embedding, LayerNorm, dropout, + position + type (upstream `word_embedding`, `layer_norm_text`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.text_dropout)
+        self.position = nn.Parameter(torch.empty(config.text_positions, config.hidden_size))
+        self.modality = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, L, D).
+
+        Raises:
+            ValueError: L exceeds the position table.
+        """
+        length = input_ids.shape[1]
+        if length > self.position.shape[0]:
+            raise ValueError(f"text of {length} tokens exceeds text_positions ({self.position.shape[0]})")
+        words = self.dropout(self.norm(self.word(input_ids)))
+        return words + self.position[:length] + self.modality
+
+
+def join(image: Tensor | None, text: Tensor | None, image_mask: Tensor | None, text_mask: Tensor | None) -> TokenStream:
+    """Concatenate image tokens (B, N, D) and text tokens (B, L, D) into one stream; either may be None.
+
+    Args:
+        image, text: embedded tokens.
+        image_mask: (B,) bool, True = this sample has an image; None = all have one.
+        text_mask: (B, L) bool, True = real token; None = all are.
+    """
+    parts: list[Tensor] = []
+    masks: list[Tensor] = []
+    modalities: list[Tensor] = []
+    for tokens, mask, modality in ((image, image_mask, IMAGE), (text, text_mask, TEXT)):
+        if tokens is None:
+            continue
+        shape = tokens.shape[:2]
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+        parts.append(tokens)
+        masks.append(mask.bool().view(shape[0], -1).expand(shape))
+        modalities.append(torch.full(shape, modality, device=tokens.device))
+    if not parts:
+        raise ValueError("a batch needs pixel_values or input_ids; both are None")
+    return TokenStream(torch.cat(parts, dim=1), torch.cat(modalities, dim=1), torch.cat(masks, dim=1))
+
+
+def _take(tokens: Tensor, ids: Tensor) -> Tensor:
+    """(B, N, D), (B, M) -> (B, M, D)."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,217 @@
+"""EVE (Chen et al., AAAI 2024): parts, block, backbone, and the pre-training model on top of it.
+
+Reading order: `EVE.forward` removes masked patches, embeds what is left, joins image and text into one stream, runs
+the blocks, and decodes pixels and words that were hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from eve_ds.config import ModelConfig
+from eve_ds.model.attention import SelfAttention
+from eve_ds.model.decoders import PixelDecoder, TextHead
+from eve_ds.model.embeddings import IMAGE, TEXT, ImageEmbedding, TextEmbedding, TokenStream, join
+from eve_ds.model.feed_forward import ModalityFeedForward
+from eve_ds.model.moe import MoE, MoEOutput
+
+MoEFactory = Callable[[ModelConfig], nn.Module]
+"""Makes the MoE of one layer; its forward has the signature of :meth:`eve_ds.model.moe.MoE.forward`."""
+
+
+class BackboneOutput(NamedTuple):
+    """Encoded stream and what the MoE layers said."""
+
+    stream: TokenStream
+    """`hidden_states` (B, S, D) after the final LayerNorm; image tokens (class token first) come before text."""
+    num_image_tokens: int
+    """Image tokens per sample, class token included; 0 without images."""
+    moe: tuple[MoEOutput, ...]
+    """One per MoE layer, shallow to deep; their `hidden_states` are internal."""
+
+
+class EVEOutput(NamedTuple):
+    """Predictions of one pre-training forward."""
+
+    pixel_predictions: Tensor | None
+    """(B, N_masked, P * P * 3), per-patch-normalised."""
+    token_hidden: Tensor | None
+    """(M, D) states of the masked tokens; logits are `token_hidden @ vocabulary_weight.T + vocabulary_bias`."""
+    vocabulary_weight: Tensor
+    """(V, D), the word embedding."""
+    vocabulary_bias: Tensor
+    """(V,)."""
+    moe: tuple[MoEOutput, ...]
+
+    def token_logits(self) -> Tensor:
+        """(M, V) logits of the masked tokens."""
+        if self.token_hidden is None:
+            raise ValueError("this batch had no text, so there are no token logits")
+        return F.linear(self.token_hidden, self.vocabulary_weight, self.vocabulary_bias)
+
+
+class Block(nn.Module):
+    """x + gamma_1 * attention(norm x), then x + gamma_2 * ffn(norm x); deep layers have the MoE as ffn."""
+
+    def __init__(self, config: ModelConfig, layer: int, moe_cls: MoEFactory) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.drop_path_rate = config.drop_path_rate * layer / max(config.num_hidden_layers - 1, 1)
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = SelfAttention(width, config.num_attention_heads)
+        self.gamma_1 = nn.Parameter(torch.full((width,), config.layer_scale_init))
+        self.gamma_2 = nn.Parameter(torch.full((width,), config.layer_scale_init))
+        self.is_moe = layer in config.moe_layers
+        if self.is_moe:
+            self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.moe = moe_cls(config)
+        else:
+            self.ffn = ModalityFeedForward(config)
+
+    def forward(
+        self, x: Tensor, modality_ids: Tensor, attention_mask: Tensor, token_ids: dict[int, Tensor]
+    ) -> tuple[Tensor, MoEOutput | None]:
+        """(B, S, D) -> (B, S, D) and, in a deep layer, the MoE's output."""
+        x = x + self._drop_path(self.gamma_1 * self.attention(self.norm1(x), attention_mask))
+        if not self.is_moe:
+            return x + self._drop_path(self.gamma_2 * self.ffn(x, token_ids)), None
+        moe: MoEOutput = self.moe(self.norm2(x), modality_ids, attention_mask)
+        return x + self._drop_path(self.gamma_2 * moe.hidden_states), moe
+
+    def _drop_path(self, branch: Tensor) -> Tensor:
+        """Drop a residual branch for whole samples (stochastic depth)."""
+        if not self.training or self.drop_path_rate == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path_rate
+        return branch * branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep) / keep
+
+
+class Backbone(nn.Module):
+    """Embeddings, blocks and final LayerNorm: what the released weights hold."""
+
+    def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
+        super().__init__()
+        self.image_embedding = ImageEmbedding(config)
+        self.text_embedding = TextEmbedding(config)
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config, layer, moe_cls) for layer in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.activation_checkpointing = False
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        visible_patch_ids: Tensor | None = None,
+    ) -> BackboneOutput:
+        """Encode images (B, 3, H, W), text (B, L), or pairs; see :class:`eve_ds.model.eve.EVE` for the arguments."""
+        image = None if pixel_values is None else self.image_embedding(pixel_values, visible_patch_ids)
+        text = None if input_ids is None else self.text_embedding(input_ids)
+        stream = join(image, text, image_mask, attention_mask)
+        token_ids = _token_ids(stream, image, text)
+        hidden_states = self.pre_norm(stream.hidden_states)
+        moe_outputs = []
+        for block in self.blocks:
+            hidden_states, moe = self._run(block, hidden_states, stream, token_ids)
+            if moe is not None:
+                moe_outputs.append(moe)
+        stream = stream._replace(hidden_states=self.norm(hidden_states))
+        return BackboneOutput(stream, 0 if image is None else image.shape[1], tuple(moe_outputs))
+
+    def _run(
+        self, block: nn.Module, x: Tensor, stream: TokenStream, token_ids: dict[int, Tensor]
+    ) -> tuple[Tensor, MoEOutput | None]:
+        arguments = (x, stream.modality_ids, stream.attention_mask, token_ids)
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+
+class EVE(nn.Module):
+    """Masked signal modelling on image-text pairs, images alone, or text alone."""
+
+    def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config, moe_cls)
+        self.pixel_decoder = PixelDecoder(config)
+        self.text_head = TextHead(config)
+        initialize_weights(self, config)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        visible_patch_ids: Tensor | None = None,
+        masked_patch_ids: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        masked_token_ids: Tensor | None = None,
+    ) -> EVEOutput:
+        """Predict what was masked.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised to mean = std = 0.5, or None for text alone.
+            image_mask: (B,) bool, False = this sample has no image; None = all have one.
+            visible_patch_ids: (B, N_visible) int64 patches that the encoder sees; None = all.
+            masked_patch_ids: (B, N_masked) int64 patches to predict; None = predict none.
+            input_ids: (B, L) int64 with masked tokens replaced, or None for images alone.
+            attention_mask: (B, L) bool, True = real token; None = all are.
+            masked_token_ids: (M,) int64 flat indices into B * L of the tokens to predict; None = predict none.
+
+        Raises:
+            ValueError: neither images nor text, or a text longer than the position table.
+        """
+        encoded = self.backbone(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids)
+        pixels = tokens = None
+        if masked_patch_ids is not None and visible_patch_ids is not None:
+            pixels = self.pixel_decoder(encoded.stream, visible_patch_ids, masked_patch_ids)
+        if masked_token_ids is not None:
+            text = encoded.stream.hidden_states[:, encoded.num_image_tokens :].flatten(0, 1)
+            tokens = self.text_head(text.index_select(0, masked_token_ids))
+        words = self.backbone.text_embedding.word.weight
+        return EVEOutput(pixels, tokens, words, self.text_head.bias, encoded.moe)
+
+
+def _token_ids(stream: TokenStream, image: Tensor | None, text: Tensor | None) -> dict[int, Tensor]:
+    """Flat positions of each modality's tokens, known from the shapes so that no device is asked."""
+    batch, length = stream.attention_mask.shape
+    grid = torch.arange(batch * length, device=stream.attention_mask.device).view(batch, length)
+    boundary = 0 if image is None else image.shape[1]
+    ids = {}
+    if image is not None:
+        ids[IMAGE] = grid[:, :boundary].flatten()
+    if text is not None:
+        ids[TEXT] = grid[:, boundary:].flatten()
+    return ids
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, config: ModelConfig) -> None:
+    """Draw matrices, embeddings and routers from a normal truncated at one standard deviation; biases 0, norms 1.
+
+    Every expert is drawn separately. Position embeddings and class tokens have a scale of their own.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        kind = name.rpartition(".")[2]
+        if kind in {"position", "class_token", "mask_token"}:
+            _truncated_normal(parameter, config.position_initializer_range)
+        elif parameter.ndim >= 2 or kind == "modality":
+            _truncated_normal(parameter, config.initializer_range)
+
+
+def _truncated_normal(tensor: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(tensor, std=std, a=-std, b=std)

@@ -1,0 +1,49 @@
+"""Feed-forward networks: one of them, and one per modality."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from eve_ds.config import ModelConfig
+from eve_ds.model.embeddings import IMAGE, TEXT
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x) (CLIP; upstream activation)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class FeedForward(nn.Module):
+    """fc1, quick_gelu, fc2; also the form of one expert."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+class ModalityFeedForward(nn.Module):
+    """LayerNorm and feed-forward network of a shallow layer, one pair per modality (upstream `mlp_imag`, `mlp_text`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_image = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm_text = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.image = FeedForward(width, config.intermediate_size)
+        self.text = FeedForward(width, config.intermediate_size)
+
+    def forward(self, x: Tensor, token_ids: dict[int, Tensor]) -> Tensor:
+        """(B, S, D) -> (B, S, D); `token_ids` maps a modality to its flat positions in B * S, absent if it has none."""
+        tokens = x.flatten(0, 1)
+        out = torch.zeros_like(tokens)
+        for modality, norm, network in ((IMAGE, self.norm_image, self.image), (TEXT, self.norm_text, self.text)):
+            if modality in token_ids:
+                ids = token_ids[modality]
+                out = out.index_copy(0, ids, network(norm(tokens.index_select(0, ids))).to(out.dtype))
+        return out.view_as(x)

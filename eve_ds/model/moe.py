@@ -1,0 +1,166 @@
+"""Modality-aware mixture of experts on one process: the reference that the distributed layer is compared with.
+
+A token's router sees the token plus a learnt embedding of its modality (EVE section 3.1). Profiles:
+
+- `default`: the embedding moves the router only, experts see the token; padding is not routed; evaluation is
+  noise-free and dropless, so an output never depends on what else is in the batch.
+- `official`, the released behaviour: experts too see token + embedding, padding is routed and takes capacity,
+  capacity (and the noise of the second choice, if switched on) acts at evaluation as in training.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds import ops
+from eve_ds.config import ModelConfig
+from eve_ds.model.feed_forward import FeedForward
+
+
+class RouterStatistics(NamedTuple):
+    """Counts of one MoE layer and one forward; sums over ranks and steps are meaningful."""
+
+    routes: Tensor
+    """(2, E) fp32 routes chosen by modality and expert, before dropping."""
+    dropped: Tensor
+    """(2,) fp32 routes dropped by modality."""
+    tokens: Tensor
+    """(2,) fp32 routed tokens by modality."""
+    entropy_sum: Tensor
+    """() fp32 sum over tokens of the entropy of the router's distribution, in nats."""
+
+
+class MoEOutput(NamedTuple):
+    """What an MoE layer returns; nothing is kept on the module."""
+
+    hidden_states: Tensor
+    """(B, S, D), zero for tokens that are not routed."""
+    load_balancing_loss: Tensor
+    """() fp32, 1 when balanced."""
+    router_z_sum: Tensor
+    """() fp32 sum over this rank's tokens of logsumexp(logits)^2 (ST-MoE eq. 5)."""
+    statistics: RouterStatistics
+
+
+class RouterOutput(NamedTuple):
+    """Routes of the tokens of one forward, and the sums that losses and statistics are made of."""
+
+    routing: ops.Routing
+    num_tokens: Tensor
+    """() fp32 tokens routed."""
+    z_sum: Tensor
+    statistics: RouterStatistics
+
+
+class Router(nn.Module):
+    """Bias-free linear in fp32 on token + modality embedding, then top-k (upstream `TopKGate`, `vision_embed`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config.moe
+        self.official = config.profile == "official"
+        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
+        self.modality_embedding = nn.Parameter(torch.empty(2, config.hidden_size))
+
+    def forward(self, x: Tensor, modality_ids: Tensor, valid: Tensor) -> RouterOutput:
+        """Route (T, D) tokens with (T,) modality ids; (T,) `valid` False means padding."""
+        routed = torch.ones_like(valid) if self.official else valid
+        logits = self._logits(x, modality_ids)
+        routing = ops.route_topk(
+            logits,
+            top_k=self.config.top_k,
+            capacity=self._capacity(x.shape[0]),
+            valid=routed,
+            noise=self._second_choice_noise(logits),
+        )
+        z_sum = (logits.logsumexp(dim=-1).square() * routed).sum()
+        statistics = _statistics(routing, modality_ids, routed)
+        return RouterOutput(routing, routed.sum().float(), z_sum, statistics)
+
+    @property
+    def dropless(self) -> bool:
+        """Whether rows are packed instead of laid out in fixed slots per expert."""
+        if self.official:
+            return self.config.routing == "dropless"
+        return self.config.routing == "dropless" or not self.training
+
+    def expert_input_embedding(self) -> Tensor | None:
+        """(2, D) embedding to add to what experts see, or None where they see the plain token."""
+        return self.modality_embedding if self.official else None
+
+    def _logits(self, x: Tensor, modality_ids: Tensor) -> Tensor:
+        x, weight = x.float(), self.weight.float()
+        if self.training and self.config.router_jitter > 0:
+            low, high = 1 - self.config.router_jitter, 1 + self.config.router_jitter
+            x = x * torch.empty_like(x).uniform_(low, high)
+        # (x + e) W^T = x W^T + (e W^T)[modality]: the sum is never rounded to the tokens' dtype.
+        return F.linear(x, weight) + F.linear(self.modality_embedding.float(), weight)[modality_ids]
+
+    def _capacity(self, num_tokens: int) -> int:
+        if self.dropless:
+            return -1
+        config = self.config
+        return ops.expert_capacity(
+            num_tokens, config.num_experts, config.top_k, config.capacity_factor, config.min_capacity
+        )
+
+    def _second_choice_noise(self, logits: Tensor) -> Tensor | None:
+        if not self.config.second_choice_noise or not (self.training or self.official):
+            return None
+        return -torch.empty_like(logits).exponential_().log()  # standard Gumbel
+
+
+class MoE(nn.Module):
+    """All experts on this process."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = nn.ModuleList(
+            FeedForward(config.hidden_size, config.intermediate_size) for _ in range(config.moe.num_experts)
+        )
+
+    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor) -> MoEOutput:
+        """(B, S, D), (B, S) int64, (B, S) bool -> MoEOutput."""
+        x, modality = hidden_states.flatten(0, 1), modality_ids.flatten()
+        routed = self.router(x, modality, attention_mask.flatten())
+        routing = routed.routing
+        rows = ops.moe_dispatch(x, routing.source, self.router.expert_input_embedding(), modality)
+        rows = run_experts(self.experts, rows, routing.counts, dropless=self.router.dropless)
+        mixed = ops.moe_combine(rows, routing.slots, routing.gates)
+        balance = ops.load_balancing_loss(routing.first_choices, routing.probability_sum, routed.num_tokens)
+        return MoEOutput(mixed.view_as(hidden_states), balance, routed.z_sum, routed.statistics)
+
+
+def run_experts(experts: nn.ModuleList, rows: Tensor, counts: Tensor, *, dropless: bool) -> Tensor:
+    """Apply expert e to its rows; (R, D) -> (R, D).
+
+    Args:
+        experts: E networks.
+        rows: expert buffer of :func:`eve_ds.ops.moe_dispatch`.
+        counts: (E,) int64 filled rows per expert.
+        dropless: rows are packed (empty rows at the end, returned as zeros) instead of R / E fixed slots per expert.
+    """
+    if dropless:
+        sizes = counts.tolist()
+        sizes.append(rows.shape[0] - sum(sizes))
+        *chunks, empty = rows.split(sizes)
+        done = [expert(chunk) for expert, chunk in zip(experts, chunks, strict=True)]
+        return torch.cat([*done, torch.zeros_like(empty)])
+    chunks = rows.chunk(len(experts))
+    return torch.cat([expert(chunk) for expert, chunk in zip(experts, chunks, strict=True)])
+
+
+@torch.no_grad()
+def _statistics(routing: ops.Routing, modality_ids: Tensor, routed: Tensor) -> RouterStatistics:
+    num_experts = routing.probabilities.shape[1]
+    weight = routed.float()
+    chosen = F.one_hot(routing.expert_ids, num_experts).sum(dim=1).float() * weight.unsqueeze(1)  # (T, E)
+    modality = F.one_hot(modality_ids, 2).float()  # (T, 2)
+    dropped = (routing.slots < 0).sum(dim=1).float() * weight
+    entropy = torch.special.entr(routing.probabilities).sum(dim=1) * weight
+    return RouterStatistics(modality.t() @ chosen, modality.t() @ dropped, modality.t() @ weight, entropy.sum())

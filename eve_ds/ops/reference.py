@@ -1,0 +1,195 @@
+"""The operations of an EVE step in plain torch: these functions define what is correct.
+
+Router arithmetic is fp32 whatever the dtype of the tokens. Integers use int64, and -1 stands for "none": a route that was
+dropped, a row that is empty. Ties between experts go to the lowest index.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Where every token goes. T tokens, E experts, K choices, R rows of the expert buffer."""
+
+    expert_ids: Tensor
+    """(T, K) int64, best expert first."""
+    slots: Tensor
+    """(T, K) int64 row of the expert buffer, -1 where the route is dropped or the token is not valid."""
+    gates: Tensor
+    """(T, K) fp32 weight of each choice, 0 where dropped."""
+    source: Tensor
+    """(R,) int64 token that fills each row, -1 for an empty row."""
+    counts: Tensor
+    """(E,) int64 filled rows per expert."""
+    probabilities: Tensor
+    """(T, E) fp32 softmax of the logits."""
+    first_choices: Tensor
+    """(E,) fp32 valid tokens whose best expert this is."""
+    probability_sum: Tensor
+    """(E,) fp32 sum of probabilities over valid tokens."""
+
+
+def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int) -> int:
+    """Slots per expert: ceil(K * factor * T / E), at least `min_capacity` (GShard section 2.2; DeepSpeed `_capacity`)."""
+    return max(-(-int(num_tokens * capacity_factor * top_k) // num_experts), min_capacity)
+
+
+def route_topk(
+    logits: Tensor,
+    *,
+    top_k: int,
+    capacity: int,
+    modality_bias: Tensor | None = None,
+    modality_ids: Tensor | None = None,
+    valid: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Routing:
+    """Choose experts, give out rows first choices first, and weigh the choices that got one (GShard algorithm 1).
+
+    Args:
+        logits: (T, E) router logits; computed in fp32.
+        top_k: choices per token, at most E.
+        capacity: rows per expert, expert e owning rows [e * capacity, (e + 1) * capacity); negative means dropless: rows
+            are packed by expert, R = T * K, and rows past `counts.sum()` are empty.
+        modality_bias: (M, E) logits added by modality.
+        modality_ids: (T,) int64 in [0, M), needed with `modality_bias`.
+        valid: (T,) bool; other tokens get no row and enter no statistic.
+        noise: (T, E) added to the logits for every choice after the first (Gumbel noise in GShard).
+
+    Returns:
+        Routing. Gates of kept choices sum to 1, or are the plain probability when `top_k` is 1 (Switch), since a
+        renormalised single gate would be constant and teach the router nothing.
+    """
+    num_tokens, num_experts = logits.shape
+    logits = logits.float()
+    if modality_bias is not None and modality_ids is not None:
+        logits = logits + modality_bias.float()[modality_ids]
+    probabilities = logits.softmax(dim=-1)
+    expert_ids = _choose(logits, top_k, noise)
+    if valid is None:
+        valid = torch.ones(num_tokens, dtype=torch.bool, device=logits.device)
+    slots, source, counts = _assign_rows(expert_ids, valid, num_experts, capacity)
+    gates = probabilities.gather(1, expert_ids) * (slots >= 0)
+    if top_k > 1:
+        gates = gates / gates.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
+    first = F.one_hot(expert_ids[:, 0], num_experts).float()
+    return Routing(
+        expert_ids=expert_ids,
+        slots=slots,
+        gates=gates,
+        source=source,
+        counts=counts,
+        probabilities=probabilities,
+        first_choices=(first * valid.unsqueeze(1)).sum(dim=0),
+        probability_sum=(probabilities * valid.unsqueeze(1)).sum(dim=0),
+    )
+
+
+def _choose(logits: Tensor, top_k: int, noise: Tensor | None) -> Tensor:
+    """(T, K) expert ids by repeated argmax, which (unlike topk) promises the lowest index on ties."""
+    scores = logits.detach()
+    choices = [scores.argmax(dim=1)]
+    if noise is not None:
+        scores = scores + noise
+    for _ in range(top_k - 1):
+        scores = scores.scatter(1, choices[-1].unsqueeze(1), float("-inf"))
+        choices.append(scores.argmax(dim=1))
+    return torch.stack(choices, dim=1)
+
+
+def _assign_rows(expert_ids: Tensor, valid: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each route a row: all first choices in token order, then all second choices, and so on."""
+    num_tokens, top_k = expert_ids.shape
+    nobody = torch.full_like(expert_ids, num_experts)
+    owner = torch.where(valid.unsqueeze(1), expert_ids, nobody).t().reshape(-1)  # (K * T,), choice-major
+    order = owner.argsort(stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    routes = torch.bincount(owner, minlength=num_experts + 1)
+    starts = routes.cumsum(0) - routes
+    position = rank - starts[owner]
+    routed = owner < num_experts
+    if capacity < 0:
+        rows, num_rows, counts = rank, num_tokens * top_k, routes[:num_experts]
+    else:
+        routed = routed & (position < capacity)
+        rows, num_rows = owner * capacity + position, num_experts * capacity
+        counts = routes[:num_experts].clamp(max=capacity)
+    rows = torch.where(routed, rows, torch.full_like(rows, -1))
+    tokens = torch.arange(num_tokens, device=rows.device).repeat(top_k)
+    spare = torch.where(routed, rows, torch.full_like(rows, num_rows))  # one row past the end takes what is dropped
+    source = rows.new_full((num_rows + 1,), -1).scatter_(0, spare, torch.where(routed, tokens, -1))[:num_rows]
+    return rows.view(top_k, num_tokens).t(), source, counts
+
+
+def load_balancing_loss(first_choices: Tensor, probability_sum: Tensor, num_tokens: Tensor) -> Tensor:
+    """E * sum_e(share of first choices_e * mean probability_e); 1 when balanced (GShard section 2.2, Switch eq. 4).
+
+    Args:
+        first_choices, probability_sum: (E,) fp32 sums over tokens, of one rank or of many.
+        num_tokens: () number of tokens in the sums; 0 gives a loss of 0.
+    """
+    tokens = num_tokens.clamp(min=1)
+    return first_choices.numel() * (first_choices / tokens * (probability_sum / tokens)).sum()
+
+
+def moe_dispatch(
+    x: Tensor, source: Tensor, modality_embedding: Tensor | None = None, modality_ids: Tensor | None = None
+) -> Tensor:
+    """Copy tokens into their experts' rows: (T, D), (R,) -> (R, D) in the dtype of x, empty rows zero.
+
+    With `modality_embedding` (M, D) and `modality_ids` (T,), each row gets its token's embedding added (the released
+    model's behaviour, see EVE profile `official`).
+    """
+    filled = (source >= 0).unsqueeze(1)
+    tokens = source.clamp(min=0)
+    rows = x.index_select(0, tokens)
+    if modality_embedding is not None and modality_ids is not None:
+        rows = rows + modality_embedding[modality_ids[tokens]].to(rows.dtype)
+    return rows * filled
+
+
+def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
+    """Weighted sum of each token's expert rows: (R, D), (T, K), (T, K) -> (T, D); accumulated in fp32, rounded once."""
+    num_tokens, top_k = slots.shape
+    picked = expert_rows.index_select(0, slots.clamp(min=0).reshape(-1)).view(num_tokens, top_k, -1)
+    weights = gates.float() * (slots >= 0)
+    return torch.einsum("tk,tkd->td", weights, picked.float()).to(expert_rows.dtype)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """Summed cross entropy of a vocabulary projection: (N, D), (V, D), (V,), (N,) int64 -> () fp32; N may be 0."""
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), target, reduction="sum")
+
+
+def masked_pixel_loss(
+    pixel_values: Tensor, predictions: Tensor, masked_patch_ids: Tensor, patch_size: int, eps: float = 1e-6
+) -> Tensor:
+    """Squared error to per-patch-normalised pixels, for each masked patch (MAE section 3, `norm_pix_loss`).
+
+    Args:
+        pixel_values: (B, 3, H, W).
+        predictions: (B, N, P * P * 3), pixels of a patch in (row, column, channel) order.
+        masked_patch_ids: (B, N) int64, row-major patch index.
+        patch_size: P.
+        eps: added to the unbiased variance of a patch.
+
+    Returns:
+        (B, N) fp32, mean over the values of a patch.
+    """
+    patches = patchify(pixel_values.float(), patch_size)
+    target = patches.gather(1, masked_patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+    target = (target - mean) / (variance + eps).sqrt()
+    return (predictions.float() - target).square().mean(dim=-1)
+
+
+def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, H/P * W/P, P * P * C), pixels of a patch in (row, column, channel) order."""
+    batch, channels, height, width = pixel_values.shape
+    grid = pixel_values.view(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size * patch_size * channels)
