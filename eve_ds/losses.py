@@ -1,7 +1,7 @@
 """Named loss terms of masked signal modelling and their weighted sum.
 
-Every term is a sum over this rank's micro-batch divided by a count over the whole optimiser step, so that any split of a
-global batch over ranks and micro-steps has the same gradient.
+Every term is a sum over this rank's micro-batch divided by a count over the whole optimiser step, so that any split of
+a global batch over ranks and micro-steps has the same gradient.
 """
 
 from __future__ import annotations

@@ -93,10 +93,9 @@ def join(image: Tensor | None, text: Tensor | None, image_mask: Tensor | None, t
         if tokens is None:
             continue
         shape = tokens.shape[:2]
-        if mask is None:
-            mask = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+        everything = torch.ones(shape, dtype=torch.bool, device=tokens.device)
         parts.append(tokens)
-        masks.append(mask.bool().view(shape[0], -1).expand(shape))
+        masks.append(everything if mask is None else mask.bool().view(shape[0], -1).expand(shape))
         modalities.append(torch.full(shape, modality, device=tokens.device))
     if not parts:
         raise ValueError("a batch needs pixel_values or input_ids; both are None")

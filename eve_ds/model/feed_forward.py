@@ -28,7 +28,7 @@ class FeedForward(nn.Module):
 
 
 class ModalityFeedForward(nn.Module):
-    """LayerNorm and feed-forward network of a shallow layer, one pair per modality (upstream `mlp_imag`, `mlp_text`)."""
+    """LayerNorm and feed-forward network of a shallow layer, one pair a modality (upstream `mlp_imag`, `mlp_text`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The operations of an EVE step in plain torch: these functions define what is correct.
 
-Router arithmetic is fp32 whatever the dtype of the tokens. Integers use int64, and -1 stands for "none": a route that was
-dropped, a row that is empty. Ties between experts go to the lowest index.
+Router arithmetic is fp32 whatever the dtype of the tokens. Integers use int64, and -1 stands for "none": a route that
+was dropped, a row that is empty. Ties between experts go to the lowest index.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Routing(NamedTuple):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int) -> int:
-    """Slots per expert: ceil(K * factor * T / E), at least `min_capacity` (GShard section 2.2; DeepSpeed `_capacity`)."""
+    """Slots per expert: ceil(K * factor * T / E), and no less than `min_capacity` (GShard section 2.2)."""
     return max(-(-int(num_tokens * capacity_factor * top_k) // num_experts), min_capacity)
 
 
@@ -54,8 +54,8 @@ def route_topk(
     Args:
         logits: (T, E) router logits; computed in fp32.
         top_k: choices per token, at most E.
-        capacity: rows per expert, expert e owning rows [e * capacity, (e + 1) * capacity); negative means dropless: rows
-            are packed by expert, R = T * K, and rows past `counts.sum()` are empty.
+        capacity: rows per expert, expert e owning rows [e * capacity, (e + 1) * capacity); negative means dropless:
+            rows are packed by expert, R = T * K, and rows past `counts.sum()` are empty.
         modality_bias: (M, E) logits added by modality.
         modality_ids: (T,) int64 in [0, M), needed with `modality_bias`.
         valid: (T,) bool; other tokens get no row and enter no statistic.
