@@ -31,6 +31,7 @@ GRACE_SECONDS = 3.0
 """What the other ranks get to write their own traceback once one rank has failed or run out of time."""
 
 
+@pytest.fixture
 def free_port() -> int:
     """A TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as probe:
