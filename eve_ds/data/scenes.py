@@ -1,7 +1,7 @@
 """Scenes: generated 64x64 pictures of coloured shapes with captions; the default data, nothing to download.
 
-A sample is a pure function of (level, seed, split, index). Splits are cut by what a scene shows (shape, colour, size and
-cell of every object), never by index: a description seen in one split occurs in no other, under any seed.
+A sample is a pure function of (level, seed, split, index). Splits are cut by what a scene shows (shape, colour, size
+and cell of every object), never by index: a description seen in one split occurs in no other, under any seed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ LEVELS: dict[str, Level] = {
         shapes=SHAPES[:4],
         num_objects=(1, 2),
         radius={"small": 12, "large": 15},
-        # Few, fixed poses: continuous jitter slowed the learning of shapes fourfold.
+        # Few, fixed poses: with continuous jitter shapes took a small model far longer to learn.
         offsets={"small": (-4, 4), "large": (0,)},
     ),
     "hard": Level(

@@ -1,0 +1,155 @@
+"""Tokenizers: any Hugging Face fast tokenizer, or a lower-case BPE one trained on captions."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from eve_ds.config import ConfigError
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+"""In the order of their ids in tokenizers trained here; read ids from the tokenizer, others order them differently."""
+CONTINUATION = "##"
+"""Marks a piece that does not start a word, so that a whole word's token is the word itself."""
+MAX_ALPHABET = 1000
+"""Most frequent characters that get a token; the others become [UNK]."""
+
+_NORMALIZER = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+_PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
+    """`scenes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a name on the Hub.
+
+    Raises:
+        ConfigError: nothing there, not a fast tokenizer, a missing special token, or text that is not encoded as
+            [CLS] text [SEP].
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) == "scenes":
+        resource = resources.files("eve_ds") / "data" / "scenes_tokenizer.json"
+        tokenizer = _wrap(Tokenizer.from_str(resource.read_text(encoding="utf-8")))
+    elif path.suffix == ".json":
+        tokenizer = _wrap(_read_tokenizer_file(path))
+    else:
+        tokenizer = _load_pretrained(str(name_or_path))
+    _check(tokenizer, str(name_or_path))
+    return tokenizer
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train BPE (Sennrich et al. 2016) on captions: NFKC, lower case, words and punctuation apart.
+
+    Special tokens get the ids 0 to 4 in the order of :data:`SPECIAL_TOKENS`. The same captions in any order give the
+    same tokenizer. The vocabulary ends up smaller than `vocab_size` where the captions hold no more pairs to merge.
+
+    Raises:
+        ConfigError: no captions, or a vocabulary too small for the characters of the captions.
+    """
+    words = Counter(
+        word for caption in captions for word, _ in _PRE_TOKENIZER.pre_tokenize_str(_NORMALIZER.normalize_str(caption))
+    )
+    if not words:
+        raise ConfigError("captions to train the tokenizer on are empty; give at least one word")
+    tokenizer = Tokenizer(_train_bpe(words, vocab_size))
+    tokenizer.normalizer = _NORMALIZER
+    tokenizer.pre_tokenizer = _PRE_TOKENIZER
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION, cleanup=True)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return _wrap(tokenizer)
+
+
+def _train_bpe(words: Counter[str], vocab_size: int) -> models.BPE:
+    """BPE model of counted words whose ids depend on the counts alone.
+
+    The trainer numbers continuation pieces in the order of a randomly seeded hash map and breaks ties by number, so
+    they are given to it beforehand, as special tokens that the returned model no longer knows as such.
+    """
+    characters = Counter[str]()
+    for word, count in words.items():
+        characters.update(dict.fromkeys(word, count))
+    alphabet = sorted(sorted(characters, key=lambda char: (-characters[char], char))[:MAX_ALPHABET])
+    kept = set(alphabet)
+    pieces = sorted({CONTINUATION + char for word in words for char in word[1:] if char in kept})
+    reserved = [*SPECIAL_TOKENS.values(), *pieces]
+    if vocab_size < len(reserved) + len(alphabet):
+        raise ConfigError(
+            f"vocab_size ({vocab_size}) must be at least {len(reserved) + len(alphabet)}: the special tokens and the "
+            "characters of the captions, at the start of words and inside"
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=reserved,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix=CONTINUATION,
+        show_progress=False,
+    )
+    trained = Tokenizer(models.BPE(unk_token="[UNK]", continuing_subword_prefix=CONTINUATION))
+    trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trained.train_from_iterator((" ".join([word] * count) for word, count in words.items()), trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [(left, right) for left, right in model["merges"]]
+    return models.BPE(model["vocab"], merges, unk_token="[UNK]", continuing_subword_prefix=CONTINUATION)
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def _read_tokenizer_file(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception for missing and malformed files alike
+        raise ConfigError(f"tokenizer file {path} cannot be read: {error}") from None
+    missing = [token for token in SPECIAL_TOKENS.values() if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise ConfigError(
+            f"tokenizer file {path} has no {', '.join(missing)}; give the folder written by save_pretrained, "
+            "which names its special tokens"
+        )
+    return tokenizer
+
+
+def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, use_fast=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"tokenizer '{name}' is not 'scenes', a tokenizer.json, a folder with one, or a name that can be loaded: "
+            f"{reason}"
+        ) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"tokenizer '{name}' ({type(tokenizer).__name__}) is not a fast tokenizer; convert it first")
+    return tokenizer
+
+
+def _check(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    missing = [key for key in SPECIAL_TOKENS if getattr(tokenizer, key) is None]
+    if missing:
+        raise ConfigError(f"tokenizer '{name}' has no {', '.join(missing)}; masked signal modelling needs all of them")
+    ids = tokenizer("a")["input_ids"]
+    if len(ids) < 3 or ids[0] != tokenizer.cls_token_id or ids[-1] != tokenizer.sep_token_id:
+        raise ConfigError(
+            f"tokenizer '{name}' does not put {tokenizer.cls_token} before and {tokenizer.sep_token} after a text; "
+            "give it a post-processor that does"
+        )
