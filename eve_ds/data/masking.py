@@ -1,0 +1,106 @@
+"""Which patches and tokens of a sample are hidden: a function of (seed, epoch, sample key) and of nothing else.
+
+A resumed run, another number of ranks and another order of samples therefore see the same masks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.random import PCG64, Generator
+from numpy.random.bit_generator import ISeedSequence
+from numpy.typing import NDArray
+
+
+class _HashSeed(ISeedSequence):
+    """Hands a hash to a bit generator as its initial state, in a quarter of the time of numpy's `SeedSequence`."""
+
+    def __init__(self, digest: bytes) -> None:
+        self._digest = digest
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[Any]:
+        """The first `n_words` words of the hash."""
+        return np.frombuffer(self._digest, dtype=dtype, count=n_words)
+
+
+def sample_rng(seed: int, epoch: int, key: str) -> Generator:
+    """A generator that depends on (seed, epoch, key) alone.
+
+    The key is hashed (BLAKE2b, 256 bits), so neighbouring keys and epochs give unrelated streams.
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode("utf-8", "surrogateescape"), digest_size=32).digest()
+    return Generator(PCG64(_HashSeed(digest)))
+
+
+def num_masked_patches(num_patches: int, ratio: float) -> int:
+    """round(ratio * num_patches), and at least one patch on each side where there are two or more."""
+    return min(max(round(ratio * num_patches), 1), num_patches - 1)
+
+
+def mask_patches(num_patches: int, ratio: float, rng: Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split the patches of one image at random.
+
+    Returns:
+        visible (num_patches - M,) and masked (M,), both int64 and ascending, M = round(ratio * num_patches): the same
+        for every sample, so that visible patches stack.
+    """
+    order = rng.permutation(num_patches)
+    count = num_masked_patches(num_patches, ratio)
+    masked, visible = order[:count], order[count:]
+    masked.sort()
+    visible.sort()
+    return visible, masked
+
+
+class MaskedTokens(NamedTuple):
+    """One caption after masking."""
+
+    input_ids: NDArray[np.int64]
+    """(L,) with chosen tokens replaced."""
+    positions: NDArray[np.int64]
+    """(K,) ascending positions of the chosen tokens."""
+    labels: NDArray[np.int64]
+    """(K,) the original tokens at `positions`."""
+
+
+def mask_tokens(
+    token_ids: NDArray[np.int64],
+    maskable: NDArray[np.bool_],
+    ratio: float,
+    rng: Generator,
+    *,
+    mask_token_id: int,
+    random_token_ids: NDArray[np.int64] | None = None,
+    random_share: float = 0.0,
+    keep_share: float = 0.0,
+) -> MaskedTokens:
+    """Choose exactly round(ratio * n) of the n maskable tokens, and at least one if there is any and ratio > 0.
+
+    A chosen token becomes [MASK], or with probability `random_share` a token drawn from `random_token_ids`, or with
+    probability `keep_share` stays as it is (BERT: 0.1 and 0.1); it is predicted in all three cases.
+
+    Args:
+        token_ids: (L,) int64.
+        maskable: (L,) bool; False for [CLS], [SEP] and padding.
+    """
+    candidates = np.flatnonzero(maskable)
+    count = round(ratio * len(candidates))
+    if count == 0 and ratio > 0 and len(candidates) > 0:
+        count = 1
+    positions = rng.permutation(candidates)[:count]
+    positions.sort()
+    labels = token_ids[positions]
+    input_ids = token_ids.copy()
+    input_ids[positions] = mask_token_id
+    if random_share + keep_share > 0 and count > 0:
+        draw = rng.random(count)
+        kept = draw < keep_share
+        random = (draw >= keep_share) & (draw < keep_share + random_share)
+        input_ids[positions[kept]] = labels[kept]
+        if random.any():
+            if random_token_ids is None:
+                raise ValueError("random_share > 0 needs random_token_ids to draw from")
+            input_ids[positions[random]] = rng.choice(random_token_ids, int(random.sum()))
+    return MaskedTokens(input_ids, positions, labels)
