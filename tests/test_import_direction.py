@@ -1,0 +1,56 @@
+"""Which part of the package may import which: the arrows point one way, and few parts know DeepSpeed."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import eve_ds
+
+PACKAGE = Path(eve_ds.__file__).parent
+MAY_IMPORT = {  # part: other parts of eve_ds
+    "config": set(),
+    "distributed": set(),
+    "ops": set(),
+    "data": {"config", "distributed"},
+    "model": {"config", "ops"},
+    "losses": {"config", "ops", "model"},
+    "parallel": {"config", "distributed", "ops", "model", "losses"},
+    "checkpoint": {"config", "distributed"},
+    "export": {"config", "data", "model", "losses"},
+    "tasks": {"config", "data", "model", "losses"},
+    "report": {"config", "data", "model", "losses"},
+    "engine": {"config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint", "report"},
+}
+ONLY_IN = {  # library: parts that may import it
+    "deepspeed": {"parallel", "engine", "checkpoint"},
+    "megatron": {"parallel"},
+    "torch.distributed": {"distributed", "parallel", "engine", "checkpoint"},
+    "launcher": set(),
+}
+
+
+def imported_names(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import; write eve_ds.... in full"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_one_way(file):
+    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    assert part in MAY_IMPORT, f"eve_ds.{part} is a new part: add what it may import to the table of this file"
+    allowed = MAY_IMPORT[part] | {part}
+    for name in imported_names(file):
+        if name.startswith("eve_ds."):
+            assert name.split(".")[1] in allowed, f"eve_ds.{part} must not import {name}"
+        for library, parts in ONLY_IN.items():
+            inside = name == library or name.startswith(f"{library}.")
+            assert not inside or part in parts, f"eve_ds.{part} must not import {name}"
