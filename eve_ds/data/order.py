@@ -1,0 +1,275 @@
+"""The order of the training stream: which sample is slot g, and which slots a rank and its workers serve.
+
+The stream is endless and the same for every world size: slot g is a pure function of (seed, g), so a position is a
+number. A global batch is cut into lanes; lane v walks through its own part of every epoch. Where the ranks divide the
+lanes, each rank opens only the shards of its lanes, and where they do not, the order is still the same.
+
+    slot -> lane and turn -> source (mixture) -> epoch and position -> shard and index in the shard
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eve_ds.config import ConfigError
+from eve_ds.data.masking import sample_rng
+
+MAX_LANES = 64
+"""Readers up to this number open disjoint shards; more readers share the shards of a lane."""
+MIXTURE_BLOCK = 1024
+"""Slots of a lane in which every source gets exactly its share, so a share is met to 1 in 1024."""
+CACHED_LAYOUTS = 256
+"""Shuffled windows and mixture patterns kept: a few per lane."""
+
+
+class Layout(NamedTuple):
+    """How a global batch is cut: `lanes` pieces of `width` consecutive slots."""
+
+    lanes: int
+    width: int
+
+
+def layout_for(train_batch_size: int) -> Layout:
+    """The most lanes, up to 64, that divide the global batch."""
+    lanes = max(count for count in range(1, MAX_LANES + 1) if train_batch_size % count == 0)
+    return Layout(lanes, train_batch_size // lanes)
+
+
+class Place(NamedTuple):
+    """Where one slot's sample lies."""
+
+    source: int
+    epoch: int
+    """Of that source: how often it has been walked through before."""
+    shard: int
+    number: int
+    """Of the sample in its shard."""
+
+
+class _Cache:
+    """The results of a function for the last `size` arguments."""
+
+    def __init__(self, function: Callable[..., Any], size: int) -> None:
+        self._function, self._size = function, size
+        self._results: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def __call__(self, *args: Hashable) -> Any:
+        if args in self._results:
+            return self._results[args]
+        result = self._results[args] = self._function(*args)
+        if len(self._results) > self._size:
+            self._results.popitem(last=False)
+        return result
+
+
+class _Epoch(NamedTuple):
+    shards: NDArray[np.int64]
+    """Shuffled shard numbers."""
+    ends: NDArray[np.int64]
+    """Position behind the last sample of each shuffled shard."""
+    lane_starts: list[int]
+    """First position of each lane."""
+    lane_sizes: list[int]
+
+
+class SourceOrder:
+    """Order of one source: its shards shuffled per epoch, laid end to end, cut into lanes, shuffled in windows.
+
+    Args:
+        shard_sizes: samples of each shard.
+        layout: lanes, and as width how many consecutive samples of this source belong to one lane.
+        window: samples of a lane that are shuffled among themselves.
+    """
+
+    def __init__(self, name: str, shard_sizes: Sequence[int], layout: Layout, window: int, seed: int) -> None:
+        self.num_samples = sum(shard_sizes)
+        self._name, self._layout, self._window, self._seed = name, layout, window, seed
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._epochs = _Cache(self._make_epoch, 4)
+        self._windows = _Cache(self._make_window, CACHED_LAYOUTS)
+
+    def locate(self, number: int) -> tuple[int, int, int]:
+        """Epoch, shard and index in the shard of the source's sample `number`, counted over all epochs."""
+        epoch = number // self.num_samples
+        lane = number // self._layout.width % self._layout.lanes
+        turn = self._before(number, lane) - self._before(epoch * self.num_samples, lane)
+        window, offset = divmod(turn, self._window)
+        plan = self._epochs(epoch)
+        position = plan.lane_starts[lane] + window * self._window + self._windows(epoch, lane, window)[offset]
+        place = int(plan.ends.searchsorted(position, side="right"))
+        start = int(plan.ends[place - 1]) if place else 0
+        return epoch, int(plan.shards[place]), position - start
+
+    def _before(self, number: int, lane: int) -> int:
+        """How many of the numbers below `number` belong to the lane."""
+        lanes, width = self._layout
+        rounds, rest = divmod(number, lanes * width)
+        return rounds * width + min(max(rest - lane * width, 0), width)
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        shards = sample_rng(self._seed, epoch, f"shards of {self._name}").permutation(len(self._sizes))
+        first, last = epoch * self.num_samples, (epoch + 1) * self.num_samples
+        sizes = [self._before(last, lane) - self._before(first, lane) for lane in range(self._layout.lanes)]
+        starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        return _Epoch(shards, self._sizes[shards].cumsum(), starts, sizes)
+
+    def _make_window(self, epoch: int, lane: int, window: int) -> list[int]:
+        size = min(self._window, self._epochs(epoch).lane_sizes[lane] - window * self._window)
+        rng = sample_rng(self._seed, epoch, f"lane {lane} window {window} of {self._name}")
+        order: list[int] = rng.permutation(size).tolist()
+        return order
+
+
+class StreamOrder:
+    """Order of a mixture of sources.
+
+    Args:
+        shard_sizes: per source, the samples of each shard.
+        weights: per source, its share of the mixture relative to the others.
+        window: see :class:`SourceOrder`.
+
+    With one source, slots e * N to (e + 1) * N - 1 are exactly epoch e. With several, each has its own epochs.
+    """
+
+    def __init__(
+        self, shard_sizes: Sequence[Sequence[int]], weights: Sequence[float], layout: Layout, window: int, seed: int
+    ) -> None:
+        blocks = 1 if len(weights) == 1 else -(-MIXTURE_BLOCK // layout.width)
+        self.layout = layout
+        self.quotas = mixture_quotas(weights, blocks * layout.width)
+        self.sources = [
+            SourceOrder(f"source {number}", sizes, Layout(layout.lanes, quota), window, seed)
+            for number, (sizes, quota) in enumerate(zip(shard_sizes, self.quotas, strict=True))
+        ]
+        self._block = sum(self.quotas)
+        self._patterns = _Cache(partial(_mixture_pattern, self.quotas, seed), CACHED_LAYOUTS)
+
+    def locate(self, slot: int) -> Place:
+        """The sample of slot number `slot`."""
+        lanes, width = self.layout
+        rounds, rest = divmod(slot, lanes * width)
+        lane, offset = divmod(rest, width)
+        block, turn = divmod(rounds * width + offset, self._block)
+        source, count = (0, turn) if len(self.sources) == 1 else self._patterns(lane, block)[turn]
+        number = (block * lanes + lane) * self.quotas[source] + count
+        return Place(source, *self.sources[source].locate(number))
+
+
+def mixture_quotas(weights: Sequence[float], block: int) -> list[int]:
+    """Slots of each source in a block: at least one each, rounded so that they fill the block."""
+    if len(weights) > block:
+        raise ConfigError(f"data.sources ({len(weights)}) must not be more than {block}")
+    exact = np.asarray(weights) / sum(weights) * block
+    quotas = np.maximum(np.floor(exact).astype(int), 1)
+    while quotas.sum() != block:
+        step = 1 if quotas.sum() < block else -1
+        error = np.where((quotas > 1) | (step > 0), step * (exact - quotas), -np.inf)
+        quotas[int(np.argmax(error))] += step
+    return [int(quota) for quota in quotas]
+
+
+def _mixture_pattern(quotas: Sequence[int], seed: int, lane: int, block: int) -> list[tuple[int, int]]:
+    """For each turn of a lane in a block: the source, and how many turns of the block that source had before."""
+    order = sample_rng(seed, block, f"mixture of lane {lane}").permutation(np.repeat(np.arange(len(quotas)), quotas))
+    counts = np.zeros(len(order), dtype=np.int64)
+    for source, quota in enumerate(quotas):
+        counts[order == source] = np.arange(quota)
+    return list(zip(order.tolist(), counts.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Position:
+    """What one rank has served and will serve.
+
+    The rank's sequence of slots is `pending`, then from slot `origin` on every `world_size`-th run of `batch` slots.
+    Runs of `batch` of it go to the workers in turn, so that a worker fills one batch from each. A bad sample makes its
+    worker go on into its next run: batches stay full, and no other worker moves.
+    """
+
+    rank: int
+    world_size: int
+    batch: int
+    num_workers: int
+    """Streams the rank is split into; 1 for a loader without processes."""
+    origin: int = 0
+    pending: tuple[int, ...] = ()
+    consumed: tuple[int, ...] = field(default=())
+    """Slots that each worker has used up, bad samples included."""
+    next_worker: int = 0
+    """Who serves the next batch."""
+
+    def __post_init__(self) -> None:
+        if not self.consumed:
+            object.__setattr__(self, "consumed", (0,) * self.num_workers)
+
+    def slot(self, local: int) -> int:
+        """Slot number `local` of this rank's sequence."""
+        local -= len(self.pending)
+        if local < 0:
+            return self.pending[local]
+        run, offset = divmod(local, self.batch)
+        return self.origin + (run * self.world_size + self.rank) * self.batch + offset
+
+    def _local(self, worker: int, count: int) -> int:
+        run, offset = divmod(count, self.batch)
+        return (run * self.num_workers + worker) * self.batch + offset
+
+    def slots(self, worker: int) -> Iterator[int]:
+        """Endless slots of one worker from its position on."""
+        count = self.consumed[worker]
+        while True:
+            yield self.slot(self._local(worker, count))
+            count += 1
+
+    def advance(self, worker: int, consumed: int) -> Position:
+        """The position after `worker` has delivered a batch that took it to `consumed` slots."""
+        counts = list(self.consumed)
+        counts[worker] = consumed
+        return replace(self, consumed=tuple(counts), next_worker=(worker + 1) % self.num_workers)
+
+    def split(self, num_workers: int) -> Position:
+        """The same unserved slots for another number of workers."""
+        if num_workers == self.num_workers:
+            return self
+        return replace(self._compact(), num_workers=num_workers, consumed=(0,) * num_workers, next_worker=0)
+
+    def _compact(self) -> Position:
+        """The unserved slots up to the last served run as `pending`, the rest by a later `origin`; for one worker."""
+        served = min(self.consumed) // self.batch * self.batch
+        start = served * self.num_workers
+        used = {self._local(worker, m) for worker, count in enumerate(self.consumed) for m in range(served, count)}
+        runs = max(-(-(max(used, default=start - 1) + 1 - len(self.pending)) // self.batch), 0)
+        end = len(self.pending) + runs * self.batch
+        pending = tuple(self.slot(local) for local in range(start, end) if local not in used)
+        origin = self.origin + runs * self.world_size * self.batch
+        return Position(self.rank, self.world_size, self.batch, 1, origin, pending)
+
+
+def merge_positions(positions: Sequence[Position], world_size: int, batch: int, num_workers: int) -> list[Position]:
+    """Deal what all ranks of a run have not served to another number of ranks: nothing twice, nothing lost.
+
+    Args:
+        positions: of every rank of the old run.
+        world_size: of the new run; one position per rank is returned.
+    """
+    compact = [position.split(1)._compact() for position in positions]
+    origin = max(position.origin for position in compact)
+    left = sorted(slot for position in compact for slot in _slots_below(position, origin))
+    return [
+        Position(rank, world_size, batch, num_workers, origin, tuple(left[rank::world_size]))
+        for rank in range(world_size)
+    ]
+
+
+def _slots_below(position: Position, origin: int) -> Iterator[int]:
+    yield from position.pending
+    for slot in range(position.origin, origin):
+        if (slot - position.origin) // position.batch % position.world_size == position.rank:
+            yield slot
