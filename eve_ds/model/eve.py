@@ -6,6 +6,7 @@ the blocks, and decodes pixels and words that were hidden.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from eve_ds.model.attention import SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.embeddings import IMAGE, TEXT, ImageEmbedding, TextEmbedding, TokenStream, join
 from eve_ds.model.feed_forward import ModalityFeedForward
-from eve_ds.model.moe import MoE, MoEOutput
+from eve_ds.model.moe import MoE, MoEOutput, plain_named_parameters
 
 MoEFactory = Callable[[ModelConfig], nn.Module]
 """Makes the MoE of one layer; its forward has the signature of :meth:`eve_ds.model.moe.MoE.forward`."""
@@ -141,10 +142,12 @@ class EVE(nn.Module):
     def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
         super().__init__()
         self.config = config
+        # Drawn before the modules are made, since what torch draws for those depends on how many experts are here.
+        seed = int(torch.randint(2**62, (), device="cpu"))
         self.backbone = Backbone(config, moe_cls)
         self.pixel_decoder = PixelDecoder(config)
         self.text_head = TextHead(config)
-        initialize_weights(self, config)
+        initialize_weights(self, config, seed)
 
     def forward(
         self,
@@ -195,23 +198,29 @@ def _token_ids(stream: TokenStream, image: Tensor | None, text: Tensor | None) -
 
 
 @torch.no_grad()
-def initialize_weights(model: nn.Module, config: ModelConfig) -> None:
+def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draw matrices, embeddings and routers from a normal truncated at one standard deviation; biases 0, norms 1.
 
-    Every expert is drawn separately. Position embeddings and class tokens have a scale of their own.
+    Every expert is drawn separately. Position embeddings and class tokens have a scale of their own. A parameter's
+    values depend on (seed, plain name) only, so a process that holds some of the experts draws what the process that
+    holds all of them would. `model` may name its parameters in either way of :mod:`eve_ds.model.naming`.
     """
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    for name, parameter in model.named_parameters():
+    for name, parameter in plain_named_parameters(model):
         kind = name.rpartition(".")[2]
         if kind in {"position", "class_token", "mask_token"}:
-            _truncated_normal(parameter, config.position_initializer_range)
+            _truncated_normal(parameter, config.position_initializer_range, seed, name)
         elif parameter.ndim >= 2 or kind == "modality":
-            _truncated_normal(parameter, config.initializer_range)
+            _truncated_normal(parameter, config.initializer_range, seed, name)
 
 
-def _truncated_normal(tensor: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(tensor, std=std, a=-std, b=std)
+def _truncated_normal(tensor: Tensor, std: float, seed: int, name: str) -> None:
+    if tensor.is_meta:
+        return
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest[:8], "little"))
+    nn.init.trunc_normal_(tensor, std=std, a=-std, b=std, generator=generator)

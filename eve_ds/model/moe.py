@@ -10,7 +10,8 @@ A token's router sees the token plus a learnt embedding of its modality (EVE sec
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from eve_ds import ops
 from eve_ds.config import ModelConfig
 from eve_ds.model.feed_forward import FeedForward
+from eve_ds.model.naming import to_plain_name
 
 
 class RouterStatistics(NamedTuple):
@@ -88,6 +90,12 @@ class Router(nn.Module):
             return self.config.routing == "dropless"
         return self.config.routing == "dropless" or not self.training
 
+    def rows_per_expert(self, routing: ops.Routing) -> Tensor:
+        """(E,) int64 rows of each expert in the buffer: those filled if dropless, otherwise its slots."""
+        if self.dropless:
+            return routing.counts
+        return torch.full_like(routing.counts, routing.source.numel() // routing.counts.numel())
+
     def expert_input_embedding(self) -> Tensor | None:
         """(2, D) embedding to add to what experts see, or None where they see the plain token."""
         return self.modality_embedding if self.official else None
@@ -117,6 +125,9 @@ class Router(nn.Module):
 class MoE(nn.Module):
     """All experts on this process."""
 
+    first_expert = 0
+    """Global id of the first expert held here; other layers of this interface may hold a part."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.router = Router(config)
@@ -126,33 +137,59 @@ class MoE(nn.Module):
 
     def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor) -> MoEOutput:
         """(B, S, D), (B, S) int64, (B, S) bool -> MoEOutput."""
-        x, modality = hidden_states.flatten(0, 1), modality_ids.flatten()
-        routed = self.router(x, modality, attention_mask.flatten())
-        routing = routed.routing
-        rows = ops.moe_dispatch(x, routing.source, self.router.expert_input_embedding(), modality)
-        rows = run_experts(self.experts, rows, routing.counts, dropless=self.router.dropless)
-        mixed = ops.moe_combine(rows, routing.slots, routing.gates)
-        balance = ops.load_balancing_loss(routing.first_choices, routing.probability_sum, routed.num_tokens)
-        return MoEOutput(mixed.view_as(hidden_states), balance, routed.z_sum, routed.statistics)
+        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self._apply_experts)
+
+    def _apply_experts(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        return run_experts(self.experts, rows, rows_per_expert.tolist())
 
 
-def run_experts(experts: nn.ModuleList, rows: Tensor, counts: Tensor, *, dropless: bool) -> Tensor:
-    """Apply expert e to its rows; (R, D) -> (R, D).
+def plain_named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters held here under the names they have in the plain model, experts counted over all processes."""
+    for name, parameter in model.named_parameters():
+        block, is_moe, _ = name.partition(".moe.")
+        first_expert = model.get_submodule(f"{block}.moe").first_expert if is_moe else 0
+        yield to_plain_name(name, cast(int, first_expert)), parameter
+
+
+def mix_experts(
+    router: Router,
+    hidden_states: Tensor,
+    modality_ids: Tensor,
+    attention_mask: Tensor,
+    apply_experts: Callable[[Tensor, Tensor], Tensor],
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> MoEOutput:
+    """Route, dispatch, run the experts wherever they live, combine: what every MoE layer does.
 
     Args:
-        experts: E networks.
-        rows: expert buffer of :func:`eve_ds.ops.moe_dispatch`.
-        counts: (E,) int64 filled rows per expert.
-        dropless: rows are packed (empty rows at the end, returned as zeros) instead of R / E fixed slots per expert.
+        router: chooses experts.
+        hidden_states, modality_ids, attention_mask: (B, S, D), (B, S) int64, (B, S) bool.
+        apply_experts: maps the expert buffer (R, D) and the (E,) int64 rows of each expert in it to the (R, D) outputs.
+        sum_over_ranks: sums a tensor over the ranks whose tokens are balanced together; None: this rank's tokens only.
     """
-    if dropless:
-        sizes = counts.tolist()
-        sizes.append(rows.shape[0] - sum(sizes))
-        *chunks, empty = rows.split(sizes)
-        done = [expert(chunk) for expert, chunk in zip(experts, chunks, strict=True)]
-        return torch.cat([*done, torch.zeros_like(empty)])
-    chunks = rows.chunk(len(experts))
-    return torch.cat([expert(chunk) for expert, chunk in zip(experts, chunks, strict=True)])
+    x, modality = hidden_states.flatten(0, 1), modality_ids.flatten()
+    routed = router(x, modality, attention_mask.flatten())
+    routing = routed.routing
+    rows = ops.moe_dispatch(x, routing.source, router.expert_input_embedding(), modality)
+    rows = apply_experts(rows, router.rows_per_expert(routing))
+    mixed = ops.moe_combine(rows, routing.slots, routing.gates)
+    sums = torch.cat([routing.first_choices, routing.probability_sum, routed.num_tokens.view(1)])
+    if sum_over_ranks is not None:
+        sums = sum_over_ranks(sums)
+    num_experts = routing.first_choices.numel()
+    first_choices, probability_sum, num_tokens = sums.split([num_experts, num_experts, 1])
+    balance = ops.load_balancing_loss(first_choices, probability_sum, num_tokens.squeeze(0))
+    return MoEOutput(mixed.view_as(hidden_states), balance, routed.z_sum, routed.statistics)
+
+
+def run_experts(experts: Iterable[nn.Module], rows: Tensor, sizes: list[int]) -> Tensor:
+    """Apply expert e to its `sizes[e]` rows; (R, D) -> (R, D), rows past their sum (empty ones) are returned as zeros.
+
+    An expert without rows runs on none, so that all its parameters have a gradient on every rank.
+    """
+    *chunks, empty = rows.split([*sizes, rows.shape[0] - sum(sizes)])
+    done = [expert(chunk) for expert, chunk in zip(experts, chunks, strict=True)]
+    return torch.cat([*done, torch.zeros_like(empty)])
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ was dropped, a row that is empty. Ties between experts go to the lowest index.
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -35,8 +37,12 @@ class Routing(NamedTuple):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int) -> int:
-    """Slots per expert: ceil(K * factor * T / E), and no less than `min_capacity` (GShard section 2.2)."""
-    return max(-(-int(num_tokens * capacity_factor * top_k) // num_experts), min_capacity)
+    """Slots per expert: ceil(K * factor * T / E), and no less than `min_capacity` (GShard section 2.2).
+
+    The factor counts as the decimal it is written as: 1.1 times 10 tokens is 11 slots, not ceil(11.000000000000002).
+    """
+    slots = Fraction(str(capacity_factor)) * num_tokens * top_k / num_experts
+    return max(math.ceil(slots), min_capacity)
 
 
 def route_topk(

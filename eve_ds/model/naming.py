@@ -1,0 +1,32 @@
+"""Names of parameters in the plain model and in the DeepSpeed one: strings only, so that anybody may import it.
+
+plain:     `backbone.blocks.5.moe.experts.7.fc1.weight`, 7 counted over all experts of the layer
+DeepSpeed: `backbone.blocks.5.moe.deepspeed_moe.experts.deepspeed_experts.3.fc1.weight`, 3 counted on one rank in a live
+           model, over all experts in DeepSpeed's checkpoint files
+
+A rank that holds L experts of a layer owns the global ones [ep_rank * L, (ep_rank + 1) * L). All other names are equal.
+"""
+
+from __future__ import annotations
+
+import re
+
+_PLAIN = re.compile(r"\.moe\.experts\.(\d+)\.")
+_DEEPSPEED = re.compile(r"\.moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
+
+
+def to_plain_name(name: str, first_expert: int = 0) -> str:
+    """Plain name of a DeepSpeed name; `first_expert` is the global id of what the name calls expert 0."""
+    return _DEEPSPEED.sub(lambda match: f".moe.experts.{int(match[1]) + first_expert}.", name)
+
+
+def to_deepspeed_name(name: str, first_expert: int = 0) -> str:
+    """DeepSpeed name of a plain name on the rank whose expert 0 is the global expert `first_expert`."""
+    infix = ".moe.deepspeed_moe.experts.deepspeed_experts."
+    return _PLAIN.sub(lambda match: f"{infix}{int(match[1]) - first_expert}.", name)
+
+
+def expert_id(name: str) -> int | None:
+    """The expert that a plain or DeepSpeed name belongs to, counted as that name counts; None for other parameters."""
+    match = _PLAIN.search(name) or _DEEPSPEED.search(name)
+    return int(match[1]) if match else None

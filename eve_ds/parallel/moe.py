@@ -1,0 +1,199 @@
+"""Mixture of experts whose experts live on the ranks of DeepSpeed's expert-parallel group.
+
+The layer is a `deepspeed.moe.layer.MoE`, so that the engine, its clipping and its checkpoints find it, with the router
+and the arithmetic of :mod:`eve_ds.model.moe`. Rows of the expert buffer travel to the rank of their expert and back:
+
+    buffer (R, D), packed or in slots by expert = by owner  --all-to-all-->  rows by (source, local expert)
+    --reorder-->  by (local expert, source)  --experts-->  same order  --reorder, all-to-all-->  buffer (R, D)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.experts import Experts
+from deepspeed.moe.layer import MoE as UpstreamMoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from eve_ds.config import ConfigError, ModelConfig
+from eve_ds.model.feed_forward import FeedForward
+from eve_ds.model.moe import MoEOutput, Router, mix_experts, plain_named_parameters, run_experts
+
+
+class DeepSpeedMoE(UpstreamMoE):
+    """The MoE of one layer, with `num_experts / ep_size` of its experts on this rank.
+
+    As the `moe_cls` of :class:`eve_ds.model.eve.EVE` pass `functools.partial(DeepSpeedMoE, ep_size=...)`.
+
+    Forward is a collective of the expert-parallel group (of all data-parallel ranks in training, if the load-balancing
+    loss is taken over them): every rank has to call it equally often. Ranks may bring different numbers of tokens.
+    """
+
+    def __init__(self, config: ModelConfig, ep_size: int = 1, ep_rank: int | None = None) -> None:
+        """Make the experts of this rank.
+
+        Args:
+            config: architecture.
+            ep_size: ranks that share one full set of experts.
+            ep_rank: this rank's place among them; None: consecutive ranks share, as DeepSpeed has it by default.
+
+        Raises:
+            ConfigError: the number of experts is not divisible by `ep_size`.
+        """
+        num_experts = config.moe.num_experts
+        if num_experts % ep_size:
+            raise ConfigError(
+                f"model.moe.num_experts ({num_experts}) must be divisible by parallel.ep_size ({ep_size})"
+            )
+        # Upstream's constructor sets what the engine reads. Its gate and experts, made as small as can be, give way.
+        super().__init__(hidden_size=1, expert=nn.Identity(), num_experts=num_experts, ep_size=ep_size)
+        if ep_rank is None:
+            ep_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
+        self.ep_rank = ep_rank
+        self.first_expert = ep_rank * self.num_local_experts
+        self.balance_over_ranks = config.moe.balance_over == "data_parallel"
+        self.router = Router(config)
+        expert = FeedForward(config.hidden_size, config.intermediate_size)
+        self.deepspeed_moe = ShardedExperts(Experts(expert, self.num_local_experts, self.expert_group_name), ep_size)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by the engine: make the process groups, or find those that another layer has made.
+
+        Raises:
+            ConfigError: the group gives this rank other experts than it has drawn.
+        """
+        super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
+        rank = dist.get_rank(self.deepspeed_moe.ep_group)
+        if rank != self.ep_rank:
+            raise ConfigError(
+                f"this rank holds the experts of expert-parallel rank {self.ep_rank}, but is number {rank} of its "
+                "group: leave use_data_before_expert_parallelism off, or pass DeepSpeedMoE the ep_rank of the layout"
+            )
+
+    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor) -> MoEOutput:
+        """(B, S, D), (B, S) int64, (B, S) bool -> MoEOutput, as :meth:`eve_ds.model.moe.MoE.forward`."""
+        over_ranks = self.balance_over_ranks and dist.is_initialized()
+        sum_over_ranks = _sum_over_data_parallel if over_ranks else None
+        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.deepspeed_moe, sum_over_ranks)
+
+
+class ShardedExperts(nn.Module):
+    """Experts of this rank behind the all-to-all; its name, `deepspeed_moe`, is the one checkpoint code expects."""
+
+    def __init__(self, experts: Experts, ep_size: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.ep_size = ep_size
+        self.ep_group: dist.ProcessGroup | None = None
+
+    def _set_ep_group(self, group: dist.ProcessGroup) -> None:  # the name upstream's MoE calls
+        self.ep_group = group
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """Expert buffer (R, D) and (E,) int64 rows of each expert in it -> (R, D) outputs."""
+        experts = self.experts.deepspeed_experts
+        if self.ep_size == 1:
+            return run_experts(experts, rows, rows_per_expert.tolist())
+        send, receive = self._exchange_sizes(rows_per_expert)
+        sent, received = [sum(row) for row in send], [sum(row) for row in receive]
+        by_source = ExchangeRows.apply(rows, sent, received, sum(received), self.ep_group)
+        per_expert = [list(sources) for sources in zip(*receive, strict=True)]
+        by_expert = transpose_blocks(by_source, receive)
+        done = run_experts(experts, by_expert, [sum(sources) for sources in per_expert])
+        by_source = transpose_blocks(done, per_expert)
+        return ExchangeRows.apply(by_source, received, sent, rows.shape[0], self.ep_group)
+
+    def _exchange_sizes(self, rows_per_expert: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """(E,) int64 -> rows to send [to rank][its expert] and to receive [from rank][expert of this rank]."""
+        if self.ep_group is None:
+            raise RuntimeError(
+                f"experts are spread over {self.ep_size} ranks, but there is no expert-parallel group yet: "
+                "pass the model to deepspeed.initialize first, or call set_deepspeed_parallelism() on its MoE layers"
+            )
+        sizes = rows_per_expert.new_empty(2, self.ep_size, rows_per_expert.numel() // self.ep_size)
+        sizes[0] = rows_per_expert.view_as(sizes[0])
+        dist.all_to_all_single(sizes[1], sizes[0], group=self.ep_group)
+        send, receive = sizes.tolist()  # the one time that the host waits for the device
+        return send, receive
+
+
+def transpose_blocks(rows: Tensor, sizes: list[list[int]]) -> Tensor:
+    """Reorder blocks of rows from (i, j) to (j, i) order; `sizes[i][j]` rows in block (i, j), (N, D) -> (N, D)."""
+    blocks = rows.split([size for row in sizes for size in row])
+    width = len(sizes[0])
+    return torch.cat([blocks[i * width + j] for j in range(width) for i in range(len(sizes))])
+
+
+class ExchangeRows(torch.autograd.Function):
+    """All-to-all of rows over a process group; backward sends the gradients the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], num_rows: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        """Send the first `sum(sent)` of rows (R, D) and return (num_rows, D): those received, then zeros.
+
+        Args:
+            ctx: autograd's.
+            rows: grouped by the rank they go to.
+            sent, received: rows to and from each rank of the group.
+            num_rows: length of the result, at least `sum(received)`.
+            group: over which to exchange.
+        """
+        ctx.sent, ctx.received, ctx.num_rows, ctx.group = sent, received, rows.shape[0], group
+        return _exchange(rows, sent, received, num_rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """(num_rows, D) -> (R, D), zero for rows that were not sent."""
+        return _exchange(gradient, ctx.received, ctx.sent, ctx.num_rows, ctx.group), None, None, None, None
+
+
+def _exchange(rows: Tensor, sent: list[int], received: list[int], num_rows: int, group: dist.ProcessGroup) -> Tensor:
+    out = rows.new_zeros(num_rows, rows.shape[1])
+    dist.all_to_all_single(out[: sum(received)], rows[: sum(sent)].contiguous(), received, sent, group=group)
+    return out
+
+
+class SumOverRanks(torch.autograd.Function):
+    """All-reduce for a loss that every rank then computes and weighs alike.
+
+    The gradient of this rank's loss with respect to its own summand, times the number of ranks: after DeepSpeed has
+    averaged parameter gradients over the ranks, what is left is the gradient of one such loss of the whole batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """(N,) -> (N,) sum over the ranks of `group`."""
+        ctx.num_ranks = dist.get_world_size(group)
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """(N,) -> (N,)."""
+        return gradient * ctx.num_ranks, None
+
+
+def _sum_over_data_parallel(values: Tensor) -> Tensor:
+    return SumOverRanks.apply(values, groups._get_data_parallel_group())
+
+
+def local_plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters of this rank (dense, and experts that it holds), detached, under their names in the plain model."""
+    return {name: parameter.detach() for name, parameter in plain_named_parameters(model)}
+
+
+@torch.no_grad()
+def load_plain_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy what this rank holds from a state dict of the plain model, before `deepspeed.initialize`.
+
+    Raises:
+        KeyError: `state` lacks a parameter that this rank holds.
+    """
+    for name, parameter in plain_named_parameters(model):
+        parameter.copy_(state[name])

@@ -1,0 +1,35 @@
+"""Join the run's processes and hand the group to DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import deepspeed
+import torch.distributed as dist
+
+from eve_ds.distributed import DEFAULT_TIMEOUT, RankInfo, initialize_process_group, read_environment, set_group_timeout
+
+
+def initialize_deepspeed_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> RankInfo:
+    """Join the process group if nobody has yet, and make DeepSpeed use it.
+
+    On CPU, DeepSpeed would first compile `shm_comm`, which takes most of a minute and serves inference only; it is
+    marked as not available. MPI discovery stays off: :mod:`eve_ds.distributed` has read the launcher's variables.
+
+    Args:
+        timeout: longest wait in a collective, DeepSpeed's own groups included.
+
+    Raises:
+        LaunchError: see :func:`eve_ds.distributed.initialize_process_group`.
+    """
+    if dist.is_initialized():
+        set_group_timeout(timeout)
+        info = read_environment(os.environ)
+    else:
+        info = initialize_process_group(timeout=timeout)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout
+    )
+    return info

@@ -1,0 +1,61 @@
+"""Refuse combinations of ranks, experts and DeepSpeed settings that would fail late or compute something else."""
+
+from __future__ import annotations
+
+import math
+
+from eve_ds.config import ConfigError
+
+
+def check_topology(
+    *,
+    world_size: int,
+    num_experts: int,
+    ep_size: int,
+    zero_stage: int,
+    clip_grad_norm: float,
+    data_before_expert: bool = False,
+) -> None:
+    """Check how experts are to be spread before anything is built.
+
+    Args:
+        world_size: ranks of the run.
+        num_experts: experts of a layer.
+        ep_size: ranks that share one full set of experts.
+        zero_stage: `zero_optimization.stage` of the DeepSpeed JSON, 0 to 3.
+        clip_grad_norm: largest gradient norm, 0 = no clipping.
+        data_before_expert: `use_data_before_expert_parallelism` of the DeepSpeed JSON.
+
+    Raises:
+        ConfigError: with the value, the rule and what to do.
+    """
+    sizes = ", ".join(str(size) for size in range(1, world_size + 1) if math.gcd(num_experts, world_size) % size == 0)
+    if num_experts % ep_size:
+        raise ConfigError(
+            f"model.moe.num_experts ({num_experts}) must be divisible by parallel.ep_size ({ep_size}), since every "
+            "rank of an expert-parallel group holds equally many experts: take one of "
+            f"{sizes} as ep_size"
+        )
+    if world_size % ep_size:
+        raise ConfigError(
+            f"the number of ranks ({world_size}) must be divisible by parallel.ep_size ({ep_size}), since every "
+            f"expert-parallel group holds one full set of experts: start a multiple of {ep_size} ranks, or take one of "
+            f"{sizes} as ep_size"
+        )
+    if zero_stage == 3:
+        raise ConfigError(
+            "zero_optimization.stage (3) must be below 3, since DeepSpeed cannot partition the parameters of its MoE "
+            "layers: use stage 1 or 2, which partition optimiser states (and gradients), and a larger parallel.ep_size"
+        )
+    if zero_stage == 0 and ep_size > 1 and clip_grad_norm > 0:
+        raise ConfigError(
+            f"optimizer.clip_grad_norm ({clip_grad_norm:g}) cannot be used with zero_optimization.stage 0 and "
+            f"parallel.ep_size ({ep_size}): ranks hold different experts, and DeepSpeed at stage 0 clips by the "
+            "average of the ranks' gradient norms, which is not the norm of the whole gradient: use stage 1 or 2, "
+            "where it is, or clip_grad_norm=0"
+        )
+    if data_before_expert:
+        raise ConfigError(
+            "use_data_before_expert_parallelism (true) must be left out of the DeepSpeed JSON: here an expert-parallel "
+            "group consists of consecutive ranks, in training and in checkpoints"
+        )
