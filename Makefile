@@ -1,0 +1,61 @@
+# make demo    installs into .venv, pre-trains a small EVE on two expert-parallel ranks, shows what it learnt
+# make test    the same environment, then every test
+# make lint    ruff (rules and format), mypy, codespell
+# Another interpreter: make PYTHON=python3.12 ...    Single tests: make test TESTS="tests/test_config.py -k nearest"
+
+PYTHON ?= python3
+TESTS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# The launchers (deepspeed, torchrun, mpirun) and the programs they start are those of the environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# No DeepSpeed extension is compiled at installation; none is needed on a CPU.
+export DS_BUILD_OPS := 0
+# One thread per rank: two per rank on shared cores can be ten times slower.
+export OMP_NUM_THREADS := 1
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: venv demo demo-seeds test lint format clean
+
+venv: $(INSTALLED)
+
+# Without a driver, the CPU build comes first, so that no later line pulls CUDA packages: from pip's own sources where
+# they have it (a local mirror, a folder of wheels), otherwise from PyTorch's index of CPU builds.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " \
+	  + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	nvidia-smi > /dev/null 2>&1 || $(BIN)/pip install -q -c constraints.txt torch==$(TORCH)+cpu 2> /dev/null || \
+	  $(BIN)/pip install -q -c constraints.txt --index-url $(CPU_INDEX) torch==$(TORCH)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python launcher/demo.py --out runs/demo
+
+demo-seeds: $(INSTALLED)
+	$(BIN)/python launcher/demo.py --out runs/demo --seeds 3
+
+# A killed DeepSpeed build leaves a lock in its cache of extensions that the next one waits for: a new cache per run.
+test: $(INSTALLED)
+	@extensions=$$(mktemp -d) && trap 'rm -rf "$$extensions"' EXIT && \
+	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} TORCH_EXTENSIONS_DIR="$$extensions" $(BIN)/python -m pytest $(TESTS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Runs and data sets stay.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
