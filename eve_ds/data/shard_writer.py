@@ -1,0 +1,502 @@
+"""Write WebDataset shards: parallel, restartable, and always the same bytes, also after a kill.
+
+A shard is one unit of work: `samples_per_shard` captions in the order of the source, whatever is left out of them, so
+the assignment depends neither on the number of workers nor on what an earlier run got done. A sample is three members
+of the tar: KEY.jpg (or png, webp), KEY.txt (the caption, UTF-8) and KEY.json (`image_id`, `name`). An image with
+several captions is written once per caption. Beside the shards:
+
+- index.json: `{"version": 1, "shards": [{"name", "samples", "bytes", "sha256"}]}`; written last, it marks a full set
+- report.json: source, options, counts, and what was left out, with a few names per reason
+- ids.txt: the image ids that were written, for `--exclude_ids` of another set
+- .prepare/ while it runs: one record per finished shard; a shard is finished once it and its record are renamed into
+  place
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from eve_ds.data.image_check import check_image
+from eve_ds.data.importers.candidate import BadSample, Candidate, LazyCandidate, Skip, Source, SourceError
+
+VERSION = 1
+PROGRESS_FOLDER = ".prepare"
+EXAMPLES_PER_REASON = 5
+TASKS_PER_WORKER = 2
+"""Shards handed out ahead; images of compressed archives wait in memory that long."""
+
+
+class OutputError(ValueError):
+    """An output folder that cannot be written or belongs to something else; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class WriterOptions:
+    """What shapes the shards, besides the source."""
+
+    samples_per_shard: int = 1000
+    max_size: int | None = None
+    """Pixels: shrink images whose shorter side is longer, as JPEG; None keeps the original bytes."""
+    limit: int | None = None
+    """Take only the first candidates of the source."""
+    exclude_ids: str | None = None
+    """Path of a file with one image id a line; images with such an id or alias are left out."""
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON, with the digest of the excluded ids, as the same path may hold others tomorrow."""
+        listed = sorted(read_ids(self.exclude_ids))
+        digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
+        return asdict(self) | {"exclude_ids": digest if self.exclude_ids else None}
+
+
+@dataclass
+class Skipped:
+    """Counts and a few names per reason."""
+
+    reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, reason: str, names: Iterable[str], count: int = 1) -> None:
+        """Count samples left out for a reason."""
+        entry = self.reasons.setdefault(reason, {"count": 0, "examples": []})
+        entry["count"] += count
+        entry["examples"] = (entry["examples"] + list(names))[:EXAMPLES_PER_REASON]
+
+    @property
+    def count(self) -> int:
+        """Over all reasons."""
+        return sum(entry["count"] for entry in self.reasons.values())
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """The candidates of one shard; `first_index` counts candidates from the start of the source."""
+
+    number: int
+    first_index: int
+    candidates: tuple[LazyCandidate, ...]
+    skips: tuple[Skip, ...]
+
+    @property
+    def name(self) -> str:
+        """File name of the shard."""
+        return f"shard-{self.number:06d}.tar"
+
+
+@dataclass
+class ShardRecord:
+    """What became of a task; `samples` 0 means that there is no such file."""
+
+    name: str
+    candidates: int
+    samples: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    ids: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+    """Lines of the exclusion file that matched."""
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One more shard is there: handed to the caller of :func:`write_shards`."""
+
+    record: ShardRecord
+    kept: bool
+    """Finished by an earlier run."""
+    total: int | None
+    """Candidates to expect, where known."""
+
+
+def write_shards(
+    source: Source,
+    out: str | Path,
+    options: WriterOptions,
+    workers: int = 1,
+    on_shard: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Write the shards of a source, or finish what an interrupted call began; returns the content of report.json.
+
+    A folder that is already complete is left as it is.
+
+    Raises:
+        OutputError: a folder of another source or other options, a damaged complete folder, or one that cannot be
+            written.
+        SourceError: the source turns out damaged, or not one of its samples could be used.
+        OSError: writing failed, as on a full disk; the same call continues.
+    """
+    folder = Path(out)
+    plan = json.loads(json.dumps({"version": VERSION, "source": source.description, "options": options.describe()}))
+    complete = completed_report(folder, plan)
+    if complete is not None:
+        shutil.rmtree(folder / PROGRESS_FOLDER, ignore_errors=True)  # killed between the index and the last line
+        return complete
+    with _claimed(folder, plan):
+        records = sorted(_records(source, folder, options, workers, on_shard), key=lambda record: record.name)
+        if not any(record.samples for record in records):
+            shutil.rmtree(folder / PROGRESS_FOLDER)
+            raise SourceError(f"no sample could be used: {_summary(_merge_skipped(records))}")
+        report = _finish(folder, plan, records, len(read_ids(options.exclude_ids)))
+    return report
+
+
+def completed_report(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a complete folder of this plan, None where there is work to do.
+
+    Raises:
+        OutputError: a complete folder of another plan, or one whose shards do not have the size in its index.
+    """
+    index_path, report_path = folder / "index.json", folder / "report.json"
+    if not index_path.exists():
+        return None
+    try:
+        index, report = json.loads(index_path.read_bytes()), json.loads(report_path.read_bytes())
+        _require_same_plan(folder, {key: report[key] for key in plan}, plan)
+        entries = [(folder / entry["name"], entry["bytes"]) for entry in index["shards"]]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        raise OutputError(
+            f"{folder} holds an index.json that this command did not write; choose another --out"
+        ) from None
+    for path, size in entries:
+        if not path.is_file() or path.stat().st_size != size:
+            raise OutputError(
+                f"{path} is missing or has not the {size} bytes in index.json; remove {folder} and repeat"
+            )
+    return report
+
+
+@cache
+def read_ids(path: str | None) -> frozenset[str]:
+    """Ids of a file, one a line; raises :class:`SourceError`."""
+    if path is None:
+        return frozenset()
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise SourceError(f"cannot read the ids to exclude from {path}: {error.strerror}") from None
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
+# ------------------------------------------------------------------------------------------------- one shard
+
+
+def split_into_tasks(source: Iterable[LazyCandidate | Skip], options: WriterOptions) -> Iterator[ShardTask]:
+    """Cut a source into shards; what the importer itself leaves out takes no place in them."""
+    candidates: list[LazyCandidate] = []
+    skips: list[Skip] = []
+    number = first_index = captions = 0
+    for item in source:
+        if isinstance(item, Skip):
+            skips.append(item)
+            continue
+        candidates.append(item)
+        captions += item.num_captions
+        at_limit = first_index + len(candidates) == options.limit
+        if captions >= options.samples_per_shard or at_limit:
+            yield ShardTask(number, first_index, tuple(candidates), tuple(skips))
+            number, first_index = number + 1, first_index + len(candidates)
+            candidates, skips, captions = [], [], 0
+        if at_limit:
+            return
+    if candidates or skips:
+        yield ShardTask(number, first_index, tuple(candidates), tuple(skips))
+
+
+def write_shard(task: ShardTask, folder: Path, options: WriterOptions) -> ShardRecord:
+    """Check and write the samples of one shard, then its record; both appear by an atomic rename."""
+    record = ShardRecord(task.name, len(task.candidates))
+    skipped = Skipped(record.skipped)
+    for skip in task.skips:
+        skipped.add(skip.reason, [skip.name])
+    temporary = folder / PROGRESS_FOLDER / f"{task.name}.{os.getpid()}.tmp"
+    with temporary.open("w+b") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for index, candidate in enumerate(task.candidates, start=task.first_index):
+                _write_candidate(tar, index, candidate, options, record, skipped)
+        file.flush()
+        os.fsync(file.fileno())
+        record.bytes = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        record.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if record.samples:
+        temporary.replace(folder / task.name)
+    else:
+        temporary.unlink()
+    _write_atomically(_record_path(folder, task), _dump(asdict(record)))
+    return record
+
+
+def _write_candidate(
+    tar: tarfile.TarFile,
+    index: int,
+    lazy: LazyCandidate,
+    options: WriterOptions,
+    record: ShardRecord,
+    skipped: Skipped,
+) -> None:
+    try:
+        candidate = lazy.resolve()
+        _require_not_excluded(candidate, options, record)
+        captions = _usable_captions(candidate, skipped)
+        if not captions:
+            return
+        image, suffix = check_image(candidate.image.read(), options.max_size)
+    except BadSample as bad:
+        skipped.add(str(bad), [lazy.name])
+        return
+    about = {"image_id": candidate.image_id, "name": candidate.name}
+    for number, caption in captions:
+        key = f"{index:09d}" if candidate.num_captions == 1 else f"{index:09d}-{number}"
+        for member, data in ((suffix, image), ("txt", caption), ("json", _dump(about))):
+            _add_member(tar, f"{key}.{member}", data)
+        record.samples += 1
+    record.ids.append(candidate.image_id)
+
+
+def _require_not_excluded(candidate: Candidate, options: WriterOptions, record: ShardRecord) -> None:
+    matches = read_ids(options.exclude_ids) & {candidate.image_id, *candidate.aliases}
+    if matches:
+        record.excluded += sorted(matches)
+        raise BadSample("excluded id")
+
+
+def _usable_captions(candidate: Candidate, skipped: Skipped) -> list[tuple[int, bytes]]:
+    """Captions as UTF-8 with their position; the others are counted one by one."""
+    usable = []
+    for number, caption in enumerate(candidate.captions):
+        try:
+            # Surrogates stand for bytes that were not UTF-8 in a text file: encoding refuses them.
+            text = caption.decode("utf-8") if isinstance(caption, bytes) else caption
+            data = text.strip().encode("utf-8")
+        except UnicodeError:
+            skipped.add("caption is not UTF-8", [candidate.name])
+            continue
+        if data:
+            usable.append((number, data))
+        else:
+            skipped.add("empty caption", [candidate.name])
+    return usable
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    # A fresh TarInfo has mtime, uid and gid 0, no owner names and mode 0644: nothing of this machine or hour.
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+# ------------------------------------------------------------------------------------------------- all shards
+
+
+def _records(
+    source: Source, folder: Path, options: WriterOptions, workers: int, on_shard: Callable[[Progress], None]
+) -> Iterator[ShardRecord]:
+    """Records of all shards, those of an earlier run included, in the order in which they become known."""
+    kept: list[ShardRecord] = []
+
+    def unfinished() -> Iterator[ShardTask]:
+        for task in split_into_tasks(source, options):
+            record = _read_record(folder, task)
+            if record is None:
+                yield task
+            else:
+                kept.append(record)
+                on_shard(Progress(record, True, source.total))
+
+    for record in _run(unfinished(), folder, options, workers):
+        on_shard(Progress(record, False, source.total))
+        yield record
+    yield from kept
+
+
+def _run(tasks: Iterator[ShardTask], folder: Path, options: WriterOptions, workers: int) -> Iterator[ShardRecord]:
+    if workers == 1:
+        yield from (write_shard(task, folder, options) for task in tasks)
+        return
+    # Spawned, not forked: nothing of the caller (threads of a progress bar, open files) is inherited.
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pending: set[Future[ShardRecord]] = set()
+    try:
+        for task in tasks:
+            pending.add(executor.submit(write_shard, task, folder, options))
+            if len(pending) >= TASKS_PER_WORKER * workers:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BrokenProcessPool:
+        raise OutputError(
+            "a worker was killed, perhaps for memory; the same command continues (fewer --workers?)"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A killed parent leaves nobody who could tell the workers to stop."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _finish(folder: Path, plan: dict[str, Any], records: list[ShardRecord], num_listed: int) -> dict[str, Any]:
+    written = [record for record in records if record.samples]
+    ids = list(dict.fromkeys(image_id for record in written for image_id in record.ids))
+    matched = {name for record in records for name in record.excluded}
+    report = plan | {
+        "shards": len(written),
+        "samples": sum(record.samples for record in written),
+        "images": len(ids),
+        "bytes": sum(record.bytes for record in written),
+        "skipped": _merge_skipped(records).reasons,
+        "excluded_ids": {"listed": num_listed, "matched": len(matched)},
+    }
+    shards = [
+        {"name": record.name, "samples": record.samples, "bytes": record.bytes, "sha256": record.sha256}
+        for record in written
+    ]
+    _write_atomically(
+        folder / "ids.txt", "".join(f"{' '.join(name.split())}\n" for name in ids).encode(errors="surrogateescape")
+    )
+    _write_atomically(folder / "report.json", _dump(report, indent=2))
+    _write_atomically(folder / "index.json", _dump({"version": VERSION, "shards": shards}, indent=1))
+    shutil.rmtree(folder / PROGRESS_FOLDER)
+    return report
+
+
+def _merge_skipped(records: list[ShardRecord]) -> Skipped:
+    merged = Skipped()
+    for record in records:
+        for reason, entry in record.skipped.items():
+            merged.add(reason, entry["examples"], entry["count"])
+    return merged
+
+
+def _summary(skipped: Skipped) -> str:
+    parts = [f"{reason}: {entry['count']} (as {entry['examples'][0]})" for reason, entry in skipped.reasons.items()]
+    return "; ".join(parts) or "the source is empty"
+
+
+# ------------------------------------------------------------------------------------------------- the folder
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
+    """Make the folder ours for this plan, without leftovers of a killed run, and lock it while the body runs."""
+    progress = folder / PROGRESS_FOLDER
+    plan_path = progress / "plan.json"
+    try:
+        if plan_path.exists():
+            _require_same_plan(folder, json.loads(plan_path.read_bytes()), plan)
+        elif any(folder.glob("*.tar")):
+            raise OutputError(f"{folder} holds .tar files that this command did not write; choose another --out")
+        progress.mkdir(parents=True, exist_ok=True)
+        _write_atomically(plan_path, _dump(plan, indent=2))
+        lock = (progress / "lock").open("wb")
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"another process is writing to {folder}") from None
+        except OSError:
+            pass  # a file system without locks
+        for leftover in (*progress.glob("*.tmp"), *folder.glob("*.tmp")):
+            leftover.unlink(missing_ok=True)
+        yield
+
+
+def _require_same_plan(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    difference = _first_difference(theirs, ours)
+    if difference:
+        raise OutputError(
+            f"{folder} holds the shards of another source or other options ({difference}); "
+            "choose another --out or remove it"
+        )
+
+
+def _first_difference(theirs: Any, ours: Any, where: str = "") -> str | None:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            difference = _first_difference(theirs.get(key), ours.get(key), f"{where}.{key}".lstrip("."))
+            if difference:
+                return difference
+        return None
+    return None if theirs == ours else f"{where}: {json.dumps(theirs)} there, {json.dumps(ours)} here"
+
+
+def _record_path(folder: Path, task: ShardTask) -> Path:
+    return folder / PROGRESS_FOLDER / f"{task.name}.json"
+
+
+def _read_record(folder: Path, task: ShardTask) -> ShardRecord | None:
+    try:
+        record = ShardRecord(**json.loads(_record_path(folder, task).read_bytes()))
+    except FileNotFoundError:
+        return None
+    path = folder / task.name
+    intact = not record.samples or (path.is_file() and path.stat().st_size == record.bytes)
+    return record if intact else None
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _dump(tree: Any, indent: int | None = None) -> bytes:
+    # ASCII: names may hold bytes that are no valid text.
+    separators = None if indent else (",", ":")
+    return json.dumps(tree, sort_keys=True, indent=indent, separators=separators).encode() + (b"\n" if indent else b"")
+
+
+# ------------------------------------------------------------------------------------------------- reading back
+
+
+def read_captions(folder: str | Path) -> Iterator[str]:
+    """Captions (`.txt` members, UTF-8) of all shards of a folder, by name, in order; others' shards serve as well.
+
+    Raises:
+        SourceError: a folder without shards, a damaged shard, or a caption that is not UTF-8.
+    """
+    shards = sorted(Path(folder).glob("*.tar"))
+    if not shards:
+        raise SourceError(f"{folder} holds no .tar shards")
+    for path in shards:
+        try:
+            with tarfile.open(path, mode="r:") as tar:
+                for member in tar:
+                    file = tar.extractfile(member) if member.name.endswith(".txt") else None
+                    if file is not None:
+                        yield file.read().decode("utf-8")
+        except (tarfile.TarError, UnicodeDecodeError, OSError) as error:
+            raise SourceError(f"{path} cannot be read: {error}") from None
