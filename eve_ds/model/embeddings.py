@@ -43,6 +43,7 @@ class ImageEmbedding(nn.Module):
         Patches keep the position of where they were in the image.
         """
         batch = pixel_values.shape[0]
+        pixel_values = pixel_values.to(self.projection.weight.dtype)  # batches are fp32, weights may not be
         patches = F.unfold(pixel_values, self.patch_size, stride=self.patch_size).transpose(1, 2)  # (B, N, 3 * P * P)
         position = self.position[1:].expand(batch, -1, -1)
         if visible_patch_ids is not None:

@@ -1,0 +1,122 @@
+"""Save a run so that a checkpoint appears whole or not at all, and go on from the newest one.
+
+All ranks write into a hidden folder; after a barrier rank 0 renames it and then replaces `latest`. A killed save leaves
+only a hidden folder, which the next save removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from transformers import PreTrainedTokenizerFast
+
+from eve_ds.config import Config, ConfigError
+from eve_ds.distributed import get_logger, rank_zero
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+
+
+def save(
+    engine: DeepSpeedEngine,
+    run: Path,
+    *,
+    step: int,
+    state: dict[str, Any],
+    position: dict[str, Any],
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """Write `run/checkpoints/step-NNNNNNNN`; collective, returns the folder.
+
+    Args:
+        engine: model and optimiser.
+        run: output folder of the run.
+        step: optimiser steps taken.
+        state: JSON-able numbers of the run, equal on every rank.
+        position: JSON-able position of this rank's data loader.
+        config, tokenizer: travel with the checkpoint.
+    """
+    root = run / FOLDER
+    name = f"step-{step:08d}"
+    hidden = f".saving-{name}"
+    if rank_zero():
+        for leftover in root.glob(".saving-*"):
+            shutil.rmtree(leftover)
+        (root / hidden).mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(root), tag=hidden, save_latest=False)
+    _write_json(root / hidden / f"position_rank_{dist.get_rank():05d}.json", position)
+    if rank_zero():
+        topology = {
+            "world_size": dist.get_world_size(),
+            "ep_size": config.parallel.ep_size,
+            "zero_stage": engine.zero_optimization_stage(),
+        }
+        _write_json(root / hidden / "state.json", {"step": step, "topology": topology, **state})
+        (root / hidden / "config.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")
+        tokenizer.save_pretrained(root / hidden / "tokenizer")
+    dist.barrier()
+    if rank_zero():
+        _publish(root, hidden, name)
+        get_logger().info("saved %s", root / name)
+    dist.barrier()
+    return root / name
+
+
+def find_latest(run: Path) -> Path | None:
+    """The newest committed checkpoint of a run, or None."""
+    pointer = run / FOLDER / LATEST
+    if not pointer.is_file():
+        return None
+    folder = run / FOLDER / pointer.read_text(encoding="utf-8").strip()
+    if not (folder / "state.json").is_file():
+        raise ConfigError(
+            f"{pointer} names {folder.name}, which is missing or torn: write the name of a whole one into it"
+        )
+    return folder
+
+
+def load(engine: DeepSpeedEngine, checkpoint: Path, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load weights and optimiser of the same topology; returns (state, position of this rank).
+
+    Raises:
+        ConfigError: the checkpoint was written by another world size or ep_size.
+    """
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    now = {
+        "world_size": dist.get_world_size(),
+        "ep_size": config.parallel.ep_size,
+        "zero_stage": engine.zero_optimization_stage(),
+    }
+    if state["topology"] != now:
+        raise ConfigError(
+            f"{checkpoint} was written with {_topology(state['topology'])}, this run has {_topology(now)}: "
+            "resume with the same, or export plain weights and start from those"
+        )
+    engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    position = checkpoint / f"position_rank_{dist.get_rank():05d}.json"
+    return state, json.loads(position.read_text(encoding="utf-8"))
+
+
+def _topology(topology: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in topology.items())
+
+
+def _publish(root: Path, hidden: str, name: str) -> None:
+    if (root / name).exists():  # the same step saved again, as at the end of a run
+        shutil.rmtree(root / name)
+    (root / hidden).rename(root / name)
+    pointer = root / f".{LATEST}"
+    pointer.write_text(name + "\n", encoding="utf-8")
+    os.replace(pointer, root / LATEST)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

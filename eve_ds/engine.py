@@ -1,0 +1,584 @@
+"""Pre-training: DeepSpeed engine around EVE, and one readable loop.
+
+`pretrain` builds the parts and runs `Trainer.run`; a step fetches the micro-batches it is made of, agrees with the other
+ranks on what losses are averaged over, accumulates gradients and updates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from eve_ds.checkpoint import commit
+from eve_ds.config import Config, ConfigError, TrainConfig
+from eve_ds.data.batch import Batch
+from eve_ds.data.masking import num_masked_patches
+from eve_ds.data.pipeline import build_loader
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.distributed import get_logger, rank_zero, seed_everything
+from eve_ds.evaluation import evaluate_scenes
+from eve_ds.losses import Counts, pretraining_losses, total_loss
+from eve_ds.metrics import MetricsWriter, ProgressLine, forward_flops, peak_flops, peak_memory_bytes
+from eve_ds.model.eve import EVE
+from eve_ds.model.moe import router_metrics
+from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.optimizer import optimizer_parameter_groups
+from eve_ds.parallel.startup import initialize_deepspeed_distributed
+from eve_ds.parallel.topology import check_topology
+
+IDENTITY = ("model", "masking", "data", "loss")
+"""Sections that may not change within one output folder."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm that is not finite; names step, rank and sample keys. Nothing was updated."""
+
+
+class Summary(NamedTuple):
+    """What a run did."""
+
+    steps: int
+    samples: int
+    train_seconds: float
+    samples_per_second: float
+    checkpoint: Path | None
+
+
+def pretrain(
+    config: Config, deepspeed_config: dict[str, Any] | None, resume: Literal["auto", "none"] | Path = "auto"
+) -> Summary:
+    """Pre-train as configured; collective over the ranks that the launcher started.
+
+    Args:
+        config: what we own.
+        deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 0 with everything "auto".
+        resume: `auto` goes on with the newest checkpoint of `train.output_dir` if there is one, `none` demands a fresh
+            folder, a path names a checkpoint of the same run.
+
+    Raises:
+        ConfigError: settings that contradict each other, or an output folder of another run.
+        NonFiniteError: see there.
+    """
+    info = initialize_deepspeed_distributed()
+    config, deepspeed_config = resolve_deepspeed_config(deepspeed_config or {}, config, info.world_size)
+    prepare_output_dir(config, resume)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    seed_everything(config.train.seed)
+    moe_cls = partial(DeepSpeedMoE, ep_size=config.parallel.ep_size)
+    model = EVE(config.model, moe_cls=moe_cls)
+    model.backbone.activation_checkpointing = config.train.activation_checkpointing
+    optimizer = build_optimizer(model, config, deepspeed_config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
+    )
+    with Trainer(config, engine, optimizer, tokenizer) as trainer:
+        checkpoint = commit.find_latest(config.train.output_dir) if resume == "auto" else None
+        if isinstance(resume, Path):
+            checkpoint = resume
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        return trainer.run()
+
+
+class Trainer:
+    """State of one run: engine, loader, counters; use as a context manager."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: deepspeed.DeepSpeedEngine,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.optimizer = optimizer
+        self.tokenizer = tokenizer
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.step = self.samples = self.nonfinite_skips = 0
+        self.seconds = 0.0
+        self.saved_at = time.monotonic()
+        self.checkpoint: Path | None = None
+        # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
+        self.host_group = dist.new_group(backend="gloo")
+        self.metrics = MetricsWriter(config.train.output_dir)
+        self.window = _Window()
+        self._open_loader(None)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loader.close()
+        self.metrics.close()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint of the same topology: weights, optimiser, counters, data position."""
+        state, position = commit.load(self.engine, checkpoint, self.config)
+        self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
+        self.nonfinite_skips = state["nonfinite_skips"]
+        self.loader.close()
+        self._open_loader(position)
+        self.checkpoint = checkpoint
+        get_logger().info("resumed from %s", checkpoint)
+
+    def run(self) -> Summary:
+        """Train until `max_steps` or `max_seconds`, evaluating and saving on the way and at the end."""
+        train = self.config.train
+        started_at, samples_before = self.seconds, self.samples
+        with ProgressLine(train.log_every) as progress:
+            done = self._progress() >= 1.0
+            while not done:
+                with self._clock():
+                    done = self._train_step()
+                if self.step % train.metrics_every == 0 or done:
+                    progress.update(self.step, self._progress(), self._write_metrics())
+                if done or (train.eval_every and self.step % train.eval_every == 0):
+                    self._evaluate()
+                if done or self._save_due:
+                    self._save()
+        spent = max(self.seconds - started_at, 1e-9)
+        return Summary(self.step, self.samples, self.seconds, (self.samples - samples_before) / spent, self.checkpoint)
+
+    def _train_step(self) -> bool:
+        """One optimiser update; returns whether it was the last. Randomness is a function of (seed, step, rank)."""
+        micro_batches = [next(self.loader) for _ in range(self.engine.gradient_accumulation_steps())]
+        counts, done = self._agree(micro_batches)
+        self._set_learning_rate()
+        seed_everything(self.config.train.seed * 1_000_003 + self.step, self.rank)
+        losses = []
+        for host_batch in micro_batches:
+            batch = host_batch.to(self.engine.device)
+            output = self.engine(**batch.model_inputs())
+            terms = pretraining_losses(
+                output,
+                pixel_values=batch.pixel_values,
+                image_mask=batch.image_mask,
+                masked_patch_ids=batch.masked_patch_ids,
+                token_labels=batch.token_labels,
+                patch_size=self.config.model.patch_size,
+                counts=counts,
+            )
+            loss = total_loss(terms, self.config.loss)
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+            self.window.add({"loss": loss, **terms}, output.moe)
+        if not self._updated():
+            self._handle_nonfinite(losses, micro_batches)
+        self.step += 1
+        self.samples += self.engine.train_batch_size()
+        self.window.steps += 1
+        return done
+
+    def _agree(self, micro_batches: list[Batch]) -> tuple[Counts, bool]:
+        """Sum over ranks what losses are averaged over, and take rank 0's clocks as everybody's."""
+        local = torch.tensor([_count(batch) for batch in micro_batches], dtype=torch.float64).sum(dim=0)
+        clocks = torch.tensor([self.seconds, time.monotonic() - self.saved_at], dtype=torch.float64)
+        numbers = torch.cat([local, clocks * (self.rank == 0)])
+        dist.all_reduce(numbers, group=self.host_group)
+        *totals, self.seconds, since_save = numbers.tolist()
+        train = self.config.train
+        every_steps, every_minutes = train.save_every_steps, train.save_every_minutes
+        next_step = self.step + 1
+        self._save_due = bool(every_steps and next_step % every_steps == 0)
+        self._save_due |= bool(every_minutes and since_save >= 60 * every_minutes)
+        share = self.world_size * len(micro_batches)
+        done = next_step >= train.max_steps or self._out_of_time()
+        self.window.tokens += totals[2]
+        return Counts(*(total / share for total in totals)), done
+
+    def _updated(self) -> bool:
+        """Whether the last step changed the weights; ZeRO reports overflow on the engine, ZeRO 0 on our optimiser."""
+        return bool(self.engine.was_step_applied()) and not getattr(self.optimizer, "overflow", False)
+
+    def _handle_nonfinite(self, losses: list[Tensor], micro_batches: list[Batch]) -> None:
+        train = self.config.train
+        if train.precision == "fp16":  # an overflow that the loss scaler answers; at its least scale DeepSpeed raises
+            return
+        local = [(self.rank, float(loss), batch.keys) for loss, batch in zip(losses, micro_batches, strict=True)]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, local, group=self.host_group)
+        everything = [item for ranks in gathered for item in ranks]
+        bad = [item for item in everything if not math.isfinite(item[1])]
+        what = "; ".join(
+            f"rank {rank}: loss {loss}, sample keys {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}"
+            for rank, loss, keys in (bad or everything)
+        )
+        kind = "loss" if bad else "gradient norm"
+        message = f"step {self.step + 1}: {kind} is not finite, the update was not applied; {what}"
+        self.nonfinite_skips += 1
+        self.metrics.write("event", **self._stamp(), event="nonfinite", message=message)
+        if train.on_nonfinite == "stop":
+            last = self.checkpoint or "none yet"
+            raise NonFiniteError(f"{message}. Last good checkpoint: {last}")
+        if self.nonfinite_skips > train.max_nonfinite_skips:
+            raise NonFiniteError(
+                f"{message}. That is skip number {self.nonfinite_skips}, "
+                f"train.max_nonfinite_skips ({train.max_nonfinite_skips}) are allowed"
+            )
+        get_logger().warning("%s; skipped", message)
+
+    def _write_metrics(self) -> dict[str, float]:
+        numbers = self.window.reduce(self.world_size)
+        train = self.config.train
+        elapsed = max(self.seconds - self.window.started, 1e-9)
+        samples = self.window.steps * self.engine.train_batch_size()
+        numbers |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "samples_per_second": samples / elapsed,
+            "tokens_per_second": self.window.tokens / elapsed,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        peak = peak_flops(train.precision)
+        if peak is not None:
+            flops = 3 * samples * self._forward_flops() / elapsed
+            numbers["model_flops_utilisation"] = flops / (peak * self.world_size)
+        skipped = {f"skipped/{reason}": count for reason, count in self.loader.skipped.items()}
+        self.metrics.write("train", **self._stamp(), **numbers, **skipped)
+        if self.engine.monitor.enabled and rank_zero():
+            self.engine.monitor.write_events([(f"train/{k}", v, self.samples) for k, v in numbers.items()])
+        self.window = _Window(started=self.seconds)
+        return numbers
+
+    def _evaluate(self) -> None:
+        result = evaluate_scenes(
+            self.engine.module, self.config, self.tokenizer, rank=self.rank, world_size=self.world_size
+        )
+        self.metrics.write("eval", **self._stamp(), **result)
+        gaps = [f"{key} {value['right']:.3f}/{value['wrong']:.3f}" for key, value in result.items() if "right" in value]
+        get_logger().info("eval at step %d, right/wrong: %s", self.step, ", ".join(gaps))
+
+    def _save(self) -> None:
+        self.checkpoint = commit.save(
+            self.engine,
+            self.config.train.output_dir,
+            step=self.step,
+            state={"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite_skips},
+            position=self.loader.state_dict(),
+            config=self.config,
+            tokenizer=self.tokenizer,
+        )
+        self.saved_at = time.monotonic()
+
+    def _open_loader(self, position: dict[str, Any] | None) -> None:
+        self.loader = build_loader(
+            self.config,
+            self.tokenizer,
+            rank=self.rank,
+            world_size=self.world_size,
+            micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
+            state=position,
+        )
+
+    def _set_learning_rate(self) -> None:
+        lr = learning_rate(self.config, self.step, self.seconds)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _progress(self) -> float:
+        """Done share of the run, 1 when it is over."""
+        train = self.config.train
+        by_time = self.seconds / train.max_seconds if train.max_seconds else 0.0
+        return max(self.step / train.max_steps, by_time)
+
+    def _out_of_time(self) -> bool:
+        """Whether the time budget will be spent when the step that begins now is over."""
+        train = self.config.train
+        if train.max_seconds is None:
+            return False
+        step_seconds = self.seconds / self.step if self.step else 0.0
+        return self.seconds + step_seconds >= train.max_seconds
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+
+    def _stamp(self) -> dict[str, Any]:
+        return {"step": self.step, "seconds": self.seconds, "samples": self.samples}
+
+    def _forward_flops(self) -> float:
+        model = self.config.model
+        masked = num_masked_patches(model.num_patches, self.config.masking.patch_mask_ratio)
+        visible = model.num_patches - masked
+        tokens = self.window.tokens / max(self.window.steps * self.engine.train_batch_size(), 1)
+        return forward_flops(
+            model, visible_patches=visible, masked_patches=masked, text_tokens=max(tokens - visible - 1, 0.0)
+        )
+
+
+class _Window:
+    """Numbers since the last metrics record; tensors stay on the device until they are read."""
+
+    def __init__(self, started: float = 0.0) -> None:
+        self.started = started
+        self.steps = 0
+        self.tokens = 0.0
+        self._terms: list[dict[str, Tensor]] = []
+        self._moe: tuple[Any, ...] = ()
+
+    def add(self, terms: dict[str, Tensor], moe: tuple[Any, ...]) -> None:
+        """One micro-batch."""
+        self._terms.append({name: term.detach() for name, term in terms.items()})
+        self._moe = tuple(layer.statistics for layer in moe)
+
+    def reduce(self, world_size: int) -> dict[str, float]:
+        """Mean of every term over micro-batches and ranks, and router statistics of the last micro-batch."""
+        names = sorted(self._terms[0])
+        values = torch.stack([torch.stack([terms[name] for name in names]) for terms in self._terms]).mean(dim=0)
+        dist.all_reduce(values)
+        numbers = dict(zip(names, (values / world_size).tolist(), strict=True))
+        for layer, statistics in enumerate(self._moe):
+            for name, value in router_metrics(statistics).items():
+                numbers[f"moe{layer}/{name}"] = value
+        return numbers
+
+
+class CheckedAdamW(torch.optim.AdamW):
+    """AdamW that refuses an update with a non-finite gradient on any rank, as ZeRO's optimisers do.
+
+    DeepSpeed at ZeRO 0 in fp32 would apply it. `overflow` is the attribute its engine looks for.
+    """
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        """Update unless a gradient of any rank is not finite; then clear nothing and set `overflow`."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().int()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        self.overflow = not bool(finite)
+        return None if self.overflow else super().step(closure)
+
+
+def build_optimizer(model: EVE, config: Config, deepspeed_config: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW over decaying, non-decaying and expert parameters; weight decay is always set explicitly."""
+    stage = deepspeed_config["zero_optimization"]["stage"]
+    cls = CheckedAdamW if stage == 0 else torch.optim.AdamW
+    settings = config.optimizer
+    groups = optimizer_parameter_groups(model, settings.weight_decay)
+    return cls(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+
+
+def learning_rate(config: Config, step: int, seconds: float) -> float:
+    """Learning rate of the update after `step` updates and `seconds` of training.
+
+    Linear warm-up over `warmup_steps`, times a decay from 1 to `final_lr_share` over the rest of the steps, or over
+    the whole time budget with `decay_by: seconds`.
+    """
+    settings, train = config.optimizer, config.train
+    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    if settings.decay_by == "seconds" and train.max_seconds is not None:
+        progress = seconds / train.max_seconds
+    else:
+        progress = (step - settings.warmup_steps) / max(train.max_steps - settings.warmup_steps, 1)
+    progress = min(max(progress, 0.0), 1.0)
+    shape = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
+    decay = settings.final_lr_share + (1 - settings.final_lr_share) * shape[settings.decay]
+    return settings.lr * warmup * decay
+
+
+def resolve_deepspeed_config(
+    deepspeed_config: dict[str, Any], config: Config, world_size: int
+) -> tuple[Config, dict[str, Any]]:
+    """Make the DeepSpeed JSON and the YAML agree.
+
+    A value that is "auto" or absent in the JSON comes from the YAML; one that is set in the JSON alone is taken into
+    the configuration; one that is set in both and differs is an error.
+
+    Returns:
+        The configuration with batch triangle, precision and clipping settled, and the JSON without any "auto".
+
+    Raises:
+        ConfigError: a contradiction (both places are named), a batch that does not fit, a refused topology, or "auto"
+            where there is nothing to take it from.
+    """
+    resolved = json.loads(json.dumps(deepspeed_config))
+    train = config.train
+    batch = _take(resolved, "train_batch_size", train, "train_batch_size")
+    micro = _take(resolved, "train_micro_batch_size_per_gpu", train, "micro_batch_size")
+    accumulation = _take(resolved, "gradient_accumulation_steps", train, "gradient_accumulation_steps")
+    micro, accumulation = batch_triangle(batch, micro, accumulation, world_size)
+    precision = _precision(resolved, train)
+    clip = _clipping(resolved, config)
+    resolved |= {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "bf16": {**_section(resolved, "bf16"), "enabled": precision == "bf16"},
+        "fp16": {**_section(resolved, "fp16"), "enabled": precision == "fp16"},
+        "steps_per_print": resolved.get("steps_per_print", 10**9),
+        "zero_allow_untested_optimizer": True,
+    }
+    zero = resolved.setdefault("zero_optimization", {})
+    zero.setdefault("stage", 0)
+    _refuse_auto(resolved, "")
+    check_topology(
+        world_size=world_size,
+        num_experts=config.model.moe.num_experts,
+        ep_size=config.parallel.ep_size,
+        zero_stage=zero["stage"],
+        clip_grad_norm=clip,
+        data_before_expert=bool(resolved.get("use_data_before_expert_parallelism", False)),
+    )
+    settled = {
+        "train_batch_size": batch,
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "precision": precision,
+    }
+    return (
+        config.model_copy(
+            update={
+                "train": train.model_copy(update=settled),
+                "optimizer": config.optimizer.model_copy(update={"clip_grad_norm": clip}),
+            }
+        ),
+        resolved,
+    )
+
+
+def batch_triangle(batch: int, micro: int | None, accumulation: int | None, world_size: int) -> tuple[int, int]:
+    """Micro-batch size and accumulation steps such that batch = micro * accumulation * world_size.
+
+    Raises:
+        ConfigError: no such whole numbers.
+    """
+    rule = (
+        f"train_batch_size ({batch}) must equal micro_batch_size ({micro or 'free'}) * "
+        f"gradient_accumulation_steps ({accumulation or 'free'}) * ranks ({world_size})"
+    )
+    if micro is None and accumulation is None:
+        accumulation = 1
+    if micro is None:
+        micro = batch // (world_size * (accumulation or 1))
+    if accumulation is None:
+        accumulation = batch // (world_size * micro)
+    if micro * accumulation * world_size != batch or micro < 1:
+        raise ConfigError(f"{rule}; leave one of them out, or change train_batch_size to a multiple of the others")
+    return micro, accumulation
+
+
+def prepare_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> None:
+    """Create the output folder and write config.json into it, or check that it belongs to this run; collective.
+
+    Raises:
+        ConfigError: the folder cannot be written, holds another run, or holds a run although `resume` is `none`.
+    """
+    problem: list[str | None] = [None]
+    if rank_zero():
+        try:
+            _check_output_dir(config, resume)
+        except (ConfigError, OSError) as error:
+            problem[0] = str(error)
+    dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise ConfigError(problem[0])
+
+
+def _check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> None:
+    folder = config.train.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"train.output_dir ({folder}) cannot be created: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"train.output_dir ({folder}) is not writable: change its permissions or name another folder")
+    written = folder / "config.json"
+    if written.is_file():
+        if resume == "none":
+            raise ConfigError(f"train.output_dir ({folder}) holds a run: use --resume auto, or name another folder")
+        before, now = json.loads(written.read_text(encoding="utf-8")), config.model_dump(mode="json")
+        for section in IDENTITY:
+            if before[section] != now[section]:
+                key = next(key for key in now[section] if before[section].get(key) != now[section][key])
+                raise ConfigError(
+                    f"train.output_dir ({folder}) is the folder of another run: its {section}.{key} is "
+                    f"{before[section].get(key)!r}, this run's is {now[section][key]!r}; name another folder"
+                )
+    written.write_text(config.model_dump_json(indent=2), encoding="utf-8")
+
+
+def _count(batch: Batch) -> list[float]:
+    """Masked patches, masked tokens and encoder tokens of a micro-batch: the fields of Counts."""
+    images = 0.0
+    if batch.pixel_values is not None:
+        images = float(len(batch) if batch.image_mask is None else batch.image_mask.sum())
+    masked = batch.masked_patch_ids.shape[1] if batch.masked_patch_ids is not None else 0
+    visible = batch.visible_patch_ids.shape[1] if batch.visible_patch_ids is not None else 0
+    labels = batch.token_labels.numel() if batch.token_labels is not None else 0
+    text = float(batch.attention_mask.sum()) if batch.attention_mask is not None else 0.0
+    return [images * masked, float(labels), images * (1 + visible) + text]
+
+
+def _take(resolved: dict[str, Any], key: str, train: TrainConfig, field: str) -> Any:
+    """Value of a setting that both files may speak of; `None` if neither does."""
+    ours, theirs = getattr(train, field), resolved.get(key, "auto")
+    if theirs == "auto":
+        return ours
+    if field in train.model_fields_set and ours is not None and ours != theirs:
+        raise ConfigError(_contradiction(f"train.{field}", ours, key, theirs))
+    return theirs
+
+
+def _contradiction(ours: str, our_value: Any, theirs: str, their_value: Any) -> str:
+    return (
+        f"{ours} ({our_value}) in the YAML contradicts {theirs} ({their_value}) in the DeepSpeed JSON: "
+        'set the JSON to "auto", or make them equal'
+    )
+
+
+def _precision(resolved: dict[str, Any], train: TrainConfig) -> str:
+    wanted = {name: _section(resolved, name).get("enabled", "auto") for name in ("bf16", "fp16")}
+    chosen = next((name for name, enabled in wanted.items() if enabled is True), None)
+    explicit = "precision" in train.model_fields_set
+    if chosen is not None:
+        if explicit and train.precision != chosen:
+            raise ConfigError(_contradiction("train.precision", train.precision, f"{chosen}.enabled", True))
+        return chosen
+    if wanted.get(train.precision) is False:
+        if explicit:
+            raise ConfigError(_contradiction("train.precision", train.precision, f"{train.precision}.enabled", False))
+        return "fp32"
+    return train.precision
+
+
+def _clipping(resolved: dict[str, Any], config: Config) -> float:
+    ours, theirs = config.optimizer.clip_grad_norm, resolved.get("gradient_clipping", "auto")
+    if theirs == "auto":
+        return ours
+    if "clip_grad_norm" in config.optimizer.model_fields_set and ours != theirs:
+        raise ConfigError(_contradiction("optimizer.clip_grad_norm", ours, "gradient_clipping", theirs))
+    return float(theirs)
+
+
+def _section(resolved: dict[str, Any], name: str) -> dict[str, Any]:
+    section = resolved.get(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name} ({section!r}) in the DeepSpeed JSON must be a section such as {{'enabled': 'auto'}}")
+    return section
+
+
+def _refuse_auto(value: Any, path: str) -> None:
+    if value == "auto":
+        raise ConfigError(f'{path} in the DeepSpeed JSON is "auto", but there is nothing to take it from: give a value')
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_auto(item, f"{path}.{key}" if path else key)
