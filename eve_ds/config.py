@@ -138,6 +138,15 @@ class MaskingConfig(Section):
     keep_token_share: Fraction = 0.0
     """Share of chosen tokens left as they are, and still predicted (BERT: 0.1)."""
 
+    @model_validator(mode="after")
+    def _check(self) -> MaskingConfig:
+        _require(
+            self.random_token_share + self.keep_token_share <= 1,
+            f"random_token_share ({self.random_token_share}) and keep_token_share ({self.keep_token_share}) "
+            "must not exceed 1 together",
+        )
+        return self
+
 
 class SourceConfig(Section):
     """One source of the training mixture."""
@@ -145,6 +154,8 @@ class SourceConfig(Section):
     kind: Literal["scenes", "shards"]
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the mixture, relative to the other sources' weights."""
+    modalities: Literal["pair", "image", "text", "any"] = "pair"
+    """What a sample must hold and gives: image and caption, the image alone, the caption alone, or whatever it has."""
     shards: str | list[str] | None = None
     """`kind: shards`: paths, brace lists such as `cc3m-{00000..00331}.tar`, or a folder that holds an index.json."""
     level: Literal["easy", "hard"] = "easy"
@@ -169,13 +180,13 @@ class DataConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank."""
     shuffle_buffer: PositiveInt = 1000
-    """Samples a worker holds to shuffle, on top of the shuffled shard order."""
+    """Samples that are shuffled among themselves, on top of the shuffled shard order; none is held in memory."""
     crop_scale: tuple[Fraction, Fraction] = (1.0, 1.0)
     """Area range of RandomResizedCrop; (1, 1) only resizes."""
     horizontal_flip: Fraction = 0.0
     """Probability of a flip, for captions without left/right words only."""
     max_bad_share: Fraction = 0.01
-    """Above this share of unusable samples the run stops."""
+    """Above this share of unusable samples on a rank, counted over at least 1,000, the run stops."""
 
 
 class LossConfig(Section):

@@ -1,12 +1,41 @@
-"""One batch of the training stream: keys, images, captions and what is masked in both."""
+"""What travels through the training pipeline: a decoded sample, a sample that cannot be used, a batch."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded sample, before masking."""
+
+    key: str
+    epoch: int
+    """How often its source has been walked through before."""
+    image: NDArray[np.uint8] | None
+    """(image_size, image_size, 3), cropped and flipped."""
+    caption: str | None
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used.
+
+    Args:
+        reason: one of few fixed texts, under which it is counted.
+        detail: what exactly happened.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
+        self.key: str | None = None
+        """Set where it is known."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def sample_rng(seed: int, epoch: int, key: str) -> Generator:
     The key is hashed (BLAKE2b, 256 bits), so neighbouring keys and epochs give unrelated streams.
     """
     digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode("utf-8", "surrogateescape"), digest_size=32).digest()
-    return Generator(PCG64(_HashSeed(digest)))
+    return Generator(PCG64(_HashSeed(digest)))  # type: ignore[arg-type]
 
 
 def num_masked_patches(num_patches: int, ratio: float) -> int:

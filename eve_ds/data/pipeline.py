@@ -1,148 +1,203 @@
-"""The training pipeline: shards or scenes to an endless, resumable stream of batches.
+"""The training pipeline: an endless, resumable stream of batches for one rank.
 
-Every batch is a pure function of the configuration, the slots it covers and the data; see :mod:`eve_ds.data.order`.
+    slots of a worker -> read, decode, crop -> fill batches, mask -> Loader (counts, position, bad samples)
+
+The first three are stages of a `webdataset.DataPipeline`, which runs in this process or in worker processes. Which
+sample comes when is decided beforehand (:mod:`eve_ds.data.order`), so a position is a few numbers, and resuming reads
+and decodes nothing that was served before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch.utils.data import DataLoader, get_worker_info
 from transformers import PreTrainedTokenizerFast
+from webdataset import DataPipeline
 
-from eve_ds.config import Config, ConfigError, SourceConfig
-from eve_ds.data.batch import Batch
-from eve_ds.data.masking import mask_patches, mask_tokens, sample_rng
-from eve_ds.data.order import Position, StreamOrder, layout_for
-from eve_ds.data.scenes import Scenes
+from eve_ds.config import Config, ConfigError
+from eve_ds.data.batch import BadSample, Batch, Sample
+from eve_ds.data.collate import Collator
+from eve_ds.data.order import Layout, Place, Position, StreamOrder, layout_for, merge_positions
+from eve_ds.data.sources import Source, UnusableData, open_sources
+from eve_ds.distributed import get_logger
 
-SCENES_PER_SHARD = 1000
-"""Scenes are ordered as if they lay in shards of this many."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One decoded sample, before masking."""
-
-    key: str
-    epoch: int
-    image: NDArray[np.uint8] | None
-    """(H, W, 3) in the model's image size."""
-    caption: str | None
+STATE_VERSION = 1
+MIN_COUNTED = 1000
+"""`data.max_bad_share` is a share of at least this many samples, so that a few early ones do not stop a run."""
+MAX_BAD_RUN = 1000
+"""So many unusable samples before one batch is full stop the run, unless `data.max_bad_share` is 1."""
 
 
-class ScenesSource:
-    """Generated scenes of one level and seed."""
+class Skipped(NamedTuple):
+    """A sample that was passed over."""
 
-    def __init__(self, config: SourceConfig) -> None:
-        self._scenes = Scenes(config.level, config.seed, "train")
-        self._name = f"scenes-{config.level}-{config.seed}"
-        full, rest = divmod(config.num_samples, SCENES_PER_SHARD)
-        self.shard_sizes = [SCENES_PER_SHARD] * full + ([rest] if rest else [])
-
-    def read(self, shard: int, number: int, epoch: int) -> Sample:
-        """Sample `number` of a virtual shard."""
-        index = shard * SCENES_PER_SHARD + number
-        scene = self._scenes[index]
-        return Sample(f"{self._name}-{index:08d}", epoch, scene.image, scene.caption)
+    reason: str
+    where: str
+    """Shard, key and detail."""
 
 
-class Collator:
-    """Turns samples into a masked :class:`Batch`."""
+class Delivery(NamedTuple):
+    """What a worker hands to the loader."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._model, self._masking, self._seed = config.model, config.masking, config.train.seed
-        self._encode = tokenizer.backend_tokenizer.encode
-        self._pad_id, self._mask_id, self._sep_id = (
-            tokenizer.pad_token_id,
-            tokenizer.mask_token_id,
-            tokenizer.sep_token_id,
-        )
-        special = set(tokenizer.all_special_ids)
-        self._random_ids = np.array([token for token in range(len(tokenizer)) if token not in special], dtype=np.int64)
+    batch: Batch | None
+    """None: the worker gave up."""
+    consumed: int
+    """Slots the worker has used up with this batch."""
+    skipped: list[Skipped]
 
-    def __call__(self, samples: list[Sample]) -> Batch:
-        """Stack, normalise, tokenise and mask."""
-        rngs = [sample_rng(self._seed, sample.epoch, sample.key) for sample in samples]
-        patches = [mask_patches(self._model.num_patches, self._masking.patch_mask_ratio, rng) for rng in rngs]
-        pixels = torch.from_numpy(np.stack([sample.image for sample in samples if sample.image is not None]))
-        input_ids, attention_mask, masked, labels = self._text(samples, rngs)
-        return Batch(
-            keys=[sample.key for sample in samples],
-            pixel_values=pixels.permute(0, 3, 1, 2).float().mul_(2 / 255).sub_(1).contiguous(),
-            visible_patch_ids=torch.from_numpy(np.stack([visible for visible, _ in patches])),
-            masked_patch_ids=torch.from_numpy(np.stack([hidden for _, hidden in patches])),
-            input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(attention_mask),
-            masked_token_ids=torch.from_numpy(masked),
-            token_labels=torch.from_numpy(labels),
-        )
 
-    def _text(self, samples: list[Sample], rngs: list[np.random.Generator]) -> tuple[NDArray[Any], ...]:
-        tokens = [self._tokens(sample.caption) for sample in samples]
-        length = max(len(row) for row in tokens)
-        input_ids = np.full((len(samples), length), self._pad_id, dtype=np.int64)
-        attention_mask = np.zeros((len(samples), length), dtype=np.bool_)
-        positions, labels = [], []
-        for row, (token_ids, rng) in enumerate(zip(tokens, rngs, strict=True)):
-            maskable = np.ones(len(token_ids), dtype=np.bool_)
-            maskable[[0, -1]] = False
-            masked = mask_tokens(
-                token_ids,
-                maskable,
-                self._masking.text_mask_ratio,
-                rng,
-                mask_token_id=self._mask_id,
-                random_token_ids=self._random_ids,
-                random_share=self._masking.random_token_share,
-                keep_share=self._masking.keep_token_share,
-            )
-            input_ids[row, : len(token_ids)] = masked.input_ids
-            attention_mask[row, : len(token_ids)] = True
-            positions.append(masked.positions + row * length)
-            labels.append(masked.labels)
-        return input_ids, attention_mask, np.concatenate(positions), np.concatenate(labels)
+def worker_places(order: StreamOrder, position: Position) -> Iterator[tuple[int, Place]]:
+    """First stage: the places that this worker serves, each with the number of slots used up with it."""
+    info = get_worker_info()
+    # Worker processes deliver in turn from number 0 on, so number 0 takes the stream that is next.
+    worker = (position.next_worker + (info.id if info else 0)) % position.num_workers
+    for consumed, slot in enumerate(position.slots(worker), start=position.consumed[worker] + 1):
+        yield consumed, order.locate(slot)
 
-    def _tokens(self, caption: str | None) -> NDArray[np.int64]:
-        ids = self._encode(caption or "").ids
-        if len(ids) > self._model.text_length:
-            ids = [*ids[: self._model.text_length - 1], self._sep_id]
-        return np.array(ids, dtype=np.int64)
+
+def read_samples(
+    places: Iterable[tuple[int, Place]], sources: Sequence[Source]
+) -> Iterator[tuple[int, Sample | Skipped]]:
+    """Second stage: read, decode and crop; what cannot be used comes out as :class:`Skipped`."""
+    for consumed, place in places:
+        source = sources[place.source]
+        try:
+            yield consumed, source.read(place.shard, place.number, place.epoch)
+        except BadSample as error:
+            key = "" if error.key is None else f", key {error.key}"
+            yield consumed, Skipped(error.reason, f"{source.describe(place.shard, place.number)}{key}: {error}")
+
+
+def fill_batches(
+    samples: Iterable[tuple[int, Sample | Skipped]],
+    batch_size: int,
+    collate: Callable[[Sequence[Sample]], Batch],
+    max_bad_run: int,
+) -> Iterator[Delivery]:
+    """Third stage: full batches, whatever had to be skipped between."""
+    good: list[Sample] = []
+    skipped: list[Skipped] = []
+    for consumed, sample in samples:
+        if isinstance(sample, Skipped):
+            skipped.append(sample)
+        else:
+            good.append(sample)
+        if len(good) == batch_size:
+            yield Delivery(collate(good), consumed, skipped)
+            good, skipped = [], []
+        elif len(skipped) >= max_bad_run:
+            yield Delivery(None, consumed, skipped)
+            return
+
+
+def _deliveries(pipeline: DataPipeline, num_workers: int, start_method: str | None) -> Iterator[Delivery]:
+    if num_workers == 0:
+        return iter(pipeline)
+    loader = DataLoader(
+        pipeline,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,  # type: ignore[arg-type]
+        multiprocessing_context=start_method,
+        generator=torch.Generator(),  # else it draws from torch's default generator, which the model's noise uses
+    )
+    return iter(loader)
+
+
+def _unchanged(delivery: Delivery) -> Delivery:
+    return delivery
 
 
 class Loader:
-    """Endless iterator of batches over epochs, for one rank."""
+    """Endless iterator of :class:`Batch` over epochs, for one rank; made by :func:`build_loader`.
 
-    def __init__(self, sources: list[ScenesSource], order: StreamOrder, collate: Collator, position: Position) -> None:
+    Attributes:
+        skipped: unusable samples by reason since the start of the run.
+        num_samples: samples handed out by this rank since the start of the run.
+        samples_per_epoch: of all sources together, over all ranks.
+    """
+
+    def __init__(
+        self,
+        pipeline: DataPipeline,
+        sources: Sequence[Source],
+        position: Position,
+        identity: dict[str, Any],
+        *,
+        num_workers: int,
+        start_method: str | None,
+        max_bad_share: float,
+    ) -> None:
         self.skipped: Counter[str] = Counter()
         self.num_samples = 0
-        self._sources, self._order, self._collate = sources, order, collate
-        self._position = position
-        self._slots = position.slots(0)
+        self.samples_per_epoch = sum(sum(source.shard_sizes) for source in sources)
+        self._sources = sources
+        self._position, self._identity, self._max_bad_share = position, identity, max_bad_share
+        self._start: Callable[[], Iterator[Delivery]] = partial(_deliveries, pipeline, num_workers, start_method)
+        self._stream: Iterator[Delivery] | None = None
+        self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        samples = []
-        for _ in range(self._position.batch):
-            place = self._order.locate(next(self._slots))
-            samples.append(self._sources[place.source].read(place.shard, place.number, place.epoch))
-        self._position = self._position.advance(0, self._position.consumed[0] + len(samples))
-        self.num_samples += len(samples)
-        return self._collate(samples)
+        """The next batch; raises :class:`UnusableData` when too many samples cannot be used."""
+        if self._closed:
+            raise StopIteration
+        if self._stream is None:  # on first use: building a loader starts no process
+            self._stream = self._start()
+        delivery = next(self._stream)
+        self._position = self._position.advance(self._position.next_worker, delivery.consumed)
+        self.num_samples += 0 if delivery.batch is None else len(delivery.batch)
+        self._count(delivery.skipped)
+        if delivery.batch is None:
+            raise UnusableData(f"{len(delivery.skipped)} samples in a row, but for less than a batch, {self._report()}")
+        return delivery.batch
+
+    def _count(self, skipped: list[Skipped]) -> None:
+        for item in skipped:
+            self._last_skipped = item
+            self.skipped[item.reason] += 1
+            count = self.skipped[item.reason]
+            if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... of a kind
+                get_logger().warning("skipped %d samples so far for '%s'; %s", count, item.reason, item.where)
+        bad = self.skipped.total()
+        if skipped and bad > self._max_bad_share * max(bad + self.num_samples, MIN_COUNTED):
+            raise UnusableData(f"{bad} of {bad + self.num_samples} samples {self._report()}")
+
+    def _report(self) -> str:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
+        return (
+            f"cannot be used, more than data.max_bad_share ({self._max_bad_share:g}) allows; {reasons}; "
+            f"the last one: {self._last_skipped.where}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able position just after the last batch handed out by this rank."""
-        return {"consumed": list(self._position.consumed), "num_samples": self.num_samples}
+        """JSON-able position just after the last batch handed out by this rank.
+
+        The states of all ranks together can be carried over to another number of ranks: give the list of them to
+        :func:`build_loader`.
+        """
+        return {
+            "version": STATE_VERSION,
+            **self._identity,
+            "position": dataclasses.asdict(self._position),
+            "num_samples": self.num_samples,
+            "skipped": dict(self.skipped),
+        }
 
     def close(self) -> None:
-        """Release processes and files."""
+        """End the worker processes and close the shards; the loader then hands out nothing more."""
+        self._stream = None  # torch's iterator ends its workers when it is dropped
+        for source in self._sources:
+            source.close()
+        self._closed = True
 
 
 def build_loader(
@@ -152,25 +207,121 @@ def build_loader(
     rank: int,
     world_size: int,
     micro_batch_size: int,
-    state: dict[str, Any] | None = None,
+    state: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+    start_method: str | None = None,
 ) -> Loader:
-    """Batches of one rank, from the start or from the position in `state`."""
-    if len(tokenizer) > config.model.vocab_size:
-        raise ConfigError(
-            f"tokenizer '{config.data.tokenizer}' has {len(tokenizer)} tokens, more than model.vocab_size "
-            f"({config.model.vocab_size}); raise model.vocab_size or use a smaller tokenizer"
-        )
-    sources = [ScenesSource(source) for source in config.data.sources]
-    order = StreamOrder(
+    """The batches of one rank, from the start or from a saved position.
+
+    With `data.num_workers` 0 samples are read in this process, otherwise in that many of its own.
+
+    Args:
+        micro_batch_size: samples per batch.
+        state: what :meth:`Loader.state_dict` gave on this rank, or a list of what it gave on every rank in rank order.
+            The list may come from another number of ranks, or of samples per batch: what they had not served is dealt
+            anew, nothing twice and nothing lost. The number of workers may always change.
+        start_method: how worker processes start: "fork", "spawn", "forkserver"; None for Python's default.
+
+    Raises:
+        ConfigError: shards that are missing or empty, a tokenizer larger than the model's vocabulary, or a position of
+            other data, another seed, mixture or number of ranks.
+    """
+    sources = open_sources(config)
+    collate = Collator(
+        config,
+        tokenizer,
+        has_images=any(source.has_images for source in sources),
+        has_captions=any(source.has_captions for source in sources),
+    )
+    states = [] if state is None else [state] if isinstance(state, dict) else list(state)
+    identity = _identity(config, sources, states)
+    num_streams = max(config.data.num_workers, 1)
+    position = _position(states, rank, world_size, micro_batch_size, num_streams)
+    order = _order(config, sources, Layout(*identity["layout"]))
+    share = config.data.max_bad_share
+    num_samples = sum(sum(source.shard_sizes) for source in sources)
+    pipeline = DataPipeline(
+        partial(worker_places, order, position),
+        partial(read_samples, sources=sources),
+        partial(
+            fill_batches,
+            batch_size=micro_batch_size,
+            collate=collate,
+            max_bad_run=MAX_BAD_RUN if share < 1 else max(num_samples, MAX_BAD_RUN),
+        ),
+    )
+    loader = Loader(
+        pipeline,
+        sources,
+        position,
+        identity,
+        num_workers=config.data.num_workers,
+        start_method=start_method,
+        max_bad_share=share,
+    )
+    _restore_counts(loader, states, rank, world_size)
+    return loader
+
+
+def _order(config: Config, sources: Sequence[Source], layout: Layout) -> StreamOrder:
+    return StreamOrder(
         [source.shard_sizes for source in sources],
         [source.weight for source in config.data.sources],
-        layout_for(config.train.train_batch_size),
+        layout,
         config.data.shuffle_buffer,
         config.train.seed,
     )
-    consumed = tuple(state["consumed"]) if state else (0,)
-    loader = Loader(
-        sources, order, Collator(config, tokenizer), Position(rank, world_size, micro_batch_size, 1, consumed=consumed)
-    )
-    loader.num_samples = state["num_samples"] if state else 0
-    return loader
+
+
+def _identity(config: Config, sources: Sequence[Source], states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What decides the order of samples; raises :class:`ConfigError` where a saved position was made with another."""
+    identity: dict[str, Any] = {
+        "train.seed": config.train.seed,
+        "data.shuffle_buffer": config.data.shuffle_buffer,
+        "data.sources.weight": [source.weight for source in config.data.sources],
+        "data.sources": [source.fingerprint() for source in sources],
+    }
+    for state in states:
+        if state.get("version") != STATE_VERSION:
+            raise ConfigError(f"data position has version {state.get('version')}, only {STATE_VERSION} can be read")
+        for name, value in identity.items():
+            if state[name] != value:
+                raise ConfigError(
+                    f"{name} ({value}) differs from the saved data position's ({state[name]}), so the order of samples "
+                    "would be another one; keep it, or start without the position"
+                )
+    # Follows from the batch size, but a run that goes on with another batch size keeps the order it started with.
+    identity["layout"] = states[0]["layout"] if states else list(layout_for(config.train.train_batch_size))
+    return identity
+
+
+def _position(
+    states: Sequence[dict[str, Any]], rank: int, world_size: int, batch_size: int, num_workers: int
+) -> Position:
+    if not states:
+        return Position(rank, world_size, batch_size, num_workers)
+    saved = {position.rank: position for position in (_read_position(state) for state in states)}
+    own = saved.get(rank)
+    if own is not None and (own.world_size, own.batch) == (world_size, batch_size):
+        return own.split(num_workers)
+    old = next(iter(saved.values()))
+    if sorted(saved) != list(range(old.world_size)):
+        raise ConfigError(
+            f"data position was saved on {old.world_size} ranks with {old.batch} samples per batch, this run has "
+            f"{world_size} with {batch_size}: give the states of all {old.world_size} ranks, not of {sorted(saved)}"
+        )
+    ordered = [saved[index] for index in range(old.world_size)]
+    return merge_positions(ordered, world_size, batch_size, num_workers)[rank]
+
+
+def _read_position(state: dict[str, Any]) -> Position:
+    fields = dict(state["position"])
+    return Position(**fields | {"pending": tuple(fields["pending"]), "consumed": tuple(fields["consumed"])})
+
+
+def _restore_counts(loader: Loader, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
+    own = [state for state in states if state["position"]["rank"] == rank]
+    if states and states[0]["position"]["world_size"] != world_size:
+        own = list(states) if rank == 0 else []  # ranks that no longer exist are counted on the first
+    for state in own:
+        loader.num_samples += state["num_samples"]
+        loader.skipped.update(state["skipped"])

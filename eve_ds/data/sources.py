@@ -1,0 +1,169 @@
+"""Where samples come from: generated scenes, or shards. A source knows its sizes and reads one sample at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+from eve_ds.config import Config, ConfigError, SourceConfig
+from eve_ds.data.batch import BadSample, Sample
+from eve_ds.data.scenes import Scenes
+from eve_ds.data.shards import ShardFile, find_shards
+from eve_ds.data.transforms import TrainTransform
+
+SCENES_PER_SHARD = 1000
+"""Scenes are ordered as if they lay in shards of this many."""
+MAX_OPEN_SHARDS = 128
+"""Two per lane: the one being read and the next."""
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+
+
+class UnusableData(ValueError):
+    """The data cannot be trained on; the message names shard, key and reason."""
+
+
+class Source(Protocol):
+    """One source of the mixture."""
+
+    shard_sizes: list[int]
+    has_images: bool
+    has_captions: bool
+
+    def read(self, shard: int, number: int, epoch: int) -> Sample:
+        """Sample `number` of shard number `shard`; raises :class:`BadSample`."""
+
+    def describe(self, shard: int, number: int) -> str:
+        """Shard and sample in words, for messages."""
+
+    def fingerprint(self) -> str:
+        """Changes when another order of samples would result, so that a saved position is not used for other data."""
+
+    def close(self) -> None:
+        """Close files; they are opened again when needed."""
+
+
+class ScenesSource:
+    """Generated scenes of one level and seed."""
+
+    def __init__(self, config: SourceConfig, transform: TrainTransform) -> None:
+        self._scenes, self._transform = Scenes(config.level, config.seed, "train"), transform
+        self._name = f"scenes-{config.level}-{config.seed}"
+        self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
+        full, rest = divmod(config.num_samples, SCENES_PER_SHARD)
+        self.shard_sizes = [SCENES_PER_SHARD] * full + ([rest] if rest else [])
+
+    def read(self, shard: int, number: int, epoch: int) -> Sample:
+        """Generate one scene."""
+        key = self._key(shard, number)
+        scene = self._scenes[shard * SCENES_PER_SHARD + number]
+        caption = scene.caption if self.has_captions else None
+        image = self._transform(scene.image, caption, epoch, key) if self.has_images else None
+        return Sample(key, epoch, image, caption)
+
+    def _key(self, shard: int, number: int) -> str:
+        return f"{self._name}-{shard * SCENES_PER_SHARD + number:08d}"
+
+    def describe(self, shard: int, number: int) -> str:
+        """The key; scenes have no shards."""
+        return self._key(shard, number)
+
+    def fingerprint(self) -> str:
+        """Level, seed and size."""
+        return f"{self._name} x {sum(self.shard_sizes)}"
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class ShardsSource:
+    """Samples of WebDataset shards: KEY.jpg, png, jpeg or webp, and KEY.txt."""
+
+    def __init__(self, config: SourceConfig, transform: TrainTransform) -> None:
+        self._modalities, self._transform = config.modalities, transform
+        self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
+        self._shards = find_shards(config.shards or [])
+        self.shard_sizes = [shard.num_samples for shard in self._shards]
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+
+    def read(self, shard: int, number: int, epoch: int) -> Sample:
+        """Read, decode and crop one sample."""
+        key, fields = self._fields(shard, number)
+        try:
+            caption = self._caption(fields)
+            encoded = self._encoded_image(fields)
+            image = self._transform(encoded, caption, epoch, key) if encoded is not None else None
+            if image is None and caption is None:
+                raise BadSample("empty sample", "neither image nor caption")
+        except BadSample as error:
+            error.key = key
+            raise
+        return Sample(key, epoch, image, caption)
+
+    def _fields(self, shard: int, number: int) -> tuple[str, dict[str, bytes]]:
+        try:
+            return self._shard_file(shard).read(number)
+        except OSError as error:
+            raise BadSample("unreadable shard", str(error)) from None
+
+    def _shard_file(self, shard: int) -> ShardFile:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        file = ShardFile(self._shards[shard].path)
+        if len(file) > self._shards[shard].num_samples:
+            raise UnusableData(
+                f"shard {file.path} holds {len(file)} samples, its index says {self._shards[shard].num_samples}: "
+                "write the index again with launcher/prepare.py, or remove it to have the shards scanned"
+            )
+        self._open[shard] = file
+        if len(self._open) > MAX_OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+    def _caption(self, fields: dict[str, bytes]) -> str | None:
+        if not self.has_captions:
+            return None
+        try:
+            caption = fields.get("txt", b"").decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise BadSample("non-UTF-8 caption", str(error)) from None
+        if not caption and self._modalities != "any":
+            raise BadSample("missing caption", "empty" if "txt" in fields else "no .txt member")
+        return caption or None
+
+    def _encoded_image(self, fields: dict[str, bytes]) -> bytes | None:
+        if not self.has_images:
+            return None
+        encoded = next((fields[name] for name in IMAGE_EXTENSIONS if name in fields), None)
+        if encoded is None and self._modalities != "any":
+            raise BadSample("missing image", f"members: {', '.join(fields)}")
+        return encoded
+
+    def describe(self, shard: int, number: int) -> str:
+        """Path of the shard and number of the sample in it."""
+        return f"shard {self._shards[shard].path}, sample {number}"
+
+    def fingerprint(self) -> str:
+        """Names and sizes of the shards in their order, wherever their folder lies."""
+        listing = "\n".join(f"{Path(shard.path).name} {shard.num_samples}" for shard in self._shards)
+        digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+        return f"{len(self._shards)} shards, {sum(self.shard_sizes)} samples, {digest}"
+
+    def close(self) -> None:
+        """Close the open shards."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def open_sources(config: Config) -> list[Source]:
+    """The sources of a mixture, in its order; raises :class:`ConfigError` for shards that are missing or empty."""
+    if not config.data.sources:
+        raise ConfigError("data.sources is empty; name at least one source")
+    data = config.data
+    transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, config.train.seed)
+    return [
+        ScenesSource(source, transform) if source.kind == "scenes" else ShardsSource(source, transform)
+        for source in data.sources
+    ]

@@ -1,0 +1,144 @@
+"""Image bytes to the model's pixels: decode, random resized crop, flip, normalise."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from eve_ds.data.batch import BadSample
+from eve_ds.data.masking import sample_rng
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own bound: a quarter of a gigabyte as RGB. Larger images are refused before they are decoded."""
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+"""Range of width / height that a random crop is drawn from."""
+CROP_ATTEMPTS = 10
+
+_DIRECTION = re.compile(r"\b(left|right)", re.IGNORECASE)
+
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels."""
+
+
+def names_direction(caption: str) -> bool:
+    """Whether a caption has a left/right word (`left`, `Right-hand`, `leftmost`): a flip would make it false."""
+    return _DIRECTION.search(caption) is not None
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Read the header of an encoded image; no pixel is decoded yet.
+
+    Raises:
+        BadSample: zero-size image, decompression bomb, unreadable image.
+    """
+    if not data:
+        raise BadSample("zero-size image", "no bytes")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise BadSample("decompression bomb", str(error)) from None
+    except Exception as error:  # decoders raise a dozen types on damaged bytes; none of our code is inside
+        raise BadSample("unreadable image", str(error)) from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadSample("decompression bomb", f"{width} x {height} pixels")
+    if width == 0 or height == 0:
+        raise BadSample("zero-size image", f"{width} x {height} pixels")
+    return image
+
+
+def crop_box(width: int, height: int, scale: tuple[float, float], rng: Generator) -> Box:
+    """RandomResizedCrop (Szegedy et al. 2015, as in torchvision): a share of the area, then an aspect ratio.
+
+    Where ten draws do not fit, the central crop of the nearest allowed aspect ratio. Scale (1, 1) is the whole image.
+    """
+    if scale == (1.0, 1.0):
+        return 0, 0, width, height
+    low, high = ASPECT_RATIOS
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(rng.integers(width - box_width + 1))
+            top = int(rng.integers(height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    box_width = min(width, max(1, round(height * high)))
+    box_height = min(height, max(1, round(width / low)))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
+def resize(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
+    """Decode and resample the part of an image inside `box` (bicubic, antialiased) to (size, size, 3) uint8 RGB.
+
+    A JPEG that is more than twice as large as needed is decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg does by
+    leaving out high frequencies.
+
+    Raises:
+        BadSample: truncated image, unreadable image.
+    """
+    try:
+        box = _decode_smaller(image, box, size)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        if rgb.size != (size, size) or box != (0, 0, size, size):
+            rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return np.asarray(rgb)
+    except Exception as error:  # as in open_image: the decoder runs here
+        reason = "truncated image" if "truncated" in str(error).lower() else "unreadable image"
+        raise BadSample(reason, str(error)) from None
+
+
+def _decode_smaller(image: Image.Image, box: Box, size: int) -> Box:
+    width, height = image.size
+    left, top, right, bottom = box
+    enough = (math.ceil(width * size / (right - left)), math.ceil(height * size / (bottom - top)))
+    drafted = image.draft("RGB", enough)  # None for other formats than JPEG
+    if drafted is None:
+        return box
+    x, y = drafted[1][2] / width, drafted[1][3] / height
+    return left * x, top * y, right * x, bottom * y
+
+
+class TrainTransform:
+    """Random resized crop and flip of one sample, drawn from (seed, epoch, key).
+
+    Args:
+        size: pixels of a side of the result.
+        crop_scale: see :func:`crop_box`.
+        flip: probability of a horizontal flip where the caption names no direction.
+    """
+
+    def __init__(self, size: int, crop_scale: tuple[float, float], flip: float, seed: int) -> None:
+        self._size, self._crop_scale, self._flip, self._seed = size, crop_scale, flip, seed
+        self._random = crop_scale != (1.0, 1.0) or flip > 0
+
+    def __call__(
+        self, image: bytes | NDArray[np.uint8], caption: str | None, epoch: int, key: str
+    ) -> NDArray[np.uint8]:
+        """(size, size, 3) uint8 from encoded bytes or an (H, W, 3) uint8 array; raises :class:`BadSample`.
+
+        An array that already has the size is passed through when nothing is to be drawn.
+        """
+        is_ready = isinstance(image, np.ndarray) and image.shape == (self._size, self._size, 3)
+        if is_ready and not self._random:
+            return image  # type: ignore[return-value]
+        rng = sample_rng(self._seed, epoch, f"{key}/crop")  # not the masks' generator: they do not depend on the crop
+        picture = open_image(image) if isinstance(image, bytes) else Image.fromarray(image)
+        pixels = resize(picture, crop_box(*picture.size, self._crop_scale, rng), self._size)
+        flips = rng.random() < self._flip and not (caption and names_direction(caption))
+        return pixels[:, ::-1] if flips else pixels
+
+
+def normalize(images: NDArray[np.uint8]) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 with mean = std = 0.5, that is 0..255 to -1..1."""
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).mul_(2 / 255).sub_(1)

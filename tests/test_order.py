@@ -1,0 +1,180 @@
+"""The order of the stream: complete epochs, mixture shares, and positions that survive other ranks and workers."""
+
+import dataclasses
+import json
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from eve_ds.config import ConfigError
+from eve_ds.data.order import Layout, Position, StreamOrder, layout_for, merge_positions, mixture_quotas
+
+SIZES = [7, 1, 30, 12, 3]
+
+
+def make_order(shard_sizes=(SIZES,), weights=(1.0,), layout=Layout(8, 2), window=5, seed=0):
+    return StreamOrder(shard_sizes, weights, layout, window, seed)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1), Layout(8, 2), Layout(64, 1), Layout(3, 7), Layout(64, 32)])
+@pytest.mark.parametrize("window", [1, 5, 1000])
+def test_each_epoch_is_a_run_of_slots_that_holds_every_sample_once(layout, window):
+    order = make_order(layout=layout, window=window)
+    everything = Counter((shard, number) for shard, size in enumerate(SIZES) for number in range(size))
+    for epoch in range(4):
+        places = [order.locate(slot) for slot in range(epoch * 53, (epoch + 1) * 53)]
+        assert {place.epoch for place in places} == {epoch}
+        assert Counter((place.shard, place.number) for place in places) == everything
+
+
+def test_epochs_and_seeds_have_different_orders():
+    def sequence(order, epoch):
+        return [order.locate(slot)[2:] for slot in range(epoch * 53, (epoch + 1) * 53)]
+
+    assert sequence(make_order(), 0) != sequence(make_order(), 1)
+    assert sequence(make_order(), 0) != sequence(make_order(seed=1), 0)
+    assert sequence(make_order(), 0) == sequence(make_order(), 0)
+
+
+def test_a_slot_does_not_depend_on_which_slots_were_asked_before():
+    asked_in_order = [make_order().locate(slot) for slot in range(300)]
+    order = make_order()
+    assert [order.locate(slot) for slot in reversed(range(300))] == asked_in_order[::-1]
+
+
+def test_a_lane_reads_its_shards_one_after_the_other():
+    """Ranks that divide the lanes open disjoint parts of the shards; a lane needs few shards open at a time."""
+    sizes = [100] * 64
+    order = make_order([sizes], layout=Layout(8, 1), window=50)
+    for lane in range(8):
+        shards = [order.locate(slot).shard for slot in range(lane, 6400, 8)]
+        assert len(set(shards)) in (8, 9)
+        for start in range(0, 800, 50):
+            assert len(set(shards[start : start + 50])) <= 2
+
+
+def test_mixture_meets_the_weights_and_every_source_has_complete_epochs():
+    sizes = [[40, 60], [30], [8, 9]]
+    order = make_order(sizes, (6.0, 3.0, 1.0), Layout(8, 4))
+    block = 8 * 1024
+    places = [order.locate(slot) for slot in range(2 * block)]
+    for half in (places[:block], places[block:]):
+        shares = Counter(place.source for place in half)
+        assert [shares[source] / block for source in range(3)] == pytest.approx([0.6, 0.3, 0.1], abs=1 / 1024)
+    for source, source_sizes in enumerate(sizes):
+        epochs = {}
+        for place in places:
+            if place.source == source:
+                epochs.setdefault(place.epoch, Counter())[place.shard, place.number] += 1
+        assert set(epochs) == set(range(max(epochs) + 1))
+        whole = Counter((shard, number) for shard, size in enumerate(source_sizes) for number in range(size))
+        finished = [epoch for epoch, seen in epochs.items() if seen == whole]
+        assert len(finished) >= len(epochs) - max(1, block // sum(source_sizes))
+        assert all(seen <= whole for seen in epochs.values()), "a sample came twice in an epoch"
+
+
+def test_mixture_is_mixed_within_a_batch():
+    order = make_order([[1000], [1000]], (1.0, 1.0), Layout(64, 1))
+    shares = [sum(order.locate(slot).source for slot in range(start, start + 64)) / 64 for start in range(0, 6400, 64)]
+    assert sum(0.25 < share < 0.75 for share in shares) >= 98
+
+
+def test_quotas_fill_the_block_and_leave_no_source_out():
+    assert mixture_quotas([1.0], 32) == [32]
+    assert mixture_quotas([1.0, 1.0, 1.0], 1024) == [341, 341, 342] or sum(mixture_quotas([1.0] * 3, 1024)) == 1024
+    assert mixture_quotas([1e6, 1.0], 1024) == [1023, 1]
+    assert mixture_quotas([1.0, 1e9, 1.0], 16) == [1, 14, 1]
+    with pytest.raises(ConfigError, match=r"data.sources \(5\) must not be more than 4"):
+        mixture_quotas([1.0] * 5, 4)
+
+
+def test_layout_divides_the_global_batch():
+    assert layout_for(64) == (64, 1)
+    assert layout_for(2048) == (64, 32)
+    assert layout_for(20) == (20, 1)
+    assert layout_for(67) == (1, 67)
+    assert layout_for(96) == (48, 2)
+
+
+def serve(position, count, holes=frozenset()):
+    """Take `count` batches as the loader does, skipping the slots in `holes`; (slots served, position after)."""
+    streams = [enumerate(position.slots(w), start=position.consumed[w] + 1) for w in range(position.num_workers)]
+    served = []
+    for _ in range(count):
+        worker, batch = position.next_worker, []
+        for consumed, slot in streams[worker]:
+            if slot not in holes:
+                batch.append(slot)
+            if len(batch) == position.batch:
+                position = position.advance(worker, consumed)
+                break
+        served.append(batch)
+    return served, position
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_global_batch_is_a_run_of_slots_for_every_world_and_worker_count(world_size, num_workers):
+    batch = 16 // world_size
+    ranks = [serve(Position(rank, world_size, batch, num_workers), 5)[0] for rank in range(world_size)]
+    for step in range(5):
+        assert sorted(slot for served in ranks for slot in served[step]) == list(range(16 * step, 16 * (step + 1)))
+
+
+HOLES = frozenset(range(3, 400, 7)) | frozenset(range(40, 60))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_position_resumes_exactly(num_workers):
+    start = Position(1, 2, 4, num_workers)
+    whole, _ = serve(start, 20, HOLES)
+    first, saved = serve(start, 7, HOLES)
+    restored = json.loads(json.dumps(dataclasses.asdict(saved)))
+    rest, _ = serve(Position(**restored), 13, HOLES)
+    assert first + rest == whole
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3), (4, 2)])
+def test_another_worker_count_serves_the_same_slots(before, after):
+    first, saved = serve(Position(1, 2, 4, before), 7, HOLES)
+    again, saved = serve(saved.split(after), 5, HOLES)
+    rest, _ = serve(saved.split(before), 12, HOLES)
+    served = [slot for batch in first + again + rest for slot in batch]
+    mine = [slot for slot in islice(Position(1, 2, 4, 1).slots(0), 400) if slot not in HOLES]
+    assert len(served) == len(set(served))
+    complete = 80  # batches at the end are still under way in other workers
+    assert set(mine[:complete]) <= set(served) <= set(mine[:140])
+
+
+@pytest.mark.parametrize(("old", "new"), [((1, 8), (4, 2)), ((4, 2), (1, 8)), ((3, 4), (2, 6)), ((2, 5), (2, 3))])
+def test_another_world_size_serves_the_rest_once(old, new):
+    served, saved = [], []
+    for rank in range(old[0]):
+        batches, position = serve(Position(rank, *old, 2), 6 + rank % 2, HOLES)
+        served += [slot for batch in batches for slot in batch]
+        saved.append(position)
+    for position in merge_positions(saved, *new, num_workers=3):
+        served += [slot for batch in serve(position, 12, HOLES)[0] for slot in batch]
+    assert len(served) == len(set(served))
+    assert set(served).isdisjoint(HOLES)
+    assert set(range(100)) - HOLES <= set(served)
+
+
+def test_merged_positions_can_be_merged_again():
+    positions = [Position(rank, 2, 4, 2) for rank in range(2)]
+    served = []
+    for world_size, batch, workers in [(3, 2, 1), (1, 6, 2), (2, 4, 2)]:
+        results = [serve(position, 5, HOLES) for position in positions]
+        served += [slot for batches, _ in results for one in batches for slot in one]
+        positions = merge_positions([position for _, position in results], world_size, batch, workers)
+    for position in positions:
+        served += [slot for one in serve(position, 5, HOLES)[0] for slot in one]
+    assert len(served) == len(set(served))
+    assert set(range(80)) - HOLES <= set(served)
+
+
+def test_a_position_stays_small():
+    _, position = serve(Position(0, 1, 4, 2), 5000)
+    _, position = serve(position.split(3), 1000)
+    assert len(position.split(1).pending) <= 3 * 4
