@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "launcher")]
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -232,10 +233,11 @@ def prepare_tokenizer(arguments: argparse.Namespace) -> None:
     if (out / "tokenizer.json").exists():
         raise OutputError(f"{out} holds a tokenizer already; choose another --out or remove it")
     captions = (caption for folder in arguments.shards for caption in read_captions(folder))
+    first = list(itertools.islice(captions, 1))  # a wrong folder is named at once: the import below takes seconds
 
     from eve_ds.data.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(captions, arguments.vocab_size)
+    tokenizer = train_tokenizer(itertools.chain(first, captions), arguments.vocab_size)
     try:
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(out)

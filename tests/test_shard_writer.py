@@ -1,0 +1,406 @@
+"""Shards: what goes in, what is left out and why, the same bytes always, and folders that are not ours."""
+
+import errno
+import hashlib
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from eve_ds.data import shard_writer
+from eve_ds.data.image_check import check_image
+from eve_ds.data.importers import BadSample, Candidate, FileSlice, GeneratedScenes, InlineBytes, Skip, SourceError
+from eve_ds.data.shard_writer import (
+    OutputError,
+    WriterOptions,
+    read_captions,
+    read_ids,
+    split_into_tasks,
+    write_shards,
+)
+
+
+def encoded(image_format="PNG", size=(16, 12), mode="RGB", **options):
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert(mode).save(file, image_format, **options)
+    return file.getvalue()
+
+
+class ListSource:
+    """A source of given items."""
+
+    def __init__(self, *items, name="list"):
+        self.items, self.total = items, len(items)
+        self.description = {"format": name}
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def candidate(name, captions=("a cat",), data=None, **fields):
+    return Candidate(name, InlineBytes(encoded() if data is None else data), captions, fields.pop("id", name), **fields)
+
+
+def digests(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def read_samples(folder):
+    index = json.loads((folder / "index.json").read_text())
+    urls = [str(folder / shard["name"]) for shard in index["shards"]]
+    return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_sample_is_read_back_by_webdataset(tmp_path):
+    data = encoded("JPEG")
+    report = write_shards(ListSource(candidate("x/1.jpg", (" two cats\n",), data, id="7")), tmp_path, WriterOptions())
+    (sample,) = read_samples(tmp_path)
+    assert sample["__key__"] == "000000000"
+    assert sample["jpg"] == data
+    assert sample["txt"] == b"two cats"
+    assert json.loads(sample["json"]) == {"image_id": "7", "name": "x/1.jpg"}
+    assert (report["samples"], report["images"], report["shards"], report["skipped"]) == (1, 1, 1, {})
+    assert (tmp_path / "ids.txt").read_text() == "7\n"
+
+
+def test_captions_of_one_image_become_samples(tmp_path):
+    items = [candidate("a", ("one", "", b"three", b"\xff")), candidate("b", ("four",))]
+    report = write_shards(ListSource(*items), tmp_path, WriterOptions())
+    assert [(s["__key__"], s["txt"]) for s in read_samples(tmp_path)] == [
+        ("000000000-0", b"one"),
+        ("000000000-2", b"three"),
+        ("000000001", b"four"),
+    ]
+    assert (report["samples"], report["images"]) == (3, 2)
+    assert {reason: entry["count"] for reason, entry in report["skipped"].items()} == {
+        "empty caption": 1,
+        "caption is not UTF-8": 1,
+    }
+
+
+def test_index_describes_the_files(tmp_path):
+    write_shards(GeneratedScenes(25), tmp_path, WriterOptions(samples_per_shard=10))
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["version"] == 1
+    assert [shard["name"] for shard in index["shards"]] == [f"shard-{n:06d}.tar" for n in range(3)]
+    for shard in index["shards"]:
+        data = (tmp_path / shard["name"]).read_bytes()
+        assert shard["bytes"] == len(data)
+        assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+        with tarfile.open(tmp_path / shard["name"]) as tar:
+            members = tar.getmembers()
+        assert len(members) == 3 * shard["samples"]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+    assert sum(shard["samples"] for shard in index["shards"]) == 25
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ids.txt", "index.json", "report.json", *(f"shard-{n:06d}.tar" for n in range(3)),
+    ]  # fmt: skip
+
+
+def test_shards_are_cut_by_captions_and_skips_take_no_place():
+    source = ListSource(
+        candidate("a", ("1", "2")), Skip("s", "why"), candidate("b"), candidate("c", ("1", "2", "3")), Skip("t", "why")
+    )
+    tasks = list(split_into_tasks(source, WriterOptions(samples_per_shard=3)))
+    assert [[c.name for c in task.candidates] for task in tasks] == [["a", "b"], ["c"], []]
+    assert [task.first_index for task in tasks] == [0, 2, 3]
+    assert [[s.name for s in task.skips] for task in tasks] == [["s"], [], ["t"]]
+
+
+def test_limit_counts_images():
+    source = ListSource(*(candidate(str(n)) for n in range(10)))
+    tasks = list(split_into_tasks(source, WriterOptions(samples_per_shard=4, limit=6)))
+    assert [[c.name for c in task.candidates] for task in tasks] == [["0", "1", "2", "3"], ["4", "5"]]
+
+
+# ------------------------------------------------------------------------------------------------- what is left out
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def flipped_byte(data, position):
+    return data[:position] + bytes([data[position] ^ 255]) + data[position + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<html>not found</html>", "not an image"),
+        (encoded("JPEG", (200, 200))[:-300], "truncated or damaged image"),
+        (encoded("PNG", (200, 200))[:-100], "truncated or damaged image"),
+        (flipped_byte(encoded("PNG", (200, 200)), 60), "truncated or damaged image"),
+        (png_header(0, 5), "zero-size image"),
+        (png_header(10_000, 10_000), "decompression bomb"),
+        (png_header(50_000, 50_000), "decompression bomb"),
+    ],
+    ids=["empty", "html", "cut-jpeg", "cut-png", "flipped-byte", "zero", "bomb", "large-bomb"],
+)
+def test_unusable_images(data, reason):
+    with pytest.raises(BadSample, match=f"^{reason}$"):
+        check_image(data)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode", "suffix"),
+    [
+        ("JPEG", "RGB", "jpg"),
+        ("JPEG", "CMYK", "jpg"),
+        ("PNG", "RGBA", "png"),
+        ("PNG", "P", "png"),
+        ("WEBP", "RGB", "webp"),
+    ],
+)
+def test_common_formats_keep_their_bytes(image_format, mode, suffix):
+    data = encoded(image_format, mode=mode)
+    assert check_image(data) == (data, suffix)
+
+
+def test_other_formats_become_png():
+    stored, suffix = check_image(encoded("BMP"))
+    with Image.open(io.BytesIO(stored)) as image:
+        assert (suffix, image.format, image.mode, image.size) == ("png", "PNG", "RGB", (16, 12))
+        assert image.tobytes() == Image.linear_gradient("L").resize((16, 12)).convert("RGB").tobytes()
+
+
+def test_max_size_shrinks_the_shorter_side_only_where_longer():
+    stored, suffix = check_image(encoded("PNG", (90, 60), "RGBA"), max_size=20)
+    with Image.open(io.BytesIO(stored)) as image:
+        assert (suffix, image.format, image.size) == ("jpg", "JPEG", (30, 20))
+    small = encoded("PNG", (90, 20))
+    assert check_image(small, max_size=20) == (small, "png")
+
+
+def test_max_size_keeps_the_picture_upright_and_similar():
+    upright = Image.linear_gradient("L").resize((300, 600)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored rotated: to be shown turned by 90 degrees clockwise
+    file = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif, quality=95)
+    with Image.open(io.BytesIO(check_image(file.getvalue(), max_size=50)[0])) as image:
+        assert image.size == (50, 100)
+        expected = upright.resize((50, 100), Image.Resampling.BICUBIC)
+        differences = [abs(a - b) for a, b in zip(image.tobytes(), expected.tobytes(), strict=True)]
+    assert max(differences) < 12, "JPEG noise only, of 256 levels"
+
+
+def test_report_counts_and_names_what_was_left_out(tmp_path):
+    (tmp_path / "folder").mkdir()
+    items = [candidate("good")]
+    items += [candidate(f"empty{n}", data=b"") for n in range(7)]
+    items += [Candidate("gone", FileSlice(str(tmp_path / "gone.jpg")), ("a",), "gone")]
+    items += [Candidate("folder", FileSlice(str(tmp_path / "folder")), ("a",), "folder")]
+    items += [candidate("mute", ("  ",)), Skip("s1", "malformed entry")]
+    for samples_per_shard in (2, 100):
+        out = tmp_path / f"out{samples_per_shard}"
+        report = write_shards(ListSource(*items), out, WriterOptions(samples_per_shard))
+        assert report["skipped"] == {
+            "empty file": {"count": 7, "examples": [f"empty{n}" for n in range(5)]},
+            "missing file": {"count": 1, "examples": ["gone"]},
+            "unreadable file": {"count": 1, "examples": ["folder"]},
+            "empty caption": {"count": 1, "examples": ["mute"]},
+            "malformed entry": {"count": 1, "examples": ["s1"]},
+        }
+        assert report == json.loads((out / "report.json").read_text())
+        shards = json.loads((out / "index.json").read_text())["shards"]
+        assert [shard["name"] for shard in shards] == ["shard-000000.tar"], "empty shards are not written"
+        assert [path.name for path in out.glob("*.tar")] == ["shard-000000.tar"]
+
+
+def test_nothing_usable_is_an_error_and_leaves_the_folder_free(tmp_path):
+    bad = ListSource(candidate("x", data=b""), candidate("y", data=b"gif?"))
+    with pytest.raises(SourceError, match=r"no sample could be used: empty file: 1 \(as x\); not an image: 1 \(as y\)"):
+        write_shards(bad, tmp_path, WriterOptions())
+    assert list(tmp_path.iterdir()) == []
+    write_shards(ListSource(candidate("z")), tmp_path, WriterOptions(limit=1))
+
+
+def test_excluded_images_do_not_reach_the_shards(tmp_path):
+    test_set = ListSource(candidate("t1.jpg", id="17"), candidate("t2.jpg", id="föö"), candidate("bad", data=b""))
+    write_shards(test_set, tmp_path / "test", WriterOptions())
+    ids = tmp_path / "test" / "ids.txt"
+    assert ids.read_text(encoding="utf-8") == "17\nföö\n"
+    train = ListSource(
+        candidate("a", id="17"),
+        candidate("b", id="170"),
+        candidate("c", id="b/föö.jpg", aliases=("föö.jpg", "föö")),
+        candidate("bad"),
+    )
+    report = write_shards(train, tmp_path / "train", WriterOptions(exclude_ids=str(ids)))
+    assert (tmp_path / "train" / "ids.txt").read_text() == "170\nbad\n"
+    assert report["skipped"] == {"excluded id": {"count": 2, "examples": ["a", "c"]}}
+    assert report["excluded_ids"] == {"listed": 2, "matched": 2}
+
+
+def test_excluded_ids_file_that_is_not_there(tmp_path):
+    with pytest.raises(SourceError, match=r"cannot read the ids to exclude from .*nothing: No such file"):
+        read_ids(str(tmp_path / "nothing"))
+
+
+# ------------------------------------------------------------------------------------------------- the same bytes
+
+
+def test_workers_do_not_change_a_byte(tmp_path):
+    options = WriterOptions(samples_per_shard=7)
+    calls = []
+    write_shards(GeneratedScenes(40), tmp_path / "1", options, 1)
+    write_shards(GeneratedScenes(40), tmp_path / "3", options, 3, calls.append)
+    assert digests(tmp_path / "1") == digests(tmp_path / "3")
+    assert len(calls) == 6
+    assert sum(call.record.samples for call in calls) == 40
+    assert {(call.kept, call.total) for call in calls} == {(False, 40)}
+
+
+def interrupted_after(shards):
+    def stop(progress):
+        nonlocal shards
+        shards -= 1
+        if not shards:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.mark.parametrize("damage", ["none", "leftovers", "lost shard", "short shard"])
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, damage):
+    options = WriterOptions(samples_per_shard=5)
+    write_shards(GeneratedScenes(30), tmp_path / "clean", options)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(GeneratedScenes(30), out, options, 1, interrupted_after(4))
+    assert not (out / "index.json").exists()
+    if damage == "leftovers":
+        (out / ".prepare" / "shard-000005.tar.999.tmp").write_bytes(b"half")
+        (out / "report.json.999.tmp").write_bytes(b"half")
+    elif damage == "lost shard":
+        (out / "shard-000001.tar").unlink()
+    elif damage == "short shard":
+        (out / "shard-000001.tar").write_bytes(b"half")
+    calls = []
+    write_shards(GeneratedScenes(30), out, options, 1, calls.append)
+    assert sum(call.kept for call in calls) == (3 if damage.endswith("shard") else 4)
+    assert digests(out) == digests(tmp_path / "clean")
+
+
+def test_a_complete_folder_is_left_as_it_is(tmp_path):
+    first = write_shards(GeneratedScenes(10), tmp_path, WriterOptions())
+    before = digests(tmp_path)
+    calls = []
+    assert write_shards(GeneratedScenes(10), tmp_path, WriterOptions(), 1, calls.append) == first
+    assert (digests(tmp_path), calls) == (before, [])
+
+
+# ------------------------------------------------------------------------------------------------- other folders
+
+
+def test_a_folder_of_other_options_or_another_source_is_refused(tmp_path):
+    write_shards(GeneratedScenes(10), tmp_path / "whole", WriterOptions())
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(
+            GeneratedScenes(10), tmp_path / "part", WriterOptions(samples_per_shard=2), 1, interrupted_after(1)
+        )
+    for folder, options in ((tmp_path / "whole", WriterOptions()), (tmp_path / "part", WriterOptions(2))):
+        before = digests(folder)
+        with pytest.raises(
+            OutputError, match=r"another source or other options \(source\.seed: 0 there, 1 here\); cho"
+        ):
+            write_shards(GeneratedScenes(10, seed=1), folder, options)
+        with pytest.raises(OutputError, match=r"\(options\.max_size: null there, 32 here\)"):
+            write_shards(GeneratedScenes(10), folder, WriterOptions(options.samples_per_shard, max_size=32))
+        assert digests(folder) == before
+
+
+def test_the_same_path_with_other_ids_to_exclude_is_another_source(tmp_path):
+    ids = tmp_path / "ids"
+    for text in ("1\n", "2\n"):
+        ids.write_text(text)
+        read_ids.cache_clear()
+        if text == "1\n":
+            write_shards(GeneratedScenes(3), tmp_path / "out", WriterOptions(exclude_ids=str(ids)))
+    with pytest.raises(OutputError, match=r"other options \(options\.exclude_ids"):
+        write_shards(GeneratedScenes(3), tmp_path / "out", WriterOptions(exclude_ids=str(ids)))
+
+
+def test_folders_of_others_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "00000.tar").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"a holds \.tar files that this command did not write; choose another --out"):
+        write_shards(GeneratedScenes(3), tmp_path / "a", WriterOptions())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "index.json").write_text("[]")
+    with pytest.raises(OutputError, match=r"b holds an index\.json that this command did not write"):
+        write_shards(GeneratedScenes(3), tmp_path / "b", WriterOptions())
+
+
+def test_a_damaged_complete_folder_is_named(tmp_path):
+    write_shards(GeneratedScenes(3), tmp_path, WriterOptions())
+    (tmp_path / "shard-000000.tar").write_bytes(b"cut")
+    with pytest.raises(
+        OutputError, match=r"shard-000000\.tar is missing or has not the \d+ bytes in index\.json; remove"
+    ):
+        write_shards(GeneratedScenes(3), tmp_path, WriterOptions())
+
+
+def test_a_read_only_folder_is_one_clear_line(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # tests may run as root, whom permissions do not stop
+    with pytest.raises(OutputError, match=r"^cannot write to .*x: Read-only file system; choose another --out$"):
+        write_shards(GeneratedScenes(3), tmp_path / "x", WriterOptions())
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    def second(_progress):
+        with pytest.raises(OutputError, match="another process is writing to"):
+            write_shards(GeneratedScenes(10), tmp_path, WriterOptions(samples_per_shard=4))
+
+    report = write_shards(GeneratedScenes(10), tmp_path, WriterOptions(samples_per_shard=4), 1, second)
+    assert report["samples"] == 10
+
+
+def test_a_full_disk_passes_through_and_the_run_continues(tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "_add_member", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_shards(GeneratedScenes(10), tmp_path, WriterOptions())
+    assert write_shards(GeneratedScenes(10), tmp_path, WriterOptions())["samples"] == 10
+
+
+# ------------------------------------------------------------------------------------------------- reading back
+
+
+def test_read_captions_in_order(tmp_path):
+    items = [candidate(str(n), (f"caption {n}", "ünï")) for n in range(3)]
+    write_shards(ListSource(*items), tmp_path, WriterOptions(samples_per_shard=2))
+    assert list(read_captions(tmp_path)) == [text for n in range(3) for text in (f"caption {n}", "ünï")]
+
+
+def test_read_captions_errors(tmp_path):
+    with pytest.raises(SourceError, match=r"holds no \.tar shards"):
+        list(read_captions(tmp_path))
+    (tmp_path / "a.tar").write_bytes(b"x" * 600)
+    with pytest.raises(SourceError, match=r"a\.tar cannot be read"):
+        list(read_captions(tmp_path))
