@@ -229,18 +229,18 @@ def _object_code(item: SceneObject) -> int:
 def draw_objects(level: Level, rng: SplitMix64) -> tuple[SceneObject, ...]:
     """Objects of one scene: their number, distinct cells in random order, every attribute uniform."""
     num_objects = level.num_objects[rng.below(len(level.num_objects))]
-    return tuple(draw_object(level, rng, cell) for cell in draw_cells(level, num_objects, rng))
+    return tuple(draw_object(level, rng, cell) for cell in draw_distinct(level.grid**2, num_objects, rng))
 
 
-def draw_cells(level: Level, count: int, rng: SplitMix64) -> tuple[int, ...]:
-    """`count` distinct cells in random order."""
-    orders = _cell_orders(level.grid**2, count)
+def draw_distinct(bound: int, count: int, rng: SplitMix64) -> tuple[int, ...]:
+    """`count` distinct integers of [0, bound) in random order."""
+    orders = _orders(bound, count)
     return orders[rng.below(len(orders))]
 
 
 @cache
-def _cell_orders(num_cells: int, count: int) -> list[tuple[int, ...]]:
-    return list(permutations(range(num_cells), count))
+def _orders(bound: int, count: int) -> list[tuple[int, ...]]:
+    return list(permutations(range(bound), count))
 
 
 def draw_object(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from eve_ds import ops
 from eve_ds.config import ModelConfig
+from eve_ds.model.embeddings import IMAGE, TEXT
 from eve_ds.model.feed_forward import FeedForward
 from eve_ds.model.naming import to_plain_name
 
@@ -201,3 +202,29 @@ def _statistics(routing: ops.Routing, modality_ids: Tensor, routed: Tensor) -> R
     dropped = (routing.slots < 0).sum(dim=1).float() * weight
     entropy = torch.special.entr(routing.probabilities).sum(dim=1) * weight
     return RouterStatistics(modality.t() @ chosen, modality.t() @ dropped, modality.t() @ weight, entropy.sum())
+
+
+def router_metrics(statistics: RouterStatistics) -> dict[str, float]:
+    """Readable figures of one MoE layer, from statistics of one forward or summed over ranks and steps.
+
+    Returns:
+        `image_share`: of the routed tokens. `entropy`: mean over tokens of the router's distribution, in nats, at most
+        log(E). `dead_experts`: experts that no token chose. `max_load`: routes of the most chosen expert over the mean,
+        1 when balanced. `dropped_image`, `dropped_text`: share of a modality's routes. `image_routes/e` and
+        `text_routes/e`: routes that chose expert e, before dropping. Shares of nothing are 0.
+    """
+    chosen = statistics.routes.sum(dim=0)  # (E,)
+    by_modality = statistics.routes.sum(dim=1).clamp(min=1)  # (2,)
+    tokens = statistics.tokens.sum().clamp(min=1)
+    dropped = statistics.dropped / by_modality
+    metrics = {
+        "image_share": float(statistics.tokens[IMAGE] / tokens),
+        "entropy": float(statistics.entropy_sum / tokens),
+        "dead_experts": float((chosen == 0).sum()),
+        "max_load": float(chosen.max() * chosen.numel() / chosen.sum().clamp(min=1)),
+        "dropped_image": float(dropped[IMAGE]),
+        "dropped_text": float(dropped[TEXT]),
+    }
+    for modality, name in ((IMAGE, "image_routes"), (TEXT, "text_routes")):
+        metrics |= {f"{name}/{expert}": routes for expert, routes in enumerate(statistics.routes[modality].tolist())}
+    return metrics
