@@ -1,7 +1,7 @@
 """Pre-training: DeepSpeed engine around EVE, and one readable loop.
 
-`pretrain` builds the parts and runs `Trainer.run`; a step fetches the micro-batches it is made of, agrees with the other
-ranks on what losses are averaged over, accumulates gradients and updates.
+`pretrain` builds the parts and runs `Trainer.run`; a step fetches the micro-batches it is made of, agrees with the
+other ranks on what losses are averaged over, accumulates gradients and updates.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class Trainer:
         get_logger().warning("%s; skipped", message)
 
     def _write_metrics(self) -> dict[str, float]:
-        numbers = self.window.reduce(self.world_size)
+        numbers: dict[str, Any] = self.window.reduce(self.world_size)
         train = self.config.train
         elapsed = max(self.seconds - self.window.started, 1e-9)
         samples = self.window.steps * self.engine.train_batch_size()

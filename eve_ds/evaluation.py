@@ -72,7 +72,8 @@ def evaluate_scenes(
     Returns:
         `colour`, `shape`, `size`, `position` -> {right, wrong} accuracy of masked words, the image having masked
         patches as in training, `pixel_loss` -> {right, wrong} per-patch-normalised squared error of masked foreground
-        patches given the whole caption, and for level `easy` `binding` -> probe -> {target, distractor} share of answers.
+        patches given the whole caption, and for level `easy` `binding` -> probe -> {target, distractor}, shares of
+        answers.
     """
     training = model.training
     model.eval()
@@ -177,15 +178,16 @@ def answer_probes(
     batch = collate(samples_of([probe.scene for probe in probes]))
     assert batch.attention_mask is not None
     input_ids = torch.full(batch.attention_mask.shape, tokenizer.pad_token_id)
+    vocabulary = tokenizer.get_vocab()
     asked = []
     for row, probe in enumerate(probes):
         words = [tokenizer.mask_token if i in probe.masked else word for i, word in enumerate(probe.words)]
-        ids = tokenizer.convert_tokens_to_ids([tokenizer.cls_token, *words, tokenizer.sep_token])
+        ids = [vocabulary[word] for word in (tokenizer.cls_token, *words, tokenizer.sep_token)]
         input_ids[row, : len(ids)] = torch.tensor(ids)
         asked.append(row * input_ids.shape[1] + 1 + probe.asked)  # [CLS] comes first
     batch = replace(batch, input_ids=input_ids, masked_token_ids=torch.tensor(asked), token_labels=None)
     output = model(**batch.to(next(model.parameters()).device).model_inputs())
-    return tokenizer.convert_ids_to_tokens(output.token_logits().argmax(dim=-1).tolist())
+    return list(tokenizer.convert_ids_to_tokens(output.token_logits().argmax(dim=-1).tolist()))
 
 
 def _level(config: Config) -> LevelName:

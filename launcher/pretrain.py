@@ -6,7 +6,7 @@ Also under torchrun, srun, mpirun, or as plain `python` with one process.
 import sys
 from pathlib import Path
 
-# A multi-node `deepspeed` puts the repository root on the path, where the folder `kernels` hides a package of that name.
+# A multi-node `deepspeed` puts the repository root on the path, where the folder `kernels` hides a package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parents[1]]
 
 import argparse
