@@ -1,0 +1,399 @@
+"""EVE with its experts spread over ranks by the real DeepSpeed engine, against the plain model on one process.
+
+Both get the same weights and the same 8 samples of an optimiser step. With A micro-steps on R ranks, micro-step a holds
+samples [8 a / A, 8 (a + 1) / A) in rank order, and every rank pads its texts to the longest that it has itself, so that
+ranks bring different numbers of tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import pytest
+import torch
+
+from eve_ds.config import LossConfig, ModelConfig, MoEConfig, PixelDecoderConfig
+
+CONFIG = ModelConfig(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=48,
+    moe_layers=[1, 2],
+    moe=MoEConfig(num_experts=8, top_k=2, routing="dropless"),
+    image_size=32,
+    patch_size=8,
+    vocab_size=61,
+    text_positions=10,
+    text_length=10,
+    drop_path_rate=0.0,
+    text_dropout=0.0,
+    initializer_range=0.05,
+    pixel_decoder=PixelDecoderConfig(kind="cross", num_layers=1, hidden_size=24, num_attention_heads=4),
+)
+NUM_SAMPLES = 8
+NUM_VISIBLE = 4
+WEIGHTS = LossConfig(load_balancing_weight=0.1, router_z_weight=0.01)
+LEARNING_RATE, WEIGHT_DECAY, ADAM_EPS = 1e-2, 0.1, 1e-3
+
+TOLERANCE = 1e-6
+"""Of a difference's norm to the norm of what is expected, per tensor.
+
+Sums over tokens are taken in another order than in one process. That alone changes gradients in fp32: the plain model,
+given the 8 samples in 2, 4 or 8 portions instead of at once, differs from itself by 2e-7 to 4e-7.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way to run the step."""
+
+    ep_size: int
+    zero_stage: int
+    micro_steps: int = 1
+    clip: float = 0.0
+    activation_checkpointing: bool = False
+    moe: tuple[tuple[str, object], ...] = ()
+    profile: str = "default"
+
+    def config(self):
+        moe = CONFIG.moe.model_copy(update=dict(self.moe))
+        return CONFIG.model_copy(update={"moe": moe, "profile": self.profile})
+
+
+def samples():
+    """Samples of one step: caption lengths 3 to 9, sample 2 without a caption, sample 5 without an image."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for index in range(NUM_SAMPLES):
+        length = 0 if index == 2 else 3 + (5 * index) % 7
+        patches = torch.randperm(CONFIG.num_patches, generator=generator)
+        made.append(
+            {
+                "pixels": torch.randn(3, CONFIG.image_size, CONFIG.image_size, generator=generator) * (index != 5),
+                "has_image": index != 5,
+                "visible": patches[:NUM_VISIBLE].sort().values,
+                "masked": patches[NUM_VISIBLE:].sort().values,
+                "ids": torch.randint(5, CONFIG.vocab_size, (length,), generator=generator),
+                "hidden": torch.randperm(max(length, 1), generator=generator)[: length // 2].sort().values,
+            }
+        )
+    return made
+
+
+def collate(chosen, config):
+    """Inputs of the model and labels for some of the samples, padded to the longest of them.
+
+    The official profile routes padding too, so there it has to be the same however the samples are split.
+    """
+    length = max([1, *(len(sample["ids"]) for sample in chosen)])
+    length = config.text_length if config.profile == "official" else length
+    input_ids = torch.zeros(len(chosen), length, dtype=torch.int64)
+    attention_mask = torch.zeros(len(chosen), length, dtype=torch.bool)
+    positions, labels = [], []
+    for row, sample in enumerate(chosen):
+        ids = sample["ids"].clone()
+        labels.append(ids[sample["hidden"]])
+        positions.append(row * length + sample["hidden"])
+        ids[sample["hidden"]] = 4
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = True
+    inputs = {
+        "pixel_values": torch.stack([sample["pixels"] for sample in chosen]),
+        "image_mask": torch.tensor([sample["has_image"] for sample in chosen]),
+        "visible_patch_ids": torch.stack([sample["visible"] for sample in chosen]),
+        "masked_patch_ids": torch.stack([sample["masked"] for sample in chosen]),
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "masked_token_ids": torch.cat(positions),
+    }
+    return inputs, torch.cat(labels)
+
+
+def global_counts(share):
+    """Denominators of the losses over all samples, divided by `share` = ranks * micro-steps."""
+    from eve_ds.losses import Counts
+
+    images = sum(sample["has_image"] for sample in samples())
+    patches = images * (CONFIG.num_patches - NUM_VISIBLE)
+    words = sum(len(sample["hidden"]) for sample in samples())
+    tokens = images * (1 + NUM_VISIBLE) + sum(len(sample["ids"]) for sample in samples())
+    return Counts(patches / share, words / share, tokens / share)
+
+
+def loss_of(output, inputs, labels, share):
+    from eve_ds.losses import pretraining_losses, total_loss
+
+    terms = pretraining_losses(
+        output,
+        pixel_values=inputs["pixel_values"],
+        image_mask=inputs["image_mask"],
+        masked_patch_ids=inputs["masked_patch_ids"],
+        token_labels=labels,
+        patch_size=CONFIG.patch_size,
+        counts=global_counts(share),
+    )
+    return total_loss(terms, WEIGHTS)
+
+
+def micro_batches(micro_steps, rank=0, world_size=1):
+    """Samples of one rank in each micro-step."""
+    size = NUM_SAMPLES // micro_steps // world_size
+    starts = range(0, NUM_SAMPLES, NUM_SAMPLES // micro_steps)
+    return [samples()[start + rank * size : start + (rank + 1) * size] for start in starts]
+
+
+def plain_model(config):
+    from eve_ds.model.eve import EVE
+
+    torch.manual_seed(1)
+    model = EVE(config)
+    with torch.no_grad():  # biases, norms and LayerScale too leave their initial values
+        for index, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(index)
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def adamw(groups):
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=ADAM_EPS)
+
+
+def decays(name):
+    """Whether a parameter decays, spelt out by name."""
+    last = name.rpartition(".")[2]
+    return last in {"weight"} and "norm" not in name and ".word." not in name
+
+
+@functools.cache
+def reference(case):
+    """Outputs by micro-step, gradients and updated weights of the plain model in one process."""
+    model = plain_model(case.config())
+    outputs = []
+    for chosen in micro_batches(case.micro_steps):
+        inputs, labels = collate(chosen, case.config())
+        output = model(**inputs)
+        (loss_of(output, inputs, labels, case.micro_steps) / case.micro_steps).backward()
+        outputs.append(output)
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    if case.clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+    named = list(model.named_parameters())
+    adamw(
+        [
+            {"params": [p for name, p in named if decays(name)], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
+        ]
+    ).step()
+    return outputs, gradients, {name: parameter.detach() for name, parameter in named}
+
+
+def engine_for(case, world_size):
+    import deepspeed
+
+    from eve_ds.model.eve import EVE
+    from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
+    from eve_ds.parallel.optimizer import optimizer_parameter_groups
+
+    model = EVE(case.config(), functools.partial(DeepSpeedMoE, ep_size=case.ep_size))
+    model.backbone.activation_checkpointing = case.activation_checkpointing
+    load_plain_state_dict(model, plain_model(case.config()).state_dict())
+    settings = {
+        "train_micro_batch_size_per_gpu": NUM_SAMPLES // world_size // case.micro_steps,
+        "gradient_accumulation_steps": case.micro_steps,
+        "zero_optimization": {"stage": case.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": case.clip,
+    }
+    optimizer = adamw(optimizer_parameter_groups(model, WEIGHT_DECAY))
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def difference(ours, expected):
+    """Norm of the difference over the norm of what is expected; the plain norm where that is all 0."""
+    if ours.shape != expected.shape:
+        return float("inf")
+    distance, scale = (ours - expected).double().norm(), expected.double().norm()
+    return float(distance / scale) if scale > 0 else float(distance)
+
+
+def output_differences(outputs, expected, case, rank, world_size):
+    """Predictions of this rank's samples against theirs in the whole batch, and the balance loss, which is global."""
+    found = {}
+    for step, (ours, whole) in enumerate(zip(outputs, expected, strict=True)):
+        batches = [micro_batches(case.micro_steps, peer, world_size)[step] for peer in range(world_size)]
+        first = sum(map(len, batches[:rank]))
+        words = [sum(len(sample["hidden"]) for sample in batch) for batch in batches]
+        pixels = whole.pixel_predictions[first : first + len(batches[rank])]
+        tokens = whole.token_hidden[sum(words[:rank]) : sum(words[: rank + 1])]
+        found[f"pixels {step}"] = difference(ours.pixel_predictions, pixels)
+        found[f"tokens {step}"] = difference(ours.token_hidden, tokens)
+        for layer, (our_moe, whole_moe) in enumerate(zip(ours.moe, whole.moe, strict=True)):
+            found[f"balance {step} {layer}"] = difference(our_moe.load_balancing_loss, whole_moe.load_balancing_loss)
+    return found
+
+
+def summed_statistics(outputs):
+    import torch.distributed as dist
+
+    sums = []
+    for moe in outputs:
+        for layer in moe:
+            values = torch.cat([value.flatten() for value in (*layer.statistics, layer.router_z_sum)]).detach()
+            dist.all_reduce(values)
+            sums.append(values)
+    return torch.stack(sums)
+
+
+def run_case(case, rank, world_size):
+    """Largest differences to the plain model by what was compared, and where the largest was."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from eve_ds.model.moe import plain_named_parameters
+
+    expected_outputs, expected_gradients, expected_weights = reference(
+        dataclasses.replace(case, ep_size=1, zero_stage=0, activation_checkpointing=False)
+    )
+    engine = engine_for(case, world_size)
+    outputs = []
+    for step, chosen in enumerate(micro_batches(case.micro_steps, rank, world_size)):
+        inputs, labels = collate(chosen, case.config())
+        outputs.append(engine(**inputs))
+        engine.backward(loss_of(outputs[-1], inputs, labels, world_size * case.micro_steps))
+        if step < case.micro_steps - 1:
+            engine.step()
+    parameters = list(plain_named_parameters(engine.module))
+    gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in parameters}
+    engine.step()
+    statistics = summed_statistics([output.moe for output in outputs])
+    expected_statistics = torch.stack(
+        [
+            torch.cat([value.flatten() for value in (*layer.statistics, layer.router_z_sum)])
+            for output in expected_outputs
+            for layer in output.moe
+        ]
+    )
+    found = {
+        "output": output_differences(outputs, expected_outputs, case, rank, world_size),
+        "statistics": {"all": difference(statistics, expected_statistics)},
+        "gradient": {name: difference(gradients[name], expected_gradients[name]) for name, _ in parameters},
+        "weight": {name: difference(parameter.detach(), expected_weights[name]) for name, parameter in parameters},
+    }
+    held = {name for name, _ in parameters}
+    engine.destroy()
+    return found, held
+
+
+def run_cases(rank, world_size, described):
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+
+    initialize_deepspeed_distributed()
+    return [run_case(Case(**fields), rank, world_size) for fields in described]
+
+
+def check(run_ranks, world_size, cases):
+    """Run the cases in one start of the processes and compare what every rank found with the tolerance."""
+    results = run_ranks(run_cases, world_size, [dataclasses.asdict(case) for case in cases], timeout=280)
+    problems = []
+    for number, case in enumerate(cases):
+        found = [result[number][0] for result in results]
+        held = [result[number][1] for result in results]
+        every = {name for name, _ in plain_model(case.config()).named_parameters()}
+        assert set().union(*held) == every, "the ranks together hold the parameters of the plain model"
+        for kind in found[0]:
+            worst = max((value, name, rank) for rank in range(world_size) for name, value in found[rank][kind].items())
+            print(f"{kind:10} {worst[0]:.1e} {worst[1]} on rank {worst[2]} of {case}")
+            if not worst[0] <= TOLERANCE:
+                problems.append(f"{kind} is off by {worst[0]:.1e} at {worst[1]} on rank {worst[2]} of {case}")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_dropless_step_equals_the_plain_model(run_ranks, world_size):
+    ep_sizes = [size for size in (1, 2, 4) if size <= world_size]
+    check(run_ranks, world_size, [Case(*case) for case in itertools.product(ep_sizes, (0, 1, 2), (1, 2))])
+
+
+def test_other_settings_equal_the_plain_model(run_ranks):
+    cases = [
+        Case(2, 1, clip=0.05),
+        Case(2, 2, 2, clip=0.05),
+        Case(1, 0, clip=0.05),
+        Case(2, 1, activation_checkpointing=True),
+        Case(2, 1, moe=(("top_k", 1),)),
+        Case(2, 1, moe=(("top_k", 3),)),
+        Case(2, 1, moe=(("top_k", 8),)),
+        Case(2, 1, moe=(("num_experts", 2),)),
+        Case(2, 1, profile="official"),
+    ]
+    check(run_ranks, 2, cases)
+
+
+def capacity_reference(config, world_size, rank):
+    """The plain model on every rank's own tokens: mean of the gradients, and this rank's slots and output."""
+    model = plain_model(config)
+    captured = []
+    for peer in range(world_size):
+        inputs, labels = collate(micro_batches(1, peer, world_size)[0], config)
+        slots = capture_slots(model)
+        output = model(**inputs)
+        (loss_of(output, inputs, labels, world_size) / world_size).backward()
+        captured.append((slots, output))
+    return captured[rank], {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def capture_slots(model):
+    """A list that the next forward fills with the slots of every MoE layer."""
+    from eve_ds.model.moe import Router
+
+    slots, hooks = [], []
+
+    def hook(module, inputs, output):
+        slots.append(output.routing.slots)
+        hooks[len(slots) - 1].remove()
+
+    hooks.extend(module.register_forward_hook(hook) for module in model.modules() if isinstance(module, Router))
+    return slots
+
+
+def run_capacity_cases(rank, world_size, described):
+    from deepspeed.utils import safe_get_full_grad
+
+    from eve_ds.model.moe import plain_named_parameters
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+
+    initialize_deepspeed_distributed()
+    results = []
+    for fields in described:
+        case = Case(**fields)
+        (expected_slots, expected), expected_gradients = capacity_reference(case.config(), world_size, rank)
+        engine = engine_for(case, world_size)
+        inputs, labels = collate(micro_batches(1, rank, world_size)[0], case.config())
+        slots = capture_slots(engine.module)
+        output = engine(**inputs)
+        engine.backward(loss_of(output, inputs, labels, world_size))
+        found = {
+            name: difference(safe_get_full_grad(parameter), expected_gradients[name])
+            for name, parameter in plain_named_parameters(engine.module)
+        }
+        found["pixels"] = difference(output.pixel_predictions, expected.pixel_predictions)
+        equal = [torch.equal(ours, theirs) for ours, theirs in zip(slots, expected_slots, strict=True)]
+        results.append((equal, [int((layer < 0).sum()) for layer in slots], [len(layer) for layer in slots], found))
+        engine.destroy()
+    return results
+
+
+def test_capacity_step_has_the_slots_of_the_plain_router_on_each_rank(run_ranks):
+    moe = (("routing", "capacity"), ("capacity_factor", 0.75), ("min_capacity", 1), ("balance_over", "rank"))
+    cases = [Case(ep, zero, moe=moe) for ep, zero in ((1, 0), (2, 1), (2, 2))]
+    cases.append(Case(2, 1, moe=moe, profile="official"))
+    results = run_ranks(run_capacity_cases, 2, [dataclasses.asdict(case) for case in cases], timeout=120)
+    assert results[0][0][2] != results[1][0][2], "the ranks bring different numbers of tokens"
+    for result in results:
+        for equal, dropped, _, found in result:
+            assert equal == [True, True]
+            assert min(dropped) > 0
+            worst = max((value, name) for name, value in found.items())
+            assert worst[0] <= TOLERANCE, worst
