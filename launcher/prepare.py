@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shared_options() -> argparse.ArgumentParser:
+def _shared_options() -> Parser:
     shared = Parser(add_help=False)
     shared.add_argument("--out", type=Path, required=True, help="folder to write")
     shared.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="(default: every core)")
