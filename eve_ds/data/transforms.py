@@ -22,6 +22,10 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 """Range of width / height that a random crop is drawn from."""
 CROP_ATTEMPTS = 10
 
+# Pillow only says that it cannot identify such an image. PNG: IHDR; JPEG: the frame header, height before width.
+_ZERO_SIZE = re.compile(
+    rb"\x89PNG\r\n\x1a\n.{4}IHDR(\0{4}|.{4}\0{4})|\xff\xd8.*?\xff[\xc0-\xc2]..[\x08\x0c](\0\0|..\0\0)", re.DOTALL
+)
 _DIRECTION = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 Box = tuple[float, float, float, float]
@@ -46,12 +50,12 @@ def open_image(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadSample("decompression bomb", str(error)) from None
     except Exception as error:  # decoders raise a dozen types on damaged bytes; none of our code is inside
+        if _ZERO_SIZE.match(data):
+            raise BadSample("zero-size image", "its header gives a width or height of 0") from None
         raise BadSample("unreadable image", str(error)) from None
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadSample("decompression bomb", f"{width} x {height} pixels")
-    if width == 0 or height == 0:
-        raise BadSample("zero-size image", f"{width} x {height} pixels")
     return image
 
 

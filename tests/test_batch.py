@@ -1,0 +1,165 @@
+"""Batches of complete and of incomplete samples."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+from eve_ds.config import ConfigError, parse_config
+from eve_ds.data.batch import Batch, Sample
+from eve_ds.data.collate import Collator
+from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from eve_ds.model.eve import EVE
+
+CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and a small green square top left")
+
+
+def config(**masking):
+    return parse_config({"model": {"image_size": 32, "patch_size": 8, "vocab_size": 256}, "masking": masking})
+
+
+def collate(samples, tokenizer="scenes", has_images=True, has_captions=True, **masking):
+    collator = Collator(config(**masking), load_tokenizer(tokenizer), has_images=has_images, has_captions=has_captions)
+    return collator(samples)
+
+
+def image(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def pairs():
+    return [Sample(f"k{number}", 0, image(number), caption) for number, caption in enumerate(CAPTIONS)]
+
+
+def test_pairs_have_every_field():
+    batch = collate(pairs())
+    tokens = [load_tokenizer("scenes")(caption)["input_ids"] for caption in CAPTIONS]
+    length = max(map(len, tokens))
+    assert batch.keys == ["k0", "k1"]
+    assert len(batch) == 2
+    assert batch.pixel_values.shape == (2, 3, 32, 32)
+    assert batch.pixel_values.dtype == torch.float32
+    assert batch.image_mask is None
+    assert batch.visible_patch_ids.shape == (2, 4)
+    assert batch.masked_patch_ids.shape == (2, 12)
+    assert batch.visible_patch_ids.dtype == batch.masked_patch_ids.dtype == torch.int64
+    assert batch.input_ids.shape == batch.attention_mask.shape == (2, length)
+    assert batch.input_ids.dtype == batch.masked_token_ids.dtype == batch.token_labels.dtype == torch.int64
+    assert batch.attention_mask.dtype == torch.bool
+    assert batch.attention_mask.sum(1).tolist() == list(map(len, tokens))
+
+
+def test_labels_restore_the_captions():
+    tokenizer = load_tokenizer("scenes")
+    batch = collate(pairs())
+    assert (batch.input_ids.flatten()[batch.masked_token_ids] == tokenizer.mask_token_id).all()
+    restored = batch.input_ids.flatten().scatter(0, batch.masked_token_ids, batch.token_labels).view_as(batch.input_ids)
+    for row, caption in enumerate(CAPTIONS):
+        assert restored[row][batch.attention_mask[row]].tolist() == tokenizer(caption)["input_ids"]
+    assert (restored[~batch.attention_mask] == tokenizer.pad_token_id).all()
+    assert (batch.masked_token_ids.diff() > 0).all()
+
+
+def test_pixels_are_those_of_the_image():
+    expected = torch.from_numpy(image(1)).permute(2, 0, 1).float() / 127.5 - 1
+    torch.testing.assert_close(collate(pairs()).pixel_values[1], expected, rtol=0, atol=1e-6)
+
+
+def test_masks_do_not_depend_on_the_rest_of_the_batch():
+    both, alone = collate(pairs()), collate(pairs()[1:])
+    assert (both.masked_patch_ids[1] == alone.masked_patch_ids[0]).all()
+    length = alone.input_ids.shape[1]
+    own = both.masked_token_ids[both.masked_token_ids >= length] - length
+    assert (own == alone.masked_token_ids).all()
+
+
+def test_masks_change_with_the_epoch():
+    first, second = (collate([Sample("k", epoch, image(), CAPTIONS[1])]) for epoch in (0, 1))
+    assert (first.masked_patch_ids != second.masked_patch_ids).any()
+    assert first.masked_token_ids.tolist() != second.masked_token_ids.tolist()
+
+
+def test_missing_image_is_zero_and_marked():
+    batch = collate([Sample("a", 0, None, CAPTIONS[0]), *pairs()])
+    assert batch.image_mask.tolist() == [False, True, True]
+    assert batch.pixel_values[0].abs().max() == 0
+    torch.testing.assert_close(batch.pixel_values[1:], collate(pairs()).pixel_values)
+    assert batch.visible_patch_ids.shape == (3, 4)
+
+
+def test_missing_caption_is_an_empty_row():
+    batch = collate([Sample("a", 0, image(), None), *pairs()])
+    assert not batch.attention_mask[0].any()
+    assert (batch.masked_token_ids >= batch.input_ids.shape[1]).all()
+
+
+def test_batch_without_any_caption_or_image_keeps_its_fields():
+    batch = collate([Sample("a", 0, image(), None)])
+    assert batch.input_ids.shape == (1, 1)
+    assert not batch.attention_mask.any()
+    assert len(batch.masked_token_ids) == len(batch.token_labels) == 0
+    batch = collate([Sample("a", 0, None, CAPTIONS[0])])
+    assert batch.image_mask.tolist() == [False]
+    assert batch.pixel_values.shape == (1, 3, 32, 32)
+
+
+def test_fields_are_none_only_where_no_source_has_them():
+    batch = collate([Sample("a", 0, image(), None)], has_captions=False)
+    assert batch.input_ids is batch.attention_mask is batch.masked_token_ids is batch.token_labels is None
+    batch = collate([Sample("a", 0, None, CAPTIONS[0])], has_images=False)
+    assert batch.pixel_values is batch.image_mask is batch.visible_patch_ids is batch.masked_patch_ids is None
+
+
+def test_long_captions_are_cut_and_keep_their_last_token():
+    tokenizer = load_tokenizer("scenes")
+    batch = collate([Sample("a", 0, image(), " and ".join(CAPTIONS * 20))])
+    assert batch.input_ids.shape == (1, 40)
+    assert batch.input_ids[0, -1] == tokenizer.sep_token_id
+    assert batch.input_ids[0, 0] == tokenizer.cls_token_id
+
+
+def test_padding_and_truncation_stored_in_a_tokenizer_are_not_applied(tmp_path):
+    tokenizer = load_tokenizer("scenes")
+    tokenizer.backend_tokenizer.enable_padding(length=33, pad_id=0)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    collator = Collator(config(), tokenizer, has_images=True, has_captions=True)
+    fresh = collate(pairs())
+    assert collator(pairs()).input_ids.tolist() == fresh.input_ids.tolist()
+
+
+def test_random_and_kept_tokens_follow_the_configuration():
+    tokenizer = load_tokenizer("scenes")
+    batch = collate(pairs() * 50, random_token_share=1.0)
+    now = batch.input_ids.flatten()[batch.masked_token_ids]
+    assert not set(now.tolist()) & set(tokenizer.all_special_ids)
+    assert now.max() < len(tokenizer)
+    batch = collate(pairs(), keep_token_share=1.0)
+    assert (batch.input_ids.flatten()[batch.masked_token_ids] == batch.token_labels).all()
+
+
+def test_random_and_kept_shares_must_fit():
+    with pytest.raises(ConfigError, match=r"random_token_share \(0.6\) and keep_token_share \(0.5\) must not exceed 1"):
+        config(random_token_share=0.6, keep_token_share=0.5)
+
+
+def test_vocabulary_larger_than_the_models_is_refused():
+    tokenizer = train_tokenizer([chr(0x4E00 + number) for number in range(600)], 700)
+    size = len(tokenizer)
+    with pytest.raises(ConfigError, match=rf"vocabulary of {size} tokens, larger than model.vocab_size \(256\); raise"):
+        Collator(config(), tokenizer, has_images=True, has_captions=True)
+
+
+def test_model_inputs_are_what_the_model_takes():
+    inputs = collate(pairs()).model_inputs()
+    assert set(inputs) == set(inspect.signature(EVE.forward).parameters) - {"self"}
+
+
+def test_to_moves_every_tensor():
+    batch = collate(pairs())
+    moved = batch.to("meta")
+    assert isinstance(moved, Batch)
+    assert moved.keys == batch.keys
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 7
+    assert all(tensor.device.type == "meta" for tensor in tensors)

@@ -1,0 +1,204 @@
+"""Decode, crop, flip, normalise; and the images that cannot be used, by reason."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from eve_ds.data.batch import BadSample
+from eve_ds.data.masking import sample_rng
+from eve_ds.data.transforms import (
+    ASPECT_RATIOS,
+    TrainTransform,
+    crop_box,
+    names_direction,
+    normalize,
+    open_image,
+    resize,
+)
+
+
+def photo(width=200, height=150, seed=0):
+    """Something smooth, as photographs are: a small random image, enlarged."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png_of_size(width, height):
+    """A PNG that claims a size and holds the first 100 bytes of its pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def whole(data, size=32):
+    image = open_image(data)
+    return resize(image, (0, 0, *image.size), size)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1", "LA", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    pixels = whole(encode(photo().convert("I").convert(mode) if mode == "I;16" else photo().convert(mode), kind))
+    assert pixels.shape == (32, 32, 3)
+    assert pixels.dtype == np.uint8
+
+
+def test_whole_image_is_resized_as_pillow_does():
+    expected = np.asarray(photo().resize((32, 32), Image.Resampling.BICUBIC))
+    assert (whole(encode(photo())) == expected).all()
+
+
+def test_box_is_cropped_as_pillow_does():
+    box = (20, 10, 120, 90)
+    expected = np.asarray(photo().resize((32, 32), Image.Resampling.BICUBIC, box=box))
+    assert (resize(open_image(encode(photo())), box, 32) == expected).all()
+
+
+@pytest.mark.parametrize("box", [(0, 0, 801, 603), (100, 50, 700, 600), (301, 203, 399, 299)])
+def test_large_jpeg_is_decoded_smaller_and_looks_the_same(box, monkeypatch):
+    """Against a full decode: 2 of 255 on average, which is below the error of the JPEG itself at quality 75."""
+    data = encode(photo(801, 603), "JPEG", quality=90)
+    scaled = resize(open_image(data), box, 64).astype(int)
+    full = Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.BICUBIC, box=box)
+    assert np.abs(scaled - np.asarray(full).astype(int)).mean() < 2
+
+
+def test_large_jpeg_is_never_decoded_below_the_target():
+    image = open_image(encode(photo(801, 603), "JPEG"))
+    resize(image, (0, 0, 801, 603), 64)
+    assert image.size == (101, 76)
+    image = open_image(encode(photo(801, 603), "JPEG"))
+    resize(image, (0, 0, 120, 120), 64)
+    assert image.size == (801, 603)
+
+
+BAD_IMAGES = {
+    "empty": (b"", "zero-size image"),
+    "no image": (b"<html>not found</html>", "unreadable image"),
+    "zero-width JPEG": (
+        encode(Image.new("L", (0x0102, 0x0304)), "JPEG").replace(b"\x03\x04\x01\x02", b"\x03\x04\0\0"),
+        "zero-size image",
+    ),
+    "zero-height PNG": (png_of_size(5, 0), "zero-size image"),
+    "zero-width PNG": (png_of_size(0, 5), "zero-size image"),
+    "bomb": (png_of_size(20_000, 5_000), "decompression bomb"),
+    "large bomb": (png_of_size(60_000, 60_000), "decompression bomb"),
+    "truncated JPEG": (encode(photo(), "JPEG")[:1500], "truncated image"),
+    "truncated PNG": (encode(photo())[:5000], "truncated image"),
+    "cut in the header": (encode(photo(), "JPEG")[:40], "unreadable image"),
+    "few pixels": (png_of_size(20, 20), "truncated image"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_image_is_named(name):
+    data, reason = BAD_IMAGES[name]
+    with pytest.raises(BadSample) as caught:
+        whole(data)
+    assert caught.value.reason == reason
+    assert len(str(caught.value)) > len(reason), "the detail is missing"
+
+
+@given(width=st.integers(1, 500), height=st.integers(1, 500), low=st.floats(0.01, 1.0), key=st.text(max_size=3))
+def test_crop_lies_within_the_image(width, height, low, key):
+    left, top, right, bottom = crop_box(width, height, (low, 1.0), sample_rng(0, 0, key))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+
+
+def test_crops_have_the_asked_area_and_ratio():
+    boxes = [crop_box(400, 300, (0.2, 0.5), sample_rng(0, 0, str(number))) for number in range(2000)]
+    widths, heights = (np.array([box[i + 2] - box[i] for box in boxes], dtype=float) for i in (0, 1))
+    areas, ratios = widths * heights / 120_000, widths / heights
+    assert areas.min() > 0.195
+    assert areas.max() < 0.505
+    assert areas.mean() == pytest.approx(0.35, abs=0.01)
+    assert ratios.min() > ASPECT_RATIOS[0] * 0.98
+    assert ratios.max() < ASPECT_RATIOS[1] * 1.02
+    assert np.log(ratios).mean() == pytest.approx(0, abs=0.02)
+    lefts = np.array([box[0] for box in boxes]) / (400 - widths)
+    assert lefts.mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_strip_is_cropped_in_its_middle():
+    """No crop of a tenth of the area fits an allowed ratio, so the widest allowed one is taken."""
+    assert crop_box(1000, 10, (0.5, 1.0), sample_rng(0, 0, "k")) == (493, 0, 506, 10)
+    assert crop_box(10, 1000, (0.5, 1.0), sample_rng(0, 0, "k")) == (0, 493, 10, 506)
+
+
+def test_scale_one_keeps_everything():
+    assert crop_box(37, 91, (1.0, 1.0), sample_rng(0, 0, "k")) == (0, 0, 37, 91)
+
+
+@pytest.mark.parametrize("caption", ["a dog on the left", "Right-hand side", "the leftmost box", "top RIGHT"])
+def test_direction_words_are_seen(caption):
+    assert names_direction(caption)
+
+
+@pytest.mark.parametrize("caption", ["a bright light", "aleft", "above the box", ""])
+def test_other_words_are_no_direction(caption):
+    assert not names_direction(caption)
+
+
+def flipped(transform, caption, key):
+    pixels = transform(np.asarray(photo(32, 32)), caption, 0, key)
+    if (pixels == np.asarray(photo(32, 32))).all():
+        return False
+    assert (pixels[:, ::-1] == np.asarray(photo(32, 32))).all()
+    return True
+
+
+def test_flips_are_as_frequent_as_asked_and_spare_directions():
+    transform = TrainTransform(32, (1.0, 1.0), 0.3, seed=0)
+    flips = [flipped(transform, "a dog", str(number)) for number in range(1000)]
+    assert np.mean(flips) == pytest.approx(0.3, abs=0.05)
+    assert not any(flipped(transform, "a dog on the left", str(number)) for number in range(100))
+    assert any(flipped(transform, None, str(number)) for number in range(100))
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_key():
+    def draw(seed, epoch, key):
+        return TrainTransform(16, (0.2, 1.0), 0.5, seed)(encode(photo()), "a dog", epoch, key)
+
+    assert (draw(0, 0, "a") == draw(0, 0, "a")).all()
+    others = [draw(1, 0, "a"), draw(0, 1, "a"), draw(0, 0, "b")]
+    assert all((draw(0, 0, "a") != other).any() for other in others)
+
+
+def test_ready_array_is_passed_through_untouched(monkeypatch):
+    monkeypatch.setattr(Image, "fromarray", None)
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    assert TrainTransform(64, (1.0, 1.0), 0.0, seed=0)(image, "a", 0, "k") is image
+
+
+def test_array_of_another_size_is_resized():
+    pixels = TrainTransform(32, (1.0, 1.0), 0.0, seed=0)(np.asarray(photo()), "a", 0, "k")
+    assert (pixels == np.asarray(photo().resize((32, 32), Image.Resampling.BICUBIC))).all()
+
+
+def test_normalize_maps_to_mean_and_std_of_a_half():
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8)
+    images[0, 0, 0] = [0, 255, 128]
+    pixels = normalize(images)
+    expected = (torch.from_numpy(images.astype(np.float64)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    assert pixels.dtype == torch.float32
+    assert pixels.is_contiguous()
+    torch.testing.assert_close(pixels.double(), expected, rtol=0, atol=2e-7)
+    assert pixels[0, :2, 0, 0].tolist() == [-1.0, 1.0]
