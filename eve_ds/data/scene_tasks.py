@@ -469,7 +469,7 @@ def retrieval_set(level: LevelName, size: int, seed: int = 0, split: Split = "te
     scenes = Scenes(level, seed, split)
     chosen: list[Scene] = []
     captions = _CaptionIndex()
-    for index in range(100 * size):
+    for index in range(5 * size + 2000):
         if len(chosen) == size:
             break
         scene = scenes[index]
