@@ -87,8 +87,11 @@ class ModelConfig(Section):
     layer_norm_eps: float = 1e-6
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the normal that weights are drawn from, truncated at one standard deviation."""
+    position_init: Literal["normal", "sincos"] = "normal"
+    """`sincos`: position tables start as sines and cosines (2-D for patches) and are learnt from there. A small model
+    learns where things are several times sooner; the released one drew them from the normal."""
     position_initializer_range: Annotated[float, Field(gt=0)] = 0.02
-    """The same for position embeddings and class tokens."""
+    """Scale of position embeddings, class and mask tokens: standard deviation, or amplitude of the sines."""
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
 
     @model_validator(mode="after")

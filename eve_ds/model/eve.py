@@ -212,10 +212,33 @@ def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
             nn.init.zeros_(module.bias)
     for name, parameter in plain_named_parameters(model):
         kind = name.rpartition(".")[2]
-        if kind in {"position", "class_token", "mask_token"}:
+        if kind == "position" and config.position_init == "sincos" and not parameter.is_meta:
+            side = None if "text_embedding" in name else config.image_size // config.patch_size
+            parameter.copy_(config.position_initializer_range * _sincos_table(parameter, side))
+        elif kind in {"position", "class_token", "mask_token"}:
             _truncated_normal(parameter, config.position_initializer_range, seed, name)
         elif parameter.ndim >= 2 or kind == "modality":
             _truncated_normal(parameter, config.initializer_range, seed, name)
+
+
+def _sincos_table(position: Tensor, side: int | None) -> Tensor:
+    """Sines and cosines in the shape of a position table (rows, D): 2-D for `side` x `side` patches, else 1-D.
+
+    Wavelengths grow to about 600 steps, not the customary 60,000: a grid of patches is at most some 30 wide. The row of
+    the class token, if the table has one before those of the patches, stays 0.
+    """
+    rows, width = position.shape
+    if side is None:
+        return _sines(rows, width)
+    line = _sines(side, width // 2)
+    row, column = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    grid = torch.cat([row, column], dim=-1).flatten(0, 1)
+    return F.pad(grid, (0, 0, rows - side**2, 0))
+
+
+def _sines(places: int, width: int) -> Tensor:
+    angles = torch.arange(places)[:, None] * 100.0 ** (-torch.arange(width // 2) / (width // 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _truncated_normal(tensor: Tensor, std: float, seed: int, name: str) -> None:
