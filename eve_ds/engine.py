@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -27,20 +28,27 @@ from eve_ds.config import Config, ConfigError, TrainConfig
 from eve_ds.data.batch import Batch
 from eve_ds.data.masking import num_masked_patches
 from eve_ds.data.pipeline import build_loader
+from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.distributed import get_logger, rank_zero, seed_everything
-from eve_ds.evaluation import evaluate_scenes
+from eve_ds.distributed import broadcast_object, get_logger, rank_zero, seed_everything
+from eve_ds.evaluation import evaluate_scenes, trains_on_scenes
 from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.metrics import MetricsWriter, ProgressLine, forward_flops, peak_flops, peak_memory_bytes
 from eve_ds.model.eve import EVE
-from eve_ds.model.moe import router_metrics
+from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.parallel.topology import check_topology
 
 IDENTITY = ("model", "masking", "data", "loss")
-"""Sections that may not change within one output folder."""
+"""Sections that may not change within one output folder, and neither may `train.seed`."""
+NO_IDENTITY = {"data": {"num_workers", "max_bad_share"}}
+"""Keys of them that may."""
+MOST_NAMED = 8
+"""Sample keys of a micro-batch, and micro-batches, that a message names."""
+CHECK_SAMPLES = 2
+"""Samples of a rank whose outputs are recorded at a save."""
 
 
 class NonFiniteError(RuntimeError):
@@ -70,11 +78,14 @@ def pretrain(
 
     Raises:
         ConfigError: settings that contradict each other, or an output folder of another run.
+        UnusableData: too many samples cannot be used.
         NonFiniteError: see there.
     """
     info = initialize_deepspeed_distributed()
-    config, deepspeed_config = resolve_deepspeed_config(deepspeed_config or {}, config, info.world_size)
-    prepare_output_dir(config, resume)
+    config, deepspeed_config = resolve_deepspeed_config(
+        {} if deepspeed_config is None else deepspeed_config, config, info.world_size
+    )
+    _on_rank_zero(partial(check_output_dir, config, resume))
     tokenizer = load_tokenizer(config.data.tokenizer)
     seed_everything(config.train.seed)
     moe_cls = partial(DeepSpeedMoE, ep_size=config.parallel.ep_size)
@@ -114,9 +125,11 @@ class Trainer:
         self.checkpoint: Path | None = None
         # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
         self.host_group = dist.new_group(backend="gloo")
-        self.metrics = MetricsWriter(config.train.output_dir)
         self.window = _Window()
         self._open_loader(None)
+        # Last, so that a run which could not be built leaves nothing in the folder that would claim it.
+        _on_rank_zero(partial(_write_config, config))
+        self.metrics = MetricsWriter(config.train.output_dir)
 
     def __enter__(self) -> Trainer:
         return self
@@ -130,9 +143,12 @@ class Trainer:
         state, position = commit.load(self.engine, checkpoint, self.config)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.nonfinite_skips = state["nonfinite_skips"]
+        self.window = _Window(started=self.seconds)
         self.loader.close()
         self._open_loader(position)
         self.checkpoint = checkpoint
+        # Records of later steps that stand above this one belong to updates that were lost.
+        self.metrics.write("event", **self._stamp(), event="resumed", message=f"from {checkpoint}")
         get_logger().info("resumed from %s", checkpoint)
 
     def run(self) -> Summary:
@@ -143,23 +159,28 @@ class Trainer:
             done = self._progress() >= 1.0
             while not done:
                 with self._clock():
-                    done = self._train_step()
-                if self.step % train.metrics_every == 0 or done:
+                    done, save_due = self._train_step()
+                written = self.step % train.metrics_every == 0 or self.step % train.log_every == 0
+                if (written or done) and self.window.steps:
                     progress.update(self.step, self._progress(), self._write_metrics())
                 if done or (train.eval_every and self.step % train.eval_every == 0):
                     self._evaluate()
-                if done or self._save_due:
+                if done or save_due:
                     self._save()
         spent = max(self.seconds - started_at, 1e-9)
         return Summary(self.step, self.samples, self.seconds, (self.samples - samples_before) / spent, self.checkpoint)
 
-    def _train_step(self) -> bool:
-        """One optimiser update; returns whether it was the last. Randomness is a function of (seed, step, rank)."""
-        micro_batches = [next(self.loader) for _ in range(self.engine.gradient_accumulation_steps())]
-        counts, done = self._agree(micro_batches)
+    def _train_step(self) -> tuple[bool, bool]:
+        """One optimiser update; returns whether it was the last, and whether to save after it.
+
+        Randomness is a function of (seed, step, rank).
+        """
+        micro_batches, problem = self._fetch()
+        counts, tokens, done, save_due = self._agree(micro_batches, problem)
+        self.last_batch = micro_batches[-1]
         self._set_learning_rate()
-        seed_everything(self.config.train.seed * 1_000_003 + self.step, self.rank)
-        losses = []
+        seed_everything((self.config.train.seed * 1_000_003 + self.step) % 2**43, self.rank)
+        computed = []
         for host_batch in micro_batches:
             batch = host_batch.to(self.engine.device)
             output = self.engine(**batch.model_inputs())
@@ -173,62 +194,81 @@ class Trainer:
                 counts=counts,
             )
             loss = total_loss(terms, self.config.loss)
-            self.engine.backward(loss)
+            self.engine.backward(poison_if_nonfinite(loss))
             self.engine.step()
-            losses.append(loss.detach())
-            self.window.add({"loss": loss, **terms}, output.moe)
-        if not self._updated():
-            self._handle_nonfinite(losses, micro_batches)
+            computed.append({name: term.detach() for name, term in {"loss": loss, **terms}.items()})
         self.step += 1
         self.samples += self.engine.train_batch_size()
-        self.window.steps += 1
-        return done
+        if self._updated():
+            self.window.add_step(computed, output.moe, tokens)
+        else:
+            self._handle_nonfinite(computed, micro_batches)
+        return done, save_due
 
-    def _agree(self, micro_batches: list[Batch]) -> tuple[Counts, bool]:
-        """Sum over ranks what losses are averaged over, and take rank 0's clocks as everybody's."""
-        local = torch.tensor([_count(batch) for batch in micro_batches], dtype=torch.float64).sum(dim=0)
+    def _fetch(self) -> tuple[list[Batch], UnusableData | None]:
+        """The micro-batches of one step, or why this rank cannot have them."""
+        try:
+            return [next(self.loader) for _ in range(self.engine.gradient_accumulation_steps())], None
+        except UnusableData as error:
+            return [], error
+
+    def _agree(self, micro_batches: list[Batch], problem: UnusableData | None) -> tuple[Counts, float, bool, bool]:
+        """Sum over ranks what losses are averaged over, and take rank 0's clocks as everybody's.
+
+        Returns:
+            Denominators of the losses, tokens of the step on all ranks, whether it is the last, whether to save then.
+
+        Raises:
+            UnusableData: on every rank, if any of them has no data.
+        """
+        local = torch.tensor([[0.0] * 3, *(_count(batch) for batch in micro_batches)], dtype=torch.float64).sum(dim=0)
         clocks = torch.tensor([self.seconds, time.monotonic() - self.saved_at], dtype=torch.float64)
-        numbers = torch.cat([local, clocks * (self.rank == 0)])
+        failed = torch.tensor([float(problem is not None)], dtype=torch.float64)
+        numbers = torch.cat([local, clocks * (self.rank == 0), failed])
         dist.all_reduce(numbers, group=self.host_group)
-        *totals, self.seconds, since_save = numbers.tolist()
+        *totals, self.seconds, since_save, num_failed = numbers.tolist()
+        if num_failed:
+            raise UnusableData("; ".join(self._gather(None if problem is None else f"rank {self.rank}: {problem}")))
         train = self.config.train
-        every_steps, every_minutes = train.save_every_steps, train.save_every_minutes
         next_step = self.step + 1
-        self._save_due = bool(every_steps and next_step % every_steps == 0)
-        self._save_due |= bool(every_minutes and since_save >= 60 * every_minutes)
-        share = self.world_size * len(micro_batches)
+        save_due = bool(train.save_every_steps and next_step % train.save_every_steps == 0)
+        save_due |= bool(train.save_every_minutes and since_save >= 60 * train.save_every_minutes)
         done = next_step >= train.max_steps or self._out_of_time()
-        self.window.tokens += totals[2]
-        return Counts(*(total / share for total in totals)), done
+        share = self.world_size * self.engine.gradient_accumulation_steps()
+        return Counts(*(total / share for total in totals)), totals[2], done, save_due
+
+    def _gather(self, item: Any) -> list[Any]:
+        """What every rank passed, without None, in rank order."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, item, group=self.host_group)
+        return [item for item in gathered if item is not None]
 
     def _updated(self) -> bool:
         """Whether the last step changed the weights; ZeRO reports overflow on the engine, ZeRO 0 on our optimiser."""
         return bool(self.engine.was_step_applied()) and not getattr(self.optimizer, "overflow", False)
 
-    def _handle_nonfinite(self, losses: list[Tensor], micro_batches: list[Batch]) -> None:
+    def _handle_nonfinite(self, computed: list[dict[str, Tensor]], micro_batches: list[Batch]) -> None:
+        """Stop, or count the skip; collective. The step that was taken has left weights and optimiser as they were."""
         train = self.config.train
-        if train.precision == "fp16":  # an overflow that the loss scaler answers; at its least scale DeepSpeed raises
+        local = [_describe(terms, batch) for terms, batch in zip(computed, micro_batches, strict=True)]
+        found = [(rank, *item) for rank, items in enumerate(self._gather(local)) for item in items]
+        bad = [item for item in found if item[1] == max(worst for _, worst, _ in found)]
+        severity = bad[0][1]
+        if train.precision == "fp16" and severity == 0:  # an overflow that the loss scaler answers
             return
-        local = [(self.rank, float(loss), batch.keys) for loss, batch in zip(losses, micro_batches, strict=True)]
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, local, group=self.host_group)
-        everything = [item for ranks in gathered for item in ranks]
-        bad = [item for item in everything if not math.isfinite(item[1])]
-        what = "; ".join(
-            f"rank {rank}: loss {loss}, sample keys {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}"
-            for rank, loss, keys in (bad or everything)
-        )
-        kind = "loss" if bad else "gradient norm"
-        message = f"step {self.step + 1}: {kind} is not finite, the update was not applied; {what}"
+        what = "; ".join(f"rank {rank}: {text}" for rank, _, text in bad[:MOST_NAMED])
+        more = f"; and {len(bad) - MOST_NAMED} more micro-batches" if len(bad) > MOST_NAMED else ""
+        kind = "loss" if severity else "gradient norm"
+        message = f"step {self.step}: {kind} is not finite, the update was not applied; {what}{more}"
         self.nonfinite_skips += 1
         self.metrics.write("event", **self._stamp(), event="nonfinite", message=message)
         if train.on_nonfinite == "stop":
-            last = self.checkpoint or "none yet"
-            raise NonFiniteError(f"{message}. Last good checkpoint: {last}")
+            raise NonFiniteError(f"{message}. Last good checkpoint: {self.checkpoint or 'none yet'}")
         if self.nonfinite_skips > train.max_nonfinite_skips:
             raise NonFiniteError(
                 f"{message}. That is skip number {self.nonfinite_skips}, "
-                f"train.max_nonfinite_skips ({train.max_nonfinite_skips}) are allowed"
+                f"train.max_nonfinite_skips ({train.max_nonfinite_skips}) are allowed. "
+                f"Last good checkpoint: {self.checkpoint or 'none yet'}"
             )
         get_logger().warning("%s; skipped", message)
 
@@ -239,11 +279,13 @@ class Trainer:
         samples = self.window.steps * self.engine.train_batch_size()
         numbers |= {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "samples_per_second": samples / elapsed,
             "tokens_per_second": self.window.tokens / elapsed,
             "peak_memory_bytes": peak_memory_bytes(),
         }
+        norm = self.engine.get_global_grad_norm()  # DeepSpeed takes none at ZeRO 0 without clipping
+        if norm is not None and math.isfinite(norm):
+            numbers["grad_norm"] = float(norm)
         peak = peak_flops(train.precision)
         if peak is not None:
             flops = 3 * samples * self._forward_flops() / elapsed
@@ -256,6 +298,8 @@ class Trainer:
         return numbers
 
     def _evaluate(self) -> None:
+        if not trains_on_scenes(self.config):
+            return
         result = evaluate_scenes(
             self.engine.module, self.config, self.tokenizer, rank=self.rank, world_size=self.world_size
         )
@@ -272,6 +316,7 @@ class Trainer:
             position=self.loader.state_dict(),
             config=self.config,
             tokenizer=self.tokenizer,
+            check_inputs=_first_samples(self.last_batch, CHECK_SAMPLES).to(self.engine.device).model_inputs(),
         )
         self.saved_at = time.monotonic()
 
@@ -331,11 +376,13 @@ class _Window:
         self.steps = 0
         self.tokens = 0.0
         self._terms: list[dict[str, Tensor]] = []
-        self._moe: tuple[Any, ...] = ()
+        self._moe: tuple[RouterStatistics, ...] = ()
 
-    def add(self, terms: dict[str, Tensor], moe: tuple[Any, ...]) -> None:
-        """One micro-batch."""
-        self._terms.append({name: term.detach() for name, term in terms.items()})
+    def add_step(self, terms: list[dict[str, Tensor]], moe: tuple[MoEOutput, ...], tokens: float) -> None:
+        """One update: detached loss terms of its micro-batches, MoE outputs of the last, tokens over all ranks."""
+        self.steps += 1
+        self.tokens += tokens
+        self._terms += terms
         self._moe = tuple(layer.statistics for layer in moe)
 
     def reduce(self, world_size: int) -> dict[str, float]:
@@ -350,6 +397,15 @@ class _Window:
         return numbers
 
 
+def poison_if_nonfinite(loss: Tensor) -> Tensor:
+    """The loss, with gradients that are not finite if it is not finite.
+
+    So the one check before the update finds both, and the host need not wait for the loss. A loss can be infinite while
+    its gradient is not, as a square can overflow where its derivative does not.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
 class CheckedAdamW(torch.optim.AdamW):
     """AdamW that refuses an update with a non-finite gradient on any rank, as ZeRO's optimisers do.
 
@@ -359,7 +415,7 @@ class CheckedAdamW(torch.optim.AdamW):
     overflow = False
 
     def step(self, closure: Any = None) -> Any:
-        """Update unless a gradient of any rank is not finite; then clear nothing and set `overflow`."""
+        """Update unless a gradient of any rank is not finite; then change nothing and set `overflow`."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().int()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -406,11 +462,14 @@ def resolve_deepspeed_config(
         The configuration with batch triangle, precision and clipping settled, and the JSON without any "auto".
 
     Raises:
-        ConfigError: a contradiction (both places are named), a batch that does not fit, a refused topology, or "auto"
-            where there is nothing to take it from.
+        ConfigError: a contradiction (both places are named), a batch that does not fit, a refused topology, "auto"
+            where there is nothing to take it from, or a setting that would take effect beside ours or not at all.
     """
+    if not isinstance(deepspeed_config, dict):
+        raise ConfigError(f"the DeepSpeed JSON must be a mapping of settings, not a {type(deepspeed_config).__name__}")
     resolved = json.loads(json.dumps(deepspeed_config))
     train = config.train
+    _refuse_settings(resolved)
     batch = _take(resolved, "train_batch_size", train, "train_batch_size")
     micro = _take(resolved, "train_micro_batch_size_per_gpu", train, "micro_batch_size")
     accumulation = _take(resolved, "gradient_accumulation_steps", train, "gradient_accumulation_steps")
@@ -427,9 +486,9 @@ def resolve_deepspeed_config(
         "steps_per_print": resolved.get("steps_per_print", 10**9),
         "zero_allow_untested_optimizer": True,
     }
-    zero = resolved.setdefault("zero_optimization", {})
-    zero.setdefault("stage", 0)
+    zero = resolved["zero_optimization"] = {"stage": 0, **_section(resolved, "zero_optimization")}
     _refuse_auto(resolved, "")
+    _check_precision(precision, zero["stage"], clip)
     check_topology(
         world_size=world_size,
         num_experts=config.model.moe.num_experts,
@@ -476,44 +535,86 @@ def batch_triangle(batch: int, micro: int | None, accumulation: int | None, worl
     return micro, accumulation
 
 
-def prepare_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> None:
-    """Create the output folder and write config.json into it, or check that it belongs to this run; collective.
+def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> None:
+    """Create the output folder, or check that it can be written and belongs to this run.
 
     Raises:
         ConfigError: the folder cannot be written, holds another run, or holds a run although `resume` is `none`.
     """
-    problem: list[str | None] = [None]
-    if rank_zero():
-        try:
-            _check_output_dir(config, resume)
-        except (ConfigError, OSError) as error:
-            problem[0] = str(error)
-    dist.broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise ConfigError(problem[0])
-
-
-def _check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> None:
     folder = config.train.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # permission bits say little about root, quotas, read-only mounts
     except OSError as error:
-        raise ConfigError(f"train.output_dir ({folder}) cannot be created: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"train.output_dir ({folder}) is not writable: change its permissions or name another folder")
+        raise ConfigError(
+            f"train.output_dir ({folder}) cannot be written: {error.strerror}; name another folder or change its "
+            "permissions"
+        ) from None
     written = folder / "config.json"
-    if written.is_file():
-        if resume == "none":
-            raise ConfigError(f"train.output_dir ({folder}) holds a run: use --resume auto, or name another folder")
-        before, now = json.loads(written.read_text(encoding="utf-8")), config.model_dump(mode="json")
-        for section in IDENTITY:
-            if before[section] != now[section]:
-                key = next(key for key in now[section] if before[section].get(key) != now[section][key])
-                raise ConfigError(
-                    f"train.output_dir ({folder}) is the folder of another run: its {section}.{key} is "
-                    f"{before[section].get(key)!r}, this run's is {now[section][key]!r}; name another folder"
-                )
-    written.write_text(config.model_dump_json(indent=2), encoding="utf-8")
+    if not written.is_file():
+        return
+    if resume == "none":
+        raise ConfigError(f"train.output_dir ({folder}) holds a run: use --resume auto, or name another folder")
+    try:
+        before = json.loads(written.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{written} is not JSON ({error}): restore it from a checkpoint of the run") from None
+    difference = _difference(_identity(before), _identity(config.model_dump(mode="json")))
+    if difference is not None:
+        key, then, now = difference
+        raise ConfigError(
+            f"train.output_dir ({folder}) is the folder of another run: its {key} is {then!r}, this run's is {now!r}; "
+            "name another folder"
+        )
+
+
+def _identity(tree: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run this run, by dotted key."""
+    identity = {"train.seed": tree.get("train", {}).get("seed")}
+    for section in IDENTITY:
+        identity |= {
+            f"{section}.{key}": value
+            for key, value in tree.get(section, {}).items()
+            if key not in NO_IDENTITY.get(section, ())
+        }
+    return identity
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """First key that differs, and both values."""
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
+def _write_config(config: Config) -> None:
+    (config.train.output_dir / "config.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")
+
+
+def _on_rank_zero(action: Callable[[], None]) -> None:
+    """Run it on rank 0; what it finds wrong with the configuration or the disk is raised on every rank."""
+    problem: str | None = None
+    if rank_zero():
+        try:
+            action()
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _describe(terms: dict[str, Tensor], batch: Batch) -> tuple[int, str]:
+    """How likely this micro-batch is the cause, and its loss and keys.
+
+    2: a term made of its own samples is not finite. 1: only terms that ranks share are not. 0: its loss is finite.
+    """
+    bad = [name for name, term in terms.items() if not math.isfinite(float(term))]
+    own = [name for name in bad if name not in ("loss", "load_balancing")]
+    more = " ..." if len(batch) > MOST_NAMED else ""
+    values = ", ".join(f"{name} {float(terms[name])}" for name in (own or bad or ["loss"]))
+    return 2 if own else 1 if bad else 0, f"{values}, sample keys {', '.join(batch.keys[:MOST_NAMED])}{more}"
 
 
 def _count(batch: Batch) -> list[float]:
@@ -528,11 +629,24 @@ def _count(batch: Batch) -> list[float]:
     return [images * masked, float(labels), images * (1 + visible) + text]
 
 
+def _first_samples(batch: Batch, count: int) -> Batch:
+    """The batch cut to its first samples; flat indices into the text stay right, as rows keep their length."""
+    fields = {name: getattr(batch, name) for name in batch.model_inputs()}
+    kept = {name: value if value is None else value[:count] for name, value in fields.items()}
+    labels = None
+    if batch.input_ids is not None and batch.masked_token_ids is not None and batch.token_labels is not None:
+        inside = batch.masked_token_ids < count * batch.input_ids.shape[1]
+        kept["masked_token_ids"], labels = batch.masked_token_ids[inside], batch.token_labels[inside]
+    return Batch(keys=batch.keys[:count], token_labels=labels, **kept)
+
+
 def _take(resolved: dict[str, Any], key: str, train: TrainConfig, field: str) -> Any:
     """Value of a setting that both files may speak of; `None` if neither does."""
     ours, theirs = getattr(train, field), resolved.get(key, "auto")
     if theirs == "auto":
         return ours
+    if not isinstance(theirs, int) or theirs < 1:
+        raise ConfigError(f'{key} ({theirs!r}) in the DeepSpeed JSON must be a whole number above 0, or "auto"')
     if field in train.model_fields_set and ours is not None and ours != theirs:
         raise ConfigError(_contradiction(f"train.{field}", ours, key, theirs))
     return theirs
@@ -547,6 +661,8 @@ def _contradiction(ours: str, our_value: Any, theirs: str, their_value: Any) -> 
 
 def _precision(resolved: dict[str, Any], train: TrainConfig) -> str:
     wanted = {name: _section(resolved, name).get("enabled", "auto") for name in ("bf16", "fp16")}
+    if all(enabled is True for enabled in wanted.values()):
+        raise ConfigError("bf16.enabled and fp16.enabled in the DeepSpeed JSON are both true: turn one of them off")
     chosen = next((name for name, enabled in wanted.items() if enabled is True), None)
     explicit = "precision" in train.model_fields_set
     if chosen is not None:
@@ -564,9 +680,40 @@ def _clipping(resolved: dict[str, Any], config: Config) -> float:
     ours, theirs = config.optimizer.clip_grad_norm, resolved.get("gradient_clipping", "auto")
     if theirs == "auto":
         return ours
+    if not isinstance(theirs, int | float) or theirs < 0:
+        raise ConfigError(f'gradient_clipping ({theirs!r}) in the DeepSpeed JSON must be a number from 0 on, or "auto"')
     if "clip_grad_norm" in config.optimizer.model_fields_set and ours != theirs:
         raise ConfigError(_contradiction("optimizer.clip_grad_norm", ours, "gradient_clipping", theirs))
     return float(theirs)
+
+
+def _check_precision(precision: str, stage: int, clip: float) -> None:
+    accelerator = get_accelerator()
+    supported = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported(), "fp32": True}
+    if not supported[precision]:
+        raise ConfigError(
+            f"precision {precision} cannot be used on this device ({accelerator.device_name()}): take another one of "
+            f"{', '.join(name for name in supported if supported[name])}"
+        )
+    if precision != "fp32" and stage == 0 and clip > 0:
+        raise ConfigError(
+            f"optimizer.clip_grad_norm ({clip:g}) cannot be used with precision {precision} and "
+            "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use stage 1 or 2, "
+            "or clip_grad_norm=0"
+        )
+
+
+def _refuse_settings(resolved: dict[str, Any]) -> None:
+    """Settings that would fight with ours, or switch off the check of gradients before the update."""
+    for key, ours in (("optimizer", "optimizer"), ("scheduler", "optimizer (warmup_steps, decay)")):
+        if key in resolved:
+            raise ConfigError(f"{key} in the DeepSpeed JSON has no effect here: remove it and set {ours} in the YAML")
+    for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if _section(resolved, section).get(key) is False:
+            raise ConfigError(
+                f"{section}.{key} (false) in the DeepSpeed JSON must be left out: a gradient that is not finite would "
+                "be applied"
+            )
 
 
 def _section(resolved: dict[str, Any], name: str) -> dict[str, Any]:

@@ -12,8 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config, ConfigError
@@ -21,6 +24,7 @@ from eve_ds.distributed import get_logger, rank_zero
 
 FOLDER = "checkpoints"
 LATEST = "latest"
+CHECK_BATCH = "check_batch.safetensors"
 
 
 def save(
@@ -32,6 +36,7 @@ def save(
     position: dict[str, Any],
     config: Config,
     tokenizer: PreTrainedTokenizerFast,
+    check_inputs: dict[str, Tensor | None],
 ) -> Path:
     """Write `run/checkpoints/step-NNNNNNNN`; collective, returns the folder.
 
@@ -42,6 +47,8 @@ def save(
         state: JSON-able numbers of the run, equal on every rank.
         position: JSON-able position of this rank's data loader.
         config, tokenizer: travel with the checkpoint.
+        check_inputs: a few samples of this rank, as the model takes them; those of rank 0 are stored with the model's
+            outputs, so that whoever reads the weights can tell whether they are the same model.
     """
     root = run / FOLDER
     name = f"step-{step:08d}"
@@ -52,6 +59,7 @@ def save(
         (root / hidden).mkdir(parents=True)
     dist.barrier()
     engine.save_checkpoint(str(root), tag=hidden, save_latest=False)
+    _write_check_batch(engine.module, check_inputs, root / hidden / CHECK_BATCH)
     _write_json(root / hidden / f"position_rank_{dist.get_rank():05d}.json", position)
     if rank_zero():
         topology = {
@@ -107,6 +115,22 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, config: Config) -> tuple[dic
 
 def _topology(topology: dict[str, int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in topology.items())
+
+
+@torch.no_grad()
+def _write_check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None], file: Path) -> None:
+    """Store inputs and outputs of one forward in evaluation mode; collective, since experts are spread over ranks."""
+    training = model.training
+    output = model.eval()(**inputs)
+    model.train(training)
+    if not rank_zero():
+        return
+    outputs = {"pixel_predictions": output.pixel_predictions}
+    if output.token_hidden is not None:
+        outputs["token_logits"] = output.token_logits()
+    named = {f"input.{name}": value for name, value in inputs.items()}
+    named |= {f"output.{name}": value for name, value in outputs.items()}
+    save_file({name: value.contiguous() for name, value in named.items() if value is not None}, file)
 
 
 def _publish(root: Path, hidden: str, name: str) -> None:
