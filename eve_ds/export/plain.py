@@ -185,8 +185,8 @@ def _check_outputs(folder: Path, checkpoint: Path, precision: str) -> OutputChec
     model, *_ = load(folder)
     with torch.no_grad():
         output = model.to(_DTYPES[precision])(**inputs)
-    computed = {"pixel_predictions": output.pixel_predictions}
-    computed |= {"token_logits": output.token_logits() if output.token_hidden is not None else None}
+        tokens = None if output.token_hidden is None else output.token_logits()
+    computed = {"pixel_predictions": output.pixel_predictions, "token_logits": tokens}
     differences = {name: computed[name].double() - expected.double() for name, expected in recorded.items()}
     relative = [float(differences[name].norm() / recorded[name].double().norm()) for name in recorded]
     check = OutputCheck(
