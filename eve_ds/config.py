@@ -308,7 +308,7 @@ def _read_tree(preset_or_path: str) -> dict[str, Any]:
     if path.suffix in {".yaml", ".yml", ".json"} or path.is_file():
         if not path.is_file():
             raise ConfigError(f"config file {preset_or_path} does not exist")
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
     elif preset_or_path in presets():
         text = (resources.files("eve_ds") / "configs" / f"{preset_or_path}.yaml").read_text(encoding="utf-8")
     else:
@@ -316,11 +316,25 @@ def _read_tree(preset_or_path: str) -> dict[str, Any]:
             f"config '{preset_or_path}' is neither a file nor a preset{_nearest(preset_or_path, presets())}; "
             f"presets: {', '.join(presets())}"
         )
-    tree = yaml.safe_load(text) or {}
+    tree = _parse_yaml(text, f"config {preset_or_path}") or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"config {preset_or_path} must be a mapping of sections, not a {type(tree).__name__}")
     base = tree.pop("base", None)
     return tree if base is None else _merge(_read_tree(base), tree)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
@@ -340,7 +354,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
-    tree[key] = yaml.safe_load(text)
+    tree[key] = _parse_yaml(text, f"override '{override}'")
 
 
 def _problem(error: Any, where: str) -> str:

@@ -24,11 +24,15 @@ def main() -> int:
     try:
         config = load_config(arguments.config, _overrides(arguments))
         deepspeed_config = _read_json(arguments.deepspeed_config)
+        from eve_ds.data.sources import UnusableData
         from eve_ds.engine import NonFiniteError, pretrain
 
         resume = arguments.resume if arguments.resume in {"auto", "none"} else Path(arguments.resume)
         try:
             summary = pretrain(config, deepspeed_config, resume)
+        except UnusableData as error:
+            get_logger().error("%s", error)
+            return EXIT_BAD_INPUT
         except NonFiniteError as error:
             get_logger().error("%s", error)
             return EXIT_NONFINITE
@@ -50,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="eve_tiny", help="preset (eve_tiny, eve_base, eve_large) or YAML file")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON; without it ZeRO 0")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides such as train.seed=1")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides such as train.seed=1"
+    )
     parser.add_argument("--output_dir", help="short for --set train.output_dir=...")
     parser.add_argument("--max_steps", type=int, help="short for --set train.max_steps=...")
     parser.add_argument("--max_seconds", type=float, help="short for --set train.max_seconds=...")
