@@ -101,7 +101,7 @@ BAD_IMAGES = {
     "large bomb": (png_of_size(60_000, 60_000), "decompression bomb"),
     "truncated JPEG": (encode(photo(), "JPEG")[:1500], "truncated image"),
     "truncated PNG": (encode(photo())[:5000], "truncated image"),
-    "cut in the header": (encode(photo(), "JPEG")[:40], "unreadable image"),
+    "cut in the header": (encode(photo(), "JPEG")[:40], "truncated image"),
     "few pixels": (png_of_size(20, 20), "truncated image"),
 }
 

@@ -157,7 +157,7 @@ class Loader:
         self.num_samples += 0 if delivery.batch is None else len(delivery.batch)
         self._count(delivery.skipped)
         if delivery.batch is None:
-            raise UnusableData(f"{len(delivery.skipped)} samples in a row, but for less than a batch, {self._report()}")
+            raise UnusableData(f"{len(delivery.skipped)} samples cannot be used between two batches; {self._report()}")
         return delivery.batch
 
     def _count(self, skipped: list[Skipped]) -> None:
@@ -169,14 +169,14 @@ class Loader:
                 get_logger().warning("skipped %d samples so far for '%s'; %s", count, item.reason, item.where)
         bad = self.skipped.total()
         if skipped and bad > self._max_bad_share * max(bad + self.num_samples, MIN_COUNTED):
-            raise UnusableData(f"{bad} of {bad + self.num_samples} samples {self._report()}")
+            raise UnusableData(
+                f"{bad} of {bad + self.num_samples} samples cannot be used, more than data.max_bad_share "
+                f"({self._max_bad_share:g}) allows; {self._report()}"
+            )
 
     def _report(self) -> str:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
-        return (
-            f"cannot be used, more than data.max_bad_share ({self._max_bad_share:g}) allows; {reasons}; "
-            f"the last one: {self._last_skipped.where}"
-        )
+        return f"{reasons}; the last one: {self._last_skipped.where}"
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able position just after the last batch handed out by this rank.

@@ -41,7 +41,7 @@ def open_image(data: bytes) -> Image.Image:
     """Read the header of an encoded image; no pixel is decoded yet.
 
     Raises:
-        BadSample: zero-size image, decompression bomb, unreadable image.
+        BadSample: zero-size image, decompression bomb, truncated image, unreadable image.
     """
     if not data:
         raise BadSample("zero-size image", "no bytes")
@@ -52,7 +52,7 @@ def open_image(data: bytes) -> Image.Image:
     except Exception as error:  # decoders raise a dozen types on damaged bytes; none of our code is inside
         if _ZERO_SIZE.match(data):
             raise BadSample("zero-size image", "its header gives a width or height of 0") from None
-        raise BadSample("unreadable image", str(error)) from None
+        raise _undecodable(error) from None
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadSample("decompression bomb", f"{width} x {height} pixels")
@@ -97,8 +97,11 @@ def resize(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.asarray(rgb)
     except Exception as error:  # as in open_image: the decoder runs here
-        reason = "truncated image" if "truncated" in str(error).lower() else "unreadable image"
-        raise BadSample(reason, str(error)) from None
+        raise _undecodable(error) from None
+
+
+def _undecodable(error: Exception) -> BadSample:
+    return BadSample("truncated image" if "truncated" in str(error).lower() else "unreadable image", str(error))
 
 
 def _decode_smaller(image: Image.Image, box: Box, size: int) -> Box:
