@@ -397,3 +397,88 @@ def test_capacity_step_has_the_slots_of_the_plain_router_on_each_rank(run_ranks)
             assert min(dropped) > 0
             worst = max((value, name) for name, value in found.items())
             assert worst[0] <= TOLERANCE, worst
+
+
+def layer_cases():
+    """(name, changes of the configuration, what happens to the router, valid tokens of both ranks): ugly shapes."""
+    everything, nothing = [True] * 12, [False] * 12
+    return [
+        ("one rank has only padding", {}, None, [everything, nothing]),
+        ("both ranks have only padding", {}, None, [nothing, nothing]),
+        ("one token in all", {}, None, [[True, *nothing[1:]], nothing]),
+        ("all tokens to the experts of one rank", {}, "bias", [everything, everything]),
+        ("every token to every expert", {"top_k": 8}, None, [everything, everything]),
+        ("one expert per rank", {"num_experts": 2, "top_k": 1}, None, [everything, everything]),
+    ]
+
+
+def run_layer_cases(rank, world_size):
+    """Differences of one layer on 2 ranks, without an engine, to the plain layer on the tokens of both."""
+    import torch.distributed as dist
+
+    from eve_ds.model.moe import MoE, plain_named_parameters
+    from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+
+    initialize_deepspeed_distributed()
+    results = []
+    for _, moe, router, valid in layer_cases():
+        config = CONFIG.model_copy(update={"moe": CONFIG.moe.model_copy(update=moe)})
+        generator = torch.Generator().manual_seed(3)
+        plain = torch.nn.ModuleDict({"block": torch.nn.ModuleDict({"moe": MoE(config)})})
+        ours = torch.nn.ModuleDict({"block": torch.nn.ModuleDict({"moe": DeepSpeedMoE(config, ep_size=2)})})
+        plain_moe, our_moe = plain["block"]["moe"], ours["block"]["moe"]
+        for parameter in plain.parameters():
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+        x = torch.randn(2, 12, config.hidden_size, generator=generator)
+        if router == "bias":  # experts 5 and 6, both of rank 1, win by far
+            plain_moe.router.weight.data[5:7] = 3 * torch.ones(config.hidden_size)
+            x = x + 1
+        upstream = torch.randn(2, 12, config.hidden_size, generator=generator)
+        modality = torch.arange(24).view(2, 12) % 2
+        mask = torch.tensor(valid)
+        held = dict(plain.named_parameters())
+        load_plain_state_dict(ours, plain.state_dict())
+        our_moe.set_deepspeed_parallelism()
+        whole_x, mine = x.clone().requires_grad_(), x[rank : rank + 1].clone().requires_grad_()
+        expected = plain_moe(whole_x, modality, mask)
+        if router == "bias":
+            assert expected.statistics.routes.sum(dim=0).nonzero().flatten().tolist() == [5, 6]
+        ((expected.hidden_states * upstream).sum() + expected.load_balancing_loss).backward()
+        output = our_moe(mine, modality[rank : rank + 1], mask[rank : rank + 1])
+        # Summing gradients over ranks, not averaging, makes the one balance loss count once for each rank.
+        balance = output.load_balancing_loss / world_size
+        ((output.hidden_states * upstream[rank : rank + 1]).sum() + balance).backward()
+        found = {
+            "output": difference(output.hidden_states, expected.hidden_states[rank : rank + 1]),
+            "balance": difference(output.load_balancing_loss, expected.load_balancing_loss),
+            "input gradient": difference(mine.grad, whole_x.grad[rank : rank + 1]),
+        }
+        for name, parameter in plain_named_parameters(ours):
+            gradient = parameter.grad.clone()
+            if "router" in name:
+                dist.all_reduce(gradient)
+            found[name] = difference(gradient, held[name].grad)
+        results.append(found)
+    return results, refusal_of_other_experts(rank)
+
+
+def refusal_of_other_experts(rank):
+    """The error of a layer that was told to hold the experts of the other rank."""
+    from eve_ds.config import ConfigError
+    from eve_ds.parallel.moe import DeepSpeedMoE
+
+    layer = DeepSpeedMoE(CONFIG, ep_size=2, ep_rank=1 - rank)
+    with pytest.raises(ConfigError) as caught:
+        layer.set_deepspeed_parallelism()
+    return str(caught.value)
+
+
+def test_layer_on_ugly_shapes_equals_the_plain_layer(run_ranks):
+    results = run_ranks(run_layer_cases, 2, timeout=60)
+    for result, refusal in results:
+        assert "leave use_data_before_expert_parallelism off" in refusal
+        for (name, *_), found in zip(layer_cases(), result, strict=True):
+            worst = max((value, what) for what, value in found.items())
+            assert worst[0] <= TOLERANCE, (name, worst)
+    assert "holds the experts of expert-parallel rank 1, but is number 0 of its group" in results[0][1]
