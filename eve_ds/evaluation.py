@@ -20,7 +20,7 @@ from eve_ds.config import Config
 from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.scene_tasks import BindingProbe, ProbeType, binding_probes
-from eve_ds.data.scenes import LevelName, Scene, Scenes, word_class
+from eve_ds.data.scenes import IMAGE_SIZE, LevelName, Scene, Scenes, word_class
 from eve_ds.distributed import all_reduce_sum
 
 WORD_CLASSES = {"color": "colour", "shape": "shape", "size": "size", "position": "position"}
@@ -44,6 +44,12 @@ class _Tally:
         """Mean of each name over all ranks; `names` must be the same on every rank."""
         total = all_reduce_sum(torch.tensor([self.sums[name] for name in names], dtype=torch.float64))
         return {name: float(total[i, 0] / total[i, 1].clamp(min=1)) for i, name in enumerate(names)}
+
+
+def trains_on_scenes(config: Config) -> bool:
+    """Whether the run is one that :func:`evaluate_scenes` says something about: pairs of scenes at their own size."""
+    pairs = any(source.kind == "scenes" and source.modalities in ("pair", "any") for source in config.data.sources)
+    return pairs and config.model.image_size == IMAGE_SIZE
 
 
 @torch.no_grad()

@@ -95,9 +95,12 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, config: Config) -> tuple[dic
     """Load weights and optimiser of the same topology; returns (state, position of this rank).
 
     Raises:
-        ConfigError: the checkpoint was written by another world size or ep_size.
+        ConfigError: no checkpoint there, or one of another model, world size, ep_size or ZeRO stage.
     """
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state = _read_json(checkpoint / "state.json")
+    model = _read_json(checkpoint / "config.json")["model"]
+    if model != config.model.model_dump(mode="json"):
+        raise ConfigError(f"{checkpoint} holds another model than this run's: name a checkpoint of this run")
     now = {
         "world_size": dist.get_world_size(),
         "ep_size": config.parallel.ep_size,
@@ -109,8 +112,7 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, config: Config) -> tuple[dic
             "resume with the same, or export plain weights and start from those"
         )
     engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    position = checkpoint / f"position_rank_{dist.get_rank():05d}.json"
-    return state, json.loads(position.read_text(encoding="utf-8"))
+    return state, _read_json(checkpoint / f"position_rank_{dist.get_rank():05d}.json")
 
 
 def _topology(topology: dict[str, int]) -> str:
@@ -130,16 +132,24 @@ def _write_check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None],
         outputs["token_logits"] = output.token_logits()
     named = {f"input.{name}": value for name, value in inputs.items()}
     named |= {f"output.{name}": value for name, value in outputs.items()}
-    save_file({name: value.contiguous() for name, value in named.items() if value is not None}, file)
+    tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
+    save_file(tensors, file, {"device": output.vocabulary_weight.device.type})
 
 
 def _publish(root: Path, hidden: str, name: str) -> None:
-    if (root / name).exists():  # the same step saved again, as at the end of a run
-        shutil.rmtree(root / name)
+    if (root / name).exists():  # the same step saved again, after going back to an earlier one
+        (root / name).rename(root / f".saving-replaced-{name}")
     (root / hidden).rename(root / name)
     pointer = root / f".{LATEST}"
     pointer.write_text(name + "\n", encoding="utf-8")
     os.replace(pointer, root / LATEST)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path.parent} is not a whole checkpoint: {path.name} cannot be read ({error})") from None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
