@@ -148,6 +148,8 @@ def test_unusable_tokenizers_are_named(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer file .*broken\.json cannot be read"):
         load_tokenizer(tmp_path / "broken.json")
+    with pytest.raises(ConfigError, match=r"tokenizer folder .*nowhere does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"tokenizer '.*empty' is not 'scenes', a tokenizer\.json, a folder"):
         load_tokenizer(tmp_path / "empty")

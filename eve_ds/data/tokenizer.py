@@ -130,6 +130,9 @@ def _read_tokenizer_file(path: Path) -> Tokenizer:
 
 
 def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        # A name on the Hub is `name` or `owner/name`; asking it for a path would only wait for the network.
+        raise ConfigError(f"tokenizer folder {name} does not exist")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, use_fast=True)
     except (OSError, ValueError) as error:
