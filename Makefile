@@ -28,6 +28,7 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " \
 	  + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@echo "Installing into $(VENV): some minutes, mostly downloads"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	nvidia-smi > /dev/null 2>&1 || $(BIN)/pip install -q -c constraints.txt torch==$(TORCH)+cpu 2> /dev/null || \
 	  $(BIN)/pip install -q -c constraints.txt --index-url $(CPU_INDEX) torch==$(TORCH)
@@ -43,7 +44,7 @@ demo-seeds: $(INSTALLED)
 # A killed DeepSpeed build leaves a lock in its cache of extensions that the next one waits for: a new cache per run.
 test: $(INSTALLED)
 	@extensions=$$(mktemp -d) && trap 'rm -rf "$$extensions"' EXIT && \
-	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} TORCH_EXTENSIONS_DIR="$$extensions" $(BIN)/python -m pytest $(TESTS)
+	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} TORCH_EXTENSIONS_DIR="$$extensions" $(BIN)/pytest $(TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
