@@ -19,8 +19,13 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "checkpoint": {"config", "distributed"},
     "export": {"config", "data", "model", "losses"},
     "tasks": {"config", "data", "model", "losses"},
-    "report": {"config", "data", "model", "losses"},
-    "engine": {"config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint", "report"},
+    "metrics": {"config", "distributed"},
+    "evaluation": {"config", "distributed", "ops", "data", "model"},
+    "report": {"config", "ops", "data", "model", "losses", "evaluation"},
+    "engine": {
+        *("config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint"),
+        *("metrics", "evaluation", "report"),
+    },
 }
 ONLY_IN = {  # library: parts that may import it
     "deepspeed": {"parallel", "engine", "checkpoint"},
