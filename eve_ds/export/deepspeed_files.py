@@ -129,7 +129,7 @@ def _rank_pieces(file: Path) -> Iterator[tuple[str, Tensor]]:
     groups = zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True)
     for partition, slices in groups:
         for name, where in slices.items():
-            yield name, partition[where.start : where.start + where.numel]
+            yield name, partition.detach()[where.start : where.start + where.numel]
 
 
 class _Slice:
