@@ -1,0 +1,168 @@
+"""What a model makes of masked pairs: the picture that it fills in, the words that it guesses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from eve_ds import ops
+from eve_ds.data.batch import Batch
+from eve_ds.report.style import FAINT, INK, RIGHT_COLOR, WRONG_COLOR, save
+
+MASKED_GREY = 0.62
+ROW_HEIGHT, PICTURE, GAP, TEXT_WIDTH = 1.55, 1.4, 0.12, 5.0
+"""Inches."""
+FONT_SIZE = 9.5
+CHARACTER = 0.602 * FONT_SIZE / 72
+"""Inches that a character of DejaVu Sans Mono, which matplotlib ships, is wide."""
+LINE = 0.235
+
+
+class Word(NamedTuple):
+    """One token of a caption."""
+
+    text: str
+    """As it is in the caption."""
+    prediction: str | None
+    """What the model put in its place; None: it was visible."""
+
+
+class Example(NamedTuple):
+    """One sample; images are (H, W, 3) fp32 in [0, 1]."""
+
+    original: Tensor
+    masked: Tensor
+    """Hidden patches are grey."""
+    reconstructed: Tensor
+    """Visible patches as they are, hidden ones as predicted."""
+    words: tuple[Word, ...]
+    """Special tokens left out; empty without a caption."""
+
+
+@torch.no_grad()
+def reconstruct(
+    model: nn.Module, batch: Batch, tokenizer: PreTrainedTokenizerFast, patch_size: int, eps: float = 1e-6
+) -> list[Example]:
+    """Predict the hidden patches and words of a batch in one forward, as in training.
+
+    The model predicts pixels normalised by mean and deviation of their patch. To be looked at they are put back with
+    the true patch's mean and deviation, as in the visualisation of masked autoencoders (He et al. 2022): the shade of a
+    patch is given, its contents are predicted.
+
+    Args:
+        model: an EVE in evaluation mode.
+        batch: with images; samples without one are left out.
+        tokenizer: of the batch.
+        patch_size: pixels of a side.
+        eps: that the training loss adds to the variance.
+    """
+    assert batch.pixel_values is not None
+    assert batch.masked_patch_ids is not None
+    output = model(**batch.model_inputs())
+    true = ops.patchify(batch.pixel_values, patch_size)  # (B, N, P * P * 3)
+    index = batch.masked_patch_ids.unsqueeze(-1).expand(-1, -1, true.shape[-1])
+    hidden = true.gather(1, index)
+    mean, variance = hidden.mean(dim=-1, keepdim=True), hidden.var(dim=-1, keepdim=True)
+    predicted = output.pixel_predictions.float() * (variance + eps).sqrt() + mean
+    grey = torch.full_like(hidden, 2 * MASKED_GREY - 1)
+    versions = [true, true.scatter(1, index, grey), true.scatter(1, index, predicted)]
+    side = batch.pixel_values.shape[-1]
+    original, masked, filled = (
+        (unpatchify(patches, patch_size, side).permute(0, 2, 3, 1) * 0.5 + 0.5).clamp(0, 1).cpu()
+        for patches in versions
+    )
+    words = _words(batch, output.token_logits().argmax(dim=-1) if output.token_hidden is not None else None, tokenizer)
+    present = range(len(batch)) if batch.image_mask is None else batch.image_mask.nonzero().flatten().tolist()
+    return [Example(original[i], masked[i], filled[i], words[i]) for i in present]
+
+
+def unpatchify(patches: Tensor, patch_size: int, image_size: int) -> Tensor:
+    """Inverse of :func:`eve_ds.ops.patchify`: (B, N, P * P * C) -> (B, C, S, S)."""
+    cells = image_size // patch_size
+    grid = patches.view(patches.shape[0], cells, cells, patch_size, patch_size, -1)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, image_size, image_size)
+
+
+def plot_reconstructions(examples: list[Example], path: Path, title: str) -> Path:
+    """Draw one row for each example: original, masked, reconstructed, and its caption."""
+    top, bottom = 0.95, 0.5
+    width = 3 * PICTURE + 4 * GAP + TEXT_WIDTH
+    height = top + ROW_HEIGHT * len(examples) + bottom
+    figure = Figure(figsize=(width, height))
+    canvas = figure.add_axes((0, 0, 1, 1))
+    canvas.set_axis_off()
+    canvas.set_xlim(0, width)
+    canvas.set_ylim(0, height)
+    canvas.text(GAP, height - 0.28, title, fontsize=11, color=INK, va="center")
+    for i, heading in enumerate(("original", "masked", "reconstructed")):
+        canvas.text(GAP + i * (PICTURE + GAP), height - 0.75, heading, fontsize=9, color=FAINT, va="center")
+    left = 3 * (PICTURE + GAP) + 2 * GAP
+    key = (Word("visible word", None), Word("predicted right", "predicted right"), Word("truth", "predicted wrong"))
+    _draw_words(canvas, key, left, height - 0.75)
+    for row, example in enumerate(examples):
+        base = height - top - (row + 1) * ROW_HEIGHT + (ROW_HEIGHT - PICTURE) / 2
+        for i, image in enumerate(example[:3]):
+            x = GAP + i * (PICTURE + GAP)
+            canvas.imshow(image.numpy(), extent=(x, x + PICTURE, base, base + PICTURE), interpolation="nearest")
+        _draw_words(canvas, example.words or (Word("(no caption)", None),), left, base + PICTURE - 0.3)
+    canvas.set_xlim(0, width)  # imshow has set its own
+    canvas.set_ylim(0, height)
+    canvas.set_aspect("auto")
+    note = (
+        "Patches and words in boxes were hidden; both were predicted at once from what was left. Predicted patches are "
+        "shown with the true patch's mean and deviation."
+    )
+    canvas.text(GAP, bottom / 2, note, fontsize=7.5, color=FAINT, va="center")
+    return save(figure, path)
+
+
+def _words(batch: Batch, predictions: Tensor | None, tokenizer: PreTrainedTokenizerFast) -> list[tuple[Word, ...]]:
+    if batch.input_ids is None or batch.attention_mask is None:
+        return [()] * len(batch)
+    truth = batch.input_ids.flatten().clone()
+    guesses: dict[int, int] = {}
+    if batch.masked_token_ids is not None and batch.token_labels is not None and predictions is not None:
+        truth[batch.masked_token_ids] = batch.token_labels
+        guesses = dict(zip(batch.masked_token_ids.tolist(), predictions.tolist(), strict=True))
+    special = set(tokenizer.all_special_ids)
+    length = batch.input_ids.shape[1]
+    rows = []
+    for row, seen in enumerate(batch.attention_mask.tolist()):
+        words = []
+        for place in (row * length + column for column, real in enumerate(seen) if real):
+            guess = _shown(tokenizer, guesses[place]) if place in guesses else None
+            if guess is not None or int(truth[place]) not in special:
+                words.append(Word(_shown(tokenizer, int(truth[place])), guess))
+        rows.append(tuple(words))
+    return rows
+
+
+def _shown(tokenizer: PreTrainedTokenizerFast, token_id: int) -> str:
+    return str(tokenizer.decode([token_id])).strip() or str(tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _draw_words(canvas: Axes, words: tuple[Word, ...], left: float, y: float) -> None:
+    """Left to right, wrapped at the width of the text column; at most six lines."""
+    x, right, lowest = left, left + TEXT_WIDTH - 2 * GAP, y - 5 * LINE
+    for word in words:
+        right_guess = word.prediction == word.text
+        text = word.text if word.prediction is None or right_guess else f"{word.prediction} ({word.text})"
+        span = len(text) * CHARACTER
+        if x + span > right and x > left:
+            x, y = left, y - LINE
+        if y < lowest:
+            canvas.text(x, y + LINE, "...", fontsize=FONT_SIZE, color=FAINT, va="center", family="monospace")
+            return
+        color = INK if word.prediction is None else RIGHT_COLOR if right_guess else WRONG_COLOR
+        if word.prediction is not None:
+            box = (x - 0.03, y - 0.095)
+            canvas.add_patch(Rectangle(box, span + 0.06, 0.19, facecolor=color, alpha=0.13, linewidth=0))
+        canvas.text(x, y - 0.01, text, fontsize=FONT_SIZE, color=color, va="center", family="monospace")
+        x += span + 1.4 * CHARACTER

@@ -1,0 +1,81 @@
+"""Reads `metrics.jsonl` as one clean history, whatever stops and restarts the run went through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Record = dict[str, Any]
+
+
+class ReportError(ValueError):
+    """A run that nothing can be reported of; the message names the file and what is wrong with it."""
+
+
+def read_records(run: Path) -> list[Record]:
+    """All records of a run's `metrics.jsonl`, steps ascending.
+
+    A run that was killed and resumed from an earlier checkpoint has written some steps twice: the later records count.
+    A last line that was cut off is left out.
+
+    Raises:
+        ReportError: no such file, no record in it, or a line that is not a record.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise ReportError(f"{path} does not exist: {run} is not the output folder of a run that has begun to train")
+    history: list[Record] = []
+    *lines, torn = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line, f"{path}:{number}")
+        while history and (
+            history[-1]["step"] > record["step"]
+            or (history[-1]["step"] == record["step"] and history[-1]["kind"] == record["kind"] != "event")
+        ):
+            history.pop()
+        history.append(record)
+    if not history:
+        raise ReportError(f"{path} holds no whole record{' yet' if torn else ''}")
+    return history
+
+
+def of_kind(records: list[Record], kind: str) -> list[Record]:
+    """Records of one kind: `train`, `eval` or `event`."""
+    return [record for record in records if record["kind"] == kind]
+
+
+def column(records: list[Record], name: str) -> NDArray[np.float64]:
+    """(n,) values of one number over records; NaN where it is missing or was not finite."""
+    return np.array([np.nan if record.get(name) is None else record[name] for record in records], dtype=np.float64)
+
+
+def throughput(records: list[Record]) -> dict[str, float]:
+    """`train_seconds`, `steps`, `samples_per_second` and `peak_memory_bytes` (largest, of rank 0) of the whole run.
+
+    Raises:
+        ReportError: the run has no training record.
+    """
+    train = of_kind(records, "train")
+    if not train:
+        raise ReportError("metrics.jsonl holds no training record: the run stopped before its first one")
+    last = train[-1]
+    return {
+        "train_seconds": last["seconds"],
+        "steps": last["step"],
+        "samples_per_second": last["samples"] / max(last["seconds"], 1e-9),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in train),
+    }
+
+
+def _parse(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{where} is not JSON: {error}") from None
+    if not isinstance(record, dict) or not {"kind", "step", "seconds", "samples"} <= record.keys():
+        raise ReportError(f"{where} is not a record with kind, step, seconds and samples")
+    return record

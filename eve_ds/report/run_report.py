@@ -1,0 +1,125 @@
+"""The report of one run: report.md beside its pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from eve_ds.config import Config
+from eve_ds.data.batch import Batch, Sample
+from eve_ds.data.collate import Collator
+from eve_ds.data.pipeline import build_loader
+from eve_ds.data.scenes import Scenes
+from eve_ds.report.curves import plot_curves
+from eve_ds.report.experts import expert_use, plot_expert_use
+from eve_ds.report.reconstruction import plot_reconstructions, reconstruct
+from eve_ds.report.records import Record, of_kind, read_records, throughput
+from eve_ds.report.tables import Table, evaluation_tables, expert_table, loss_table
+
+EXAMPLES, BATCH_SIZE, BATCHES = 8, 64, 8
+"""Rows of the grid of reconstructions; samples whose routes are counted."""
+
+
+class Exported(NamedTuple):
+    """What `eve_ds.export.load` returns: a plain model in evaluation mode with what it was trained by."""
+
+    model: nn.Module
+    config: Config
+    tokenizer: PreTrainedTokenizerFast
+
+
+def write_report(
+    run: Path, out: Path, exported: Exported | None = None, evaluation: dict[str, Any] | None = None
+) -> list[Path]:
+    """Write `report.md` and its pictures; returns what was written, report.md first.
+
+    Args:
+        run: output folder of a run, finished or not.
+        out: folder to write to.
+        exported: of the run; without it there are curves and figures of training only.
+        evaluation: of :func:`eve_ds.evaluation.evaluate_scenes`; None takes the run's last one, if it has any.
+
+    Raises:
+        ReportError: the run has no usable `metrics.jsonl`.
+    """
+    records = read_records(run)
+    tables = [_run_table(run, records), loss_table(records)]
+    evaluation = evaluation or next(iter(of_kind(records, "eval")[::-1]), None)
+    pictures = {"Loss curves": plot_curves(records, out / "curves.png")}
+    if evaluation is not None:
+        tables += evaluation_tables(evaluation)
+    if exported is not None:
+        more, router = _model_pictures(exported, out)
+        pictures |= more
+        tables += router
+    report = out / "report.md"
+    report.write_text(_markdown(run, tables, pictures, of_kind(records, "event")), encoding="utf-8")
+    return [report, *pictures.values()]
+
+
+def sample_batches(config: Config, tokenizer: PreTrainedTokenizerFast) -> Iterator[Batch]:
+    """Batches to look at: validation scenes if the run was trained on scenes alone, otherwise its training data."""
+    sources = config.data.sources
+    if any(source.kind != "scenes" for source in sources):
+        quiet = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+        yield from build_loader(quiet, tokenizer, rank=0, world_size=1, micro_batch_size=BATCH_SIZE)
+    scenes = Scenes(sources[0].level, split="val")
+    collate = Collator(config, tokenizer, has_images=True, has_captions=True)
+    start = 0
+    while True:
+        shown = [(index, scenes[index]) for index in range(start, start + BATCH_SIZE)]
+        yield collate([Sample(f"report-{index}", 0, scene.image, scene.caption) for index, scene in shown])
+        start += BATCH_SIZE
+
+
+def _model_pictures(exported: Exported, out: Path) -> tuple[dict[str, Path], list[Table]]:
+    model, config, tokenizer = exported
+    stream = sample_batches(config, tokenizer)
+    batches = [next(stream) for _ in range(BATCHES)]
+    on_scenes = all(source.kind == "scenes" for source in config.data.sources)
+    pictures, tables = {}, []
+    if batches[0].pixel_values is not None:
+        examples = reconstruct(model, batches[0], tokenizer, config.model.patch_size)[:EXAMPLES]
+        kind = "validation scenes" if on_scenes else "samples of the training data"
+        title = f"The first {len(examples)} {kind}, not selected"
+        path = plot_reconstructions(examples, out / "reconstructions.png", title)
+        pictures["Masked, reconstructed, and the words it guessed"] = path
+    if config.model.moe_layers:
+        layers = sorted(set(config.model.moe_layers))
+        statistics = expert_use(model, batches)
+        pictures["Expert use by modality"] = plot_expert_use(statistics, layers, out / "experts.png")
+        tables.append(expert_table(statistics, layers))
+    return pictures, tables
+
+
+def _run_table(run: Path, records: list[Record]) -> Table:
+    numbers = throughput(records)
+    last = of_kind(records, "train")[-1]
+    rows = [
+        ("steps", f"{numbers['steps']:,}"),
+        ("samples", f"{last['samples']:,}"),
+        ("training seconds", f"{numbers['train_seconds']:,.1f}"),
+        ("samples/s", f"{numbers['samples_per_second']:,.1f}"),
+        ("peak memory of rank 0", f"{numbers['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+    ]
+    rows += [(f"samples skipped: {key[8:]}", f"{last[key]:,}") for key in last if key.startswith("skipped/")]
+    settings = run / "config.json"
+    if settings.is_file():
+        config = json.loads(settings.read_text(encoding="utf-8"))
+        rows.insert(0, ("configuration", f"{config['name']}, seed {config['train']['seed']}"))
+    return Table("Run", ("", ""), rows)
+
+
+def _markdown(run: Path, tables: list[Table], pictures: dict[str, Path], events: list[Record]) -> str:
+    parts = [f"# Report of {run.name}\n", *(table.to_markdown() for table in tables)]
+    if events:
+        parts.append(
+            "**Events**\n\n" + "\n".join(f"- step {event['step']}: {event['message']}" for event in events) + "\n"
+        )
+    parts += [f"## {heading}\n\n![{heading}]({path.name})\n" for heading, path in pictures.items()]
+    return "\n".join(parts)

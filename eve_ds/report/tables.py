@@ -1,0 +1,151 @@
+"""Tables of a run and of its evaluation, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import rich.box
+import rich.table
+
+from eve_ds.model.moe import RouterStatistics, router_metrics
+from eve_ds.report.experts import shares
+from eve_ds.report.records import Record, column, of_kind
+
+WORDS = ("colour", "shape", "size", "position")
+PROBES = {
+    "position_to_colour": "position -> colour",
+    "position_to_shape": "position -> shape",
+    "colour_to_shape": "colour -> shape",
+    "shape_to_colour": "shape -> colour",
+}
+
+
+class Table(NamedTuple):
+    """A title, headings and rows of the same length; the first column is text, the others are right-aligned."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+    def to_markdown(self) -> str:
+        """GitHub-flavoured Markdown."""
+        rule = " | ".join(["---", *["---:"] * (len(self.columns) - 1)])
+        body = [" | ".join(row) for row in (self.columns, *self.rows)]
+        return f"**{self.title}**\n\n" + "\n".join(f"| {line} |" for line in (body[0], rule, *body[1:])) + "\n"
+
+    def to_rich(self) -> rich.table.Table:
+        """For a terminal; sections begin at rows of which only the first cell is filled."""
+        table = rich.table.Table(title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        for index, name in enumerate(self.columns):
+            table.add_column(name, justify="right" if index else "left", no_wrap=bool(index))
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def evaluation_tables(result: dict[str, Any]) -> list[Table]:
+    """What :func:`eve_ds.evaluation.evaluate_scenes` returned: words, pixels and, where asked, binding."""
+    words = Table(
+        "Masked words predicted right",
+        ("word class", "with its image", "with another image", "gap"),
+        [(name, *_pair(result[name]), f"{result[name]['right'] - result[name]['wrong']:+.3f}") for name in WORDS],
+    )
+    pixel = result["pixel_loss"]
+    pixels = Table(
+        "Loss of masked foreground pixels",
+        ("", "with its caption", "with another caption", "lower by"),
+        [("squared error", f"{pixel['right']:.4f}", f"{pixel['wrong']:.4f}", percent_lower(pixel))],
+    )
+    return [words, pixels, *([_binding_table(result["binding"])] if "binding" in result else [])]
+
+
+def percent_lower(pixel_loss: dict[str, float]) -> str:
+    """By how much the right caption lowers the loss, such as `8.0 %`."""
+    return f"{100 * (1 - pixel_loss['right'] / pixel_loss['wrong']):.1f} %" if pixel_loss["wrong"] else "-"
+
+
+def _binding_table(binding: dict[str, dict[str, float]]) -> Table:
+    return Table(
+        "Binding: the attribute of the object that is named by another",
+        ("given -> asked", "named object's", "other object's", "gap"),
+        [
+            (label, f"{answer['target']:.3f}", f"{answer['distractor']:.3f}", f"{_gap(answer):+.3f}")
+            for name, label in PROBES.items()
+            for answer in [binding[name]]
+        ],
+    )
+
+
+def _gap(answer: dict[str, float]) -> float:
+    return answer["target"] - answer["distractor"]
+
+
+def _pair(value: dict[str, float]) -> tuple[str, str]:
+    return f"{value['right']:.3f}", f"{value['wrong']:.3f}"
+
+
+def seeds_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """One column for each seed: what it learnt, what it took.
+
+    Args:
+        entries: with `seed`, the word classes, `pixel_loss`, `binding`, `train_seconds`, `steps`,
+            `samples_per_second`, `peak_memory_bytes` and `export_max_abs_diff`.
+    """
+    rows = [("masked words right, its image / another's", *[""] * len(entries))]
+    rows += [(f"  {name}", *(" / ".join(_pair(entry[name])) for entry in entries)) for name in WORDS]
+    rows.append(("masked pixels, right caption / another's", *[""] * len(entries)))
+    losses = [entry["pixel_loss"] for entry in entries]
+    rows.append(("  squared error", *(f"{loss['right']:.4f} / {loss['wrong']:.4f}" for loss in losses)))
+    rows.append(("  lower by", *map(percent_lower, losses)))
+    rows.append(("binding, named object's / other's", *[""] * len(entries)))
+    for name, label in PROBES.items():
+        answers = [entry["binding"][name] for entry in entries]
+        rows.append((f"  {label}", *(f"{answer['target']:.3f} / {answer['distractor']:.3f}" for answer in answers)))
+    rows.append(("training", *[""] * len(entries)))
+    rows.append(("  seconds", *(f"{entry['train_seconds']:.1f}" for entry in entries)))
+    rows.append(("  steps", *(f"{entry['steps']:,}" for entry in entries)))
+    rows.append(("  samples/s", *(f"{entry['samples_per_second']:.1f}" for entry in entries)))
+    rows.append(("  peak memory of a rank", *(f"{entry['peak_memory_bytes'] / 2**20:,.0f} MiB" for entry in entries)))
+    rows.append(("  export: largest difference", *(_difference(entry["export_max_abs_diff"]) for entry in entries)))
+    return Table("What the demo measured", ("", *(f"seed {entry['seed']}" for entry in entries)), rows)
+
+
+def _difference(value: float | None) -> str:
+    return "not checked" if value is None else f"{value:.1e}"
+
+
+def loss_table(records: list[Record]) -> Table:
+    """Each loss term at the first and at the last record of training."""
+    train = of_kind(records, "train")
+    rows = []
+    for name in ("loss", "pixel", "text", "load_balancing", "router_z"):
+        values = column(train, name)
+        if not math.isnan(values[0]):
+            rows.append((name, f"{values[0]:.4f}", f"{values[-1]:.4f}", f"{values[-1] - values[0]:+.4f}"))
+    first, last = (f"steps to {train[place]['step']:,}" for place in (0, -1))
+    if len(train) > 1:
+        last = f"steps {train[-2]['step'] + 1:,} to {train[-1]['step']:,}"
+    return Table("Loss terms, means over steps", ("term", first, last, "change"), rows)
+
+
+def expert_table(statistics: tuple[RouterStatistics, ...], layers: list[int]) -> Table:
+    """Router statistics of each MoE layer; `image experts` take at least twice the share of the image's routes."""
+    rows = []
+    for layer, counted in zip(layers, statistics, strict=True):
+        numbers = router_metrics(counted)
+        image, text = shares(counted)
+        rows.append(
+            (
+                str(layer),
+                f"{100 * numbers['image_share']:.0f} %",
+                f"{numbers['entropy']:.2f} of {math.log(len(image)):.2f}",
+                f"{numbers['max_load']:.2f}",
+                f"{numbers['dead_experts']:.0f}",
+                str(int((image >= 2 * text).sum())),
+                str(int((text >= 2 * image).sum())),
+            )
+        )
+    columns = ("MoE layer", "image tokens", "entropy (nats)", "max load", "unused", "image experts", "text experts")
+    return Table("Router", columns, rows)
