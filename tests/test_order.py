@@ -29,6 +29,16 @@ def test_each_epoch_is_a_run_of_slots_that_holds_every_sample_once(layout, windo
         assert Counter((place.shard, place.number) for place in places) == everything
 
 
+@pytest.mark.parametrize("sizes", [[1], [2], [1, 1, 1]])
+def test_fewer_samples_than_lanes(sizes):
+    order = make_order([sizes], layout=Layout(64, 1))
+    total = sum(sizes)
+    for epoch in range(5):
+        places = [order.locate(slot) for slot in range(epoch * total, (epoch + 1) * total)]
+        assert {place.epoch for place in places} == {epoch}
+        assert len({place[2:] for place in places}) == total
+
+
 def test_epochs_and_seeds_have_different_orders():
     def sequence(order, epoch):
         return [order.locate(slot)[2:] for slot in range(epoch * 53, (epoch + 1) * 53)]

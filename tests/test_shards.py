@@ -140,6 +140,16 @@ def test_broken_member_leaves_the_rest_of_its_sample(tmp_path):
     assert (key, sorted(fields)) == ("s0001", ["json", "txt"])
 
 
+def test_damage_within_a_sample_costs_one_member(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(3))
+    whole = ours(path)
+    damage(path, headers(path)["s0001.json"], b"\xff" * 512)
+    key, fields = ours(path)[1]
+    assert ours(path)[0::2] == whole[0::2]
+    assert (key, fields["jpg"], fields["txt"]) == ("s0001", whole[1][1]["jpg"], whole[1][1]["txt"])
+    assert "json" not in fields
+
+
 @pytest.mark.parametrize("lost", [1, 700, 1500, 5000])
 def test_truncated_shard_keeps_its_whole_members(tmp_path, lost):
     path = write_tar(tmp_path / "a.tar", [(f"{n}.txt", os.urandom(600)) for n in range(6)])

@@ -50,6 +50,8 @@ class Delivery(NamedTuple):
     consumed: int
     """Slots the worker has used up with this batch."""
     skipped: list[Skipped]
+    error: str | None = None
+    """Why it gave up; raised by the loader, without the traceback that crossing a process would wrap around it."""
 
 
 def worker_places(order: StreamOrder, position: Position) -> Iterator[tuple[int, Place]]:
@@ -83,17 +85,20 @@ def fill_batches(
     """Third stage: full batches, whatever had to be skipped between."""
     good: list[Sample] = []
     skipped: list[Skipped] = []
-    for consumed, sample in samples:
-        if isinstance(sample, Skipped):
-            skipped.append(sample)
-        else:
-            good.append(sample)
-        if len(good) == batch_size:
-            yield Delivery(collate(good), consumed, skipped)
-            good, skipped = [], []
-        elif len(skipped) >= max_bad_run:
-            yield Delivery(None, consumed, skipped)
-            return
+    consumed = 0
+    try:
+        for consumed, sample in samples:
+            if isinstance(sample, Skipped):
+                skipped.append(sample)
+            else:
+                good.append(sample)
+            if len(good) == batch_size:
+                yield Delivery(collate(good), consumed, skipped)
+                good, skipped = [], []
+            elif len(skipped) >= max_bad_run:
+                raise UnusableData(f"{len(skipped)} samples cannot be used between two batches")
+    except UnusableData as error:
+        yield Delivery(None, consumed, skipped, str(error))
 
 
 def _deliveries(pipeline: DataPipeline, num_workers: int, start_method: str | None) -> Iterator[Delivery]:
@@ -141,6 +146,7 @@ class Loader:
         self._position, self._identity, self._max_bad_share = position, identity, max_bad_share
         self._start: Callable[[], Iterator[Delivery]] = partial(_deliveries, pipeline, num_workers, start_method)
         self._stream: Iterator[Delivery] | None = None
+        self._last_skipped = Skipped("", "before this start")
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -157,7 +163,7 @@ class Loader:
         self.num_samples += 0 if delivery.batch is None else len(delivery.batch)
         self._count(delivery.skipped)
         if delivery.batch is None:
-            raise UnusableData(f"{len(delivery.skipped)} samples cannot be used between two batches; {self._report()}")
+            raise UnusableData("; ".join(filter(None, [delivery.error, self._report()])))
         return delivery.batch
 
     def _count(self, skipped: list[Skipped]) -> None:
@@ -175,6 +181,8 @@ class Loader:
             )
 
     def _report(self) -> str:
+        if not self.skipped:
+            return ""
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
         return f"{reasons}; the last one: {self._last_skipped.where}"
 

@@ -147,5 +147,5 @@ class TrainTransform:
 
 def normalize(images: NDArray[np.uint8]) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32 with mean = std = 0.5, that is 0..255 to -1..1."""
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).mul_(2 / 255).sub_(1)
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # while it is a quarter of the bytes
+    return channels_first.to(torch.float32).mul_(2 / 255).sub_(1)
