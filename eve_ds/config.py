@@ -220,8 +220,8 @@ class OptimizerConfig(Section):
 class ParallelConfig(Section):
     """How experts are spread."""
 
-    ep_size: PositiveInt = 1
-    """Ranks that share one full set of experts."""
+    ep_size: Annotated[int, Field(ge=0)] = 1
+    """Ranks that share one full set of experts; 0 takes the most that divide both the ranks and the experts."""
 
 
 class TrainConfig(Section):
@@ -264,7 +264,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         _require(
-            self.model.moe.num_experts % self.parallel.ep_size == 0,
+            self.parallel.ep_size == 0 or self.model.moe.num_experts % self.parallel.ep_size == 0,
             f"model.moe.num_experts ({self.model.moe.num_experts}) must be divisible by "
             f"parallel.ep_size ({self.parallel.ep_size})",
         )

@@ -459,7 +459,7 @@ def resolve_deepspeed_config(
     the configuration; one that is set in both and differs is an error.
 
     Returns:
-        The configuration with batch triangle, precision and clipping settled, and the JSON without any "auto".
+        The configuration with batch triangle, precision, clipping and ep_size settled, and the JSON without any "auto".
 
     Raises:
         ConfigError: a contradiction (both places are named), a batch that does not fit, a refused topology, "auto"
@@ -489,10 +489,11 @@ def resolve_deepspeed_config(
     zero = resolved["zero_optimization"] = {"stage": 0, **_section(resolved, "zero_optimization")}
     _refuse_auto(resolved, "")
     _check_precision(precision, zero["stage"], clip)
+    ep_size = config.parallel.ep_size or math.gcd(world_size, config.model.moe.num_experts)
     check_topology(
         world_size=world_size,
         num_experts=config.model.moe.num_experts,
-        ep_size=config.parallel.ep_size,
+        ep_size=ep_size,
         zero_stage=zero["stage"],
         clip_grad_norm=clip,
         data_before_expert=bool(resolved.get("use_data_before_expert_parallelism", False)),
@@ -508,6 +509,7 @@ def resolve_deepspeed_config(
             update={
                 "train": train.model_copy(update=settled),
                 "optimizer": config.optimizer.model_copy(update={"clip_grad_norm": clip}),
+                "parallel": config.parallel.model_copy(update={"ep_size": ep_size}),
             }
         ),
         resolved,
