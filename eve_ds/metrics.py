@@ -3,41 +3,53 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from eve_ds.config import ModelConfig
 from eve_ds.distributed import get_logger, rank_zero
 
 PEAK_FLOPS = {
+    ("H100 PCIe", "bf16"): 756e12,
+    ("H100 NVL", "bf16"): 835e12,
     ("H100", "bf16"): 989e12,
     ("H200", "bf16"): 989e12,
     ("A100", "bf16"): 312e12,
+    ("H100 PCIe", "fp16"): 756e12,
+    ("H100 NVL", "fp16"): 835e12,
     ("H100", "fp16"): 989e12,
     ("H200", "fp16"): 989e12,
     ("A100", "fp16"): 312e12,
     ("V100", "fp16"): 125e12,
 }
-"""Dense tensor-core peak by part of the device's name and precision, FLOP/s, from the makers' data sheets (SXM)."""
+"""Dense tensor-core peak by part of the device's name and precision, FLOP/s, from the makers' data sheets; SXM unless
+named otherwise. The first entry that fits counts."""
 
 
 class MetricsWriter:
     """Appends one JSON object a line to `metrics.jsonl`; rank 0 only, other ranks write nothing."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if rank_zero() else None
+        self._file = _open_after_last_line(folder / "metrics.jsonl") if rank_zero() else None
 
     def write(self, kind: str, *, step: int, seconds: float, samples: int, **numbers: Any) -> None:
-        """One record; `kind` is `train`, `eval` or `event`, `seconds` training time, `samples` those of the run."""
+        """One record; `kind` is `train`, `eval` or `event`, `seconds` training time, `samples` those of the run.
+
+        A number that is not finite is written as null, which JSON has and NaN it has not.
+        """
         if self._file is not None:
             record = {"kind": kind, "step": step, "seconds": round(seconds, 3), "samples": samples, **numbers}
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(_finite_or_none(record), allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -46,15 +58,44 @@ class MetricsWriter:
             self._file.close()
 
 
-class ProgressLine:
-    """A live line on a terminal, otherwise one plain log line every `log_every` steps; rank 0 only."""
+def _open_after_last_line(path: Path) -> TextIO:
+    """Open for appending; a line that a killed writer left unfinished is cut off, else the next one would join it."""
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        if whole[2]:
+            os.truncate(path, len(whole[0]) + len(whole[1]))
+    return path.open("a", encoding="utf-8")
 
-    def __init__(self, log_every: int) -> None:
-        self._log_every = log_every
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class ProgressLine:
+    """A live line on a terminal, otherwise one plain log line every `log_every` steps; rank 0 only.
+
+    Args:
+        log_every: steps between plain lines.
+        done: share of the run that was done before it was resumed; the time left is judged by what comes after.
+    """
+
+    def __init__(self, log_every: int, done: float = 0.0) -> None:
+        self._log_every, self._done = log_every, done
         self._live = rank_zero() and sys.stderr.isatty()
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, transient=True) if self._live else None
+        # The numbers come last: on a narrow terminal the line is cut there.
+        columns = (
+            TaskProgressColumn(table_column=Column(min_width=4)),
+            TextColumn("eta"),
+            TimeRemainingColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        )
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, expand=True) if self._live else None
         self._task = self._progress.add_task("starting", total=1.0) if self._progress else None
+        if self._progress and self._task is not None:
+            self._progress.reset(self._task, start=True, completed=done)  # type: ignore[arg-type]  # a share, not a count
         self._started = time.monotonic()
 
     def __enter__(self) -> ProgressLine:
@@ -73,16 +114,31 @@ class ProgressLine:
         if not rank_zero():
             return
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=fraction, description=_line(step, numbers))
+            self._progress.update(self._task, completed=fraction, description=_live_line(step, numbers))
         elif step % self._log_every == 0:
             elapsed = time.monotonic() - self._started
-            left = elapsed * (1 - fraction) / max(fraction, 1e-6)
-            get_logger().info("%s  eta %.0f s", _line(step, numbers), left)
+            left = elapsed * (1 - fraction) / max(fraction - self._done, 1e-6)
+            get_logger().info("%s  eta %.0f s", _plain_line(step, numbers), left)
 
 
-def _line(step: int, numbers: dict[str, float]) -> str:
-    shown = ("loss", "pixel", "text", "load_balancing", "lr", "samples_per_second")
-    return f"step {step}  " + "  ".join(f"{name} {numbers[name]:.4g}" for name in shown if name in numbers)
+PLAIN = ("loss", "pixel", "text", "load_balancing", "lr", "samples_per_second")
+LIVE = {
+    "loss": "loss {:.3g}",
+    "pixel": "pixel {:.3g}",
+    "text": "text {:.3g}",
+    "lr": "lr {:.2g}",
+    "samples_per_second": "{:.4g}/s",
+    "load_balancing": "balance {:.3g}",
+}
+"""What a progress line shows of a record; the live one fits 80 columns, but for the balance."""
+
+
+def _plain_line(step: int, numbers: dict[str, float]) -> str:
+    return f"step {step}  " + "  ".join(f"{name} {numbers[name]:.4g}" for name in PLAIN if name in numbers)
+
+
+def _live_line(step: int, numbers: dict[str, float]) -> str:
+    return f"step {step} " + " ".join(text.format(numbers[name]) for name, text in LIVE.items() if name in numbers)
 
 
 def forward_flops(config: ModelConfig, *, visible_patches: int, masked_patches: int, text_tokens: float) -> float:
@@ -116,7 +172,7 @@ def _decoder_macs(config: ModelConfig, tokens: float, masked: int) -> float:
 
 def peak_flops(precision: str) -> float | None:
     """Peak FLOP/s of this process's accelerator where it is known, otherwise None."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():
         return None
     name = torch.cuda.get_device_name()
     return next((peak for (part, kind), peak in PEAK_FLOPS.items() if part in name and kind == precision), None)
@@ -124,7 +180,7 @@ def peak_flops(precision: str) -> float | None:
 
 def peak_memory_bytes() -> int:
     """Largest memory of this process so far: allocated on the accelerator, or resident on the host without one."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not where a CUDA device is present but DS_ACCELERATOR asks for the CPU
         return torch.cuda.max_memory_allocated()
     import resource
 

@@ -58,12 +58,13 @@ def _draw_term(axes: Axes, train: list[Record], name: str) -> None:
     title, color = PANELS[name]
     tidy(axes, title)
     steps, values = column(train, "step"), column(train, name)
-    smooth = running_mean(values, max(1, len(values) // 40))
+    smooth = running_mean(values, len(values) // 40)
     if name == "lr":
         axes.plot(steps, values, color=color, linewidth=1.6)
         axes.ticklabel_format(axis="y", scilimits=(-2, 2))
     else:
-        axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, marker="." if len(values) < 3 else None)
+        axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, marker="." if len(values) < 40 else None)
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.plot(steps, smooth, color=color, linewidth=1.6)
         axes.annotate(f"{smooth[-1]:.3g}", (1, smooth[-1]), xycoords=("axes fraction", "data"), fontsize=8, color=color)
     axes.set_xlabel("step", fontsize=8, color=INK)

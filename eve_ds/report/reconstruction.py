@@ -17,7 +17,7 @@ from eve_ds.data.batch import Batch
 from eve_ds.report.style import FAINT, INK, RIGHT_COLOR, WRONG_COLOR, save
 
 MASKED_GREY = 0.62
-ROW_HEIGHT, PICTURE, GAP, TEXT_WIDTH = 1.55, 1.4, 0.12, 5.0
+ROW_HEIGHT, PICTURE, GAP, TEXT_WIDTH = 1.3, 1.18, 0.12, 5.0
 """Inches."""
 FONT_SIZE = 9.5
 CHARACTER = 0.602 * FONT_SIZE / 72
@@ -111,7 +111,7 @@ def plot_reconstructions(examples: list[Example], path: Path, title: str) -> Pat
         for i, image in enumerate(example[:3]):
             x = GAP + i * (PICTURE + GAP)
             canvas.imshow(image.numpy(), extent=(x, x + PICTURE, base, base + PICTURE), interpolation="nearest")
-        _draw_words(canvas, example.words or (Word("(no caption)", None),), left, base + PICTURE - 0.3)
+        _draw_words(canvas, example.words or (Word("(no caption)", None),), left, base + PICTURE - 0.22)
     canvas.set_xlim(0, width)  # imshow has set its own
     canvas.set_ylim(0, height)
     canvas.set_aspect("auto")
@@ -149,8 +149,8 @@ def _shown(tokenizer: PreTrainedTokenizerFast, token_id: int) -> str:
 
 
 def _draw_words(canvas: Axes, words: tuple[Word, ...], left: float, y: float) -> None:
-    """Left to right, wrapped at the width of the text column; at most six lines."""
-    x, right, lowest = left, left + TEXT_WIDTH - 2 * GAP, y - 5 * LINE
+    """Left to right, wrapped at the width of the text column; at most five lines."""
+    x, right, lowest = left, left + TEXT_WIDTH - 2 * GAP, y - 4 * LINE
     for word in words:
         right_guess = word.prediction == word.text
         text = word.text if word.prediction is None or right_guess else f"{word.prediction} ({word.text})"
