@@ -105,7 +105,7 @@ def test_sbatch_trains_on_two_nodes_and_the_same_line_again_goes_on(
     jobs = [submit(run, launch, cluster, log, steps) for log, steps in zip(logs, (2, 3), strict=True)]
     queue = ["squeue", "--noheader", "--format=%i %T %r"]
     assert f"{jobs[1]} PENDING Dependency" in output_of(queue, cluster), "singleton: the second waits for the first"
-    daemons.wait_until(lambda: output_of(queue, cluster) == "", "both jobs are over", limit=150)
+    daemons.wait_until(lambda: output_of(queue, cluster) == "", "both jobs are over", limit=240)
     for job, log in zip(jobs, logs, strict=True):
         state = output_of(["scontrol", "show", "job", job], cluster)
         assert "JobState=COMPLETED" in state, log.read_text()
