@@ -3,8 +3,8 @@
     python launcher/demo.py --out runs/demo              one seed
     python launcher/demo.py --out runs/demo --seeds 3    seeds 0, 1 and 2
 
-Every step is a command that is printed and can be typed by hand. What a folder holds already is reused; an interrupted
-demo goes on where it was.
+Every step is a command that is printed and can be typed by hand. What the folder holds already is reused, so after an
+interruption the same command goes on.
 """
 
 from __future__ import annotations
