@@ -120,7 +120,7 @@ def without_deepspeed(*command, blocker):
     (blocker / "sitecustomize.py").write_text("import sys\nsys.modules['deepspeed'] = None\n")
     env = os.environ | {"PYTHONPATH": str(blocker)}
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
 LOAD_AND_RUN = """
@@ -204,7 +204,7 @@ def test_optimizer_files_of_another_step_are_noticed(runs, tmp_path):
     states["optimizer_state_dict"]["single_partition_of_fp32_groups"][2].detach()[7] += 0.1
     torch.save(states, file)
     with pytest.raises(
-        export.CheckpointError, match=r"fp32 master of backbone\.blocks\.1\.moe\.experts\.0\..* does not"
+        export.CheckpointError, match=r"fp32 master of backbone\.blocks\.\d\.moe\.experts\.[0-3]\..* does not"
     ):
         export.export(checkpoint, tmp_path / "export")
     assert not (tmp_path / "export").exists()

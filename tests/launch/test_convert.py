@@ -124,7 +124,7 @@ def test_a_run_becomes_a_folder_that_loads(run, tmp_path):
     out = tmp_path / "exports" / "first"
     env = os.environ | {"PYTHONPATH": ""}
     command = [sys.executable, str(SCRIPT), str(run), "--out", str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     lines = dict(re.split(r"\s{2,}|: ", line, maxsplit=1) for line in done.stdout.splitlines())
     weights = load_file(out / "model.safetensors")
