@@ -28,8 +28,9 @@ class DeepSpeedMoE(UpstreamMoE):
 
     As the `moe_cls` of :class:`eve_ds.model.eve.EVE` pass `functools.partial(DeepSpeedMoE, ep_size=...)`.
 
-    Forward is a collective of the expert-parallel group (of all data-parallel ranks in training, if the load-balancing
-    loss is taken over them): every rank has to call it equally often. Ranks may bring different numbers of tokens.
+    Forward is a collective of the expert-parallel group, and in training, where the load-balancing loss may be taken over
+    them, of all data-parallel ranks: each has to call it equally often. Ranks may bring different numbers of tokens. The
+    balance of a training step is that of each micro-step's tokens, averaged over micro-steps.
     """
 
     def __init__(self, config: ModelConfig, ep_size: int = 1, ep_rank: int | None = None) -> None:
@@ -75,7 +76,7 @@ class DeepSpeedMoE(UpstreamMoE):
 
     def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor) -> MoEOutput:
         """(B, S, D), (B, S) int64, (B, S) bool -> MoEOutput, as :meth:`eve_ds.model.moe.MoE.forward`."""
-        over_ranks = self.balance_over_ranks and dist.is_initialized()
+        over_ranks = self.training and self.balance_over_ranks and dist.is_initialized()
         sum_over_ranks = _sum_over_data_parallel if over_ranks else None
         return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.deepspeed_moe, sum_over_ranks)
 

@@ -57,10 +57,11 @@ class Case:
     activation_checkpointing: bool = False
     moe: tuple[tuple[str, object], ...] = ()
     profile: str = "default"
+    layer_scale: float = 0.1
 
     def config(self):
-        moe = CONFIG.moe.model_copy(update=dict(self.moe))
-        return CONFIG.model_copy(update={"moe": moe, "profile": self.profile})
+        changes = {"profile": self.profile, "layer_scale_init": self.layer_scale}
+        return CONFIG.model_copy(update=changes | {"moe": CONFIG.moe.model_copy(update=dict(self.moe))})
 
 
 def samples():
@@ -293,42 +294,57 @@ def run_cases(rank, world_size, described):
     return [run_case(Case(**fields), rank, world_size) for fields in described]
 
 
-def check(run_ranks, world_size, cases):
-    """Run the cases in one start of the processes and compare what every rank found with the tolerance."""
+def worst_differences(run_ranks, world_size, cases):
+    """For every case, by kind: (difference, of what, on which rank). One start of the processes runs them all."""
     results = run_ranks(run_cases, world_size, [dataclasses.asdict(case) for case in cases], timeout=280)
-    problems = []
+    worst = []
     for number, case in enumerate(cases):
         found = [result[number][0] for result in results]
         held = [result[number][1] for result in results]
         every = {name for name, _ in plain_model(case.config()).named_parameters()}
         assert set().union(*held) == every, "the ranks together hold the parameters of the plain model"
+        by_kind = {}
         for kind in found[0]:
-            worst = max((value, name, rank) for rank in range(world_size) for name, value in found[rank][kind].items())
-            print(f"{kind:10} {worst[0]:.1e} {worst[1]} on rank {worst[2]} of {case}")
-            if not worst[0] <= TOLERANCE:
-                problems.append(f"{kind} is off by {worst[0]:.1e} at {worst[1]} on rank {worst[2]} of {case}")
-    assert not problems, "\n".join(problems)
+            differences = [
+                (found[rank][kind][name], name, rank) for rank in range(world_size) for name in found[rank][kind]
+            ]
+            by_kind[kind] = max(differences)
+        print(case, by_kind)
+        worst.append(by_kind)
+    return worst
+
+
+CLIPPED = {"clip": 0.05, "layer_scale": 10.0}
+"""Clips to a sixtieth. With LayerScale 10 experts have a fifth of the gradient's norm, 0.3 % at 0.1."""
+
+OTHER_SETTINGS = [
+    Case(2, 1, **CLIPPED),
+    Case(2, 2, 2, **CLIPPED),
+    Case(1, 0, **CLIPPED),
+    Case(2, 1, activation_checkpointing=True),
+    Case(2, 1, moe=(("top_k", 1),)),
+    Case(2, 1, moe=(("top_k", 3),)),
+    Case(2, 1, moe=(("top_k", 8),)),
+    Case(2, 1, moe=(("num_experts", 2),)),
+    Case(2, 1, profile="official"),
+]
+REFUSED = Case(2, 0, **CLIPPED)
+"""What eve_ds.parallel.topology refuses; the engine itself would run it."""
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_dropless_step_equals_the_plain_model(run_ranks, world_size):
     ep_sizes = [size for size in (1, 2, 4) if size <= world_size]
-    check(run_ranks, world_size, [Case(*case) for case in itertools.product(ep_sizes, (0, 1, 2), (1, 2))])
-
-
-def test_other_settings_equal_the_plain_model(run_ranks):
-    cases = [
-        Case(2, 1, clip=0.05),
-        Case(2, 2, 2, clip=0.05),
-        Case(1, 0, clip=0.05),
-        Case(2, 1, activation_checkpointing=True),
-        Case(2, 1, moe=(("top_k", 1),)),
-        Case(2, 1, moe=(("top_k", 3),)),
-        Case(2, 1, moe=(("top_k", 8),)),
-        Case(2, 1, moe=(("num_experts", 2),)),
-        Case(2, 1, profile="official"),
-    ]
-    check(run_ranks, 2, cases)
+    cases = [Case(*case) for case in itertools.product(ep_sizes, (0, 1, 2), (1, 2))]
+    if world_size == 2:
+        cases += [*OTHER_SETTINGS, REFUSED]
+    worst = worst_differences(run_ranks, world_size, cases)
+    for case, by_kind in zip(cases, worst, strict=True):
+        if case == REFUSED:
+            assert by_kind["weight"][0] > 1000 * TOLERANCE, "clipping at ZeRO 0 is right now: no need to refuse it"
+            continue
+        for kind, (difference_, what, rank) in by_kind.items():
+            assert difference_ <= TOLERANCE, f"{kind} is off by {difference_:.1e} at {what} on rank {rank} of {case}"
 
 
 def capacity_reference(config, world_size, rank):
@@ -414,6 +430,7 @@ def layer_cases():
 
 def run_layer_cases(rank, world_size):
     """Differences of one layer on 2 ranks, without an engine, to the plain layer on the tokens of both."""
+    import deepspeed
     import torch.distributed as dist
 
     from eve_ds.model.moe import MoE, plain_named_parameters
@@ -421,6 +438,7 @@ def run_layer_cases(rank, world_size):
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None, "no slow build"
     results = []
     for _, moe, router, valid in layer_cases():
         config = CONFIG.model_copy(update={"moe": CONFIG.moe.model_copy(update=moe)})
