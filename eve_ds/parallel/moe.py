@@ -28,9 +28,9 @@ class DeepSpeedMoE(UpstreamMoE):
 
     As the `moe_cls` of :class:`eve_ds.model.eve.EVE` pass `functools.partial(DeepSpeedMoE, ep_size=...)`.
 
-    Forward is a collective of the expert-parallel group, and in training, where the load-balancing loss may be taken over
-    them, of all data-parallel ranks: each has to call it equally often. Ranks may bring different numbers of tokens. The
-    balance of a training step is that of each micro-step's tokens, averaged over micro-steps.
+    Forward is a collective of the expert-parallel group and, in training, where the load-balancing loss may be taken
+    over them, of all data-parallel ranks: each has to call it equally often. Ranks may bring different numbers of
+    tokens. What is balanced are the tokens of one micro-step; micro-steps are averaged.
     """
 
     def __init__(self, config: ModelConfig, ep_size: int = 1, ep_rank: int | None = None) -> None:

@@ -216,7 +216,7 @@ def difference(ours, expected):
     """Norm of the difference over the norm of what is expected; the plain norm where that is all 0."""
     if ours.shape != expected.shape:
         return float("inf")
-    distance, scale = (ours - expected).double().norm(), expected.double().norm()
+    distance, scale = (ours - expected).detach().double().norm(), expected.detach().double().norm()
     return float(distance / scale) if scale > 0 else float(distance)
 
 
