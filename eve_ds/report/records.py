@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,8 @@ def read_records(run: Path) -> list[Record]:
     *lines, torn = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         record = _parse(line, f"{path}:{number}")
-        while history and (
-            history[-1]["step"] > record["step"]
-            or (history[-1]["step"] == record["step"] and history[-1]["kind"] == record["kind"] != "event")
-        ):
-            history.pop()
+        if _went_back(history, record):
+            history = [earlier for earlier in history if earlier["step"] < record["step"]]
         history.append(record)
     if not history:
         raise ReportError(f"{path} holds no whole record{' yet' if torn else ''}")
@@ -69,6 +67,15 @@ def throughput(records: list[Record]) -> dict[str, float]:
         "samples_per_second": last["samples"] / max(last["seconds"], 1e-9),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in train),
     }
+
+
+def _went_back(history: list[Record], record: Record) -> bool:
+    """Whether a record is the first after a restart; a step has one record of each kind, and any number of events."""
+    if not history or history[-1]["step"] < record["step"]:
+        return False
+    same_step = itertools.takewhile(lambda earlier: earlier["step"] == record["step"], reversed(history))
+    again = record["kind"] != "event" and any(earlier["kind"] == record["kind"] for earlier in same_step)
+    return again or history[-1]["step"] > record["step"]
 
 
 def _parse(line: str, where: str) -> Record:
