@@ -1,7 +1,7 @@
 """Names of the released EVE backbone, to and from ours.
 
-The released files prefix everything with `backbone.`; see the table in `tests/test_official.py` for the shapes. Spelling
-mistakes of the original (`pre_layrnorm`, `mlp_imag`) are theirs.
+The released files prefix everything with `backbone.`; see the table in `tests/test_official.py` for the shapes.
+Spelling mistakes of the original (`pre_layrnorm`, `mlp_imag`) are theirs.
 """
 
 from __future__ import annotations

@@ -296,8 +296,8 @@ def test_a_config_with_fewer_experts(refused, run, checkpoint):
 def test_a_config_that_is_not_valid(refused, run, checkpoint):
     (checkpoint / "config.json").write_text("{")
     assert "config.json is not JSON" in refused(run)
-    (checkpoint / "config.json").write_text('{"modle": {}}')
-    assert "unknown key 'modle'; did you mean 'model'?" in refused(run)
+    (checkpoint / "config.json").write_text('{"models": {}}')
+    assert "unknown key 'models'; did you mean 'model'?" in refused(run)
 
 
 def test_without_a_check_batch_it_says_so(convert, run, checkpoint, tmp_path):
