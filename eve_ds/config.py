@@ -135,7 +135,11 @@ class MaskingConfig(Section):
     """What is hidden from the encoder; masks derive from (seed, epoch, sample key)."""
 
     patch_mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    text_mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    predicted_patch_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the masked patches that is predicted, drawn anew for each sample (CrossMAE); the rest costs nothing."""
+    text_mask_ratio: Fraction = 0.5
+    max_text_mask_ratio: Fraction | None = None
+    """If set, each sample draws its ratio uniformly between `text_mask_ratio` and this."""
     random_token_share: Fraction = 0.0
     """Share of chosen tokens replaced by a random token instead of [MASK] (BERT: 0.1)."""
     keep_token_share: Fraction = 0.0
@@ -147,6 +151,11 @@ class MaskingConfig(Section):
             self.random_token_share + self.keep_token_share <= 1,
             f"random_token_share ({self.random_token_share}) and keep_token_share ({self.keep_token_share}) "
             "must not exceed 1 together",
+        )
+        _require(
+            self.max_text_mask_ratio is None or self.max_text_mask_ratio >= self.text_mask_ratio,
+            f"max_text_mask_ratio ({self.max_text_mask_ratio}) must not be below text_mask_ratio "
+            f"({self.text_mask_ratio})",
         )
         return self
 

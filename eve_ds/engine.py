@@ -360,11 +360,13 @@ class Trainer:
 
     def _forward_flops(self) -> float:
         model = self.config.model
-        masked = num_masked_patches(model.num_patches, self.config.masking.patch_mask_ratio)
+        masking = self.config.masking
+        masked = num_masked_patches(model.num_patches, masking.patch_mask_ratio)
         visible = model.num_patches - masked
+        predicted = round(masking.predicted_patch_share * masked)
         tokens = self.window.tokens / max(self.window.steps * self.engine.train_batch_size(), 1)
         return forward_flops(
-            model, visible_patches=visible, masked_patches=masked, text_tokens=max(tokens - visible - 1, 0.0)
+            model, visible_patches=visible, masked_patches=predicted, text_tokens=max(tokens - visible - 1, 0.0)
         )
 
 

@@ -60,8 +60,8 @@ class Collator:
         return Batch(keys=[sample.key for sample in samples], **fields)
 
     def _image_fields(self, samples: Sequence[Sample], rngs: Sequence[Generator]) -> dict[str, Tensor | None]:
-        ratio = self._masking.patch_mask_ratio
-        visible, masked = zip(*(mask_patches(self._num_patches, ratio, rng) for rng in rngs), strict=True)
+        ratio, share = self._masking.patch_mask_ratio, self._masking.predicted_patch_share
+        visible, masked = zip(*(mask_patches(self._num_patches, ratio, rng, share) for rng in rngs), strict=True)
         present = np.array([sample.image is not None for sample in samples])
         images = [sample.image for sample in samples if sample.image is not None]
         pixel_values = normalize(np.stack(images)) if images else None
@@ -103,10 +103,11 @@ class Collator:
     def _mask(self, token_ids: NDArray[np.int64], rng: Generator) -> MaskedTokens:
         maskable = np.zeros(len(token_ids), dtype=np.bool_)
         maskable[1:-1] = True  # all but [CLS] and [SEP]
+        low, high = self._masking.text_mask_ratio, self._masking.max_text_mask_ratio
         return mask_tokens(
             token_ids,
             maskable,
-            self._masking.text_mask_ratio,
+            low if high is None else rng.uniform(low, high),
             rng,
             mask_token_id=self._captions.mask_id,
             random_token_ids=self._random_ids,

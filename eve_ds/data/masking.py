@@ -39,16 +39,18 @@ def num_masked_patches(num_patches: int, ratio: float) -> int:
     return min(max(round(ratio * num_patches), 1), num_patches - 1)
 
 
-def mask_patches(num_patches: int, ratio: float, rng: Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def mask_patches(
+    num_patches: int, ratio: float, rng: Generator, predicted_share: float = 1.0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split the patches of one image at random.
 
     Returns:
-        visible (num_patches - M,) and masked (M,), both int64 and ascending, M = round(ratio * num_patches): the same
-        for every sample, so that visible patches stack.
+        visible (num_patches - M,) and predicted (round(predicted_share * M), at least 1), both int64 and ascending, with
+        M = round(ratio * num_patches) masked patches: the same numbers for every sample, so that they stack.
     """
     order = rng.permutation(num_patches)
     count = num_masked_patches(num_patches, ratio)
-    masked, visible = order[:count], order[count:]
+    masked, visible = order[: max(round(predicted_share * count), 1)], order[count:]
     masked.sort()
     visible.sort()
     return visible, masked
