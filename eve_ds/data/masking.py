@@ -45,8 +45,8 @@ def mask_patches(
     """Split the patches of one image at random.
 
     Returns:
-        visible (num_patches - M,) and predicted (round(predicted_share * M), at least 1), both int64 and ascending, with
-        M = round(ratio * num_patches) masked patches: the same numbers for every sample, so that they stack.
+        visible (num_patches - M,) and predicted (round(predicted_share * M), at least 1), both int64 and ascending,
+        with M = round(ratio * num_patches) masked patches: the same numbers for every sample, so that they stack.
     """
     order = rng.permutation(num_patches)
     count = num_masked_patches(num_patches, ratio)
