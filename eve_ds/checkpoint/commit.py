@@ -72,6 +72,8 @@ def save(
         tokenizer.save_pretrained(root / hidden / "tokenizer")
     dist.barrier()
     if rank_zero():
+        for script in root.glob("*.py"):  # DeepSpeed's converters, which fail on a checkpoint with experts
+            script.unlink()
         _publish(root, hidden, name)
         get_logger().info("saved %s", root / name)
     dist.barrier()

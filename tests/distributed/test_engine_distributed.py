@@ -1,0 +1,723 @@
+"""The training loop through the real DeepSpeed engine on one and on two ranks, on a model of a few thousand parameters.
+
+One start of one process and one of two run everything (JOBS at the end); the tests look at what they found. Whatever a
+test wants to see inside a run, it finds by watching: the trainer, and every step's micro-batches as they leave the
+loader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from eve_ds.config import parse_config
+
+MODEL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "moe_layers": [1],
+    "moe": {"num_experts": 4},
+    "image_size": 64,
+    "patch_size": 16,
+    "vocab_size": 256,
+    "text_positions": 40,
+    "text_length": 24,
+    "drop_path_rate": 0.0,
+    "text_dropout": 0.0,
+    "pixel_decoder": {"kind": "cross", "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
+}
+NOISY = {"drop_path_rate": 0.2, "text_dropout": 0.2, "moe": {"num_experts": 4, "router_jitter": 0.1}}
+LIMIT_SECONDS = 500
+"""For all jobs of one start, which take 20 CPU-seconds a rank."""
+pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 60)
+
+PLAIN_STEP_TOLERANCE = 2e-5
+"""Of the norm of a parameter's update. A weight of 0.02 is rounded to 1e-9, which is 5e-5 of an update of 2e-5; most
+elements round to the same number (measured: 3e-6)."""
+
+
+def config_for(folder, *, ep_size=1, model=(), optimizer=(), loss=(), **train):
+    train = {"train_batch_size": 8, "max_steps": 3, "metrics_every": 1, "output_dir": str(folder), **train}
+    return parse_config(
+        {
+            "model": {**MODEL, **dict(model)},
+            "data": {"sources": [{"kind": "scenes", "num_samples": 64}]},
+            "loss": dict(loss),
+            "optimizer": {"lr": 1e-2, "warmup_steps": 2, "decay": "cosine", **dict(optimizer)},
+            "parallel": {"ep_size": ep_size},
+            "train": train,
+        }
+    )
+
+
+class Watch:
+    """Runs `pretrain` with a small evaluation, and sees or changes what passes by.
+
+    Args:
+        change: called with (number of the step, its micro-batches, trainer) as they leave the loader; returns the
+            micro-batches to train on. May raise.
+    """
+
+    def __init__(self, change=None):
+        self.change = change
+        self.trainer = None
+        self.steps = []
+        self.evaluations = 0
+
+    def run(self, config, deepspeed_config=None, resume="auto"):
+        from eve_ds import engine
+
+        watch = self
+
+        class WatchedTrainer(engine.Trainer):
+            def __init__(self, *args):
+                watch.trainer = self
+                super().__init__(*args)
+
+            def _fetch(self):
+                micro_batches, problem = super()._fetch()
+                if watch.change is not None:
+                    try:
+                        micro_batches = watch.change(self.step + 1, micro_batches, self)
+                    except engine.UnusableData as error:
+                        return [], error
+                watch.steps.append(micro_batches)
+                return micro_batches, problem
+
+        evaluate = engine.evaluate_scenes
+        original = engine.Trainer
+
+        def evaluate_few(*args, **options):
+            self.evaluations += 1
+            return evaluate(*args, num_scenes=8, batch_size=4, **options)
+
+        engine.Trainer, engine.evaluate_scenes = WatchedTrainer, evaluate_few
+        try:
+            return engine.pretrain(config, deepspeed_config, resume)
+        finally:
+            engine.Trainer, engine.evaluate_scenes = original, evaluate
+
+    def weights(self):
+        return weights_of(self.trainer)
+
+
+def weights_of(trainer):
+    from eve_ds.parallel.moe import local_plain_state_dict
+
+    return {name: value.clone() for name, value in local_plain_state_dict(trainer.engine.module).items()}
+
+
+def records(folder, kind="train"):
+    """Metrics of a run; refuses what JSON does not have (NaN, Infinity)."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} in metrics.jsonl is not JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [item for item in (json.loads(line, parse_constant=refuse) for line in lines) if item["kind"] == kind]
+
+
+def trace(folder):
+    """Loss terms by step; a step that was taken again after a resume counts as it was the last time."""
+    terms = ("loss", "pixel", "text", "load_balancing", "router_z", "lr")
+    return {item["step"]: [item[name] for name in terms] for item in records(folder)}
+
+
+def zero(stage, **more):
+    return {"zero_optimization": {"stage": stage}, **more}
+
+
+def clip_for(stage, ep_size):
+    """DeepSpeed cannot clip at ZeRO 0 with experts spread over ranks, and we refuse it."""
+    return 0.0 if stage == 0 and ep_size > 1 else 0.5
+
+
+def run_jobs(rank, world_size, folder):
+    """Every job for this number of ranks, each in a folder of its own."""
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+
+    initialize_deepspeed_distributed()
+    found = {}
+    for job in JOBS[world_size]:
+        started = time.monotonic()
+        found[job.__name__] = job(rank, world_size, Path(folder) / job.__name__)
+        print(f"{job.__name__}: {time.monotonic() - started:.1f} s", flush=True)
+    return found
+
+
+_FINISHED = {}
+
+
+@pytest.fixture
+def finished(run_ranks, tmp_path_factory):
+    """Folder of a job and what it found, in rank order; the processes are started for the first test that asks."""
+
+    def look(job, world_size):
+        if world_size not in _FINISHED:
+            _FINISHED[world_size] = None
+            folder = tmp_path_factory.mktemp(f"engine{world_size}")
+            _FINISHED[world_size] = folder, run_ranks(run_jobs, world_size, str(folder), timeout=LIMIT_SECONDS)
+        if _FINISHED[world_size] is None:
+            pytest.fail(f"the start of {world_size} ranks failed; see the first test of this file that did")
+        folder, results = _FINISHED[world_size]
+        return folder / job.__name__, [result[job.__name__] for result in results]
+
+    return look
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def resume_cases(rank, world_size, folder):
+    """For each case: trace and weights of a run in one go, and of one that dies in step 5 and goes on from step 3."""
+
+    def die(step, micro_batches, trainer):
+        if step == 5:
+            raise Killed
+        return micro_batches
+
+    found = []
+    for number, (stage, settings, precision) in enumerate(RESUMED):
+        ep_size = world_size
+        common = {
+            "ep_size": ep_size,
+            "model": NOISY,
+            "optimizer": {"clip_grad_norm": clip_for(stage, ep_size)},
+            "max_steps": 6,
+            "save_every_steps": 3,
+            "precision": precision,
+            **settings,
+        }
+        whole, parts = folder / f"whole{number}", folder / f"parts{number}"
+        watch = Watch()
+        watch.run(config_for(whole, **common), zero(stage))
+        expected = watch.weights()
+        with contextlib.suppress(Killed):
+            Watch(die).run(config_for(parts, **common), zero(stage))
+        again = Watch()
+        summary = again.run(config_for(parts, **common), zero(stage))
+        weights = again.weights()
+        unequal = [name for name in expected if not torch.equal(expected[name], weights[name])]
+        keys = [[batch.keys for batch in step] for step in watch.steps[3:]]
+        keys_again = [[batch.keys for batch in step] for step in again.steps]
+        found.append((unequal, keys == keys_again, len(again.steps), summary.steps, summary.samples))
+    return found
+
+
+RESUMED = [(0, {}, "fp32"), (1, {}, "fp32"), (2, {"gradient_accumulation_steps": 2}, "fp32"), (1, {}, "bf16")]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(finished, world_size):
+    folder, results = finished(resume_cases, world_size)
+    for result in results:
+        for number, (unequal, same_keys, steps, last_step, samples) in enumerate(result):
+            assert unequal == [], RESUMED[number]
+            assert same_keys
+            assert (steps, last_step, samples) == (3, 6, 48)
+    for number, case in enumerate(RESUMED):
+        whole, parts = trace(folder / f"whole{number}"), trace(folder / f"parts{number}")
+        assert sorted(parts) == [1, 2, 3, 4, 5, 6]
+        assert parts == whole, case
+        assert len({tuple(terms) for terms in whole.values()}) == 6, "every step differs, so equality says something"
+        (event,) = records(folder / f"parts{number}", "event")
+        assert (event["event"], event["step"], event["samples"]) == ("resumed", 3, 24)
+
+
+# --- a step against plain torch -------------------------------------------------------------------------------------
+
+
+def decays(name):
+    """Independent of the engine's rule: by name."""
+    words = ("norm", "bias", "gamma_", "position", "class_token", "mask_token", "modality", "word")
+    return not any(word in name for word in words)
+
+
+def plain_step(config, weights, micro_batches):
+    """Weights and gradient norm after one AdamW step of the plain model on all samples at once, in torch alone."""
+    from eve_ds.losses import Counts, pretraining_losses, total_loss
+    from eve_ds.model.eve import EVE
+
+    model = EVE(config.model)
+    model.load_state_dict(weights)
+    model.train()
+    losses = []
+    images = sum(len(batch) for batch in micro_batches)
+    counts = Counts(
+        images * micro_batches[0].masked_patch_ids.shape[1],
+        sum(batch.token_labels.numel() for batch in micro_batches),
+        sum(float(batch.attention_mask.sum()) for batch in micro_batches)
+        + images * (1 + micro_batches[0].visible_patch_ids.shape[1]),
+    )
+    for batch in micro_batches:
+        terms = pretraining_losses(
+            model(**batch.model_inputs()),
+            pixel_values=batch.pixel_values,
+            image_mask=None,
+            masked_patch_ids=batch.masked_patch_ids,
+            token_labels=batch.token_labels,
+            patch_size=config.model.patch_size,
+            counts=counts,
+        )
+        terms["load_balancing"] = terms["load_balancing"] / len(micro_batches)
+        losses.append(total_loss(terms, config.loss))
+        losses[-1].backward()
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named.items() if decays(n)], "weight_decay": 0.3},
+            {"params": [p for n, p in named.items() if not decays(n)], "weight_decay": 0.0},
+        ],
+        lr=1e-2 / 2,  # first of two warm-up steps
+        betas=(0.9, 0.98),
+        eps=1e-3,
+    )
+    norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip_grad_norm)
+    optimizer.step()
+    return {name: value.detach() for name, value in named.items()}, float(norm), sum(map(float, losses))
+
+
+def plain_step_cases(rank, world_size, folder):
+    found = []
+    for number, (stage, accumulation) in enumerate(STEPS):
+        config = config_for(
+            folder / str(number),
+            optimizer={"weight_decay": 0.3, "eps": 1e-3, "clip_grad_norm": 0.5},
+            loss={"load_balancing_weight": 0.1},
+            max_steps=1,
+            gradient_accumulation_steps=accumulation,
+        )
+        before = {}
+
+        def remember(step, micro_batches, trainer, before=before):
+            before.update({name: value.detach().clone() for name, value in trainer.engine.module.named_parameters()})
+            return micro_batches
+
+        watch = Watch(remember)
+        watch.run(config, zero(stage))
+        from eve_ds.model.naming import to_plain_name
+
+        start = {to_plain_name(name): value for name, value in before.items()}
+        expected, norm, loss = plain_step(config, start, watch.steps[0])
+        weights = watch.weights()
+        worst = max(
+            (
+                float((weights[name] - value).norm() / (value - start[name]).norm().clamp(min=1e-12)),
+                name,
+                float((value - start[name]).norm()),
+            )
+            for name, value in expected.items()
+        )
+        (record,) = records(config.train.output_dir)
+        found.append((worst, record.get("grad_norm"), norm, record["loss"], loss))
+    return found
+
+
+STEPS = [(0, 1), (1, 1), (1, 2), (2, 2), (0, 4)]
+
+
+def test_a_step_equals_plain_torch(finished):
+    _, (results,) = finished(plain_step_cases, 1)
+    for case, (worst, norm, expected_norm, loss, expected_loss) in zip(STEPS, results, strict=True):
+        assert worst[0] < PLAIN_STEP_TOLERANCE, (case, worst)
+        assert expected_norm > 0.5, "the norm is above the limit, so clipping is at work"
+        assert norm is None if case[0] == 0 else norm == pytest.approx(expected_norm, rel=1e-5)
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+
+
+# --- losses that are not finite ---------------------------------------------------------------------------------------
+
+
+def poison(*, steps, rank, how, micro=0):
+    """A change that spoils one micro-batch, or the gradient of one parameter, of `rank` at some steps."""
+
+    def change(step, micro_batches, trainer):
+        if step not in steps or trainer.rank != rank:
+            return micro_batches
+        if how == "pixel":
+            micro_batches[micro].pixel_values[0, 0, 0, 0] = math.nan
+            return micro_batches
+        word = "experts" if how == "expert gradient" else "projection.weight"
+        parameter = next(p for name, p in trainer.engine.module.named_parameters() if word in name)
+        value = math.inf if how == "expert gradient" else math.nan
+
+        def spoil(gradient):
+            handle.remove()
+            return torch.full_like(gradient, value)
+
+        handle = parameter.register_hook(spoil)
+        return micro_batches
+
+    return change
+
+
+def then(*changes):
+    def change(step, micro_batches, trainer):
+        for one in changes:
+            micro_batches = one(step, micro_batches, trainer)
+        return micro_batches
+
+    return change
+
+
+def stop_cases(rank, world_size, folder):
+    """Message, whether the weights are those before the bad step, and the newest checkpoint, for each case."""
+    from eve_ds.checkpoint.commit import find_latest
+    from eve_ds.engine import NonFiniteError
+
+    found = []
+    for number, (stage, how, precision, accumulation) in enumerate(STOPS):
+        before = {}
+
+        def remember(step, micro_batches, trainer, before=before):
+            if step == 3:
+                before.update(weights_of(trainer))
+                before["keys"] = [batch.keys for batch in micro_batches]
+            return micro_batches
+
+        watch = Watch(then(remember, poison(steps=[3], rank=world_size - 1, how=how, micro=accumulation - 1)))
+        run = folder / str(number)
+        config = config_for(
+            run,
+            ep_size=world_size,
+            optimizer={"clip_grad_norm": clip_for(stage, world_size)},
+            max_steps=6,
+            save_every_steps=2,
+            precision=precision,
+            gradient_accumulation_steps=accumulation,
+        )
+        message = "no error"
+        try:
+            watch.run(config, zero(stage))
+        except NonFiniteError as error:
+            message = str(error)
+        after = watch.weights()
+        keys = before.pop("keys")
+        unequal = [name for name, value in before.items() if not torch.equal(value, after[name])]
+        found.append((message, unequal, keys, find_latest(run).name, len(watch.steps)))
+    return found
+
+
+STOPS = [
+    (0, "pixel", "fp32", 1),
+    (0, "expert gradient", "fp32", 2),
+    (1, "pixel", "fp32", 2),
+    (1, "expert gradient", "fp32", 1),
+    (2, "pixel", "fp32", 1),
+    (2, "gradient", "fp32", 2),
+    (1, "gradient", "bf16", 1),
+    (2, "pixel", "bf16", 1),
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_value_that_is_not_finite_stops_before_the_update(finished, world_size):
+    folder, results = finished(stop_cases, world_size)
+    bad = world_size - 1
+    for number, (_, how, _, accumulation) in enumerate(STOPS):
+        messages = {result[number][0] for result in results}
+        assert len(messages) == 1, "every rank says the same"
+        (message,) = messages
+        keys = results[bad][number][2]
+        if how == "pixel":
+            start = f"step 3: loss is not finite, the update was not applied; rank {bad}: pixel nan"
+            assert message.startswith(start), message
+            assert ", ".join(keys[accumulation - 1]) in message
+            assert message.count("rank ") == 1, "nobody else is blamed"
+        else:
+            assert message.startswith("step 3: gradient norm is not finite, the update was not applied;"), message
+            assert all(f"rank {rank}: loss " in message for rank in range(world_size))
+            assert all(key in message for micro_batch in keys for key in micro_batch)
+        assert message.endswith("step-00000002"), message
+        run = folder / str(number)
+        (event,) = records(run, "event")
+        assert event["event"] == "nonfinite"
+        assert event["step"] == 3
+        assert event["message"] in message
+        assert max(trace(run)) == 2
+        for unequal, _, latest, steps in (result[number][1:] for result in results):
+            assert unequal == []
+            assert (latest, steps) == ("step-00000002", 3)
+
+
+def leave_out(bad):
+    """The same stream without the batches of some steps."""
+
+    def change(step, micro_batches, trainer):
+        while trainer.loader.num_samples // sum(map(len, micro_batches)) in bad:
+            micro_batches = [next(trainer.loader) for _ in micro_batches]
+        return micro_batches
+
+    return change
+
+
+def skip_cases(rank, world_size, folder):
+    """Weights after six steps of which two were skipped, against four steps that never saw those batches."""
+    found = []
+    for number, (stage, how, precision, accumulation) in enumerate(SKIPS):
+        common = {
+            "ep_size": world_size,
+            "optimizer": {"clip_grad_norm": clip_for(stage, world_size), "decay": "constant", "warmup_steps": 0},
+            "precision": precision,
+            "gradient_accumulation_steps": accumulation,
+            "on_nonfinite": "skip",
+            "save_every_steps": 3,
+        }
+        bad = [3, 5]
+        watch = Watch(poison(steps=bad, rank=world_size - 1, how=how))
+        run = folder / str(number)
+        summary = watch.run(config_for(run, max_steps=6, **common), zero(stage))
+        engine = watch.trainer.engine
+        counters = (engine.global_steps, engine.skipped_steps, engine.micro_steps, watch.trainer.nonfinite_skips)
+        weights = watch.weights()
+        clean = Watch(leave_out(bad))
+        clean.run(config_for(f"{run}-clean", max_steps=4, **common), zero(stage))
+        expected = clean.weights()
+        unequal = [name for name, value in expected.items() if not torch.equal(value, weights[name])]
+        same_keys = [
+            [batch.keys for batch in step] for number, step in enumerate(watch.steps, start=1) if number not in bad
+        ] == [[batch.keys for batch in step] for step in clean.steps]
+        found.append((unequal, same_keys, counters, summary.steps, summary.samples))
+    return found
+
+
+SKIPS = [
+    (0, "pixel", "fp32", 2),
+    (1, "expert gradient", "fp32", 1),
+    (1, "pixel", "fp32", 2),
+    (2, "pixel", "fp32", 2),
+    (2, "gradient", "bf16", 2),
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_skipped_step_leaves_no_trace(finished, world_size):
+    folder, results = finished(skip_cases, world_size)
+    for result in results:
+        for case, (unequal, same_keys, counters, steps, samples) in zip(SKIPS, result, strict=True):
+            assert same_keys
+            assert unequal == [], case
+            assert counters == (6, 2, 6 * case[3], 2), case
+            assert (steps, samples) == (6, 48)
+    for number in range(len(SKIPS)):
+        run = folder / str(number)
+        assert sorted(trace(run)) == [1, 2, 4, 6], "a skipped step has no numbers"
+        assert [event["step"] for event in records(run, "event")] == [3, 5]
+
+
+def limit_of_skips(rank, world_size, folder):
+    from eve_ds.engine import NonFiniteError
+
+    watch = Watch(poison(steps=[2, 3, 5], rank=0, how="pixel"))
+    config = config_for(folder / "run", max_steps=9, on_nonfinite="skip", max_nonfinite_skips=2)
+    with pytest.raises(NonFiniteError) as caught:
+        watch.run(config)
+    return str(caught.value), len(watch.steps)
+
+
+def test_skips_have_a_limit(finished):
+    _, ((message, steps),) = finished(limit_of_skips, 1)
+    assert message.startswith("step 5: loss is not finite")
+    assert "That is skip number 3, train.max_nonfinite_skips (2) are allowed. Last good checkpoint: none yet" in message
+    assert steps == 5
+
+
+# --- what a run does and writes ---------------------------------------------------------------------------------------
+
+
+class _Messages(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def messages():
+    from eve_ds.distributed import get_logger
+
+    handler = _Messages()
+    get_logger().addHandler(handler)
+    try:
+        yield handler.texts
+    finally:
+        get_logger().removeHandler(handler)
+
+
+def everything_written(rank, world_size, folder):
+    config = config_for(
+        folder / "written",
+        ep_size=world_size,
+        max_steps=7,
+        metrics_every=3,
+        log_every=2,
+        eval_every=4,
+        save_every_steps=5,
+    )
+    monitors = {
+        "csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"},
+        "tensorboard": {"enabled": True, "output_path": str(folder / "tensorboard"), "job_name": "job"},
+    }
+    with messages() as texts:
+        watch = Watch()
+        watch.run(config, zero(1, **monitors))
+    done = Watch()
+    nothing = done.run(config, zero(1, **monitors))
+    return texts, watch.evaluations, nothing, len(done.steps)
+
+
+def test_what_a_run_writes(finished):
+    folder, ((texts, evaluations, nothing, more_steps), (peer_texts, *_rest)) = finished(everything_written, 2)
+    train = records(folder / "written")
+    assert [record["step"] for record in train] == [2, 3, 4, 6, 7]
+    assert [record["samples"] for record in train] == [16, 24, 32, 48, 56]
+    seconds = [record["seconds"] for record in train]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    for record, previous in zip(train, [{"seconds": 0.0, "samples": 0}, *train], strict=False):
+        spent = record["seconds"] - previous["seconds"]
+        made = record["samples"] - previous["samples"]
+        # Seconds are rounded to the millisecond in the record.
+        assert record["samples_per_second"] == pytest.approx(made / spent, rel=2e-3 / spent)
+        assert record["peak_memory_bytes"] > 50e6
+        tokens = record["tokens_per_second"] / record["samples_per_second"]
+        assert 1 + 4 + 5 < tokens < 1 + 4 + 24, "class token, 4 visible patches and a caption"
+        assert {"loss", "pixel", "text", "load_balancing", "router_z", "lr", "grad_norm"} <= set(record)
+        assert {"moe0/entropy", "moe0/dead_experts", "moe0/image_routes/3", "moe0/text_routes/0"} <= set(record)
+    evals = records(folder / "written", "eval")
+    assert [record["step"] for record in evals] == [4, 7]
+    assert all({"seconds", "samples", "colour", "binding", "pixel_loss"} <= set(record) for record in evals)
+    assert evaluations == 2
+    assert not [text for text in peer_texts if text.startswith("step ")]
+    lines = [text for text in texts if text.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["2", "4", "6"]
+    assert all(word in lines[0] for word in ("loss", "pixel", "text", "lr", "samples_per_second", "eta"))
+    assert [text.split("/")[-1] for text in texts if text.startswith("saved")] == ["step-00000005", "step-00000007"]
+    assert (nothing.steps, more_steps) == (7, 0), "a run that is done does nothing more"
+    assert (folder / "written" / "checkpoints" / "latest").read_text().strip() == "step-00000007"
+    with_loss = (folder / "csv" / "job" / "train_loss.csv").read_text().splitlines()
+    written = [line.split(",") for line in with_loss[1:]]
+    assert [(int(samples), float(loss)) for samples, loss in written] == [(r["samples"], r["loss"]) for r in train]
+    assert list((folder / "tensorboard" / "job").glob("events.out.tfevents.*"))
+
+
+def other_settings(rank, world_size, folder):
+    found = {}
+    watch = Watch()
+    config = config_for(folder / "timed", ep_size=world_size, max_steps=100_000, max_seconds=0.4, eval_every=10**6)
+    summary = watch.run(config, zero(1))
+    found["timed"] = (summary.steps, summary.train_seconds)
+    watch = Watch()
+    watch.run(config_for(folder / "minutes", ep_size=world_size, save_every_minutes=1e-7), zero(1))
+    found["minutes"] = sorted(path.name for path in (folder / "minutes" / "checkpoints").iterdir())
+    watch = Watch()
+    watch.run(
+        config_for(folder / "bf16", ep_size=world_size, max_steps=12, metrics_every=1), zero(1, bf16={"enabled": True})
+    )
+    found["bf16"] = {str(parameter.dtype) for parameter in watch.trainer.engine.module.parameters()}
+    groups = watch.trainer.optimizer.param_groups
+    found["groups"] = [(g["name"], g["weight_decay"], g.get("moe", False), g["betas"]) for g in groups]
+    return found
+
+
+def test_time_budget_saves_by_minutes_and_bf16(finished):
+    folder, results = finished(other_settings, 2)
+    (steps, seconds), (peer_steps, _) = results[0]["timed"], results[1]["timed"]
+    assert steps == peer_steps > 1
+    # It stops before the step that would go over, so only the time of one slow step can be too much.
+    assert 0.2 < seconds < 1.5
+    assert results[0]["minutes"] == ["latest", "step-00000001", "step-00000002", "step-00000003"]
+    assert results[0]["bf16"] == {"torch.bfloat16"}
+    losses = [record["loss"] for record in records(folder / "bf16")]
+    assert losses[-1] < losses[0]
+    for name, weight_decay, moe, betas in results[0]["groups"]:
+        assert betas == (0.9, 0.98)
+        assert weight_decay == (0.0 if "no_decay" in name or "no_decay" in str(name) else 0.05) or moe
+    assert {group[2] for group in results[0]["groups"]} == {False, True}
+
+
+# --- the same stream on other numbers of ranks ------------------------------------------------------------------------
+
+
+def traces_for(rank, world_size, folder):
+    for number, (stage, ep_size, accumulation) in enumerate(SPLITS[world_size]):
+        config = config_for(
+            folder / str(number),
+            ep_size=ep_size,
+            optimizer={"eps": 1e-3, "clip_grad_norm": 0.5},
+            loss={"load_balancing_weight": 0.0},
+            max_steps=4,
+            gradient_accumulation_steps=accumulation,
+        )
+        Watch().run(config, zero(stage))
+
+
+SPLITS = {1: [(1, 1, 1), (2, 1, 4)], 2: [(1, 1, 1), (1, 2, 2), (2, 2, 1)]}
+"""By number of ranks: ZeRO stage, ranks that share a set of experts, micro-steps."""
+
+
+def test_losses_do_not_depend_on_ranks_or_accumulation(finished):
+    runs = {
+        (world_size, split): finished(traces_for, world_size)[0] / str(number)
+        for world_size, splits in SPLITS.items()
+        for number, split in enumerate(splits)
+    }
+    expected = trace(runs.pop((1, (1, 1, 1))))
+    for (world_size, split), run in runs.items():
+        found = trace(run)
+        assert sorted(found) == [1, 2, 3, 4]
+        for step, (loss, pixel, text, balance, z, lr) in expected.items():
+            # Each step's fp32 rounding (4e-7 of a gradient) grows over the steps before it.
+            others = [found[step][term] for term in (0, 1, 2, 4, 5)]
+            assert others == pytest.approx([loss, pixel, text, z, lr], rel=2e-5), (world_size, split, step)
+            # Balance is a product of means: over micro-steps it is the mean of their own, by design.
+            assert found[step][3] == pytest.approx(balance, rel=2e-5 if split[2] == 1 else 0.2)
+
+
+# --- data that gives out ----------------------------------------------------------------------------------------------
+
+
+def data_gives_out(rank, world_size, folder):
+    from eve_ds.data.sources import UnusableData
+
+    def give_out(step, micro_batches, trainer):
+        if step == 2 and trainer.rank == 1:
+            raise UnusableData("shard a.tar, key 7: truncated")
+        return micro_batches
+
+    with pytest.raises(UnusableData) as caught:
+        Watch(give_out).run(config_for(folder / "run", ep_size=2), zero(1))
+    return str(caught.value)
+
+
+def test_data_that_gives_out_on_one_rank_ends_all(finished):
+    assert finished(data_gives_out, 2)[1] == ["rank 1: shard a.tar, key 7: truncated"] * 2
+
+
+JOBS = {
+    1: [resume_cases, plain_step_cases, stop_cases, skip_cases, limit_of_skips, traces_for],
+    2: [
+        resume_cases,
+        stop_cases,
+        skip_cases,
+        everything_written,
+        other_settings,
+        traces_for,
+        data_gives_out,
+    ],
+}
