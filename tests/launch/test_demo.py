@@ -1,0 +1,243 @@
+"""launcher/demo.py: its own commands end to end at 20 steps, what it reuses, and how it stops."""
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eve_ds.config import ConfigError, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launcher" / "demo.py"
+SEED = 3
+PROBES = ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
+SIDES = {name: {"right", "wrong"} for name in ("colour", "shape", "size", "position", "pixel_loss")}
+SIDES |= {name: {"target", "distractor"} for name in PROBES}
+LIMIT = 800.0
+"""Seconds a demo of 20 steps may take; on an idle machine it is about one minute."""
+
+
+def run_demo(out, max_steps=20):
+    """As `make demo` calls it, from another working directory; whatever it started is gone afterwards."""
+    arguments = ["--out", str(out), "--seed", str(SEED), "--max_steps", str(max_steps)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    process = subprocess.Popen(command, cwd=out.parent, start_new_session=True, **pipes)
+    try:
+        stdout, stderr = process.communicate(timeout=LIMIT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """(folder, completed process) of a first demo."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    completed = run_demo(out)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return out, completed
+
+
+@pytest.mark.timeout(900)
+def test_launch_line_is_printed_and_real(first):
+    out, completed = first
+    (line,) = (line for line in completed.stdout.splitlines() if line.startswith("$ deepspeed"))
+    assert line.startswith("$ deepspeed --num_accelerators 2 ")
+    assert "launcher/pretrain.py --config eve_tiny --deepspeed_config ds_configs/zero1_ep2_cpu.json" in line
+    state = json.loads((out / f"seed-{SEED}/checkpoints/step-00000020/state.json").read_text())
+    assert state["topology"] == {"world_size": 2, "ep_size": 2, "zero_stage": 1}
+    assert json.loads((out / f"seed-{SEED}/config.json").read_text())["train"]["seed"] == SEED
+
+
+@pytest.mark.timeout(900)
+def test_summary_holds_every_figure(first):
+    out, _ = first
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 20
+    assert summary["train_seconds"] > 0
+    assert summary["samples_per_second"] * summary["train_seconds"] == pytest.approx(20 * 64)
+    assert summary["peak_memory_bytes"] > 100e6
+    assert 0 <= summary["export_max_abs_diff"] < 1e-5
+    (entry,) = summary["seeds"]
+    assert entry["seed"] == SEED
+    assert entry["steps"] == 20
+    figures = {name: entry[name] for name in entry if name in SIDES} | entry["binding"]
+    assert {name: set(sides) for name, sides in figures.items()} == SIDES
+    assert all(0 <= value <= 1.5 for sides in figures.values() for value in sides.values())
+    assert figures["pixel_loss"]["right"] > 0
+
+
+@pytest.mark.timeout(900)
+def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(first):
+    out, completed = first
+    table, _, paths = completed.stdout.partition("What the demo measured")[2].partition(f"seed {SEED}\n  plain weights")
+    for row in ("colour", "lower by", "position -> colour", "samples/s", "peak memory of a rank", "export: largest"):
+        assert any(line.strip().startswith(row) for line in table.splitlines()), row
+    for name in ("export", "report/report.md", "report/curves.png", "metrics.jsonl"):
+        path = out / f"seed-{SEED}" / name
+        assert str(path) in paths
+        assert path.exists()
+    assert str(out / "summary.json") in paths
+
+
+@pytest.mark.timeout(900)
+def test_pictures_show_something(first):
+    out, _ = first
+    pictures = sorted((out / f"seed-{SEED}" / "report").glob("*.png"))
+    assert [picture.name for picture in pictures] == ["curves.png", "experts.png", "reconstructions.png"]
+    for picture in pictures:
+        pixels = np.asarray(Image.open(picture).convert("RGB"))
+        assert min(pixels.shape[:2]) > 400
+        assert pixels.std() > 10
+
+
+@pytest.mark.timeout(900)
+def test_second_run_reuses_everything_and_says_so(first):
+    out, _ = first
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    again = run_demo(out)
+    assert again.returncode == 0, again.stderr
+    assert "$ " not in again.stdout
+    for what in ("the finished training in", "export.json", "evaluation.json", "report.md"):
+        assert any(what in line and "reusing" in line for line in again.stdout.splitlines()), what
+    assert "What the demo measured" in again.stdout
+    changed = {path.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
+    assert changed <= {"summary.json"}
+
+
+@pytest.mark.timeout(900)
+def test_other_settings_are_not_mixed_into_the_folder(first):
+    refused = run_demo(first[0], max_steps=30)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"demo: {first[0] / f'seed-{SEED}'} holds a run with train.max_steps 20, now it is 30: "
+        "remove that folder, or name another --out\n"
+    )
+
+
+@pytest.mark.timeout(900)
+def test_a_step_that_fails_stops_the_demo_with_its_exit_code(first, tmp_path):
+    run = tmp_path / "out" / f"seed-{SEED}"
+    for name in ("checkpoints/latest", "checkpoints/step-00000020/state.json", "config.json", "export/export.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes((first[0] / run.name / name).read_bytes())
+    stopped = run_demo(tmp_path / "out")  # the export has lost its weights
+    assert stopped.returncode == 2
+    first_line, second_line = stopped.stderr.splitlines()
+    assert first_line.startswith(f"evaluate: {run / 'export'} is not an export, it lacks")
+    assert second_line == "demo: evaluate.py failed with exit code 2; see above"
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+# ----------------------------------------------------------------------------------------------- without a training
+
+
+@pytest.fixture(scope="module")
+def demo():
+    path = list(sys.path)
+    names = runpy.run_path(str(SCRIPT), run_name="demo")
+    sys.path[:] = path
+    return names
+
+
+@pytest.mark.parametrize(
+    ("overrides", "step", "seconds", "expected"),
+    [
+        (["train.max_steps=20"], 20, 5.0, True),
+        (["train.max_steps=20"], 19, 5.0, False),
+        (["train.max_steps=2000", "train.max_seconds=100"], 500, 99.9, True),  # the next step would exceed the budget
+        (["train.max_steps=2000", "train.max_seconds=100"], 500, 60.0, False),
+        (["train.max_steps=2000", "train.max_seconds=100"], 0, 0.0, False),
+    ],
+)
+def test_finished_is_what_the_last_checkpoint_says(demo, tmp_path, overrides, step, seconds, expected):
+    config = load_config("eve_tiny", overrides)
+    assert not demo["is_finished"](tmp_path, config)
+    folder = tmp_path / "checkpoints" / "step"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").write_text("step\n")
+    (folder / "state.json").write_text(json.dumps({"step": step, "seconds": seconds}))
+    assert demo["is_finished"](tmp_path, config) is expected
+    (folder / "state.json").unlink()
+    with pytest.raises(ConfigError, match=r"state\.json cannot be read .*: remove"):
+        demo["is_finished"](tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "message"),
+    [
+        ("raise SystemExit(7)", 7, "step.py failed with exit code 7; see above"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "step.py failed with signal 9; see above"),
+    ],
+)
+def test_exit_code_of_a_step(demo, tmp_path, code, exit_code, message):
+    (tmp_path / "step.py").write_text(code)
+    with pytest.raises(demo["StepFailed"], match=message) as raised:
+        demo["run_step"]([sys.executable, str(tmp_path / "step.py")], tmp_path)
+    assert raised.value.exit_code == exit_code
+
+
+def test_a_step_gets_one_thread_and_the_cpu_where_no_two_gpus_answer(demo, tmp_path, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: some name (UUID: x)'\necho 'GPU 1: some name (UUID: y)'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert "DS_ACCELERATOR" not in demo["environment"](tmp_path)
+    fake.write_text("#!/bin/sh\necho 'GPU 0: some name (UUID: x)'\n")
+    env = demo["environment"](tmp_path)
+    assert env["DS_ACCELERATOR"] == "cpu"
+    fake.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    env = demo["environment"](tmp_path)
+    assert env["DS_ACCELERATOR"] == "cpu"
+    assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) == ("1", "PASSIVE")
+    assert env["TORCH_EXTENSIONS_DIR"].startswith(str(tmp_path))
+
+
+def test_a_terminated_demo_takes_its_step_along(tmp_path):
+    step = tmp_path / "step.py"
+    step.write_text(f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
+    code = f"""
+import runpy, signal, sys
+from pathlib import Path
+demo = runpy.run_path({str(SCRIPT)!r}, run_name="demo")
+signal.signal(signal.SIGTERM, demo["_interrupt"])
+demo["run_step"]([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child = int((tmp_path / "pid").read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "demo: name at least one seed, and each once (see --help)\n"),
+        (["--seed", "1", "--seed", "1"], "demo: name at least one seed, and each once (see --help)\n"),
+        (["--seeds", "2", "--seed", "1"], "demo: argument --seed: not allowed with argument --seeds (see --help)\n"),
+    ],
+)
+def test_wrong_arguments(demo, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        demo["main"]()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == message
