@@ -29,8 +29,6 @@ from typing import Any, NoReturn
 from eve_ds.config import Config, ConfigError, load_config
 
 PRESET, DEEPSPEED_CONFIG, RANKS = "eve_tiny", "ds_configs/zero1_ep2_cpu.json", 2
-OVERRIDES = ("parallel.ep_size=2",)
-"""What the demo needs beyond the preset, which must also run on one process."""
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 STOP_SECONDS = 20.0
 """What an interrupted step gets to end its own processes."""
@@ -89,15 +87,15 @@ def main() -> int:
 
 def run_seed(seed: int, run: Path, max_steps: int | None) -> dict[str, Any]:
     """Train, export, evaluate and report one seed, or reuse what `run` holds; its entry in the summary."""
-    overrides = [f"train.seed={seed}", *OVERRIDES]
-    config = load_config(PRESET, overrides + ([] if max_steps is None else [f"train.max_steps={max_steps}"]))
+    limit = [] if max_steps is None else [f"train.max_steps={max_steps}"]
+    config = load_config(PRESET, [f"train.seed={seed}", *limit])
     check_same_settings(run, config)
     export, evaluation, report = run / "export", run / "evaluation.json", run / "report"
     if is_finished(run, config):
         say(f"seed {seed}: reusing the finished training in {shown(run)}")
     else:
         say(f"seed {seed}: training; its scenes are generated on the fly, so there is no data to download or to store")
-        train(run, overrides, max_steps, config)
+        train(run, config, max_steps)
     steps = {
         export / "export.json": ["launcher/convert.py", shown(run), "--out", shown(export)],
         evaluation: ["launcher/evaluate.py", "scenes", "--model", shown(export), "--json", shown(evaluation)],
@@ -114,7 +112,7 @@ def run_seed(seed: int, run: Path, max_steps: int | None) -> dict[str, Any]:
     return summarize(seed, run)
 
 
-def train(run: Path, overrides: list[str], max_steps: int | None, config: Config) -> None:
+def train(run: Path, config: Config, max_steps: int | None) -> None:
     """Pre-train under DeepSpeed's own launcher."""
     program = Path(sys.executable).with_name("deepspeed")
     if not program.is_file():
@@ -122,7 +120,7 @@ def train(run: Path, overrides: list[str], max_steps: int | None, config: Config
     command = [
         *(str(program), "--num_accelerators", str(RANKS), "--master_port", str(free_port())),
         *("launcher/pretrain.py", "--config", PRESET, "--deepspeed_config", DEEPSPEED_CONFIG),
-        *("--set", *overrides, "--output_dir", shown(run)),
+        *("--set", f"train.seed={config.train.seed}", "--output_dir", shown(run)),
         *([] if max_steps is None else ["--max_steps", str(max_steps)]),
     ]
     run_step(command, run)
@@ -149,7 +147,15 @@ def check_same_settings(run: Path, config: Config) -> None:
         return
     now = config.model_dump(mode="json")
     before = _read_json(run / "config.json")
-    settled = {"output_dir", "micro_batch_size", "gradient_accumulation_steps", "precision", "clip_grad_norm"}
+    # These are not compared: where the preset leaves them open, the run has settled them.
+    settled = {
+        "output_dir",
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+        "precision",
+        "clip_grad_norm",
+        "ep_size",
+    }
     for section, values in now.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             other = before.get(section, {}).get(key)
