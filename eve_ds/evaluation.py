@@ -84,7 +84,7 @@ def evaluate_scenes(
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    collate = Collator(_evaluation_config(config), tokenizer, has_images=True, has_captions=True)
+    collate = Collator(evaluation_config(config), tokenizer, has_images=True, has_captions=True)
     scenes = Scenes(_level(config), SCENES_SEED, "val")
     mine = [scenes[index] for index in range(rank, num_scenes, world_size)]
     tally = _Tally()
@@ -201,7 +201,7 @@ def _level(config: Config) -> LevelName:
     return next((source.level for source in config.data.sources if source.kind == "scenes"), "easy")
 
 
-def _evaluation_config(config: Config) -> Config:
+def evaluation_config(config: Config) -> Config:
     """The run's configuration with a fixed seed and half of the words masked, so that every run is asked the same."""
     fixed = {"text_mask_ratio": 0.5, "max_text_mask_ratio": None, "random_token_share": 0.0, "keep_token_share": 0.0}
     masking = config.masking.model_copy(update={**fixed, "predicted_patch_share": 1.0})

@@ -50,7 +50,7 @@ class Example(NamedTuple):
 def reconstruct(
     model: nn.Module, batch: Batch, tokenizer: PreTrainedTokenizerFast, patch_size: int, eps: float = 1e-6
 ) -> list[Example]:
-    """Predict the hidden patches and words of a batch in one forward, as in training.
+    """Predict the hidden patches and words of a batch in one forward.
 
     The model predicts pixels normalised by mean and deviation of their patch. To be looked at they are put back with
     the true patch's mean and deviation, as in the visualisation of masked autoencoders (He et al. 2022): the shade of a
@@ -58,7 +58,7 @@ def reconstruct(
 
     Args:
         model: an EVE in evaluation mode.
-        batch: with images; samples without one are left out.
+        batch: with images, every hidden patch to be predicted; samples without an image are left out.
         tokenizer: of the batch.
         patch_size: pixels of a side.
         eps: that the training loss adds to the variance.

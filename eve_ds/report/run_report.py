@@ -15,6 +15,7 @@ from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.scenes import Scenes
+from eve_ds.evaluation import evaluation_config
 from eve_ds.report.curves import plot_curves
 from eve_ds.report.experts import expert_use, plot_expert_use
 from eve_ds.report.reconstruction import plot_reconstructions, reconstruct
@@ -63,8 +64,11 @@ def write_report(
 
 
 def sample_batches(config: Config, tokenizer: PreTrainedTokenizerFast) -> Iterator[Batch]:
-    """Batches to look at: validation scenes if the run was trained on scenes alone, otherwise its training data."""
-    sources = config.data.sources
+    """Batches to look at: validation scenes if the run was trained on scenes alone, otherwise its training data.
+
+    Masks are those of the evaluation: half of the words, and every hidden patch is predicted.
+    """
+    config, sources = evaluation_config(config), config.data.sources
     if any(source.kind != "scenes" for source in sources):
         quiet = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
         yield from build_loader(quiet, tokenizer, rank=0, world_size=1, micro_batch_size=BATCH_SIZE)
