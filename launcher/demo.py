@@ -147,14 +147,14 @@ def check_same_settings(run: Path, config: Config) -> None:
         return
     now = config.model_dump(mode="json")
     before = _read_json(run / "config.json")
-    # These are not compared: where the preset leaves them open, the run has settled them.
+    # Not compared: what the preset may leave open and the run has settled.
     settled = {
-        "output_dir",
         "micro_batch_size",
         "gradient_accumulation_steps",
         "precision",
         "clip_grad_norm",
         "ep_size",
+        "output_dir",
     }
     for section, values in now.items():
         for key, value in values.items() if isinstance(values, dict) else ():
