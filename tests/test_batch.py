@@ -61,6 +61,16 @@ def test_labels_restore_the_captions():
     assert (batch.masked_token_ids.diff() > 0).all()
 
 
+def test_first_last_and_padding_tokens_are_never_masked():
+    tokenizer = load_tokenizer("scenes")
+    batch = collate([Sample(str(number), 0, image(), CAPTIONS[number % 2]) for number in range(200)])
+    special = torch.tensor(tokenizer.all_special_ids)
+    assert not torch.isin(batch.token_labels, special).any()
+    lengths = batch.attention_mask.sum(1)
+    masked = (batch.input_ids == tokenizer.mask_token_id).sum(1)
+    assert masked.tolist() == [round(0.5 * (length - 2)) for length in lengths.tolist()]
+
+
 def test_pixels_are_those_of_the_image():
     expected = torch.from_numpy(image(1)).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(collate(pairs()).pixel_values[1], expected, rtol=0, atol=1e-6)
