@@ -264,7 +264,7 @@ BAD_SAMPLES = {
     "decompression bomb": lambda fields: {"png": bomb(), "txt": fields["txt"]},
     "missing caption": lambda fields: {"jpg": fields["jpg"]},
     "missing image": lambda fields: {"txt": fields["txt"]},
-    "non-UTF-8 caption": lambda fields: fields | {"txt": b"caf\xe9"},
+    "non-UTF-8 caption": lambda fields: fields | {"txt": b"\xe9t\xe9"},
 }
 
 
