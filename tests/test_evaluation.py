@@ -1,0 +1,232 @@
+"""Evaluation on scenes with models whose answers are known beforehand."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from eve_ds import ops
+from eve_ds.config import parse_config
+from eve_ds.data.collate import Collator
+from eve_ds.data.scene_tasks import binding_probes
+from eve_ds.data.scenes import Scenes, word_class
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.data.transforms import normalize
+from eve_ds.evaluation import (
+    answer_probes,
+    evaluate_scenes,
+    samples_of,
+    trains_on_scenes,
+    unmask_text,
+    with_another_caption,
+    with_another_image,
+)
+from eve_ds.model.eve import EVE, EVEOutput
+
+NUM_SCENES, BATCH = 24, 8
+CLASSES = {"color": "colour", "shape": "shape", "size": "size", "position": "position"}
+CONFIG = parse_config({"model": {"image_size": 64, "patch_size": 8, "vocab_size": 256, "text_length": 24}})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("scenes")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    easy = Scenes("easy", 0, "val")
+    probed = [probe.scene for probe in binding_probes(easy, NUM_SCENES // 2)]
+    return [easy[index] for index in range(NUM_SCENES)], probed
+
+
+class Oracle(nn.Module):
+    """Knows every scene by its image: says the words and paints the pixels of the caption that belongs to the image.
+
+    Words: as the image's caption has them, whatever else the text says. Pixels: right where the visible text is that
+    of the image, otherwise all zero, whose squared error to normalised pixels is that of guessing the mean.
+    """
+
+    def __init__(self, scenes, tokenizer):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.vocabulary = len(tokenizer)
+        self.images = normalize(np.stack([scene.image for scene in scenes]))
+        words = [["[CLS]", *scene.caption.split(), "[SEP]"] for scene in scenes]
+        self.captions = [tokenizer.convert_tokens_to_ids(row) for row in words]
+        self.grad_modes = []
+
+    def forward(self, pixel_values, masked_patch_ids, input_ids, attention_mask, masked_token_ids, **_):
+        self.grad_modes.append((torch.is_grad_enabled(), self.training))
+        known = [self._look(image) for image in pixel_values]
+        length = input_ids.shape[1]
+        logits = None
+        if masked_token_ids is not None:
+            logits = torch.zeros(len(masked_token_ids), self.vocabulary)
+            for row, place in enumerate(masked_token_ids.tolist()):
+                caption = self.captions[known[place // length]]
+                logits[row, caption[place % length] if place % length < len(caption) else 0] = 1.0
+        pixels = torch.zeros(*masked_patch_ids.shape, 192)
+        for row, scene in enumerate(known):
+            if input_ids[row][attention_mask[row]].tolist() == self.captions[scene]:
+                pixels[row] = normalized_patches(pixel_values[row])[masked_patch_ids[row]]
+        return EVEOutput(pixels, logits, torch.eye(self.vocabulary), torch.zeros(self.vocabulary), ())
+
+    def _look(self, image):
+        return int((self.images - image).abs().flatten(1).amax(dim=1).argmin())
+
+
+def normalized_patches(image):
+    patches = ops.patchify(image[None], 8)[0]
+    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@pytest.fixture(scope="module")
+def result(scenes, tokenizer):
+    model = Oracle([*scenes[0], *scenes[1]], tokenizer)
+    found = evaluate_scenes(model, CONFIG, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH)
+    return found, model
+
+
+def test_who_looks_at_the_image_is_right_with_it_and_misled_by_another(result, scenes, tokenizer):
+    found, _ = result
+    collate = Collator(CONFIG, tokenizer, has_images=True, has_captions=True)
+    hits, asked = Counter(), Counter()
+    for start in range(0, NUM_SCENES, BATCH):  # counted word by word
+        chunk = scenes[0][start : start + BATCH]
+        batch = collate(samples_of(chunk))
+        length = batch.input_ids.shape[1]
+        for place in batch.masked_token_ids.tolist():
+            row, column = place // length, place % length - 1
+            own, other = chunk[row].caption.split(), chunk[row - 1].caption.split()
+            kind = word_class(own[column])
+            asked[kind] += 1
+            hits[kind] += column < len(other) and own[column] == other[column]
+    for kind, name in CLASSES.items():
+        assert asked[kind] > 10
+        assert found[name]["right"] == 1.0
+        assert found[name]["wrong"] == pytest.approx(hits[kind] / asked[kind])
+    assert found["colour"]["wrong"] < 0.5
+
+
+def test_foreground_pixels_with_the_right_and_with_another_caption(result, scenes, tokenizer):
+    found, _ = result
+    collate = Collator(CONFIG, tokenizer, has_images=True, has_captions=True)
+    losses = []
+    for start in range(0, NUM_SCENES, BATCH):
+        chunk = scenes[0][start : start + BATCH]
+        batch = collate(samples_of(chunk))
+        for row, scene in enumerate(chunk):
+            patches = normalized_patches(batch.pixel_values[row])
+            for patch in batch.masked_patch_ids[row].tolist():
+                top, left = 8 * (patch // 8), 8 * (patch % 8)
+                if scene.foreground[top : top + 8, left : left + 8].any():
+                    losses.append(float(patches[patch].square().mean()))
+    assert found["pixel_loss"]["right"] == pytest.approx(0.0, abs=1e-6)
+    assert found["pixel_loss"]["wrong"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_binding_counts_target_and_distractor(result, scenes, tokenizer):
+    found, _ = result
+    kinds = ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
+    assert found["binding"] == {kind: {"target": 1.0, "distractor": 0.0} for kind in kinds}
+    easy = Scenes("easy", 0, "val")
+    probes = list(binding_probes(easy, 6))
+
+    class Swapper(Oracle):
+        """Answers with the other object's word."""
+
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            logits = torch.zeros_like(output.token_hidden)
+            for row, probe in enumerate(probes):
+                logits[row, tokenizer.convert_tokens_to_ids(probe.distractor)] = 1.0
+            return output._replace(token_hidden=logits)
+
+    collate = Collator(CONFIG, tokenizer, has_images=True, has_captions=True)
+    swapper = Swapper([probe.scene for probe in probes], tokenizer)
+    assert answer_probes(swapper, probes, collate, tokenizer) == [probe.distractor for probe in probes]
+
+
+def test_evaluation_runs_without_gradients_and_gives_the_mode_back(result, scenes, tokenizer):
+    found, model = result
+    assert set(model.grad_modes) == {(False, False)}
+    assert model.training
+    again = evaluate_scenes(model.eval(), CONFIG, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH)
+    assert again == found
+    assert not model.training
+    other_seed = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"seed": 5})})
+    assert evaluate_scenes(model, other_seed, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH) == found
+    model.train()
+
+
+def test_ranks_share_the_scenes(scenes, tokenizer, monkeypatch):
+    """What two ranks tally adds up to what one process that keeps to their chunks would."""
+    from eve_ds import evaluation
+
+    seen = []
+    monkeypatch.setattr(evaluation, "all_reduce_sum", lambda sums: seen.append(sums) or sums)
+    model = Oracle([*scenes[0], *scenes[1]], tokenizer)
+    for rank in range(2):
+        evaluate_scenes(model, CONFIG, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH, rank=rank, world_size=2)
+    evaluate_scenes(model, CONFIG, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH)
+    first, second, whole = seen
+    assert (first[:, 1] + second[:, 1])[-1] == whole[-1, 1], "every probe is asked once"
+    assert abs(float((first[:, 1] + second[:, 1])[0] / whole[0, 1]) - 1) < 0.5
+    right = [0, 2, 4, 6]
+    assert (first[right, 0] == first[right, 1]).all()
+
+
+def test_a_real_model_goes_through(tokenizer):
+    config = parse_config(
+        {
+            "model": {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 8,
+                "moe_layers": [1],
+                "moe": {"num_experts": 2},
+                "image_size": 64,
+                "patch_size": 8,
+                "vocab_size": 256,
+                "pixel_decoder": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
+            },
+            "data": {"sources": [{"kind": "scenes", "level": "hard"}]},
+        }
+    )
+    found = evaluate_scenes(EVE(config.model), config, tokenizer, num_scenes=8, batch_size=8)
+    assert set(found) == {*CLASSES.values(), "pixel_loss"}, "captions of level hard name no positions to probe by"
+    assert 0.5 < found["pixel_loss"]["right"] < 5
+
+
+def test_batches_of_another_image_and_another_caption(scenes, tokenizer):
+    batch = Collator(CONFIG, tokenizer, has_images=True, has_captions=True)(samples_of(scenes[0][:4]))
+    image = with_another_image(batch)
+    assert torch.equal(image.pixel_values[1], batch.pixel_values[0])
+    assert image.input_ids is batch.input_ids
+    whole = unmask_text(batch)
+    text = with_another_caption(whole)
+    assert torch.equal(text.input_ids[1], whole.input_ids[0])
+    assert torch.equal(text.attention_mask[1], whole.attention_mask[0])
+    assert text.pixel_values is batch.pixel_values
+    assert whole.masked_token_ids is None
+    for row, scene in enumerate(scenes[0][:4]):
+        ids = whole.input_ids[row][whole.attention_mask[row]].tolist()
+        assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", *scene.caption.split(), "[SEP]"]
+
+
+@pytest.mark.parametrize(
+    ("source", "image_size", "expected"),
+    [
+        ({"kind": "scenes"}, 64, True),
+        ({"kind": "scenes"}, 32, False),
+        ({"kind": "scenes", "modalities": "image"}, 64, False),
+        ({"kind": "shards", "shards": "a.tar"}, 64, False),
+    ],
+)
+def test_only_runs_on_scenes_are_evaluated_on_scenes(source, image_size, expected):
+    config = parse_config({"data": {"sources": [source]}, "model": {"image_size": image_size, "patch_size": 8}})
+    assert trains_on_scenes(config) is expected
