@@ -363,7 +363,7 @@ class Trainer:
         masking = self.config.masking
         masked = num_masked_patches(model.num_patches, masking.patch_mask_ratio)
         visible = model.num_patches - masked
-        predicted = round(masking.predicted_patch_share * masked)
+        predicted = max(round(masking.predicted_patch_share * masked), 1)
         tokens = self.window.tokens / max(self.window.steps * self.engine.train_batch_size(), 1)
         return forward_flops(
             model, visible_patches=visible, masked_patches=predicted, text_tokens=max(tokens - visible - 1, 0.0)
