@@ -251,7 +251,7 @@ def get_logger() -> logging.Logger:
     return logger
 
 
-class _RankHandler(logging.StreamHandler):
+class _RankHandler(logging.Handler):
     """Writes to the standard error of the moment; the rank is looked up per record, as the group may start later."""
 
     def __init__(self) -> None:
@@ -266,5 +266,8 @@ class _RankHandler(logging.StreamHandler):
         return text if rank_zero() else f"[rank {_rank()}] {text}"
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
-        super().emit(record)
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")  # one write, so that ranks do not cut each other's lines
+            sys.stderr.flush()
+        except OSError:  # a full disk or a closed pipe must not end a training run
+            self.handleError(record)

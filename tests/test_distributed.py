@@ -1,5 +1,6 @@
 """Rank and world size under every launcher's variables, group timeouts, collectives, seeds, rank-0 log."""
 
+import io
 import logging
 import os
 import random
@@ -232,6 +233,15 @@ def test_only_rank_zero_informs_and_the_others_warn_with_their_rank(monkeypatch,
     assert len(lines) == 3
     assert lines[2].startswith("[rank 3]")
     assert lines[2].endswith("WARNING shown")
+
+
+def test_log_follows_standard_error_when_the_old_one_is_closed(monkeypatch):
+    for message in ("first", "second"):
+        stream = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stream)
+        get_logger().info(message)
+        assert stream.getvalue().endswith(f"{message}\n")
+        stream.close()
 
 
 def collectives_and_timeouts(rank, world_size, port):
