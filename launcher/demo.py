@@ -29,6 +29,8 @@ from typing import Any, NoReturn
 from eve_ds.config import Config, ConfigError, load_config
 
 PRESET, DEEPSPEED_CONFIG, RANKS = "eve_tiny", "ds_configs/zero1_ep2_cpu.json", 2
+BUDGET = ("train.max_steps=1000000", "train.max_seconds=175", "optimizer.decay_by=seconds")
+"""Time instead of the preset's number of steps: a slower machine learns less, but goes through the whole schedule."""
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 STOP_SECONDS = 20.0
 """What an interrupted step gets to end its own processes."""
@@ -87,15 +89,16 @@ def main() -> int:
 
 def run_seed(seed: int, run: Path, max_steps: int | None) -> dict[str, Any]:
     """Train, export, evaluate and report one seed, or reuse what `run` holds; its entry in the summary."""
-    limit = [] if max_steps is None else [f"train.max_steps={max_steps}"]
-    config = load_config(PRESET, [f"train.seed={seed}", *limit])
+    limit = BUDGET if max_steps is None else (f"train.max_steps={max_steps}",)
+    settings = [f"train.seed={seed}", *limit]
+    config = load_config(PRESET, settings)
     check_same_settings(run, config)
     export, evaluation, report = run / "export", run / "evaluation.json", run / "report"
     if is_finished(run, config):
         say(f"seed {seed}: reusing the finished training in {shown(run)}")
     else:
         say(f"seed {seed}: training; its scenes are generated on the fly, so there is no data to download or to store")
-        train(run, config, max_steps)
+        train(run, config, settings)
     steps = {
         export / "export.json": ["launcher/convert.py", shown(run), "--out", shown(export)],
         evaluation: ["launcher/evaluate.py", "scenes", "--model", shown(export), "--json", shown(evaluation)],
@@ -112,7 +115,7 @@ def run_seed(seed: int, run: Path, max_steps: int | None) -> dict[str, Any]:
     return summarize(seed, run)
 
 
-def train(run: Path, config: Config, max_steps: int | None) -> None:
+def train(run: Path, config: Config, settings: list[str]) -> None:
     """Pre-train under DeepSpeed's own launcher."""
     program = Path(sys.executable).with_name("deepspeed")
     if not program.is_file():
@@ -120,8 +123,7 @@ def train(run: Path, config: Config, max_steps: int | None) -> None:
     command = [
         *(str(program), "--num_accelerators", str(RANKS), "--master_port", str(free_port())),
         *("launcher/pretrain.py", "--config", PRESET, "--deepspeed_config", DEEPSPEED_CONFIG),
-        *("--set", f"train.seed={config.train.seed}", "--output_dir", shown(run)),
-        *([] if max_steps is None else ["--max_steps", str(max_steps)]),
+        *("--set", *settings, "--output_dir", shown(run)),
     ]
     run_step(command, run)
     if not is_finished(run, config):  # DeepSpeed's launcher returns 0 when a signal killed what it had started
