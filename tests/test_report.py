@@ -22,6 +22,7 @@ from eve_ds.data.importers import GeneratedScenes
 from eve_ds.data.scenes import Scenes
 from eve_ds.data.shard_writer import WriterOptions, write_shards
 from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.evaluation import evaluation_config
 from eve_ds.metrics import MetricsWriter
 from eve_ds.model.embeddings import IMAGE, TEXT
 from eve_ds.model.eve import EVE
@@ -123,7 +124,7 @@ def test_running_mean(window):
 def parts():
     config = load_config("eve_tiny", ["model.num_hidden_layers=2", "model.moe_layers=[0, 1]", "model.hidden_size=32"])
     tokenizer = load_tokenizer(config.data.tokenizer)
-    return config, tokenizer, Collator(config, tokenizer, has_images=True, has_captions=True)
+    return config, tokenizer, Collator(evaluation_config(config), tokenizer, has_images=True, has_captions=True)
 
 
 def scene_batch(parts, count=3, **changes):
@@ -168,6 +169,13 @@ def test_a_perfect_model_gives_the_original_back(parts):
         grey = grey.repeat_interleave(8, 0).repeat_interleave(8, 1)
         torch.testing.assert_close(example.masked[~grey], original[~grey], atol=1e-5, rtol=0)
         torch.testing.assert_close(example.masked[grey], torch.full((48 * 64, 3), MASKED_GREY), atol=1e-5, rtol=0)
+
+
+def test_a_hidden_patch_that_nobody_predicts_is_not_passed_off_as_seen(parts):
+    _, batch = scene_batch(parts)
+    part = replace(batch, masked_patch_ids=batch.masked_patch_ids[:, ::2])
+    with pytest.raises(ValueError, match=r"patches to predict \(24\) must be all hidden ones \(48\)"):
+        reconstruct(Oracle(batch), part, parts[1], patch_size=8)
 
 
 def test_words_are_those_of_the_caption_with_what_was_put_in_their_place(parts):

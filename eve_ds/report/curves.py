@@ -61,7 +61,7 @@ def _draw_term(axes: Axes, train: list[Record], name: str) -> None:
     smooth = running_mean(values, len(values) // 40)
     if name == "lr":
         axes.plot(steps, values, color=color, linewidth=1.6)
-        axes.ticklabel_format(axis="y", scilimits=(-2, 2))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     else:
         axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, marker="." if len(values) < 40 else None)
         axes.ticklabel_format(axis="y", useOffset=False)

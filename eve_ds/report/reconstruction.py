@@ -62,11 +62,21 @@ def reconstruct(
         tokenizer: of the batch.
         patch_size: pixels of a side.
         eps: that the training loss adds to the variance.
+
+    Raises:
+        ValueError: hidden patches that are not to be predicted; they would look as if they had been seen.
     """
     assert batch.pixel_values is not None
+    assert batch.visible_patch_ids is not None
     assert batch.masked_patch_ids is not None
-    output = model(**batch.model_inputs())
     true = ops.patchify(batch.pixel_values, patch_size)  # (B, N, P * P * 3)
+    unseen = true.shape[1] - batch.visible_patch_ids.shape[1]
+    if batch.masked_patch_ids.shape[1] != unseen:
+        raise ValueError(
+            f"patches to predict ({batch.masked_patch_ids.shape[1]}) must be all hidden ones ({unseen}): "
+            "collate with masking.predicted_patch_share 1"
+        )
+    output = model(**batch.model_inputs())
     index = batch.masked_patch_ids.unsqueeze(-1).expand(-1, -1, true.shape[-1])
     hidden = true.gather(1, index)
     mean, variance = hidden.mean(dim=-1, keepdim=True), hidden.var(dim=-1, keepdim=True)
