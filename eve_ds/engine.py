@@ -155,7 +155,7 @@ class Trainer:
         """Train until `max_steps` or `max_seconds`, evaluating and saving on the way and at the end."""
         train = self.config.train
         started_at, samples_before = self.seconds, self.samples
-        with ProgressLine(train.log_every) as progress:
+        with ProgressLine(train.log_every, self._progress()) as progress:
             done = self._progress() >= 1.0
             while not done:
                 with self._clock():
