@@ -86,6 +86,11 @@ def pretrain(
         {} if deepspeed_config is None else deepspeed_config, config, info.world_size
     )
     _on_rank_zero(partial(check_output_dir, config, resume))
+    checkpoint = commit.find_latest(config.train.output_dir) if resume == "auto" else None
+    if isinstance(resume, Path):
+        checkpoint = resume
+    if checkpoint is not None:  # again when it is loaded; here, before anything is built
+        commit.check(checkpoint, config, deepspeed_config["zero_optimization"]["stage"])
     tokenizer = load_tokenizer(config.data.tokenizer)
     seed_everything(config.train.seed)
     moe_cls = partial(DeepSpeedMoE, ep_size=config.parallel.ep_size)
@@ -96,9 +101,6 @@ def pretrain(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
     with Trainer(config, engine, optimizer, tokenizer) as trainer:
-        checkpoint = commit.find_latest(config.train.output_dir) if resume == "auto" else None
-        if isinstance(resume, Path):
-            checkpoint = resume
         if checkpoint is not None:
             trainer.resume(checkpoint)
         return trainer.run()

@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 def golden():
     path = Path(DATA) / "official_golden" / "tiny.safetensors"
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}, json.loads(file.metadata()["about"])
 
 
 def backbone(golden, capacity_factor):

@@ -93,8 +93,8 @@ def find_latest(run: Path) -> Path | None:
     return folder
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Path, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load weights and optimiser of the same topology; returns (state, position of this rank).
+def check(checkpoint: Path, config: Config, zero_stage: int) -> dict[str, Any]:
+    """The state that a checkpoint was saved with, if this run can go on from it.
 
     Raises:
         ConfigError: no checkpoint there, or one of another model, world size, ep_size or ZeRO stage.
@@ -103,16 +103,22 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, config: Config) -> tuple[dic
     model = _read_json(checkpoint / "config.json")["model"]
     if model != config.model.model_dump(mode="json"):
         raise ConfigError(f"{checkpoint} holds another model than this run's: name a checkpoint of this run")
-    now = {
-        "world_size": dist.get_world_size(),
-        "ep_size": config.parallel.ep_size,
-        "zero_stage": engine.zero_optimization_stage(),
-    }
+    now = {"world_size": dist.get_world_size(), "ep_size": config.parallel.ep_size, "zero_stage": zero_stage}
     if state["topology"] != now:
         raise ConfigError(
             f"{checkpoint} was written with {_topology(state['topology'])}, this run has {_topology(now)}: "
             "resume with the same, or export plain weights and start from those"
         )
+    return state
+
+
+def load(engine: DeepSpeedEngine, checkpoint: Path, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load weights and optimiser of the same topology; returns (state, position of this rank).
+
+    Raises:
+        ConfigError: see :func:`check`.
+    """
+    state = check(checkpoint, config, engine.zero_optimization_stage())
     engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return state, _read_json(checkpoint / f"position_rank_{dist.get_rank():05d}.json")
 
