@@ -140,6 +140,8 @@ class MaskingConfig(Section):
     text_mask_ratio: Fraction = 0.5
     max_text_mask_ratio: Fraction | None = None
     """If set, each sample draws its ratio uniformly between `text_mask_ratio` and this."""
+    whole_caption_share: Fraction = 0.0
+    """Share of captions left as they are: nothing to predict in them, and all of them to predict pixels from."""
     random_token_share: Fraction = 0.0
     """Share of chosen tokens replaced by a random token instead of [MASK] (BERT: 0.1)."""
     keep_token_share: Fraction = 0.0

@@ -203,7 +203,13 @@ def _level(config: Config) -> LevelName:
 
 def evaluation_config(config: Config) -> Config:
     """The run's configuration with a fixed seed and half of the words masked, so that every run is asked the same."""
-    fixed = {"text_mask_ratio": 0.5, "max_text_mask_ratio": None, "random_token_share": 0.0, "keep_token_share": 0.0}
+    fixed = {
+        "text_mask_ratio": 0.5,
+        "max_text_mask_ratio": None,
+        "whole_caption_share": 0.0,
+        "random_token_share": 0.0,
+        "keep_token_share": 0.0,
+    }
     masking = config.masking.model_copy(update={**fixed, "predicted_patch_share": 1.0})
     return config.model_copy(update={"train": config.train.model_copy(update={"seed": 0}), "masking": masking})
 

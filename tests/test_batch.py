@@ -148,6 +148,21 @@ def test_random_and_kept_tokens_follow_the_configuration():
     assert (batch.input_ids.flatten()[batch.masked_token_ids] == batch.token_labels).all()
 
 
+def test_mask_ratios_vary_by_sample():
+    caption = " ".join(CAPTIONS[1].split() * 3)
+    samples = [Sample(f"k{number}", 0, None, caption) for number in range(600)]
+    settings = {"text_mask_ratio": 0.4, "max_text_mask_ratio": 0.8, "whole_caption_share": 0.25}
+    batch = collate(samples, has_images=False, **settings)
+    rows = batch.masked_token_ids // batch.input_ids.shape[1]
+    ratios = torch.bincount(rows, minlength=600) / (batch.attention_mask.sum(1) - 2)
+    whole = ratios == 0
+    # 600 draws: the standard error of the share is 0.018, that of the mean of a uniform 0.4 wide is 0.005.
+    assert whole.float().mean().item() == pytest.approx(0.25, abs=0.07)
+    assert ratios[~whole].min() >= 0.38
+    assert ratios[~whole].max() <= 0.82
+    assert ratios[~whole].mean().item() == pytest.approx(0.6, abs=0.02)
+
+
 def test_random_and_kept_shares_must_fit():
     with pytest.raises(ConfigError, match=r"random_token_share \(0.6\) and keep_token_share \(0.5\) must not exceed 1"):
         config(random_token_share=0.6, keep_token_share=0.5)

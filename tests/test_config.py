@@ -59,8 +59,8 @@ def test_unknown_keys_get_the_nearest_name(override, text):
             "pixel_decoder.hidden_size (96) must be divisible by pixel_decoder.num_attention_heads (7)",
         ),
         (
-            "model.moe_layers=[4, 6]",
-            "moe_layers ([4, 6]) must be below num_hidden_layers (6); layers are counted from 0",
+            "model.moe_layers=[2, 4]",
+            "moe_layers ([2, 4]) must be below num_hidden_layers (4); layers are counted from 0",
         ),
         ("model.moe.top_k=9", "moe.top_k (9) must not exceed moe.num_experts (8)"),
         ("model.text_length=41", "text_length (41) must not exceed text_positions (40)"),

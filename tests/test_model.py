@@ -75,7 +75,7 @@ def test_base_backbone_has_the_released_number_of_parameters():
 
 
 @pytest.mark.parametrize(
-    ("preset", "layers", "width"), [("eve_tiny", 6, 128), ("eve_base", 12, 768), ("eve_large", 24, 1024)]
+    ("preset", "layers", "width"), [("eve_tiny", 4, 128), ("eve_base", 12, 768), ("eve_large", 24, 1024)]
 )
 def test_presets_build_on_meta(preset, layers, width):
     with torch.device("meta"):
@@ -486,3 +486,24 @@ def test_the_seed_decides_the_weights():
     assert not torch.equal(
         one["backbone.blocks.0.attention.qkv.weight"], other["backbone.blocks.0.attention.qkv.weight"]
     )
+
+
+def test_sincos_positions_by_loops():
+    model = small_model(position_init="sincos")
+    for position, width in ((model.backbone.image_embedding.position, 32), (model.pixel_decoder.position, 24)):
+        rows = position[-16:]
+        pairs = width // 4
+        for patch in range(16):
+            for axis, place in enumerate(divmod(patch, 4)):
+                for k in range(pairs):
+                    angle = 2 * math.pi * place / (4 * 4 ** (k / (pairs - 1)))  # wavelengths from 4 to 16
+                    column = axis * width // 2 + k
+                    assert rows[patch, column].item() == pytest.approx(0.5 * math.sin(angle), abs=1e-6)
+                    assert rows[patch, column + pairs].item() == pytest.approx(0.5 * math.cos(angle), abs=1e-6)
+    assert not model.backbone.image_embedding.position[0].any()
+    text = model.backbone.text_embedding.position
+    for place in range(12):
+        for k in range(16):
+            angle = place / 100 ** (k / 15)
+            assert text[place, k].item() == pytest.approx(0.5 * math.sin(angle), abs=1e-6)
+            assert text[place, k + 16].item() == pytest.approx(0.5 * math.cos(angle), abs=1e-6)

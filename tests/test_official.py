@@ -54,9 +54,7 @@ def test_official_profile_equals_the_released_backbone(golden, case, kind, capac
     tensors, about = golden
     with torch.no_grad():
         output = backbone(golden, capacity_factor)(**inputs(tensors, kind))
-    torch.testing.assert_close(
-        output.stream.hidden_states, tensors[f"output.{case}"], rtol=TOLERANCE, atol=TOLERANCE
-    )
+    torch.testing.assert_close(output.stream.hidden_states, tensors[f"output.{case}"], rtol=TOLERANCE, atol=TOLERANCE)
     losses = [layer.load_balancing_loss.item() for layer in output.moe]
     assert losses == pytest.approx(about["load_balancing_loss_per_moe_layer"][case], rel=TOLERANCE)
     dropped = [int(layer.statistics.dropped.sum()) for layer in output.moe]

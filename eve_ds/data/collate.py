@@ -103,17 +103,24 @@ class Collator:
     def _mask(self, token_ids: NDArray[np.int64], rng: Generator) -> MaskedTokens:
         maskable = np.zeros(len(token_ids), dtype=np.bool_)
         maskable[1:-1] = True  # all but [CLS] and [SEP]
-        low, high = self._masking.text_mask_ratio, self._masking.max_text_mask_ratio
         return mask_tokens(
             token_ids,
             maskable,
-            low if high is None else rng.uniform(low, high),
+            self._text_mask_ratio(rng),
             rng,
             mask_token_id=self._captions.mask_id,
             random_token_ids=self._random_ids,
             random_share=self._masking.random_token_share,
             keep_share=self._masking.keep_token_share,
         )
+
+    def _text_mask_ratio(self, rng: Generator) -> float:
+        masking = self._masking
+        if masking.whole_caption_share > 0 and rng.random() < masking.whole_caption_share:
+            return 0.0
+        if masking.max_text_mask_ratio is None:
+            return masking.text_mask_ratio
+        return rng.uniform(masking.text_mask_ratio, masking.max_text_mask_ratio)
 
 
 class _Captions:

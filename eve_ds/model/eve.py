@@ -7,6 +7,7 @@ the blocks, and decodes pixels and words that were hidden.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -224,20 +225,23 @@ def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
 def _sincos_table(position: Tensor, side: int | None) -> Tensor:
     """Sines and cosines in the shape of a position table (rows, D): 2-D for `side` x `side` patches, else 1-D.
 
-    Wavelengths grow to about 600 steps, not the customary 60,000: a grid of patches is at most some 30 wide. The row of
-    the class token, if the table has one before those of the patches, stays 0.
+    Wavelengths along an axis of patches run from 4 patches to 4 * `side`: the customary ones, up to 60,000, hardly
+    change over a grid. Texts have up to 600 tokens. The row of the class token, if there is one before those of the
+    patches, stays 0.
     """
     rows, width = position.shape
     if side is None:
-        return _sines(rows, width)
-    line = _sines(side, width // 2)
+        return _sines(rows, width, 2 * math.pi, 200 * math.pi)
+    line = _sines(side, width // 2, 4.0, 4.0 * side)
     row, column = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
     grid = torch.cat([row, column], dim=-1).flatten(0, 1)
     return F.pad(grid, (0, 0, rows - side**2, 0))
 
 
-def _sines(places: int, width: int) -> Tensor:
-    angles = torch.arange(places)[:, None] * 100.0 ** (-torch.arange(width // 2) / (width // 2))
+def _sines(places: int, width: int, shortest: float, longest: float) -> Tensor:
+    """(places, width): `width` / 2 wavelengths in geometric steps, their sines and then their cosines."""
+    steps = torch.linspace(0, 1, width // 2)
+    angles = torch.arange(places)[:, None] * 2 * math.pi / (shortest * (longest / shortest) ** steps)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

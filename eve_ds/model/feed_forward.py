@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import ModelConfig
@@ -10,8 +11,8 @@ from eve_ds.model.embeddings import IMAGE, TEXT
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x) (CLIP; upstream activation)."""
-    return x * torch.sigmoid(1.702 * x)
+    """x * sigmoid(1.702 x) (CLIP; upstream activation), by way of silu, whose backward is one pass over the data."""
+    return F.silu(1.702 * x) / 1.702
 
 
 class FeedForward(nn.Module):
