@@ -140,8 +140,10 @@ class MaskingConfig(Section):
     text_mask_ratio: Fraction = 0.5
     max_text_mask_ratio: Fraction | None = None
     """If set, each sample draws its ratio uniformly between `text_mask_ratio` and this."""
-    whole_caption_share: Fraction = 0.0
-    """Share of captions left as they are: nothing to predict in them, and all of them to predict pixels from."""
+    text_to_image_share: Fraction = 0.0
+    """Share of pairs whose caption stays whole while even more of the image is hidden, so that words decide pixels."""
+    text_to_image_mask_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of those, each hides a share of its patches drawn uniformly between this and 1."""
     random_token_share: Fraction = 0.0
     """Share of chosen tokens replaced by a random token instead of [MASK] (BERT: 0.1)."""
     keep_token_share: Fraction = 0.0
@@ -158,6 +160,11 @@ class MaskingConfig(Section):
             self.max_text_mask_ratio is None or self.max_text_mask_ratio >= self.text_mask_ratio,
             f"max_text_mask_ratio ({self.max_text_mask_ratio}) must not be below text_mask_ratio "
             f"({self.text_mask_ratio})",
+        )
+        _require(
+            self.text_to_image_mask_ratio >= self.patch_mask_ratio,
+            f"text_to_image_mask_ratio ({self.text_to_image_mask_ratio}) must not be below patch_mask_ratio "
+            f"({self.patch_mask_ratio})",
         )
         return self
 

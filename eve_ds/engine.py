@@ -629,10 +629,13 @@ def _count(batch: Batch) -> list[float]:
     if batch.pixel_values is not None:
         images = float(len(batch) if batch.image_mask is None else batch.image_mask.sum())
     masked = batch.masked_patch_ids.shape[1] if batch.masked_patch_ids is not None else 0
-    visible = batch.visible_patch_ids.shape[1] if batch.visible_patch_ids is not None else 0
+    visible = images * batch.visible_patch_ids.shape[1] if batch.visible_patch_ids is not None else 0.0
+    if batch.visible_patch_mask is not None:
+        shown = batch.visible_patch_mask if batch.image_mask is None else batch.visible_patch_mask[batch.image_mask]
+        visible = float(shown.sum())
     labels = batch.token_labels.numel() if batch.token_labels is not None else 0
     text = float(batch.attention_mask.sum()) if batch.attention_mask is not None else 0.0
-    return [images * masked, float(labels), images * (1 + visible) + text]
+    return [images * masked, float(labels), images + visible + text]
 
 
 def _first_samples(batch: Batch, count: int) -> Batch:

@@ -206,7 +206,7 @@ def evaluation_config(config: Config) -> Config:
     fixed = {
         "text_mask_ratio": 0.5,
         "max_text_mask_ratio": None,
-        "whole_caption_share": 0.0,
+        "text_to_image_share": 0.0,
         "random_token_share": 0.0,
         "keep_token_share": 0.0,
     }

@@ -151,16 +151,31 @@ def test_random_and_kept_tokens_follow_the_configuration():
 def test_mask_ratios_vary_by_sample():
     caption = " ".join(CAPTIONS[1].split() * 3)
     samples = [Sample(f"k{number}", 0, None, caption) for number in range(600)]
-    settings = {"text_mask_ratio": 0.4, "max_text_mask_ratio": 0.8, "whole_caption_share": 0.25}
-    batch = collate(samples, has_images=False, **settings)
+    batch = collate(samples, has_images=False, text_mask_ratio=0.4, max_text_mask_ratio=0.8)
     rows = batch.masked_token_ids // batch.input_ids.shape[1]
     ratios = torch.bincount(rows, minlength=600) / (batch.attention_mask.sum(1) - 2)
-    whole = ratios == 0
-    # 600 draws: the standard error of the share is 0.018, that of the mean of a uniform 0.4 wide is 0.005.
-    assert whole.float().mean().item() == pytest.approx(0.25, abs=0.07)
-    assert ratios[~whole].min() >= 0.38
-    assert ratios[~whole].max() <= 0.82
-    assert ratios[~whole].mean().item() == pytest.approx(0.6, abs=0.02)
+    assert ratios.min() >= 0.38
+    assert ratios.max() <= 0.82
+    # 600 draws: the standard error of the mean of a uniform 0.4 wide is 0.005.
+    assert ratios.mean().item() == pytest.approx(0.6, abs=0.02)
+
+
+def test_text_to_image_keeps_the_caption_and_hides_more_of_the_image():
+    samples = [Sample(f"k{number}", 0, image(), CAPTIONS[number % 2]) for number in range(400)]
+    samples += [Sample("image alone", 0, image(), None), Sample("text alone", 0, None, CAPTIONS[0])]
+    batch = collate(samples, patch_mask_ratio=0.5, text_to_image_share=0.3, text_to_image_mask_ratio=0.8)
+    assert batch.visible_patch_mask.shape == batch.visible_patch_ids.shape == (402, 8)
+    rows = batch.masked_token_ids // batch.input_ids.shape[1]
+    whole = torch.bincount(rows, minlength=402) == 0
+    fewer = ~batch.visible_patch_mask.all(dim=1)
+    assert (whole[:401] == fewer[:401]).logical_or(torch.arange(401) == 400).all()
+    assert not fewer[400]
+    assert not fewer[401]
+    # 400 draws: the standard error of the share is 0.023.
+    assert fewer[:400].float().mean().item() == pytest.approx(0.3, abs=0.09)
+    counts = batch.visible_patch_mask[fewer].sum(1)
+    assert set(counts.tolist()) == {0, 1, 2, 3}  # round(0.2 * 16) = 3
+    assert collate(samples[:2]).visible_patch_mask is None
 
 
 def test_random_and_kept_shares_must_fit():

@@ -65,6 +65,10 @@ def test_unknown_keys_get_the_nearest_name(override, text):
         ("model.moe.top_k=9", "moe.top_k (9) must not exceed moe.num_experts (8)"),
         ("model.text_length=41", "text_length (41) must not exceed text_positions (40)"),
         ("masking={random_token_share: 0.6, keep_token_share: 0.5}", "must not exceed 1 together"),
+        (
+            "masking.text_to_image_mask_ratio=0.5",
+            "text_to_image_mask_ratio (0.5) must not be below patch_mask_ratio (0.75)",
+        ),
         ("data.sources=[{kind: shards}]", "a source of kind 'shards' needs `shards`"),
         ("optimizer.decay_by=seconds", "optimizer.decay_by ('seconds') needs train.max_seconds"),
         ("train.max_steps=0", "train.max_steps (0): Input should be greater than or equal to 1"),

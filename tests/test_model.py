@@ -177,6 +177,20 @@ def test_visible_patches_keep_their_positions():
     torch.testing.assert_close(listed, whole, **ROUNDING)
 
 
+@pytest.mark.parametrize("decoder", [SMALL.pixel_decoder, SELF], ids=["cross", "self"])
+def test_a_patch_hidden_by_mask_is_as_good_as_removed(decoder):
+    model = small_model(pixel_decoder=decoder).eval()
+    batch = pair_batch()
+    visible = batch["visible_patch_ids"]
+    mask = torch.ones_like(visible, dtype=torch.bool)
+    mask[:, 1] = False
+    hidden = model(**batch, visible_patch_mask=mask)
+    removed = model(**{**batch, "visible_patch_ids": visible[:, [0, *range(2, visible.shape[1])]]})
+    torch.testing.assert_close(hidden.pixel_predictions, removed.pixel_predictions, **ROUNDING)
+    torch.testing.assert_close(hidden.token_logits(), removed.token_logits(), **ROUNDING)
+    assert not torch.allclose(hidden.pixel_predictions, model(**batch).pixel_predictions, **ROUNDING)
+
+
 def test_patch_projection_is_the_convolution():
     embedding = small_model().backbone.image_embedding
     pixel_values = pair_batch()["pixel_values"]

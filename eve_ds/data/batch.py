@@ -51,6 +51,8 @@ class Batch:
     """(B,) bool, True = the sample has an image. None: every sample has one."""
     visible_patch_ids: Tensor | None = None
     """(B, N_visible) int64, ascending, row-major patch index without the class token."""
+    visible_patch_mask: Tensor | None = None
+    """(B, N_visible) bool, False = hidden from the encoder after all (text to image). None: all are visible."""
     masked_patch_ids: Tensor | None = None
     """(B, N_masked) int64, ascending."""
     input_ids: Tensor | None = None

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config, ConfigError
 from eve_ds.data.batch import Batch, Sample
-from eve_ds.data.masking import MaskedTokens, mask_patches, mask_tokens, sample_rng
+from eve_ds.data.masking import MaskedTokens, keep_few_patches, mask_patches, mask_tokens, sample_rng
 from eve_ds.data.transforms import normalize
 
 
@@ -52,14 +52,21 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """One batch; its masks depend on seed, epoch and key of each sample alone."""
         rngs = [sample_rng(self._seed, sample.epoch, sample.key) for sample in samples]
+        text_to_image = [self._is_text_to_image(sample, rng) for sample, rng in zip(samples, rngs, strict=True)]
         fields: dict[str, Tensor | None] = {}
         if self._has_images:
-            fields |= self._image_fields(samples, rngs)
+            fields |= self._image_fields(samples, rngs, text_to_image)
         if self._has_captions:
-            fields |= self._text_fields(samples, rngs)
+            fields |= self._text_fields(samples, rngs, text_to_image)
         return Batch(keys=[sample.key for sample in samples], **fields)
 
-    def _image_fields(self, samples: Sequence[Sample], rngs: Sequence[Generator]) -> dict[str, Tensor | None]:
+    def _is_text_to_image(self, sample: Sample, rng: Generator) -> bool:
+        share = self._masking.text_to_image_share
+        return share > 0 and sample.image is not None and sample.caption is not None and rng.random() < share
+
+    def _image_fields(
+        self, samples: Sequence[Sample], rngs: Sequence[Generator], text_to_image: Sequence[bool]
+    ) -> dict[str, Tensor | None]:
         ratio, share = self._masking.patch_mask_ratio, self._masking.predicted_patch_share
         visible, masked = zip(*(mask_patches(self._num_patches, ratio, rng, share) for rng in rngs), strict=True)
         present = np.array([sample.image is not None for sample in samples])
@@ -71,8 +78,20 @@ class Collator:
             "pixel_values": pixel_values,
             "image_mask": None if present.all() else torch.from_numpy(present),
             "visible_patch_ids": torch.from_numpy(np.stack(visible)),
+            "visible_patch_mask": self._visible_patch_mask(len(visible[0]), rngs, text_to_image),
             "masked_patch_ids": torch.from_numpy(np.stack(masked)),
         }
+
+    def _visible_patch_mask(
+        self, num_visible: int, rngs: Sequence[Generator], text_to_image: Sequence[bool]
+    ) -> Tensor | None:
+        if self._masking.text_to_image_share == 0:
+            return None
+        mask = np.ones((len(rngs), num_visible), dtype=np.bool_)
+        for row in np.flatnonzero(text_to_image):
+            ratio = self._masking.text_to_image_mask_ratio
+            mask[row] = keep_few_patches(self._num_patches, num_visible, ratio, rngs[row])
+        return torch.from_numpy(mask)
 
     def _with_gaps(self, pixel_values: Tensor | None, present: NDArray[np.bool_]) -> Tensor:
         padded = torch.zeros(len(present), 3, self._image_size, self._image_size)
@@ -80,7 +99,9 @@ class Collator:
             padded[torch.from_numpy(present)] = pixel_values
         return padded
 
-    def _text_fields(self, samples: Sequence[Sample], rngs: Sequence[Generator]) -> dict[str, Tensor | None]:
+    def _text_fields(
+        self, samples: Sequence[Sample], rngs: Sequence[Generator], text_to_image: Sequence[bool]
+    ) -> dict[str, Tensor | None]:
         tokens = [self._captions.encode(sample.caption) for sample in samples]
         # A batch without any caption keeps one column of padding, so that no tensor of the stream is empty.
         length = max(1, *(len(row) for row in tokens))
@@ -88,7 +109,7 @@ class Collator:
         attention_mask = np.zeros((len(samples), length), dtype=np.bool_)
         positions, labels = [], []
         for row, (token_ids, rng) in enumerate(zip(tokens, rngs, strict=True)):
-            masked = self._mask(token_ids, rng)
+            masked = self._mask(token_ids, 0.0 if text_to_image[row] else self._text_mask_ratio(rng), rng)
             input_ids[row, : len(token_ids)] = masked.input_ids
             attention_mask[row, : len(token_ids)] = True
             positions.append(masked.positions + row * length)
@@ -100,13 +121,13 @@ class Collator:
             "token_labels": torch.from_numpy(np.concatenate(labels)),
         }
 
-    def _mask(self, token_ids: NDArray[np.int64], rng: Generator) -> MaskedTokens:
+    def _mask(self, token_ids: NDArray[np.int64], ratio: float, rng: Generator) -> MaskedTokens:
         maskable = np.zeros(len(token_ids), dtype=np.bool_)
         maskable[1:-1] = True  # all but [CLS] and [SEP]
         return mask_tokens(
             token_ids,
             maskable,
-            self._text_mask_ratio(rng),
+            ratio,
             rng,
             mask_token_id=self._captions.mask_id,
             random_token_ids=self._random_ids,
@@ -116,8 +137,6 @@ class Collator:
 
     def _text_mask_ratio(self, rng: Generator) -> float:
         masking = self._masking
-        if masking.whole_caption_share > 0 and rng.random() < masking.whole_caption_share:
-            return 0.0
         if masking.max_text_mask_ratio is None:
             return masking.text_mask_ratio
         return rng.uniform(masking.text_mask_ratio, masking.max_text_mask_ratio)

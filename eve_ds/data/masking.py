@@ -56,6 +56,15 @@ def mask_patches(
     return visible, masked
 
 
+def keep_few_patches(num_patches: int, num_visible: int, ratio: float, rng: Generator) -> NDArray[np.bool_]:
+    """Which of the visible patches of an image stay so; (num_visible,) bool.
+
+    Their number is uniform between 0 and round((1 - ratio) * num_patches), and at most `num_visible`.
+    """
+    count = rng.integers(min(round((1 - ratio) * num_patches), num_visible) + 1)
+    return rng.permutation(num_visible) < count
+
+
 class MaskedTokens(NamedTuple):
     """One caption after masking."""
 

@@ -84,7 +84,7 @@ def join(image: Tensor | None, text: Tensor | None, image_mask: Tensor | None, t
 
     Args:
         image, text: embedded tokens.
-        image_mask: (B,) bool, True = this sample has an image; None = all have one.
+        image_mask: (B,) or (B, N) bool, True = this sample has an image, or this token counts; None = all do.
         text_mask: (B, L) bool, True = real token; None = all are.
     """
     parts: list[Tensor] = []

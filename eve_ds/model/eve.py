@@ -113,11 +113,12 @@ class Backbone(nn.Module):
         attention_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
         visible_patch_ids: Tensor | None = None,
+        visible_patch_mask: Tensor | None = None,
     ) -> BackboneOutput:
         """Encode images (B, 3, H, W), text (B, L), or pairs; see :class:`eve_ds.model.eve.EVE` for the arguments."""
         image = None if pixel_values is None else self.image_embedding(pixel_values, visible_patch_ids)
         text = None if input_ids is None else self.text_embedding(input_ids)
-        stream = join(image, text, image_mask, attention_mask)
+        stream = join(image, text, _image_token_mask(image_mask, visible_patch_mask), attention_mask)
         token_ids = _token_ids(stream, image, text)
         hidden_states = self.pre_norm(stream.hidden_states)
         moe_outputs = []
@@ -155,6 +156,7 @@ class EVE(nn.Module):
         pixel_values: Tensor | None = None,
         image_mask: Tensor | None = None,
         visible_patch_ids: Tensor | None = None,
+        visible_patch_mask: Tensor | None = None,
         masked_patch_ids: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -166,6 +168,7 @@ class EVE(nn.Module):
             pixel_values: (B, 3, H, W) normalised to mean = std = 0.5, or None for text alone.
             image_mask: (B,) bool, False = this sample has no image; None = all have one.
             visible_patch_ids: (B, N_visible) int64 patches that the encoder sees; None = all.
+            visible_patch_mask: (B, N_visible) bool, False = hide this one too; None = hide none of them.
             masked_patch_ids: (B, N_masked) int64 patches to predict; None = predict none.
             input_ids: (B, L) int64 with masked tokens replaced, or None for images alone.
             attention_mask: (B, L) bool, True = real token; None = all are.
@@ -174,7 +177,9 @@ class EVE(nn.Module):
         Raises:
             ValueError: neither images nor text, or a text longer than the position table.
         """
-        encoded = self.backbone(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids)
+        encoded = self.backbone(
+            pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask
+        )
         pixels = tokens = None
         if masked_patch_ids is not None and visible_patch_ids is not None:
             pixels = self.pixel_decoder(encoded.stream, visible_patch_ids, masked_patch_ids)
@@ -183,6 +188,14 @@ class EVE(nn.Module):
             tokens = self.text_head(text.index_select(0, masked_token_ids))
         words = self.backbone.text_embedding.word.weight
         return EVEOutput(pixels, tokens, words, self.text_head.bias, encoded.moe)
+
+
+def _image_token_mask(image_mask: Tensor | None, visible_patch_mask: Tensor | None) -> Tensor | None:
+    """(B,), (B, N_visible) -> (B, 1 + N_visible) with the class token first, or (B,) or None where that says it all."""
+    if visible_patch_mask is None:
+        return image_mask
+    mask = F.pad(visible_patch_mask, (1, 0), value=True)
+    return mask if image_mask is None else mask & image_mask.unsqueeze(1)
 
 
 def _token_ids(stream: TokenStream, image: Tensor | None, text: Tensor | None) -> dict[int, Tensor]:
