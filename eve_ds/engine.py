@@ -223,7 +223,9 @@ class Trainer:
         Raises:
             UnusableData: on every rank, if any of them has no data.
         """
-        local = torch.tensor([[0.0] * 3, *(_count(batch) for batch in micro_batches)], dtype=torch.float64).sum(dim=0)
+        local = torch.tensor([[0.0] * 3, *(denominators(batch) for batch in micro_batches)], dtype=torch.float64).sum(
+            dim=0
+        )
         clocks = torch.tensor([self.seconds, time.monotonic() - self.saved_at], dtype=torch.float64)
         failed = torch.tensor([float(problem is not None)], dtype=torch.float64)
         numbers = torch.cat([local, clocks * (self.rank == 0), failed])
@@ -623,7 +625,7 @@ def _describe(terms: dict[str, Tensor], batch: Batch) -> tuple[int, str]:
     return 2 if own else 1 if bad else 0, f"{values}, sample keys {', '.join(batch.keys[:MOST_NAMED])}{more}"
 
 
-def _count(batch: Batch) -> list[float]:
+def denominators(batch: Batch) -> list[float]:
     """Masked patches, masked tokens and encoder tokens of a micro-batch: the fields of Counts."""
     images = 0.0
     if batch.pixel_values is not None:

@@ -8,13 +8,18 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from eve_ds.config import ConfigError, parse_config
+from eve_ds.data.batch import Sample
+from eve_ds.data.collate import Collator
+from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.engine import (
     batch_triangle,
     check_output_dir,
+    denominators,
     learning_rate,
     poison_if_nonfinite,
     resolve_deepspeed_config,
@@ -360,22 +365,38 @@ def test_a_loss_that_is_not_finite_has_no_finite_gradient():
     assert torch.equal(*(torch.autograd.grad(one, y, retain_graph=True)[0] for one in (poisoned, value)))
 
 
-def test_parameter_groups_hold_every_parameter_once():
-    model = EVE(
-        config(
-            model={
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 8,
-                "moe_layers": [1],
-                "moe": {"num_experts": 2},
-                "image_size": 32,
-                "vocab_size": 20,
-                "pixel_decoder": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
-            }
-        ).model
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "moe_layers": [1],
+    "moe": {"num_experts": 2},
+    "image_size": 32,
+    "vocab_size": 256,
+    "pixel_decoder": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
+}
+
+
+def test_denominators_are_what_the_model_encodes_and_predicts():
+    settings = config(
+        model={**SMALL, "patch_size": 8}, masking={"text_to_image_share": 0.5, "text_to_image_mask_ratio": 0.9}
     )
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(20)]
+    samples += [Sample("image", 0, image, None), Sample("text", 0, None, "a large blue square")]
+    batch = Collator(settings, load_tokenizer("scenes"), has_images=True, has_captions=True)(samples)
+    inputs = batch.model_inputs()
+    del inputs["masked_patch_ids"], inputs["masked_token_ids"]
+    stream = EVE(settings.model).backbone(**inputs).stream
+    patches, tokens, encoded = denominators(batch)
+    assert encoded == stream.attention_mask.sum() < 22 * 5 + 20 * 8 + 6
+    assert patches == 21 * 12
+    assert tokens == len(batch.token_labels)
+
+
+def test_parameter_groups_hold_every_parameter_once():
+    model = EVE(config(model=SMALL).model)
     for name, parameter in model.named_parameters():
         if ".experts." in name:  # as DeepSpeed's MoE marks its own
             parameter.allreduce, parameter.group_name = False, "ep_size_1"

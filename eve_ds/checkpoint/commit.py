@@ -131,7 +131,7 @@ def _topology(topology: dict[str, int]) -> str:
 def _write_check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None], file: Path) -> None:
     """Store inputs and outputs of one forward in evaluation mode; collective, since experts are spread over ranks."""
     training = model.training
-    output = model.eval()(**inputs)
+    output = model.eval()(**(inputs if rank_zero() else _emptied(inputs)))
     model.train(training)
     if not rank_zero():
         return
@@ -142,6 +142,19 @@ def _write_check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None],
     named |= {f"output.{name}": value for name, value in outputs.items()}
     tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
     save_file(tensors, file, {"device": output.vocabulary_weight.device.type})
+
+
+def _emptied(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Samples that hold nothing to route: experts then see rank 0's tokens alone, as where the weights are read.
+
+    A product of matrices with other rows beside ours is rounded in another way.
+    """
+    emptied = dict(inputs)
+    if (pixel_values := inputs["pixel_values"]) is not None:
+        emptied["image_mask"] = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+    if (input_ids := inputs["input_ids"]) is not None:
+        emptied["attention_mask"] = torch.zeros_like(input_ids, dtype=torch.bool)
+    return emptied
 
 
 def _publish(root: Path, hidden: str, name: str) -> None:
