@@ -39,8 +39,8 @@ def test_a_file_starts_from_a_preset_and_overrides_come_last(tmp_path):
         ("optimiser.lr=1", "eve_tiny: unknown key 'optimiser'; did you mean 'optimizer'?"),
         ("parallel.zzz=1", "eve_tiny: unknown key 'parallel.zzz'; known: ep_size"),
         (
-            "data.sources=[{kind: scenes, levle: easy}]",
-            "eve_tiny: unknown key 'data.sources.0.levle'; did you mean 'level'?",
+            "data.sources=[{kind: scenes, levels: easy}]",
+            "eve_tiny: unknown key 'data.sources.0.levels'; did you mean 'level'?",
         ),
     ],
 )
@@ -103,7 +103,7 @@ def test_presets_and_files_that_are_not_there(tmp_path):
         file = tmp_path / "broken.yaml"
         file.write_bytes(content)
         assert expected in problem(preset=str(file))
-    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    (tmp_path / "latin.yaml").write_bytes(b"name: stra\xdfe\n")
     assert "cannot be read: " in problem(preset=str(tmp_path / "latin.yaml"))
 
 

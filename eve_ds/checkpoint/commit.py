@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config, ConfigError
@@ -129,9 +130,14 @@ def _topology(topology: dict[str, int]) -> str:
 
 @torch.no_grad()
 def _write_check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None], file: Path) -> None:
-    """Store inputs and outputs of one forward in evaluation mode; collective, since experts are spread over ranks."""
+    """Store inputs and outputs of one forward in evaluation mode; collective, since experts are spread over ranks.
+
+    Weights are copied for that forward: in DeepSpeed's flat buffers they lie at any address, and products of matrices
+    are rounded by how their operands are aligned.
+    """
     training = model.training
-    output = model.eval()(**(inputs if rank_zero() else _emptied(inputs)))
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    output = functional_call(model.eval(), weights, kwargs=inputs if rank_zero() else _emptied(inputs))
     model.train(training)
     if not rank_zero():
         return

@@ -88,7 +88,7 @@ class Collator:
         if self._masking.text_to_image_share == 0:
             return None
         mask = np.ones((len(rngs), num_visible), dtype=np.bool_)
-        for row in np.flatnonzero(text_to_image):
+        for row in np.flatnonzero(text_to_image).tolist():
             ratio = self._masking.text_to_image_mask_ratio
             mask[row] = keep_few_patches(self._num_patches, num_visible, ratio, rngs[row])
         return torch.from_numpy(mask)
