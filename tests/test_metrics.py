@@ -158,7 +158,13 @@ def test_flops_are_those_that_torch_counts(decoder):
     chosen = (torch.arange(batch)[:, None] * length + torch.arange(1, 7)).flatten()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         images, words = torch.randn(batch, 3, 64, 64), torch.randint(5, 50, (batch, length))
-        model(images, None, visible, masked, words, None, chosen).token_logits()
+        model(
+            images,
+            visible_patch_ids=visible,
+            masked_patch_ids=masked,
+            input_ids=words,
+            masked_token_ids=chosen,
+        ).token_logits()
     ours = forward_flops(config, visible_patches=16, masked_patches=48, text_tokens=length)
     # Ours leaves out the routers, 0.15 % here.
     assert ours == pytest.approx(counter.get_total_flops() / batch, rel=3e-3)
