@@ -152,7 +152,9 @@ def load(folder: Path | str) -> tuple[EVE, Config, PreTrainedTokenizerFast]:
         raise ExportError(f"{folder} cannot be loaded: {error}") from None
     with torch.device("meta"):
         model = EVE(config.model)
-    model.load_state_dict(weights, assign=True)
+    # Copied, since in the file they lie at any address, and products of matrices are rounded by how their operands are
+    # aligned: the same weights should give the same outputs wherever they come from.
+    model.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
     return model.eval(), config, tokenizer
 
 

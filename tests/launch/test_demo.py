@@ -68,7 +68,7 @@ def test_summary_holds_every_figure(first):
     assert summary["train_seconds"] > 0
     assert summary["samples_per_second"] * summary["train_seconds"] == pytest.approx(20 * 64)
     assert summary["peak_memory_bytes"] > 100e6
-    assert 0 <= summary["export_max_abs_diff"] < 1e-5
+    assert 0 <= summary["export_max_abs_diff"] <= 1e-6
     (entry,) = summary["seeds"]
     assert entry["seed"] == SEED
     assert entry["steps"] == 20
