@@ -11,7 +11,7 @@ PACKAGE = Path(eve_ds.__file__).parent
 MAY_IMPORT = {  # part: other parts of eve_ds
     "config": set(),
     "distributed": set(),
-    "ops": set(),
+    "ops": {"distributed"},
     "data": {"config", "distributed"},
     "model": {"config", "ops"},
     "losses": {"config", "ops", "model"},

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from eve_ds import ops
+from eve_ds.ops import reference as ops
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
 """fp32 results of a few dozen operations against the same in fp64."""
@@ -193,7 +193,7 @@ def test_dispatch_copies_tokens_into_rows(embedded):
     modality, source = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([4, -1, 0, 4, 2, -1])
 
     def dispatch(x, embedding):
-        return ops.moe_dispatch(x, source, embedding if embedded else None, modality)
+        return ops.moe_dispatch(x, None, source, embedding if embedded else None, modality)
 
     rows = dispatch(x, embedding)
     for row, token in enumerate(source.tolist()):
@@ -205,7 +205,7 @@ def test_dispatch_copies_tokens_into_rows(embedded):
 
 
 def test_dispatch_of_nothing_is_zero():
-    rows = ops.moe_dispatch(torch.ones(2, 3), torch.full((4,), -1))
+    rows = ops.moe_dispatch(torch.ones(2, 3), None, torch.full((4,), -1))
     assert torch.equal(rows, torch.zeros(4, 3))
 
 
@@ -220,7 +220,7 @@ def test_combine_is_the_weighted_sum_of_rows(dtype):
         if slots[token, choice] >= 0:
             expected[token] = expected[token] + loop_gates[token, choice] * loop_rows[slots[token, choice]]
     expected = torch.stack(expected)
-    ours = ops.moe_combine(rows, slots, gates)
+    ours = ops.moe_combine(rows, slots, gates, None)
     tolerance = FLOAT32 if dtype == torch.float32 else {"rtol": 2**-8, "atol": 0.0}  # rounded once, to 8 bits
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.double(), expected, **tolerance)

@@ -11,7 +11,7 @@ A token's router sees the token plus a learnt embedding of its modality (EVE sec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +50,13 @@ class MoEOutput(NamedTuple):
 
 
 class RouterOutput(NamedTuple):
-    """Routes of the tokens of one forward, and the sums that losses and statistics are made of."""
+    """Routes of the tokens of one forward, the rows they fill, and what losses and statistics are made of."""
 
+    rows: Tensor
+    """(R, D) what experts see."""
     routing: ops.Routing
     num_tokens: Tensor
     """() fp32 tokens routed."""
-    z_sum: Tensor
     statistics: RouterStatistics
 
 
@@ -72,17 +73,21 @@ class Router(nn.Module):
     def forward(self, x: Tensor, modality_ids: Tensor, valid: Tensor) -> RouterOutput:
         """Route (T, D) tokens with (T,) modality ids; (T,) `valid` False means padding."""
         routed = torch.ones_like(valid) if self.official else valid
-        logits = self._logits(x, modality_ids)
-        routing = ops.route_topk(
-            logits,
+        dispatch = (
+            self._dispatch_jittered if self.training and self.config.router_jitter > 0 else ops.route_and_dispatch
+        )
+        rows, routing = dispatch(
+            x,
+            self.weight,
+            self.modality_embedding,
+            modality_ids,
             top_k=self.config.top_k,
             capacity=self._capacity(x.shape[0]),
             valid=routed,
-            noise=self._second_choice_noise(logits),
+            noise=self._second_choice_noise(x),
+            embed_rows=self.official,
         )
-        z_sum = (logits.logsumexp(dim=-1).square() * routed).sum()
-        statistics = _statistics(routing, modality_ids, routed)
-        return RouterOutput(routing, routed.sum().float(), z_sum, statistics)
+        return RouterOutput(rows, routing, routed.sum().float(), _statistics(routing, modality_ids, routed))
 
     @property
     def dropless(self) -> bool:
@@ -97,17 +102,28 @@ class Router(nn.Module):
             return routing.counts
         return torch.full_like(routing.counts, routing.source.numel() // routing.counts.numel())
 
-    def expert_input_embedding(self) -> Tensor | None:
-        """(2, D) embedding to add to what experts see, or None where they see the plain token."""
-        return self.modality_embedding if self.official else None
-
-    def _logits(self, x: Tensor, modality_ids: Tensor) -> Tensor:
-        x, weight = x.float(), self.weight.float()
-        if self.training and self.config.router_jitter > 0:
-            low, high = 1 - self.config.router_jitter, 1 + self.config.router_jitter
-            x = x * torch.empty_like(x).uniform_(low, high)
-        # (x + e) W^T = x W^T + (e W^T)[modality]: the sum is never rounded to the tokens' dtype.
-        return F.linear(x, weight) + F.linear(self.modality_embedding.float(), weight)[modality_ids]
+    def _dispatch_jittered(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        modality_embedding: Tensor,
+        modality_ids: Tensor,
+        *,
+        embed_rows: bool,
+        **routing_options: Any,
+    ) -> tuple[Tensor, ops.Routing]:
+        """As :func:`eve_ds.ops.route_and_dispatch`; the router sees each token times noise around 1 (Switch 2.4)."""
+        low, high = 1 - self.config.router_jitter, 1 + self.config.router_jitter
+        weight, embedding = weight.float(), modality_embedding.float()
+        jittered = x.float() * torch.empty_like(x, dtype=torch.float32).uniform_(low, high)
+        routing = ops.route_topk(
+            F.linear(jittered, weight),
+            modality_bias=F.linear(embedding, weight),
+            modality_ids=modality_ids,
+            **routing_options,
+        )
+        added = (embedding, modality_ids) if embed_rows else ()
+        return ops.moe_dispatch(x, routing.slots, routing.source, *added), routing
 
     def _capacity(self, num_tokens: int) -> int:
         if self.dropless:
@@ -117,10 +133,11 @@ class Router(nn.Module):
             num_tokens, config.num_experts, config.top_k, config.capacity_factor, config.min_capacity
         )
 
-    def _second_choice_noise(self, logits: Tensor) -> Tensor | None:
+    def _second_choice_noise(self, x: Tensor) -> Tensor | None:
         if not self.config.second_choice_noise or not (self.training or self.official):
             return None
-        return -torch.empty_like(logits).exponential_().log()  # standard Gumbel
+        noise = x.new_empty((x.shape[0], self.config.num_experts), dtype=torch.float32)
+        return -noise.exponential_().log()  # standard Gumbel
 
 
 class MoE(nn.Module):
@@ -171,16 +188,15 @@ def mix_experts(
     x, modality = hidden_states.flatten(0, 1), modality_ids.flatten()
     routed = router(x, modality, attention_mask.flatten())
     routing = routed.routing
-    rows = ops.moe_dispatch(x, routing.source, router.expert_input_embedding(), modality)
-    rows = apply_experts(rows, router.rows_per_expert(routing))
-    mixed = ops.moe_combine(rows, routing.slots, routing.gates)
+    rows = apply_experts(routed.rows, router.rows_per_expert(routing))
+    mixed = ops.moe_combine(rows, routing.slots, routing.gates, routing.source)
     sums = torch.cat([routing.first_choices, routing.probability_sum, routed.num_tokens.view(1)])
     if sum_over_ranks is not None:
         sums = sum_over_ranks(sums)
     num_experts = routing.first_choices.numel()
     first_choices, probability_sum, num_tokens = sums.split([num_experts, num_experts, 1])
     balance = ops.load_balancing_loss(first_choices, probability_sum, num_tokens.squeeze(0))
-    return MoEOutput(mixed.view_as(hidden_states), balance, routed.z_sum, routed.statistics)
+    return MoEOutput(mixed.view_as(hidden_states), balance, routing.z_sum, routed.statistics)
 
 
 def run_experts(experts: Iterable[nn.Module], rows: Tensor, sizes: list[int]) -> Tensor:

@@ -1,16 +1,8 @@
-"""Routing and masked-loss operations; `reference.py` defines what is correct."""
+"""Routing and masked-loss operations; `reference.py` defines what is correct, `build.py` says which form runs."""
 
-from eve_ds.ops.reference import (
-    Routing,
-    expert_capacity,
-    linear_cross_entropy,
-    load_balancing_loss,
-    masked_pixel_loss,
-    moe_combine,
-    moe_dispatch,
-    patchify,
-    route_topk,
-)
+from eve_ds.ops.masked_loss import linear_cross_entropy, masked_pixel_loss
+from eve_ds.ops.reference import Routing, expert_capacity, load_balancing_loss, patchify
+from eve_ds.ops.routing import moe_combine, moe_dispatch, route_and_dispatch, route_topk
 
 __all__ = [
     "Routing",
@@ -21,5 +13,6 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "patchify",
+    "route_and_dispatch",
     "route_topk",
 ]

@@ -1,7 +1,7 @@
 """The operations of an EVE step in plain torch: these functions define what is correct.
 
-Router arithmetic is fp32 whatever the dtype of the tokens. Integers use int64, and -1 stands for "none": a route that
-was dropped, a row that is empty. Ties between experts go to the lowest index.
+Arithmetic is fp32 whatever the dtype of the tokens, and fp64 where they are that. Integers use int64, and -1 stands for
+"none": a route that was dropped, a row that is empty. Ties between experts go to the lowest index.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def widen(x: Tensor) -> Tensor:
+    """The tensor in the dtype that is computed in: fp32, or fp64 where it is that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Routing(NamedTuple):
@@ -29,11 +34,13 @@ class Routing(NamedTuple):
     counts: Tensor
     """(E,) int64 filled rows per expert."""
     probabilities: Tensor
-    """(T, E) fp32 softmax of the logits."""
+    """(T, E) fp32 softmax of the logits, without gradient: for statistics."""
     first_choices: Tensor
     """(E,) fp32 valid tokens whose best expert this is."""
     probability_sum: Tensor
     """(E,) fp32 sum of probabilities over valid tokens."""
+    z_sum: Tensor
+    """() fp32 sum over valid tokens of logsumexp(logits)^2 (ST-MoE eq. 5)."""
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int) -> int:
@@ -72,9 +79,9 @@ def route_topk(
         renormalised single gate would be constant and teach the router nothing.
     """
     num_tokens, num_experts = logits.shape
-    logits = logits.float()
+    logits = widen(logits)
     if modality_bias is not None and modality_ids is not None:
-        logits = logits + modality_bias.float()[modality_ids]
+        logits = logits + widen(modality_bias)[modality_ids]
     probabilities = logits.softmax(dim=-1)
     expert_ids = _choose(logits, top_k, noise)
     if valid is None:
@@ -83,16 +90,17 @@ def route_topk(
     gates = probabilities.gather(1, expert_ids) * (slots >= 0)
     if top_k > 1:
         gates = gates / gates.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
-    first = F.one_hot(expert_ids[:, 0], num_experts).float()
+    first = F.one_hot(expert_ids[:, 0], num_experts).to(logits.dtype)
     return Routing(
         expert_ids=expert_ids,
         slots=slots,
         gates=gates,
         source=source,
         counts=counts,
-        probabilities=probabilities,
+        probabilities=probabilities.detach(),
         first_choices=(first * valid.unsqueeze(1)).sum(dim=0),
         probability_sum=(probabilities * valid.unsqueeze(1)).sum(dim=0),
+        z_sum=(logits.logsumexp(dim=-1).square() * valid).sum(),
     )
 
 
@@ -144,32 +152,84 @@ def load_balancing_loss(first_choices: Tensor, probability_sum: Tensor, num_toke
 
 
 def moe_dispatch(
-    x: Tensor, source: Tensor, modality_embedding: Tensor | None = None, modality_ids: Tensor | None = None
+    x: Tensor,
+    slots: Tensor,
+    source: Tensor,
+    modality_embedding: Tensor | None = None,
+    modality_ids: Tensor | None = None,
 ) -> Tensor:
     """Copy tokens into their experts' rows: (T, D), (R,) -> (R, D) in the dtype of x, empty rows zero.
+
+    `slots` (T, K) says the same as `source` from the tokens' side; with both, forward and backward of a fused form only
+    gather.
 
     With `modality_embedding` (M, D) and `modality_ids` (T,), each row gets its token's embedding added (the released
     model's behaviour, see EVE profile `official`).
     """
+    if x.shape[0] == 0:
+        return F.pad(x, (0, 0, 0, source.shape[0]))
     filled = (source >= 0).unsqueeze(1)
     tokens = source.clamp(min=0)
     rows = x.index_select(0, tokens)
     if modality_embedding is not None and modality_ids is not None:
-        rows = rows + modality_embedding[modality_ids[tokens]].to(rows.dtype)
+        rows = (widen(rows) + widen(modality_embedding)[modality_ids[tokens]]).to(rows.dtype)
     return rows * filled
 
 
-def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
-    """Weighted sum of each token's expert rows: (R, D), (T, K), (T, K) -> (T, D); accumulated in fp32, rounded once."""
+def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tensor) -> Tensor:
+    """Weighted sum of each token's expert rows: (R, D), (T, K), (T, K) -> (T, D); accumulated in fp32, rounded once.
+
+    `source` (R,) says the same as `slots` from the rows' side.
+    """
     num_tokens, top_k = slots.shape
-    picked = expert_rows.index_select(0, slots.clamp(min=0).reshape(-1)).view(num_tokens, top_k, -1)
-    weights = gates.float() * (slots >= 0)
-    return torch.einsum("tk,tkd->td", weights, picked.float()).to(expert_rows.dtype)
+    picked = expert_rows.index_select(0, slots.clamp(min=0).reshape(-1)).view(num_tokens, top_k, expert_rows.shape[1])
+    weights = widen(gates) * (slots >= 0)
+    return torch.einsum("tk,tkd->td", weights, widen(picked)).to(expert_rows.dtype)
+
+
+def route_and_dispatch(
+    x: Tensor,
+    weight: Tensor,
+    modality_embedding: Tensor,
+    modality_ids: Tensor,
+    *,
+    top_k: int,
+    capacity: int,
+    valid: Tensor | None = None,
+    noise: Tensor | None = None,
+    embed_rows: bool = False,
+) -> tuple[Tensor, Routing]:
+    """Router on token + modality embedding in fp32, then :func:`route_topk` and :func:`moe_dispatch`.
+
+    The embedding is added as `embedding W^T` to the logits: the sum is never rounded to the tokens' dtype.
+
+    Args:
+        x: (T, D) tokens.
+        weight: (E, D) of the router.
+        modality_embedding, modality_ids: (M, D), (T,) int64.
+        top_k, capacity, valid, noise: see :func:`route_topk`.
+        embed_rows: whether rows too get their token's embedding added.
+
+    Returns:
+        (R, D) rows in the dtype of x, and the routing.
+    """
+    router, embedding = widen(weight), widen(modality_embedding)
+    routing = route_topk(
+        F.linear(widen(x), router),
+        top_k=top_k,
+        capacity=capacity,
+        modality_bias=F.linear(embedding, router),
+        modality_ids=modality_ids,
+        valid=valid,
+        noise=noise,
+    )
+    added = (embedding, modality_ids) if embed_rows else ()
+    return moe_dispatch(x, routing.slots, routing.source, *added), routing
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
     """Summed cross entropy of a vocabulary projection: (N, D), (V, D), (V,), (N,) int64 -> () fp32; N may be 0."""
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), target, reduction="sum")
+    return F.cross_entropy(widen(F.linear(hidden, weight, bias)), target, reduction="sum")
 
 
 def masked_pixel_loss(
@@ -187,11 +247,11 @@ def masked_pixel_loss(
     Returns:
         (B, N) fp32, mean over the values of a patch.
     """
-    patches = patchify(pixel_values.float(), patch_size)
+    patches = patchify(widen(pixel_values), patch_size)
     target = patches.gather(1, masked_patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
     mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
     target = (target - mean) / (variance + eps).sqrt()
-    return (predictions.float() - target).square().mean(dim=-1)
+    return (widen(predictions) - target).square().mean(dim=-1)
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:

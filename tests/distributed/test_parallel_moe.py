@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
+import shutil
 
 import pytest
 import torch
@@ -46,6 +48,10 @@ given the 8 samples in 2, 4 or 8 portions instead of at once, differs from itsel
 """
 
 
+OPS = ("reference", "build") if shutil.which("g++") else ("reference",)
+"""Values of EVE_DS_OPS."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One way to run the step."""
@@ -58,6 +64,8 @@ class Case:
     moe: tuple[tuple[str, object], ...] = ()
     profile: str = "default"
     layer_scale: float = 0.1
+    ops: str = OPS[-1]
+    """What the ranks compute with; the plain model has the reference."""
 
     def config(self):
         changes = {"profile": self.profile, "layer_scale_init": self.layer_scale}
@@ -171,6 +179,7 @@ def decays(name):
 @functools.cache
 def reference(case):
     """Outputs by micro-step, gradients and updated weights of the plain model in one process."""
+    os.environ["EVE_DS_OPS"] = "reference"
     model = plain_model(case.config())
     outputs = []
     for chosen in micro_batches(case.micro_steps):
@@ -198,6 +207,7 @@ def engine_for(case, world_size):
     from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
     from eve_ds.parallel.optimizer import optimizer_parameter_groups
 
+    os.environ["EVE_DS_OPS"] = case.ops
     model = EVE(case.config(), functools.partial(DeepSpeedMoE, ep_size=case.ep_size))
     model.backbone.activation_checkpointing = case.activation_checkpointing
     load_plain_state_dict(model, plain_model(case.config()).state_dict())
@@ -255,7 +265,7 @@ def run_case(case, rank, world_size):
     from eve_ds.model.moe import plain_named_parameters
 
     expected_outputs, expected_gradients, expected_weights = reference(
-        dataclasses.replace(case, ep_size=1, zero_stage=0, activation_checkpointing=False)
+        dataclasses.replace(case, ep_size=1, zero_stage=0, activation_checkpointing=False, ops="reference")
     )
     engine = engine_for(case, world_size)
     outputs = []
@@ -335,7 +345,7 @@ REFUSED = Case(2, 0, **CLIPPED)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_dropless_step_equals_the_plain_model(run_ranks, world_size):
     ep_sizes = [size for size in (1, 2, 4) if size <= world_size]
-    cases = [Case(*case) for case in itertools.product(ep_sizes, (0, 1, 2), (1, 2))]
+    cases = [Case(*case, ops=ops) for *case, ops in itertools.product(ep_sizes, (0, 1, 2), (1, 2), OPS)]
     if world_size == 2:
         cases += [*OTHER_SETTINGS, REFUSED]
     worst = worst_differences(run_ranks, world_size, cases)
@@ -349,6 +359,7 @@ def test_dropless_step_equals_the_plain_model(run_ranks, world_size):
 
 def capacity_reference(config, world_size, rank):
     """The plain model on every rank's own tokens: mean of the gradients, and this rank's slots and output."""
+    os.environ["EVE_DS_OPS"] = "reference"
     model = plain_model(config)
     captured = []
     for peer in range(world_size):
@@ -403,7 +414,7 @@ def run_capacity_cases(rank, world_size, described):
 
 def test_capacity_step_has_the_slots_of_the_plain_router_on_each_rank(run_ranks):
     moe = (("routing", "capacity"), ("capacity_factor", 0.75), ("min_capacity", 1), ("balance_over", "rank"))
-    cases = [Case(ep, zero, moe=moe) for ep, zero in ((1, 0), (2, 1), (2, 2))]
+    cases = [Case(ep, zero, moe=moe, ops=ops) for (ep, zero), ops in itertools.product(((1, 0), (2, 1), (2, 2)), OPS)]
     cases.append(Case(2, 1, moe=moe, profile="official"))
     results = run_ranks(run_capacity_cases, 2, [dataclasses.asdict(case) for case in cases], timeout=120)
     assert results[0][0][2] != results[1][0][2], "the ranks bring different numbers of tokens"

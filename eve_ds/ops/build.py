@@ -1,0 +1,214 @@
+"""Compile and load the built ops on first use, or say once why the plain ones are taken.
+
+`EVE_DS_OPS` chooses: `auto` (default) builds where a compiler is found and falls back to `reference.py` with one
+warning, `build` makes every problem fatal, `reference` never builds. A library is kept in `EVE_DS_CACHE` (default
+`~/.cache/eve_ds`) under a name made of sources, flags and versions; processes that start together wait for the one that
+builds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from eve_ds.distributed import get_logger
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+MODES = ("auto", "build", "reference")
+HEADERS = Path(torch.__file__).parent / "include"
+LIBRARIES = Path(torch.__file__).parent / "lib"
+TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+"""Oldest torch whose stable ABI is asked for: 2.11."""
+CPU_FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    *("-fno-strict-aliasing", "-Wno-psabi", "-Wno-ignored-attributes"),
+)
+CPU_SOURCES = ("routing_cpu.cpp", "masked_loss_cpu.cpp")
+CPU_BUILDS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}
+CUDA_FLAGS = (
+    *("-std=c++20", "-O3", "-Xcompiler", "-fPIC"),
+    *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
+)
+CUDA_SOURCES = ("routing_cuda.cu", "masked_loss_cuda.cu")
+
+
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+class OpsBuildError(RuntimeError):
+    """The ops could not be built although `EVE_DS_OPS=build` asks for them; holds the reason."""
+
+
+class Job(NamedTuple):
+    """One compiler call: everything but the output."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+def mode() -> str:
+    """What `EVE_DS_OPS` says.
+
+    Raises:
+        OpsBuildError: an unknown word.
+    """
+    chosen = os.environ.get("EVE_DS_OPS", "auto")
+    if chosen not in MODES:
+        raise OpsBuildError(f"EVE_DS_OPS ({chosen}) must be one of {', '.join(MODES)}")
+    return chosen
+
+
+def use_built(x: torch.Tensor) -> bool:
+    """Whether the built ops take this tensor, for its device and dtype; builds and loads them at the first call.
+
+    Raises:
+        OpsBuildError: `EVE_DS_OPS=build`, and they cannot be built.
+    """
+    return x.dtype in DTYPES.get(x.device.type, ()) and _wanted_and_loaded(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _wanted_and_loaded(device_type: str) -> bool:
+    return _loaded(device_type, mode())
+
+
+@cache
+def _loaded(device_type: str, chosen: str) -> bool:
+    if chosen == "reference":
+        return False
+    try:
+        library = build(device_type)
+        torch.ops.load_library(str(library))
+    except (OpsBuildError, OSError) as error:
+        if chosen == "build":
+            raise OpsBuildError(str(error)) from None
+        get_logger().warning(
+            "%s: the plain torch ops are used, which are slower (EVE_DS_OPS=reference to say so)", error
+        )
+        return False
+    return True
+
+
+def build(device_type: str) -> Path:
+    """The library of ops for `cpu` or `cuda`, compiled unless the cache holds it.
+
+    Raises:
+        OpsBuildError: no sources, no compiler, or the compiler's first message.
+    """
+    if not KERNELS.is_dir():
+        raise OpsBuildError(
+            f"the sources of the fused ops are not at {KERNELS}: install from a checkout with pip install -e ."
+        )
+    jobs, link = _cuda_jobs() if device_type == "cuda" else _cpu_jobs()
+    folder = cache_folder()
+    library = folder / f"eve_ds_{device_type}_{_digest(jobs, link)}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(library.with_suffix(".lock")):
+            if not library.is_file():
+                get_logger().info("compiling the fused ops for %s, once, into %s", device_type, folder)
+                _compile(jobs, link, library)
+    except OSError as error:
+        raise OpsBuildError(
+            f"{folder} cannot be written ({error.strerror}): name another folder in EVE_DS_CACHE"
+        ) from None
+    return library
+
+
+def cache_folder() -> Path:
+    """Where built libraries lie."""
+    chosen = os.environ.get("EVE_DS_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eve_ds"
+
+
+def _cpu_jobs() -> tuple[list[Job], tuple[str, ...]]:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise OpsBuildError("no C++ compiler found to build the fused ops: install g++ (Debian: apt install g++)")
+    builds = CPU_BUILDS if platform.machine() in ("x86_64", "AMD64") else {"base": ()}
+    jobs = [
+        Job(f"{source}.{isa}", (compiler, *CPU_FLAGS, *flags, f"-DEVE_ISA={isa}", "-c", str(KERNELS / source)))
+        for source in CPU_SOURCES
+        for isa, flags in builds.items()
+    ]
+    jobs.append(_binding(compiler, "binding_cpu.cpp"))
+    return jobs, _link(compiler, "torch_cpu")
+
+
+def _cuda_jobs() -> tuple[list[Job], tuple[str, ...]]:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    nvcc = shutil.which("nvcc")
+    if compiler is None or nvcc is None:
+        raise OpsBuildError("no nvcc and g++ found to build the fused ops for CUDA: install the CUDA toolkit")
+    jobs = [Job(source, (nvcc, *CUDA_FLAGS, "-c", str(KERNELS / source))) for source in CUDA_SOURCES]
+    jobs.append(_binding(compiler, "binding_cuda.cpp"))
+    runtime = Path(nvcc).resolve().parent.parent / "lib64"
+    return jobs, (*_link(compiler, "torch_cpu"), "-ltorch_cuda", f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt")
+
+
+def _binding(compiler: str, source: str) -> Job:
+    includes = (f"-I{HEADERS}", f"-I{HEADERS / 'torch/csrc/api/include'}")
+    return Job(source, (compiler, "-std=c++20", "-O2", "-fPIC", TORCH_VERSION, *includes, "-c", str(KERNELS / source)))
+
+
+def _link(compiler: str, library: str) -> tuple[str, ...]:
+    return (compiler, "-shared", f"-L{LIBRARIES}", f"-l{library}", "-lc10", "-Wl,--no-as-needed")
+
+
+def _digest(jobs: list[Job], link: tuple[str, ...]) -> str:
+    """Changes with sources, flags, and the versions of torch and of the compilers."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(KERNELS.glob("*.*")):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
+            digest.update(path.name.encode() + path.read_bytes())
+    for command in (*(job.command for job in jobs), link):
+        digest.update("\0".join(command).encode())
+    for compiler in sorted({job.command[0] for job in jobs}):
+        digest.update(_run([compiler, "--version"]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _compile(jobs: list[Job], link: tuple[str, ...], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        objects = [str(Path(scratch) / f"{job.name}.o") for job in jobs]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda job, out: _run([*job.command, "-o", out]), jobs, objects))
+        unfinished = Path(scratch) / library.name
+        _run([link[0], *objects, *link[1:], "-o", str(unfinished)])
+        unfinished.replace(library)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise OpsBuildError(f"{command[0]} cannot be run to build the fused ops: {error.strerror}") from None
+    if done.returncode:
+        lines = (done.stderr or done.stdout).splitlines()
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+        raise OpsBuildError(f"{Path(command[0]).name} could not build the fused ops: {first}")
+    return done.stdout
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; the system releases the lock of a process that dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

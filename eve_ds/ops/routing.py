@@ -1,0 +1,214 @@
+"""Routing ops: the built ones with autograd where they are loaded, the reference elsewhere.
+
+Signatures and meaning are those of :mod:`eve_ds.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eve_ds.ops import reference
+from eve_ds.ops.build import use_built
+from eve_ds.ops.reference import Routing
+from eve_ds.ops.schema import LIBRARY
+
+GATES, EXPERT_IDS, SLOTS, SOURCE, COUNTS, PROBABILITIES, FIRST_CHOICES, PROBABILITY_SUM, LOG_SUM_EXP, Z_SUM = range(10)
+"""Places in what the op `route_topk` returns."""
+CONSTANT = (EXPERT_IDS, SLOTS, SOURCE, COUNTS, PROBABILITIES, FIRST_CHOICES, LOG_SUM_EXP)
+"""Those of them that have no gradient."""
+
+
+def route_topk(
+    logits: Tensor,
+    *,
+    top_k: int,
+    capacity: int,
+    modality_bias: Tensor | None = None,
+    modality_ids: Tensor | None = None,
+    valid: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Routing:
+    """Choose experts and rows; see :func:`eve_ds.ops.reference.route_topk`."""
+    if not use_built(logits):
+        return reference.route_topk(
+            logits,
+            top_k=top_k,
+            capacity=capacity,
+            modality_bias=modality_bias,
+            modality_ids=modality_ids,
+            valid=valid,
+            noise=noise,
+        )
+    bias = None if modality_bias is None else modality_bias.float()
+    ids = None if modality_bias is None else modality_ids
+    return _routing(torch.ops.eve_ds.route_topk(logits.float(), bias, ids, valid, noise, top_k, capacity))
+
+
+def moe_dispatch(
+    x: Tensor,
+    slots: Tensor,
+    source: Tensor,
+    modality_embedding: Tensor | None = None,
+    modality_ids: Tensor | None = None,
+) -> Tensor:
+    """Copy tokens to rows; see :func:`eve_ds.ops.reference.moe_dispatch`."""
+    if not use_built(x):
+        return reference.moe_dispatch(x, slots, source, modality_embedding, modality_ids)
+    if modality_embedding is None:
+        return torch.ops.eve_ds.moe_dispatch(x, slots, source, None, None)
+    return torch.ops.eve_ds.moe_dispatch(x, slots, source, modality_embedding.float(), modality_ids)
+
+
+def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tensor) -> Tensor:
+    """Weigh and add up rows; see :func:`eve_ds.ops.reference.moe_combine`."""
+    if not use_built(expert_rows):
+        return reference.moe_combine(expert_rows, slots, gates, source)
+    return torch.ops.eve_ds.moe_combine(expert_rows, slots, gates, source)
+
+
+def route_and_dispatch(
+    x: Tensor,
+    weight: Tensor,
+    modality_embedding: Tensor,
+    modality_ids: Tensor,
+    *,
+    top_k: int,
+    capacity: int,
+    valid: Tensor | None = None,
+    noise: Tensor | None = None,
+    embed_rows: bool = False,
+) -> tuple[Tensor, Routing]:
+    """Router, routing and dispatch; see :func:`eve_ds.ops.reference.route_and_dispatch`.
+
+    One autograd node: the gradient through the router is added to the one through the rows where that lies.
+    """
+    if not use_built(x):
+        return reference.route_and_dispatch(
+            x,
+            weight,
+            modality_embedding,
+            modality_ids,
+            top_k=top_k,
+            capacity=capacity,
+            valid=valid,
+            noise=noise,
+            embed_rows=embed_rows,
+        )
+    rows, *routed = RouteAndDispatch.apply(
+        x, weight, modality_embedding, modality_ids, valid, noise, top_k, capacity, embed_rows
+    )
+    return rows, _routing(routed)
+
+
+class RouteAndDispatch(torch.autograd.Function):
+    """x, router weight and modality embedding -> rows and what the op `route_topk` returns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        modality_embedding: Tensor,
+        modality_ids: Tensor,
+        valid: Tensor | None,
+        noise: Tensor | None,
+        top_k: int,
+        capacity: int,
+        embed_rows: bool,
+    ) -> tuple[Tensor, ...]:
+        """Arguments as in :func:`route_and_dispatch`."""
+        ops = torch.ops.eve_ds
+        router, embedding = weight.float(), modality_embedding.float()
+        logits, bias = x.float() @ router.t(), embedding @ router.t()
+        routed = ops.route_topk(logits, bias, modality_ids, valid, noise, top_k, capacity)
+        added = (embedding, modality_ids) if embed_rows else (None, None)
+        rows = ops.moe_dispatch(x, routed[SLOTS], routed[SOURCE], *added)
+        kept = (PROBABILITIES, LOG_SUM_EXP, EXPERT_IDS, SLOTS, GATES)
+        ctx.save_for_backward(x, weight, modality_embedding, modality_ids, valid, *(routed[place] for place in kept))
+        ctx.embed_rows = embed_rows
+        ctx.mark_non_differentiable(*(routed[place] for place in CONSTANT))
+        ctx.set_materialize_grads(False)
+        return rows, *routed
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor | None, *d_routed: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and modality embedding."""
+        x, weight, modality_embedding, modality_ids, valid, *routed = ctx.saved_tensors
+        ops = torch.ops.eve_ds
+        slots, num_modalities = routed[3], modality_embedding.shape[0]
+        d_logits, d_bias = ops.route_topk_backward(
+            d_routed[GATES], d_routed[PROBABILITY_SUM], d_routed[Z_SUM], *routed, valid, modality_ids, num_modalities
+        )
+        router, embedding = weight.float(), modality_embedding.float()
+        d_embedding = d_bias @ router
+        if d_rows is None:
+            d_x = torch.zeros_like(x)
+        else:
+            d_x, through_rows = ops.moe_dispatch_backward(
+                d_rows, slots, modality_ids, num_modalities if ctx.embed_rows else 0
+            )
+            if ctx.embed_rows:
+                d_embedding += through_rows
+        d_x.addmm_(d_logits.to(x.dtype), weight.to(x.dtype))
+        d_weight = d_logits.t() @ x.float() + d_bias.t() @ embedding
+        d_weight, d_embedding = d_weight.to(weight.dtype), d_embedding.to(modality_embedding.dtype)
+        return d_x, d_weight, d_embedding, None, None, None, None, None, None
+
+
+def _routing(routed: Any) -> Routing:
+    """Outputs of the op by name."""
+    return Routing(
+        expert_ids=routed[EXPERT_IDS],
+        slots=routed[SLOTS],
+        gates=routed[GATES],
+        source=routed[SOURCE],
+        counts=routed[COUNTS],
+        probabilities=routed[PROBABILITIES],
+        first_choices=routed[FIRST_CHOICES],
+        probability_sum=routed[PROBABILITY_SUM],
+        z_sum=routed[Z_SUM],
+    )
+
+
+def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, modality_bias, modality_ids, valid, *_ = inputs
+    kept = (PROBABILITIES, LOG_SUM_EXP, EXPERT_IDS, SLOTS, GATES)
+    ctx.save_for_backward(*(output[place] for place in kept), valid, modality_ids)
+    ctx.num_modalities = 0 if modality_bias is None else modality_bias.shape[0]
+    ctx.mark_non_differentiable(*(output[place] for place in CONSTANT))
+    ctx.set_materialize_grads(False)
+
+
+def _route_backward(ctx: Any, *d_routed: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_logits, d_bias = torch.ops.eve_ds.route_topk_backward(
+        d_routed[GATES], d_routed[PROBABILITY_SUM], d_routed[Z_SUM], *ctx.saved_tensors, ctx.num_modalities
+    )
+    return d_logits, d_bias if ctx.num_modalities else None, None, None, None, None, None
+
+
+def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, slots, _, modality_embedding, modality_ids = inputs
+    ctx.save_for_backward(slots, modality_ids)
+    ctx.num_modalities = 0 if modality_embedding is None else modality_embedding.shape[0]
+
+
+def _dispatch_backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
+    d_x, d_embedding = torch.ops.eve_ds.moe_dispatch_backward(d_rows, *ctx.saved_tensors, ctx.num_modalities)
+    return d_x, None, None, d_embedding if ctx.num_modalities else None, None
+
+
+def _combine_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    d_rows, d_gates = torch.ops.eve_ds.moe_combine_backward(d_out, *ctx.saved_tensors)
+    return d_rows, None, d_gates, None
+
+
+torch.library.register_autograd("eve_ds::route_topk", _route_backward, setup_context=_route_setup, lib=LIBRARY)
+torch.library.register_autograd("eve_ds::moe_dispatch", _dispatch_backward, setup_context=_dispatch_setup, lib=LIBRARY)
+torch.library.register_autograd("eve_ds::moe_combine", _combine_backward, setup_context=_combine_setup, lib=LIBRARY)

@@ -1,0 +1,125 @@
+// Arguments of the plain functions behind the ops. No torch here: the bindings fill these in, the CPU and CUDA sources
+// read them. Matrices are row-major and contiguous; a null pointer stands for an argument that was not given; -1 as an
+// id stands for "none". Contracts of the ops: ../eve_ds/ops/reference.py.
+#pragma once
+
+#include <cstdint>
+
+namespace eve_ds {
+
+enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Tokens are worked on in chunks of this many. Sums over tokens are taken within a chunk in token order and then over
+// chunks in order, so a result depends neither on the number of threads nor on who was first.
+constexpr int64_t kChunkTokens = 256;
+constexpr int64_t kMaxExperts = 1024;
+constexpr int64_t kMaxTopK = 16;
+
+inline int64_t num_chunks(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
+
+// T tokens, E experts, K choices, R rows of the expert buffer, M modalities, C chunks.
+struct Route {
+  const float* logits;          // (T, E)
+  const float* modality_bias;   // (M, E) or null
+  const int64_t* modality_ids;  // (T,) or null
+  const bool* valid;            // (T,) or null: all are
+  const float* noise;           // (T, E) or null
+  int64_t tokens, experts, top_k;
+  int64_t capacity;  // rows per expert; negative: rows packed by expert
+  int64_t rows;      // R
+  int64_t* expert_ids;     // (T, K)
+  int64_t* slots;          // (T, K)
+  float* gates;            // (T, K)
+  int64_t* source;         // (R,)
+  int64_t* counts;         // (E,)
+  float* probabilities;    // (T, E)
+  float* log_sum_exp;      // (T,)
+  float* first_choices;    // (E,)
+  float* probability_sum;  // (E,)
+  float* z_sum;            // () sum over valid tokens of log_sum_exp^2
+  float* chunk_sums;       // (C, E + 1) workspace: probabilities and log_sum_exp^2
+  int32_t* chunk_counts;   // (K, C, E) workspace: routes of a choice, then the first row of each chunk
+};
+
+struct RouteBackward {
+  const float* probabilities;      // (T, E)
+  const float* log_sum_exp;        // (T,)
+  const int64_t* expert_ids;       // (T, K)
+  const int64_t* slots;            // (T, K)
+  const float* gates;              // (T, K)
+  const bool* valid;               // (T,) or null
+  const int64_t* modality_ids;     // (T,) or null
+  const float* d_gates;            // (T, K) or null
+  const float* d_probability_sum;  // (E,) or null
+  const float* d_z_sum;            // () or null
+  int64_t tokens, experts, top_k, modalities;
+  float* d_logits;        // (T, E)
+  float* d_bias;          // (M, E) or null
+  float* chunk_d_bias;    // (C, M, E) workspace, or null
+};
+
+// Rows take the dtype of the op; embeddings and gates are fp32.
+struct Dispatch {
+  const void* x;                    // (T, D)
+  const int64_t* source;            // (R,)
+  const float* modality_embedding;  // (M, D) or null
+  const int64_t* modality_ids;      // (T,) or null
+  int64_t rows, width;
+  void* out;  // (R, D)
+};
+
+struct DispatchBackward {
+  const void* d_rows;           // (R, D)
+  const int64_t* slots;         // (T, K)
+  const int64_t* modality_ids;  // (T,) or null
+  int64_t tokens, top_k, width, modalities;
+  void* d_x;               // (T, D)
+  float* d_embedding;      // (M, D) or null
+  float* chunk_d_embedding;  // (C, M, D) workspace, or null
+};
+
+struct Combine {
+  const void* rows;      // (R, D)
+  const int64_t* slots;  // (T, K)
+  const float* gates;    // (T, K)
+  int64_t tokens, top_k, width;
+  void* out;  // (T, D)
+};
+
+struct CombineBackward {
+  const void* d_out;      // (T, D)
+  const void* expert_rows;  // (R, D)
+  const int64_t* slots;   // (T, K)
+  const int64_t* source;  // (R,)
+  const float* gates;     // (T, K)
+  int64_t tokens, top_k, width, rows;
+  void* d_rows;    // (R, D)
+  float* d_gates;  // (T, K)
+};
+
+struct CrossEntropy {
+  void* logits;           // (N, V), replaced by (softmax - one-hot)
+  const float* bias;      // (V,) or null
+  const int64_t* target;  // (N,)
+  int64_t rows, vocabulary;
+  float* losses;  // (N,)
+};
+
+struct PixelLoss {
+  const float* pixel_values;        // (B, 3, H, W)
+  const void* predictions;          // (B, N, P * P * 3)
+  const int64_t* masked_patch_ids;  // (B, N)
+  int64_t batch, masked, height, width, patch_size;
+  float eps;
+  float* losses;  // (B, N)
+  float* mean;    // (B, N) of a patch
+  float* scale;   // (B, N) 1 / standard deviation
+};
+
+struct PixelLossBackward {
+  PixelLoss forward;
+  const float* d_losses;  // (B, N)
+  void* d_predictions;    // (B, N, P * P * 3)
+};
+
+}  // namespace eve_ds

@@ -1,0 +1,43 @@
+// What every build of the CPU sources offers: one table of functions per instruction set. A function works on a range of
+// chunks (arguments.h), rows or items and writes what belongs to that range only, so ranges may run on any thread.
+#pragma once
+
+#include "arguments.h"
+
+namespace eve_ds {
+
+constexpr int64_t kMaxPatchSize = 64;
+
+struct RoutingKernels {
+  // Softmax, choices and sums of a chunk: expert_ids, probabilities, log_sum_exp, chunk_sums, chunk_counts.
+  void (*choose)(const Route&, int64_t first_chunk, int64_t end_chunk);
+  // Rows and gates, once chunk_counts holds the first row of each (choice, chunk, expert).
+  void (*place)(const Route&, int64_t first_chunk, int64_t end_chunk);
+  void (*route_backward)(const RouteBackward&, int64_t first_chunk, int64_t end_chunk);
+  void (*dispatch)(const Dispatch&, Dtype, int64_t first_row, int64_t end_row);
+  void (*dispatch_backward)(const DispatchBackward&, Dtype, int64_t first_chunk, int64_t end_chunk);
+  void (*combine)(const Combine&, Dtype, int64_t first_chunk, int64_t end_chunk);
+  void (*combine_backward)(const CombineBackward&, Dtype, int64_t first_chunk, int64_t end_chunk);
+  // Rows that nobody fills have gradient zero.
+  void (*zero_empty_rows)(const CombineBackward&, Dtype, int64_t first_row, int64_t end_row);
+};
+
+struct LossKernels {
+  // Rows: the loss of each, and its logits replaced by softmax - one-hot.
+  void (*cross_entropy)(const CrossEntropy&, Dtype, int64_t first, int64_t end);
+  // Masked patches of the B * N.
+  void (*pixel_loss)(const PixelLoss&, Dtype, int64_t first, int64_t end);
+  void (*pixel_loss_backward)(const PixelLossBackward&, Dtype, int64_t first, int64_t end);
+};
+
+#define EVE_DECLARE_KERNELS(isa)              \
+  namespace isa {                             \
+  extern const RoutingKernels routing_kernels; \
+  extern const LossKernels loss_kernels;      \
+  }
+
+EVE_DECLARE_KERNELS(base)  // whatever the compiler takes for granted
+EVE_DECLARE_KERNELS(v3)    // x86-64-v3: AVX2
+EVE_DECLARE_KERNELS(v4)    // x86-64-v4: AVX-512
+
+}  // namespace eve_ds

@@ -1,0 +1,343 @@
+// Routing on the CPU: choose experts, place the routes, copy tokens to rows and back. Compiled once per instruction set
+// into namespace EVE_ISA.
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu_kernels.h"
+#include "vector.h"
+
+namespace eve_ds {
+namespace EVE_ISA {
+
+namespace {
+
+EVE_INLINE int64_t first_token(int64_t chunk) { return chunk * kChunkTokens; }
+
+EVE_INLINE int64_t end_token(int64_t chunk, int64_t tokens) {
+  const int64_t end = (chunk + 1) * kChunkTokens;
+  return end < tokens ? end : tokens;
+}
+
+// Lowest index of the largest of `width` scores, where width is a multiple of the lanes.
+EVE_INLINE int64_t argmax(const float* scores, int64_t width) {
+  Floats best = broadcast(-INFINITY);
+  Ints where{}, index{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  where = index;
+  for (int64_t e = 0; e < width; e += kLanes) {
+    const Floats value = load(scores + e);
+    const Ints better = value > best;
+    best = better ? value : best;
+    where = better ? index : where;
+    index += static_cast<int32_t>(kLanes);
+  }
+  const float top = largest(best);
+  int32_t lowest = INT32_MAX;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const int32_t candidate = best[i] == top ? where[i] : INT32_MAX;
+    lowest = candidate < lowest ? candidate : lowest;
+  }
+  return lowest;
+}
+
+EVE_INLINE void accumulate(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// One row: to = scale * from, to += scale * from, and the dot product of two rows, in fp32.
+template <typename T>
+EVE_INLINE void scale_row(T* to, const T* from, float scale, int64_t width) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(to + d, load(from + d) * scale);
+  for (; d < width; ++d) store_one(to + d, load_one(from + d) * scale);
+}
+
+template <typename T>
+EVE_INLINE float dot_rows(const T* a, const T* b, int64_t width) {
+  Floats total{};
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) total += load(a + d) * load(b + d);
+  float rest = 0.0f;
+  for (; d < width; ++d) rest += load_one(a + d) * load_one(b + d);
+  return sum(total) + rest;
+}
+
+void route_choose(const Route& route, int64_t first_chunk, int64_t end_chunk) {
+  const int64_t experts = route.experts, top_k = route.top_k;
+  const int64_t width = (experts + kLanes - 1) / kLanes * kLanes;
+  const int64_t chunks = num_chunks(route.tokens);
+  alignas(64) float scores[kMaxExperts];
+  alignas(64) float exponentials[kMaxExperts];
+  alignas(64) float sums[kMaxExperts];
+  for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    for (int64_t k = 0; k < top_k; ++k)
+      std::memset(route.chunk_counts + (k * chunks + chunk) * experts, 0, experts * sizeof(int32_t));
+    std::memset(sums, 0, width * sizeof(float));
+    float z_sum = 0.0f;
+    for (int64_t t = first_token(chunk); t < end_token(chunk, route.tokens); ++t) {
+      const bool valid = route.valid == nullptr || route.valid[t];
+      const float* logits = route.logits + t * experts;
+      std::memcpy(scores, logits, experts * sizeof(float));
+      for (int64_t e = experts; e < width; ++e) scores[e] = -INFINITY;
+      if (route.modality_bias != nullptr)
+        accumulate(scores, route.modality_bias + route.modality_ids[t] * experts, experts);
+
+      Floats top = broadcast(-INFINITY);
+      for (int64_t e = 0; e < width; e += kLanes) top = maximum(top, load(scores + e));
+      const float most = largest(top);
+      Floats total{};
+      for (int64_t e = 0; e < width; e += kLanes) {
+        const Floats value = exponential(load(scores + e) - most);
+        store(exponentials + e, value);
+        total += value;
+      }
+      const float denominator = sum(total);
+      const float inverse = 1.0f / denominator;
+      const float log_sum_exp = most + std::log(denominator);
+      for (int64_t e = 0; e < width; e += kLanes) {
+        const Floats probability = load(exponentials + e) * inverse;
+        store(exponentials + e, probability);
+        if (valid) store(sums + e, load(sums + e) + probability);
+      }
+      std::memcpy(route.probabilities + t * experts, exponentials, experts * sizeof(float));
+      route.log_sum_exp[t] = log_sum_exp;
+      if (valid) z_sum += log_sum_exp * log_sum_exp;
+
+      for (int64_t k = 0; k < top_k; ++k) {
+        const int64_t expert = argmax(scores, width);
+        route.expert_ids[t * top_k + k] = expert;
+        route.gates[t * top_k + k] = exponentials[expert];
+        if (valid) ++route.chunk_counts[(k * chunks + chunk) * experts + expert];
+        if (k + 1 == top_k) break;
+        if (k == 0 && route.noise != nullptr) {
+          accumulate(scores, route.noise + t * experts, experts);
+        }
+        scores[expert] = -INFINITY;
+      }
+    }
+    float* chunk_sums = route.chunk_sums + chunk * (experts + 1);
+    std::memcpy(chunk_sums, sums, experts * sizeof(float));
+    chunk_sums[experts] = z_sum;
+  }
+}
+
+void route_place(const Route& route, int64_t first_chunk, int64_t end_chunk) {
+  const int64_t experts = route.experts, top_k = route.top_k, chunks = num_chunks(route.tokens);
+  for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    const int64_t end = end_token(chunk, route.tokens);
+    for (int64_t k = 0; k < top_k; ++k) {
+      int32_t* next = route.chunk_counts + (k * chunks + chunk) * experts;
+      for (int64_t t = first_token(chunk); t < end; ++t) {
+        const int64_t route_id = t * top_k + k, expert = route.expert_ids[route_id];
+        int64_t slot = -1;
+        if (route.valid == nullptr || route.valid[t]) {
+          slot = next[expert]++;
+          if (route.capacity >= 0 && slot >= (expert + 1) * route.capacity) slot = -1;
+        }
+        route.slots[route_id] = slot;
+        if (slot >= 0) route.source[slot] = t;
+      }
+    }
+    for (int64_t t = first_token(chunk); t < end; ++t) {
+      float* gates = route.gates + t * top_k;
+      const int64_t* slots = route.slots + t * top_k;
+      float total = 0.0f;
+      for (int64_t k = 0; k < top_k; ++k) {
+        gates[k] = slots[k] >= 0 ? gates[k] : 0.0f;
+        total += gates[k];
+      }
+      if (top_k > 1) {
+        const float divisor = total > 1.1920929e-07f ? total : 1.1920929e-07f;
+        for (int64_t k = 0; k < top_k; ++k) gates[k] /= divisor;
+      }
+    }
+  }
+}
+
+void route_backward(const RouteBackward& route, int64_t first_chunk, int64_t end_chunk) {
+  const int64_t experts = route.experts, top_k = route.top_k;
+  const float d_z_sum = route.d_z_sum != nullptr ? *route.d_z_sum : 0.0f;
+  alignas(64) float d_probabilities[kMaxExperts];
+  for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    float* chunk_d_bias = nullptr;
+    if (route.chunk_d_bias != nullptr) {
+      chunk_d_bias = route.chunk_d_bias + chunk * route.modalities * experts;
+      std::memset(chunk_d_bias, 0, route.modalities * experts * sizeof(float));
+    }
+    for (int64_t t = first_token(chunk); t < end_token(chunk, route.tokens); ++t) {
+      float* d_logits = route.d_logits + t * experts;
+      if (route.valid != nullptr && !route.valid[t]) {
+        std::memset(d_logits, 0, experts * sizeof(float));
+        continue;
+      }
+      const float* p = route.probabilities + t * experts;
+      if (route.d_probability_sum != nullptr)
+        std::memcpy(d_probabilities, route.d_probability_sum, experts * sizeof(float));
+      else
+        std::memset(d_probabilities, 0, experts * sizeof(float));
+      if (route.d_gates != nullptr) {
+        const float* gates = route.gates + t * top_k;
+        const float* d_gates = route.d_gates + t * top_k;
+        const int64_t* slots = route.slots + t * top_k;
+        const int64_t* expert_ids = route.expert_ids + t * top_k;
+        float total = 0.0f, mean = 0.0f;
+        for (int64_t k = 0; k < top_k; ++k) {
+          if (slots[k] < 0) continue;
+          total += p[expert_ids[k]];
+          mean += d_gates[k] * gates[k];
+        }
+        // A gate is p / total; below the smallest total it is divided by a constant, and a single choice by nothing.
+        const bool constant = total < 1.1920929e-07f;
+        const float inverse = top_k == 1 ? 1.0f : 1.0f / (constant ? 1.1920929e-07f : total);
+        if (top_k == 1 || constant) mean = 0.0f;
+        for (int64_t k = 0; k < top_k; ++k)
+          if (slots[k] >= 0) d_probabilities[expert_ids[k]] += (d_gates[k] - mean) * inverse;
+      }
+      Floats lanes{};
+      int64_t e = 0;
+      for (; e + kLanes <= experts; e += kLanes) lanes += load(p + e) * load(d_probabilities + e);
+      float inner = 0.0f;
+      for (; e < experts; ++e) inner += p[e] * d_probabilities[e];
+      inner += sum(lanes);
+      const float shift = 2.0f * route.log_sum_exp[t] * d_z_sum - inner;
+      for (e = 0; e < experts; ++e) d_logits[e] = p[e] * (d_probabilities[e] + shift);
+      if (chunk_d_bias != nullptr) accumulate(chunk_d_bias + route.modality_ids[t] * experts, d_logits, experts);
+    }
+  }
+}
+
+template <typename T>
+void dispatch_rows(const Dispatch& args, int64_t first_row, int64_t end_row) {
+  const T* x = static_cast<const T*>(args.x);
+  T* out = static_cast<T*>(args.out);
+  const int64_t width = args.width;
+  for (int64_t r = first_row; r < end_row; ++r) {
+    const int64_t token = args.source[r];
+    T* row = out + r * width;
+    if (token < 0) {
+      std::memset(row, 0, width * sizeof(T));
+    } else if (args.modality_embedding == nullptr) {
+      std::memcpy(row, x + token * width, width * sizeof(T));
+    } else {
+      const T* from = x + token * width;
+      const float* embedding = args.modality_embedding + args.modality_ids[token] * width;
+      int64_t d = 0;
+      for (; d + kLanes <= width; d += kLanes) store(row + d, load(from + d) + load(embedding + d));
+      for (; d < width; ++d) store_one(row + d, load_one(from + d) + embedding[d]);
+    }
+  }
+}
+
+template <typename T>
+void dispatch_backward_chunks(const DispatchBackward& args, int64_t first_chunk, int64_t end_chunk) {
+  const T* d_rows = static_cast<const T*>(args.d_rows);
+  T* d_x = static_cast<T*>(args.d_x);
+  const int64_t width = args.width, top_k = args.top_k;
+  for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    float* chunk_sums = nullptr;
+    if (args.chunk_d_embedding != nullptr) {
+      chunk_sums = args.chunk_d_embedding + chunk * args.modalities * width;
+      std::memset(chunk_sums, 0, args.modalities * width * sizeof(float));
+    }
+    for (int64_t t = first_token(chunk); t < end_token(chunk, args.tokens); ++t) {
+      const T* rows[kMaxTopK];
+      int64_t kept = 0;
+      for (int64_t k = 0; k < top_k; ++k)
+        if (args.slots[t * top_k + k] >= 0) rows[kept++] = d_rows + args.slots[t * top_k + k] * width;
+      T* to = d_x + t * width;
+      float* sums = chunk_sums == nullptr ? nullptr : chunk_sums + args.modality_ids[t] * width;
+      int64_t d = 0;
+      for (; d + kLanes <= width; d += kLanes) {
+        Floats total{};
+        for (int64_t k = 0; k < kept; ++k) total += load(rows[k] + d);
+        store(to + d, total);
+        if (sums != nullptr) store(sums + d, load(sums + d) + total);
+      }
+      for (; d < width; ++d) {
+        float total = 0.0f;
+        for (int64_t k = 0; k < kept; ++k) total += load_one(rows[k] + d);
+        store_one(to + d, total);
+        if (sums != nullptr) sums[d] += total;
+      }
+    }
+  }
+}
+
+template <typename T>
+void combine_chunks(const Combine& args, int64_t first_chunk, int64_t end_chunk) {
+  const T* rows = static_cast<const T*>(args.rows);
+  T* out = static_cast<T*>(args.out);
+  const int64_t width = args.width, top_k = args.top_k;
+  for (int64_t t = first_token(first_chunk); t < end_token(end_chunk - 1, args.tokens); ++t) {
+    const T* from[kMaxTopK];
+    float gates[kMaxTopK];
+    int64_t kept = 0;
+    for (int64_t k = 0; k < top_k; ++k) {
+      const int64_t slot = args.slots[t * top_k + k];
+      if (slot < 0) continue;
+      from[kept] = rows + slot * width;
+      gates[kept++] = args.gates[t * top_k + k];
+    }
+    T* to = out + t * width;
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) {
+      Floats total{};
+      for (int64_t k = 0; k < kept; ++k) total += load(from[k] + d) * gates[k];
+      store(to + d, total);
+    }
+    for (; d < width; ++d) {
+      float total = 0.0f;
+      for (int64_t k = 0; k < kept; ++k) total += load_one(from[k] + d) * gates[k];
+      store_one(to + d, total);
+    }
+  }
+}
+
+template <typename T>
+void combine_backward_chunks(const CombineBackward& args, int64_t first_chunk, int64_t end_chunk) {
+  const T* d_out = static_cast<const T*>(args.d_out);
+  const T* expert_rows = static_cast<const T*>(args.expert_rows);
+  T* d_rows = static_cast<T*>(args.d_rows);
+  const int64_t width = args.width, top_k = args.top_k;
+  for (int64_t t = first_token(first_chunk); t < end_token(end_chunk - 1, args.tokens); ++t) {
+    const T* upstream = d_out + t * width;
+    for (int64_t k = 0; k < top_k; ++k) {
+      const int64_t slot = args.slots[t * top_k + k];
+      if (slot < 0) {
+        args.d_gates[t * top_k + k] = 0.0f;
+        continue;
+      }
+      args.d_gates[t * top_k + k] = dot_rows(upstream, expert_rows + slot * width, width);
+      scale_row(d_rows + slot * width, upstream, args.gates[t * top_k + k], width);
+    }
+  }
+}
+
+template <typename T>
+void zero_empty_rows_of(const CombineBackward& args, int64_t first_row, int64_t end_row) {
+  T* d_rows = static_cast<T*>(args.d_rows);
+  for (int64_t r = first_row; r < end_row; ++r)
+    if (args.source[r] < 0) std::memset(d_rows + r * args.width, 0, args.width * sizeof(T));
+}
+
+#define EVE_BY_DTYPE(name, function, Arguments)                                     \
+  void name(const Arguments& args, Dtype dtype, int64_t first, int64_t end) {       \
+    if (dtype == Dtype::kFloat32)                                                   \
+      function<float>(args, first, end);                                            \
+    else                                                                            \
+      function<BFloat16>(args, first, end);                                         \
+  }
+
+EVE_BY_DTYPE(dispatch, dispatch_rows, Dispatch)
+EVE_BY_DTYPE(dispatch_backward, dispatch_backward_chunks, DispatchBackward)
+EVE_BY_DTYPE(combine, combine_chunks, Combine)
+EVE_BY_DTYPE(combine_backward, combine_backward_chunks, CombineBackward)
+EVE_BY_DTYPE(zero_empty_rows, zero_empty_rows_of, CombineBackward)
+
+}  // namespace
+
+const RoutingKernels routing_kernels = {route_choose,      route_place, route_backward,   dispatch,
+                                        dispatch_backward, combine,     combine_backward, zero_empty_rows};
+
+}  // namespace EVE_ISA
+}  // namespace eve_ds

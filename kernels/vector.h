@@ -1,0 +1,117 @@
+// Sixteen lanes of fp32 in GCC's vector notation. The compiler maps them to what the instruction set has (one register
+// of AVX-512, two of AVX2, four of SSE), so every build of a source adds up in the same order and, as the build turns
+// contraction into FMA off, gives the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "arguments.h"
+
+#define EVE_INLINE inline __attribute__((always_inline))
+
+namespace eve_ds {
+namespace EVE_ISA {
+
+constexpr int64_t kLanes = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+EVE_INLINE Floats broadcast(float value) { return value - Floats{}; }
+
+EVE_INLINE Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+EVE_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+EVE_INLINE Floats load(const BFloat16* from) {
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return (Floats)(__builtin_convertvector(bits, Words) << 16);
+}
+
+// Round to nearest, ties to even; what is not a number stays so.
+EVE_INLINE void store(BFloat16* to, Floats value) {
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words quiet = (bits >> 16) | 0x40;
+  const Ints is_number = value == value;
+  const Words chosen = (Words)is_number ? rounded : quiet;
+  const Halves halves = __builtin_convertvector(chosen, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+EVE_INLINE float load_one(const float* from) { return *from; }
+EVE_INLINE void store_one(float* to, float value) { *to = value; }
+
+EVE_INLINE float load_one(const BFloat16* from) {
+  const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+EVE_INLINE void store_one(BFloat16* to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  to->bits = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
+}
+
+// The first `count` < 16 values, the rest filled up; and back.
+template <typename T>
+EVE_INLINE Floats load_part(const T* from, int64_t count, float fill) {
+  Floats value = broadcast(fill);
+  for (int64_t i = 0; i < count; ++i) value[i] = load_one(from + i);
+  return value;
+}
+
+template <typename T>
+EVE_INLINE void store_part(T* to, Floats value, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) store_one(to + i, value[i]);
+}
+
+EVE_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+EVE_INLINE float sum(Floats v) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+EVE_INLINE float largest(Floats v) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+  return v[0];
+}
+
+// e^x for x <= 0 within 2 units in the last place: e^x = 2^n * e^r with |r| <= ln 2 / 2, and a Taylor polynomial of e^r
+// of degree 7. Below the smallest normal number the result is 0.
+EVE_INLINE Floats exponential(Floats x) {
+  const Floats clamped = x > -87.0f ? x : broadcast(-87.0f);
+  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Floats n = (clamped * 1.44269504f + magic) - magic;
+  const Floats r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  Floats p = broadcast(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+  const Floats value = p * (Floats)exponent;
+  return x > -87.0f ? value : Floats{};
+}
+
+}  // namespace EVE_ISA
+}  // namespace eve_ds
