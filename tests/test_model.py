@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from eve_ds.config import ModelConfig, MoEConfig, PixelDecoderConfig, load_config
 from eve_ds.model.attention import CrossAttention, SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
-from eve_ds.model.embeddings import IMAGE, TEXT, TokenStream
 from eve_ds.model.eve import EVE, Block
+from eve_ds.model.stream import Layout, join
 
 SMALL = ModelConfig(
     hidden_size=32,
@@ -165,15 +165,15 @@ def test_masked_patches_never_reach_the_encoder():
 def test_visible_patches_keep_their_positions():
     model = small_model()
     batch = pair_batch()
-    before = model.backbone(**only(batch, "pixel_values", "visible_patch_ids")).stream.hidden_states
+    before = model.backbone(**only(batch, "pixel_values", "visible_patch_ids")).stream.padded()
     order = torch.tensor([2, 0, 3, 1])
     shuffled = batch | {"visible_patch_ids": batch["visible_patch_ids"][:, order]}
-    after = model.backbone(**only(shuffled, "pixel_values", "visible_patch_ids")).stream.hidden_states
+    after = model.backbone(**only(shuffled, "pixel_values", "visible_patch_ids")).stream.padded()
     torch.testing.assert_close(after[:, 1:], before[:, 1:][:, order], **ROUNDING)
     torch.testing.assert_close(after[:, 0], before[:, 0], **ROUNDING)
     everything = torch.arange(16).expand(3, -1)
-    whole = model.backbone(pixel_values=batch["pixel_values"]).stream.hidden_states
-    listed = model.backbone(pixel_values=batch["pixel_values"], visible_patch_ids=everything).stream.hidden_states
+    whole = model.backbone(pixel_values=batch["pixel_values"]).stream.padded()
+    listed = model.backbone(pixel_values=batch["pixel_values"], visible_patch_ids=everything).stream.padded()
     torch.testing.assert_close(listed, whole, **ROUNDING)
 
 
@@ -275,17 +275,18 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     blocks = EVE(config).backbone.blocks
     assert [block.drop_path_rate for block in blocks] == pytest.approx([0.0, 0.2, 0.4])
     torch.manual_seed(0)
-    branch = torch.ones(20_000, 2, 3)
-    dropped = blocks[2].train()._drop_path(branch)
-    per_sample = dropped.flatten(1)
+    branch = torch.ones(40_000, 3)
+    layout = Layout.of(torch.tensor([[True, True, False]]).expand(20_000, -1))
+    dropped = blocks[2].train()._drop_path(branch, layout)
+    per_sample = dropped.view(20_000, -1)
     assert (per_sample == per_sample[:, :1]).all(), "a sample is dropped as a whole"
     values = dropped.unique()
     assert values[0] == 0
     assert values[-1] == pytest.approx(1 / 0.6)
     # Four standard deviations of a mean over 20,000 draws of variance 0.4 / 0.6.
     assert float(dropped.mean()) == pytest.approx(1.0, abs=4 * math.sqrt(0.4 / 0.6 / 20_000))
-    assert blocks[2].eval()._drop_path(branch) is branch
-    assert blocks[0].train()._drop_path(branch) is branch
+    assert blocks[2].eval()._drop_path(branch, layout) is branch
+    assert blocks[0].train()._drop_path(branch, layout) is branch
 
 
 INDUCTOR = pytest.param(
@@ -309,6 +310,22 @@ def test_compiled_model_gives_the_same(backend):
     torch.testing.assert_close(balance_again, balance, **ROUNDING)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradients_again[f"_orig_mod.{name}"], gradient, **ROUNDING)
+
+
+def test_packed_tokens_give_what_padded_ones_do():
+    """Both forms of one model, padding kept as tokens that nobody looks at, in training mode with all gradients."""
+    for kind in ("cross", "self"):
+        decoder = SMALL.pixel_decoder.model_copy(update={"kind": kind})
+        results = []
+        for keep_padding in (False, True):
+            model = small_model(pixel_decoder=decoder).train()
+            model.backbone.keep_padding = keep_padding
+            results.append(losses_and_gradients(model, pair_batch()))
+        (loss, balance, gradients), (padded_loss, padded_balance, padded_gradients) = results
+        torch.testing.assert_close(loss, padded_loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(balance, padded_balance, rtol=1e-5, atol=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, padded_gradients[name], rtol=1e-5, atol=1e-5)
 
 
 # --- parts against loops in fp64 --------------------------------------------------------------------------------------
@@ -350,9 +367,10 @@ def test_self_attention_equals_a_softmax_loop():
     q, k, v = x @ weight[:12].T + attention.q_bias, x @ weight[12:24].T, x @ weight[24:].T + attention.v_bias
     mixed = attention_by_loops(q.detach(), k.detach(), v.detach(), 3, key_mask())
     expected = mixed @ attention.proj.weight.T + attention.proj.bias
-    torch.testing.assert_close(attention(x, key_mask()), expected)
-    everything = torch.ones(2, 5, dtype=torch.bool)
-    torch.testing.assert_close(attention(x), attention(x, everything))
+    mask = key_mask()
+    torch.testing.assert_close(attention(x[mask], Layout.of(mask)), expected[mask])
+    kept = attention(x.flatten(0, 1), Layout.of(mask, keep_padding=True))
+    torch.testing.assert_close(kept, expected.flatten(0, 1))
 
 
 def cross_by_loops(attention, x, memory, mask, num_heads, width):
@@ -368,7 +386,8 @@ def test_cross_attention_equals_a_softmax_loop():
     x = torch.randn(2, 4, 12, dtype=torch.float64, generator=generator)
     memory = torch.randn(2, 5, 7, dtype=torch.float64, generator=generator)
     expected = cross_by_loops(attention, x, memory, key_mask(), 3, 12)
-    torch.testing.assert_close(attention(x, memory, key_mask()), expected)
+    mask = key_mask()
+    torch.testing.assert_close(attention(x, memory[mask], Layout.of(mask)), expected)
 
 
 def layer_norm_by_hand(x, norm):
@@ -390,22 +409,23 @@ def self_by_loops(attention, x, mask, num_heads):
 
 
 def decoder_inputs():
+    """Stream, the same by sample with its mask, visible and masked patches."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(2, 8, 32, dtype=torch.float64, generator=generator)  # class token, 4 patches, 3 words
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[1, 6:] = False
     visible = torch.tensor([[0, 3, 7, 9], [1, 2, 14, 15]])
     masked = torch.tensor([[1, 5], [0, 8]])
-    return TokenStream(hidden, torch.zeros(2, 8, dtype=torch.int64), mask), visible, masked
+    return join(hidden[:, :5], hidden[:, 5:], None, mask[:, 5:]), hidden, mask, visible, masked
 
 
 def test_cross_decoder_equals_loops():
     decoder = randomize(PixelDecoder(SMALL).double())
-    stream, visible, masked = decoder_inputs()
+    stream, hidden, mask, visible, masked = decoder_inputs()
     x = decoder.mask_token + decoder.position[masked]
-    memory = layer_norm_by_hand(stream.hidden_states, decoder.memory_norm)
+    memory = layer_norm_by_hand(hidden, decoder.memory_norm)
     for block in decoder.blocks:
-        read = cross_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), memory, stream.attention_mask, 3, 24)
+        read = cross_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), memory, mask, 3, 24)
         x = x + read
         x = x + ffn_by_hand(layer_norm_by_hand(x, block.norm2), block.ffn)
     expected = layer_norm_by_hand(x, decoder.norm) @ decoder.pixels.weight.T + decoder.pixels.bias
@@ -416,15 +436,13 @@ def test_cross_decoder_equals_loops():
 
 def test_self_decoder_equals_loops():
     decoder = randomize(PixelDecoder(SMALL.model_copy(update={"pixel_decoder": SELF})).double())
-    stream, visible, masked = decoder_inputs()
-    memory = (
-        layer_norm_by_hand(stream.hidden_states, decoder.memory_norm) @ decoder.memory.weight.T + decoder.memory.bias
-    )
+    stream, hidden, mask, visible, masked = decoder_inputs()
+    memory = layer_norm_by_hand(hidden, decoder.memory_norm) @ decoder.memory.weight.T + decoder.memory.bias
     for row in range(2):
         for place, patch in enumerate(visible[row]):
             memory[row, 1 + place] += decoder.position[patch]
     x = torch.cat([memory, decoder.mask_token + decoder.position[masked]], dim=1)  # another order than the decoder's
-    mask = torch.cat([stream.attention_mask, torch.ones(2, 2, dtype=torch.bool)], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.bool)], dim=1)
     for block in decoder.blocks:
         x = x + self_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), mask, 3)
         x = x + ffn_by_hand(layer_norm_by_hand(x, block.norm2), block.ffn)
@@ -448,12 +466,12 @@ def test_text_head_is_dense_gelu_norm_tied_to_the_word_embedding():
 def test_shallow_block_is_the_formula():
     block = randomize(Block(SMALL.model_copy(update={"moe_layers": []}), 0, None).double())
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-    ids = {IMAGE: torch.tensor([0, 1, 5, 6]), TEXT: torch.tensor([2, 3, 4, 7, 8, 9])}  # two image tokens, three words
-    out, moe = block(x, None, key_mask(), ids)
+    mask = key_mask()  # two image tokens, three words
+    out, moe = block(join(x[:, :2], x[:, 2:], mask[:, :2], mask[:, 2:]))
     h = x + block.gamma_1 * self_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), key_mask(), 4)
     image = ffn_by_hand(layer_norm_by_hand(h[:, :2], block.ffn.norm_image), block.ffn.image)
     text = ffn_by_hand(layer_norm_by_hand(h[:, 2:], block.ffn.norm_text), block.ffn.text)
-    torch.testing.assert_close(out, h + block.gamma_2 * torch.cat([image, text], dim=1))
+    torch.testing.assert_close(out, (h + block.gamma_2 * torch.cat([image, text], dim=1))[mask])
     assert moe is None
 
 

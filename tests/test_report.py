@@ -24,8 +24,8 @@ from eve_ds.data.shard_writer import WriterOptions, write_shards
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation import evaluation_config
 from eve_ds.metrics import MetricsWriter
-from eve_ds.model.embeddings import IMAGE, TEXT
 from eve_ds.model.eve import EVE
+from eve_ds.model.stream import IMAGE, TEXT
 from eve_ds.report.curves import running_mean
 from eve_ds.report.experts import expert_use, shares
 from eve_ds.report.reconstruction import MASKED_GREY, reconstruct, unpatchify

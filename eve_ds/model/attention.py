@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eve_ds.model.stream import Layout
+
 
 class SelfAttention(nn.Module):
     """Fused qkv weight; queries and values have a bias, keys have none (BEiT; upstream `Attention`)."""
@@ -18,11 +20,11 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(hidden_size))
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, S, D) -> (B, S, D); `attention_mask` (B, S) bool, keys that are False get no weight."""
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """(N, D) -> (N, D); tokens attend to the real tokens of their sample."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
-        return self.proj(attend(q, k, v, self.num_heads, attention_mask))
+        q, k, v = layout.pad(F.linear(x, self.qkv.weight, bias)).chunk(3, dim=-1)
+        return self.proj(layout.pack(attend(q, k, v, self.num_heads, layout.mask)))
 
 
 class CrossAttention(nn.Module):
@@ -35,10 +37,10 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(memory_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """(B, N, D), (B, S, M) -> (B, N, D); `memory_mask` (B, S) bool."""
-        k, v = self.key_value(memory).chunk(2, dim=-1)
-        return self.proj(attend(self.query(x), k, v, self.num_heads, memory_mask))
+    def forward(self, x: Tensor, memory: Tensor, layout: Layout) -> Tensor:
+        """(B, Q, D), tokens (N, M) and their layout over the same B samples -> (B, Q, D)."""
+        k, v = layout.pad(self.key_value(memory)).chunk(2, dim=-1)
+        return self.proj(attend(self.query(x), k, v, self.num_heads, layout.mask))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from eve_ds.config import ModelConfig
 from eve_ds.model.attention import CrossAttention, SelfAttention
-from eve_ds.model.embeddings import TokenStream
 from eve_ds.model.feed_forward import FeedForward
+from eve_ds.model.stream import Layout, TokenStream
 
 
 class PixelDecoder(nn.Module):
@@ -38,23 +38,25 @@ class PixelDecoder(nn.Module):
         self.pixels = nn.Linear(width, config.patch_size**2 * 3)
 
     def forward(self, stream: TokenStream, visible_patch_ids: Tensor, masked_patch_ids: Tensor) -> Tensor:
-        """Encoded stream (B, S, D), (B, N_visible), (B, N_masked) -> (B, N_masked, P * P * 3)."""
+        """Encoded stream of B samples, (B, N_visible), (B, N_masked) -> (B, N_masked, P * P * 3)."""
         queries = self.mask_token + self.position[masked_patch_ids]  # (B, N_masked, W)
-        memory = self.memory(self.memory_norm(stream.hidden_states))
-        mask = stream.attention_mask
-        if self.kind == "self":
-            queries, mask = self._join(queries, memory, mask, visible_patch_ids)
+        memory = self.memory(self.memory_norm(stream.hidden_states))  # (N, W or D)
+        if self.kind == "cross":
+            for block in self.blocks:
+                queries = block(queries, memory, stream.layout)
+            return self.pixels(self.norm(queries))
+        tokens, layout = self._join(queries, stream.layout.pad(memory), stream.layout.mask, visible_patch_ids)
         for block in self.blocks:
-            queries = block(queries, memory, mask)
-        return self.pixels(self.norm(queries[:, : masked_patch_ids.shape[1]]))
+            tokens = block(tokens, None, layout)
+        return self.pixels(self.norm(layout.pad(tokens)[:, : masked_patch_ids.shape[1]]))
 
-    def _join(self, queries: Tensor, memory: Tensor, mask: Tensor, visible_patch_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _join(self, queries: Tensor, memory: Tensor, mask: Tensor, visible_patch_ids: Tensor) -> tuple[Tensor, Layout]:
         """Mask tokens first, then the stream, whose patches (after the class token) get the decoder's positions."""
         batch, num_visible = visible_patch_ids.shape
         position = F.pad(self.position[visible_patch_ids], (0, 0, 1, memory.shape[1] - num_visible - 1))
-        joined = torch.cat([queries, memory + position], dim=1)
         seen = torch.ones(batch, queries.shape[1], dtype=torch.bool, device=mask.device)
-        return joined, torch.cat([seen, mask], dim=1)
+        layout = Layout.of(torch.cat([seen, mask], dim=1))
+        return layout.pack(torch.cat([queries, memory + position], dim=1)), layout
 
 
 class DecoderBlock(nn.Module):
@@ -64,18 +66,17 @@ class DecoderBlock(nn.Module):
         super().__init__()
         decoder = config.pixel_decoder
         width, heads = decoder.hidden_size, decoder.num_attention_heads
-        self.kind = decoder.kind
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.attention: nn.Module = (
-            SelfAttention(width, heads) if self.kind == "self" else CrossAttention(width, memory_size, heads)
+            SelfAttention(width, heads) if decoder.kind == "self" else CrossAttention(width, memory_size, heads)
         )
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.ffn = FeedForward(width, 4 * width)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """(B, N, W) -> (B, N, W); `mask` is of the sequence attended to."""
+    def forward(self, x: Tensor, memory: Tensor | None, layout: Layout) -> Tensor:
+        """Same shape out: tokens (N, W) with their layout, or (B, Q, W) that look at `memory` tokens and theirs."""
         h = self.norm1(x)
-        x = x + (self.attention(h, mask) if self.kind == "self" else self.attention(h, memory, mask))
+        x = x + (self.attention(h, layout) if memory is None else self.attention(h, memory, layout))
         return x + self.ffn(self.norm2(x))
 
 

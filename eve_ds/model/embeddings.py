@@ -1,28 +1,12 @@
-"""Embeddings: from pixels and token ids to one stream of tokens that carries its modality with it."""
+"""Embeddings of pixels and of token ids."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import ModelConfig
-
-IMAGE, TEXT = 0, 1
-"""Modality ids."""
-
-
-class TokenStream(NamedTuple):
-    """Image and text tokens of B samples in one sequence of S positions."""
-
-    hidden_states: Tensor
-    """(B, S, D)."""
-    modality_ids: Tensor
-    """(B, S) int64, IMAGE or TEXT."""
-    attention_mask: Tensor
-    """(B, S) bool, True = a real token."""
 
 
 class ImageEmbedding(nn.Module):
@@ -77,30 +61,6 @@ class TextEmbedding(nn.Module):
             raise ValueError(f"text of {length} tokens exceeds text_positions ({self.position.shape[0]})")
         words = self.dropout(self.norm(self.word(input_ids)))
         return words + self.position[:length] + self.modality
-
-
-def join(image: Tensor | None, text: Tensor | None, image_mask: Tensor | None, text_mask: Tensor | None) -> TokenStream:
-    """Concatenate image tokens (B, N, D) and text tokens (B, L, D) into one stream; either may be None.
-
-    Args:
-        image, text: embedded tokens.
-        image_mask: (B,) or (B, N) bool, True = this sample has an image, or this token counts; None = all do.
-        text_mask: (B, L) bool, True = real token; None = all are.
-    """
-    parts: list[Tensor] = []
-    masks: list[Tensor] = []
-    modalities: list[Tensor] = []
-    for tokens, mask, modality in ((image, image_mask, IMAGE), (text, text_mask, TEXT)):
-        if tokens is None:
-            continue
-        shape = tokens.shape[:2]
-        everything = torch.ones(shape, dtype=torch.bool, device=tokens.device)
-        parts.append(tokens)
-        masks.append(everything if mask is None else mask.bool().view(shape[0], -1).expand(shape))
-        modalities.append(torch.full(shape, modality, device=tokens.device))
-    if not parts:
-        raise ValueError("a batch needs pixel_values or input_ids; both are None")
-    return TokenStream(torch.cat(parts, dim=1), torch.cat(modalities, dim=1), torch.cat(masks, dim=1))
 
 
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from eve_ds.config import ModelConfig
 from eve_ds.model.attention import SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
-from eve_ds.model.embeddings import IMAGE, TEXT, ImageEmbedding, TextEmbedding, TokenStream, join
+from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.feed_forward import ModalityFeedForward
 from eve_ds.model.moe import MoE, MoEOutput, plain_named_parameters
+from eve_ds.model.stream import Layout, TokenStream, join
 
 MoEFactory = Callable[[ModelConfig], nn.Module]
 """Makes the MoE of one layer; its forward has the signature of :meth:`eve_ds.model.moe.MoE.forward`."""
@@ -31,9 +32,9 @@ class BackboneOutput(NamedTuple):
     """Encoded stream and what the MoE layers said."""
 
     stream: TokenStream
-    """`hidden_states` (B, S, D) after the final LayerNorm; image tokens (class token first) come before text."""
+    """After the final LayerNorm; `stream.padded()` lays it out by sample."""
     num_image_tokens: int
-    """Image tokens per sample, class token included; 0 without images."""
+    """Positions of a sample that image tokens may take, class token included; 0 without images."""
     moe: tuple[MoEOutput, ...]
     """One per MoE layer, shallow to deep; their `hidden_states` are internal."""
 
@@ -76,22 +77,23 @@ class Block(nn.Module):
         else:
             self.ffn = ModalityFeedForward(config)
 
-    def forward(
-        self, x: Tensor, modality_ids: Tensor, attention_mask: Tensor, token_ids: dict[int, Tensor]
-    ) -> tuple[Tensor, MoEOutput | None]:
-        """(B, S, D) -> (B, S, D) and, in a deep layer, the MoE's output."""
-        x = x + self._drop_path(self.gamma_1 * self.attention(self.norm1(x), attention_mask))
+    def forward(self, stream: TokenStream) -> tuple[Tensor, MoEOutput | None]:
+        """Tokens (N, D) of a stream -> (N, D) and, in a deep layer, the MoE's output."""
+        layout = stream.layout
+        x = stream.hidden_states
+        x = x + self._drop_path(self.gamma_1 * self.attention(self.norm1(x), layout), layout)
         if not self.is_moe:
-            return x + self._drop_path(self.gamma_2 * self.ffn(x, token_ids)), None
-        moe: MoEOutput = self.moe(self.norm2(x), modality_ids, attention_mask)
-        return x + self._drop_path(self.gamma_2 * moe.hidden_states), moe
+            return x + self._drop_path(self.gamma_2 * self.ffn(x, stream.by_modality), layout), None
+        moe: MoEOutput = self.moe(self.norm2(x), stream.modality_ids, layout.real)
+        return x + self._drop_path(self.gamma_2 * moe.hidden_states, layout), moe
 
-    def _drop_path(self, branch: Tensor) -> Tensor:
+    def _drop_path(self, branch: Tensor, layout: Layout) -> Tensor:
         """Drop a residual branch for whole samples (stochastic depth)."""
         if not self.training or self.drop_path_rate == 0.0:
             return branch
         keep = 1.0 - self.drop_path_rate
-        return branch * branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep) / keep
+        kept = branch.new_empty(layout.mask.shape[0], 1).bernoulli_(keep) / keep
+        return branch * kept[layout.sample_ids()]
 
 
 class Backbone(nn.Module):
@@ -99,6 +101,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
         super().__init__()
+        self.keep_padding = config.profile == "official"
+        """Compute padding too, which the released model routes; otherwise the same results, slower."""
         self.image_embedding = ImageEmbedding(config)
         self.text_embedding = TextEmbedding(config)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -118,24 +122,22 @@ class Backbone(nn.Module):
         """Encode images (B, 3, H, W), text (B, L), or pairs; see :class:`eve_ds.model.eve.EVE` for the arguments."""
         image = None if pixel_values is None else self.image_embedding(pixel_values, visible_patch_ids)
         text = None if input_ids is None else self.text_embedding(input_ids)
-        stream = join(image, text, _image_token_mask(image_mask, visible_patch_mask), attention_mask)
-        token_ids = _token_ids(stream, image, text)
-        hidden_states = self.pre_norm(stream.hidden_states)
+        image_token_mask = _image_token_mask(image_mask, visible_patch_mask)
+        stream = join(image, text, image_token_mask, attention_mask, self.keep_padding)
+        stream = stream._replace(hidden_states=self.pre_norm(stream.hidden_states))
         moe_outputs = []
         for block in self.blocks:
-            hidden_states, moe = self._run(block, hidden_states, stream, token_ids)
+            hidden_states, moe = self._run(block, stream)
+            stream = stream._replace(hidden_states=hidden_states)
             if moe is not None:
                 moe_outputs.append(moe)
-        stream = stream._replace(hidden_states=self.norm(hidden_states))
+        stream = stream._replace(hidden_states=self.norm(stream.hidden_states))
         return BackboneOutput(stream, 0 if image is None else image.shape[1], tuple(moe_outputs))
 
-    def _run(
-        self, block: nn.Module, x: Tensor, stream: TokenStream, token_ids: dict[int, Tensor]
-    ) -> tuple[Tensor, MoEOutput | None]:
-        arguments = (x, stream.modality_ids, stream.attention_mask, token_ids)
+    def _run(self, block: nn.Module, stream: TokenStream) -> tuple[Tensor, MoEOutput | None]:
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+            return checkpoint(block, stream, use_reentrant=False)
+        return block(stream)
 
 
 class EVE(nn.Module):
@@ -172,7 +174,7 @@ class EVE(nn.Module):
             masked_patch_ids: (B, N_masked) int64 patches to predict; None = predict none.
             input_ids: (B, L) int64 with masked tokens replaced, or None for images alone.
             attention_mask: (B, L) bool, True = real token; None = all are.
-            masked_token_ids: (M,) int64 flat indices into B * L of the tokens to predict; None = predict none.
+            masked_token_ids: (M,) int64 flat indices into B * L of the real tokens to predict; None = predict none.
 
         Raises:
             ValueError: neither images nor text, or a text longer than the position table.
@@ -184,8 +186,7 @@ class EVE(nn.Module):
         if masked_patch_ids is not None and visible_patch_ids is not None:
             pixels = self.pixel_decoder(encoded.stream, visible_patch_ids, masked_patch_ids)
         if masked_token_ids is not None:
-            text = encoded.stream.hidden_states[:, encoded.num_image_tokens :].flatten(0, 1)
-            tokens = self.text_head(text.index_select(0, masked_token_ids))
+            tokens = self.text_head(_text_tokens(encoded, masked_token_ids))
         words = self.backbone.text_embedding.word.weight
         return EVEOutput(pixels, tokens, words, self.text_head.bias, encoded.moe)
 
@@ -198,17 +199,13 @@ def _image_token_mask(image_mask: Tensor | None, visible_patch_mask: Tensor | No
     return mask if image_mask is None else mask & image_mask.unsqueeze(1)
 
 
-def _token_ids(stream: TokenStream, image: Tensor | None, text: Tensor | None) -> dict[int, Tensor]:
-    """Flat positions of each modality's tokens, known from the shapes so that no device is asked."""
-    batch, length = stream.attention_mask.shape
-    grid = torch.arange(batch * length, device=stream.attention_mask.device).view(batch, length)
-    boundary = 0 if image is None else image.shape[1]
-    ids = {}
-    if image is not None:
-        ids[IMAGE] = grid[:, :boundary].flatten()
-    if text is not None:
-        ids[TEXT] = grid[:, boundary:].flatten()
-    return ids
+def _text_tokens(encoded: BackboneOutput, ids: Tensor) -> Tensor:
+    """(M, D) states of the text tokens with the flat indices `ids` (M,) into B * L."""
+    layout = encoded.stream.layout
+    length = layout.mask.shape[1]
+    text_length = length - encoded.num_image_tokens
+    positions = ids // text_length * length + encoded.num_image_tokens + ids % text_length
+    return encoded.stream.hidden_states.index_select(0, layout.places[positions])
 
 
 @torch.no_grad()

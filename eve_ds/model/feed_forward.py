@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import ModelConfig
-from eve_ds.model.embeddings import IMAGE, TEXT
+from eve_ds.model.stream import IMAGE, TEXT, ModalityOrder
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -39,12 +39,12 @@ class ModalityFeedForward(nn.Module):
         self.image = FeedForward(width, config.intermediate_size)
         self.text = FeedForward(width, config.intermediate_size)
 
-    def forward(self, x: Tensor, token_ids: dict[int, Tensor]) -> Tensor:
-        """(B, S, D) -> (B, S, D); `token_ids` maps a modality to its flat positions in B * S, absent if it has none."""
-        tokens = x.flatten(0, 1)
-        out = torch.zeros_like(tokens)
-        for modality, norm, network in ((IMAGE, self.norm_image, self.image), (TEXT, self.norm_text, self.text)):
-            if modality in token_ids:
-                ids = token_ids[modality]
-                out = out.index_copy(0, ids, network(norm(tokens.index_select(0, ids))).to(out.dtype))
-        return out.view_as(x)
+    def forward(self, x: Tensor, by_modality: ModalityOrder) -> Tensor:
+        """(N, D) -> (N, D)."""
+        branches = {IMAGE: (self.norm_image, self.image), TEXT: (self.norm_text, self.text)}
+        rows = by_modality.sort(x).split(list(by_modality.sizes.values()))
+        done = []
+        for modality, own in zip(by_modality.sizes, rows, strict=True):
+            norm, network = branches[modality]
+            done.append(network(norm(own)))
+        return by_modality.restore(torch.cat(done))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from eve_ds import ops
 from eve_ds.config import ModelConfig
-from eve_ds.model.embeddings import IMAGE, TEXT
 from eve_ds.model.feed_forward import FeedForward
 from eve_ds.model.naming import to_plain_name
+from eve_ds.model.stream import IMAGE, TEXT
 
 
 class RouterStatistics(NamedTuple):
@@ -41,7 +41,7 @@ class MoEOutput(NamedTuple):
     """What an MoE layer returns; nothing is kept on the module."""
 
     hidden_states: Tensor
-    """(B, S, D), zero for tokens that are not routed."""
+    """Shape of the input, zero for tokens that are not routed."""
     load_balancing_loss: Tensor
     """() fp32, 1 when balanced."""
     router_z_sum: Tensor
@@ -70,9 +70,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
         self.modality_embedding = nn.Parameter(torch.empty(2, config.hidden_size))
 
-    def forward(self, x: Tensor, modality_ids: Tensor, valid: Tensor) -> RouterOutput:
-        """Route (T, D) tokens with (T,) modality ids; (T,) `valid` False means padding."""
-        routed = torch.ones_like(valid) if self.official else valid
+    def forward(self, x: Tensor, modality_ids: Tensor, valid: Tensor | None = None) -> RouterOutput:
+        """Route (T, D) tokens with (T,) modality ids; (T,) `valid` False means padding, None that there is none."""
+        routed = None if self.official else valid
         dispatch = (
             self._dispatch_jittered if self.training and self.config.router_jitter > 0 else ops.route_and_dispatch
         )
@@ -87,7 +87,8 @@ class Router(nn.Module):
             noise=self._second_choice_noise(x),
             embed_rows=self.official,
         )
-        return RouterOutput(rows, routing, routed.sum().float(), _statistics(routing, modality_ids, routed))
+        counted = torch.ones_like(modality_ids, dtype=torch.bool) if routed is None else routed
+        return RouterOutput(rows, routing, counted.sum().float(), _statistics(routing, modality_ids, counted))
 
     @property
     def dropless(self) -> bool:
@@ -153,8 +154,8 @@ class MoE(nn.Module):
             FeedForward(config.hidden_size, config.intermediate_size) for _ in range(config.moe.num_experts)
         )
 
-    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor) -> MoEOutput:
-        """(B, S, D), (B, S) int64, (B, S) bool -> MoEOutput."""
+    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
+        """(..., D), (...) int64, (...) bool or None where all are tokens -> MoEOutput."""
         return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self._apply_experts)
 
     def _apply_experts(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def mix_experts(
     router: Router,
     hidden_states: Tensor,
     modality_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     apply_experts: Callable[[Tensor, Tensor], Tensor],
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> MoEOutput:
@@ -181,12 +182,12 @@ def mix_experts(
 
     Args:
         router: chooses experts.
-        hidden_states, modality_ids, attention_mask: (B, S, D), (B, S) int64, (B, S) bool.
+        hidden_states, modality_ids, attention_mask: (..., D), (...) int64, (...) bool or None where all are tokens.
         apply_experts: maps the expert buffer (R, D) and the (E,) int64 rows of each expert in it to the (R, D) outputs.
         sum_over_ranks: sums a tensor over the ranks whose tokens are balanced together; None: this rank's tokens only.
     """
-    x, modality = hidden_states.flatten(0, 1), modality_ids.flatten()
-    routed = router(x, modality, attention_mask.flatten())
+    x = hidden_states.flatten(0, -2)
+    routed = router(x, modality_ids.flatten(), None if attention_mask is None else attention_mask.flatten())
     routing = routed.routing
     rows = apply_experts(routed.rows, router.rows_per_expert(routing))
     mixed = ops.moe_combine(rows, routing.slots, routing.gates, routing.source)

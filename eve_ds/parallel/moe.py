@@ -74,8 +74,8 @@ class DeepSpeedMoE(UpstreamMoE):
                 "group: leave use_data_before_expert_parallelism off, or pass DeepSpeedMoE the ep_rank of the layout"
             )
 
-    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor) -> MoEOutput:
-        """(B, S, D), (B, S) int64, (B, S) bool -> MoEOutput, as :meth:`eve_ds.model.moe.MoE.forward`."""
+    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
+        """(..., D), (...) int64, (...) bool or None -> MoEOutput, as :meth:`eve_ds.model.moe.MoE.forward`."""
         over_ranks = self.training and self.balance_over_ranks and dist.is_initialized()
         sum_over_ranks = _sum_over_data_parallel if over_ranks else None
         return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.deepspeed_moe, sum_over_ranks)

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from eve_ds.data.batch import Batch
-from eve_ds.model.embeddings import IMAGE, TEXT
 from eve_ds.model.moe import RouterStatistics, router_metrics
+from eve_ds.model.stream import IMAGE, TEXT
 from eve_ds.report.style import FAINT, IMAGE_COLOR, INK, TEXT_COLOR, save, tidy
 
 
