@@ -22,8 +22,7 @@ EVE_INLINE int64_t end_token(int64_t chunk, int64_t tokens) {
 // Lowest index of the largest of `width` scores, where width is a multiple of the lanes.
 EVE_INLINE int64_t argmax(const float* scores, int64_t width) {
   Floats best = broadcast(-INFINITY);
-  Ints where{}, index{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  where = index;
+  Ints index{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, where = index;
   for (int64_t e = 0; e < width; e += kLanes) {
     const Floats value = load(scores + e);
     const Ints better = value > best;
@@ -31,24 +30,54 @@ EVE_INLINE int64_t argmax(const float* scores, int64_t width) {
     where = better ? index : where;
     index += static_cast<int32_t>(kLanes);
   }
-  const float top = largest(best);
-  int32_t lowest = INT32_MAX;
-  for (int64_t i = 0; i < kLanes; ++i) {
-    const int32_t candidate = best[i] == top ? where[i] : INT32_MAX;
-    lowest = candidate < lowest ? candidate : lowest;
-  }
-  return lowest;
+  const Ints none = Ints{} + INT32_MAX;
+  return smallest(best == broadcast(largest(best)) ? where : none);
 }
 
 EVE_INLINE void accumulate(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-// One row: to = scale * from, to += scale * from, and the dot product of two rows, in fp32.
+// Results above this many bytes go past the cache: nothing of them would still be there when they are read.
+constexpr int64_t kStreamBytes = int64_t{1} << 23;
+
+// Whether rows of a result of `rows` x `width` may be streamed.
 template <typename T>
+EVE_INLINE bool streams(const T* out, int64_t rows, int64_t width) {
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+  return rows * row_bytes > kStreamBytes && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+template <bool kStream, typename T>
+EVE_INLINE void put(T* to, Floats value) {
+  if (kStream)
+    stream(to, value);
+  else
+    store(to, value);
+}
+
+// Rows lie anywhere in memory: ask for one before its turn.
+template <typename T>
+EVE_INLINE void prefetch_row(const T* row, int64_t width) {
+  const char* from = reinterpret_cast<const char*>(row);
+  for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(from + byte);
+}
+
+template <bool kStream>
+EVE_INLINE void copy_row(void* to, const void* from, int64_t bytes) {
+  if (!kStream) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  for (int64_t word = 0; word < bytes / 4; word += kLanes)  // streamed rows are whole vectors
+    stream(static_cast<float*>(to) + word, load(static_cast<const float*>(from) + word));
+}
+
+// One row: to = scale * from, and the dot product of two rows, in fp32.
+template <bool kStream, typename T>
 EVE_INLINE void scale_row(T* to, const T* from, float scale, int64_t width) {
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) store(to + d, load(from + d) * scale);
+  for (; d + kLanes <= width; d += kLanes) put<kStream>(to + d, load(from + d) * scale);
   for (; d < width; ++d) store_one(to + d, load_one(from + d) * scale);
 }
 
@@ -206,33 +235,70 @@ void route_backward(const RouteBackward& route, int64_t first_chunk, int64_t end
   }
 }
 
-template <typename T>
-void dispatch_rows(const Dispatch& args, int64_t first_row, int64_t end_row) {
+template <bool kStream, typename T>
+EVE_INLINE void fill_row(T* row, const T* from, const float* embedding, int64_t width) {
+  if (embedding == nullptr) {
+    copy_row<kStream>(row, from, width * static_cast<int64_t>(sizeof(T)));
+    return;
+  }
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) put<kStream>(row + d, load(from + d) + load(embedding + d));
+  for (; d < width; ++d) store_one(row + d, load_one(from + d) + embedding[d]);
+}
+
+template <bool kStream, typename T>
+void dispatch_range(const Dispatch& args, int64_t first_row, int64_t end_row) {
   const T* x = static_cast<const T*>(args.x);
   T* out = static_cast<T*>(args.out);
   const int64_t width = args.width;
   for (int64_t r = first_row; r < end_row; ++r) {
     const int64_t token = args.source[r];
-    T* row = out + r * width;
+    if (r + 1 < end_row && args.source[r + 1] >= 0) prefetch_row(x + args.source[r + 1] * width, width);
     if (token < 0) {
-      std::memset(row, 0, width * sizeof(T));
-    } else if (args.modality_embedding == nullptr) {
-      std::memcpy(row, x + token * width, width * sizeof(T));
-    } else {
-      const T* from = x + token * width;
-      const float* embedding = args.modality_embedding + args.modality_ids[token] * width;
-      int64_t d = 0;
-      for (; d + kLanes <= width; d += kLanes) store(row + d, load(from + d) + load(embedding + d));
-      for (; d < width; ++d) store_one(row + d, load_one(from + d) + embedding[d]);
+      std::memset(out + r * width, 0, width * sizeof(T));
+      continue;
+    }
+    const float* embedding =
+        args.modality_embedding == nullptr ? nullptr : args.modality_embedding + args.modality_ids[token] * width;
+    fill_row<kStream>(out + r * width, x + token * width, embedding, width);
+  }
+  if (kStream) stream_fence();
+}
+
+template <typename T>
+void dispatch_rows(const Dispatch& args, int64_t first_row, int64_t end_row) {
+  if (streams(static_cast<const T*>(args.out), args.rows, args.width))
+    dispatch_range<true, T>(args, first_row, end_row);
+  else
+    dispatch_range<false, T>(args, first_row, end_row);
+}
+
+// Rows of a token that are kept, with their gates; asks for those of the next token.
+template <typename T>
+struct KeptRows {
+  const T* rows[kMaxTopK];
+  float gates[kMaxTopK];
+  int64_t count = 0;
+
+  EVE_INLINE KeptRows(const T* all, const int64_t* slots, const float* all_gates, int64_t token, int64_t tokens,
+                      int64_t top_k, int64_t width) {
+    for (int64_t k = 0; k < top_k; ++k) {
+      const int64_t slot = slots[token * top_k + k];
+      if (slot >= 0) {
+        rows[count] = all + slot * width;
+        gates[count++] = all_gates == nullptr ? 1.0f : all_gates[token * top_k + k];
+      }
+      if (token + 1 < tokens && slots[(token + 1) * top_k + k] >= 0)
+        prefetch_row(all + slots[(token + 1) * top_k + k] * width, width);
     }
   }
-}
+};
 
 template <typename T>
 void dispatch_backward_chunks(const DispatchBackward& args, int64_t first_chunk, int64_t end_chunk) {
   const T* d_rows = static_cast<const T*>(args.d_rows);
   T* d_x = static_cast<T*>(args.d_x);
-  const int64_t width = args.width, top_k = args.top_k;
+  const int64_t width = args.width;
   for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
     float* chunk_sums = nullptr;
     if (args.chunk_d_embedding != nullptr) {
@@ -240,22 +306,19 @@ void dispatch_backward_chunks(const DispatchBackward& args, int64_t first_chunk,
       std::memset(chunk_sums, 0, args.modalities * width * sizeof(float));
     }
     for (int64_t t = first_token(chunk); t < end_token(chunk, args.tokens); ++t) {
-      const T* rows[kMaxTopK];
-      int64_t kept = 0;
-      for (int64_t k = 0; k < top_k; ++k)
-        if (args.slots[t * top_k + k] >= 0) rows[kept++] = d_rows + args.slots[t * top_k + k] * width;
+      const KeptRows<T> kept(d_rows, args.slots, nullptr, t, args.tokens, args.top_k, width);
       T* to = d_x + t * width;
       float* sums = chunk_sums == nullptr ? nullptr : chunk_sums + args.modality_ids[t] * width;
       int64_t d = 0;
       for (; d + kLanes <= width; d += kLanes) {
         Floats total{};
-        for (int64_t k = 0; k < kept; ++k) total += load(rows[k] + d);
+        for (int64_t k = 0; k < kept.count; ++k) total += load(kept.rows[k] + d);
         store(to + d, total);
         if (sums != nullptr) store(sums + d, load(sums + d) + total);
       }
       for (; d < width; ++d) {
         float total = 0.0f;
-        for (int64_t k = 0; k < kept; ++k) total += load_one(rows[k] + d);
+        for (int64_t k = 0; k < kept.count; ++k) total += load_one(kept.rows[k] + d);
         store_one(to + d, total);
         if (sums != nullptr) sums[d] += total;
       }
@@ -265,36 +328,27 @@ void dispatch_backward_chunks(const DispatchBackward& args, int64_t first_chunk,
 
 template <typename T>
 void combine_chunks(const Combine& args, int64_t first_chunk, int64_t end_chunk) {
-  const T* rows = static_cast<const T*>(args.rows);
   T* out = static_cast<T*>(args.out);
-  const int64_t width = args.width, top_k = args.top_k;
+  const int64_t width = args.width;
   for (int64_t t = first_token(first_chunk); t < end_token(end_chunk - 1, args.tokens); ++t) {
-    const T* from[kMaxTopK];
-    float gates[kMaxTopK];
-    int64_t kept = 0;
-    for (int64_t k = 0; k < top_k; ++k) {
-      const int64_t slot = args.slots[t * top_k + k];
-      if (slot < 0) continue;
-      from[kept] = rows + slot * width;
-      gates[kept++] = args.gates[t * top_k + k];
-    }
+    const KeptRows<T> kept(static_cast<const T*>(args.rows), args.slots, args.gates, t, args.tokens, args.top_k, width);
     T* to = out + t * width;
     int64_t d = 0;
     for (; d + kLanes <= width; d += kLanes) {
       Floats total{};
-      for (int64_t k = 0; k < kept; ++k) total += load(from[k] + d) * gates[k];
+      for (int64_t k = 0; k < kept.count; ++k) total += load(kept.rows[k] + d) * kept.gates[k];
       store(to + d, total);
     }
     for (; d < width; ++d) {
       float total = 0.0f;
-      for (int64_t k = 0; k < kept; ++k) total += load_one(from[k] + d) * gates[k];
+      for (int64_t k = 0; k < kept.count; ++k) total += load_one(kept.rows[k] + d) * kept.gates[k];
       store_one(to + d, total);
     }
   }
 }
 
-template <typename T>
-void combine_backward_chunks(const CombineBackward& args, int64_t first_chunk, int64_t end_chunk) {
+template <bool kStream, typename T>
+void combine_backward_range(const CombineBackward& args, int64_t first_chunk, int64_t end_chunk) {
   const T* d_out = static_cast<const T*>(args.d_out);
   const T* expert_rows = static_cast<const T*>(args.expert_rows);
   T* d_rows = static_cast<T*>(args.d_rows);
@@ -303,14 +357,25 @@ void combine_backward_chunks(const CombineBackward& args, int64_t first_chunk, i
     const T* upstream = d_out + t * width;
     for (int64_t k = 0; k < top_k; ++k) {
       const int64_t slot = args.slots[t * top_k + k];
+      if (t + 1 < args.tokens && args.slots[(t + 1) * top_k + k] >= 0)
+        prefetch_row(expert_rows + args.slots[(t + 1) * top_k + k] * width, width);
       if (slot < 0) {
         args.d_gates[t * top_k + k] = 0.0f;
         continue;
       }
       args.d_gates[t * top_k + k] = dot_rows(upstream, expert_rows + slot * width, width);
-      scale_row(d_rows + slot * width, upstream, args.gates[t * top_k + k], width);
+      scale_row<kStream>(d_rows + slot * width, upstream, args.gates[t * top_k + k], width);
     }
   }
+  if (kStream) stream_fence();
+}
+
+template <typename T>
+void combine_backward_chunks(const CombineBackward& args, int64_t first_chunk, int64_t end_chunk) {
+  if (streams(static_cast<const T*>(args.d_rows), args.rows, args.width))
+    combine_backward_range<true, T>(args, first_chunk, end_chunk);
+  else
+    combine_backward_range<false, T>(args, first_chunk, end_chunk);
 }
 
 template <typename T>

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "arguments.h"
 
 #define EVE_INLINE inline __attribute__((always_inline))
@@ -16,6 +20,10 @@ namespace EVE_ISA {
 constexpr int64_t kLanes = 16;
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
@@ -33,6 +41,28 @@ EVE_INLINE Floats load(const float* from) {
 
 EVE_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
+// Past the cache, for results too large to stay in it: a plain store would first read the line that it fills. The
+// address must be a multiple of 64 bytes; stream_fence() comes before anybody else reads.
+EVE_INLINE void stream(float* to, Floats value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)value);
+#elif defined(__SSE2__)
+  for (int i = 0; i < 4; ++i) {
+    __m128 part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&value) + 16 * i, sizeof part);
+    _mm_stream_ps(to + 4 * i, part);
+  }
+#else
+  store(to, value);
+#endif
+}
+
+EVE_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 EVE_INLINE Floats load(const BFloat16* from) {
   Halves bits;
   std::memcpy(&bits, from, sizeof bits);
@@ -40,14 +70,32 @@ EVE_INLINE Floats load(const BFloat16* from) {
 }
 
 // Round to nearest, ties to even; what is not a number stays so.
-EVE_INLINE void store(BFloat16* to, Floats value) {
+EVE_INLINE Halves round_to_bfloat16(Floats value) {
   const Words bits = (Words)value;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words quiet = (bits >> 16) | 0x40;
   const Ints is_number = value == value;
   const Words chosen = (Words)is_number ? rounded : quiet;
-  const Halves halves = __builtin_convertvector(chosen, Halves);
+  return __builtin_convertvector(chosen, Halves);
+}
+
+EVE_INLINE void store(BFloat16* to, Floats value) {
+  const Halves halves = round_to_bfloat16(value);
   std::memcpy(to, &halves, sizeof halves);
+}
+
+// The address must be a multiple of 32 bytes.
+EVE_INLINE void stream(BFloat16* to, Floats value) {
+#if defined(__SSE2__)
+  const Halves halves = round_to_bfloat16(value);
+  for (int i = 0; i < 2; ++i) {
+    __m128i part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&halves) + 16 * i, sizeof part);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, part);
+  }
+#else
+  store(to, value);
+#endif
 }
 
 EVE_INLINE float load_one(const float* from) { return *from; }
@@ -81,16 +129,36 @@ EVE_INLINE void store_part(T* to, Floats value, int64_t count) {
 
 EVE_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
+// Lane by lane, halves onto halves: 16 to 8 to 4 to 2 to 1.
+template <typename Narrow, typename Wide>
+EVE_INLINE Narrow half(Wide v, int which) {
+  Narrow part;
+  std::memcpy(&part, reinterpret_cast<const char*>(&v) + which * sizeof part, sizeof part);
+  return part;
+}
+
 EVE_INLINE float sum(Floats v) {
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+  const Floats8 eight = half<Floats8>(v, 0) + half<Floats8>(v, 1);
+  const Floats4 four = half<Floats4>(eight, 0) + half<Floats4>(eight, 1);
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 EVE_INLINE float largest(Floats v) {
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-  return v[0];
+  const Floats8 a = half<Floats8>(v, 0), b = half<Floats8>(v, 1);
+  const Floats8 eight = a > b ? a : b;
+  const Floats4 c = half<Floats4>(eight, 0), d = half<Floats4>(eight, 1);
+  const Floats4 four = c > d ? c : d;
+  const float even = four[0] > four[2] ? four[0] : four[2], odd = four[1] > four[3] ? four[1] : four[3];
+  return even > odd ? even : odd;
+}
+
+EVE_INLINE int32_t smallest(Ints v) {
+  const Ints8 a = half<Ints8>(v, 0), b = half<Ints8>(v, 1);
+  const Ints8 eight = a < b ? a : b;
+  const Ints4 c = half<Ints4>(eight, 0), d = half<Ints4>(eight, 1);
+  const Ints4 four = c < d ? c : d;
+  const int32_t even = four[0] < four[2] ? four[0] : four[2], odd = four[1] < four[3] ? four[1] : four[3];
+  return even < odd ? even : odd;
 }
 
 // e^x for x <= 0 within 2 units in the last place: e^x = 2^n * e^r with |r| <= ln 2 / 2, and a Taylor polynomial of e^r

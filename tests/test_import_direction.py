@@ -22,15 +22,16 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "metrics": {"config", "distributed"},
     "evaluation": {"config", "distributed", "ops", "data", "model"},
     "report": {"config", "ops", "data", "model", "losses", "evaluation"},
+    "benchmark": {"config", "ops", "data", "model", "losses"},
     "engine": {
         *("config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint"),
         *("metrics", "evaluation", "report"),
     },
 }
 ONLY_IN = {  # library: parts that may import it
-    "deepspeed": {"parallel", "engine", "checkpoint"},
+    "deepspeed": {"parallel", "engine", "checkpoint", "benchmark"},
     "megatron": {"parallel"},
-    "torch.distributed": {"distributed", "parallel", "engine", "checkpoint"},
+    "torch.distributed": {"distributed", "parallel", "engine", "checkpoint", "benchmark"},
     "launcher": set(),
 }
 

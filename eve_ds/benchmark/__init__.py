@@ -1,0 +1,1 @@
+"""Measure the project's own parts beside what others offer for the same work."""

@@ -1,0 +1,209 @@
+"""Time and memory of several sides that do the same work, interleaved in one process.
+
+CPU: one thread, CPU time of the process, so that other users of the machine count little. CUDA: device events. Every
+side has the same allocator: on the CPU, freed memory is kept while time is taken (fresh pages cost more than most of
+these ops), and given back while memory is.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+Run = Callable[[], object]
+COLUMNS = (
+    *("measure", "dtype", "shape", "peer", "ours_ms", "peer_ms", "ratio", "ours_spread", "peer_spread"),
+    *("ours_mb", "peer_mb", "repeats", "device", "torch", "deepspeed", "commit", "date"),
+)
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Parameters of glibc's mallopt."""
+
+
+class Measure(NamedTuple):
+    """One row: our side against one peer."""
+
+    measure: str
+    dtype: str
+    shape: str
+    peer: str
+    ours_ms: float
+    peer_ms: float
+    ratio: float
+    """Peer's median over ours: above 1 we are faster."""
+    ours_spread: float
+    """Difference of the quartiles over the median."""
+    peer_spread: float
+    ours_mb: float | None
+    """Highest memory above what was there before, MB (10^6 bytes)."""
+    peer_mb: float | None
+    repeats: int
+
+
+class Absent(NamedTuple):
+    """A peer that is not installed or does not run here."""
+
+    measure: str
+    peer: str
+    reason: str
+
+
+def compare(
+    measure: str, dtype: torch.dtype, shape: str, ours: Run, peers: dict[str, Run], seconds: float, memory: bool = False
+) -> list[Measure]:
+    """Run `ours` and all peers in turn for about `seconds` (at least three rounds), after one round to warm up."""
+    sides = {"ours": ours, **peers}
+    peak = {name: _peak_megabytes(run) if memory else None for name, run in sides.items()}
+    _keep_freed_memory(True)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    deadline = None
+    while deadline is None or time.monotonic() < deadline or len(times["ours"]) < 3:
+        for name, run in sides.items():
+            spent = _milliseconds(run)
+            if deadline is not None:
+                times[name].append(spent)
+        deadline = time.monotonic() + seconds if deadline is None else deadline
+    _keep_freed_memory(False)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return [
+        Measure(
+            measure,
+            str(dtype).removeprefix("torch."),
+            shape,
+            name,
+            medians["ours"],
+            medians[name],
+            medians[name] / medians["ours"],
+            _spread(times["ours"]),
+            _spread(times[name]),
+            peak["ours"],
+            peak[name],
+            len(times["ours"]),
+        )
+        for name in peers
+    ]
+
+
+def _milliseconds(run: Run) -> float:
+    if torch.cuda.is_available():
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    started = time.process_time()
+    run()
+    return (time.process_time() - started) * 1e3
+
+
+def _spread(values: list[float]) -> float:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle
+
+
+def _peak_megabytes(run: Run) -> float | None:
+    """Highest memory of a call above what was there before; the first call, for what is kept, is not counted."""
+    run()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    _keep_freed_memory(False)
+    try:
+        reset.write_text("5")  # sets the peak to what is resident now
+    except OSError:
+        return None
+    before = _kilobytes(status, "VmRSS")
+    run()
+    return (_kilobytes(status, "VmHWM") - before) * 1024 / 1e6
+
+
+def _kilobytes(status: Path, name: str) -> int:
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(name))
+    return int(line.split()[1])
+
+
+def _keep_freed_memory(keep: bool) -> None:
+    """Let glibc keep what is freed, or give it back at once; elsewhere nothing is changed."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, 2**30 if keep else 2**17)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
+    libc.mallopt(M_TOP_PAD, 2**28 if keep else 2**17)
+    if not keep:
+        libc.malloc_trim(0)
+
+
+def append_results(rows: list[Measure], file: Path) -> None:
+    """Append rows with device, versions, commit and date; the file gets a header when it is new."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        if new:
+            writer.writeheader()
+        about = provenance()
+        writer.writerows({**_rounded(row), **about} for row in rows)
+
+
+def json_line(row: Measure) -> str:
+    """A row as one line of JSON."""
+    keys = ("measure", "dtype", "shape", "peer", "ours_ms", "peer_ms", "ratio", "ours_mb", "peer_mb")
+    return json.dumps({key: _rounded(row)[key] for key in keys})
+
+
+def provenance() -> dict[str, str]:
+    """Device, versions of what takes part, commit and date."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "torch": torch.__version__,
+        "deepspeed": _version("deepspeed"),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _rounded(row: Measure) -> dict[str, object]:
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row._asdict().items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} thread"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

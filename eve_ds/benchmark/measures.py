@@ -1,0 +1,345 @@
+"""The measures of `launcher/benchmark.py`: routing, whole MoE layers, losses, training steps, the data pipeline.
+
+Each yields rows against every peer that is installed, and names the others.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import webdataset
+from torch import Tensor
+
+from eve_ds import ops
+from eve_ds.benchmark.harness import Absent, Measure, Run, compare
+from eve_ds.benchmark.peers import StockMoE, StockRouting, find, join_group_of_one, megatron_permutation
+from eve_ds.config import Config, ModelConfig, MoEConfig, load_config
+from eve_ds.data.importers.generated import GeneratedScenes
+from eve_ds.data.pipeline import Loader, build_loader
+from eve_ds.data.shard_writer import WriterOptions, write_shards
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.data.transforms import TrainTransform, normalize
+from eve_ds.losses import Counts, pretraining_losses, total_loss
+from eve_ds.model.eve import EVE
+from eve_ds.model.moe import MoE
+from eve_ds.ops import reference
+
+TOKENS, WIDTH, EXPERTS = 4096, 768, 32
+DTYPES = (torch.float32, torch.bfloat16)
+REAL_TOKENS = 12
+"""Of a caption in the step benchmark, [CLS] and [SEP] included."""
+Rows = Iterator[list[Measure] | Absent]
+
+
+def _is_quick(seconds: float) -> bool:
+    """Whether there is no time for the large shapes."""
+    return seconds < 1
+
+
+def device() -> torch.device:
+    """The accelerator if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def routing(seconds: float) -> Rows:
+    """Gate, dispatch and combine, forward and backward, without and with the router's matrix product."""
+    stock = StockRouting(capacity_factor=1.0)
+    capacity = ops.expert_capacity(TOKENS, EXPERTS, 2, 1.0, 4)
+    for dtype in DTYPES:
+        inputs = _routing_inputs(dtype, TOKENS)
+        for with_router in (False, True):
+            name = "routing with router" if with_router else "routing"
+            ours = partial(_our_routing, inputs, capacity, with_router)
+            peers: dict[str, Run] = {
+                "deepspeed": partial(_stock_routing, inputs, stock, with_router),
+                "torch": partial(_our_routing, inputs, capacity, with_router, ops=reference),
+            }
+            yield compare(name, dtype, f"T={TOKENS} D={WIDTH} E={EXPERTS} k=2", ours, peers, seconds)
+        megatron = megatron_permutation()
+        if megatron is None:
+            yield Absent("permutation", "megatron-core", "not installed")
+            continue
+        ours = partial(_our_permutation, inputs)
+        yield compare(
+            "permutation",
+            dtype,
+            f"T={TOKENS} D={WIDTH} E={EXPERTS} k=2 dropless",
+            ours,
+            {"megatron-core": partial(_megatron_permutation, inputs, megatron)},
+            seconds,
+        )
+    yield Absent("routing", "tutel", "not installed" if find("tutel") is None else "runs on CUDA only")
+
+
+def _routing_inputs(dtype: torch.dtype, tokens: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    made = {
+        "x": torch.randn(tokens, WIDTH).to(dtype),
+        "weight": torch.randn(EXPERTS, WIDTH) / math.sqrt(WIDTH),
+        "embedding": torch.randn(2, WIDTH),
+        "logits": torch.randn(tokens, EXPERTS),
+        "upstream": torch.randn(tokens, WIDTH).to(dtype),
+    }
+    leaves = {name: tensor.to(device()).requires_grad_(name != "upstream") for name, tensor in made.items()}
+    return leaves | {"modality": torch.randint(0, 2, (tokens,), device=device())}
+
+
+def _backward(out: Tensor, balance: Tensor, inputs: dict[str, Tensor]) -> None:
+    torch.autograd.backward([out, balance], [inputs["upstream"], None])
+    for tensor in inputs.values():
+        tensor.grad = None
+
+
+def _our_routing(inputs: dict[str, Tensor], capacity: int, with_router: bool, ops: object = ops) -> None:
+    x, modality = inputs["x"], inputs["modality"]
+    if with_router:
+        rows, routed = ops.route_and_dispatch(  # type: ignore[attr-defined]
+            x, inputs["weight"], inputs["embedding"], modality, top_k=2, capacity=capacity, embed_rows=True
+        )
+    else:
+        routed = ops.route_topk(inputs["logits"], top_k=2, capacity=capacity)  # type: ignore[attr-defined]
+        rows = ops.moe_dispatch(x, routed.slots, routed.source, inputs["embedding"], modality)  # type: ignore[attr-defined]
+    out = ops.moe_combine(rows, routed.slots, routed.gates, routed.source)  # type: ignore[attr-defined]
+    tokens = torch.tensor(float(len(x)), device=x.device)
+    _backward(out, reference.load_balancing_loss(routed.first_choices, routed.probability_sum, tokens), inputs)
+
+
+def _stock_routing(inputs: dict[str, Tensor], stock: StockRouting, with_router: bool) -> None:
+    x = inputs["x"] + inputs["embedding"].to(inputs["x"].dtype)[inputs["modality"]]
+    logits = F.linear(x.float(), inputs["weight"]) if with_router else inputs["logits"]
+    balance, slots, gates, capacity = stock.route(logits)
+    rows = stock.dispatch(x, slots, EXPERTS, capacity)
+    _backward(stock.combine(rows.flatten(0, 1), slots, gates, len(x)), balance, inputs)
+
+
+def _our_permutation(inputs: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        routed = ops.route_topk(inputs["logits"], top_k=2, capacity=-1)
+    rows = ops.moe_dispatch(inputs["x"], routed.slots, routed.source)
+    out = ops.moe_combine(rows, routed.slots, routed.gates, routed.source)
+    out.backward(inputs["upstream"])
+    inputs["x"].grad = None
+
+
+def _megatron_permutation(inputs: dict[str, Tensor], megatron: object) -> None:
+    with torch.no_grad():
+        probabilities, ids = inputs["logits"].softmax(dim=1).topk(2)
+        chosen = torch.zeros_like(inputs["logits"]).scatter(1, ids, probabilities / probabilities.sum(1, keepdim=True))
+        routing_map = chosen > 0
+    rows, *_, order = megatron.permute(inputs["x"], routing_map)[:3]  # type: ignore[attr-defined]
+    out = megatron.unpermute(rows, order, inputs["x"].shape, probs=chosen, routing_map=routing_map)  # type: ignore[attr-defined]
+    out.backward(inputs["upstream"].to(out.dtype))
+    inputs["x"].grad = None
+
+
+def moe(seconds: float) -> Rows:
+    """A whole layer, packed, against DeepSpeed's with slots for capacity factors 1, 1.5 and 2."""
+    join_group_of_one()
+    for dtype in DTYPES:
+        torch.manual_seed(0)
+        layer = MoE(ModelConfig(moe=MoEConfig(num_experts=EXPERTS, routing="dropless"))).to(device())
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.normal_(std=0.02)
+        layer = layer.to(dtype).train()
+        tokens = 512 if _is_quick(seconds) else TOKENS
+        inputs = _routing_inputs(dtype, tokens)
+        for factor in (1.5,) if _is_quick(seconds) else (1.0, 1.5, 2.0):
+            stock = StockMoE(layer, factor).train()
+            yield compare(
+                f"moe layer, capacity factor {factor}",
+                dtype,
+                f"T={tokens} D={WIDTH} E={EXPERTS} k=2",
+                partial(_layer_step, layer, inputs),
+                {"deepspeed": partial(_layer_step, stock, inputs)},
+                seconds,
+            )
+
+
+def _layer_step(layer: torch.nn.Module, inputs: dict[str, Tensor]) -> None:
+    output = layer(inputs["x"], inputs["modality"])
+    _backward(output.hidden_states, output.load_balancing_loss, inputs)
+    for parameter in layer.parameters():
+        parameter.grad = None
+
+
+def losses(seconds: float) -> Rows:
+    """Linear cross entropy and masked pixel loss, forward and backward."""
+    yield from _cross_entropy(seconds)
+    torch.manual_seed(0)
+    pixels = torch.randn(32, 3, 224, 224, device=device())
+    ids = torch.stack([torch.randperm(196) for _ in range(32)])[:, :147].to(device())
+    for dtype in DTYPES:
+        predictions = torch.randn(32, 147, 768).to(device(), dtype).requires_grad_()
+        step = partial(_pixel_step, pixels, predictions, ids)
+        yield compare(
+            "masked pixel loss",
+            dtype,
+            "B=32 N=147 P=16 at 224",
+            partial(step, ops.masked_pixel_loss),
+            {"torch, masked rows": partial(step, reference.masked_pixel_loss)},
+            seconds,
+            memory=True,
+        )
+
+
+def _cross_entropy(seconds: float) -> Rows:
+    quick = _is_quick(seconds)
+    rows, vocabulary = (128, 16_000) if quick else (640, 64_000)
+    chunked = find("deepspeed.runtime.chunked_cross_entropy")
+    for dtype in reversed(DTYPES):
+        torch.manual_seed(0)
+        hidden = torch.randn(rows, WIDTH).to(device(), dtype).requires_grad_()
+        weight = (torch.randn(vocabulary, WIDTH) * 0.02).to(device(), dtype).requires_grad_()
+        step = partial(_cross_entropy_step, hidden, weight, torch.randint(0, vocabulary, (rows,), device=device()))
+        peers: dict[str, Run] = {"torch, float cast": partial(step, reference.linear_cross_entropy)}
+        if chunked is not None:
+            peers["deepspeed chunked"] = partial(step, partial(_deepspeed_cross_entropy, chunked.chunked_cross_entropy))
+        if not quick and hasattr(F, "linear_cross_entropy"):
+            peers["F.linear_cross_entropy"] = partial(step, _torch_linear_cross_entropy)
+        ours = partial(step, ops.linear_cross_entropy)
+        shape = f"N={rows} D={WIDTH} V={vocabulary}"
+        yield compare("linear cross entropy", dtype, shape, ours, peers, seconds, memory=True)
+    if quick:
+        yield Absent("linear cross entropy", "F.linear_cross_entropy", "left out by --quick: half a minute a call")
+    missing = "not installed" if find("liger_kernel") is None else "runs on CUDA only"
+    yield Absent("linear cross entropy", "liger", missing)
+
+
+def _cross_entropy_step(hidden: Tensor, weight: Tensor, target: Tensor, loss: object) -> None:
+    loss(hidden, weight, None, target).backward()  # type: ignore[operator]
+    hidden.grad = weight.grad = None
+
+
+def _deepspeed_cross_entropy(chunked: object, hidden: Tensor, weight: Tensor, bias: None, target: Tensor) -> Tensor:
+    return chunked(F.linear(hidden, weight, bias), target, reduction="sum")  # type: ignore[operator]
+
+
+def _torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: None, target: Tensor) -> Tensor:
+    return F.linear_cross_entropy(hidden, weight, target, reduction="sum")
+
+
+def _pixel_step(pixels: Tensor, predictions: Tensor, ids: Tensor, loss: object) -> None:
+    loss(pixels, predictions, ids, 16).sum().backward()  # type: ignore[operator]
+    predictions.grad = None
+
+
+def step(seconds: float) -> Rows:
+    """A training step (forward, backward, AdamW) with captions of 12 tokens.
+
+    The peer is the same model with DeepSpeed's MoE layer, torch losses, and captions padded to the model's length.
+    """
+    join_group_of_one()
+    for preset, batch in (("eve_tiny", 32), ("eve_base", 4)):
+        if preset == "eve_base" and _is_quick(seconds):
+            yield Absent("training step", "deepspeed, torch losses, padding", "eve_base is left out by --quick")
+            continue
+        config = load_config(preset)
+        both = BothForms(config, batch)
+        yield compare(
+            f"training step, {preset}",
+            torch.float32,
+            f"batch {batch}, captions of {REAL_TOKENS} of {config.model.text_length}",
+            partial(both.step, stock=False),
+            {"deepspeed MoE, torch losses, padding": partial(both.step, stock=True)},
+            seconds,
+        )
+
+
+class BothForms:
+    """One set of weights, one optimiser, and two ways to compute a step."""
+
+    def __init__(self, config: Config, batch: int) -> None:
+        torch.manual_seed(0)
+        self.config = config
+        self.model = EVE(config.model).train().to(device())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        blocks = [block for block in self.model.backbone.blocks if block.is_moe]
+        factor = config.model.moe.capacity_factor
+        self.layers = [(block, block.moe, StockMoE(cast(MoE, block.moe), factor).train()) for block in blocks]
+        self.inputs, self.labels = self._batch(batch)
+
+    def _batch(self, size: int) -> tuple[dict[str, Tensor], Tensor]:
+        model = self.config.model
+        masked = round(self.config.masking.patch_mask_ratio * model.num_patches)
+        predicted = max(round(self.config.masking.predicted_patch_share * masked), 1)
+        order = torch.stack([torch.randperm(model.num_patches) for _ in range(size)])
+        length = model.text_length
+        positions = torch.arange(size).unsqueeze(1) * length + torch.arange(1, 1 + REAL_TOKENS // 2)
+        inputs = {
+            "pixel_values": torch.randn(size, 3, model.image_size, model.image_size),
+            "visible_patch_ids": order[:, masked:].sort().values,
+            "masked_patch_ids": order[:, :predicted].sort().values,
+            "input_ids": torch.randint(5, model.vocab_size, (size, length)),
+            "attention_mask": (torch.arange(length) < REAL_TOKENS).expand(size, -1).contiguous(),
+            "masked_token_ids": positions.flatten(),
+        }
+        labels = torch.randint(5, model.vocab_size, (positions.numel(),))
+        return {name: tensor.to(device()) for name, tensor in inputs.items()}, labels.to(device())
+
+    def step(self, stock: bool) -> None:
+        """One step in one of the forms."""
+        before = os.environ.get("EVE_DS_OPS", "auto")
+        os.environ["EVE_DS_OPS"] = "reference" if stock else before
+        self.model.backbone.keep_padding = stock
+        for block, ours, theirs in self.layers:
+            block.moe = theirs if stock else ours
+        output = self.model(**self.inputs)
+        terms = pretraining_losses(
+            output,
+            pixel_values=self.inputs["pixel_values"],
+            image_mask=None,
+            masked_patch_ids=self.inputs["masked_patch_ids"],
+            token_labels=self.labels,
+            patch_size=self.config.model.patch_size,
+            counts=Counts(1000.0, 100.0, 1000.0),
+        )
+        total_loss(terms, self.config.loss).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        os.environ["EVE_DS_OPS"] = before
+
+
+def data(seconds: float) -> Rows:
+    """Samples to tensors: the training loader against a bare webdataset loop with the same decode and crop."""
+    count, batch = 512 if _is_quick(seconds) else 2048, 32
+    with tempfile.TemporaryDirectory(prefix="eve_ds_benchmark_") as folder:
+        shards = Path(folder) / "scenes"
+        write_shards(GeneratedScenes(count), shards, WriterOptions())
+        source = f"[{{kind: shards, shards: {shards}}}]"
+        config = load_config("eve_tiny", [f"data.sources={source}", "data.crop_scale=[0.5, 1.0]"])
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        loader = build_loader(config, tokenizer, rank=0, world_size=1, micro_batch_size=batch)
+        files = sorted(str(path) for path in shards.glob("*.tar"))
+        ours = partial(_take_batches, loader, count // batch)
+        bare = partial(_bare_webdataset, files, config, batch)
+        yield compare("data", torch.uint8, f"{count} samples of 64x64", ours, {"webdataset": bare}, seconds)
+        loader.close()
+
+
+def _take_batches(loader: Loader, batches: int) -> None:
+    for _ in range(batches):
+        next(loader)
+
+
+def _bare_webdataset(files: list[str], config: Config, batch: int) -> None:
+    """Decode, crop, normalise and stack; nothing of tokens, masks, checks or position."""
+    transform = TrainTransform(config.model.image_size, config.data.crop_scale, config.data.horizontal_flip, seed=0)
+    images = []
+    for sample in webdataset.WebDataset(files, shardshuffle=False, empty_check=False):
+        images.append(transform(sample["png"], sample["txt"].decode(), 0, sample["__key__"]))
+        if len(images) == batch:
+            normalize(np.stack(images))
+            images.clear()
+
+
+MEASURES = {"routing": routing, "moe": moe, "losses": losses, "step": step, "data": data}

@@ -1,0 +1,92 @@
+"""What others offer for the same work: stock DeepSpeed MoE and megatron-core."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eve_ds.model.moe import MoE, MoEOutput, RouterStatistics
+
+
+def find(name: str) -> ModuleType | None:
+    """A module, or None where it is not installed or cannot be loaded."""
+    try:
+        return importlib.import_module(name)
+    except Exception:  # a package may fail in any way where its device is missing
+        return None
+
+
+def join_group_of_one() -> None:
+    """DeepSpeed's layers ask for process groups, also on one process."""
+    import deepspeed
+
+    if not dist.is_initialized():
+        store = tempfile.NamedTemporaryFile(prefix="eve_ds_store_", delete=False).name  # noqa: SIM115 - lives on
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compilation that nothing here uses
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+class StockRouting:
+    """DeepSpeed's gate, dispatch and combine (`deepspeed/moe/sharded_moe.py`), the parts of its MOELayer in order."""
+
+    def __init__(self, capacity_factor: float) -> None:
+        from deepspeed.moe import sharded_moe
+
+        self.sharded_moe = sharded_moe
+        self.capacity_factor = capacity_factor
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """(T, E) -> load-balancing loss, slots, gates, capacity."""
+        balance, capacity, experts, indices, locations, gates, _ = self.sharded_moe.top2gating(
+            logits, self.capacity_factor, 4, True, None, False, True
+        )
+        capacity = int(capacity)
+        return balance, self.sharded_moe._route_slots(indices, locations, experts, capacity), gates, capacity
+
+    def dispatch(self, x: Tensor, slots: Tensor, experts: int, capacity: int) -> Tensor:
+        """(T, D) -> (E, C, D)."""
+        return self.sharded_moe._sparse_encode(x, slots, experts, capacity)
+
+    def combine(self, rows: Tensor, slots: Tensor, gates: Tensor, tokens: int) -> Tensor:
+        """(E * C, D) -> (T, D)."""
+        return self.sharded_moe._sparse_decode(rows, slots, gates, tokens)
+
+
+class StockMoE(nn.Module):
+    """DeepSpeed's MOELayer with the weights of one of ours: what EVE's released code does with DeepSpeed's layer.
+
+    The token plus its modality embedding enters gate and experts, padding is routed, slots per expert are fixed.
+    """
+
+    def __init__(self, moe: MoE, capacity_factor: float) -> None:
+        super().__init__()
+        from deepspeed.moe.experts import Experts
+        from deepspeed.moe.sharded_moe import MOELayer, TopKGate
+
+        join_group_of_one()
+        num_experts, width = moe.router.weight.shape
+        gate = TopKGate(width, num_experts, 2, capacity_factor, capacity_factor, top2_2nd_expert_sampling=False)
+        gate.wg.weight = moe.router.weight
+        experts = Experts(nn.Identity(), num_experts)
+        experts.deepspeed_experts = moe.experts
+        self.modality_embedding = moe.router.modality_embedding
+        self.layer = MOELayer(gate, experts, "ep_size_1", 1, num_experts)
+
+    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
+        """As :meth:`eve_ds.model.moe.MoE.forward`, without router statistics and z loss, which this layer lacks."""
+        mixed = self.layer(hidden_states + self.modality_embedding[modality_ids], None)
+        nothing = mixed.new_zeros((), dtype=torch.float32)
+        statistics = RouterStatistics(nothing, nothing, nothing, nothing)
+        return MoEOutput(mixed, self.layer.l_aux, nothing, statistics)
+
+
+def megatron_permutation() -> ModuleType | None:
+    """megatron-core's permute and unpermute of packed rows."""
+    return find("megatron.core.transformer.moe.moe_utils")

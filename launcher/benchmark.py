@@ -1,0 +1,81 @@
+"""Measure the project's parts beside what others offer for the same work.
+
+    python launcher/benchmark.py routing            also: moe, losses, step, data, or several of them
+    python launcher/benchmark.py routing losses --quick --json
+
+Both sides run in one process, in turn: one thread and CPU time on a CPU, device events on CUDA, medians with the spread
+of the quartiles, the same allocator for all. Rows are appended to kernels/bench/results.csv with device, versions,
+commit and date.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch: one thread, whatever the machine has.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The repository root holds a folder `kernels`, the name of a package that transformers looks for; Python puts the
+# folder of this script on the path.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "launcher")]
+
+import argparse
+
+RESULTS = ROOT / "kernels" / "bench" / "results.csv"
+NAMES = ("routing", "moe", "losses", "step", "data")
+SECONDS, QUICK_SECONDS = 8.0, 0.3
+"""Of each comparison; at least three rounds are run."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measure", nargs="+", choices=NAMES, help="what to measure")
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, with fewer repeats")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each row, and nothing else")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="CSV file that rows are added to")
+    return parser
+
+
+def main() -> int:
+    """Exit code 0, or 2 where the results cannot be written."""
+    arguments = build_parser().parse_args()
+    import torch
+
+    from eve_ds.benchmark.harness import Absent, Measure, append_results, json_line
+    from eve_ds.benchmark.measures import MEASURES
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    rows: list[Measure] = []
+    for name in arguments.measure:
+        for found in MEASURES[name](QUICK_SECONDS if arguments.quick else SECONDS):
+            if isinstance(found, Absent):
+                print(f"absent: {found.peer} for {found.measure}: {found.reason}", file=sys.stderr)
+                continue
+            rows += found
+            for row in found:
+                print(json_line(row) if arguments.json else text_line(row), flush=True)
+    try:
+        append_results(rows, arguments.results)
+    except OSError as error:
+        print(f"benchmark: {arguments.results} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def text_line(row) -> str:  # noqa: ANN001 - a Measure, which is imported late
+    """A row for people."""
+    line = (
+        f"{row.measure:<32} {row.dtype:<9} {row.ours_ms:9.2f} ms (+-{row.ours_spread:4.0%})   "
+        f"{row.peer:<38} {row.peer_ms:9.2f} ms (+-{row.peer_spread:4.0%})   x{row.ratio:.2f}"
+    )
+    return line if row.ours_mb is None else f"{line}   {row.ours_mb:.0f} / {row.peer_mb:.0f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

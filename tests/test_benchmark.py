@@ -1,0 +1,125 @@
+"""The benchmark's own arithmetic and files, and that every side of every measure runs and computes the same thing."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from eve_ds.benchmark import measures, peers
+from eve_ds.benchmark.harness import COLUMNS, append_results, compare, json_line
+from eve_ds.config import ModelConfig, MoEConfig
+from eve_ds.model.moe import MoE
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def burn(milliseconds):
+    end = time.process_time() + milliseconds / 1e3
+    while time.process_time() < end:
+        pass
+
+
+def test_sides_are_timed_in_turn_and_memory_is_the_peak_of_one_call():
+    order = []
+
+    def side(name, milliseconds, megabytes):
+        order.append(name)
+        torch.ones(megabytes * 250_000)
+        burn(milliseconds)
+
+    (row,) = compare("m", torch.float32, "s", partial(side, "a", 5, 40), {"b": partial(side, "b", 15, 120)}, 0.3, True)
+    assert order[:4] == ["a", "a", "b", "b"]  # one call to warm up and one for the memory of each
+    assert order[4:8] == ["a", "b", "a", "b"]
+    assert row.ours_ms == pytest.approx(5, rel=0.5)
+    assert row.ratio == pytest.approx(3, rel=0.5)
+    assert row.ratio == row.peer_ms / row.ours_ms
+    if row.ours_mb is not None:
+        assert row.ours_mb == pytest.approx(40, abs=5)
+        assert row.peer_mb == pytest.approx(120, abs=5)
+
+
+def test_rows_are_appended_with_their_provenance(tmp_path):
+    rows = compare("m", torch.bfloat16, "T=1", partial(burn, 1), {"p": partial(burn, 1), "q": partial(burn, 1)}, 0.01)
+    append_results(rows, tmp_path / "bench" / "results.csv")
+    append_results(rows, tmp_path / "bench" / "results.csv")
+    with (tmp_path / "bench" / "results.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert tuple(found[0]) == COLUMNS
+    assert [row["peer"] for row in found] == ["p", "q", "p", "q"]
+    assert {row["torch"] for row in found} == {torch.__version__}
+    assert all(row["device"] and row["date"] and row["commit"] for row in found)
+    line = json.loads(json_line(rows[0]))
+    assert list(line) == ["measure", "dtype", "shape", "peer", "ours_ms", "peer_ms", "ratio", "ours_mb", "peer_mb"]
+    assert line["dtype"] == "bfloat16"
+
+
+def test_stock_layer_computes_what_ours_does():
+    """Otherwise the comparison is between different work: no slot is short here, and tokens carry no modality."""
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, moe=MoEConfig(num_experts=4))
+    layer = MoE(config)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.3)
+        layer.router.modality_embedding.zero_()
+    x, modality = torch.randn(40, 16), torch.randint(0, 2, (40,))
+    ours = layer(x, modality)
+    stock = peers.StockMoE(layer, capacity_factor=8.0)(x, modality)
+    torch.testing.assert_close(stock.hidden_states, ours.hidden_states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stock.load_balancing_loss, ours.load_balancing_loss, rtol=1e-5, atol=1e-5)
+
+
+def test_both_forms_of_a_step_have_the_same_loss_without_padding_and_drops(monkeypatch):
+    config = measures.load_config("eve_tiny", ["model.text_length=12", "model.moe.capacity_factor=8.0"])
+    both = measures.BothForms(config, 3)
+    with torch.no_grad():
+        for block, ours, _ in both.layers:
+            ours.router.modality_embedding.zero_()
+            assert block.moe is not None
+    found = []
+    monkeypatch.setattr(measures, "total_loss", lambda terms, weights: found.append(terms) or terms["pixel"] * 0)
+    both.optimizer.step = lambda: None
+    both.step(stock=False)
+    both.step(stock=True)
+    for name in ("pixel", "text", "load_balancing"):
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("_our_routing", "_stock_routing")])
+def test_both_sides_of_routing_have_the_same_gradients(ours, theirs, monkeypatch):
+    monkeypatch.setattr(measures, "WIDTH", 16)
+    inputs = measures._routing_inputs(torch.float32, 64)
+    grads = []
+    monkeypatch.setattr(
+        measures,
+        "_backward",
+        lambda out, balance, inputs: grads.append(
+            torch.autograd.grad([out, balance], [inputs["x"], inputs["embedding"]], [inputs["upstream"], None])
+        ),
+    )
+    measures._our_routing(inputs, 64, True)
+    measures._stock_routing(inputs, peers.StockRouting(capacity_factor=16.0), True)
+    for mine, stock in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.timeout(240)
+def test_the_command_runs_quickly_and_prints_json(tmp_path):
+    results = tmp_path / "results.csv"
+    command = [sys.executable, "launcher/benchmark.py", "routing", "data", "--quick", "--json", "--results", results]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {row["measure"] for row in rows} >= {"routing", "routing with router", "data"}
+    assert {row["peer"] for row in rows} >= {"deepspeed", "torch", "webdataset"}
+    assert len(results.read_text().splitlines()) == len(rows) + 1
+    assert "absent: tutel for routing" in done.stderr
