@@ -1,5 +1,6 @@
 # make demo    installs into .venv, pre-trains a small EVE on two expert-parallel ranks, shows what it learnt
 # make test    the same environment, then every test
+# make sanitize  the fused ops under compute-sanitizer, where there is a GPU
 # make lint    ruff (rules and format), mypy, codespell
 # Another interpreter: make PYTHON=python3.12 ...    Single tests: make test TESTS="tests/test_config.py -k nearest"
 
@@ -19,7 +20,7 @@ export DS_BUILD_OPS := 0
 export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: venv demo demo-seeds test lint format clean
+.PHONY: venv demo demo-seeds test sanitize lint format clean
 
 venv: $(INSTALLED)
 
@@ -45,6 +46,11 @@ demo-seeds: $(INSTALLED)
 test: $(INSTALLED)
 	@extensions=$$(mktemp -d) && trap 'rm -rf "$$extensions"' EXIT && \
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} TORCH_EXTENSIONS_DIR="$$extensions" $(BIN)/pytest $(TESTS)
+
+# On a machine with a GPU: reads and writes out of bounds, then races within a block.
+sanitize: $(INSTALLED)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/pytest tests/kernels/test_ops_on_a_gpu.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest tests/kernels/test_ops_on_a_gpu.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -122,4 +122,11 @@ struct PixelLossBackward {
   void* d_predictions;    // (B, N, P * P * 3)
 };
 
+struct QuickGelu {
+  const void* x;      // (count,)
+  const void* d_out;  // (count,) upstream gradient, or null for the forward
+  int64_t count;
+  void* out;  // (count,) the activation, or the gradient of x
+};
+
 }  // namespace eve_ds

@@ -30,10 +30,15 @@ struct LossKernels {
   void (*pixel_loss_backward)(const PixelLossBackward&, Dtype, int64_t first, int64_t end);
 };
 
-#define EVE_DECLARE_KERNELS(isa)              \
-  namespace isa {                             \
-  extern const RoutingKernels routing_kernels; \
-  extern const LossKernels loss_kernels;      \
+struct ActivationKernels {
+  void (*quick_gelu)(const QuickGelu&, Dtype, int64_t first, int64_t end);
+};
+
+#define EVE_DECLARE_KERNELS(isa)                     \
+  namespace isa {                                    \
+  extern const RoutingKernels routing_kernels;       \
+  extern const LossKernels loss_kernels;             \
+  extern const ActivationKernels activation_kernels; \
   }
 
 EVE_DECLARE_KERNELS(base)  // whatever the compiler takes for granted

@@ -297,6 +297,46 @@ def test_masked_pixel_loss(dtype, batch, height, width, patch, masked):
     assert_close(ours.grad, theirs.grad, dtype, scale=10.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000])
+def test_quick_gelu(dtype, count):
+    generator = torch.Generator().manual_seed(10)
+    x = (torch.randn(count, generator=generator) * 4).to(dtype)
+    x[:3] = torch.tensor([0.0, 200.0, -200.0])[: min(count, 3)]
+    (ours, mine), (expected, theirs) = both("quick_gelu", x, dtype=dtype)
+    assert_close(ours, expected, dtype)
+    upstream = torch.randn(count, generator=generator).to(dtype)
+    ours.backward(upstream)
+    expected.backward(upstream.double())
+    assert_close(mine[0].grad, theirs[0].grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(5, 0, 7, 1), (0, 0, 0, 0), (13, 0, 0, 0)])
+@pytest.mark.parametrize("empty", [0, 3])
+def test_grouped_feed_forward(dtype, sizes, empty):
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(*shape):
+        return (torch.randn(shape, generator=generator) * 0.5).to(dtype)
+
+    rows = draw(sum(sizes) + empty, 12)
+    kinds = [[draw(*shape) for _ in sizes] for shape in ((20, 12), (20,), (12, 20), (12,))]
+    upstream = draw(*rows.shape)
+    results = []
+    for module, wanted in ((ops, dtype), (reference, torch.float64)):
+        mine, parameters = leaf(rows, wanted), [[leaf(item, wanted) for item in kind] for kind in kinds]
+        out = module.grouped_feed_forward(mine, sizes, *parameters)
+        out.backward(upstream.to(wanted))
+        results.append([out, mine.grad, *(item.grad for kind in parameters for item in kind)])
+    assert results[0][0][sum(sizes) :].eq(0).all()
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        # bf16: hidden states, activations and their gradients are rounded on the way, each to 8 bits.
+        error = float((ours.double() - expected).norm() / expected.norm().clamp(min=1e-6))
+        assert error < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
 def test_inputs_need_not_be_contiguous():
     x = torch.randn(16, 40).t()
     routing = ops.route_topk(torch.randn(4, 40).t(), top_k=2, capacity=-1)
@@ -325,8 +365,10 @@ def every_output():
     ((out * upstream).sum() + routing.probability_sum.square().sum() + routing.z_sum + losses.sum()).backward()
     scratch = torch.randn(64, 999, generator=generator)
     row_losses = torch.ops.eve_ds.cross_entropy_inplace_(scratch, None, torch.arange(64))
+    activated = torch.ops.eve_ds.quick_gelu(scratch)
+    d_scratch = torch.ops.eve_ds.quick_gelu_backward(activated, scratch)
     gradients = [tensor.grad for tensor in (x, embedding, logits, weight, predictions)]
-    return [rows, out, *routing, losses, scratch, row_losses, *gradients]
+    return [rows, out, *routing, losses, scratch, row_losses, activated, d_scratch, *gradients]
 
 
 def test_bits_depend_neither_on_the_run_nor_on_the_threads():
@@ -382,6 +424,7 @@ def test_opcheck():
     ids = torch.tensor([[0, 2], [1, 3]])
     predictions = torch.randn(2, 2, 48, generator=generator, requires_grad=True)
     opcheck(torch.ops.eve_ds.masked_pixel_loss, (torch.rand(2, 3, 8, 8), predictions, ids, 4, 1e-6))
+    opcheck(torch.ops.eve_ds.quick_gelu, (torch.randn(20, generator=generator, requires_grad=True),))
     target = torch.arange(5)
     opcheck(
         torch.ops.eve_ds.cross_entropy_inplace_,

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eve_ds import ops
 from eve_ds.config import ModelConfig
 from eve_ds.model.stream import IMAGE, TEXT, ModalityOrder
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x) (CLIP; upstream activation), by way of silu, whose backward is one pass over the data."""
-    return F.silu(1.702 * x) / 1.702
 
 
 class FeedForward(nn.Module):
@@ -25,7 +20,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.fc2(quick_gelu(self.fc1(x)))
+        return self.fc2(ops.quick_gelu(self.fc1(x)))
 
 
 class ModalityFeedForward(nn.Module):

@@ -201,13 +201,19 @@ def mix_experts(
 
 
 def run_experts(experts: Iterable[nn.Module], rows: Tensor, sizes: list[int]) -> Tensor:
-    """Apply expert e to its `sizes[e]` rows; (R, D) -> (R, D), rows past their sum (empty ones) are returned as zeros.
+    """Apply expert e (a FeedForward) to its `sizes[e]` rows; (R, D) -> (R, D), rows past their sum come out as zeros.
 
-    An expert without rows runs on none, so that all its parameters have a gradient on every rank.
+    An expert without rows has a gradient of zeros, so that all ranks have the same set of gradients.
     """
-    *chunks, empty = rows.split([*sizes, rows.shape[0] - sum(sizes)])
-    done = [expert(chunk) for expert, chunk in zip(experts, chunks, strict=True)]
-    return torch.cat([*done, torch.zeros_like(empty)])
+    networks = [cast(FeedForward, expert) for expert in experts]
+    return ops.grouped_feed_forward(
+        rows,
+        sizes,
+        [network.fc1.weight for network in networks],
+        [network.fc1.bias for network in networks],
+        [network.fc2.weight for network in networks],
+        [network.fc2.bias for network in networks],
+    )
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Routing and masked-loss operations; `reference.py` defines what is correct, `build.py` says which form runs."""
 
+from eve_ds.ops.feed_forward import grouped_feed_forward, quick_gelu
 from eve_ds.ops.masked_loss import linear_cross_entropy, masked_pixel_loss
 from eve_ds.ops.reference import Routing, expert_capacity, load_balancing_loss, patchify
 from eve_ds.ops.routing import moe_combine, moe_dispatch, route_and_dispatch, route_topk
@@ -7,12 +8,14 @@ from eve_ds.ops.routing import moe_combine, moe_dispatch, route_and_dispatch, ro
 __all__ = [
     "Routing",
     "expert_capacity",
+    "grouped_feed_forward",
     "linear_cross_entropy",
     "load_balancing_loss",
     "masked_pixel_loss",
     "moe_combine",
     "moe_dispatch",
     "patchify",
+    "quick_gelu",
     "route_and_dispatch",
     "route_topk",
 ]

@@ -36,7 +36,7 @@ CPU_FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-fno-strict-aliasing", "-Wno-psabi", "-Wno-ignored-attributes"),
 )
-CPU_SOURCES = ("routing_cpu.cpp", "masked_loss_cpu.cpp")
+CPU_SOURCES = ("routing_cpu.cpp", "masked_loss_cpu.cpp", "activation_cpu.cpp")
 CPU_BUILDS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}
 CUDA_FLAGS = (
     *("-std=c++20", "-O3", "-Xcompiler", "-fPIC"),

@@ -7,6 +7,7 @@ Arithmetic is fp32 whatever the dtype of the tokens, and fp64 where they are tha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -259,3 +260,31 @@ def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = pixel_values.shape
     grid = pixel_values.view(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size * patch_size * channels)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x) (CLIP; upstream activation), by way of silu, whose backward is one pass over the data."""
+    return F.silu(1.702 * x) / 1.702
+
+
+def grouped_feed_forward(
+    rows: Tensor,
+    sizes: Sequence[int],
+    fc1: Sequence[Tensor],
+    fc1_bias: Sequence[Tensor],
+    fc2: Sequence[Tensor],
+    fc2_bias: Sequence[Tensor],
+) -> Tensor:
+    """Expert e on its `sizes[e]` rows: (R, D) -> (R, D); rows past their sum (empty ones) come out as zeros.
+
+    Args:
+        rows: those of expert 0, then those of expert 1, and so on.
+        sizes: rows of each expert; an expert without rows still has a gradient, of zeros.
+        fc1, fc1_bias, fc2, fc2_bias: by expert (F, D), (F,), (D, F), (D,).
+    """
+    *chunks, empty = rows.split([*sizes, rows.shape[0] - sum(sizes)])
+    done = [
+        F.linear(quick_gelu(F.linear(chunk, w1, b1)), w2, b2)
+        for chunk, w1, b1, w2, b2 in zip(chunks, fc1, fc1_bias, fc2, fc2_bias, strict=True)
+    ]
+    return torch.cat([*done, torch.zeros_like(empty)])

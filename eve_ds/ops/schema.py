@@ -34,6 +34,8 @@ SCHEMAS = (
     "-> (Tensor losses, Tensor mean, Tensor scale)",
     "masked_pixel_loss_backward(Tensor d_losses, Tensor pixel_values, Tensor predictions, Tensor masked_patch_ids, "
     "Tensor mean, Tensor scale, int patch_size) -> Tensor",
+    "quick_gelu(Tensor x) -> Tensor",
+    "quick_gelu_backward(Tensor d_out, Tensor x) -> Tensor",
 )
 for schema in SCHEMAS:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -151,3 +153,13 @@ def _masked_pixel_loss_backward(
     patch_size: int,
 ) -> Tensor:
     return predictions.new_empty(predictions.shape)
+
+
+@_fake("quick_gelu")
+def _quick_gelu(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_fake("quick_gelu_backward")
+def _quick_gelu_backward(d_out: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)

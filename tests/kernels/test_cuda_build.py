@@ -1,0 +1,78 @@
+"""The CUDA sources compile for the GPUs they are meant for, and no kernel runs out of registers; runs nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+SOURCES = ("routing_cuda.cu", "masked_loss_cuda.cu")
+ARCHITECTURES = ("sm_80", "sm_90")
+MAX_REGISTERS = 64
+"""A multiprocessor has 65,536: enough for one block of 1,024 threads, the largest there is."""
+TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+class Resources(NamedTuple):
+    """What the assembler says of a kernel."""
+
+    kernel: str
+    architecture: str
+    stack: int
+    spills: int
+    registers: int
+
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)' for '(?P<architecture>sm_\d+)'\n"
+    r".*\n\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r".*Used (?P<registers>\d+) registers"
+)
+
+
+def parse(report: str) -> list[Resources]:
+    return [
+        Resources(
+            entry["kernel"],
+            entry["architecture"],
+            int(entry["stack"]),
+            int(entry["stores"]) + int(entry["loads"]),
+            int(entry["registers"]),
+        )
+        for entry in ENTRY.finditer(report)
+    ]
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_keep_to_their_registers(source: str, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc to compile the CUDA sources")
+    targets = [f"-gencode=arch={each.replace('sm', 'compute')},code={each}" for each in ARCHITECTURES]
+    output = ["-Xcompiler", "-fPIC", "-c", str(KERNELS / source), "-o", str(tmp_path / "object.o")]
+    report = run([nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", *targets, *output])
+    kernels = parse(report)
+    assert len(kernels) == report.count("Compiling entry function")
+    assert {each.architecture for each in kernels} == set(ARCHITECTURES)
+    assert [each for each in kernels if each.spills or each.stack] == []
+    assert [each for each in kernels if each.registers > MAX_REGISTERS] == []
+
+
+def test_binding_compiles_without_the_cuda_toolkit(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the binding")
+    headers = Path(torch.__file__).parent / "include"
+    output = ["-c", str(KERNELS / "binding_cuda.cpp"), "-o", str(tmp_path / "binding.o")]
+    run(["g++", "-std=c++20", "-fPIC", TORCH_VERSION, f"-I{headers}", *output])
