@@ -73,22 +73,25 @@ EVE_INLINE void copy_row(void* to, const void* from, int64_t bytes) {
     stream(static_cast<float*>(to) + word, load(static_cast<const float*>(from) + word));
 }
 
-// One row: to = scale * from, and the dot product of two rows, in fp32.
+// to = scale * from; returns the dot product of from and other. One pass, in fp32.
 template <bool kStream, typename T>
-EVE_INLINE void scale_row(T* to, const T* from, float scale, int64_t width) {
+EVE_INLINE float scale_and_dot(T* to, const T* from, const T* other, float scale, int64_t width) {
+  Floats even{}, odd{};  // two sums, so that one addition need not wait for the one before
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) put<kStream>(to + d, load(from + d) * scale);
-  for (; d < width; ++d) store_one(to + d, load_one(from + d) * scale);
-}
-
-template <typename T>
-EVE_INLINE float dot_rows(const T* a, const T* b, int64_t width) {
-  Floats total{};
-  int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) total += load(a + d) * load(b + d);
+  for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
+    const Floats a = load(from + d), b = load(from + d + kLanes);
+    even += a * load(other + d);
+    odd += b * load(other + d + kLanes);
+    put<kStream>(to + d, a * scale);
+    put<kStream>(to + d + kLanes, b * scale);
+  }
   float rest = 0.0f;
-  for (; d < width; ++d) rest += load_one(a + d) * load_one(b + d);
-  return sum(total) + rest;
+  for (; d < width; ++d) {
+    const float value = load_one(from + d);
+    rest += value * load_one(other + d);
+    store_one(to + d, value * scale);
+  }
+  return sum(even + odd) + rest;
 }
 
 void route_choose(const Route& route, int64_t first_chunk, int64_t end_chunk) {
@@ -242,6 +245,11 @@ EVE_INLINE void fill_row(T* row, const T* from, const float* embedding, int64_t 
     return;
   }
   int64_t d = 0;
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) {  // all loads before the stores, which might alias them
+    Floats values[4];
+    for (int64_t i = 0; i < 4; ++i) values[i] = load(from + d + i * kLanes) + load(embedding + d + i * kLanes);
+    for (int64_t i = 0; i < 4; ++i) put<kStream>(row + d + i * kLanes, values[i]);
+  }
   for (; d + kLanes <= width; d += kLanes) put<kStream>(row + d, load(from + d) + load(embedding + d));
   for (; d < width; ++d) store_one(row + d, load_one(from + d) + embedding[d]);
 }
@@ -363,8 +371,8 @@ void combine_backward_range(const CombineBackward& args, int64_t first_chunk, in
         args.d_gates[t * top_k + k] = 0.0f;
         continue;
       }
-      args.d_gates[t * top_k + k] = dot_rows(upstream, expert_rows + slot * width, width);
-      scale_row<kStream>(d_rows + slot * width, upstream, args.gates[t * top_k + k], width);
+      args.d_gates[t * top_k + k] = scale_and_dot<kStream>(d_rows + slot * width, upstream, expert_rows + slot * width,
+                                                           args.gates[t * top_k + k], width);
     }
   }
   if (kStream) stream_fence();

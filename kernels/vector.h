@@ -73,10 +73,8 @@ EVE_INLINE Floats load(const BFloat16* from) {
 EVE_INLINE Halves round_to_bfloat16(Floats value) {
   const Words bits = (Words)value;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words quiet = (bits >> 16) | 0x40;
-  const Ints is_number = value == value;
-  const Words chosen = (Words)is_number ? rounded : quiet;
-  return __builtin_convertvector(chosen, Halves);
+  const Words not_a_number = Words{} + 0x7fc0;
+  return __builtin_convertvector(value == value ? rounded : not_a_number, Halves);
 }
 
 EVE_INLINE void store(BFloat16* to, Floats value) {
@@ -111,7 +109,7 @@ EVE_INLINE float load_one(const BFloat16* from) {
 EVE_INLINE void store_one(BFloat16* to, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  to->bits = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
+  to->bits = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
 // The first `count` < 16 values, the rest filled up; and back.
