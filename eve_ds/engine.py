@@ -36,6 +36,7 @@ from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.metrics import MetricsWriter, ProgressLine, forward_flops, peak_flops, peak_memory_bytes
 from eve_ds.model.eve import EVE
 from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics
+from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
@@ -80,6 +81,7 @@ def pretrain(
         ConfigError: settings that contradict each other, or an output folder of another run.
         UnusableData: too many samples cannot be used.
         NonFiniteError: see there.
+        OpsBuildError: `EVE_DS_OPS=build`, and the fused ops cannot be built.
     """
     info = initialize_deepspeed_distributed()
     config, deepspeed_config = resolve_deepspeed_config(
@@ -100,6 +102,7 @@ def pretrain(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
+    use_built(next(model.parameters()))  # compiled here, if at all, and not while the first step is timed
     with Trainer(config, engine, optimizer, tokenizer) as trainer:
         if checkpoint is not None:
             trainer.resume(checkpoint)

@@ -26,11 +26,12 @@ def main() -> int:
         deepspeed_config = _read_json(arguments.deepspeed_config)
         from eve_ds.data.sources import UnusableData
         from eve_ds.engine import NonFiniteError, pretrain
+        from eve_ds.ops.build import OpsBuildError
 
         resume = arguments.resume if arguments.resume in {"auto", "none"} else Path(arguments.resume)
         try:
             summary = pretrain(config, deepspeed_config, resume)
-        except UnusableData as error:
+        except (UnusableData, OpsBuildError) as error:
             get_logger().error("%s", error)
             return EXIT_BAD_INPUT
         except NonFiniteError as error:

@@ -165,3 +165,13 @@ def test_processes_exit_with_code_2(tmp_path, free_port):
     for stderr in outputs:
         assert "Traceback" not in stderr
         assert len([line for line in stderr.splitlines() if " ERROR " in line]) == 1
+
+
+def test_ops_that_cannot_be_built_stop_before_anything_is_written(tmp_path):
+    command = [sys.executable, str(LAUNCHER), "--set", *TINY, "--output_dir", str(tmp_path / "run")]
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    env |= {"EVE_DS_OPS": "fast", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "EVE_DS_OPS (fast) must be one of auto, build, reference" in done.stderr + done.stdout
+    assert not (tmp_path / "run" / "config.json").exists()
