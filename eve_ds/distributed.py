@@ -7,6 +7,7 @@ a world of one without a process group.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
@@ -174,7 +175,18 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
+    atexit.register(_leave_process_group)
     return info
+
+
+def _leave_process_group() -> None:
+    """End gloo's threads while the interpreter still stands.
+
+    One that is alive when the process ends now and then aborts it ("terminate called without an active exception"), with
+    all work done. NCCL's groups are left to torch: ending them waits for what a failed peer will never finish.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def _bind_device(info: RankInfo) -> None:

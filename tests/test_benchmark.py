@@ -60,8 +60,7 @@ def test_rows_are_appended_with_their_provenance(tmp_path):
     assert line["dtype"] == "bfloat16"
 
 
-def test_stock_layer_computes_what_ours_does():
-    """Otherwise the comparison is between different work: no slot is short here, and tokens carry no modality."""
+def layers_of_both_kinds(rank, world_size):
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, moe=MoEConfig(num_experts=4))
     layer = MoE(config)
@@ -69,27 +68,41 @@ def test_stock_layer_computes_what_ours_does():
         for parameter in layer.parameters():
             parameter.normal_(std=0.3)
         layer.router.modality_embedding.zero_()
-    x, modality = torch.randn(40, 16), torch.randint(0, 2, (40,))
-    ours = layer(x, modality)
-    stock = peers.StockMoE(layer, capacity_factor=8.0)(x, modality)
-    torch.testing.assert_close(stock.hidden_states, ours.hidden_states, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stock.load_balancing_loss, ours.load_balancing_loss, rtol=1e-5, atol=1e-5)
+        x, modality = torch.randn(40, 16), torch.randint(0, 2, (40,))
+        outputs = layer(x, modality), peers.StockMoE(layer, capacity_factor=8.0)(x, modality)
+    return [(output.hidden_states, output.load_balancing_loss) for output in outputs]
 
 
-def test_both_forms_of_a_step_have_the_same_loss_without_padding_and_drops(monkeypatch):
+def test_stock_layer_computes_what_ours_does(run_ranks):
+    """Otherwise the comparison is between different work: no slot is short here, and tokens carry no modality."""
+    ((ours, stock),) = run_ranks(layers_of_both_kinds, 1)
+    for mine, theirs in zip(ours, stock, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
+
+
+def losses_of_both_forms(rank, world_size):
     config = measures.load_config("eve_tiny", ["model.text_length=12", "model.moe.capacity_factor=8.0"])
     both = measures.BothForms(config, 3)
     with torch.no_grad():
-        for block, ours, _ in both.layers:
+        for _, ours, _ in both.layers:
             ours.router.modality_embedding.zero_()
-            assert block.moe is not None
     found = []
-    monkeypatch.setattr(measures, "total_loss", lambda terms, weights: found.append(terms) or terms["pixel"] * 0)
+
+    def keep(terms, weights):
+        found.append({name: term.detach() for name, term in terms.items()})
+        return terms["pixel"] * 0
+
+    measures.total_loss = keep
     both.optimizer.step = lambda: None
     both.step(stock=False)
     both.step(stock=True)
+    return found
+
+
+def test_both_forms_of_a_step_have_the_same_loss_without_padding_and_drops(run_ranks):
+    ((packed, stock),) = run_ranks(losses_of_both_forms, 1)
     for name in ("pixel", "text", "load_balancing"):
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed[name], stock[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("_our_routing", "_stock_routing")])

@@ -288,8 +288,9 @@ class BothForms:
 
     def step(self, stock: bool) -> None:
         """One step in one of the forms."""
-        before = os.environ.get("EVE_DS_OPS", "auto")
-        os.environ["EVE_DS_OPS"] = "reference" if stock else before
+        before = os.environ.get("EVE_DS_OPS")
+        if stock:
+            os.environ["EVE_DS_OPS"] = "reference"
         self.model.backbone.keep_padding = stock
         for block, ours, theirs in self.layers:
             block.moe = theirs if stock else ours
@@ -306,7 +307,10 @@ class BothForms:
         total_loss(terms, self.config.loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        os.environ["EVE_DS_OPS"] = before
+        if before is not None:
+            os.environ["EVE_DS_OPS"] = before
+        else:
+            os.environ.pop("EVE_DS_OPS", None)
 
 
 def data(seconds: float) -> Rows:
