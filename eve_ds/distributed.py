@@ -182,8 +182,8 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
 def _leave_process_group() -> None:
     """End gloo's threads while the interpreter still stands.
 
-    One that is alive when the process ends now and then aborts it ("terminate called without an active exception"), with
-    all work done. NCCL's groups are left to torch: ending them waits for what a failed peer will never finish.
+    One that is alive when the process ends now and then aborts it with all work done ("terminate called without an
+    active exception"). NCCL's groups are left to torch: ending them waits for what a failed peer will never finish.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
