@@ -182,8 +182,9 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
 def _leave_process_group() -> None:
     """End gloo's threads while the interpreter still stands.
 
-    One that is alive when the process ends now and then aborts it with all work done ("terminate called without an
-    active exception"). NCCL's groups are left to torch: ending them waits for what a failed peer will never finish.
+    Processes that ended with the group alive were now and then aborted with all work done ("terminate called without
+    an active exception"), too seldom to show that this is the whole cause. NCCL's
+    groups are left to torch: ending them waits for what a failed peer will never finish.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()

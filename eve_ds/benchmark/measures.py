@@ -204,13 +204,11 @@ def _cross_entropy(seconds: float) -> Rows:
         peers: dict[str, Run] = {"torch, float cast": partial(step, reference.linear_cross_entropy)}
         if chunked is not None:
             peers["deepspeed chunked"] = partial(step, partial(_deepspeed_cross_entropy, chunked.chunked_cross_entropy))
-        if not quick and hasattr(F, "linear_cross_entropy"):
+        if hasattr(F, "linear_cross_entropy"):
             peers["F.linear_cross_entropy"] = partial(step, _torch_linear_cross_entropy)
         ours = partial(step, ops.linear_cross_entropy)
         shape = f"N={rows} D={WIDTH} V={vocabulary}"
         yield compare("linear cross entropy", dtype, shape, ours, peers, seconds, memory=True)
-    if quick:
-        yield Absent("linear cross entropy", "F.linear_cross_entropy", "left out by --quick: half a minute a call")
     missing = "not installed" if find("liger_kernel") is None else "runs on CUDA only"
     yield Absent("linear cross entropy", "liger", missing)
 
