@@ -93,7 +93,8 @@ def losses_of_both_forms(rank, world_size):
         return terms["pixel"] * 0
 
     measures.total_loss = keep
-    both.optimizer.step = lambda: None
+    for optimizer in both.optimizers:
+        optimizer.step = lambda: None
     both.step(stock=False)
     both.step(stock=True)
     return found

@@ -63,7 +63,7 @@ def train(rank, world_size, folder):
     from deepspeed.utils import safe_get_full_fp32_param
 
     from eve_ds import engine
-    from eve_ds.model.moe import plain_named_parameters
+    from eve_ds.model.moe import plain_named_tensors
 
     engines = []
 
@@ -81,11 +81,8 @@ def train(rank, world_size, folder):
         with torch.no_grad():
             output = module(**fixed_inputs())
         outputs = {"pixel_predictions": output.pixel_predictions, "token_logits": output.token_logits().detach()}
-        weights, masters = {}, {}
-        for plain, parameter in plain_named_parameters(module):
-            weights[plain] = parameter.detach().clone()
-            if stage:
-                masters[plain] = safe_get_full_fp32_param(parameter).clone()
+        weights = dict(plain_named_tensors(module, lambda parameter: parameter.detach().clone()))
+        masters = dict(plain_named_tensors(module, lambda p: safe_get_full_fp32_param(p).clone())) if stage else {}
         results[name] = {"outputs": outputs, "weights": weights, "masters": masters}
     return results
 

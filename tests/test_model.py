@@ -503,7 +503,7 @@ def test_weights_are_truncated_normals_and_experts_differ():
             tolerance = 5 / math.sqrt(2 * value.numel())
             assert float(value.std()) == pytest.approx(std * TRUNCATED_STD, rel=tolerance), name
     experts = model.backbone.blocks[1].moe.experts
-    weights = [expert.fc1.weight for expert in experts] + [model.backbone.blocks[2].moe.experts[0].fc1.weight]
+    weights = [*experts.fc1.weight, model.backbone.blocks[2].moe.experts.fc1.weight[0]]
     for first, one in enumerate(weights):
         assert all(not torch.equal(one, other) for other in weights[first + 1 :])
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eve_ds.model.naming import expert_id, to_deepspeed_name, to_plain_name
+from eve_ds.model.naming import expert_id, is_stacked, plain_names, to_deepspeed_name, to_plain_name
 
 PAIRS = [
     (
@@ -34,3 +34,16 @@ def test_other_names_stay(name):
 
 def test_expert_zero_is_an_expert():
     assert expert_id("blocks.1.moe.experts.0.fc1.weight") == 0
+
+
+@pytest.mark.parametrize("infix", ["experts", "deepspeed_moe.experts.deepspeed_experts"])
+def test_a_stacked_parameter_holds_experts_in_order(infix):
+    name = f"backbone.blocks.5.moe.{infix}.fc2.bias"
+    assert is_stacked(name)
+    assert plain_names(name, 6, 2) == tuple(f"backbone.blocks.5.moe.experts.{expert}.fc2.bias" for expert in (6, 7))
+
+
+@pytest.mark.parametrize("name", [*(name for pair in PAIRS for name in pair), "backbone.blocks.0.ffn.image.fc1.weight"])
+def test_one_weight_is_not_stacked(name):
+    assert not is_stacked(name)
+    assert plain_names(name, 4, 2) == (to_plain_name(name, 4),)

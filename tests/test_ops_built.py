@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from eve_ds import ops
 from eve_ds.ops import build, reference
+from eve_ds.ops.feed_forward import grouped_products
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
 BFLOAT16 = {"rtol": 2**-7, "atol": 1e-6}
@@ -311,24 +312,39 @@ def test_quick_gelu(dtype, count):
     assert_close(mine[0].grad, theirs[0].grad, dtype)
 
 
+def one_by_one(rows, sizes, *parameters):
+    """Experts in a loop over rows."""
+    owners = [expert for expert, size in enumerate(sizes.tolist()) for _ in range(size)]
+    out = []
+    for row, expert in zip(rows, owners, strict=False):
+        w1, b1, w2, b2 = (kind[expert] for kind in parameters)
+        hidden = w1 @ row + b1
+        out.append(w2 @ (hidden * torch.sigmoid(1.702 * hidden)) + b2)
+    nothing = sum(kind.sum() for kind in (rows, *parameters)) * 0
+    return torch.stack([*out, *(row * 0 for row in rows[len(owners) :])]) + nothing if len(rows) else rows * 1 + nothing
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(5, 0, 7, 1), (0, 0, 0, 0), (13, 0, 0, 0)])
 @pytest.mark.parametrize("empty", [0, 3])
-def test_grouped_feed_forward(dtype, sizes, empty):
+@pytest.mark.parametrize(
+    "form", [ops.grouped_feed_forward, reference.grouped_feed_forward, grouped_products], ids=["built", "plain", "mm"]
+)
+def test_grouped_feed_forward(dtype, sizes, empty, form):
     generator = torch.Generator().manual_seed(11)
 
     def draw(*shape):
         return (torch.randn(shape, generator=generator) * 0.5).to(dtype)
 
-    rows = draw(sum(sizes) + empty, 12)
-    kinds = [[draw(*shape) for _ in sizes] for shape in ((20, 12), (20,), (12, 20), (12,))]
+    rows = draw(sum(sizes) + empty, 16)
+    kinds = [draw(len(sizes), *shape) for shape in ((24, 16), (24,), (16, 24), (16,))]
     upstream = draw(*rows.shape)
     results = []
-    for module, wanted in ((ops, dtype), (reference, torch.float64)):
-        mine, parameters = leaf(rows, wanted), [[leaf(item, wanted) for item in kind] for kind in kinds]
-        out = module.grouped_feed_forward(mine, sizes, *parameters)
+    for run, wanted in ((form, dtype), (one_by_one, torch.float64)):
+        mine, parameters = leaf(rows, wanted), [leaf(kind, wanted) for kind in kinds]
+        out = run(mine, torch.tensor(sizes), *parameters)
         out.backward(upstream.to(wanted))
-        results.append([out, mine.grad, *(item.grad for kind in parameters for item in kind)])
+        results.append([out, mine.grad, *(kind.grad for kind in parameters)])
     assert results[0][0][sum(sizes) :].eq(0).all()
     for ours, expected in zip(*results, strict=True):
         assert ours.dtype == dtype

@@ -7,7 +7,6 @@ import torch
 
 from eve_ds.config import ConfigError, ModelConfig, MoEConfig, PixelDecoderConfig
 from eve_ds.model.eve import EVE
-from eve_ds.model.moe import plain_named_parameters
 from eve_ds.parallel.moe import (
     DeepSpeedMoE,
     UpstreamMoE,
@@ -46,7 +45,7 @@ def part(ep_size, ep_rank, seed=0):
 
 
 def test_parts_of_all_ranks_are_the_plain_model_of_the_same_seed():
-    plain = dict(eve().named_parameters())
+    plain = eve().state_dict()
     for ep_size in (1, 2, 4, 8):
         seen = set()
         for ep_rank in range(ep_size):
@@ -59,7 +58,7 @@ def test_parts_of_all_ranks_are_the_plain_model_of_the_same_seed():
 
 def test_experts_are_drawn_separately():
     weights = [
-        tensor for name, tensor in part(2, 1).named_parameters() if name.endswith("fc1.weight") and "expert" in name
+        tensor for name, tensor in part(2, 1).state_dict().items() if name.endswith("fc1.weight") and "expert" in name
     ]
     assert len(weights) == 8
     for index, weight in enumerate(weights):
@@ -67,7 +66,7 @@ def test_experts_are_drawn_separately():
 
 
 def test_another_seed_draws_other_weights():
-    one, other = (dict(eve(seed=seed).named_parameters()) for seed in (0, 1))
+    one, other = (eve(seed=seed).state_dict() for seed in (0, 1))
     same = {name for name in one if torch.equal(one[name], other[name])}
     assert all("bias" in name or "norm" in name or "gamma" in name for name in same)
 
@@ -76,20 +75,22 @@ def test_engine_and_checkpoints_find_the_layer_by_class_and_names():
     model = part(4, 1)
     layers = [module for module in model.modules() if isinstance(module, UpstreamMoE)]
     assert [(layer.num_experts, layer.num_local_experts, layer.ep_size) for layer in layers] == [(8, 2, 4)] * 2
-    names = [name for name, _ in model.named_parameters()]
+    names = list(model.state_dict())
     assert "backbone.blocks.1.moe.deepspeed_moe.experts.deepspeed_experts.1.fc1.weight" in names
+    assert len([name for name in names if "deepspeed_experts" in name]) == 2 * 2 * 4
     assert "backbone.blocks.1.moe.router.modality_embedding" in names
     assert not [name for name in names if ".gate." in name]
     marked = {name for name, parameter in model.named_parameters() if getattr(parameter, "allreduce", True) is False}
-    assert marked == {name for name in names if "deepspeed_experts" in name}
+    assert marked == {name for name, _ in model.named_parameters() if "deepspeed_experts" in name}
+    assert len(marked) == 2 * 4
     assert {parameter.group_name for name, parameter in model.named_parameters() if name in marked} == {"ep_size_4"}
 
 
 def test_plain_weights_load_into_a_part():
     plain, model = eve(seed=1), part(2, 1)
     load_plain_state_dict(model, plain.state_dict())
-    wanted = dict(plain.named_parameters())
-    assert all(torch.equal(parameter, wanted[name]) for name, parameter in plain_named_parameters(model))
+    wanted = plain.state_dict()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in local_plain_state_dict(model).items())
     state = plain.state_dict()
     del state["backbone.blocks.2.moe.experts.6.fc2.bias"]
     with pytest.raises(KeyError, match=r"blocks\.2\.moe\.experts\.6\.fc2\.bias"):
@@ -126,8 +127,8 @@ def test_transposed_blocks_are_in_the_other_order_and_back():
 
 
 def group_names(model, weight_decay=0.05):
-    """Group of every parameter by its plain name: (decays, name of the group)."""
-    names = {id(parameter): name for name, parameter in plain_named_parameters(model)}
+    """Group of every parameter by its name: (decays, name of the group)."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for group in optimizer_parameter_groups(model, weight_decay):
         assert group["weight_decay"] in (0.0, weight_decay)
@@ -156,7 +157,7 @@ def test_matrices_decay_and_biases_norms_scales_and_embeddings_do_not():
 def test_expert_parameters_have_groups_named_after_their_process_group():
     found = group_names(part(4, 3))
     for name, (_, group) in found.items():
-        assert (group == "ep_size_4") == (".moe.experts." in name)
+        assert (group == "ep_size_4") == ("deepspeed_experts" in name)
     moe = [group for group in optimizer_parameter_groups(part(4, 3), 0.05) if group.get("moe")]
     assert [(group["name"], group["weight_decay"]) for group in moe] == [("ep_size_4", 0.05), ("ep_size_4", 0.0)]
 

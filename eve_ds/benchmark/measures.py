@@ -30,8 +30,10 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.transforms import TrainTransform, normalize
 from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.model.eve import EVE
+from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
 from eve_ds.ops import reference
+from eve_ds.ops.feed_forward import grouped_products
 
 TOKENS, WIDTH, EXPERTS = 4096, 768, 32
 DTYPES = (torch.float32, torch.bfloat16)
@@ -142,7 +144,10 @@ def _megatron_permutation(inputs: dict[str, Tensor], megatron: object) -> None:
 
 
 def moe(seconds: float) -> Rows:
-    """A whole layer, packed, against DeepSpeed's with slots for capacity factors 1, 1.5 and 2."""
+    """A whole layer, packed, against DeepSpeed's with slots for capacity factors 1, 1.5 and 2; and experts alone.
+
+    Which form experts take (:func:`eve_ds.ops.grouped_feed_forward`) is decided by what is measured here.
+    """
     join_group_of_one()
     for dtype in DTYPES:
         torch.manual_seed(0)
@@ -163,6 +168,23 @@ def moe(seconds: float) -> Rows:
                 {"deepspeed": partial(_layer_step, stock, inputs)},
                 seconds,
             )
+        experts = partial(_experts_step, layer.experts, inputs)
+        forms: dict[str, Run] = {
+            "F.grouped_mm": partial(experts, grouped_products),
+            "torch, expert by expert": partial(experts, reference.grouped_feed_forward),
+        }
+        shape = f"{2 * tokens} rows D={WIDTH} E={EXPERTS}"
+        yield compare("experts", dtype, shape, partial(experts, ops.grouped_feed_forward), forms, seconds)
+
+
+def _experts_step(experts: Experts, inputs: dict[str, Tensor], form: object) -> None:
+    rows = torch.cat([inputs["x"], inputs["upstream"]])
+    sizes = torch.full((EXPERTS,), len(rows) // EXPERTS, device=rows.device)
+    fc1, fc2 = experts.fc1, experts.fc2
+    out = form(rows, sizes, fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[operator]
+    out.backward(rows.detach())
+    for tensor in (inputs["x"], *experts.parameters()):
+        tensor.grad = None
 
 
 def _layer_step(layer: torch.nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -254,17 +276,25 @@ def step(seconds: float) -> Rows:
 
 
 class BothForms:
-    """One set of weights, one optimiser, and two ways to compute a step."""
+    """One set of weights but for the experts, and two ways to compute a step, each with an optimiser of its own."""
 
     def __init__(self, config: Config, batch: int) -> None:
         torch.manual_seed(0)
         self.config = config
         self.model = EVE(config.model).train().to(device())
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         blocks = [block for block in self.model.backbone.blocks if block.is_moe]
         factor = config.model.moe.capacity_factor
         self.layers = [(block, block.moe, StockMoE(cast(MoE, block.moe), factor).train()) for block in blocks]
+        self.optimizers = [self._optimizer(stock) for stock in (False, True)]
         self.inputs, self.labels = self._batch(batch)
+
+    def _place(self, stock: bool) -> None:
+        for block, ours, theirs in self.layers:
+            block.moe = theirs if stock else ours
+
+    def _optimizer(self, stock: bool) -> torch.optim.AdamW:
+        self._place(stock)
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def _batch(self, size: int) -> tuple[dict[str, Tensor], Tensor]:
         model = self.config.model
@@ -290,8 +320,7 @@ class BothForms:
         if stock:
             os.environ["EVE_DS_OPS"] = "reference"
         self.model.backbone.keep_padding = stock
-        for block, ours, theirs in self.layers:
-            block.moe = theirs if stock else ours
+        self._place(stock)
         output = self.model(**self.inputs)
         terms = pretraining_losses(
             output,
@@ -303,8 +332,9 @@ class BothForms:
             counts=Counts(1000.0, 100.0, 1000.0),
         )
         total_loss(terms, self.config.loss).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        optimizer = self.optimizers[stock]
+        optimizer.step()
+        optimizer.zero_grad()
         if before is not None:
             os.environ["EVE_DS_OPS"] = before
         else:

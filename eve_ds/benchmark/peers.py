@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from eve_ds.model.feed_forward import FeedForward
 from eve_ds.model.moe import MoE, MoEOutput, RouterStatistics
 
 
@@ -75,7 +76,10 @@ class StockMoE(nn.Module):
         gate = TopKGate(width, num_experts, 2, capacity_factor, capacity_factor, top2_2nd_expert_sampling=False)
         gate.wg.weight = moe.router.weight
         experts = Experts(nn.Identity(), num_experts)
-        experts.deepspeed_experts = moe.experts
+        _, intermediate, _ = moe.experts.fc1.weight.shape
+        networks = nn.ModuleList(FeedForward(width, intermediate) for _ in range(num_experts))
+        networks.load_state_dict(moe.experts.state_dict())
+        experts.deepspeed_experts = networks.to(moe.experts.fc1.weight)
         self.modality_embedding = moe.router.modality_embedding
         self.layer = MOELayer(gate, experts, "ep_size_1", 1, num_experts)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eve_ds.config import Config
-from eve_ds.model.naming import to_plain_name
+from eve_ds.model.naming import plain_names, to_plain_name
 
 DENSE_FILE = "mp_rank_00_model_states.pt"
 SHOWN = 3
@@ -103,16 +103,19 @@ def _module_weights(folder: Path, config: Config) -> dict[str, Tensor]:
 
 
 def _master_weights(folder: Path, config: Config, topology: Topology, rounded: dict[str, Tensor]) -> dict[str, Tensor]:
-    pieces: dict[str, list[Tensor]] = defaultdict(list)
+    pieces: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+    num_local = config.model.moe.num_experts // topology.ep_size
     for rank in range(topology.world_size):  # a tensor that is cut continues on the next rank that holds it
-        first_expert = rank % topology.ep_size * (config.model.moe.num_experts // topology.ep_size)
         for name, piece in _rank_pieces(folder / _optimizer_file(rank, config.train.precision)):
-            pieces[to_plain_name(name, first_expert)].append(piece)
-    if unmatched := rounded.keys() ^ pieces.keys():
+            pieces[plain_names(name, rank % topology.ep_size * num_local, num_local)].append(piece)
+    flat: dict[str, Tensor] = {}
+    for names in list(pieces):
+        flat |= zip(names, torch.cat(pieces.pop(names)).tensor_split(len(names)), strict=True)
+    if unmatched := rounded.keys() ^ flat.keys():
         raise CheckpointError(f"{folder}: {listed(unmatched)} in either model or optimizer states, but not in both")
     masters = {}
     for name, weight in rounded.items():
-        master = torch.cat(pieces.pop(name))
+        master = flat.pop(name)
         if master.numel() != weight.numel() or not torch.equal(master.view(weight.shape).to(weight.dtype), weight):
             raise CheckpointError(
                 f"{folder}: the fp32 master of {name} ({master.numel():,} elements), put together from "

@@ -20,8 +20,9 @@ from eve_ds.config import ModelConfig
 from eve_ds.model.attention import SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
+from eve_ds.model.experts import StackedLinear
 from eve_ds.model.feed_forward import ModalityFeedForward
-from eve_ds.model.moe import MoE, MoEOutput, plain_named_parameters
+from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
 from eve_ds.model.stream import Layout, TokenStream, join
 
 MoEFactory = Callable[[ModelConfig], nn.Module]
@@ -219,9 +220,9 @@ def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
-        elif isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        elif isinstance(module, nn.Linear | nn.Conv2d | StackedLinear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    for name, parameter in plain_named_parameters(model):
+    for name, parameter in plain_named_tensors(model):
         kind = name.rpartition(".")[2]
         if kind == "position" and config.position_init == "sincos" and not parameter.is_meta:
             side = None if "text_embedding" in name else config.image_size // config.patch_size

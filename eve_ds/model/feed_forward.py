@@ -11,7 +11,7 @@ from eve_ds.model.stream import IMAGE, TEXT, ModalityOrder
 
 
 class FeedForward(nn.Module):
-    """fc1, quick_gelu, fc2; also the form of one expert."""
+    """fc1, quick_gelu, fc2."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

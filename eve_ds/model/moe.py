@@ -10,7 +10,7 @@ A token's router sees the token plus a learnt embedding of its modality (EVE sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from eve_ds import ops
 from eve_ds.config import ModelConfig
-from eve_ds.model.feed_forward import FeedForward
-from eve_ds.model.naming import to_plain_name
+from eve_ds.model.experts import Experts
+from eve_ds.model.naming import is_stacked, plain_names
 from eve_ds.model.stream import IMAGE, TEXT
 
 
@@ -150,24 +150,33 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.router = Router(config)
-        self.experts = nn.ModuleList(
-            FeedForward(config.hidden_size, config.intermediate_size) for _ in range(config.moe.num_experts)
-        )
+        self.experts = Experts(config.moe.num_experts, config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
         """(..., D), (...) int64, (...) bool or None where all are tokens -> MoEOutput."""
-        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self._apply_experts)
-
-    def _apply_experts(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
-        return run_experts(self.experts, rows, rows_per_expert.tolist())
+        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.experts)
 
 
-def plain_named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters held here under the names they have in the plain model, experts counted over all processes."""
+def _itself(parameter: nn.Parameter) -> Tensor:
+    return parameter
+
+
+def plain_named_tensors(
+    model: nn.Module, of: Callable[[nn.Parameter], Tensor] = _itself
+) -> Iterator[tuple[str, Tensor]]:
+    """What is held here under the names of the plain model's state dict, experts counted over all processes.
+
+    Args:
+        model: a plain or DeepSpeed model.
+        of: what to take of every parameter, in the parameter's shape: itself, its gradient, its fp32 master. That of
+            stacked experts is handed on expert by expert, as views.
+    """
     for name, parameter in model.named_parameters():
+        tensor = of(parameter)
         block, is_moe, _ = name.partition(".moe.")
-        first_expert = model.get_submodule(f"{block}.moe").first_expert if is_moe else 0
-        yield to_plain_name(name, cast(int, first_expert)), parameter
+        first_expert = cast(int, model.get_submodule(f"{block}.moe").first_expert) if is_moe else 0
+        parts = tensor.unbind() if is_stacked(name) else [tensor]
+        yield from zip(plain_names(name, first_expert, len(parts)), parts, strict=True)
 
 
 def mix_experts(
@@ -198,22 +207,6 @@ def mix_experts(
     first_choices, probability_sum, num_tokens = sums.split([num_experts, num_experts, 1])
     balance = ops.load_balancing_loss(first_choices, probability_sum, num_tokens.squeeze(0))
     return MoEOutput(mixed.view_as(hidden_states), balance, routing.z_sum, routed.statistics)
-
-
-def run_experts(experts: Iterable[nn.Module], rows: Tensor, sizes: list[int]) -> Tensor:
-    """Apply expert e (a FeedForward) to its `sizes[e]` rows; (R, D) -> (R, D), rows past their sum come out as zeros.
-
-    An expert without rows has a gradient of zeros, so that all ranks have the same set of gradients.
-    """
-    networks = [cast(FeedForward, expert) for expert in experts]
-    return ops.grouped_feed_forward(
-        rows,
-        sizes,
-        [network.fc1.weight for network in networks],
-        [network.fc1.bias for network in networks],
-        [network.fc2.weight for network in networks],
-        [network.fc2.bias for network in networks],
-    )
 
 
 @torch.no_grad()

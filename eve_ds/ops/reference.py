@@ -7,7 +7,6 @@ Arithmetic is fp32 whatever the dtype of the tokens, and fp64 where they are tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -269,22 +268,24 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def grouped_feed_forward(
     rows: Tensor,
-    sizes: Sequence[int],
-    fc1: Sequence[Tensor],
-    fc1_bias: Sequence[Tensor],
-    fc2: Sequence[Tensor],
-    fc2_bias: Sequence[Tensor],
+    sizes: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
 ) -> Tensor:
     """Expert e on its `sizes[e]` rows: (R, D) -> (R, D); rows past their sum (empty ones) come out as zeros.
 
     Args:
         rows: those of expert 0, then those of expert 1, and so on.
-        sizes: rows of each expert; an expert without rows still has a gradient, of zeros.
-        fc1, fc1_bias, fc2, fc2_bias: by expert (F, D), (F,), (D, F), (D,).
+        sizes: (E,) int64 rows of each expert; an expert without rows still has a gradient, of zeros.
+        fc1, fc1_bias, fc2, fc2_bias: (E, F, D), (E, F), (E, D, F), (E, D) of all experts.
     """
-    *chunks, empty = rows.split([*sizes, rows.shape[0] - sum(sizes)])
+    filled = sizes.tolist()
+    *chunks, empty = rows.split([*filled, rows.shape[0] - sum(filled)])
+    parameters = zip(fc1.unbind(), fc1_bias.unbind(), fc2.unbind(), fc2_bias.unbind(), strict=True)
     done = [
         F.linear(quick_gelu(F.linear(chunk, w1, b1)), w2, b2)
-        for chunk, w1, b1, w2, b2 in zip(chunks, fc1, fc1_bias, fc2, fc2_bias, strict=True)
+        for chunk, (w1, b1, w2, b2) in zip(chunks, parameters, strict=True)
     ]
     return torch.cat([*done, torch.zeros_like(empty)])

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE as UpstreamMoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from eve_ds.config import ConfigError, ModelConfig
-from eve_ds.model.feed_forward import FeedForward
-from eve_ds.model.moe import MoEOutput, Router, mix_experts, plain_named_parameters, run_experts
+from eve_ds.model.experts import Experts
+from eve_ds.model.moe import MoEOutput, Router, mix_experts, plain_named_tensors
 
 
 class DeepSpeedMoE(UpstreamMoE):
@@ -57,8 +56,11 @@ class DeepSpeedMoE(UpstreamMoE):
         self.first_expert = ep_rank * self.num_local_experts
         self.balance_over_ranks = config.moe.balance_over == "data_parallel"
         self.router = Router(config)
-        expert = FeedForward(config.hidden_size, config.intermediate_size)
-        self.deepspeed_moe = ShardedExperts(Experts(expert, self.num_local_experts, self.expert_group_name), ep_size)
+        experts = Experts(self.num_local_experts, config.hidden_size, config.intermediate_size)
+        for parameter in experts.parameters():  # as upstream's Experts marks its own
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+        self.deepspeed_moe = ShardedExperts(experts, ep_size)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by the engine: make the process groups, or find those that another layer has made.
@@ -82,11 +84,11 @@ class DeepSpeedMoE(UpstreamMoE):
 
 
 class ShardedExperts(nn.Module):
-    """Experts of this rank behind the all-to-all; its name, `deepspeed_moe`, is the one checkpoint code expects."""
+    """Experts of this rank behind the all-to-all; the names down to `deepspeed_experts` are checkpoint code's."""
 
     def __init__(self, experts: Experts, ep_size: int) -> None:
         super().__init__()
-        self.experts = experts
+        self.experts = nn.ModuleDict({"deepspeed_experts": experts})
         self.ep_size = ep_size
         self.ep_group: dist.ProcessGroup | None = None
 
@@ -95,15 +97,15 @@ class ShardedExperts(nn.Module):
 
     def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
         """Expert buffer (R, D) and (E,) int64 rows of each expert in it -> (R, D) outputs."""
-        experts = self.experts.deepspeed_experts
+        experts = self.experts["deepspeed_experts"]
         if self.ep_size == 1:
-            return run_experts(experts, rows, rows_per_expert.tolist())
+            return experts(rows, rows_per_expert)
         send, receive = self._exchange_sizes(rows_per_expert)
         sent, received = [sum(row) for row in send], [sum(row) for row in receive]
         by_source = ExchangeRows.apply(rows, sent, received, sum(received), self.ep_group)
         per_expert = [list(sources) for sources in zip(*receive, strict=True)]
         by_expert = transpose_blocks(by_source, receive)
-        done = run_experts(experts, by_expert, [sum(sources) for sources in per_expert])
+        done = experts(by_expert, rows_per_expert.new_tensor([sum(sources) for sources in per_expert]))
         by_source = transpose_blocks(done, per_expert)
         return ExchangeRows.apply(by_source, received, sent, rows.shape[0], self.ep_group)
 
@@ -185,8 +187,8 @@ def _sum_over_data_parallel(values: Tensor) -> Tensor:
 
 
 def local_plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters of this rank (dense, and experts that it holds), detached, under their names in the plain model."""
-    return {name: parameter.detach() for name, parameter in plain_named_parameters(model)}
+    """Weights of this rank (dense, and experts that it holds), detached, under their names in the plain model."""
+    return {name: weight.detach() for name, weight in plain_named_tensors(model)}
 
 
 @torch.no_grad()
@@ -194,7 +196,7 @@ def load_plain_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy what this rank holds from a state dict of the plain model, before `deepspeed.initialize`.
 
     Raises:
-        KeyError: `state` lacks a parameter that this rank holds.
+        KeyError: `state` lacks a weight that this rank holds.
     """
-    for name, parameter in plain_named_parameters(model):
-        parameter.copy_(state[name])
+    for name, weight in plain_named_tensors(model):
+        weight.copy_(state[name])

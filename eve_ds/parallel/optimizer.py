@@ -22,7 +22,8 @@ def optimizer_parameter_groups(model: nn.Module, weight_decay: float) -> list[di
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             embedding = isinstance(module, nn.Embedding) or name in EMBEDDINGS
-            (no_decay if embedding or parameter.ndim < 2 else decay).append(parameter)
+            bias = name.endswith("bias")  # those of stacked experts have two dimensions
+            (no_decay if embedding or bias or parameter.ndim < 2 else decay).append(parameter)
     groups = [
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},

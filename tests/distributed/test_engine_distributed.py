@@ -287,10 +287,12 @@ def plain_step(config, weights, micro_batches):
     )
     norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip_grad_norm)
     optimizer.step()
-    return {name: value.detach() for name, value in named.items()}, float(norm), sum(map(float, losses))
+    return model.state_dict(), float(norm), sum(map(float, losses))
 
 
 def plain_step_cases(rank, world_size, folder):
+    from eve_ds.parallel.moe import local_plain_state_dict
+
     found = []
     for number, (stage, accumulation) in enumerate(STEPS):
         config = config_for(
@@ -303,21 +305,19 @@ def plain_step_cases(rank, world_size, folder):
         before = {}
 
         def remember(step, micro_batches, trainer, before=before):
-            before.update({name: value.detach().clone() for name, value in trainer.engine.module.named_parameters()})
+            weights = local_plain_state_dict(trainer.engine.module)
+            before.update({name: value.clone() for name, value in weights.items()})
             return micro_batches
 
         watch = Watch(remember)
         watch.run(config, zero(stage))
-        from eve_ds.model.naming import to_plain_name
-
-        start = {to_plain_name(name): value for name, value in before.items()}
-        expected, norm, loss = plain_step(config, start, watch.steps[0])
+        expected, norm, loss = plain_step(config, before, watch.steps[0])
         weights = watch.weights()
         worst = max(
             (
-                float((weights[name] - value).norm() / (value - start[name]).norm().clamp(min=1e-12)),
+                float((weights[name] - value).norm() / (value - before[name]).norm().clamp(min=1e-12)),
                 name,
-                float((value - start[name]).norm()),
+                float((value - before[name]).norm()),
             )
             for name, value in expected.items()
         )

@@ -179,6 +179,8 @@ def decays(name):
 @functools.cache
 def reference(case):
     """Outputs by micro-step, gradients and updated weights of the plain model in one process."""
+    from eve_ds.model.moe import plain_named_tensors
+
     os.environ["EVE_DS_OPS"] = "reference"
     model = plain_model(case.config())
     outputs = []
@@ -187,7 +189,7 @@ def reference(case):
         output = model(**inputs)
         (loss_of(output, inputs, labels, case.micro_steps) / case.micro_steps).backward()
         outputs.append(output)
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = dict(plain_named_tensors(model, lambda parameter: parameter.grad.clone()))
     if case.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
     named = list(model.named_parameters())
@@ -197,7 +199,7 @@ def reference(case):
             {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
         ]
     ).step()
-    return outputs, gradients, {name: parameter.detach() for name, parameter in named}
+    return outputs, gradients, model.state_dict()
 
 
 def engine_for(case, world_size):
@@ -262,7 +264,8 @@ def run_case(case, rank, world_size):
     """Largest differences to the plain model by what was compared, and where the largest was."""
     from deepspeed.utils import safe_get_full_grad
 
-    from eve_ds.model.moe import plain_named_parameters
+    from eve_ds.model.moe import plain_named_tensors
+    from eve_ds.parallel.moe import local_plain_state_dict
 
     expected_outputs, expected_gradients, expected_weights = reference(
         dataclasses.replace(case, ep_size=1, zero_stage=0, activation_checkpointing=False, ops="reference")
@@ -275,9 +278,9 @@ def run_case(case, rank, world_size):
         engine.backward(loss_of(outputs[-1], inputs, labels, world_size * case.micro_steps))
         if step < case.micro_steps - 1:
             engine.step()
-    parameters = list(plain_named_parameters(engine.module))
-    gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in parameters}
+    gradients = dict(plain_named_tensors(engine.module, lambda parameter: safe_get_full_grad(parameter).clone()))
     engine.step()
+    weights = local_plain_state_dict(engine.module)
     statistics = summed_statistics([output.moe for output in outputs])
     expected_statistics = torch.stack(
         [
@@ -289,12 +292,11 @@ def run_case(case, rank, world_size):
     found = {
         "output": output_differences(outputs, expected_outputs, case, rank, world_size),
         "statistics": {"all": difference(statistics, expected_statistics)},
-        "gradient": {name: difference(gradients[name], expected_gradients[name]) for name, _ in parameters},
-        "weight": {name: difference(parameter.detach(), expected_weights[name]) for name, parameter in parameters},
+        "gradient": {name: difference(gradient, expected_gradients[name]) for name, gradient in gradients.items()},
+        "weight": {name: difference(weight, expected_weights[name]) for name, weight in weights.items()},
     }
-    held = {name for name, _ in parameters}
     engine.destroy()
-    return found, held
+    return found, set(weights)
 
 
 def run_cases(rank, world_size, described):
@@ -311,7 +313,7 @@ def worst_differences(run_ranks, world_size, cases):
     for number, case in enumerate(cases):
         found = [result[number][0] for result in results]
         held = [result[number][1] for result in results]
-        every = {name for name, _ in plain_model(case.config()).named_parameters()}
+        every = plain_model(case.config()).state_dict().keys()
         assert set().union(*held) == every, "the ranks together hold the parameters of the plain model"
         by_kind = {}
         for kind in found[0]:
@@ -359,6 +361,8 @@ def test_dropless_step_equals_the_plain_model(run_ranks, world_size):
 
 def capacity_reference(config, world_size, rank):
     """The plain model on every rank's own tokens: mean of the gradients, and this rank's slots and output."""
+    from eve_ds.model.moe import plain_named_tensors
+
     os.environ["EVE_DS_OPS"] = "reference"
     model = plain_model(config)
     captured = []
@@ -368,7 +372,7 @@ def capacity_reference(config, world_size, rank):
         output = model(**inputs)
         (loss_of(output, inputs, labels, world_size) / world_size).backward()
         captured.append((slots, output))
-    return captured[rank], {name: parameter.grad for name, parameter in model.named_parameters()}
+    return captured[rank], dict(plain_named_tensors(model, lambda parameter: parameter.grad))
 
 
 def capture_slots(model):
@@ -388,7 +392,7 @@ def capture_slots(model):
 def run_capacity_cases(rank, world_size, described):
     from deepspeed.utils import safe_get_full_grad
 
-    from eve_ds.model.moe import plain_named_parameters
+    from eve_ds.model.moe import plain_named_tensors
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
@@ -402,8 +406,8 @@ def run_capacity_cases(rank, world_size, described):
         output = engine(**inputs)
         engine.backward(loss_of(output, inputs, labels, world_size))
         found = {
-            name: difference(safe_get_full_grad(parameter), expected_gradients[name])
-            for name, parameter in plain_named_parameters(engine.module)
+            name: difference(gradient, expected_gradients[name])
+            for name, gradient in plain_named_tensors(engine.module, safe_get_full_grad)
         }
         found["pixels"] = difference(output.pixel_predictions, expected.pixel_predictions)
         equal = [torch.equal(ours, theirs) for ours, theirs in zip(slots, expected_slots, strict=True)]
@@ -444,7 +448,7 @@ def run_layer_cases(rank, world_size):
     import deepspeed
     import torch.distributed as dist
 
-    from eve_ds.model.moe import MoE, plain_named_parameters
+    from eve_ds.model.moe import MoE, plain_named_tensors
     from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
@@ -466,7 +470,6 @@ def run_layer_cases(rank, world_size):
         upstream = torch.randn(2, 12, config.hidden_size, generator=generator)
         modality = torch.arange(24).view(2, 12) % 2
         mask = torch.tensor(valid)
-        held = dict(plain.named_parameters())
         load_plain_state_dict(ours, plain.state_dict())
         our_moe.set_deepspeed_parallelism()
         whole_x, mine = x.clone().requires_grad_(), x[rank : rank + 1].clone().requires_grad_()
@@ -483,11 +486,11 @@ def run_layer_cases(rank, world_size):
             "balance": difference(output.load_balancing_loss, expected.load_balancing_loss),
             "input gradient": difference(mine.grad, whole_x.grad[rank : rank + 1]),
         }
-        for name, parameter in plain_named_parameters(ours):
-            gradient = parameter.grad.clone()
+        expected_gradients = dict(plain_named_tensors(plain, lambda parameter: parameter.grad))
+        for name, gradient in plain_named_tensors(ours, lambda parameter: parameter.grad.clone()):
             if "router" in name:
                 dist.all_reduce(gradient)
-            found[name] = difference(gradient, held[name].grad)
+            found[name] = difference(gradient, expected_gradients[name])
         results.append(found)
     return results, refusal_of_other_experts(rank)
 
