@@ -264,6 +264,14 @@ class TrainConfig(Section):
     eval_every: PositiveInt | None = None
     save_every_steps: PositiveInt | None = None
     save_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    keep_last: PositiveInt | None = None
+    """Checkpoints to keep, the newest ones; None keeps all."""
+    keep_every_steps: PositiveInt | None = None
+    """Keep those of every so many steps for good."""
+    async_save: bool = False
+    """Copy the state to the host's memory and write it while training goes on."""
+    max_failed_saves: Annotated[int, Field(ge=0)] = 3
+    """Failed saves in a row (disk full, no permission) that a run survives."""
     output_dir: Path = Path("runs/pretrain")
 
 

@@ -6,15 +6,19 @@ other ranks on what losses are averaged over, accumulates gradients and updates.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import platform
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import deepspeed
 import torch
@@ -24,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.checkpoint import commit
+from eve_ds.checkpoint.manifest import name_of
 from eve_ds.config import Config, ConfigError, TrainConfig
 from eve_ds.data.batch import Batch
 from eve_ds.data.masking import num_masked_patches
@@ -48,6 +53,8 @@ NO_IDENTITY = {"data": {"num_workers", "max_bad_share"}}
 """Keys of them that may."""
 MOST_NAMED = 8
 """Sample keys of a micro-batch, and micro-batches, that a message names."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Ask a run to save and end: what `scancel`, pre-emption and `sbatch --signal` send."""
 CHECK_SAMPLES = 2
 """Samples of a rank whose outputs are recorded at a save."""
 
@@ -64,6 +71,8 @@ class Summary(NamedTuple):
     train_seconds: float
     samples_per_second: float
     checkpoint: Path | None
+    stopped: bool
+    """By a signal, before the end."""
 
 
 def pretrain(
@@ -87,12 +96,10 @@ def pretrain(
     config, deepspeed_config = resolve_deepspeed_config(
         {} if deepspeed_config is None else deepspeed_config, config, info.world_size
     )
+    lock = _FolderLock(config.train.output_dir)
     _on_rank_zero(partial(check_output_dir, config, resume))
-    checkpoint = commit.find_latest(config.train.output_dir) if resume == "auto" else None
-    if isinstance(resume, Path):
-        checkpoint = resume
-    if checkpoint is not None:  # again when it is loaded; here, before anything is built
-        commit.check(checkpoint, config, deepspeed_config["zero_optimization"]["stage"])
+    _on_rank_zero(lock.acquire)
+    checkpoint = None if resume == "none" else commit.choose(config, resume if isinstance(resume, Path) else None)
     tokenizer = load_tokenizer(config.data.tokenizer)
     seed_everything(config.train.seed)
     moe_cls = partial(DeepSpeedMoE, ep_size=config.parallel.ep_size)
@@ -103,10 +110,27 @@ def pretrain(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
     use_built(next(model.parameters()))  # compiled here, if at all, and not while the first step is timed
-    with Trainer(config, engine, optimizer, tokenizer) as trainer:
+    with lock, Trainer(config, engine, optimizer, tokenizer) as trainer:
         if checkpoint is not None:
             trainer.resume(checkpoint)
         return trainer.run()
+
+
+class _Agreement(NamedTuple):
+    """What all ranks know alike before they compute a step."""
+
+    counts: Counts
+    """Denominators of the losses."""
+    tokens: float
+    """Of the step, on all ranks."""
+    done: bool
+    """It is the last one."""
+    save_due: bool
+    """A checkpoint is due after it."""
+    save_written: bool
+    """Every rank has written its part of the checkpoint under way."""
+    stop: bool
+    """Some rank has been asked by a signal to stop: save after it, and end."""
 
 
 class Trainer:
@@ -128,8 +152,11 @@ class Trainer:
         self.seconds = 0.0
         self.saved_at = time.monotonic()
         self.checkpoint: Path | None = None
+        self.stop_requested = False
+        self._handlers: dict[int, Any] = {}
         # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
         self.host_group = dist.new_group(backend="gloo")
+        self.saver = commit.Saver(config, tokenizer, self.host_group)
         self.window = _Window()
         self._open_loader(None)
         # Last, so that a run which could not be built leaves nothing in the folder that would claim it.
@@ -137,20 +164,32 @@ class Trainer:
         self.metrics = MetricsWriter(config.train.output_dir)
 
     def __enter__(self) -> Trainer:
+        for number in STOP_SIGNALS:
+            self._handlers[number] = signal.signal(number, self._request_stop)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is not None and issubclass(kind, (NonFiniteError, UnusableData)):  # raised by all ranks together
+            self._finish_save()
         self.loader.close()
         self.metrics.close()
 
+    def _request_stop(self, number: int, _: object) -> None:
+        """Signal handler: the step under way is finished, and one more may follow before all ranks know."""
+        self.stop_requested = True
+        get_logger().warning("%s: saving at the end of the step, then stopping", signal.Signals(number).name)
+
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of the same topology: weights, optimiser, counters, data position."""
-        state, position = commit.load(self.engine, checkpoint, self.config)
+        """Continue from a checkpoint of any topology: weights, optimiser, counters, data position."""
+        state, positions = commit.load(self.engine, checkpoint, self.config)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.nonfinite_skips = state["nonfinite_skips"]
+        self.engine.global_steps, self.engine.global_samples = self.step, self.samples
         self.window = _Window(started=self.seconds)
         self.loader.close()
-        self._open_loader(position)
+        self._open_loader(positions)
         self.checkpoint = checkpoint
         # Records of later steps that stand above this one belong to updates that were lost.
         self.metrics.write("event", **self._stamp(), event="resumed", message=f"from {checkpoint}")
@@ -159,29 +198,41 @@ class Trainer:
     def run(self) -> Summary:
         """Train until `max_steps` or `max_seconds`, evaluating and saving on the way and at the end."""
         train = self.config.train
-        started_at, samples_before = self.seconds, self.samples
+        started_at, steps_before, samples_before = self.seconds, self.step, self.samples
         with ProgressLine(train.log_every, self._progress()) as progress:
-            done = self._progress() >= 1.0
-            while not done:
+            done, stopped = self._progress() >= 1.0, False
+            while not (done or stopped):
                 with self._clock():
-                    done, save_due = self._train_step()
+                    agreed = self._train_step()
+                done, stopped = agreed.done, agreed.stop and not agreed.done
                 written = self.step % train.metrics_every == 0 or self.step % train.log_every == 0
-                if (written or done) and self.window.steps:
+                if (written or done or stopped) and self.window.steps:
                     progress.update(self.step, self._progress(), self._write_metrics())
-                if done or (train.eval_every and self.step % train.eval_every == 0):
+                if done or (train.eval_every and self.step % train.eval_every == 0 and not stopped):
                     self._evaluate()
-                if done or save_due:
+                if agreed.save_written:
+                    self._finish_save()
+                if done or stopped or agreed.save_due:
                     self._save()
+            if self.step > steps_before:
+                self._finish_last_save()
         spent = max(self.seconds - started_at, 1e-9)
-        return Summary(self.step, self.samples, self.seconds, (self.samples - samples_before) / spent, self.checkpoint)
+        return Summary(
+            steps=self.step,
+            samples=self.samples,
+            train_seconds=self.seconds,
+            samples_per_second=(self.samples - samples_before) / spent,
+            checkpoint=self.checkpoint,
+            stopped=stopped,
+        )
 
-    def _train_step(self) -> tuple[bool, bool]:
-        """One optimiser update; returns whether it was the last, and whether to save after it.
+    def _train_step(self) -> _Agreement:
+        """One optimiser update; returns what the ranks agreed on before it.
 
         Randomness is a function of (seed, step, rank).
         """
         micro_batches, problem = self._fetch()
-        counts, tokens, done, save_due = self._agree(micro_batches, problem)
+        agreed = self._agree(micro_batches, problem)
         self.last_batch = micro_batches[-1]
         self._set_learning_rate()
         seed_everything((self.config.train.seed * 1_000_003 + self.step) % 2**43, self.rank)
@@ -196,7 +247,7 @@ class Trainer:
                 masked_patch_ids=batch.masked_patch_ids,
                 token_labels=batch.token_labels,
                 patch_size=self.config.model.patch_size,
-                counts=counts,
+                counts=agreed.counts,
             )
             loss = total_loss(terms, self.config.loss)
             self.engine.backward(poison_if_nonfinite(loss))
@@ -205,10 +256,10 @@ class Trainer:
         self.step += 1
         self.samples += self.engine.train_batch_size()
         if self._updated():
-            self.window.add_step(computed, output.moe, tokens)
+            self.window.add_step(computed, output.moe, agreed.tokens)
         else:
             self._handle_nonfinite(computed, micro_batches)
-        return done, save_due
+        return agreed
 
     def _fetch(self) -> tuple[list[Batch], UnusableData | None]:
         """The micro-batches of one step, or why this rank cannot have them."""
@@ -217,11 +268,8 @@ class Trainer:
         except UnusableData as error:
             return [], error
 
-    def _agree(self, micro_batches: list[Batch], problem: UnusableData | None) -> tuple[Counts, float, bool, bool]:
-        """Sum over ranks what losses are averaged over, and take rank 0's clocks as everybody's.
-
-        Returns:
-            Denominators of the losses, tokens of the step on all ranks, whether it is the last, whether to save then.
+    def _agree(self, micro_batches: list[Batch], problem: UnusableData | None) -> _Agreement:
+        """Sum over ranks what losses are averaged over, and decide together what happens after the step.
 
         Raises:
             UnusableData: on every rank, if any of them has no data.
@@ -230,19 +278,25 @@ class Trainer:
             dim=0
         )
         clocks = torch.tensor([self.seconds, time.monotonic() - self.saved_at], dtype=torch.float64)
-        failed = torch.tensor([float(problem is not None)], dtype=torch.float64)
-        numbers = torch.cat([local, clocks * (self.rank == 0), failed])
+        flags = [problem is not None, self.saver.written, self.stop_requested]
+        numbers = torch.cat([local, clocks * (self.rank == 0), torch.tensor(flags, dtype=torch.float64)])
         dist.all_reduce(numbers, group=self.host_group)
-        *totals, self.seconds, since_save, num_failed = numbers.tolist()
+        *totals, self.seconds, since_save, num_failed, num_written, num_stopped = numbers.tolist()
         if num_failed:
             raise UnusableData("; ".join(self._gather(None if problem is None else f"rank {self.rank}: {problem}")))
         train = self.config.train
         next_step = self.step + 1
         save_due = bool(train.save_every_steps and next_step % train.save_every_steps == 0)
         save_due |= bool(train.save_every_minutes and since_save >= 60 * train.save_every_minutes)
-        done = next_step >= train.max_steps or self._out_of_time()
         share = self.world_size * self.engine.gradient_accumulation_steps()
-        return Counts(*(total / share for total in totals)), totals[2], done, save_due
+        return _Agreement(
+            counts=Counts(*(total / share for total in totals)),
+            tokens=totals[2],
+            done=next_step >= train.max_steps or self._out_of_time(),
+            save_due=save_due,
+            save_written=num_written == self.world_size,
+            stop=num_stopped > 0,
+        )
 
     def _gather(self, item: Any) -> list[Any]:
         """What every rank passed, without None, in rank order."""
@@ -315,26 +369,54 @@ class Trainer:
         get_logger().info("eval at step %d, right/wrong: %s", self.step, ", ".join(gaps))
 
     def _save(self) -> None:
-        self.checkpoint = commit.save(
-            self.engine,
-            self.config.train.output_dir,
+        """Write a checkpoint; with `async_save` begin it, and publish it after the step that finds it written."""
+        self._finish_save()
+        content = commit.Content(
             step=self.step,
-            state={"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite_skips},
+            numbers={"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite_skips},
             position=self.loader.state_dict(),
-            config=self.config,
-            tokenizer=self.tokenizer,
             check_inputs=_first_samples(self.last_batch, CHECK_SAMPLES).to(self.engine.device).model_inputs(),
         )
+        self.saver.begin(self.engine, content)
+        if not self.config.train.async_save:
+            self._finish_save()
         self.saved_at = time.monotonic()
 
-    def _open_loader(self, position: dict[str, Any] | None) -> None:
+    def _finish_save(self) -> None:
+        saved = self.saver.finish()
+        if saved is not None:
+            self.checkpoint = saved.folder
+            self.metrics.write(
+                "event",
+                **self._stamp(),
+                event="saved",
+                checkpoint=saved.folder.name,
+                stall_seconds=saved.stall_seconds,
+                bytes=saved.bytes,
+            )
+            get_logger().info("saved %s", saved.folder)
+
+    def _finish_last_save(self) -> None:
+        """Wait for the checkpoint of the last step; nothing is left that could save it again.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        self._finish_save()
+        if self.checkpoint is None or self.checkpoint.name != name_of(self.step):
+            raise commit.SaveError(
+                f"the run ends at step {self.step} without a checkpoint of it, the newest is {self.checkpoint}: make "
+                "room or change permissions and start it again, it goes on from there"
+            )
+
+    def _open_loader(self, positions: list[dict[str, Any]] | None) -> None:
         self.loader = build_loader(
             self.config,
             self.tokenizer,
             rank=self.rank,
             world_size=self.world_size,
             micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
-            state=position,
+            state=positions,
         )
 
     def _set_learning_rate(self) -> None:
@@ -584,6 +666,43 @@ def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> 
             f"train.output_dir ({folder}) is the folder of another run: its {key} is {then!r}, this run's is {now!r}; "
             "name another folder"
         )
+
+
+class _FolderLock:
+    """At most one run writes into a folder; the lock ends with the process that holds it, however that ends.
+
+    A lock of the process, not of the open file: worker processes, which outlive a killed rank by seconds, must not
+    keep it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        self._file: TextIO | None = None
+
+    def acquire(self) -> None:
+        """Take it; raises ConfigError where another process has it."""
+        file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise ConfigError(
+                f"train.output_dir ({self.path.parent}) is being written by another run ({owner}): wait for its end, "
+                "or name another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _identity(tree: dict[str, Any]) -> dict[str, Any]:

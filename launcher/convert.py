@@ -43,7 +43,7 @@ def main() -> int:
 def print_report(report: ExportReport, out: Path) -> None:
     """What was written and how it was checked, one fact per line."""
     experts = ", ".join(f"{count} in layer {layer}" for layer, count in report.experts.items()) or "none"
-    print(f"{out}: plain weights of step {report.step} ({report.checkpoint}), from {report.weights}")
+    print(f"{out}: plain weights of step {report.step} ({report.checkpoint}), fp32 masters")
     print(f"tensors     {report.tensors}")
     print(f"parameters  {report.parameters:,}")
     print(f"experts     {experts}")

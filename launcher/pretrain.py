@@ -15,15 +15,23 @@ import json
 from eve_ds.config import ConfigError, load_config
 from eve_ds.distributed import LaunchError, get_logger
 
-EXIT_BAD_INPUT, EXIT_NONFINITE = 2, 3
+EXIT_CODES = """exit codes:
+  0  trained to the end
+  2  bad input: settings, data or launch that cannot be used
+  3  a loss or gradient norm that is not finite
+  4  SIGTERM or SIGUSR1 to any rank: saved at the next step and stopped; the same command goes on from there
+  5  checkpoints cannot be written
+"""
+EXIT_BAD_INPUT, EXIT_NONFINITE, EXIT_STOPPED, EXIT_NOT_SAVED = 2, 3, 4, 5
 
 
 def main() -> int:
-    """Parse the command line and train; 0 done, 2 bad input, 3 a loss or gradient that is not finite."""
+    """Parse the command line and train; see EXIT_CODES."""
     arguments = _parser().parse_args()
     try:
         config = load_config(arguments.config, _overrides(arguments))
         deepspeed_config = _read_json(arguments.deepspeed_config)
+        from eve_ds.checkpoint.commit import SaveError
         from eve_ds.data.sources import UnusableData
         from eve_ds.engine import NonFiniteError, pretrain
         from eve_ds.ops.build import OpsBuildError
@@ -37,22 +45,28 @@ def main() -> int:
         except NonFiniteError as error:
             get_logger().error("%s", error)
             return EXIT_NONFINITE
+        except SaveError as error:
+            get_logger().error("%s", error)
+            return EXIT_NOT_SAVED
     except (ConfigError, LaunchError) as error:
         get_logger().error("%s", error)
         return EXIT_BAD_INPUT
     get_logger().info(
-        "done: %d steps, %d samples in %.1f s of training (%.1f samples/s), checkpoint %s",
+        "%s: %d steps, %d samples in %.1f s of training (%.1f samples/s), checkpoint %s",
+        "stopped by a signal, the same command goes on" if summary.stopped else "done",
         summary.steps,
         summary.samples,
         summary.train_seconds,
         summary.samples_per_second,
         summary.checkpoint,
     )
-    return 0
+    return EXIT_STOPPED if summary.stopped else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="eve_tiny", help="preset (eve_tiny, eve_base, eve_large) or YAML file")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON; without it ZeRO 0")
     parser.add_argument(

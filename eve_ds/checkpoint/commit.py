@@ -1,136 +1,349 @@
-"""Save a run so that a checkpoint appears whole or not at all, and go on from the newest one.
+"""Save a run so that a checkpoint appears whole or not at all, and go on from the newest good one.
 
-All ranks write into a hidden folder; after a barrier rank 0 renames it and then replaces `latest`. A killed save leaves
-only a hidden folder, which the next save removes.
+All ranks write into a hidden folder and flush. When all have, rank 0 adds the manifest, renames the folder and replaces
+`latest`. Where writing fails on any rank nothing appears, what was there stays, and the run goes on.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import platform
+import random
+import secrets
 import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 
+from eve_ds.checkpoint import manifest, state
+from eve_ds.checkpoint.files import (
+    CheckpointError,
+    FileRecord,
+    Piece,
+    PieceReader,
+    flush_folder,
+    write_bytes,
+    write_pieces,
+)
 from eve_ds.config import Config, ConfigError
-from eve_ds.distributed import get_logger, rank_zero
+from eve_ds.distributed import broadcast_object, get_logger, rank_zero
+from eve_ds.model.eve import model_shapes
 
-FOLDER = "checkpoints"
-LATEST = "latest"
-CHECK_BATCH = "check_batch.safetensors"
+PACKAGES = ("eve_ds", "torch", "deepspeed", "transformers")
 
 
-def save(
-    engine: DeepSpeedEngine,
-    run: Path,
-    *,
-    step: int,
-    state: dict[str, Any],
-    position: dict[str, Any],
-    config: Config,
-    tokenizer: PreTrainedTokenizerFast,
-    check_inputs: dict[str, Tensor | None],
-) -> Path:
-    """Write `run/checkpoints/step-NNNNNNNN`; collective, returns the folder.
+class SaveError(RuntimeError):
+    """More saves in a row have failed than the run may go on with; nothing older is lost."""
+
+
+class Content(NamedTuple):
+    """What a save is made of, besides the engine."""
+
+    step: int
+    """Optimiser updates taken."""
+    numbers: dict[str, Any]
+    """JSON-able counters of the run, equal on every rank."""
+    position: dict[str, Any]
+    """JSON-able position of this rank's data loader."""
+    check_inputs: dict[str, Tensor | None]
+    """A few samples of this rank, as the model takes them; those of rank 0 are stored with the model's outputs, so that
+    whoever reads the weights can tell whether they are the same model."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was published."""
+
+    folder: Path
+    step: int
+    stall_seconds: float
+    """How long training stood still on rank 0."""
+    bytes: int
+    """Over all ranks."""
+
+
+class _Pending:
+    """One save from its first byte to its publication; `records` of this rank's files fill up as they are written."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step, self.folder = step, folder
+        self.records: dict[str, FileRecord] = {}
+        self.problem: str | None = None
+        self.thread: threading.Thread | None = None
+        self.stall_seconds = 0.0
+
+    def attempt(self, write: Callable[[], None]) -> None:
+        """Do it unless something went wrong before; remember what does."""
+        if self.problem is not None:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.problem = f"rank {dist.get_rank()}: {error.strerror or error}: {error.filename or self.folder}"
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self.thread is None or not self.thread.is_alive()
+
+
+class Saver:
+    """Saves of one run; all methods but `written` are collective over all ranks.
 
     Args:
-        engine: model and optimiser.
-        run: output folder of the run.
-        step: optimiser steps taken.
-        state: JSON-able numbers of the run, equal on every rank.
-        position: JSON-able position of this rank's data loader.
-        config, tokenizer: travel with the checkpoint.
-        check_inputs: a few samples of this rank, as the model takes them; those of rank 0 are stored with the model's
-            outputs, so that whoever reads the weights can tell whether they are the same model.
+        config: `train.output_dir`, `keep_last`, `keep_every_steps`, `async_save`, `max_failed_saves`.
+        tokenizer: travels with every checkpoint.
+        group: of all ranks on the host.
     """
-    root = run / FOLDER
-    name = f"step-{step:08d}"
-    hidden = f".saving-{name}"
-    if rank_zero():
-        for leftover in root.glob(".saving-*"):
-            shutil.rmtree(leftover)
-        (root / hidden).mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(root), tag=hidden, save_latest=False)
-    _write_check_batch(engine.module, check_inputs, root / hidden / CHECK_BATCH)
-    _write_json(root / hidden / f"position_rank_{dist.get_rank():05d}.json", position)
-    if rank_zero():
-        topology = {
-            "world_size": dist.get_world_size(),
-            "ep_size": config.parallel.ep_size,
-            "zero_stage": engine.zero_optimization_stage(),
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast, group: dist.ProcessGroup) -> None:
+        self.config, self.group = config, group
+        self.tokenizer_files = _tokenizer_files(tokenizer)
+        self.root = config.train.output_dir / manifest.FOLDER
+        self.failures = 0
+        self.pending: _Pending | None = None
+
+    @property
+    def written(self) -> bool:
+        """Whether a save is under way of which this rank has written all that it should."""
+        return self.pending is not None and self.pending.written
+
+    def begin(self, engine: DeepSpeedEngine, content: Content) -> None:
+        """Write this rank's part, or with `async_save` copy it to the host's memory and leave writing to a thread."""
+        started = time.perf_counter()
+        # A name of its own: ranks of a killed run may still be writing when the next one saves the same step.
+        token = broadcast_object(secrets.token_hex(4))
+        pending = _Pending(content.step, self.root / f".saving-{manifest.name_of(content.step)}-{token}")
+        if rank_zero():
+            pending.attempt(lambda: self._make_folder(pending.folder))
+        pending.problem = broadcast_object(pending.problem)
+        check = _check_batch(engine.module, content.check_inputs)
+        pieces = state.pieces_to_write(engine, self.config.parallel.ep_size)
+        small = self._small_files(engine, content, check)
+        if self.config.train.async_save:
+            pieces = [piece._replace(tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
+            pending.thread = threading.Thread(target=_write, args=(pending, pieces, small), name="checkpoint")
+            pending.thread.start()
+        else:
+            _write(pending, pieces, small)
+        pending.stall_seconds = time.perf_counter() - started
+        self.pending = pending
+
+    def finish(self) -> Saved | None:
+        """Publish what was begun, once every rank has written it; None if a rank could not.
+
+        Raises:
+            SaveError: more failures in a row than `train.max_failed_saves`.
+        """
+        started = time.perf_counter()
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return None
+        if pending.thread is not None:
+            pending.thread.join()
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (pending.problem, pending.records), group=self.group)
+        problems = [problem for problem, _ in gathered if problem is not None]
+        if rank_zero() and not problems:
+            pending.attempt(lambda: self._publish(pending, {k: v for _, own in gathered for k, v in own.items()}))
+            problems = [] if pending.problem is None else [pending.problem]
+        problems = broadcast_object(problems)
+        if problems:
+            self._failed(pending, problems)
+            return None
+        self.failures = 0
+        stall = pending.stall_seconds + time.perf_counter() - started
+        size = sum(record.bytes for _, records in gathered for record in records.values())
+        return Saved(self.root / manifest.name_of(pending.step), pending.step, stall, size)
+
+    def _make_folder(self, folder: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        manifest.remove_leftovers(self.root)
+        folder.mkdir()
+
+    def _small_files(self, engine: DeepSpeedEngine, content: Content, check: bytes | None) -> dict[str, bytes]:
+        """Name -> content of what this rank adds to the tensors."""
+        rank = {"position": content.position, "random": random_states()}
+        small = {f"rank-{dist.get_rank():05d}.json": json.dumps(rank).encode()}
+        if rank_zero():
+            topology = {
+                "world_size": dist.get_world_size(),
+                "ep_size": self.config.parallel.ep_size,
+                "zero_stage": engine.zero_optimization_stage(),
+            }
+            numbers = {
+                "step": content.step,
+                "topology": topology,
+                "optimizer_steps": state.optimizer_steps(engine),
+                "loss_scale": state.loss_scale_state(engine),
+                **content.numbers,
+            }
+            small[manifest.STATE] = json.dumps(numbers, indent=1).encode()
+            small[manifest.CONFIG] = self.config.model_dump_json(indent=2).encode()
+            small |= self.tokenizer_files | ({} if check is None else {manifest.CHECK_BATCH: check})
+        return small
+
+    def _publish(self, pending: _Pending, records: dict[str, FileRecord]) -> None:
+        content = {
+            "step": pending.step,
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        _write_json(root / hidden / "state.json", {"step": step, "topology": topology, **state})
-        (root / hidden / "config.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")
-        tokenizer.save_pretrained(root / hidden / "tokenizer")
-    dist.barrier()
-    if rank_zero():
-        for script in root.glob("*.py"):  # DeepSpeed's converters, which fail on a checkpoint with experts
-            script.unlink()
-        _publish(root, hidden, name)
-        get_logger().info("saved %s", root / name)
-    dist.barrier()
-    return root / name
+        manifest.write_manifest(pending.folder, content, records)
+        manifest.publish(self.root, pending.folder.name, manifest.name_of(pending.step))
+        train = self.config.train
+        try:
+            manifest.remove_leftovers(self.root)
+            manifest.retire(train.output_dir, train.keep_last, train.keep_every_steps)
+        except OSError as error:  # the new checkpoint is there, which is what counts
+            get_logger().warning("old checkpoints cannot be removed: %s", error)
 
-
-def find_latest(run: Path) -> Path | None:
-    """The newest committed checkpoint of a run, or None."""
-    pointer = run / FOLDER / LATEST
-    if not pointer.is_file():
-        return None
-    folder = run / FOLDER / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / "state.json").is_file():
-        raise ConfigError(
-            f"{pointer} names {folder.name}, which is missing or torn: write the name of a whole one into it"
+    def _failed(self, pending: _Pending, problems: list[str]) -> None:
+        self.failures += 1
+        if rank_zero():
+            shutil.rmtree(pending.folder, ignore_errors=True)
+        allowed = self.config.train.max_failed_saves
+        message = (
+            f"the checkpoint of step {pending.step} was not saved ({'; '.join(problems)}); older ones are as they "
+            f"were; failure number {self.failures} in a row, train.max_failed_saves ({allowed}) are allowed"
         )
-    return folder
+        if self.failures > allowed:
+            raise SaveError(message)
+        if rank_zero():
+            get_logger().warning("%s", message)
 
 
-def check(checkpoint: Path, config: Config, zero_stage: int) -> dict[str, Any]:
-    """The state that a checkpoint was saved with, if this run can go on from it.
+def _write(pending: _Pending, pieces: list[Piece], small: dict[str, bytes]) -> None:
+    """Write this rank's files."""
+
+    def write() -> None:
+        name = f"tensors-{dist.get_rank():05d}.safetensors"
+        pending.records[name] = write_pieces(pending.folder / name, pieces)
+        for name, content in small.items():
+            (pending.folder / name).parent.mkdir(exist_ok=True)
+            pending.records[name] = write_bytes(pending.folder / name, content)
+        for folder in {(pending.folder / name).parent for name in small}:
+            flush_folder(folder)
+
+    pending.attempt(write)
+
+
+def _tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
+    """Name in a checkpoint -> content."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {f"{manifest.TOKENIZER}/{path.name}": path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def random_states() -> dict[str, Any]:
+    """States of the default generators of Python, numpy, torch and the accelerator, JSON-able."""
+    states = {"torch": torch.get_rng_state().numpy().tobytes().hex()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    kind, key, *rest = np.random.get_state()
+    return states | {"python": random.getstate(), "numpy": [kind, np.asarray(key).tolist(), *rest]}
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put back what :func:`random_states` gave."""
+    kind, numbers, gauss = states["python"]
+    random.setstate((kind, tuple(numbers), gauss))
+    kind, key, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes_tensor(states["torch"]))
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(_bytes_tensor(states["cuda"]))
+
+
+def _bytes_tensor(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def choose(config: Config, named: Path | None = None) -> Path | None:
+    """The checkpoint to go on from; collective, every file is read and compared with its hash.
+
+    Args:
+        config: of this run.
+        named: a checkpoint to take and no other; None: the newest good one of `train.output_dir`, with a warning for
+            every newer one that is not good.
+
+    Returns:
+        None where there is no checkpoint to choose from.
 
     Raises:
-        ConfigError: no checkpoint there, or one of another model, world size, ep_size or ZeRO stage.
+        ConfigError: the named one is not good; none is, although there are some; or it is of another model.
     """
-    state = _read_json(checkpoint / "state.json")
-    model = _read_json(checkpoint / "config.json")["model"]
+    candidates = manifest.committed(config.train.output_dir) if named is None else [named]
+    candidates = broadcast_object(candidates)
+    complaints: list[str] = []
+    for folder in candidates:
+        found = _problems_over_ranks(folder)
+        if not found:
+            _check_model(folder, config)
+            for complaint in complaints if rank_zero() else []:
+                get_logger().warning("%s; going back to %s", complaint, folder.name)
+            return folder
+        complaints.append(f"checkpoint {folder} is damaged: {'; '.join(found)}")
+    if complaints:
+        raise ConfigError(
+            f"{'; '.join(complaints)}: there is no good checkpoint to go on from; restore the files, or name another "
+            "output folder"
+        )
+    return None
+
+
+def _problems_over_ranks(folder: Path) -> list[str]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, manifest.problems(folder, (dist.get_rank(), dist.get_world_size())))
+    return list(dict.fromkeys(problem for problems in gathered for problem in problems))
+
+
+def _check_model(folder: Path, config: Config) -> None:
+    model = manifest.read_json(folder / manifest.CONFIG)["model"]
     if model != config.model.model_dump(mode="json"):
-        raise ConfigError(f"{checkpoint} holds another model than this run's: name a checkpoint of this run")
-    now = {"world_size": dist.get_world_size(), "ep_size": config.parallel.ep_size, "zero_stage": zero_stage}
-    if state["topology"] != now:
-        raise ConfigError(
-            f"{checkpoint} was written with {_topology(state['topology'])}, this run has {_topology(now)}: "
-            "resume with the same, or export plain weights and start from those"
-        )
-    return state
+        raise ConfigError(f"{folder} holds another model than this run's: name a checkpoint of this run")
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Path, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load weights and optimiser of the same topology; returns (state, position of this rank).
+def load(engine: DeepSpeedEngine, folder: Path, config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Fill an engine of any topology from a checkpoint that :func:`choose` gave; collective.
+
+    Random states come back where the number of ranks is the same.
+
+    Returns:
+        Counters of the run, and the data positions of all ranks that wrote it, in their order.
 
     Raises:
-        ConfigError: see :func:`check`.
+        ConfigError: it does not hold what the model has.
     """
-    state = check(checkpoint, config, engine.zero_optimization_stage())
-    engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    return state, _read_json(checkpoint / f"position_rank_{dist.get_rank():05d}.json")
-
-
-def _topology(topology: dict[str, int]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in topology.items())
+    try:
+        numbers = manifest.read_json(folder / manifest.STATE)
+        reader = PieceReader(folder)
+        state.check_tensors(reader, model_shapes(config.model), str(folder))
+        state.load_pieces(engine, reader, numbers["optimizer_steps"])
+        ranks = [manifest.read_json(path) for path in sorted(folder.glob("rank-*.json"))]
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    state.load_loss_scale(engine, numbers["loss_scale"])
+    if len(ranks) == dist.get_world_size():
+        restore_random_states(ranks[dist.get_rank()]["random"])
+    return numbers, [rank["position"] for rank in ranks]
 
 
 @torch.no_grad()
-def _write_check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None], file: Path) -> None:
-    """Store inputs and outputs of one forward in evaluation mode; collective, since experts are spread over ranks.
+def _check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None]) -> bytes | None:
+    """Inputs and outputs of one forward in evaluation mode, as a safetensors file; collective, None but on rank 0.
 
     Weights are copied for that forward: in DeepSpeed's flat buffers they lie at any address, and products of matrices
     are rounded by how their operands are aligned.
@@ -140,14 +353,14 @@ def _write_check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None],
     output = functional_call(model.eval(), weights, kwargs=inputs if rank_zero() else _emptied(inputs))
     model.train(training)
     if not rank_zero():
-        return
+        return None
     outputs = {"pixel_predictions": output.pixel_predictions}
     if output.token_hidden is not None:
         outputs["token_logits"] = output.token_logits()
     named = {f"input.{name}": value for name, value in inputs.items()}
     named |= {f"output.{name}": value for name, value in outputs.items()}
     tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
-    save_file(tensors, file, {"device": output.vocabulary_weight.device.type})
+    return save(tensors, {"device": output.vocabulary_weight.device.type})
 
 
 def _emptied(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -163,23 +376,3 @@ def _emptied(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     if (masked_token_ids := inputs["masked_token_ids"]) is not None:
         emptied["masked_token_ids"] = masked_token_ids[:0]
     return emptied
-
-
-def _publish(root: Path, hidden: str, name: str) -> None:
-    if (root / name).exists():  # the same step saved again, after going back to an earlier one
-        (root / name).rename(root / f".saving-replaced-{name}")
-    (root / hidden).rename(root / name)
-    pointer = root / f".{LATEST}"
-    pointer.write_text(name + "\n", encoding="utf-8")
-    os.replace(pointer, root / LATEST)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path.parent} is not a whole checkpoint: {path.name} cannot be read ({error})") from None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

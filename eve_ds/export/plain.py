@@ -23,14 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from eve_ds.checkpoint import manifest
+from eve_ds.checkpoint.files import CheckpointError, PieceReader, listed
+from eve_ds.checkpoint.manifest import CHECK_BATCH, CONFIG, TOKENIZER
 from eve_ds.config import Config, ConfigError, ModelConfig, parse_config
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.export.deepspeed_files import CheckpointError, Topology, listed, read_weights
-from eve_ds.model.eve import EVE
+from eve_ds.distributed import get_logger
+from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.naming import expert_id
 
-WEIGHTS, CONFIG, TOKENIZER, REPORT = "model.safetensors", "config.json", "tokenizer", "export.json"
-CHECK_BATCH = "check_batch.safetensors"
+WEIGHTS, REPORT = "model.safetensors", "export.json"
 TOLERANCES = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 5e-3}
 """Of the norm of a difference in outputs to the norm of the outputs: the order of sums in fp32; a few units of the last
 place of bf16 (2^-8) and fp16 (2^-11)."""
@@ -61,8 +63,6 @@ class ExportReport:
 
     checkpoint: str
     step: int
-    weights: str
-    """Where they are from."""
     tensors: int
     parameters: int
     experts: dict[str, int]
@@ -75,24 +75,27 @@ class ExportReport:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` is, or the newest one of the run that it is.
+    """The checkpoint folder that `path` is, or the newest good one of the run that it is; every file is verified.
 
     Raises:
-        CheckpointError: neither of them, a run without a checkpoint, or a torn one.
+        CheckpointError: neither of them, a run without a checkpoint, or none that is good.
     """
-    if (path / "state.json").is_file():
-        return path
-    root = path / "checkpoints"
-    if not root.is_dir():
-        problem = "is neither a run (no folder checkpoints) nor a checkpoint (no state.json)"
+    if (path / manifest.MANIFEST).is_file():
+        folders = [path]
+    elif (path / manifest.FOLDER).is_dir():
+        folders = manifest.committed(path)
+    else:
+        problem = f"is neither a run (no folder {manifest.FOLDER}) nor a checkpoint (no {manifest.MANIFEST})"
         raise CheckpointError(f"{path} {problem if path.exists() else 'does not exist'}: name a run or a checkpoint")
-    pointer = root / "latest"
-    if not pointer.is_file():
-        raise CheckpointError(f"{path} holds no finished checkpoint ({pointer} is missing): train until one is saved")
-    folder = root / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / "state.json").is_file():
-        raise CheckpointError(f"{folder}, the newest of {path}, is torn, it lacks state.json: name another checkpoint")
-    return folder
+    complaints: list[str] = []
+    for folder in folders:
+        found = manifest.problems(folder)
+        if not found:
+            for complaint in complaints:
+                get_logger().warning("%s; going back to %s", complaint, folder.name)
+            return folder
+        complaints.append(f"{folder} is damaged: {'; '.join(found)}")
+    raise CheckpointError("; ".join(complaints) or f"{path} holds no finished checkpoint: train until one is saved")
 
 
 def export(source: Path, out: Path) -> ExportReport:
@@ -108,20 +111,19 @@ def export(source: Path, out: Path) -> ExportReport:
     """
     checkpoint = find_checkpoint(source)
     config = _read_config(checkpoint)
-    step, topology = _read_state(checkpoint)
+    step = int(manifest.read_json(checkpoint / manifest.STATE)["step"])
     _check_out(out, config)
-    weights, origin = read_weights(checkpoint, config, topology)
+    weights = read_weights(checkpoint, config.model)
     check_weights(weights, config.model, str(checkpoint))
     with _replacing(out) as folder:
         metadata = {"format": "pt", "step": str(step)}
         save_file({name: weights[name].contiguous() for name in sorted(weights)}, folder / WEIGHTS, metadata)
         (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
         shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read it
-        _copy_tokenizer(checkpoint / TOKENIZER, folder / TOKENIZER)
+        shutil.copytree(checkpoint / TOKENIZER, folder / TOKENIZER)
         report = ExportReport(
             checkpoint=checkpoint.name,
             step=step,
-            weights=origin,
             tensors=len(weights),
             parameters=sum(weight.numel() for weight in weights.values()),
             experts=_experts_per_layer(weights),
@@ -131,6 +133,28 @@ def export(source: Path, out: Path) -> ExportReport:
         )
         (folder / REPORT).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
     return report
+
+
+def read_weights(checkpoint: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """fp32 masters of all tensors of a checkpoint, in the shapes that the model has.
+
+    Raises:
+        CheckpointError: tensors that the model lacks or does not know, or of other sizes.
+    """
+    reader = PieceReader(checkpoint)
+    shapes = model_shapes(config)
+    names = reader.names("master")
+    problems = [f"lacks {listed(missing)}"] if (missing := shapes.keys() - names) else []
+    problems += [f"holds {listed(surplus)}, unknown to the model"] if (surplus := names - shapes.keys()) else []
+    sizes = {
+        f"{name} with {reader.numel('master', name):,} elements where the config asks for {tuple(shapes[name])}"
+        for name in names & shapes.keys()
+        if reader.numel("master", name) != shapes[name].numel()
+    }
+    problems += [f"has {listed(sizes)}"] if sizes else []
+    if problems:
+        raise CheckpointError(f"{checkpoint} {'; '.join(problems)}: config.json is not the one of these weights")
+    return {name: reader.read("master", name).float().view(shape) for name, shape in shapes.items()}
 
 
 def load(folder: Path | str) -> tuple[EVE, Config, PreTrainedTokenizerFast]:
@@ -164,8 +188,7 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, where: str) -
     Raises:
         CheckpointError: naming the first tensors that are not.
     """
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in EVE(config).state_dict().items()}
+    expected = {name: tuple(shape) for name, shape in model_shapes(config).items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     problems = [f"lacks {listed(missing)}"] if (missing := expected.keys() - found) else []
     problems += [f"holds {listed(surplus)}, unknown to the model"] if (surplus := found.keys() - expected) else []
@@ -177,6 +200,8 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, where: str) -
     problems += [f"has {listed(shapes)}"] if shapes else []
     if problems:
         raise CheckpointError(f"{where} {'; '.join(problems)}: config.json is not the one of these weights")
+    if twins := _equal_experts(weights):
+        raise CheckpointError(f"{where}: {listed(twins)}, so they were not drawn or trained separately")
     broken = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
     if broken:
         raise CheckpointError(f"{where}: {listed(broken)} not finite (NaN or infinity): take an earlier checkpoint")
@@ -226,35 +251,7 @@ def _read_check_batch(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
 
 
 def _read_config(folder: Path) -> Config:
-    return parse_config(_read_json(folder / CONFIG), str(folder / CONFIG))
-
-
-def _read_state(checkpoint: Path) -> tuple[int, Topology]:
-    state = _read_json(checkpoint / "state.json")
-    try:
-        return int(state["step"]), Topology(**state["topology"])
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{checkpoint / 'state.json'} names no step and topology: take another one") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is torn, it lacks {path.name}: take another checkpoint") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): take another checkpoint") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must be a JSON object, not a {type(value).__name__}: take another checkpoint")
-    return value
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    if not (source / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"{source.parent} is torn, it lacks {source.name}/tokenizer.json: take another checkpoint"
-        )
-    shutil.copytree(source, target)
+    return parse_config(manifest.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
 def _check_out(out: Path, config: Config) -> None:
@@ -295,6 +292,22 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _equal_experts(weights: dict[str, Tensor]) -> list[str]:
+    """Pairs of experts of one layer whose first matrix is the same."""
+    seen: dict[tuple[str, bytes], str] = {}
+    found = []
+    for name in sorted(weights):
+        expert = expert_id(name)
+        if expert is None or not name.endswith(".fc1.weight"):
+            continue
+        layer = name.partition(".moe.")[0].rpartition(".")[2]
+        digest = hashlib.sha256(weights[name].float().contiguous().numpy().tobytes()).digest()
+        twin = seen.setdefault((layer, digest), str(expert))
+        if twin != str(expert):
+            found.append(f"experts {twin} and {expert} of layer {layer} are equal")
+    return found
 
 
 def _experts_per_layer(weights: dict[str, Tensor]) -> dict[str, int]:

@@ -209,6 +209,12 @@ def _text_tokens(encoded: BackboneOutput, ids: Tensor) -> Tensor:
     return encoded.stream.hidden_states.index_select(0, layout.places[positions])
 
 
+def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the plain model's tensors; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in EVE(config).state_dict().items()}
+
+
 @torch.no_grad()
 def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draw matrices, embeddings and routers from a normal truncated at one standard deviation; biases 0, norms 1.

@@ -173,10 +173,15 @@ def plain_named_tensors(
     """
     for name, parameter in model.named_parameters():
         tensor = of(parameter)
-        block, is_moe, _ = name.partition(".moe.")
-        first_expert = cast(int, model.get_submodule(f"{block}.moe").first_expert) if is_moe else 0
         parts = tensor.unbind() if is_stacked(name) else [tensor]
-        yield from zip(plain_names(name, first_expert, len(parts)), parts, strict=True)
+        yield from zip(plain_names_of(model, name, parameter), parts, strict=True)
+
+
+def plain_names_of(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
+    """Plain names of what a parameter of a plain or DeepSpeed model holds: its experts' in order, or its own."""
+    block, is_moe, _ = name.partition(".moe.")
+    first_expert = cast(int, model.get_submodule(f"{block}.moe").first_expert) if is_moe else 0
+    return plain_names(name, first_expert, len(parameter) if is_stacked(name) else 1)
 
 
 def mix_experts(

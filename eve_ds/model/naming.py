@@ -1,22 +1,18 @@
 """Names of weights in the plain model and in the DeepSpeed one: strings only, so that anybody may import it.
 
 plain:     `backbone.blocks.5.moe.experts.7.fc1.weight`, 7 counted over all experts of the layer
-DeepSpeed: `backbone.blocks.5.moe.deepspeed_moe.experts.deepspeed_experts.3.fc1.weight`, 3 counted on one rank in a live
-           model, over all experts in DeepSpeed's checkpoint files
+DeepSpeed: `backbone.blocks.5.moe.deepspeed_moe.experts.deepspeed_experts.3.fc1.weight`, 3 counted on one rank
 
 These are the names of state dicts. As parameters, experts are stacked: `...experts.fc1.weight` are all that a module
-holds, in order.
-
-A rank that holds L experts of a layer owns the global ones [ep_rank * L, (ep_rank + 1) * L). All other names are equal.
+holds, in order. A rank that holds L experts of a layer owns the global ones [ep_rank * L, (ep_rank + 1) * L). All other
+names are equal.
 """
 
 from __future__ import annotations
 
 import re
 
-_PLAIN = re.compile(r"\.moe\.experts\.(\d+)\.")
-_DEEPSPEED = re.compile(r"\.moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
-
+_EXPERT = re.compile(r"\.moe\.experts\.(\d+)\.")
 _STACKED = re.compile(r"\.moe\.(experts|deepspeed_moe\.experts\.deepspeed_experts)\.(?=fc\d)")
 
 
@@ -28,22 +24,11 @@ def is_stacked(name: str) -> bool:
 def plain_names(name: str, first_expert: int, num_experts: int) -> tuple[str, ...]:
     """Plain names of what the parameter `name` holds: `num_experts` experts from `first_expert` on, or itself."""
     if not is_stacked(name):
-        return (to_plain_name(name, first_expert),)
+        return (name,)
     return tuple(_STACKED.sub(f".moe.experts.{first_expert + expert}.", name) for expert in range(num_experts))
 
 
-def to_plain_name(name: str, first_expert: int = 0) -> str:
-    """Plain name of a DeepSpeed name; `first_expert` is the global id of what the name calls expert 0."""
-    return _DEEPSPEED.sub(lambda match: f".moe.experts.{int(match[1]) + first_expert}.", name)
-
-
-def to_deepspeed_name(name: str, first_expert: int = 0) -> str:
-    """DeepSpeed name of a plain name on the rank whose expert 0 is the global expert `first_expert`."""
-    infix = ".moe.deepspeed_moe.experts.deepspeed_experts."
-    return _PLAIN.sub(lambda match: f"{infix}{int(match[1]) - first_expert}.", name)
-
-
 def expert_id(name: str) -> int | None:
-    """The expert that a plain or DeepSpeed name belongs to, counted as that name counts; None for other parameters."""
-    match = _PLAIN.search(name) or _DEEPSPEED.search(name)
+    """The expert that a plain name belongs to; None for other weights."""
+    match = _EXPERT.search(name)
     return int(match[1]) if match else None

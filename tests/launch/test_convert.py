@@ -1,23 +1,24 @@
-"""`launcher/convert.py` as people start it, on checkpoints written here in DeepSpeed's layout, whole and damaged."""
+"""`launcher/convert.py` as people start it, on checkpoints written here, whole and damaged."""
 
 import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eve_ds.checkpoint import manifest
+from eve_ds.checkpoint.files import Piece, record_of, write_pieces
 from eve_ds.config import load_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import ExportError, load
 from eve_ds.model.eve import EVE
-from eve_ds.model.naming import expert_id, to_deepspeed_name
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "convert.py"
 MOE_LAYERS = [1, 2]
@@ -29,7 +30,7 @@ MODEL = [
     "model.moe.num_experts=4",
     "model.pixel_decoder.hidden_size=24",
 ]
-DENSE = "mp_rank_00_model_states.pt"
+TENSORS = "tensors-00001.safetensors"
 
 
 def inputs():
@@ -52,14 +53,14 @@ def write_run(run, *, step=7, seed=0, overrides=()):
     model = EVE(config.model).eval()
     checkpoint = run / "checkpoints" / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
-    files = defaultdict(dict)
+    halves = [[], []]  # of two ranks, every tensor cut in two
     for name, weight in model.state_dict().items():
-        expert = expert_id(name)
-        layer = MOE_LAYERS.index(int(name.split(".")[2])) if expert is not None else None
-        file = DENSE if expert is None else f"layer_{layer}_expert_{expert}_{DENSE}"
-        files[file][to_deepspeed_name(name)] = weight
-    for file, weights in files.items():
-        torch.save({"module": weights} if file == DENSE else weights, checkpoint / file)
+        flat, middle = weight.flatten(), weight.numel() // 2
+        for kind, values in (("master", flat), ("exp_avg", 0 * flat), ("exp_avg_sq", 0 * flat)):
+            halves[0].append(Piece(kind, name, 0, values[:middle]))
+            halves[1].append(Piece(kind, name, middle, values[middle:]))
+    for rank, pieces in enumerate(halves):
+        write_pieces(checkpoint / f"tensors-{rank:05d}.safetensors", [p for p in pieces if p.tensor.numel()])
     with torch.no_grad():
         output = model(**inputs())
         recorded = {"pixel_predictions": output.pixel_predictions, "token_logits": output.token_logits()}
@@ -69,8 +70,16 @@ def write_run(run, *, step=7, seed=0, overrides=()):
     (checkpoint / "state.json").write_text(json.dumps({"step": step, "topology": topology}))
     (checkpoint / "config.json").write_text(config.model_dump_json())
     load_tokenizer("scenes").save_pretrained(checkpoint / "tokenizer")
+    sign(checkpoint)
     (run / "checkpoints" / "latest").write_text(checkpoint.name + "\n")
     return checkpoint, model
+
+
+def sign(checkpoint):
+    """Write the manifest of what is there."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    records = {str(path.relative_to(checkpoint)): record_of(path) for path in files}
+    manifest.write_manifest(checkpoint, {"step": 7}, records)
 
 
 @pytest.fixture
@@ -113,11 +122,13 @@ def refused(convert, tmp_path):
     return call
 
 
-def change(file, edit):
-    """Apply `edit` to what a torch file holds."""
-    state = torch.load(file, weights_only=True)
+def change(checkpoint, edit):
+    """Apply `edit` to the tensors of the first rank, as name -> flat tensor, and sign the result."""
+    file = checkpoint / "tensors-00000.safetensors"
+    state = load_file(file)
     edit(state)
-    torch.save(state, file)
+    save_file(state, file)
+    sign(checkpoint)
 
 
 def test_a_run_becomes_a_folder_that_loads(run, tmp_path):
@@ -128,7 +139,7 @@ def test_a_run_becomes_a_folder_that_loads(run, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = dict(re.split(r"\s{2,}|: ", line, maxsplit=1) for line in done.stdout.splitlines())
     weights = load_file(out / "model.safetensors")
-    assert lines[str(out)] == "plain weights of step 7 (step-00000007), from fp32 model states"
+    assert lines[str(out)] == "plain weights of step 7 (step-00000007), fp32 masters"
     assert lines["tensors"] == str(len(weights))
     assert lines["parameters"] == f"{sum(weight.numel() for weight in weights.values()):,}"
     assert lines["experts"] == "4 in layer 1, 4 in layer 2"
@@ -194,84 +205,103 @@ def test_out_below_a_file_cannot_be_written(refused, run, tmp_path):
 def test_not_a_run(refused, run, tmp_path):
     assert "nowhere does not exist: name a run or a checkpoint" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "empty is neither a run (no folder checkpoints) nor a checkpoint (no state.json)" in refused(
+    assert "empty is neither a run (no folder checkpoints) nor a checkpoint (no manifest.json)" in refused(
         tmp_path / "empty"
     )
+
+
+def test_without_the_pointer_the_last_step_is_taken(convert, run, tmp_path):
+    write_run(run, step=9, seed=1)
     (run / "checkpoints" / "latest").unlink()
-    assert "run holds no finished checkpoint" in refused(run)
+    assert "step 9" in convert(run, "--out", tmp_path / "out")[1]
 
 
-@pytest.mark.parametrize(
-    "file", [DENSE, f"layer_1_expert_3_{DENSE}", "state.json", "config.json", "tokenizer/tokenizer.json"]
-)
+def test_a_run_that_saved_nothing(refused, run, checkpoint):
+    shutil.rmtree(checkpoint)
+    assert "run holds no finished checkpoint: train until one is saved" in refused(run)
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(convert, run, tmp_path, caplog):
+    newer, _ = write_run(run, step=9, seed=1)
+    (newer / TENSORS).unlink()
+    code, stdout, _ = convert(run, "--out", tmp_path / "out")
+    assert code == 0
+    assert "plain weights of step 7" in stdout
+    assert f"{newer} is damaged: {TENSORS} is missing; going back to step-00000007" in caplog.text
+
+
+@pytest.mark.parametrize("file", [TENSORS, "state.json", "config.json", "tokenizer/tokenizer.json"])
 def test_a_missing_file_is_named(refused, run, checkpoint, file):
     (checkpoint / file).unlink()
-    line = refused(run)
-    assert "torn" in line
-    assert file.split("/")[-1] in line
-
-
-def test_many_missing_files_are_counted(refused, run, checkpoint):
-    for file in checkpoint.glob("layer_0_expert_*"):
-        file.unlink()
-    names = ", ".join(f"layer_0_expert_{expert}_{DENSE}" for expert in range(3))
-    assert f"it lacks {names} and 1 more: take another" in refused(run)
+    assert f"is damaged: {file} is missing" in refused(run)
 
 
 @pytest.mark.parametrize("size", [0, 1000])
 def test_a_truncated_file_is_named(refused, run, checkpoint, size):
-    file = checkpoint / DENSE
+    file = checkpoint / TENSORS
     file.write_bytes(file.read_bytes()[:size])
-    assert re.search(rf"{DENSE} (cannot be read|is not a file that torch\.save wrote)", refused(run))
+    assert re.search(rf"is damaged: {TENSORS} has {size:,} bytes, [\d,]+ were written", refused(run))
 
 
-def test_a_truncated_check_batch_is_named(refused, run, checkpoint):
-    file = checkpoint / "check_batch.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    assert "check_batch.safetensors cannot be read" in refused(run)
+def test_a_flipped_bit_is_noticed(refused, run, checkpoint):
+    content = bytearray((checkpoint / TENSORS).read_bytes())
+    content[len(content) // 2] ^= 4
+    (checkpoint / TENSORS).write_bytes(content)
+    assert f"is damaged: {TENSORS} has other content than was written (sha256 differs)" in refused(run)
 
 
-class Harmful:
-    def __reduce__(self):
-        return os.system, ("touch harmed",)
+def test_a_signed_file_of_something_else_is_named(refused, run, checkpoint):
+    (checkpoint / TENSORS).write_bytes(b"")
+    sign(checkpoint)
+    assert "tensors-00001.safetensors is not a tensor file of a checkpoint" in refused(run)
 
 
-def test_pickles_are_not_run(refused, run, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"module": Harmful()}, checkpoint / DENSE)
-    assert re.search(rf"{DENSE} refers to \w+\.system, which is not loaded", refused(run))
-    assert not (tmp_path / "harmed").exists()
-
-
-def test_a_missing_and_a_surplus_weight_are_named(refused, run, checkpoint):
+def test_weights_under_other_names_are_named(refused, run, checkpoint):
     def rename(state):
-        state["module"]["backbone.surplus"] = state["module"].pop("backbone.norm.bias")
+        for name in [name for name in state if "backbone.norm.bias" in name]:
+            state[name.replace("norm.bias", "surplus")] = state.pop(name)
 
-    change(checkpoint / DENSE, rename)
+    change(checkpoint, rename)
+    (checkpoint / TENSORS).rename(checkpoint / "other")
+    sign(checkpoint)
     line = refused(run)
     assert "lacks backbone.norm.bias; holds backbone.surplus, unknown to the model" in line
 
 
-def test_an_expert_in_two_files_is_named(refused, run, checkpoint):
-    (checkpoint / f"layer_0_expert_1_{DENSE}").write_bytes((checkpoint / f"layer_0_expert_0_{DENSE}").read_bytes())
-    line = refused(run)
-    assert f"layer_0_expert_1_{DENSE} holds backbone.blocks.1.moe.experts.0." in line
-    assert "which another file holds too" in line
+def test_half_a_tensor_is_not_one(refused, run, checkpoint):
+    change(checkpoint, lambda state: state.pop("master/backbone.norm.bias/0"))
+    assert "lacks elements 0 to 32 of master backbone.norm.bias" in refused(run)
+
+
+def test_equal_experts_are_named(refused, run, checkpoint):
+    def copy(state):
+        for kind in ("fc1", "fc2"):
+            for what in ("weight", "bias"):
+                name = f"master/backbone.blocks.1.moe.experts.{{}}.{kind}.{what}/0"
+                state[name.format(3)] = state[name.format(1)].clone()
+
+    change(checkpoint, copy)
+    other = load_file(checkpoint / TENSORS)
+    for name in [name for name in other if ".blocks.1.moe.experts.3." in name]:
+        other[name] = other[name.replace("experts.3.", "experts.1.")].clone()
+    save_file(other, checkpoint / TENSORS)
+    sign(checkpoint)
+    assert "experts 1 and 3 of layer 1 are equal" in refused(run)
 
 
 def test_weights_that_are_not_finite_are_named(refused, run, checkpoint):
     def spoil(state):
-        state["module"]["backbone.norm.bias"][3] = float("nan")
+        state["master/backbone.norm.bias/0"][3] = float("nan")
 
-    change(checkpoint / DENSE, spoil)
+    change(checkpoint, spoil)
     assert "backbone.norm.bias not finite" in refused(run)
 
 
 def test_weights_that_compute_something_else_are_refused(refused, run, checkpoint):
     def nudge(state):
-        state["module"]["backbone.blocks.0.gamma_2"] += 0.01
+        state["master/backbone.blocks.0.gamma_2/0"] += 0.01
 
-    change(checkpoint / DENSE, nudge)
+    change(checkpoint, nudge)
     assert re.search(
         r"outputs of the weights of \S+ differ by \S+ \(relative\) from those that were recorded", refused(run)
     )
@@ -281,8 +311,9 @@ def test_a_config_of_other_shapes(refused, run, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     config["model"]["intermediate_size"] = 64
     (checkpoint / "config.json").write_text(json.dumps(config))
+    sign(checkpoint)
     line = refused(run)
-    assert "backbone.blocks.0.ffn.image.fc1.bias (48,) where the config asks for (64,)" in line
+    assert "backbone.blocks.0.ffn.image.fc1.bias with 48 elements where the config asks for (64,)" in line
     assert "more: config.json is not the one of these weights" in line
 
 
@@ -290,18 +321,22 @@ def test_a_config_with_fewer_experts(refused, run, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     config["model"]["moe"]["num_experts"] = 2
     (checkpoint / "config.json").write_text(json.dumps(config))
-    assert f"holds layer_0_expert_2_{DENSE}" in refused(run)
+    sign(checkpoint)
+    assert "holds backbone.blocks.1.moe.experts.2.fc1.bias, backbone.blocks.1.moe.experts.2.fc1.weight" in refused(run)
 
 
 def test_a_config_that_is_not_valid(refused, run, checkpoint):
     (checkpoint / "config.json").write_text("{")
+    sign(checkpoint)
     assert "config.json is not JSON" in refused(run)
     (checkpoint / "config.json").write_text('{"models": {}}')
+    sign(checkpoint)
     assert "unknown key 'models'; did you mean 'model'?" in refused(run)
 
 
 def test_without_a_check_batch_it_says_so(convert, run, checkpoint, tmp_path):
     (checkpoint / "check_batch.safetensors").unlink()
+    sign(checkpoint)
     code, stdout, _ = convert(run, "--out", tmp_path / "out")
     assert code == 0
     assert "check       none: the checkpoint holds no recorded outputs" in stdout

@@ -1,0 +1,211 @@
+"""Tensor files of a checkpoint: flat pieces of named tensors in safetensors files, so that no pickle is ever read.
+
+A piece is stored as `{kind}/{plain name}/{start}`: elements of that tensor from `start` on. Which rank wrote it, and
+how its optimiser was cut, does not matter to who reads it: the pieces of all files together make the tensors.
+
+Files are written straight from where the tensors lie, hashed on the way; ranges are read without mapping the file. Both
+keep memory at one piece, where safetensors' own writer copies all tensors first and its reader maps the whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PATTERN = "tensors-*.safetensors"
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""fp32 weights and the two moments of Adam."""
+SHOWN = 3
+"""Names that an error spells out before it counts the rest."""
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_LARGEST_HEADER = 2**28
+
+
+class CheckpointError(ValueError):
+    """A folder that is not a checkpoint, or a torn or contradictory one; the message names what is wrong."""
+
+
+class Piece(NamedTuple):
+    """Elements `start` to `start + tensor.numel()` of one tensor, in row-major order."""
+
+    kind: str
+    name: str
+    start: int
+    tensor: Tensor
+    """Flat, on any device."""
+
+
+class FileRecord(NamedTuple):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few of some names, and how many there are beyond."""
+    ordered = sorted(names)
+    more = len(ordered) - SHOWN
+    return ", ".join(ordered[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> FileRecord:
+    """Write a safetensors file and flush it to disk; raises OSError where that fails."""
+    header, offset = {}, 0
+    for kind, name, start, tensor in pieces:
+        size = tensor.numel() * tensor.element_size()
+        header[f"{kind}/{name}/{start}"] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": [tensor.numel()],
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in (struct.pack("<Q", len(text)), text):
+            digest.update(part)
+            file.write(part)
+        for piece in pieces:
+            values = _buffer(piece.tensor.detach().cpu().contiguous())
+            digest.update(values)
+            file.write(values)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(8 + len(text) + offset, digest.hexdigest())
+
+
+def _buffer(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, not copied."""
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write_bytes(path: Path, content: bytes) -> FileRecord:
+    """Write a small file and flush it to disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def flush_folder(folder: Path) -> None:
+    """Make what was created, renamed or removed in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and hash of a file as it is."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path.stat().st_size, digest)
+
+
+class _Stored(NamedTuple):
+    """Where a piece lies."""
+
+    start: int
+    numel: int
+    dtype: torch.dtype
+    file: Path
+    offset: int
+
+
+class PieceReader:
+    """Tensors of a checkpoint folder, or ranges of them, put together from the pieces that its files hold.
+
+    Raises:
+        CheckpointError: a file is no safetensors file of pieces.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pieces: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
+        for file in sorted(folder.glob(PATTERN)):
+            for kind, name, piece in _read_header(file):
+                self._pieces[kind, name].append(piece)
+        if not self._pieces:
+            raise CheckpointError(f"{folder} holds no {PATTERN}: take another checkpoint of the run")
+        for pieces in self._pieces.values():
+            pieces.sort()
+
+    def names(self, kind: str) -> set[str]:
+        """Tensors of a kind."""
+        return {name for stored, name in self._pieces if stored == kind}
+
+    def numel(self, kind: str, name: str) -> int:
+        """Elements of a tensor, as far as pieces reach."""
+        pieces = self._pieces.get((kind, name), [])
+        return max((piece.start + piece.numel for piece in pieces), default=0)
+
+    def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements `start` to `stop` (default: all) of a tensor, flat, as stored.
+
+        Raises:
+            CheckpointError: pieces leave a gap, overlap, or end before `stop`; or reading failed.
+        """
+        stop = self.numel(kind, name) if stop is None else stop
+        parts: list[Tensor] = []
+        reached = start
+        for piece in self._pieces.get((kind, name), []):
+            end = piece.start + piece.numel
+            if end <= reached or piece.start >= stop:
+                continue
+            if piece.start > reached or (parts and piece.start < reached):
+                break
+            parts.append(_read(piece, reached - piece.start, min(end, stop) - piece.start))
+            reached = min(end, stop)
+        if reached < stop or not parts:
+            raise CheckpointError(
+                f"{self.folder} lacks elements {reached:,} to {stop:,} of {kind} {name}: take another checkpoint"
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _read_header(file: Path) -> list[tuple[str, str, _Stored]]:
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > _LARGEST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes")
+            header = json.loads(opened.read(length))
+        found = []
+        for key, entry in header.items():
+            kind, name, start = key.split("/")
+            begin, end = entry["data_offsets"]
+            (numel,), dtype = entry["shape"], _DTYPES[entry["dtype"]]
+            if end - begin != numel * dtype.itemsize or begin < 0:
+                raise ValueError(f"{key} has {numel} elements in {end - begin} bytes")
+            found.append((kind, name, _Stored(int(start), numel, dtype, file, 8 + length + begin)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{file} is not a tensor file of a checkpoint ({error}): take another one") from None
+    return found
+
+
+def _read(piece: _Stored, first: int, end: int) -> Tensor:
+    """Elements `first` to `end` of a piece."""
+    values = torch.empty(end - first, dtype=piece.dtype)
+    buffer = _buffer(values)
+    with piece.file.open("rb", buffering=0) as file:
+        file.seek(piece.offset + first * piece.dtype.itemsize)
+        while buffer.nbytes:
+            read = file.readinto(buffer)
+            if not read:
+                raise CheckpointError(f"{piece.file} ends too early: take another checkpoint of the run")
+            buffer = buffer[read:]
+    return values

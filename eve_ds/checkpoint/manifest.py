@@ -1,0 +1,169 @@
+"""Folders of checkpoints: what makes one good, which one is the newest, which may go. Knows files only.
+
+run/checkpoints/step-00000500/manifest.json    what is in it, with sizes and hashes; written last
+                             /state.json       step, topology, counters
+                             /config.json, tokenizer/, check_batch.safetensors
+                             /tensors-*.safetensors    see :mod:`eve_ds.checkpoint.files`
+                             /rank-*.json      data position and random states of each rank
+               /latest                         name of the newest
+               /.saving-*, .deleting-*         what a killed process left; ignored, and removed by the next save
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from eve_ds.checkpoint.files import CheckpointError, FileRecord, flush_folder, listed, record_of, write_bytes
+
+FOLDER, LATEST = "checkpoints", "latest"
+MANIFEST, STATE, CONFIG, TOKENIZER, CHECK_BATCH = (
+    *("manifest.json", "state.json", "config.json"),
+    *("tokenizer", "check_batch.safetensors"),
+)
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def name_of(step: int) -> str:
+    """Folder name of the checkpoint after `step` updates."""
+    return f"step-{step:08d}"
+
+
+def write_manifest(folder: Path, content: dict[str, Any], files: dict[str, FileRecord]) -> None:
+    """Write the list of a folder's files (path in it -> record), the last thing before it is published."""
+    records = {name: record._asdict() for name, record in sorted(files.items())}
+    manifest = {"format": FORMAT, **content, "files": records}
+    write_bytes(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    flush_folder(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint; raises CheckpointError where the file is anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is torn, it lacks {path.name}: take another checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): take another checkpoint") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): take another checkpoint") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must be a JSON object, not a {type(value).__name__}: take another checkpoint")
+    return value
+
+
+def problems(folder: Path, share: tuple[int, int] = (0, 1), hashes: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, a line each; empty for a good one.
+
+    Args:
+        folder: of the checkpoint.
+        share: (i, n) looks into every n-th file from number i on, so that n readers check the whole together.
+        hashes: read the files; otherwise their sizes alone are compared.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            return [f"{MANIFEST} has format {manifest.get('format')}, only {FORMAT} can be read"]
+        records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    except CheckpointError as error:
+        return [str(error)]
+    except (KeyError, TypeError, AttributeError):
+        return [f"{MANIFEST} is not a list of files with their sizes and hashes"]
+    found = []
+    for name in sorted(records)[share[0] :: share[1]]:
+        problem = _file_problem(folder / name, records[name], hashes)
+        found += [f"{name} {problem}"] if problem else []
+    if share[0] == 0:
+        present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+        surplus = present - records.keys()
+        found += [f"{listed(surplus)} not in {MANIFEST}"] if surplus else []
+    return found
+
+
+def _file_problem(path: Path, record: FileRecord, hashes: bool) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        size = path.stat().st_size
+        if size != record.bytes:
+            return f"has {size:,} bytes, {record.bytes:,} were written"
+        if hashes and record_of(path) != record:
+            return "has other content than was written (sha256 differs)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def step_of(folder: Path) -> int | None:
+    """Step in the name of a checkpoint folder, None for any other name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def committed(run: Path) -> list[Path]:
+    """Checkpoints of a run that were published, newest first.
+
+    The newest is the one that `latest` names, as a run may have gone back to an earlier step. Neither times of files
+    nor any clock counts.
+    """
+    root = run / FOLDER
+    if not root.is_dir():
+        return []
+    steps = {path: step for path in root.iterdir() if path.is_dir() and (step := step_of(path)) is not None}
+    ordered = sorted(steps, key=lambda path: steps[path], reverse=True)
+    pointer = root / LATEST
+    try:
+        newest = root / pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ordered
+    last = step_of(newest)
+    if last is None:
+        return ordered
+    older = [path for path in ordered if steps[path] <= last]
+    return older + [path for path in ordered if steps[path] > last]
+
+
+def publish(root: Path, hidden: str, name: str) -> None:
+    """Give a folder that is whole its name, then point `latest` at it; each of them happens or does not."""
+    if (root / name).exists():  # the same step saved again, after going back to an earlier one
+        (root / name).rename(root / f".deleting-{name}")
+    (root / hidden).rename(root / name)
+    flush_folder(root)
+    pointer = root / f".{LATEST}"
+    write_bytes(pointer, f"{name}\n".encode())
+    os.replace(pointer, root / LATEST)
+    flush_folder(root)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what killed processes left: folders that were being written or deleted."""
+    for pattern in (".saving-*", ".deleting-*"):
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover)
+
+
+def retire(run: Path, keep_last: int | None, keep_every_steps: int | None) -> list[str]:
+    """Delete checkpoints beyond the newest `keep_last` (None keeps all); returns their names.
+
+    Those of every `keep_every_steps`-th step stay. Nothing is deleted where the newest one has lost a file or bytes.
+    A folder is renamed before it is emptied, so that half of one is never taken for a checkpoint.
+    """
+    if keep_last is None:
+        return []
+    folders = committed(run)
+    if not folders or problems(folders[0], hashes=False):
+        return []
+    gone = []
+    for folder in folders[keep_last:]:
+        if keep_every_steps and (step_of(folder) or 0) % keep_every_steps == 0:
+            continue
+        hidden = folder.with_name(f".deleting-{folder.name}")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+        gone.append(folder.name)
+    return gone

@@ -1,0 +1,205 @@
+"""What a DeepSpeed engine holds of every tensor: fp32 weight and Adam's moments, in pieces, under plain names.
+
+ZeRO 1 and 2 cut the concatenated parameters of a group evenly over ranks; `_hp_mapping` of a parameter says which range
+of it lies in this rank's partition and where (DeepSpeed, utils/tensor_fragment.py). At ZeRO 0 every rank holds all of
+what it computes with: the parameters themselves in fp32, copies kept by FP16_UnfusedOptimizer in bf16 and fp16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
+
+from eve_ds.checkpoint.files import KINDS, CheckpointError, Piece, PieceReader
+from eve_ds.model.moe import plain_names_of
+from eve_ds.model.naming import expert_id
+
+
+class Fragment(NamedTuple):
+    """A range of one tensor as it lies in the engine; writing to the tensors changes the engine."""
+
+    name: str
+    """In the plain model."""
+    start: int
+    """First element, in row-major order."""
+    tensors: dict[str, Tensor]
+    """Kind -> flat view."""
+
+
+def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
+    """All that this rank holds, in the order of the model's parameters."""
+    held = _held_at_stage_0 if engine.zero_optimization_stage() == 0 else _held_in_partition
+    masters = _masters_at_stage_0(engine)
+    found: list[Fragment] = []
+    for name, parameter in engine.module.named_parameters():
+        start, tensors = held(engine, parameter, masters)
+        if tensors:
+            found += _by_tensor(plain_names_of(engine.module, name, parameter), parameter, start, tensors)
+    return found
+
+
+def pieces_to_write(engine: DeepSpeedEngine, ep_size: int) -> list[Piece]:
+    """This rank's share of the state: with those of all ranks, everything exactly once."""
+    held = fragments(engine)
+    if engine.zero_optimization_stage() == 0:  # replicas: take turns
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        held = [
+            fragment
+            for number, fragment in enumerate(held)
+            if (
+                number % (world_size // ep_size) == rank // ep_size
+                if expert_id(fragment.name) is not None
+                else number % world_size == rank
+            )
+        ]
+    return [Piece(kind, part.name, part.start, part.tensors[kind]) for part in held for kind in KINDS]
+
+
+@torch.no_grad()
+def load_pieces(engine: DeepSpeedEngine, reader: PieceReader, steps: float) -> None:
+    """Fill the engine from a checkpoint that may have been written by any number of ranks; collective.
+
+    Args:
+        engine: just initialised, with any ZeRO stage.
+        reader: of the checkpoint.
+        steps: updates that the moments have seen, for Adam's bias correction.
+
+    Raises:
+        CheckpointError: the checkpoint lacks, or has too much of, what this rank holds.
+    """
+    for fragment in fragments(engine):
+        for kind, tensor in fragment.tensors.items():
+            stop = fragment.start + tensor.numel()
+            tensor.copy_(reader.read(kind, fragment.name, fragment.start, stop))
+    for state in _inner(engine).state.values():
+        state["step"].fill_(steps)
+    if engine.zero_optimization_stage() > 0:
+        engine.optimizer.update_lp_params()
+    else:
+        for parameter, master in _masters_at_stage_0(engine).items():
+            parameter.copy_(master)
+
+
+def check_tensors(reader: PieceReader, shapes: dict[str, torch.Size], where: str) -> None:
+    """Every tensor of the plain model must be there, whole, with its moments, and no other.
+
+    Raises:
+        CheckpointError: naming those that are not.
+    """
+    for kind in KINDS:
+        names = reader.names(kind)
+        wrong = (names ^ shapes.keys()) | {
+            name for name in names & shapes.keys() if reader.numel(kind, name) != shapes[name].numel()
+        }
+        if wrong:
+            raise CheckpointError(
+                f"{where}: {kind} of {', '.join(sorted(wrong)[:3])} is not what the model has: config.json is not the "
+                "one of this checkpoint"
+            )
+
+
+def optimizer_steps(engine: DeepSpeedEngine) -> float:
+    """Updates that Adam's moments have seen; equal for all tensors."""
+    steps = {float(state["step"]) for state in _ready_states(engine)}
+    if len(steps) != 1:
+        raise CheckpointError(f"the optimiser counts {sorted(steps)} updates for different tensors, which is a bug")
+    return steps.pop()
+
+
+def loss_scale_state(engine: DeepSpeedEngine) -> dict[str, float] | None:
+    """Numbers of a dynamic loss scale (fp16), None without one."""
+    scaler = _scaler(engine)
+    return None if scaler is None else {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)}
+
+
+def load_loss_scale(engine: DeepSpeedEngine, numbers: dict[str, float] | None) -> None:
+    """Put them back; nothing where either side has no dynamic loss scale."""
+    scaler = _scaler(engine)
+    if scaler is not None and numbers is not None:
+        for name, value in numbers.items():
+            setattr(scaler, name, value)
+
+
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _scaler(engine: DeepSpeedEngine) -> Any:
+    """The object that counts for a dynamic loss scale: of ZeRO's optimiser, or the unfused fp16 one."""
+    for name in ("loss_scaler", "loss_scale_config"):
+        scaler = getattr(engine.optimizer, name, None)
+        if getattr(scaler, "dynamic", False) or getattr(engine.optimizer, "dynamic_loss_scale", False):
+            return scaler
+    return None
+
+
+def _inner(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """torch's optimiser under DeepSpeed's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _ready_states(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
+    """State of every tensor that the optimiser updates; as after zero updates where it has not made any."""
+    optimizer = _inner(engine)
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            yield _ready(optimizer.state[tensor], tensor)
+
+
+def _ready(state: dict[str, Tensor], tensor: Tensor) -> dict[str, Tensor]:
+    if not state:  # as torch's AdamW makes it at the first update
+        state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+    return state
+
+
+Masters = dict[nn.Parameter, Tensor]
+"""Low-precision parameter -> its fp32 copy."""
+
+
+def _held_at_stage_0(
+    engine: DeepSpeedEngine, parameter: nn.Parameter, masters: Masters
+) -> tuple[int, dict[str, Tensor]]:
+    """First element and kind -> flat view of what this rank holds of a parameter: all of it."""
+    master = masters.get(parameter, parameter)
+    state = _ready(_inner(engine).state[master], master)
+    return 0, {"master": master.detach().view(-1), **{kind: state[kind].view(-1) for kind in KINDS[1:]}}
+
+
+def _held_in_partition(engine: DeepSpeedEngine, parameter: nn.Parameter, _: Masters) -> tuple[int, dict[str, Tensor]]:
+    """The same of ZeRO's partition; no views where none of the parameter lies in it."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return 0, {}
+    partition = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    state = _ready(_inner(engine).state[partition], partition)
+    where = mapping.hp_fragment_address
+    whole = {"master": partition.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+    return mapping.lp_fragment_address.start, {
+        kind: tensor.narrow(0, where.start, where.numel) for kind, tensor in whole.items()
+    }
+
+
+def _masters_at_stage_0(engine: DeepSpeedEngine) -> Masters:
+    """Empty in fp32, and where ZeRO has cut them up."""
+    if not hasattr(engine.optimizer, "fp32_groups"):
+        return {}
+    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return {parameter: master for low, high in pairs for parameter, master in zip(low, high, strict=True)}
+
+
+def _by_tensor(
+    names: tuple[str, ...], parameter: nn.Parameter, start: int, tensors: dict[str, Tensor]
+) -> Iterator[Fragment]:
+    """Cut a range of a parameter at the borders of the tensors in it: of the experts, if it holds several."""
+    size = parameter.numel() // len(names)
+    stop = start + tensors["master"].numel()
+    for number, name in enumerate(names):
+        first, last = max(start, number * size), min(stop, (number + 1) * size)
+        if first < last:
+            views = {kind: tensor[first - start : last - start] for kind, tensor in tensors.items()}
+            yield Fragment(name, first - number * size, views)

@@ -1,0 +1,102 @@
+"""A checkpoint whose tensors are whole: nothing in its files depends on how many ranks wrote it.
+
+It is a checkpoint like any other, so that runs resume from it and exports are made of it; other programs read its
+tensors without knowing how ranks cut them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from eve_ds.checkpoint import manifest
+from eve_ds.checkpoint.files import (
+    KINDS,
+    PATTERN,
+    CheckpointError,
+    FileRecord,
+    Piece,
+    PieceReader,
+    flush_folder,
+    record_of,
+    write_pieces,
+)
+
+FILE_BYTES = 2**28
+"""A file is closed when it has grown beyond this, so that little is in memory at a time."""
+
+
+class UniversalReport(NamedTuple):
+    """What was written."""
+
+    step: int
+    tensors: int
+    files: int
+    bytes: int
+
+
+def write_universal(checkpoint: Path, out: Path) -> UniversalReport:
+    """Write the whole tensors of a good checkpoint into the new folder `out`.
+
+    Memory stays below `FILE_BYTES` and twice the largest tensor. A killed process leaves a hidden folder beside `out`,
+    which the next one removes.
+
+    Raises:
+        CheckpointError: `out` exists and is not empty, or the checkpoint does not hold every tensor whole.
+        OSError: writing failed.
+    """
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"--out {out} exists and is not empty: name a new folder")
+    hidden = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        reader = PieceReader(checkpoint)
+        records = _write_tensors(reader, hidden)
+        tensors = sum(len(reader.names(kind)) for kind in KINDS)
+        records |= _copy_others(checkpoint, hidden)
+        source = manifest.read_json(checkpoint / manifest.MANIFEST)
+        content = {key: value for key, value in source.items() if key not in ("format", "files")}
+        manifest.write_manifest(hidden, content, records)
+        if out.exists():
+            out.rmdir()
+        os.rename(hidden, out)
+        flush_folder(out.parent)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    files = [record for name, record in records.items() if Path(name).match(PATTERN)]
+    return UniversalReport(int(source["step"]), tensors, len(files), sum(record.bytes for record in files))
+
+
+def _write_tensors(reader: PieceReader, folder: Path) -> dict[str, FileRecord]:
+    records: dict[str, FileRecord] = {}
+    pieces: list[Piece] = []
+
+    def close_file() -> None:
+        name = f"tensors-{len(records):05d}.safetensors"
+        records[name] = write_pieces(folder / name, pieces)
+        pieces.clear()
+
+    for kind in KINDS:
+        for name in sorted(reader.names(kind)):
+            pieces.append(Piece(kind, name, 0, reader.read(kind, name)))
+            if sum(piece.tensor.nbytes for piece in pieces) >= FILE_BYTES:
+                close_file()
+    if pieces:
+        close_file()
+    return records
+
+
+def _copy_others(source: Path, target: Path) -> dict[str, FileRecord]:
+    """Settings, tokenizer, counters, data positions: all but the tensors and the manifest."""
+    records = {}
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if path.is_file() and not path.match(PATTERN) and path.name != manifest.MANIFEST:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name)
+            records[str(name)] = record_of(target / name)
+    return records

@@ -1,0 +1,239 @@
+"""Going on with another number of ranks, another spread of experts, another ZeRO stage: as if nothing had happened.
+
+Every topology saves after three steps and trains on to the end; then every topology goes on from the checkpoint of
+another one. What came back is compared tensor by tensor, to the last bit; the steps after it with those of the run that
+stayed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from eve_ds.config import parse_config
+
+STEPS, SAVED = 13, 3
+TOPOLOGIES = [(w, ep, zero) for w in (1, 2, 4) for ep in (1, 2, 4) if ep <= w for zero in (0, 1, 2)]
+"""Ranks, ranks that share the experts, ZeRO stage."""
+SHIFT = 7
+"""Topology number i goes on from number i + 7, of 18: another number of ranks each time."""
+TOLERANCE = 1e-6
+"""Of a loss in fp32, relative."""
+TOLERANCE_BF16 = 2e-2
+"""A weight in bf16 has 8 bits; gradients of other numbers of ranks are rounded in another order."""
+LIMIT = 400
+pytestmark = pytest.mark.timeout(6 * LIMIT)
+
+
+def settings(folder, topology, *, precision="fp32", steps=STEPS):
+    _, ep_size, stage = topology
+    config = parse_config(
+        {
+            "model": {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 24,
+                "moe_layers": [1],
+                "moe": {"num_experts": 4, "routing": "dropless"},
+                "image_size": 32,
+                "patch_size": 8,
+                "vocab_size": 256,
+                "text_positions": 40,
+                "text_length": 24,
+                "drop_path_rate": 0.0,  # noise is drawn by rank
+                "text_dropout": 0.0,
+                "pixel_decoder": {"kind": "cross", "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
+            },
+            "data": {"sources": [{"kind": "scenes", "num_samples": 64}]},
+            "optimizer": {"lr": 1e-3, "eps": 1e-4, "warmup_steps": 2, "decay": "cosine", "clip_grad_norm": 0},
+            "parallel": {"ep_size": ep_size},
+            "train": {
+                "train_batch_size": 8,
+                "max_steps": STEPS,
+                "metrics_every": 1,
+                "precision": precision,
+                "save_every_steps": SAVED,
+                "output_dir": str(folder),
+            },
+        }
+    )
+    return config, {"zero_optimization": {"stage": stage}}
+
+
+def train(config, deepspeed_config, look=None, resume="auto"):
+    """Pre-train; `look(engine)` is called after the first step's data is there and before it is computed."""
+    from eve_ds import engine
+
+    class Trainer(engine.Trainer):
+        def _fetch(self):
+            nonlocal look
+            if look is not None:
+                look, call = None, look
+                call(self.engine)
+            return super()._fetch()
+
+    original, evaluates = engine.Trainer, engine.trains_on_scenes
+    engine.Trainer, engine.trains_on_scenes = Trainer, lambda config: False
+    try:
+        engine.pretrain(config, deepspeed_config, resume)
+    finally:
+        engine.Trainer, engine.trains_on_scenes = original, evaluates
+
+
+def stay(rank, world_size, folder, cases):
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+
+    initialize_deepspeed_distributed()
+    for name, topology, options in cases:
+        train(*settings(Path(folder) / name, topology, **options))
+
+
+def unequal_tensors(engine, checkpoint):
+    """What the engine holds and the checkpoint does not have bit for bit, and how much was compared."""
+    from eve_ds.checkpoint.files import PieceReader
+    from eve_ds.checkpoint.state import fragments
+
+    reader = PieceReader(checkpoint)
+    held = [(part.name, part.start, *item) for part in fragments(engine) for item in part.tensors.items()]
+    return [
+        (name, kind)
+        for name, start, kind, tensor in held
+        if not torch.equal(tensor.cpu(), reader.read(kind, name, start, start + tensor.numel()))
+    ], sum(tensor.numel() for *_, tensor in held)
+
+
+def move(rank, world_size, folder, cases):
+    """Go on elsewhere; for each case what did not come back, and whether weights follow their masters."""
+    from eve_ds.parallel.moe import local_plain_state_dict
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+
+    initialize_deepspeed_distributed()
+    results = []
+    for name, topology, source, options, more in cases:
+        run, found = Path(folder) / name, []
+        checkpoint = Path(folder) / source / "checkpoints" / f"step-{SAVED:08d}"
+
+        def look(engine, found=found, checkpoint=checkpoint):
+            from eve_ds.checkpoint.files import PieceReader
+
+            found.append(unequal_tensors(engine, checkpoint))
+            reader = PieceReader(checkpoint)
+            weights = local_plain_state_dict(engine.module)
+            found.append(
+                [
+                    key
+                    for key, weight in weights.items()
+                    if not torch.equal(weight.flatten(), reader.read("master", key).to(weight.dtype))
+                ]
+            )
+
+        config, deepspeed_config = settings(run, topology, **options)
+        deepspeed_config["zero_optimization"] |= more
+        if more:
+            deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+        train(config, deepspeed_config, look, checkpoint)
+        results.append(found)
+    return results
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {item["step"]: item["loss"] for item in lines if item["kind"] == "train"}
+
+
+def named(topology):
+    return "-".join(map(str, topology))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("topologies")
+
+
+@pytest.fixture
+def stayed(folder, run_ranks):
+    """Folder of the runs that stayed; made by the first test that asks."""
+    if not (folder / "done").exists():
+        for world_size in (1, 2, 4):
+            cases = [(f"stay-{named(t)}", t, {}) for t in TOPOLOGIES if t[0] == world_size]
+            if world_size == 2:
+                cases.append(("stay-bf16", (2, 2, 1), {"precision": "bf16"}))
+            run_ranks(stay, world_size, str(folder), cases, timeout=LIMIT)
+        (folder / "done").touch()
+    return folder
+
+
+def test_all_topologies_train_alike(stayed):
+    expected = losses(stayed / f"stay-{named(TOPOLOGIES[0])}")
+    assert len(set(expected.values())) == STEPS
+    for topology in TOPOLOGIES[1:]:
+        assert losses(stayed / f"stay-{named(topology)}") == pytest.approx(expected, rel=TOLERANCE), topology
+
+
+def test_any_topology_goes_on_from_any_other(stayed, run_ranks):
+    worst = 0.0
+    for world_size in (1, 2, 4):
+        cases = [
+            (f"move-{named(t)}", t, f"stay-{named(TOPOLOGIES[(number + SHIFT) % len(TOPOLOGIES)])}", {}, {})
+            for number, t in enumerate(TOPOLOGIES)
+            if t[0] == world_size
+        ]
+        for results in run_ranks(move, world_size, str(stayed), cases, timeout=LIMIT):
+            for case, ((unequal, compared), weights) in zip(cases, results, strict=True):
+                assert unequal == [], case
+                assert compared > 1000
+                assert weights == [], case
+        for name, _, source, *_ in cases:
+            assert source.split("-")[1:] != name.split("-")[1:]
+            expected, found = losses(stayed / source), losses(stayed / name)
+            assert sorted(found) == list(range(SAVED + 1, STEPS + 1))
+            worst = max(worst, *(abs(found[step] / expected[step] - 1) for step in found))
+    print(f"largest relative difference of a loss: {worst:.1e}")
+    assert worst <= TOLERANCE
+
+
+def test_precision_and_offload_may_change_too(stayed, run_ranks):
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    cases = {
+        1: [("bf16-alone", (1, 1, 2), "stay-bf16", {"precision": "bf16"}, {})],
+        2: [
+            ("bf16-zero0", (2, 1, 0), "stay-bf16", {"precision": "bf16"}, {}),
+            ("bf16-from-fp32", (2, 2, 1), "stay-2-2-1", {"precision": "bf16"}, {}),
+            ("fp32-from-bf16", (2, 2, 2), "stay-bf16", {}, {}),
+            ("offloaded", (2, 1, 2), "stay-4-2-1", {}, offload),
+        ],
+    }
+    for world_size, chosen in cases.items():
+        for results in run_ranks(move, world_size, str(stayed), chosen, timeout=LIMIT):
+            for case, ((unequal, _), weights) in zip(chosen, results, strict=True):
+                assert unequal == [], case
+                assert weights == [], case
+    for name, _, source, options, _ in itertools.chain(*cases.values()):
+        exact = not options and source != "stay-bf16"
+        expected, found = losses(stayed / source), losses(stayed / name)
+        tolerance = TOLERANCE if exact else TOLERANCE_BF16
+        assert found == pytest.approx({step: expected[step] for step in found}, rel=tolerance), name
+
+
+def test_whole_tensors_are_a_checkpoint_too(stayed, run_ranks, tmp_path):
+    from eve_ds.checkpoint.manifest import problems
+    from eve_ds.checkpoint.universal import write_universal
+
+    name = f"step-{SAVED:08d}"
+    source, universal = stayed / "stay-4-2-2" / "checkpoints" / name, stayed / "universal" / "checkpoints" / name
+    shutil.rmtree(stayed / "universal", ignore_errors=True)
+    report = write_universal(source, universal)
+    assert problems(universal) == []
+    assert report.step == SAVED
+    assert len(list(universal.glob("tensors-*"))) == report.files == 1
+    case = ("move-universal", (2, 2, 1), "universal", {}, {})
+    for (((unequal, _), weights),) in run_ranks(move, 2, str(stayed), [case], timeout=LIMIT):
+        assert unequal == weights == []
+    expected, found = losses(stayed / "stay-4-2-2"), losses(stayed / "move-universal")
+    assert found == pytest.approx({step: expected[step] for step in found}, rel=TOLERANCE)
