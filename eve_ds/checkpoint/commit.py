@@ -159,6 +159,8 @@ class Saver:
         if rank_zero() and not problems:
             pending.attempt(lambda: self._publish(pending, {k: v for _, own in gathered for k, v in own.items()}))
             problems = [] if pending.problem is None else [pending.problem]
+        if rank_zero() and problems:
+            shutil.rmtree(pending.folder, ignore_errors=True)
         problems = broadcast_object(problems)
         if problems:
             self._failed(pending, problems)
@@ -212,8 +214,6 @@ class Saver:
 
     def _failed(self, pending: _Pending, problems: list[str]) -> None:
         self.failures += 1
-        if rank_zero():
-            shutil.rmtree(pending.folder, ignore_errors=True)
         allowed = self.config.train.max_failed_saves
         message = (
             f"the checkpoint of step {pending.step} was not saved ({'; '.join(problems)}); older ones are as they "

@@ -1,0 +1,323 @@
+"""Saves that cannot be written, saves in the background, and signals: in runs on two ranks, without being killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eve_ds.config import ConfigError, load_config
+
+SMALL = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.moe_layers=[1]",
+    "model.intermediate_size=32",
+    "model.moe.num_experts=2",
+    "model.pixel_decoder.hidden_size=16",
+    "parallel.ep_size=2",
+    "train.train_batch_size=8",
+    "train.metrics_every=1",
+    "train.save_every_steps=2",
+    "train.max_seconds=null",
+    "optimizer.decay_by=steps",
+]
+ZERO = {"zero_optimization": {"stage": 1}}
+LIMIT = 200
+pytestmark = pytest.mark.timeout(LIMIT + 60)
+
+
+def config_of(folder, *settings):
+    return load_config("eve_tiny", [*SMALL, f"train.output_dir={folder}", *settings])
+
+
+def pretrain(config, at=None, resume="auto"):
+    """Train; `at` maps a step to what this rank does before it. Returns (summary or error, log)."""
+    from eve_ds import engine
+    from eve_ds.checkpoint.commit import SaveError
+    from eve_ds.distributed import get_logger
+
+    class Trainer(engine.Trainer):
+        def _fetch(self):
+            action = (at or {}).get(self.step + 1)
+            if action is not None:
+                action(self)
+            return super()._fetch()
+
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    original, evaluates = engine.Trainer, engine.trains_on_scenes
+    engine.Trainer, engine.trains_on_scenes = Trainer, lambda config: False
+    get_logger().addHandler(handler)
+    try:
+        result = engine.pretrain(config, ZERO, resume)
+    except (SaveError, ConfigError) as error:
+        result = error
+    finally:
+        engine.Trainer, engine.trains_on_scenes = original, evaluates
+        get_logger().removeHandler(handler)
+    return result, lines
+
+
+def start():
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+
+    initialize_deepspeed_distributed()
+
+
+def folders(run):
+    root = Path(run) / "checkpoints"
+    return sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return {item["step"]: item["loss"] for item in lines if item["kind"] == "train"}
+
+
+# --- in the background ------------------------------------------------------------------------------------------------
+
+
+def background(rank, world_size, folder):
+    start()
+    sync, summary = config_of(f"{folder}/sync", "train.max_steps=8"), None
+    pretrain(sync)
+    config = config_of(f"{folder}/async", "train.max_steps=8", "train.async_save=true", "train.keep_last=2")
+    summary, lines = pretrain(config)
+    return summary.checkpoint.name, [line for line in lines if "saved" in line]
+
+
+def test_a_save_in_the_background_is_the_save_of_its_step(run_ranks, tmp_path):
+    from eve_ds.checkpoint.files import PieceReader
+    from eve_ds.checkpoint.manifest import committed, problems
+
+    results = run_ranks(background, 2, str(tmp_path), timeout=LIMIT)
+    assert results[0][0] == results[1][0] == "step-00000008"
+    assert losses(tmp_path / "sync") == losses(tmp_path / "async")
+    assert [path.name for path in committed(tmp_path / "sync")] == [f"step-0000000{n}" for n in (8, 6, 4, 2)]
+    assert [path.name for path in committed(tmp_path / "async")] == ["step-00000008", "step-00000006"]
+    for name in ("step-00000006", "step-00000008"):
+        one, other = (tmp_path / kind / "checkpoints" / name for kind in ("sync", "async"))
+        assert problems(one) == problems(other) == []
+        left, right = PieceReader(one), PieceReader(other)
+        assert left.names("exp_avg") == right.names("exp_avg")
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            for tensor in left.names(kind):
+                assert left.read(kind, tensor).equal(right.read(kind, tensor)), (name, kind, tensor)
+    events = [json.loads(line) for line in (tmp_path / "async" / "metrics.jsonl").read_text().splitlines()]
+    saved = [event for event in events if event.get("event") == "saved"]
+    assert [event["checkpoint"] for event in saved] == [f"step-0000000{n}" for n in (2, 4, 6, 8)]
+    assert all(0 < event["stall_seconds"] < 5 and event["bytes"] > 1e5 for event in saved)
+
+
+# --- nothing can be written ------------------------------------------------------------------------------------------
+
+
+def limit_files(size):
+    def action(trainer):
+        pending = trainer.saver.pending if trainer else None
+        if pending is not None:  # what is being written in the background is still under the old limit
+            pending.thread.join()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    return action
+
+
+def file_limits(rank, world_size, folder):
+    """Rank 1 cannot write large files from step 3 to 6; then for good."""
+    start()
+    few = limit_files(20_000) if rank == 1 else None
+    back = limit_files(resource.RLIM_INFINITY)
+    found = []
+    for mode in ("false", "true"):
+        config = config_of(f"{folder}/{mode}", "train.max_steps=8", f"train.async_save={mode}")
+        result, lines = pretrain(config, {3: few, 7: back})
+        found.append((str(result), [line for line in lines if "not saved" in line], folders(config.train.output_dir)))
+    config = config_of(f"{folder}/ends", "train.max_steps=20", "train.max_failed_saves=1")
+    result, _ = pretrain(config, {3: few, 19: back})
+    back(None)
+    found.append((type(result).__name__, str(result), folders(config.train.output_dir)))
+    config = config_of(f"{folder}/last", "train.max_steps=4")
+    result, _ = pretrain(config, {3: few})
+    back(None)
+    found.append((type(result).__name__, str(result), folders(config.train.output_dir)))
+    result, _ = pretrain(config)
+    found.append((str(result.steps), "", folders(config.train.output_dir)))
+    return found
+
+
+def test_failed_saves_cost_nothing_but_themselves(run_ranks, tmp_path):
+    results = run_ranks(file_limits, 2, str(tmp_path), timeout=LIMIT)
+    for result in results:
+        for _, _, left in result[:2]:
+            assert left == ["latest", "step-00000002", "step-00000008"]
+        kind, text, left = result[2]
+        assert (kind, left) == ("SaveError", ["latest", "step-00000002"])
+        assert "the checkpoint of step 6 was not saved (rank 1: File too large: " in text
+        assert "failure number 2 in a row, train.max_failed_saves (1) are allowed" in text
+        kind, text, left = result[3]
+        assert (kind, left) == ("SaveError", ["latest", "step-00000002"])
+        assert "the run ends at step 4 without a checkpoint of it" in text
+        assert result[4] == ("4", "", ["latest", "step-00000002", "step-00000004"])
+    for _, warnings, _ in results[0][:2]:
+        assert [line.split("(")[0] for line in warnings] == [
+            f"the checkpoint of step {step} was not saved " for step in (4, 6)
+        ]
+        assert "older ones are as they were; failure number 2 in a row" in warnings[1]
+
+
+def disk(rank, world_size, folder):
+    """A disk that is too small for a checkpoint, and one that cannot be written any more."""
+    start()
+
+    def remount(trainer):
+        subprocess.run(["mount", "-o", "remount,ro", f"{folder}/readonly/checkpoints"], check=True)
+
+    found = []
+    for name, at in (("small", None), ("readonly", {3: remount if rank == 0 else None})):
+        result, lines = pretrain(config_of(f"{folder}/{name}", "train.max_steps=5", "train.max_failed_saves=9"), at)
+        found.append((str(result), [line for line in lines if "not saved" in line], folders(f"{folder}/{name}")))
+    return found
+
+
+@pytest.fixture
+def mounts(tmp_path):
+    """Two small file systems in memory: one holds less than a checkpoint, one more."""
+    made = []
+    try:
+        for name, size in (("small", "300k"), ("readonly", "20m")):
+            folder = tmp_path / name / "checkpoints"
+            folder.mkdir(parents=True)
+            done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False)
+            if done.returncode:
+                pytest.skip("mounting a file system needs root")
+            made.append(folder)
+        yield tmp_path
+    finally:
+        for folder in made:
+            subprocess.run(["umount", folder], check=False)
+
+
+def test_a_full_and_a_read_only_disk(run_ranks, mounts):
+    (small, readonly), _ = run_ranks(disk, 2, str(mounts), timeout=LIMIT)
+    assert "No space left on device" in small[1][0]
+    assert "the run ends at step 5 without a checkpoint of it, the newest is None" in small[0]
+    assert small[2] == []
+    assert "Read-only file system" in readonly[1][0]
+    assert "without a checkpoint of it, the newest is " in readonly[0]
+    assert readonly[2] == ["latest", "step-00000002"]
+
+
+# --- damage, and who may go on ------------------------------------------------------------------------------------
+
+
+def going_on(rank, world_size, folder):
+    start()
+    run = Path(folder) / "run"
+    config = config_of(run, "train.max_steps=6")
+    pretrain(config)
+    found = []
+    newest = run / "checkpoints" / "step-00000006" / "tensors-00001.safetensors"
+    if rank == 0:
+        content = bytearray(newest.read_bytes())
+        content[-5] ^= 16
+        newest.write_bytes(content)
+    again = config_of(run, "train.max_steps=7")
+    result, lines = pretrain(again)
+    found.append((result.steps, [line for line in lines if "damaged" in line or "resumed" in line]))
+    if rank == 0:
+        for checkpoint in (run / "checkpoints").glob("step-*"):
+            (checkpoint / "manifest.json").write_text("{}")
+    result, _ = pretrain(config_of(run, "train.max_steps=8"))
+    found.append((type(result).__name__, str(result)))
+    result, _ = pretrain(config_of(f"{folder}/other"), resume=run / "checkpoints" / "step-00000004")
+    found.append((type(result).__name__, str(result)))
+    return found
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_ranks, tmp_path):
+    results = run_ranks(going_on, 2, str(tmp_path), timeout=LIMIT)
+    (steps, lines), *_ = results[0]
+    assert steps == 7
+    assert "step-00000006 is damaged: tensors-00001.safetensors has other content than was written" in lines[0]
+    assert lines[0].endswith("going back to step-00000004")
+    assert lines[1].startswith("resumed from ")
+    for _, (kind, text), (other_kind, other) in results:
+        assert (kind, other_kind) == ("ConfigError", "ConfigError")
+        assert "there is no good checkpoint to go on from" in text
+        assert "step-00000004 is damaged: manifest.json has format None" in other
+        assert other.count("step-") == 1
+
+
+def two_runs(rank, world_size, folder):
+    """A second run in the same folder, while the first one trains; rank 0 starts it as a process of its own."""
+    start()
+    launcher = Path(__file__).resolve().parents[2] / "launcher" / "pretrain.py"
+    found = []
+
+    def second(trainer):
+        if rank == 0:
+            hidden = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+            env = {name: value for name, value in os.environ.items() if name not in hidden}
+            settings = [item for item in SMALL if not item.startswith("parallel")]
+            run = str(trainer.config.train.output_dir)
+            command = [sys.executable, str(launcher), "--output_dir", run, "--set", *settings]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+            found.append((done.returncode, [line for line in done.stderr.splitlines() if "ERROR" in line]))
+
+    result, _ = pretrain(config_of(f"{folder}/run", "train.max_steps=3"), {2: second})
+    return result.steps, os.getpid(), found
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run_ranks, tmp_path):
+    (steps, pid, ((code, errors),)), _ = run_ranks(two_runs, 2, str(tmp_path), timeout=LIMIT)
+    assert (steps, code) == (3, 2)
+    assert len(errors) == 1
+    assert f"is being written by another run (process {pid} on " in errors[0]
+    assert "wait for its end, or name another folder" in errors[0]
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+def signals(rank, world_size, folder):
+    """A signal to one rank, between steps and inside of one; what was saved, and whether the same command goes on."""
+    start()
+    pretrain(config_of(f"{folder}/whole", "train.max_steps=7", "train.gradient_accumulation_steps=2"))
+    found = []
+    for number, (name, to, mode) in enumerate((("SIGTERM", 0, "false"), ("SIGUSR1", 1, "true"))):
+        settings = ["train.gradient_accumulation_steps=2", "train.max_steps=7", f"train.async_save={mode}"]
+        config = config_of(f"{folder}/{number}", *settings, "train.save_every_steps=null")
+
+        def send(trainer, name=name, to=to):
+            if rank == to:
+                os.kill(os.getpid(), getattr(signal, name))
+
+        stopped, _ = pretrain(config, {4: send})
+        held = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        done, lines = pretrain(config)
+        found.append((stopped.stopped, stopped.steps, stopped.checkpoint.name, held, done.stopped, done.steps, lines))
+    return found
+
+
+def test_a_signal_to_any_rank_saves_and_stops_all(run_ranks, tmp_path):
+    for result in run_ranks(signals, 2, str(tmp_path), timeout=LIMIT):
+        for stopped, steps, checkpoint, held, stopped_again, steps_again, _ in result:
+            assert (stopped, steps, checkpoint, held) == (True, 4, "step-00000004", True)
+            assert (stopped_again, steps_again) == (False, 7)
+    for number in range(2):
+        assert losses(tmp_path / str(number)) == losses(tmp_path / "whole")
+        assert not list((tmp_path / str(number) / "checkpoints").glob(".*"))
+
+
+with contextlib.suppress(ValueError):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file over the limit is then an error of the write
