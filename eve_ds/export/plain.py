@@ -115,7 +115,7 @@ def export(source: Path, out: Path) -> ExportReport:
     _check_out(out, config)
     weights = read_weights(checkpoint, config.model)
     check_weights(weights, config.model, str(checkpoint))
-    with _replacing(out) as folder:
+    with replacing(out) as folder:
         metadata = {"format": "pt", "step": str(step)}
         save_file({name: weights[name].contiguous() for name in sorted(weights)}, folder / WEIGHTS, metadata)
         (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
@@ -277,7 +277,7 @@ def _identity(config: Config) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its place at the end, or vanishes on an error."""
     out = out.absolute()
     hidden, earlier = (out.with_name(f".{out.name}.{what}") for what in ("writing", "earlier"))

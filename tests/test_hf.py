@@ -1,0 +1,432 @@
+"""The transformers classes against what they stand for: the plain export, and the transform and tokens of training."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+
+from eve_ds.config import ConfigError, ModelConfig, load_config
+from eve_ds.data.batch import BadSample, Sample
+from eve_ds.data.collate import Collator
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.data.transforms import TrainTransform, normalize
+from eve_ds.evaluation import unmask_text
+from eve_ds.export import ExportError, load
+from eve_ds.export.hf import EveConfig, EveImageProcessor, EveModel, EveProcessor, export_hf
+from eve_ds.model.eve import EVE
+
+CONFIG = load_config(
+    "eve_tiny",
+    [
+        "model.hidden_size=32",
+        "model.num_hidden_layers=3",
+        "model.intermediate_size=48",
+        "model.moe_layers=[1, 2]",
+        "model.pixel_decoder.hidden_size=24",
+    ],
+)
+SIZE = CONFIG.model.image_size
+EXPERT = "backbone.blocks.1.moe.experts.3.fc1.weight"
+WORDS = "backbone.text_embedding.word.weight"
+CAPTIONS = ["a red circle", "blue", "a green square left of " * 9]
+
+
+def fields(config=CONFIG.model, **changes):
+    return config.model_dump(mode="json") | changes
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A plain export of random weights, none of them 0 or 1 as biases and norms are at first."""
+    folder = tmp_path_factory.mktemp("plain")
+    torch.manual_seed(7)
+    weights = EVE(CONFIG.model).state_dict()
+    drawn = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in weights.items()}
+    save_file(drawn, folder / "model.safetensors")
+    (folder / "config.json").write_text(CONFIG.model_dump_json())
+    (folder / "export.json").write_text(json.dumps({"step": 300, "sha256": "c0ffee"}))
+    load_tokenizer("scenes").save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(plain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    export_hf(plain, folder)
+    return folder
+
+
+def inputs(kind="masked"):
+    """Three samples, the last without an image, with captions of 9, 6 and 3 tokens."""
+    generator = torch.Generator().manual_seed(3)
+    patches = torch.stack([torch.randperm(64, generator=generator) for _ in range(3)])
+    image = {"pixel_values": torch.randn(3, 3, 64, 64, generator=generator)}
+    text = {
+        "input_ids": torch.randint(5, 60, (3, 9), generator=generator),
+        "attention_mask": torch.arange(9) < torch.tensor([[9], [6], [3]]),
+    }
+    masks = {
+        "image_mask": torch.tensor([True, True, False]),
+        "visible_patch_ids": patches[:, :16].sort().values,
+        "visible_patch_mask": torch.arange(16) < torch.tensor([[16], [5], [16]]),
+        "masked_patch_ids": patches[:, 16:].sort().values,
+        "masked_token_ids": torch.tensor([1, 4, 11, 19]),
+    }
+    return {"image": image, "text": text, "pair": image | text, "masked": image | text | masks}[kind]
+
+
+@torch.no_grad()
+def expected_outputs(eve, kind):
+    """The same tensors from EVE; `kind` says which arguments it gets."""
+    arguments = inputs(kind)
+    prediction = eve(**arguments)
+    encoder = {k: v for k, v in arguments.items() if k not in ("masked_patch_ids", "masked_token_ids")}
+    encoded = eve.backbone(**encoder)
+    states = encoded.stream.padded()
+    outputs = {"last_hidden_state": states, "attention_mask": encoded.stream.layout.mask}
+    if "pixel_values" in arguments:
+        outputs["image_embedding"] = states[:, 0]
+    if "input_ids" in arguments:
+        outputs["text_embedding"] = states[:, encoded.num_image_tokens]
+    if kind == "masked":
+        outputs |= {"pixel_predictions": prediction.pixel_predictions, "token_logits": prediction.token_logits()}
+    return outputs
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["image", "text", "pair", "masked"])
+def test_outputs_are_those_of_the_plain_model_bit_for_bit(plain, exported, kind, dtype):
+    eve = load(plain)[0].to(dtype)
+    model = AutoModel.from_pretrained(exported, dtype=dtype)
+    assert model.dtype == dtype
+    with torch.no_grad():
+        assert_same(dict(model(**inputs(kind)).items()), expected_outputs(eve, kind))
+
+
+def test_encoders_give_the_embeddings_of_one_modality(exported):
+    model = AutoModel.from_pretrained(exported)
+    with torch.no_grad():
+        image = model.encode_image(**inputs("image"))
+        text = model.encode_text(**inputs("text"))
+        assert torch.equal(image, model(**inputs("image")).image_embedding)
+        assert torch.equal(text, model(**inputs("text")).text_embedding)
+        assert model(**inputs("image")).text_embedding is None
+    assert image.shape == text.shape == (3, 32)
+
+
+THREE_LINES = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+import eve_ds.export.hf
+model = AutoModel.from_pretrained(sys.argv[1])
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    output = model(**load_file(sys.argv[2]))
+    save_file({name: tensor.contiguous() for name, tensor in output.items()}, sys.argv[3])
+print(type(processor).__name__, processor(text="a red circle")["input_ids"].tolist())
+"""
+
+
+def test_three_lines_in_a_fresh_process_without_deepspeed(plain, exported, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['deepspeed'] = None\n")
+    save_file(inputs(), tmp_path / "inputs")
+    command = [sys.executable, "-c", THREE_LINES, exported, tmp_path / "inputs", tmp_path / "outputs"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(load_file(tmp_path / "outputs"), expected_outputs(load(plain)[0], "masked"))
+    assert done.stdout.strip() == f"EveProcessor [{load_tokenizer('scenes')('a red circle')['input_ids']}]"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_size", ["1GB", "60KB"])
+def test_saving_and_loading_keeps_every_bit(plain, exported, tmp_path, dtype, max_shard_size):
+    first = AutoModel.from_pretrained(exported, dtype=dtype)
+    first.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (max_shard_size == "60KB")
+    saved = [load_file(file) for file in files]
+    weights = load_file(plain / "model.safetensors")
+    merged = {name: weight for part in saved for name, weight in part.items()}
+    assert sum(len(part) for part in saved) == len(merged)
+    assert_same(merged, {name: weight.to(dtype) for name, weight in weights.items()})
+    again = AutoModel.from_pretrained(tmp_path)
+    assert not again.training
+    assert_same(again.state_dict(), first.state_dict())
+
+
+def test_the_text_head_reads_the_word_embedding_which_is_stored_once(exported):
+    model = AutoModel.from_pretrained(exported)
+    vocabulary = [name for name, weight in load_file(exported / "model.safetensors").items() if len(weight) == 256]
+    assert sorted(vocabulary) == [WORDS, "text_head.bias"]
+    assert model.all_tied_weights_keys == {}
+    with torch.no_grad():
+        before = model(**inputs()).token_logits
+        model.backbone.text_embedding.word.weight[200:] = 0.0  # words of no caption
+        after = model(**inputs()).token_logits
+    assert torch.equal(after[:, 200:], model.text_head.bias[200:].expand(4, -1))
+    assert torch.equal(after[:, :200], before[:, :200])
+
+
+def test_torch_dtype_is_understood(exported):
+    assert AutoModel.from_pretrained(exported, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_model_from_a_config_is_drawn_as_eve_is():
+    torch.manual_seed(5)
+    expected = EVE(CONFIG.model).state_dict()
+    torch.manual_seed(5)
+    assert_same(AutoModel.from_config(EveConfig(**fields())).state_dict(), expected)
+
+
+def rewrite(exported, folder, change, sharded):
+    """A copy of the export with a changed set of tensors."""
+    model = AutoModel.from_pretrained(exported)
+    model.save_pretrained(folder, max_shard_size="60KB" if sharded else "1GB")
+    for file in folder.glob("*.safetensors"):
+        weights = load_file(file)
+        if EXPERT in weights:
+            change(weights)
+            save_file(weights, file, {"format": "pt"})
+    if sharded:  # what transformers goes by
+        index = folder / "model.safetensors.index.json"
+        tree = json.loads(index.read_text())
+        names = {n: f.name for f in folder.glob("*.safetensors") for n in load_file(f)}
+        index.write_text(json.dumps(tree | {"weight_map": names}))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(EXPERT), rf"cannot be loaded: .* lacks {EXPERT}"),
+        (lambda w: w.update({"head.weight": torch.zeros(2)}), r"holds head\.weight, unknown to the model"),
+        (lambda w: w.update({EXPERT: torch.zeros(48, 31)}), rf"has {EXPERT} \(48, 31\) where .* asks for \(48, 32\)"),
+        (lambda w: w[EXPERT].fill_(torch.nan), rf"{EXPERT} not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(exported, tmp_path, change, message, sharded):
+    rewrite(exported, tmp_path, change, sharded)
+    with pytest.raises(ExportError, match=message) as caught:
+        AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_straight_onto_devices_is_refused(exported, monkeypatch):
+    monkeypatch.setattr("transformers.modeling_utils.check_and_set_device_map", lambda device_map: {"": "cpu"})
+    monkeypatch.setattr("transformers.modeling_utils._get_device_map", lambda model, device_map, *_: device_map)
+    with pytest.raises(ValueError, match="leave out device_map"):
+        AutoModel.from_pretrained(exported, device_map="auto")
+
+
+def test_a_config_holds_every_field_and_survives_a_file(tmp_path):
+    config = EveConfig(**fields())
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(again, EveConfig)
+    assert again.to_model_config() == config.to_model_config() == CONFIG.model
+    assert {name: getattr(again, name) for name in ModelConfig.model_fields} == fields()
+    assert EveConfig().to_model_config() == ModelConfig()
+
+
+def test_configs_are_equal_when_their_fields_are():
+    assert EveConfig(**fields()) == EveConfig(**fields())
+    assert EveConfig(**fields()) != EveConfig(**fields(text_length=9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 33}, r"hidden_size \(33\) must be divisible by num_attention_heads \(4\)"),
+        ({"moe": {"num_experts": 4, "top_k": 5}}, r"moe\.top_k \(5\) must not exceed moe\.num_experts \(4\)"),
+        ({"moe": {"num_expert": 4}}, "unknown key .*num_expert'; did you mean 'num_experts'"),
+        ({"hiden_size": 32}, "unknown key .*hiden_size'; did you mean 'hidden_size'"),
+        ({"vocab_size": "many"}, r"vocab_size \('many'\): Input should be a valid integer"),
+    ],
+)
+def test_a_config_against_a_rule_is_refused_in_one_line(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        EveConfig(**fields(**changes))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text(json.dumps(fields(**changes, model_type="eve")))
+    with pytest.raises(ConfigError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_field_that_is_set_later_is_checked_too(exported):
+    with pytest.raises(ConfigError, match=r"hidden_size \(33\) must be divisible"):
+        AutoModel.from_pretrained(exported, hidden_size=33)
+
+
+def picture(width, height, mode="RGB"):
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encode(image, kind):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def evaluation_transform(image):
+    return normalize(np.stack([TrainTransform(SIZE, (1.0, 1.0), 0.0, seed=0)(image, None, 0, "key")]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(picture(90, 70), "PNG"),
+        encode(picture(SIZE, SIZE), "PNG"),
+        encode(picture(40, 300, "L"), "PNG"),
+        encode(picture(50, 80, "RGBA"), "PNG"),
+        encode(picture(90, 70), "JPEG"),
+        encode(picture(700, 530), "JPEG"),  # decoded at a fraction of its size
+    ],
+    ids=["png", "right size", "grey", "alpha", "jpeg", "large jpeg"],
+)
+def test_an_image_becomes_what_the_evaluation_transform_makes_of_it(exported, data, tmp_path):
+    processor = AutoImageProcessor.from_pretrained(exported)
+    expected = evaluation_transform(data)
+    (tmp_path / "image").write_bytes(data)
+    with Image.open(tmp_path / "image") as opened:
+        size, mode = opened.size, opened.mode
+        assert torch.equal(processor(opened)["pixel_values"], expected)
+        assert torch.equal(processor([opened, data])["pixel_values"], expected.repeat(2, 1, 1, 1))
+        assert (opened.size, opened.mode) == (size, mode)
+        array = np.asarray(opened.convert("RGB"))
+    assert torch.equal(processor(array)["pixel_values"], evaluation_transform(array))
+    assert expected.shape == (1, 3, SIZE, SIZE)
+
+
+def test_captions_become_what_the_collator_makes_of_them(exported):
+    processor = AutoProcessor.from_pretrained(exported)
+    images = [picture(SIZE, SIZE), picture(SIZE, SIZE), picture(SIZE, SIZE)]
+    collate = Collator(CONFIG, load_tokenizer("scenes"), has_images=True, has_captions=True)
+    samples = zip(images, CAPTIONS, strict=True)
+    batch = unmask_text(
+        collate([Sample(str(i), 0, np.asarray(image), text) for i, (image, text) in enumerate(samples)])
+    )
+    found = processor(images=images, text=CAPTIONS, return_tensors="pt")
+    names = ("pixel_values", "input_ids", "attention_mask")
+    assert_same(dict(found), {name: getattr(batch, name) for name in names})
+    assert found["input_ids"].shape == (3, CONFIG.model.text_length)
+    assert torch.equal(processor(text="blue")["input_ids"], processor(text=["blue"])["input_ids"])
+
+
+def test_a_tokenizer_with_ways_of_its_own_is_used_as_the_collator_uses_it():
+    tokenizer = load_tokenizer("scenes")
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[MASK]", "[SEP]")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS] [MASK] $A [SEP]", special_tokens=special)
+    tokenizer.truncation_side = tokenizer.padding_side = "left"
+    tokenizer.pad_token = "[UNK]"
+    tokenizer.model_max_length = CONFIG.model.text_length
+    collate = Collator(CONFIG, tokenizer, has_images=False, has_captions=True)
+    batch = unmask_text(collate([Sample(str(i), 0, None, text) for i, text in enumerate(CAPTIONS)]))
+    found = EveProcessor(EveImageProcessor(SIZE), tokenizer)(text=CAPTIONS)
+    assert_same(dict(found), {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
+
+
+def test_what_a_processor_returns_goes_into_the_model(exported):
+    model, processor = AutoModel.from_pretrained(exported), AutoProcessor.from_pretrained(exported)
+    with torch.no_grad():
+        output = model(**processor(images=picture(80, 60), text="a red circle"))
+    assert output.last_hidden_state.shape == (1, 1 + CONFIG.model.num_patches + 5, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "these are neither"),
+        ({"images": [picture(9, 9)], "text": ["a", "b"]}, "'pixel_values': 1, 'input_ids': 2"),
+        ({"images": np.zeros((3, 9, 9), np.uint8)}, r"shape \(3, 9, 9\) and dtype uint8 must be \(H, W, 3\) uint8"),
+        ({"images": np.zeros((9, 9, 3))}, "dtype float64 must be"),
+    ],
+)
+def test_a_processor_refuses_what_makes_no_batch(exported, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AutoProcessor.from_pretrained(exported)(**arguments)
+
+
+def test_a_damaged_image_is_a_bad_sample(exported):
+    with pytest.raises(BadSample, match="truncated image"):
+        AutoImageProcessor.from_pretrained(exported)(encode(picture(90, 70), "PNG")[:300])
+
+
+def test_an_export_holds_a_card_and_replaces_an_earlier_one(plain, tmp_path):
+    out = tmp_path / "deep" / "model"
+    export_hf(plain, out)
+    export_hf(plain, out, torch.bfloat16)
+    assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+    assert out.joinpath("model.safetensors").stat().st_mode == out.joinpath("config.json").stat().st_mode
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "step 300" in card
+    assert "`c0ffee`" in card
+
+
+def test_an_export_without_a_report_has_a_card_without_an_origin(plain, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer"):
+        (source / name).symlink_to(plain / name)
+    export_hf(source, tmp_path / "model")
+    assert "Weights of step" not in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", "README.md"])
+def test_an_export_leaves_other_folders_alone(plain, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ExportError, match="is not empty"):
+        export_hf(plain, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_earlier_export_with_somebodys_file_in_it_is_kept(plain, tmp_path):
+    export_hf(plain, tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ExportError, match=r"holds notes\.txt: name a new"):
+        export_hf(plain, tmp_path)
+
+
+def test_an_export_onto_a_file_or_its_own_source_is_refused(plain, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="is a file"):
+        export_hf(plain, tmp_path / "file")
+    with pytest.raises(ExportError, match="is not empty"):
+        export_hf(plain, plain)
+
+
+def test_a_failed_export_leaves_the_earlier_one(plain, exported, tmp_path, monkeypatch):
+    out = tmp_path / "model"
+    export_hf(plain, out)
+    before = (out / "model.safetensors").read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(EveModel, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_hf(plain, out, torch.bfloat16)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
