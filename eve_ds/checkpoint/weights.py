@@ -1,0 +1,114 @@
+"""Weights to start another run from: those of an exported folder, a checkpoint, or the newest good one of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from eve_ds.checkpoint import manifest
+from eve_ds.checkpoint.files import CheckpointError, PieceReader, listed
+from eve_ds.distributed import get_logger
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` is, or the newest good one of the run that it is; every file is verified.
+
+    Raises:
+        CheckpointError: neither of them, a run without a checkpoint, or none that is good.
+    """
+    if (path / manifest.MANIFEST).is_file():
+        folders = [path]
+    elif (path / manifest.FOLDER).is_dir():
+        folders = manifest.committed(path)
+    else:
+        problem = f"is neither a run (no folder {manifest.FOLDER}) nor a checkpoint (no {manifest.MANIFEST})"
+        raise CheckpointError(f"{path} {problem if path.exists() else 'does not exist'}: name a run or a checkpoint")
+    complaints: list[str] = []
+    for folder in folders:
+        found = manifest.problems(folder)
+        if not found:
+            for complaint in complaints:
+                get_logger().warning("%s; going back to %s", complaint, folder.name)
+            return folder
+        complaints.append(f"{folder} is damaged: {'; '.join(found)}")
+    raise CheckpointError("; ".join(complaints) or f"{path} holds no finished checkpoint: train until one is saved")
+
+
+def export_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file of an exported folder, which has one file or several with an index; empty for other folders.
+
+    Raises:
+        CheckpointError: files or index cannot be read.
+    """
+    try:
+        if (folder / INDEX).is_file():
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / Path(file).name for name, file in weight_map.items()}
+        if not (folder / WEIGHTS).is_file():
+            return {}
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return dict.fromkeys(file.keys(), folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}): export it again") from None
+
+
+def weight_reader(source: Path, shapes: dict[str, torch.Size]) -> Callable[[str], Tensor]:
+    """A function from the name of a tensor to the tensor, which reads nothing else.
+
+    Args:
+        source: exported folder, checkpoint or run.
+        shapes: what the model has; the source must have just that.
+
+    Raises:
+        CheckpointError: none of the three, or other tensors than the model's, by name.
+    """
+    files = export_files(source)
+    if files:
+        found = {name: _shape(file, name) for name, file in files.items()}
+
+        def read(name: str) -> Tensor:
+            with safe_open(files[name], "pt") as file:
+                return file.get_tensor(name)
+    else:
+        reader = PieceReader(find_checkpoint(source))
+        # Pieces are flat; a tensor of as many elements is the one of that name.
+        found = {
+            name: shapes[name] if numel == shapes.get(name, torch.Size([0])).numel() else torch.Size([numel])
+            for name in reader.names("master")
+            for numel in [reader.numel("master", name)]
+        }
+
+        def read(name: str) -> Tensor:
+            return reader.read("master", name).view(shapes[name])
+
+    _compare(found, shapes, source)
+    return read
+
+
+def _shape(file: Path, name: str) -> torch.Size:
+    try:
+        with safe_open(file, "pt") as opened:
+            return torch.Size(opened.get_slice(name).get_shape())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} does not hold {name} ({error}): export it again") from None
+
+
+def _compare(found: dict[str, torch.Size], shapes: dict[str, torch.Size], where: Path) -> None:
+    problems = [f"lacks {listed(missing)}"] if (missing := shapes.keys() - found) else []
+    problems += [f"holds {listed(surplus)}, unknown to the model"] if (surplus := found.keys() - shapes) else []
+    other = {
+        f"{name} {tuple(found[name])} where the model has {tuple(shape)}"
+        for name, shape in shapes.items()
+        if found.get(name, shape) != shape
+    }
+    problems += [f"has {listed(other)}"] if other else []
+    if problems:
+        raise CheckpointError(f"{where} {'; '.join(problems)}: start from weights of the same model")
