@@ -30,6 +30,8 @@ from eve_ds.model.eve import EVE
 from eve_ds.model.naming import expert_id
 
 WEIGHTS, CONFIG, TOKENIZER, REPORT = "model.safetensors", "config.json", "tokenizer", "export.json"
+OFFICIAL = "eve_official.pth"
+"""Beside them where it was asked for; see :func:`eve_ds.export.official.write_official`."""
 CHECK_BATCH = "check_batch.safetensors"
 TOLERANCES = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 5e-3}
 """Of the norm of a difference in outputs to the norm of the outputs: the order of sums in fp32; a few units of the last
@@ -112,7 +114,7 @@ def export(source: Path, out: Path) -> ExportReport:
     _check_out(out, config)
     weights, origin = read_weights(checkpoint, config, topology)
     check_weights(weights, config.model, str(checkpoint))
-    with _replacing(out) as folder:
+    with replacing(out) as folder:
         metadata = {"format": "pt", "step": str(step)}
         save_file({name: weights[name].contiguous() for name in sorted(weights)}, folder / WEIGHTS, metadata)
         (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
@@ -124,9 +126,9 @@ def export(source: Path, out: Path) -> ExportReport:
             weights=origin,
             tensors=len(weights),
             parameters=sum(weight.numel() for weight in weights.values()),
-            experts=_experts_per_layer(weights),
+            experts=experts_per_layer(weights),
             bytes=(folder / WEIGHTS).stat().st_size,
-            sha256=_sha256(folder / WEIGHTS),
+            sha256=sha256(folder / WEIGHTS),
             check=_check_outputs(folder, checkpoint, config.train.precision),
         )
         (folder / REPORT).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
@@ -263,7 +265,7 @@ def _check_out(out: Path, config: Config) -> None:
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if not names:
         return
-    foreign = names - {WEIGHTS, CONFIG, TOKENIZER, REPORT}
+    foreign = names - {WEIGHTS, CONFIG, TOKENIZER, REPORT, OFFICIAL}
     if foreign or REPORT not in names:
         raise ExportError(f"--out {out} is not empty, it holds {listed(foreign or names)}: name a new or empty folder")
     try:
@@ -280,7 +282,7 @@ def _identity(config: Config) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its place at the end, or vanishes on an error."""
     out = out.absolute()
     hidden, earlier = (out.with_name(f".{out.name}.{what}") for what in ("writing", "earlier"))
@@ -297,13 +299,14 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _experts_per_layer(weights: dict[str, Tensor]) -> dict[str, int]:
+def experts_per_layer(weights: dict[str, Tensor]) -> dict[str, int]:
     """Layer -> number of different experts among the names."""
     experts = {(name.partition(".moe.")[0], expert_id(name)) for name in weights if expert_id(name) is not None}
     counts = Counter(block.rpartition(".")[2] for block, _ in experts)
     return dict(sorted(counts.items(), key=lambda item: int(item[0])))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
