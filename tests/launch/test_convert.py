@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from eve_ds.config import load_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import ExportError, load
+from eve_ds.export.official import from_official
 from eve_ds.model.eve import EVE
 from eve_ds.model.naming import expert_id, to_deepspeed_name
 
@@ -144,6 +145,39 @@ def test_a_run_becomes_a_folder_that_loads(run, tmp_path):
     assert config.train.output_dir == run
     assert tokenizer.mask_token_id == 4
     model(**inputs()).token_logits().sum().backward()  # it can be trained further
+
+
+@pytest.mark.parametrize(("arguments", "dtype"), [((), torch.float32), (("--dtype", "bf16"), torch.bfloat16)])
+def test_weights_under_the_released_names_too(convert, run, tmp_path, arguments, dtype):
+    out = tmp_path / "out"
+    _, model = write_run(run, step=9, seed=1)
+    code, stdout, _ = convert(run, "--out", out, "--format", "official", *arguments)
+    assert code == 0
+    assert stdout.splitlines()[-1] == (
+        f"official    {out / 'eve_official.pth'}, {'bf16' if arguments else 'fp32'}, without the decoders; routed as "
+        "model.profile=default, which the released code does otherwise"
+    )
+    released = torch.load(out / "eve_official.pth", weights_only=True)
+    assert released["backbone.position_ids_text"].dtype == torch.int64
+    ours = from_official(released)
+    assert ours.keys() == {name for name in model.state_dict() if name.startswith("backbone.")}
+    assert all(torch.equal(tensor, model.state_dict()[name].to(dtype)) for name, tensor in ours.items())
+    load(out)
+    assert convert(run, "--out", out)[0] == 0
+    assert not (out / "eve_official.pth").exists()  # it would be that of an earlier step
+
+
+def test_the_official_profile_is_what_the_released_code_computes(convert, tmp_path):
+    write_run(tmp_path / "official", overrides=["model.profile=official", "model.moe.routing=capacity"])
+    _, stdout, _ = convert(tmp_path / "official", "--out", tmp_path / "out", "--format", "official")
+    assert stdout.endswith("eve_official.pth, fp32, without the decoders\n")
+
+
+def test_a_dtype_without_the_official_format(convert, capsys, run, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        convert(run, "--out", tmp_path / "out", "--dtype", "bf16")
+    assert "--dtype goes with --format official" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_folder_may_be_named(convert, run, checkpoint, tmp_path):
