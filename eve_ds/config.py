@@ -273,6 +273,8 @@ class TrainConfig(Section):
     max_failed_saves: Annotated[int, Field(ge=0)] = 3
     """Failed saves in a row (disk full, no permission) that a run survives."""
     output_dir: Path = Path("runs/pretrain")
+    init: Path | None = None
+    """Weights to start a new run from: an exported folder, a checkpoint or a run of the same model."""
 
 
 class Config(Section):

@@ -28,7 +28,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.checkpoint import commit
+from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.manifest import name_of
+from eve_ds.checkpoint.weights import weight_reader
 from eve_ds.config import Config, ConfigError, TrainConfig
 from eve_ds.data.batch import Batch
 from eve_ds.data.masking import num_masked_patches
@@ -39,10 +41,10 @@ from eve_ds.distributed import broadcast_object, get_logger, rank_zero, seed_eve
 from eve_ds.evaluation import evaluate_scenes, trains_on_scenes
 from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.metrics import MetricsWriter, ProgressLine, forward_flops, peak_flops, peak_memory_bytes
-from eve_ds.model.eve import EVE
+from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics
 from eve_ds.ops.build import use_built
-from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.parallel.topology import check_topology
@@ -105,6 +107,8 @@ def pretrain(
     moe_cls = partial(DeepSpeedMoE, ep_size=config.parallel.ep_size)
     model = EVE(config.model, moe_cls=moe_cls)
     model.backbone.activation_checkpointing = config.train.activation_checkpointing
+    if checkpoint is None and config.train.init is not None:
+        _start_from(model, config.train.init, config)
     optimizer = build_optimizer(model, config, deepspeed_config)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
@@ -131,6 +135,16 @@ class _Agreement(NamedTuple):
     """Every rank has written its part of the checkpoint under way."""
     stop: bool
     """Some rank has been asked by a signal to stop: save after it, and end."""
+
+
+def _start_from(model: EVE, source: Path, config: Config) -> None:
+    """Take what this rank holds from weights that were trained elsewhere."""
+    try:
+        read = weight_reader(source, model_shapes(config.model))
+        load_plain_state_dict(model, read)
+    except CheckpointError as error:
+        raise ConfigError(f"train.init: {error}") from None
+    get_logger().info("starting from the weights of %s", source)
 
 
 class Trainer:

@@ -75,13 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", help="short for --set train.output_dir=...")
     parser.add_argument("--max_steps", type=int, help="short for --set train.max_steps=...")
     parser.add_argument("--max_seconds", type=float, help="short for --set train.max_seconds=...")
+    parser.add_argument(
+        "--init", help="short for --set train.init=...: exported folder, checkpoint or run to start from"
+    )
     parser.add_argument("--resume", default="auto", help="auto (default), none, or a checkpoint folder")
     parser.add_argument("--local_rank", type=int, help="passed by `deepspeed`; the environment says the same")
     return parser
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
-    short = ("output_dir", "max_steps", "max_seconds")
+    short = ("output_dir", "max_steps", "max_seconds", "init")
     given = [f"train.{name}={getattr(arguments, name)}" for name in short if getattr(arguments, name) is not None]
     return [*arguments.set, *given]
 

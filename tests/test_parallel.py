@@ -88,13 +88,13 @@ def test_engine_and_checkpoints_find_the_layer_by_class_and_names():
 
 def test_plain_weights_load_into_a_part():
     plain, model = eve(seed=1), part(2, 1)
-    load_plain_state_dict(model, plain.state_dict())
+    load_plain_state_dict(model, plain.state_dict().__getitem__)
     wanted = plain.state_dict()
     assert all(torch.equal(weight, wanted[name]) for name, weight in local_plain_state_dict(model).items())
     state = plain.state_dict()
     del state["backbone.blocks.2.moe.experts.6.fc2.bias"]
     with pytest.raises(KeyError, match=r"blocks\.2\.moe\.experts\.6\.fc2\.bias"):
-        load_plain_state_dict(model, state)
+        load_plain_state_dict(model, state.__getitem__)
 
 
 def test_layer_on_one_rank_needs_no_process_group():

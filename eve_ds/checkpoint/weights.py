@@ -71,26 +71,25 @@ def weight_reader(source: Path, shapes: dict[str, torch.Size]) -> Callable[[str]
         CheckpointError: none of the three, or other tensors than the model's, by name.
     """
     files = export_files(source)
-    if files:
-        found = {name: _shape(file, name) for name, file in files.items()}
+    if not files:
+        return checkpoint_reader(find_checkpoint(source), shapes)
+    _compare({name: _shape(file, name) for name, file in files.items()}, shapes, source)
 
-        def read(name: str) -> Tensor:
-            with safe_open(files[name], "pt") as file:
-                return file.get_tensor(name)
-    else:
-        reader = PieceReader(find_checkpoint(source))
-        # Pieces are flat; a tensor of as many elements is the one of that name.
-        found = {
-            name: shapes[name] if numel == shapes.get(name, torch.Size([0])).numel() else torch.Size([numel])
-            for name in reader.names("master")
-            for numel in [reader.numel("master", name)]
-        }
+    def read(name: str) -> Tensor:
+        with safe_open(files[name], "pt") as file:
+            return file.get_tensor(name)
 
-        def read(name: str) -> Tensor:
-            return reader.read("master", name).view(shapes[name])
-
-    _compare(found, shapes, source)
     return read
+
+
+def checkpoint_reader(folder: Path, shapes: dict[str, torch.Size]) -> Callable[[str], Tensor]:
+    """The same for a checkpoint folder that was verified: fp32 masters."""
+    reader = PieceReader(folder)
+    found = {name: torch.Size([reader.numel("master", name)]) for name in reader.names("master")}
+    # Pieces are flat: of a tensor of as many elements the shape is the model's.
+    fitting = {name: shapes[name] for name, size in found.items() if name in shapes and size[0] == shapes[name].numel()}
+    _compare(found | fitting, shapes, folder)
+    return lambda name: reader.read("master", name).view(shapes[name])
 
 
 def _shape(file: Path, name: str) -> torch.Size:
@@ -111,4 +110,6 @@ def _compare(found: dict[str, torch.Size], shapes: dict[str, torch.Size], where:
     }
     problems += [f"has {listed(other)}"] if other else []
     if problems:
-        raise CheckpointError(f"{where} {'; '.join(problems)}: start from weights of the same model")
+        raise CheckpointError(
+            f"{where} {'; '.join(problems)}: these are the weights of another model than the config's"
+        )

@@ -1,7 +1,8 @@
 """Plain weights: out of a checkpoint into a folder, and from there into a model; neither step knows DeepSpeed.
 
-`export` writes model.safetensors (fp32), config.json, tokenizer/ and export.json (what was written and how it was
-checked). It reads them back and compares the model's outputs with those that the engine recorded at the save.
+`export` writes model.safetensors, config.json, tokenizer/, export.json (what was written and how it was checked) and
+README.md (the same for people). It reads them back and compares the model's outputs with those that the engine
+recorded at the save.
 """
 
 from __future__ import annotations
@@ -9,30 +10,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.checkpoint import manifest
-from eve_ds.checkpoint.files import CheckpointError, PieceReader, listed
+from eve_ds.checkpoint.files import CheckpointError, listed
 from eve_ds.checkpoint.manifest import CHECK_BATCH, CONFIG, TOKENIZER
+from eve_ds.checkpoint.weights import INDEX, WEIGHTS, checkpoint_reader, export_files, find_checkpoint
 from eve_ds.config import Config, ConfigError, ModelConfig, parse_config
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.distributed import get_logger
+from eve_ds.export.provenance import ExportReport, OutputCheck, last_evaluation, model_card
 from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.naming import expert_id
 
-WEIGHTS, REPORT = "model.safetensors", "export.json"
+REPORT, CARD = "export.json", "README.md"
+OFFICIAL = "eve_official.pth"
+"""Beside them where it was asked for; see :func:`eve_ds.export.official.write_official`."""
+_OWN = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer|export\.json|"
+    r"README\.md|eve_official\.pth"
+)
+"""What an export may hold."""
 TOLERANCES = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 5e-3}
 """Of the norm of a difference in outputs to the norm of the outputs: the order of sums in fp32; a few units of the last
 place of bf16 (2^-8) and fp16 (2^-11)."""
@@ -44,65 +55,24 @@ class ExportError(ValueError):
     """An export that cannot be written, or a folder that is not one; the message says what to do."""
 
 
-@dataclass(frozen=True)
-class OutputCheck:
-    """Outputs of the exported model against those that the engine recorded, computed in the precision of training."""
-
-    precision: str
-    outputs: dict[str, list[int]]
-    """Name -> shape."""
-    max_abs_diff: float
-    relative: float
-    """Largest over the outputs of |difference| / |recorded|, as Euclidean norms."""
-    tolerance: float
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written; export.json holds the same."""
-
-    checkpoint: str
-    step: int
-    tensors: int
-    parameters: int
-    experts: dict[str, int]
-    """Layer -> experts found in it."""
-    bytes: int
-    """Of model.safetensors."""
-    sha256: str
-    check: OutputCheck | None
-    """None where the checkpoint holds no recorded outputs."""
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` is, or the newest good one of the run that it is; every file is verified.
-
-    Raises:
-        CheckpointError: neither of them, a run without a checkpoint, or none that is good.
-    """
-    if (path / manifest.MANIFEST).is_file():
-        folders = [path]
-    elif (path / manifest.FOLDER).is_dir():
-        folders = manifest.committed(path)
-    else:
-        problem = f"is neither a run (no folder {manifest.FOLDER}) nor a checkpoint (no {manifest.MANIFEST})"
-        raise CheckpointError(f"{path} {problem if path.exists() else 'does not exist'}: name a run or a checkpoint")
-    complaints: list[str] = []
-    for folder in folders:
-        found = manifest.problems(folder)
-        if not found:
-            for complaint in complaints:
-                get_logger().warning("%s; going back to %s", complaint, folder.name)
-            return folder
-        complaints.append(f"{folder} is damaged: {'; '.join(found)}")
-    raise CheckpointError("; ".join(complaints) or f"{path} holds no finished checkpoint: train until one is saved")
-
-
-def export(source: Path, out: Path) -> ExportReport:
+def export(
+    source: Path,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 5 * 10**9,
+    must_check: bool = False,
+) -> ExportReport:
     """Write the weights, config and tokenizer of a run or checkpoint into the folder `out`.
 
     `out` is new or empty, or holds an earlier export of the same run, which is replaced. A killed export leaves no
     half-written `out`.
+
+    Args:
+        source: run or checkpoint.
+        out: folder to write.
+        dtype: of the file; fp32 masters are rounded to it.
+        max_shard_bytes: weights beyond this go into several files with an index.
+        must_check: refuse a checkpoint without recorded outputs, which the export could not be compared with.
 
     Raises:
         CheckpointError: `source` cannot be read, or does not hold exactly the weights that its config asks for.
@@ -111,50 +81,65 @@ def export(source: Path, out: Path) -> ExportReport:
     """
     checkpoint = find_checkpoint(source)
     config = _read_config(checkpoint)
-    step = int(manifest.read_json(checkpoint / manifest.STATE)["step"])
+    state = manifest.read_json(checkpoint / manifest.STATE)
     _check_out(out, config)
+    if must_check and not (checkpoint / CHECK_BATCH).is_file():
+        raise CheckpointError(f"{checkpoint} holds no recorded outputs ({CHECK_BATCH}) to compare with")
     weights = read_weights(checkpoint, config.model)
     check_weights(weights, config.model, str(checkpoint))
+    if twins := _equal_experts(weights):
+        raise CheckpointError(f"{checkpoint}: {listed(twins)}, so they were not drawn or trained separately")
     with replacing(out) as folder:
-        metadata = {"format": "pt", "step": str(step)}
-        save_file({name: weights[name].contiguous() for name in sorted(weights)}, folder / WEIGHTS, metadata)
+        metadata = {"format": "pt", "step": str(state["step"])}
+        files = write_weights(folder, weights, dtype, max_shard_bytes, metadata)
         (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
-        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read it
+        for file in files:
+            shutil.copymode(folder / CONFIG, file)  # safetensors lets nobody else read it
         shutil.copytree(checkpoint / TOKENIZER, folder / TOKENIZER)
         report = ExportReport(
             checkpoint=checkpoint.name,
-            step=step,
+            step=int(state["step"]),
+            dtype=str(dtype).removeprefix("torch."),
             tensors=len(weights),
             parameters=sum(weight.numel() for weight in weights.values()),
-            experts=_experts_per_layer(weights),
-            bytes=(folder / WEIGHTS).stat().st_size,
-            sha256=_sha256(folder / WEIGHTS),
-            check=_check_outputs(folder, checkpoint, config.train.precision),
+            experts=experts_per_layer(weights),
+            bytes=sum(file.stat().st_size for file in files),
+            sha256=sha256(*files),
+            check=_check_outputs(folder, checkpoint, config.train.precision, dtype),
         )
         (folder / REPORT).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+        evaluation = None
+        if checkpoint.parent.name == manifest.FOLDER:  # still in its run
+            evaluation = last_evaluation(checkpoint.parent.parent, report.step)
+        (folder / CARD).write_text(model_card(report, config, state, evaluation), encoding="utf-8")
     return report
 
 
+def write_weights(
+    folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int, metadata: dict[str, str]
+) -> list[Path]:
+    """Write model.safetensors, or numbered parts of it and an index; returns the files with tensors."""
+    rounded = {name: weights[name].to(dtype).contiguous() for name in sorted(weights)}
+    plan = split_torch_state_dict_into_shards(
+        rounded, max_shard_size=max_shard_bytes, filename_pattern=WEIGHTS.replace(".", "{suffix}.", 1)
+    )
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: rounded[name] for name in names}, folder / file, metadata)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return [folder / file for file in plan.filename_to_tensors]
+
+
 def read_weights(checkpoint: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """fp32 masters of all tensors of a checkpoint, in the shapes that the model has.
+    """fp32 masters of all tensors of a verified checkpoint, in the shapes that the model has.
 
     Raises:
         CheckpointError: tensors that the model lacks or does not know, or of other sizes.
     """
-    reader = PieceReader(checkpoint)
     shapes = model_shapes(config)
-    names = reader.names("master")
-    problems = [f"lacks {listed(missing)}"] if (missing := shapes.keys() - names) else []
-    problems += [f"holds {listed(surplus)}, unknown to the model"] if (surplus := names - shapes.keys()) else []
-    sizes = {
-        f"{name} with {reader.numel('master', name):,} elements where the config asks for {tuple(shapes[name])}"
-        for name in names & shapes.keys()
-        if reader.numel("master", name) != shapes[name].numel()
-    }
-    problems += [f"has {listed(sizes)}"] if sizes else []
-    if problems:
-        raise CheckpointError(f"{checkpoint} {'; '.join(problems)}: config.json is not the one of these weights")
-    return {name: reader.read("master", name).float().view(shape) for name, shape in shapes.items()}
+    read = checkpoint_reader(checkpoint, shapes)
+    return {name: read(name).float() for name in shapes}
 
 
 def load(folder: Path | str) -> tuple[EVE, Config, PreTrainedTokenizerFast]:
@@ -164,13 +149,19 @@ def load(folder: Path | str) -> tuple[EVE, Config, PreTrainedTokenizerFast]:
         ExportError: the folder is not an export, or its weights are not those of its config.
     """
     folder = Path(folder)
-    missing = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (folder / name).exists()]
-    if missing:
-        raise ExportError(f"{folder} is not an export, it lacks {listed(missing)}: write one with launcher/convert.py")
     try:
-        weights = load_file(folder / WEIGHTS)
+        files = export_files(folder)
+        missing = [name for name in (CONFIG, TOKENIZER) if not (folder / name).exists()]
+        missing += [WEIGHTS] if not files else [file.name for file in set(files.values()) if not file.is_file()]
+        if missing:
+            raise ExportError(
+                f"{folder} is not an export, it lacks {listed(missing)}: write one with launcher/convert.py"
+            )
+        weights: dict[str, Tensor] = {}
+        for file in sorted(set(files.values())):
+            weights |= load_file(file)
         config = _read_config(folder)
-        check_weights(weights, config.model, str(folder / WEIGHTS))
+        check_weights(weights, config.model, str(folder))
         tokenizer = load_tokenizer(folder / TOKENIZER)
     except (SafetensorError, CheckpointError, ConfigError) as error:
         raise ExportError(f"{folder} cannot be loaded: {error}") from None
@@ -178,7 +169,7 @@ def load(folder: Path | str) -> tuple[EVE, Config, PreTrainedTokenizerFast]:
         model = EVE(config.model)
     # Copied, since in the file they lie at any address, and products of matrices are rounded by how their operands are
     # aligned: the same weights should give the same outputs wherever they come from.
-    model.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
+    model.load_state_dict({name: weight.float().clone() for name, weight in weights.items()}, assign=True)
     return model.eval(), config, tokenizer
 
 
@@ -200,14 +191,12 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, where: str) -
     problems += [f"has {listed(shapes)}"] if shapes else []
     if problems:
         raise CheckpointError(f"{where} {'; '.join(problems)}: config.json is not the one of these weights")
-    if twins := _equal_experts(weights):
-        raise CheckpointError(f"{where}: {listed(twins)}, so they were not drawn or trained separately")
     broken = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
     if broken:
         raise CheckpointError(f"{where}: {listed(broken)} not finite (NaN or infinity): take an earlier checkpoint")
 
 
-def _check_outputs(folder: Path, checkpoint: Path, precision: str) -> OutputCheck | None:
+def _check_outputs(folder: Path, checkpoint: Path, precision: str, dtype: torch.dtype) -> OutputCheck | None:
     """Run the exported model on the samples that the engine ran at the save."""
     if not (checkpoint / CHECK_BATCH).is_file():
         return None
@@ -224,7 +213,11 @@ def _check_outputs(folder: Path, checkpoint: Path, precision: str) -> OutputChec
         outputs={name: list(tensor.shape) for name, tensor in recorded.items()},
         max_abs_diff=max(float(difference.abs().max()) for difference in differences.values()),
         relative=max(relative),
-        tolerance=max(TOLERANCES[precision], 0.0 if device == "cpu" else TOLERANCE_ACROSS_DEVICES),
+        tolerance=max(
+            TOLERANCES[precision],
+            0.0 if device == "cpu" else TOLERANCE_ACROSS_DEVICES,
+            0.0 if dtype == torch.float32 else TOLERANCES["bf16"],
+        ),
     )
     if not check.relative <= check.tolerance:
         raise ExportError(
@@ -260,7 +253,7 @@ def _check_out(out: Path, config: Config) -> None:
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if not names:
         return
-    foreign = names - {WEIGHTS, CONFIG, TOKENIZER, REPORT}
+    foreign = {name for name in names if not _OWN.fullmatch(name)}
     if foreign or REPORT not in names:
         raise ExportError(f"--out {out} is not empty, it holds {listed(foreign or names)}: name a new or empty folder")
     try:
@@ -310,13 +303,18 @@ def _equal_experts(weights: dict[str, Tensor]) -> list[str]:
     return found
 
 
-def _experts_per_layer(weights: dict[str, Tensor]) -> dict[str, int]:
+def experts_per_layer(weights: dict[str, Tensor]) -> dict[str, int]:
     """Layer -> number of different experts among the names."""
     experts = {(name.partition(".moe.")[0], expert_id(name)) for name in weights if expert_id(name) is not None}
     counts = Counter(block.rpartition(".")[2] for block, _ in experts)
     return dict(sorted(counts.items(), key=lambda item: int(item[0])))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths: Path) -> str:
+    """Of a file, or of several one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,6 +1,8 @@
-"""Embeddings of pixels and of token ids."""
+"""Embeddings of pixels and of token ids, and position tables fitted to other sizes."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,36 @@ class TextEmbedding(nn.Module):
             raise ValueError(f"text of {length} tokens exceeds text_positions ({self.position.shape[0]})")
         words = self.dropout(self.norm(self.word(input_ids)))
         return words + self.position[:length] + self.modality
+
+
+def resize_positions(position: Tensor, side: int) -> Tensor:
+    """Position table (1 + N * N, D) of N x N patches -> (1 + side * side, D), for images of another size.
+
+    Patches are interpolated (bicubic, corners not aligned, no antialiasing: upstream `interpolate_pos_embed`) in fp32,
+    the row of the class token is kept; the dtype stays.
+
+    Raises:
+        ValueError: the patches of the table are no square.
+    """
+    old = math.isqrt(position.shape[0] - 1)
+    if old * old != position.shape[0] - 1:
+        raise ValueError(f"a position table of {position.shape[0]} rows is not a class token and a square of patches")
+    if old == side:
+        return position
+    grid = position[1:].float().t().unflatten(1, (old, old))  # (D, N, N)
+    resized = F.interpolate(grid.unsqueeze(0), size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([position[:1], resized[0].flatten(1).t().to(position.dtype)])
+
+
+def cut_positions(position: Tensor, length: int) -> Tensor:
+    """Text position table (T, D) -> its first `length` rows.
+
+    Raises:
+        ValueError: the table is shorter; positions that were never trained are not made up.
+    """
+    if length > position.shape[0]:
+        raise ValueError(f"a text position table of {position.shape[0]} rows cannot serve text_positions ({length})")
+    return position[:length]
 
 
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:

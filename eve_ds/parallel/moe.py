@@ -9,6 +9,7 @@ and the arithmetic of :mod:`eve_ds.model.moe`. Rows of the expert buffer travel 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -192,11 +193,12 @@ def local_plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_plain_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy what this rank holds from a state dict of the plain model, before `deepspeed.initialize`.
+def load_plain_state_dict(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Copy what this rank holds from weights of the plain model, before `deepspeed.initialize`.
 
-    Raises:
-        KeyError: `state` lacks a weight that this rank holds.
+    Args:
+        model: plain or DeepSpeed.
+        read: gives a tensor by its name in the plain model's state dict, such as the state dict's `__getitem__`.
     """
     for name, weight in plain_named_tensors(model):
-        weight.copy_(state[name])
+        weight.copy_(read(name))

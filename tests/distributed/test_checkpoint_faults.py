@@ -286,6 +286,57 @@ def test_a_second_run_in_the_same_folder_is_refused(run_ranks, tmp_path):
     assert "wait for its end, or name another folder" in errors[0]
 
 
+# --- weights to start from ---------------------------------------------------------------------------------------
+
+
+def starts(rank, world_size, folder):
+    """From a run and from its export, on both ranks; and from what does not fit."""
+    import torch.distributed as dist
+
+    from eve_ds.export import export
+    from eve_ds.parallel.moe import local_plain_state_dict
+
+    start()
+    base = config_of(f"{folder}/base", "train.max_steps=2")
+    pretrain(base)
+    if rank == 0:
+        export(Path(folder) / "base", Path(folder) / "export")
+    dist.barrier()
+    found = []
+    for source in ("base", "base/checkpoints/step-00000002", "export"):
+        weights = {}
+
+        def look(trainer, weights=weights):
+            state = local_plain_state_dict(trainer.engine.module)
+            weights.update({name: weight.clone() for name, weight in state.items()})
+
+        config = config_of(
+            f"{folder}/from-{source.replace('/', '-')}", "train.max_steps=1", f"train.init={folder}/{source}"
+        )
+        pretrain(config, {1: look})
+        found.append(weights)
+    errors = []
+    for source, setting in (("export", "model.intermediate_size=48"), ("nowhere", "train.seed=1")):
+        config = config_of(f"{folder}/wrong", f"train.init={folder}/{source}", setting)
+        errors.append(str(pretrain(config)[0]))
+    return found, errors
+
+
+def test_a_run_starts_from_weights_of_another(run_ranks, tmp_path):
+    from eve_ds.export import load
+
+    results = run_ranks(starts, 2, str(tmp_path), timeout=LIMIT)
+    expected = load(tmp_path / "export")[0].state_dict()
+    for found, errors in results:
+        for weights in found:
+            assert weights
+            assert all(weight.equal(expected[name]) for name, weight in weights.items())
+        assert "train.init: " in errors[0]
+        assert "(32,) where the model has (48,)" in errors[0]
+        assert "nowhere does not exist: name a run or a checkpoint" in errors[1]
+    assert set().union(*(found[0].keys() for found, _ in results)) == expected.keys()
+
+
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 

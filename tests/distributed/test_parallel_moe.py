@@ -212,7 +212,7 @@ def engine_for(case, world_size):
     os.environ["EVE_DS_OPS"] = case.ops
     model = EVE(case.config(), functools.partial(DeepSpeedMoE, ep_size=case.ep_size))
     model.backbone.activation_checkpointing = case.activation_checkpointing
-    load_plain_state_dict(model, plain_model(case.config()).state_dict())
+    load_plain_state_dict(model, plain_model(case.config()).state_dict().__getitem__)
     settings = {
         "train_micro_batch_size_per_gpu": NUM_SAMPLES // world_size // case.micro_steps,
         "gradient_accumulation_steps": case.micro_steps,
@@ -470,7 +470,7 @@ def run_layer_cases(rank, world_size):
         upstream = torch.randn(2, 12, config.hidden_size, generator=generator)
         modality = torch.arange(24).view(2, 12) % 2
         mask = torch.tensor(valid)
-        load_plain_state_dict(ours, plain.state_dict())
+        load_plain_state_dict(ours, plain.state_dict().__getitem__)
         our_moe.set_deepspeed_parallelism()
         whole_x, mine = x.clone().requires_grad_(), x[rank : rank + 1].clone().requires_grad_()
         expected = plain_moe(whole_x, modality, mask)

@@ -1,5 +1,6 @@
 """`launcher/convert.py` as people start it, on checkpoints written here, whole and damaged."""
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from eve_ds.checkpoint.files import Piece, record_of, write_pieces
 from eve_ds.config import load_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import ExportError, load
+from eve_ds.export.official import from_official
 from eve_ds.model.eve import EVE
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "convert.py"
@@ -139,7 +141,7 @@ def test_a_run_becomes_a_folder_that_loads(run, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = dict(re.split(r"\s{2,}|: ", line, maxsplit=1) for line in done.stdout.splitlines())
     weights = load_file(out / "model.safetensors")
-    assert lines[str(out)] == "plain weights of step 7 (step-00000007), fp32 masters"
+    assert lines[str(out)] == "plain weights of step 7 (step-00000007), float32 of fp32 masters"
     assert lines["tensors"] == str(len(weights))
     assert lines["parameters"] == f"{sum(weight.numel() for weight in weights.values()):,}"
     assert lines["experts"] == "4 in layer 1, 4 in layer 2"
@@ -149,12 +151,158 @@ def test_a_run_becomes_a_folder_that_loads(run, tmp_path):
         r"pixel_predictions \(1, 48, 192\), token_logits \(1, 256\)",
         lines["check"],
     )
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer", "export.json"}
+    assert {path.name for path in out.iterdir()} == {
+        *("model.safetensors", "config.json", "tokenizer", "export.json", "README.md")
+    }
     model, config, tokenizer = load(out)
     assert not model.training
     assert config.train.output_dir == run
     assert tokenizer.mask_token_id == 4
     model(**inputs()).token_logits().sum().backward()  # it can be trained further
+
+
+@pytest.mark.parametrize(("arguments", "dtype"), [((), torch.float32), (("--dtype", "bf16"), torch.bfloat16)])
+def test_weights_under_the_released_names_too(convert, run, tmp_path, arguments, dtype):
+    out = tmp_path / "out"
+    _, model = write_run(run, step=9, seed=1)
+    code, stdout, _ = convert(run, "--out", out, "--format", "official", *arguments)
+    assert code == 0
+    assert stdout.splitlines()[-1] == (
+        f"official    {out / 'eve_official.pth'}, {'bf16' if arguments else 'fp32'}, without the decoders; routed as "
+        "model.profile=default, which the released code does otherwise"
+    )
+    released = torch.load(out / "eve_official.pth", weights_only=True)
+    assert released["backbone.position_ids_text"].dtype == torch.int64
+    ours = from_official(released)
+    assert ours.keys() == {name for name in model.state_dict() if name.startswith("backbone.")}
+    assert all(torch.equal(tensor, model.state_dict()[name].to(dtype)) for name, tensor in ours.items())
+    load(out)
+    assert convert(run, "--out", out)[0] == 0
+    assert not (out / "eve_official.pth").exists()  # it would be that of an earlier step
+
+
+def test_the_official_profile_is_what_the_released_code_computes(convert, tmp_path):
+    write_run(tmp_path / "official", overrides=["model.profile=official", "model.moe.routing=capacity"])
+    _, stdout, _ = convert(tmp_path / "official", "--out", tmp_path / "out", "--format", "official")
+    assert stdout.endswith("eve_official.pth, fp32, without the decoders\n")
+
+
+def test_bf16_in_several_files(convert, run, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, _ = convert(run, "--out", out, "--dtype", "bf16", "--max_shard_size", "100KB")
+    assert code == 0
+    parts = sorted(path.name for path in out.glob("model-*"))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(parts) > 1
+    assert parts[0] == f"model-00001-of-{len(parts):05d}.safetensors"
+    assert set(index["weight_map"].values()) == set(parts)
+    assert not (out / "model.safetensors").exists()
+    hashed = hashlib.sha256(b"".join((out / part).read_bytes() for part in parts)).hexdigest()
+    assert f"sha256      {hashed}" in stdout
+    assert "bfloat16 of fp32 masters" in stdout
+    loaded, _, _ = load(out)
+    _, model = write_run(tmp_path / "again")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
+    assert convert(run, "--out", out)[0] == 0, "an earlier export gives way, in whatever files it was"
+    (out / "model.safetensors").unlink()
+    with pytest.raises(ExportError, match=r"out is not an export, it lacks model\.safetensors"):
+        load(out)
+
+
+def test_a_missing_part_is_named(convert, run, tmp_path):
+    out = tmp_path / "out"
+    assert convert(run, "--out", out, "--max_shard_size", "200KB")[0] == 0
+    (out / json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]["text_head.bias"]).unlink()
+    with pytest.raises(ExportError, match=r"lacks model-0000\d-of-0000\d\.safetensors"):
+        load(out)
+
+
+@pytest.mark.parametrize("text", ["0", "5XB", "-1MB", "MB"])
+def test_sizes_that_are_none(convert, capsys, run, tmp_path, text):
+    with pytest.raises(SystemExit, match="2"):
+        convert(run, "--out", tmp_path / "out", f"--max_shard_size={text}")
+    assert f"{text} is not a size such as 500MB" in capsys.readouterr().err
+
+
+def test_for_transformers(convert, run, tmp_path):
+    from transformers import AutoModel
+
+    import eve_ds.export.hf  # noqa: F401 - registers its classes
+
+    out = tmp_path / "out"
+    code, stdout, _ = convert(run, "--out", out, "--format", "hf")
+    assert code == 0
+    assert "AutoModel.from_pretrained" in stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    _, model = write_run(tmp_path / "again")
+    state = AutoModel.from_pretrained(out).state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_the_card_says_where_weights_are_from(convert, run, checkpoint, tmp_path):
+    records = [
+        {"kind": "eval", "step": 5, "colour": {"right": 0.1}},
+        {"kind": "eval", "step": 7, "seconds": 1.5, "samples": 9, "colour": {"right": 0.8, "wrong": 0.125}, "n": 3},
+        {"kind": "eval", "step": 9, "colour": {"right": 0.9}},
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"kind": "ev')
+    assert convert(run, "--out", tmp_path / "out")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "| checkpoint | step-00000007: step 7, 0 samples |",
+        "| architecture | 3 layers, width 32, 4 experts in layer 1, 4 experts in layer 2 |",
+        "| compared with the training engine | relative difference of outputs ",
+        "Evaluation at step 7:",
+        "| colour | right 0.800, wrong 0.125 |",
+        "| n | 3 |",
+        json.loads((tmp_path / "out" / "export.json").read_text())["sha256"],
+    ):
+        assert part in card, card
+    assert "seconds" not in card
+
+
+def test_check_asks_for_recorded_outputs(convert, run, checkpoint, tmp_path):
+    assert convert(run, "--out", tmp_path / "out", "--check")[0] == 0
+    (checkpoint / "check_batch.safetensors").unlink()
+    sign(checkpoint)
+    code, _, stderr = convert(run, "--out", tmp_path / "other", "--check")
+    assert code == 2
+    assert "holds no recorded outputs (check_batch.safetensors) to compare with" in stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_verify(convert, run, checkpoint, tmp_path):
+    newer, _ = write_run(run, step=9, seed=1)
+    code, stdout, _ = convert("verify", run)
+    assert code == 0
+    assert [line.split(": ")[:2] for line in stdout.splitlines()] == [
+        [str(newer), stdout.splitlines()[0].split(": ")[1]],
+        [str(checkpoint), stdout.splitlines()[1].split(": ")[1]],
+    ]
+    assert all(re.search(r": good, 7 files, [\d,]+ bytes$", line) for line in stdout.splitlines())
+    (newer / TENSORS).write_bytes(b"")
+    code, stdout, _ = convert("verify", run)
+    assert code == 1
+    assert stdout.startswith(f"{newer}: DAMAGED: {TENSORS} has 0 bytes, ")
+    assert convert("verify", checkpoint)[0] == 0
+    code, stdout, _ = convert("verify", tmp_path)
+    assert (code, "it lacks manifest.json" in stdout) == (1, True)
+    code, _, stderr = convert("verify", tmp_path / "nowhere")
+    assert (code, "nowhere does not exist: name a run or a checkpoint" in stderr) == (2, True)
+
+
+def test_universal(convert, run, tmp_path):
+    out = tmp_path / "whole"
+    code, stdout, _ = convert("universal", run, "--out", out)
+    assert code == 0
+    assert stdout.startswith(f"{out}: checkpoint of step 7, whole tensors\n")
+    assert convert("verify", out)[0] == 0
+    assert convert(out, "--out", tmp_path / "one")[0] == convert(run, "--out", tmp_path / "other")[0] == 0
+    assert load_file(tmp_path / "one" / "model.safetensors").keys() == load(tmp_path / "other")[0].state_dict().keys()
+    assert json.loads((tmp_path / "one" / "export.json").read_text())["check"]["max_abs_diff"] == 0
+    code, _, stderr = convert("universal", run, "--out", out)
+    assert (code, "whole exists and is not empty: name a new folder" in stderr) == (2, True)
 
 
 def test_a_checkpoint_folder_may_be_named(convert, run, checkpoint, tmp_path):
@@ -199,7 +347,9 @@ def test_out_may_not_be_a_file(refused, run, tmp_path):
 
 def test_out_below_a_file_cannot_be_written(refused, run, tmp_path):
     (tmp_path / "file").write_text("")
-    assert f"cannot write {tmp_path / 'file'}" in refused(run, tmp_path / "file" / "out")
+    assert f"{tmp_path / 'file'}/.out.writing cannot be used: Not a directory" in refused(
+        run, tmp_path / "file" / "out"
+    )
 
 
 def test_not_a_run(refused, run, tmp_path):
@@ -313,8 +463,8 @@ def test_a_config_of_other_shapes(refused, run, checkpoint):
     (checkpoint / "config.json").write_text(json.dumps(config))
     sign(checkpoint)
     line = refused(run)
-    assert "backbone.blocks.0.ffn.image.fc1.bias with 48 elements where the config asks for (64,)" in line
-    assert "more: config.json is not the one of these weights" in line
+    assert "backbone.blocks.0.ffn.image.fc1.bias (48,) where the model has (64,)" in line
+    assert "more: these are the weights of another model than the config's" in line
 
 
 def test_a_config_with_fewer_experts(refused, run, checkpoint):

@@ -1,0 +1,114 @@
+"""Released weights in: a file under the released names becomes a folder that :func:`eve_ds.export.load` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eve_ds.checkpoint.files import listed
+from eve_ds.config import Config, ModelConfig
+from eve_ds.export.official import POSITION_BUFFERS, PREFIX, from_official, to_official
+from eve_ds.export.plain import check_weights
+from eve_ds.export.start import DRAWN, StartReport, changed, check_new, draw_weights, fitting_tokenizer, write_start
+from eve_ds.export.weight_files import WeightFileError, read_tensors
+from eve_ds.model.embeddings import cut_positions, resize_positions
+from eve_ds.model.eve import EVE
+
+IMAGE_POSITIONS, TEXT_POSITIONS = "backbone.image_embedding.position", "backbone.text_embedding.position"
+_TABLES = {"backbone.pos_embed_vision", "backbone.pos_embed_text"}
+
+
+def import_weights(
+    file: Path,
+    out: Path,
+    *,
+    config: Config,
+    tokenizer: str | None = None,
+    image_size: int | None = None,
+) -> StartReport:
+    """Write the backbone that `file` holds under the released names into the folder `out`, as fp32.
+
+    Position tables are fitted to the model: images of another size by bicubic interpolation with the class row kept,
+    texts by leaving out the last rows. Pixel decoder and text head, which a released file lacks, are drawn as those of
+    a new model with `config.train.seed`.
+
+    Args:
+        file: .pth, .pt, .bin or .safetensors; see :func:`eve_ds.export.weight_files.read_tensors`. Names may have the
+            prefix `backbone.` or not.
+        out: a new or empty folder.
+        config: of the model; everything but the position tables must have the shapes of the file.
+        tokenizer: what :func:`eve_ds.data.tokenizer.load_tokenizer` takes; None: `config.data.tokenizer`.
+        image_size: takes the place of `config.model.image_size`.
+
+    Raises:
+        WeightFileError: `file` cannot be read, or does not hold exactly the released backbone, heads included.
+        ConfigError: the tokenizer cannot be used, or `image_size` is not a multiple of the patch size.
+        ExportError: `out` holds something.
+        CheckpointError: a weight is not finite.
+        OSError: writing failed.
+    """
+    check_new(out)
+    config = changed(config, tokenizer, image_size)
+    loaded = fitting_tokenizer(config)
+    released = _read_backbone(file, config.model)
+    taken = {name: tensor.float() for name, tensor in from_official(released).items()}
+    notes = _profile_notes(config.model) + _fit_positions(taken, config.model, file)
+    weights = draw_weights(config) | taken
+    check_weights(weights, config.model, str(file))
+    origins = dict.fromkeys(weights, DRAWN) | dict.fromkeys(taken, file.name)
+    return write_start(out, config, loaded, weights, source=str(file), origins=origins, notes=notes)
+
+
+def _read_backbone(file: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors under the released names with the prefix, compared with what the model needs, tables' rows excepted."""
+    state = read_tensors(file)
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in state) else ""
+    with torch.device("meta"):
+        model = to_official(EVE(config).state_dict())
+    expected = {prefix + name.removeprefix(PREFIX): tensor for name, tensor in model.items()}
+    missing = expected.keys() - state - {prefix + name.removeprefix(PREFIX) for name in POSITION_BUFFERS}
+    surplus = state.keys() - expected
+    shapes = {problem for name in expected.keys() & state if (problem := _misfit(name, state[name], expected[name]))}
+    problems = [f"lacks {listed(missing)}"] if missing else []
+    problems += [f"holds {listed(surplus)}, no part of the backbone"] if surplus else []
+    problems += [f"has {listed(shapes)}"] if shapes else []
+    if problems:
+        raise WeightFileError(f"{file} {'; '.join(problems)}: it is not the backbone that the config describes")
+    return {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+
+
+def _misfit(name: str, found: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with a tensor of the file, or None."""
+    stem = name.removeprefix(PREFIX)
+    if PREFIX + stem in POSITION_BUFFERS:
+        return None
+    if not found.is_floating_point():
+        return f"{name} in {str(found.dtype).removeprefix('torch.')}"
+    free = 1 if PREFIX + stem in _TABLES else 0
+    if found.ndim == expected.ndim and found.shape[free:] == expected.shape[free:]:
+        return None
+    return f"{name} {tuple(found.shape)} where the config asks for {tuple(expected.shape)}"
+
+
+def _fit_positions(weights: dict[str, Tensor], config: ModelConfig, file: Path) -> list[str]:
+    """Fit both tables in place; what was done, in sentences."""
+    before = {name: weights[name].shape[0] for name in (IMAGE_POSITIONS, TEXT_POSITIONS)}
+    try:
+        side = config.image_size // config.patch_size
+        weights[IMAGE_POSITIONS] = resize_positions(weights[IMAGE_POSITIONS], side)
+        weights[TEXT_POSITIONS] = cut_positions(weights[TEXT_POSITIONS], config.text_positions)
+    except ValueError as error:
+        raise WeightFileError(f"{file}: {error}") from None
+    return [
+        f"{name}: {rows} rows of the file became {weights[name].shape[0]}"
+        for name, rows in before.items()
+        if rows != weights[name].shape[0]
+    ]
+
+
+def _profile_notes(config: ModelConfig) -> list[str]:
+    if config.profile == "official" and config.moe.routing == "capacity":
+        return []
+    return ["the released numbers need model.profile=official and model.moe.routing=capacity"]

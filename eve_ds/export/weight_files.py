@@ -1,0 +1,93 @@
+"""Tensors out of files that others wrote, without running what a pickle may hold."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eve_ds.checkpoint.files import listed
+
+TORCH_SUFFIXES = {".pth", ".pt", ".bin"}
+WRAPPERS = ("model", "state_dict")
+"""Keys under which training code puts the weights beside its other state."""
+
+
+class WeightFileError(ValueError):
+    """A file of weights that cannot be used; the message names it, and the tensors that are wrong."""
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Name -> tensor, on the CPU and in the precision of the file, which may stay mapped into memory.
+
+    Reads .safetensors, and what torch.save wrote (.pth, .pt, .bin): a dictionary of tensors, or one that has it under
+    the key `model` or `state_dict`. A pickle that refers to anything but tensors and plain data is refused before any
+    of it runs.
+
+    Raises:
+        WeightFileError: no such file, a file of another kind, or values that are not dense tensors.
+    """
+    if not file.is_file():
+        raise WeightFileError(
+            f"{file} {'is not a file' if file.exists() else 'does not exist'}: name a file of weights"
+        )
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    if file.suffix not in TORCH_SUFFIXES:
+        known = ", ".join([*sorted(TORCH_SUFFIXES), ".safetensors"])
+        raise WeightFileError(f"{file} has the suffix '{file.suffix}': only files named {known} are read")
+    state = _read_pickle(file)
+    for key in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not state:
+        raise WeightFileError(f"{file} holds no dictionary of tensors, neither by itself nor under {WRAPPERS}")
+    others = [str(name) for name, value in state.items() if not isinstance(name, str) or not _is_dense(value)]
+    if others:
+        raise WeightFileError(f"{file} holds {listed(others)}, not a dense tensor: give a file of tensors alone")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise WeightFileError(f"{file} cannot be read ({_first_line(error)}): it may be damaged") from None
+
+
+def _read_pickle(file: Path) -> Any:
+    is_zip = zipfile.is_zipfile(file)
+    if not is_zip and not _is_legacy(file):
+        raise WeightFileError(f"{file} is not a file that torch.save wrote, or not all of it")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"refers to {name[1]}, which could run code" if name else "holds more than tensors, or is damaged"
+        raise WeightFileError(f"{file} {what}: give a file of tensors alone, such as .safetensors") from None
+    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise WeightFileError(f"{file} cannot be read ({reason}): it may be damaged") from None
+
+
+def _is_legacy(file: Path) -> bool:
+    """Whether a file starts as those that torch.save wrote before version 1.6."""
+    start = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+    with file.open("rb") as opened:
+        return opened.read(len(start)) == start
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,140 @@
+"""`convert.py import`, `convert.py upcycle` and `--format official` as people start them."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTModel
+
+from eve_ds.config import load_config
+from eve_ds.export import load
+from eve_ds.export.official import write_official
+from eve_ds.model.eve import EVE
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "convert.py"
+MODEL = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=3",
+    "model.intermediate_size=48",
+    "model.moe_layers=[1, 2]",
+    "model.moe.num_experts=4",
+    "model.pixel_decoder.hidden_size=24",
+]
+OFFICIAL = ["model.profile=official", "model.moe.routing=capacity"]
+CONFIG = ["--config", "eve_tiny", "--set", *MODEL]
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """Runs the script in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    main = runpy.run_path(str(SCRIPT))["main"]
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures printed
+        code = main()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(convert):
+    """Expects exit code 2 and one line on stderr; returns it."""
+
+    def call(*arguments):
+        code, stdout, stderr = convert(*arguments)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+        return stderr
+
+    return call
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(0)
+    return EVE(load_config("eve_tiny", MODEL).model).state_dict()
+
+
+@pytest.fixture
+def file(state, tmp_path):
+    write_official(state, tmp_path / "eve.pth")
+    return tmp_path / "eve.pth"
+
+
+@pytest.fixture
+def dense(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    ViTModel(ViTConfig(**sizes, image_size=64, patch_size=8)).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def test_released_weights_become_a_folder_that_loads(convert, state, file, tmp_path):
+    out = tmp_path / "imports" / "eve"
+    code, stdout, _ = convert(
+        "import", file, "--out", out, "--image_size", "96", "--tokenizer", "scenes", *CONFIG, *OFFICIAL
+    )
+    assert code == 0
+    model, config, _ = load(out)
+    assert config.model.image_size == 96
+    assert torch.equal(model.backbone.blocks[2].moe.experts.fc1.weight[3], expert(state, 2, 3))
+    lines = dict(re.split(r"\s{2,}|: ", line, maxsplit=1) for line in stdout.splitlines())
+    assert lines[str(out)] == f"weights to start from, of {file}"
+    assert re.fullmatch(r"\d+, of which \d+ drawn: pixel_decoder\.blocks\.0\..* and \d+ more", lines["tensors"])
+    assert lines["experts"] == "4 in layer 1, 4 in layer 2"
+    assert lines["note"] == "backbone.image_embedding.position: 65 rows of the file became 145"
+
+
+def expert(state, layer, index):
+    return state[f"backbone.blocks.{layer}.moe.experts.{index}.fc1.weight"]
+
+
+def test_a_dense_checkpoint_becomes_a_folder_that_loads(convert, dense, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, _ = convert("upcycle", dense, "--out", out, "--noise", "0", "--text_from_image", *CONFIG)
+    assert code == 0
+    assert f"{out}: weights to start from, of {dense}" in stdout
+    assert "note        the checkpoint was trained with gelu, the model computes quick_gelu" in stdout
+    blocks = load(out)[0].backbone.blocks
+    assert torch.equal(blocks[1].moe.experts.fc1.weight[0], blocks[1].moe.experts.fc1.weight[3])
+    assert torch.equal(blocks[0].ffn.text.fc1.weight, blocks[0].ffn.image.fc1.weight)
+
+
+def test_what_cannot_be_used_is_one_line(refused, file, dense, tmp_path):
+    out = tmp_path / "out"
+    assert "nowhere.pth does not exist: name a file" in refused(
+        "import", tmp_path / "nowhere.pth", "--out", out, *CONFIG
+    )
+    assert "convert: " + str(file) + " has backbone." in refused(
+        "import", file, "--out", out, *CONFIG, "model.intermediate_size=64"
+    )
+    assert "unknown key 'model.image'; did you mean 'image_size'?" in refused(
+        "import", file, "--out", out, *CONFIG, "model.image=3"
+    )
+    assert "image_size (60) must be divisible" in refused("import", file, "--out", out, "--image_size", "60", *CONFIG)
+    assert "tokenizer folder ./nowhere does not exist" in refused(
+        "import", file, "--out", out, "--tokenizer", "./nowhere", *CONFIG
+    )
+    assert "hidden_size 32 where the model has 128" in refused("upcycle", dense, "--out", out, "--config", "eve_tiny")
+    assert "tokenizer 'scenes' has a vocabulary of" in refused(
+        "upcycle", dense, "--out", out, *CONFIG, "model.vocab_size=10"
+    )
+    assert f"--out {dense} is not empty, it holds config.json, model.safetensors: name" in refused(
+        "upcycle", dense, "--out", dense, *CONFIG
+    )
+    assert "--out " + str(file) + " is a file" in refused("import", file, "--out", file, *CONFIG)
+    assert "eve.pth/.out.writing cannot be used: Not a directory" in refused(
+        "import", file, "--out", file / "out", *CONFIG
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", ["-1", "nan", "inf", "some"])
+def test_noise_is_a_number(convert, capsys, dense, tmp_path, number):
+    with pytest.raises(SystemExit, match="2"):
+        convert("upcycle", dense, "--out", tmp_path / "out", "--noise", number, *CONFIG)
+    assert "argument --noise: " in capsys.readouterr().err

@@ -1,0 +1,336 @@
+"""Files under the released names, of every form, into a folder that loads; and what is refused, by its text."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from eve_ds.config import ConfigError, load_config
+from eve_ds.export import ExportError, WeightFileError, import_weights, load
+from eve_ds.export.official import to_official, write_official
+from eve_ds.export.start import draw_weights
+from eve_ds.model.embeddings import cut_positions, resize_positions
+from eve_ds.model.eve import EVE
+
+MODEL = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.intermediate_size=48",
+    "model.moe_layers=[1]",
+    "model.moe.num_experts=4",
+    "model.pixel_decoder.hidden_size=24",
+]
+
+
+def config_of(*overrides):
+    return load_config("eve_tiny", [*MODEL, *overrides])
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """State dict of a model whose biases and norms are no longer what they were drawn as."""
+    torch.manual_seed(1)
+    return {
+        name: tensor + torch.randn_like(tensor) / 10 for name, tensor in EVE(config_of().model).state_dict().items()
+    }
+
+
+@pytest.fixture
+def released(weights):
+    return to_official(weights)
+
+
+@pytest.fixture
+def file(weights, tmp_path):
+    write_official(weights, tmp_path / "eve.pth")
+    return tmp_path / "eve.pth"
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Expects a WeightFileError of one line and no folder; returns what the error says."""
+
+    def call(file, config=None, **options):
+        with pytest.raises(WeightFileError) as error:
+            import_weights(file, tmp_path / "out", config=config or config_of(), **options)
+        assert not list(tmp_path.glob("*out*"))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return call
+
+
+def save(state, file):
+    if file.suffix == ".safetensors":
+        save_file({name: tensor.clone() for name, tensor in state.items()}, file)
+    else:
+        torch.save(state, file)
+    return file
+
+
+def without_prefix(state):
+    return {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+
+
+FORMS = {
+    "flat": ("eve.pth", lambda state: state),
+    "without prefix": ("eve.pt", without_prefix),
+    "under model": ("eve.bin", lambda state: {"model": state, "epoch": 3, "optimizer": {"lr": 1e-3}}),
+    "under state_dict": ("eve.pth", lambda state: {"state_dict": without_prefix(state)}),
+    "safetensors": ("eve.safetensors", lambda state: state),
+    "without buffers": (
+        "eve.pth",
+        lambda state: {name: tensor for name, tensor in state.items() if "position_ids" not in name},
+    ),
+    "parameters": (
+        "eve.pth",
+        lambda state: {n: torch.nn.Parameter(t) if t.is_floating_point() else t for n, t in state.items()},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_file_gives_the_same_model(weights, released, tmp_path, form):
+    name, wrap = FORMS[form]
+    file = save(wrap(released), tmp_path / name)
+    report = import_weights(file, tmp_path / "out", config=config_of("train.seed=5"))
+    model, config, tokenizer = load(tmp_path / "out")
+    assert (config.model, tokenizer.mask_token_id) == (config_of().model, 4)
+    torch.manual_seed(5)
+    drawn = EVE(config.model).state_dict()
+    for tensor_name, tensor in model.state_dict().items():
+        taken = tensor_name.startswith("backbone.")
+        assert torch.equal(tensor, (weights if taken else drawn)[tensor_name]), tensor_name
+        assert report.origins[tensor_name] == (file.name if taken else "drawn")
+    assert report.notes == ["the released numbers need model.profile=official and model.moe.routing=capacity"]
+    assert report.parameters == sum(tensor.numel() for tensor in drawn.values())
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["origins"] == report.origins
+
+
+def test_the_file_of_torch_before_1_6(weights, released, tmp_path):
+    torch.save(released, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    import_weights(tmp_path / "old.pth", tmp_path / "out", config=config_of())
+    assert torch.equal(load(tmp_path / "out")[0].backbone.norm.bias, weights["backbone.norm.bias"])
+
+
+def test_half_precision_becomes_fp32(weights, tmp_path):
+    write_official(weights, tmp_path / "eve.pth", torch.bfloat16)
+    import_weights(tmp_path / "eve.pth", tmp_path / "out", config=config_of())
+    norm = load(tmp_path / "out")[0].backbone.norm.bias
+    assert norm.dtype == torch.float32
+    assert torch.equal(norm, weights["backbone.norm.bias"].bfloat16().float())
+
+
+def test_drawing_leaves_the_default_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    draw_weights(config_of())
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_the_official_profile_needs_no_note(file, tmp_path):
+    config = config_of("model.profile=official", "model.moe.routing=capacity")
+    assert import_weights(file, tmp_path / "out", config=config).notes == []
+
+
+def test_an_image_size_of_its_own(weights, file, tmp_path):
+    report = import_weights(file, tmp_path / "out", config=config_of("model.text_positions=30"), image_size=96)
+    model, config, _ = load(tmp_path / "out")
+    assert config.model.image_size == 96
+    position = weights["backbone.image_embedding.position"]
+    grid = position[1:].T.reshape(1, 32, 8, 8)
+    expected = F.interpolate(grid, size=(12, 12), mode="bicubic", align_corners=False).reshape(32, 144).T
+    assert torch.equal(model.backbone.image_embedding.position[0], position[0])
+    torch.testing.assert_close(model.backbone.image_embedding.position[1:].detach(), expected)
+    assert torch.equal(model.backbone.text_embedding.position, weights["backbone.text_embedding.position"][:30])
+    assert report.notes[1:] == [
+        "backbone.image_embedding.position: 65 rows of the file became 145",
+        "backbone.text_embedding.position: 40 rows of the file became 30",
+    ]
+    assert model(pixel_values=torch.randn(1, 3, 96, 96)).moe[0].load_balancing_loss.isfinite()
+
+
+def cubic(distance):
+    """The kernel of bicubic interpolation with a = -0.75 (Keys 1981, eq. 15)."""
+    a, x = -0.75, abs(distance)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+@pytest.mark.parametrize(("old", "new"), [(2, 5), (6, 4), (3, 3), (1, 2)])
+def test_positions_are_interpolated_as_a_loop_does(old, new):
+    position = torch.randn(1 + old * old, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float()
+    expected = torch.zeros(1 + new * new, 3)
+    expected[0] = position[0]
+    for row in range(new):
+        for column in range(new):
+            y, x = ((place + 0.5) * old / new - 0.5 for place in (row, column))
+            for i in range(int(y // 1) - 1, int(y // 1) + 3):
+                for j in range(int(x // 1) - 1, int(x // 1) + 3):
+                    inside = min(max(i, 0), old - 1) * old + min(max(j, 0), old - 1)
+                    expected[1 + row * new + column] += cubic(y - i) * cubic(x - j) * position[1 + inside]
+    torch.testing.assert_close(resize_positions(position, new), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_resized_positions_keep_their_precision():
+    assert resize_positions(torch.randn(5, 4).bfloat16(), 3).dtype == torch.bfloat16
+
+
+def test_positions_that_are_no_square():
+    with pytest.raises(ValueError, match="a position table of 7 rows is not a class token and a square of patches"):
+        resize_positions(torch.zeros(7, 4), 3)
+
+
+def test_text_positions_are_cut_and_not_made_up():
+    table = torch.arange(6.0).view(3, 2)
+    assert torch.equal(cut_positions(table, 2), table[:2])
+    with pytest.raises(ValueError, match=r"text position table of 3 rows cannot serve text_positions \(4\)"):
+        cut_positions(table, 4)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize("where", [("backbone.norm.bias",), ("args",), ("model", "args")])
+@pytest.mark.parametrize("new", [True, False])
+def test_pickles_are_not_run(refused, released, tmp_path, monkeypatch, where, new):
+    monkeypatch.chdir(tmp_path)
+    state = {"model": released} if len(where) > 1 else released
+    inner = state["model"] if len(where) > 1 else state
+    inner[where[-1]] = Harmful()
+    torch.save(state, tmp_path / "eve.pth", _use_new_zipfile_serialization=new)
+    assert re.search(
+        r"eve\.pth refers to \w+\.system, which could run code: give a file of", refused(tmp_path / "eve.pth")
+    )
+    assert not (tmp_path / "harmed").exists()
+    torch.load(tmp_path / "eve.pth", weights_only=False)  # it would have
+    assert (tmp_path / "harmed").exists()
+
+
+def test_a_fine_tuned_head_is_named(refused, released, tmp_path):
+    released |= {"output.0.weight": torch.zeros(2, 2), "output.0.bias": torch.zeros(2)}
+    assert refused(save(released, tmp_path / "vqa.pth")) == (
+        f"{tmp_path / 'vqa.pth'} holds output.0.bias, output.0.weight, no part of the backbone: it is not the backbone "
+        "that the config describes"
+    )
+
+
+def test_missing_tensors_are_named_as_in_the_file(refused, released, tmp_path):
+    del released["backbone.encoder.layers.1.mlp_moe.moe.text_embed"]
+    line = refused(save(released, tmp_path / "eve.pth"))
+    assert " lacks backbone.encoder.layers.1.mlp_moe.moe.text_embed: it is not" in line
+    line = refused(save(without_prefix(released), tmp_path / "eve.pth"))
+    assert " lacks encoder.layers.1.mlp_moe.moe.text_embed: it is not" in line
+
+
+def test_another_architecture_is_named(refused, file):
+    line = refused(file, config_of("model.moe.num_experts=2"))
+    assert "holds backbone.encoder.layers.1.mlp_moe.moe.experts.experts.2.fc1.bias, " in line
+    assert "and 5 more, no part of the backbone; " in line
+    assert "has backbone.encoder.layers.1.mlp_moe.moe.gate.wg.weight (4, 32) where the config asks for (2, 32)" in line
+    line = refused(file, config_of("model.patch_size=16"))
+    assert "has backbone.patch_embed.weight (32, 3, 8, 8) where the config asks for (32, 3, 16, 16)" in line
+
+
+def test_tables_of_another_width_or_length(refused, released, tmp_path):
+    file = save(released | {"backbone.pos_embed_vision": torch.zeros(65, 31)}, tmp_path / "eve.pth")
+    assert "has backbone.pos_embed_vision (65, 31) where the config asks for (65, 32)" in refused(file)
+    file = save(released | {"backbone.pos_embed_vision": torch.zeros(66, 32)}, tmp_path / "eve.pth")
+    assert "eve.pth: a position table of 66 rows is not a class token and a square" in refused(file)
+    file = save(released, tmp_path / "eve.pth")
+    assert "eve.pth: a text position table of 40 rows cannot serve text_positions (41)" in refused(
+        file, config_of("model.text_positions=41")
+    )
+
+
+def test_weights_of_integers(refused, released, tmp_path):
+    released["backbone.norm.bias"] = released["backbone.norm.bias"].to(torch.int8)
+    assert "has backbone.norm.bias in int8: it is not" in refused(save(released, tmp_path / "eve.pth"))
+
+
+def test_weights_that_are_not_finite(released, tmp_path):
+    file = save(released | {"backbone.norm.bias": torch.full((32,), float("nan"))}, tmp_path / "eve.pth")
+    with pytest.raises(ValueError, match=r"eve\.pth: backbone\.norm\.bias not finite \(NaN or infinity\)"):
+        import_weights(file, tmp_path / "out", config=config_of())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ({"epoch": 3, "backbone.norm.bias": torch.zeros(32)}, "holds epoch, not a dense tensor"),
+        (
+            {"model": {"backbone.norm.bias": torch.zeros(32).to_sparse()}},
+            "holds backbone.norm.bias, not a dense tensor",
+        ),
+        ({3: torch.zeros(32)}, "holds 3, not a dense tensor"),
+        ({}, "holds no dictionary of tensors, neither by itself nor under ('model', 'state_dict')"),
+        ([torch.zeros(3)], "holds no dictionary of tensors"),
+    ],
+)
+def test_what_is_no_dictionary_of_tensors(refused, tmp_path, state, text):
+    assert text in refused(save(state, tmp_path / "eve.pth"))
+
+
+def test_damaged_files(refused, released, file, tmp_path):
+    content = file.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"hello" * 100):
+        file.write_bytes(damaged)
+        assert "eve.pth is not a file that torch.save wrote, or not all of it" in refused(file)
+    torch.save(released, file, _use_new_zipfile_serialization=False)
+    old = file.read_bytes()
+    for damaged in (old[:60], old[:5000], old[: len(old) // 2]):
+        file.write_bytes(damaged)
+        assert re.search(r"eve\.pth (cannot be read|holds more than tensors, or is damaged)", refused(file))
+    other = save(released, tmp_path / "eve.safetensors")
+    other.write_bytes(other.read_bytes()[:1000])
+    assert "eve.safetensors cannot be read (" in refused(other)
+
+
+def test_what_is_no_file(refused, file, tmp_path):
+    assert "nowhere.pth does not exist: name a file of weights" in refused(tmp_path / "nowhere.pth")
+    assert f"{tmp_path} is not a file: name a file of weights" in refused(tmp_path)
+    other = file.rename(tmp_path / "eve.ckpt")
+    assert "eve.ckpt has the suffix '.ckpt': only files named .bin, .pt, .pth, .safetensors are read" in refused(other)
+
+
+def test_a_tokenizer_with_more_tokens_than_words(released, file, tmp_path):
+    word = "backbone.word_embedding.weight"
+    save(released | {word: released[word][:100]}, file)
+    with pytest.raises(ConfigError, match=r"tokenizer 'scenes' has a vocabulary of \d+ tokens, larger than "):
+        import_weights(file, tmp_path / "out", config=config_of("model.vocab_size=100"), tokenizer="scenes")
+
+
+def test_the_tokenizer_may_be_a_folder(file, tmp_path):
+    from eve_ds.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["a red circle", "a blue square"], 60).save_pretrained(tmp_path / "mine")
+    import_weights(file, tmp_path / "out", config=config_of(), tokenizer=str(tmp_path / "mine"))
+    _, config, tokenizer = load(tmp_path / "out")
+    assert len(tokenizer) < 60
+    assert config.data.tokenizer == str(tmp_path / "mine")
+    with pytest.raises(ConfigError, match=r"tokenizer folder .*nowhere does not exist"):
+        import_weights(file, tmp_path / "other", config=config_of(), tokenizer=str(tmp_path / "nowhere"))
+
+
+def test_an_image_size_that_patches_do_not_fill(file, tmp_path):
+    with pytest.raises(ConfigError, match=r"image_size \(60\) must be divisible by patch_size \(8\)"):
+        import_weights(file, tmp_path / "out", config=config_of(), image_size=60)
+
+
+def test_what_is_in_the_folder_is_kept(file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    import_weights(file, out, config=config_of())
+    with pytest.raises(ExportError, match=r"out is not empty, it holds config\.json, export\.json, model\.safetensors"):
+        import_weights(file, out, config=config_of())
+    with pytest.raises(ExportError, match=r"eve\.pth is a file: name a new or empty folder"):
+        import_weights(file, file, config=config_of())
