@@ -1,5 +1,6 @@
 # make demo    installs into .venv, pre-trains a small EVE on two expert-parallel ranks, shows what it learnt
 # make test    the same environment, then every test
+# make soak    minutes of faults: 25 kills in a row, a checkpoint of 4 GiB
 # make sanitize  the fused ops under compute-sanitizer, where there is a GPU
 # make lint    ruff (rules and format), mypy, codespell
 # Another interpreter: make PYTHON=python3.12 ...    Single tests: make test TESTS="tests/test_config.py -k nearest"
@@ -20,7 +21,7 @@ export DS_BUILD_OPS := 0
 export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: venv demo demo-seeds test sanitize lint format clean
+.PHONY: venv demo demo-seeds test soak sanitize lint format clean
 
 venv: $(INSTALLED)
 
@@ -46,6 +47,9 @@ demo-seeds: $(INSTALLED)
 test: $(INSTALLED)
 	@extensions=$$(mktemp -d) && trap 'rm -rf "$$extensions"' EXIT && \
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} TORCH_EXTENSIONS_DIR="$$extensions" $(BIN)/pytest $(TESTS)
+
+soak: $(INSTALLED)
+	EVE_DS_SOAK=1 $(MAKE) test TESTS="-s tests/launch/test_kills.py tests/launch/test_universal_memory.py"
 
 # On a machine with a GPU: reads and writes out of bounds, then races within a block.
 sanitize: $(INSTALLED)

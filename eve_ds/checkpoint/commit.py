@@ -198,8 +198,9 @@ class Saver:
         return small
 
     def _publish(self, pending: _Pending, records: dict[str, FileRecord]) -> None:
+        numbers = manifest.read_json(pending.folder / manifest.STATE)
         content = {
-            "step": pending.step,
+            **{name: numbers[name] for name in ("step", "samples", "topology")},
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -287,6 +288,8 @@ def choose(config: Config, named: Path | None = None) -> Path | None:
     """
     candidates = manifest.committed(config.train.output_dir) if named is None else [named]
     candidates = broadcast_object(candidates)
+    if named is not None and not broadcast_object(named.is_dir()):
+        raise ConfigError(f"the checkpoint {named} to resume from does not exist: name a folder, or take auto or none")
     complaints: list[str] = []
     for folder in candidates:
         found = _problems_over_ranks(folder)

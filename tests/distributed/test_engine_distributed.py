@@ -45,12 +45,12 @@ PLAIN_STEP_TOLERANCE = 2e-5
 elements round to the same number (measured: 3e-6)."""
 
 
-def config_for(folder, *, ep_size=1, model=(), optimizer=(), loss=(), **train):
+def config_for(folder, *, ep_size=1, model=(), optimizer=(), loss=(), num_workers=0, **train):
     train = {"train_batch_size": 8, "max_steps": 3, "metrics_every": 1, "output_dir": str(folder), **train}
     return parse_config(
         {
             "model": {**MODEL, **dict(model)},
-            "data": {"sources": [{"kind": "scenes", "num_samples": 64}]},
+            "data": {"sources": [{"kind": "scenes", "num_samples": 64}], "num_workers": num_workers},
             "loss": dict(loss),
             "optimizer": {"lr": 1e-2, "warmup_steps": 2, "decay": "cosine", **dict(optimizer)},
             "parallel": {"ep_size": ep_size},
@@ -217,7 +217,13 @@ def resume_cases(rank, world_size, folder):
     return found
 
 
-RESUMED = [(0, {}, "fp32"), (1, {}, "fp32"), (2, {"gradient_accumulation_steps": 2}, "fp32"), (1, {}, "bf16")]
+RESUMED = [
+    (0, {}, "fp32"),
+    (1, {"num_workers": 2}, "fp32"),
+    (2, {"gradient_accumulation_steps": 2}, "fp32"),
+    (1, {"async_save": True}, "bf16"),
+    (0, {"num_workers": 2, "gradient_accumulation_steps": 2}, "bf16"),
+]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -498,3 +498,28 @@ def test_load_refuses_what_is_not_an_export(run, checkpoint, tmp_path):
         ExportError, match=r"run is not an export, it lacks config\.json, model\.safetensors, tokenizer"
     ):
         load(run)
+
+
+def test_a_truncated_check_batch_is_named(refused, run, checkpoint):
+    file = checkpoint / "check_batch.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    sign(checkpoint)
+    assert "check_batch.safetensors cannot be read" in refused(run)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize("command", [(), ("verify",), ("universal",)])
+@pytest.mark.parametrize("file", [TENSORS, "state.json", "config.json", "check_batch.safetensors"])
+def test_pickles_are_not_run(convert, run, checkpoint, tmp_path, monkeypatch, command, file):
+    """Nothing of a checkpoint is read as a pickle: a planted one, signed too, is at most a file that does not fit."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"module": Harmful()}, checkpoint / file)
+    sign(checkpoint)
+    out = [] if command == ("verify",) else ["--out", tmp_path / "out"]
+    code, _, stderr = convert(*command, run, *out)
+    assert code == (2 if command == () or (command, file) == (("universal",), TENSORS) else 0), stderr
+    assert not (tmp_path / "harmed").exists()

@@ -1,6 +1,6 @@
 """kill -9 of a rank, of all ranks, and of their launcher, at random moments and inside of saves: the run goes on.
 
-`EVE_DS_KILLS` sets how many kills: 5, or 25 in `make soak`. Saves are synchronous and in the background in turn.
+Five kills, 25 in `make soak`, which sets `EVE_DS_SOAK`. Saves are synchronous and in the background in turn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 from eve_ds.checkpoint import manifest
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launcher" / "pretrain.py"
-KILLS = int(os.environ.get("EVE_DS_KILLS", "5"))
+KILLS = 25 if "EVE_DS_SOAK" in os.environ else 5
 STEPS = 40 * (KILLS + 1)
 PEERS_DIE_WITHIN = 60
 """Seconds; gloo notices a closed connection at the next collective."""

@@ -100,7 +100,7 @@ def cases(folder):
             run,
             "optimizer in the DeepSpeed JSON has no effect",
         ),
-        ("no checkpoint", zero1, ["--resume", f"{folder}/x"], run, f"{folder}/x is not a whole checkpoint: state.json"),
+        ("no checkpoint", zero1, ["--resume", f"{folder}/x"], run, f"{folder}/x to resume from does not exist"),
     ]
 
 

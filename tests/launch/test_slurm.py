@@ -6,8 +6,11 @@ import re
 import secrets
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "slurm" / "pretrain.sbatch"
 
 NODES = ("127.0.0.2", "127.0.0.3")
 """Node names that resolve everywhere, as names in a cluster do."""
@@ -132,3 +135,17 @@ def test_srun_tasks_that_each_think_they_are_alone_are_refused(run, launch, clus
     assert launched.output.count("SLURM_NTASKS (2) tasks were asked for, but this process is a world of one") == 2
     assert "start it with srun and do not set RANK" in launched.output
     assert not run.folder.exists()
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, ""), (2, ""), (4, "requeue 77\n")])
+def test_a_job_that_saved_at_a_signal_is_queued_again(tmp_path, code, requeued):
+    """The batch script itself, with stand-ins for SLURM's commands: a real requeue takes minutes."""
+    calls = tmp_path / "calls"
+    calls.touch()
+    for name, action in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" >> {calls}')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{action}\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": "/x"}
+    done = subprocess.run(["bash", str(SCRIPT)], env=env, check=False)
+    assert done.returncode == code
+    assert calls.read_text() == requeued
