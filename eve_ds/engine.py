@@ -401,9 +401,8 @@ class Trainer:
         if saved is not None:
             self.checkpoint = saved.folder
             self.metrics.write(
-                "event",
+                "save",
                 **self._stamp(),
-                event="saved",
                 checkpoint=saved.folder.name,
                 stall_seconds=saved.stall_seconds,
                 bytes=saved.bytes,

@@ -43,7 +43,7 @@ class MetricsWriter:
         self._file = _open_after_last_line(folder / "metrics.jsonl") if rank_zero() else None
 
     def write(self, kind: str, *, step: int, seconds: float, samples: int, **numbers: Any) -> None:
-        """One record; `kind` is `train`, `eval` or `event`, `seconds` training time, `samples` those of the run.
+        """One record; `kind` is `train`, `eval`, `save` or `event`, `seconds` of training, `samples` of the run.
 
         A number that is not finite is written as null, which JSON has and NaN it has not.
         """

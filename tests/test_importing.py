@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from eve_ds.config import ConfigError, load_config
 from eve_ds.export import ExportError, WeightFileError, import_weights, load
 from eve_ds.export.official import to_official, write_official
-from eve_ds.export.start import draw_weights
+from eve_ds.export.start import draw_decoders, draw_weights
 from eve_ds.model.embeddings import cut_positions, resize_positions
 from eve_ds.model.eve import EVE
 
@@ -125,12 +125,21 @@ def test_half_precision_becomes_fp32(weights, tmp_path):
     assert torch.equal(norm, weights["backbone.norm.bias"].bfloat16().float())
 
 
-def test_drawing_leaves_the_default_generator_alone():
+@pytest.mark.parametrize("draw", [draw_decoders, draw_weights])
+def test_drawing_leaves_the_default_generator_alone(draw):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    draw_weights(config_of())
+    draw(config_of())
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_decoders_are_those_of_a_new_model(kind):
+    config = config_of("train.seed=3", f"model.pixel_decoder.kind={kind}", "model.position_init=normal")
+    new, decoders = draw_weights(config), draw_decoders(config)
+    assert decoders.keys() == {name for name in new if not name.startswith("backbone.")}
+    assert all(torch.equal(tensor, new[name]) for name, tensor in decoders.items())
 
 
 def test_the_official_profile_needs_no_note(file, tmp_path):

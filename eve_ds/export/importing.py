@@ -11,7 +11,7 @@ from eve_ds.checkpoint.files import listed
 from eve_ds.config import Config, ModelConfig
 from eve_ds.export.official import POSITION_BUFFERS, PREFIX, from_official, to_official
 from eve_ds.export.plain import check_weights
-from eve_ds.export.start import DRAWN, StartReport, changed, check_new, draw_weights, fitting_tokenizer, write_start
+from eve_ds.export.start import DRAWN, StartReport, changed, check_new, draw_decoders, fitting_tokenizer, write_start
 from eve_ds.export.weight_files import WeightFileError, read_tensors
 from eve_ds.model.embeddings import cut_positions, resize_positions
 from eve_ds.model.eve import EVE
@@ -55,7 +55,7 @@ def import_weights(
     released = _read_backbone(file, config.model)
     taken = {name: tensor.float() for name, tensor in from_official(released).items()}
     notes = _profile_notes(config.model) + _fit_positions(taken, config.model, file)
-    weights = draw_weights(config) | taken
+    weights = taken | draw_decoders(config)
     check_weights(weights, config.model, str(file))
     origins = dict.fromkeys(weights, DRAWN) | dict.fromkeys(taken, file.name)
     return write_start(out, config, loaded, weights, source=str(file), origins=origins, notes=notes)

@@ -26,7 +26,8 @@ from eve_ds.export.plain import (
     replacing,
     sha256,
 )
-from eve_ds.model.eve import EVE
+from eve_ds.model.decoders import PixelDecoder, TextHead
+from eve_ds.model.eve import EVE, initialize_weights
 
 DRAWN = "drawn"
 """Where a tensor is from that a new model of the same seed has too."""
@@ -91,6 +92,21 @@ def draw_weights(config: Config) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return EVE(config.model).state_dict()
+
+
+def draw_decoders(config: Config) -> dict[str, Tensor]:
+    """The part of :func:`draw_weights` that no released file has, without drawing the backbone, which takes a minute.
+
+    A parameter's values depend on its name and the seed that :class:`EVE` draws first.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        with torch.device("meta"):
+            model = EVE(config.model)
+        model.pixel_decoder, model.text_head = PixelDecoder(config.model), TextHead(config.model)
+        initialize_weights(model, config.model, seed)  # leaves what is on the meta device
+    return {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
 
 
 def write_start(

@@ -114,7 +114,7 @@ def test_a_save_in_the_background_is_the_save_of_its_step(run_ranks, tmp_path):
             for tensor in left.names(kind):
                 assert left.read(kind, tensor).equal(right.read(kind, tensor)), (name, kind, tensor)
     events = [json.loads(line) for line in (tmp_path / "async" / "metrics.jsonl").read_text().splitlines()]
-    saved = [event for event in events if event.get("event") == "saved"]
+    saved = [event for event in events if event["kind"] == "save"]
     assert [event["checkpoint"] for event in saved] == [f"step-0000000{n}" for n in (2, 4, 6, 8)]
     assert all(0 < event["stall_seconds"] < 5 and event["bytes"] > 1e5 for event in saved)
 

@@ -136,9 +136,9 @@ def zero(stage, **more):
     return {"zero_optimization": {"stage": stage}, **more}
 
 
-def clip_for(stage, ep_size):
-    """DeepSpeed cannot clip at ZeRO 0 with experts spread over ranks, and we refuse it."""
-    return 0.0 if stage == 0 and ep_size > 1 else 0.5
+def clip_for(stage, ep_size, precision="fp32"):
+    """DeepSpeed cannot clip at ZeRO 0 with experts spread over ranks or in bf16, and we refuse it."""
+    return 0.0 if stage == 0 and (ep_size > 1 or precision != "fp32") else 0.5
 
 
 def run_jobs(rank, world_size, folder):
@@ -185,6 +185,8 @@ def resume_cases(rank, world_size, folder):
     """For each case: trace and weights of a run in one go, and of one that dies in step 5 and goes on from step 3."""
 
     def die(step, micro_batches, trainer):
+        if step == 4 and trainer.saver.pending is not None:  # else it may be published too late to resume from
+            trainer.saver.pending.thread.join()
         if step == 5:
             raise Killed
         return micro_batches
@@ -195,7 +197,7 @@ def resume_cases(rank, world_size, folder):
         common = {
             "ep_size": ep_size,
             "model": NOISY,
-            "optimizer": {"clip_grad_norm": clip_for(stage, ep_size)},
+            "optimizer": {"clip_grad_norm": clip_for(stage, ep_size, precision)},
             "max_steps": 6,
             "save_every_steps": 3,
             "precision": precision,
@@ -239,8 +241,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(finished, world_size
         assert sorted(parts) == [1, 2, 3, 4, 5, 6]
         assert parts == whole, case
         assert len({tuple(terms) for terms in whole.values()}) == 6, "every step differs, so equality says something"
-        saved, event, *_ = records(folder / f"parts{number}", "event")
-        assert (saved["event"], saved["checkpoint"]) == ("saved", "step-00000003")
+        (event,) = records(folder / f"parts{number}", "event")
         assert (event["event"], event["step"], event["samples"]) == ("resumed", 3, 24)
 
 
@@ -450,7 +451,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update(finished, world_size
             assert all(key in message for micro_batch in keys for key in micro_batch)
         assert message.endswith("step-00000002"), message
         run = folder / str(number)
-        (event,) = [item for item in records(run, "event") if item["event"] == "nonfinite"]
+        (event,) = records(run, "event")
         assert event["event"] == "nonfinite"
         assert event["step"] == 3
         assert event["message"] in message
@@ -522,7 +523,7 @@ def test_a_skipped_step_leaves_no_trace(finished, world_size):
     for number in range(len(SKIPS)):
         run = folder / str(number)
         assert sorted(trace(run)) == [1, 2, 4, 6], "a skipped step has no numbers"
-        assert [item["step"] for item in records(run, "event") if item["event"] == "nonfinite"] == [3, 5]
+        assert [event["step"] for event in records(run, "event")] == [3, 5]
 
 
 def limit_of_skips(rank, world_size, folder):
