@@ -85,13 +85,15 @@ class _Pending:
         self.stall_seconds = 0.0
 
     def attempt(self, write: Callable[[], None]) -> None:
-        """Do it unless something went wrong before; remember what does."""
+        """Do it unless something went wrong before; remember what does, whatever it is: it may happen in a thread."""
         if self.problem is not None:
             return
         try:
             write()
         except OSError as error:
             self.problem = f"rank {dist.get_rank()}: {error.strerror or error}: {error.filename or self.folder}"
+        except Exception as error:
+            self.problem = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
 
     @property
     def written(self) -> bool:
@@ -205,6 +207,8 @@ class Saver:
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         manifest.write_manifest(pending.folder, content, records)
+        if unseen := manifest.problems(pending.folder, hashes=False):
+            raise CheckpointError(f"{'; '.join(unseen)}: train.output_dir must be one folder for all ranks")
         manifest.publish(self.root, pending.folder.name, manifest.name_of(pending.step))
         train = self.config.train
         try:

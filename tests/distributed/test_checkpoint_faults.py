@@ -122,11 +122,16 @@ def test_a_save_in_the_background_is_the_save_of_its_step(run_ranks, tmp_path):
 # --- nothing can be written ------------------------------------------------------------------------------------------
 
 
+def await_writer(trainer):
+    """What is being written in the background is not meant by what comes next."""
+    if trainer.saver.pending is not None:
+        trainer.saver.pending.thread.join()
+
+
 def limit_files(size):
     def action(trainer):
-        pending = trainer.saver.pending if trainer else None
-        if pending is not None:  # what is being written in the background is still under the old limit
-            pending.thread.join()
+        if trainer is not None:
+            await_writer(trainer)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     return action
@@ -173,6 +178,46 @@ def test_failed_saves_cost_nothing_but_themselves(run_ranks, tmp_path):
             f"the checkpoint of step {step} was not saved " for step in (4, 6)
         ]
         assert "older ones are as they were; failure number 2 in a row" in warnings[1]
+
+
+def lost_files(rank, world_size, folder):
+    """Rank 1 writes where rank 0 does not see it, then fails in a way that nobody thought of."""
+    start()
+    from eve_ds.checkpoint import commit
+
+    write = commit.write_pieces
+
+    def elsewhere(path, pieces):
+        record = write(path, pieces)
+        path.unlink()
+        return record
+
+    def fail(path, pieces):
+        raise RuntimeError("out of ideas")
+
+    def use(function):
+        def action(trainer):
+            await_writer(trainer)
+            commit.write_pieces = function
+
+        return action
+
+    found = []
+    for function, mode in ((elsewhere, "false"), (fail, "true")):
+        config = config_of(f"{folder}/{function.__name__}", "train.max_steps=8", f"train.async_save={mode}")
+        actions = {3: use(function), 6: use(write)} if rank == 1 else None
+        _, lines = pretrain(config, actions)
+        found.append(([line for line in lines if "not saved" in line], folders(config.train.output_dir)))
+    return found
+
+
+def test_a_save_that_is_not_whole_is_not_published(run_ranks, tmp_path):
+    (elsewhere, failed), _ = run_ranks(lost_files, 2, str(tmp_path), timeout=LIMIT)
+    for warnings, left in (elsewhere, failed):
+        assert len(warnings) == 1
+        assert left == ["latest", *(f"step-0000000{step}" for step in (2, 6, 8))]
+    assert "tensors-00001.safetensors is missing: train.output_dir must be one folder for all ranks" in elsewhere[0][0]
+    assert "(rank 1: RuntimeError: out of ideas)" in failed[0][0]
 
 
 def disk(rank, world_size, folder):
