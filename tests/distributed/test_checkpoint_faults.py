@@ -157,6 +157,9 @@ def file_limits(rank, world_size, folder):
     found.append((type(result).__name__, str(result), folders(config.train.output_dir)))
     result, _ = pretrain(config)
     found.append((str(result.steps), "", folders(config.train.output_dir)))
+    config = config_of(f"{folder}/apart", "train.max_steps=10", "train.max_failed_saves=1")
+    result, _ = pretrain(config, {3: few, 5: back, 7: few, 9: back})
+    found.append((str(result.steps), "", folders(config.train.output_dir)))
     return found
 
 
@@ -173,6 +176,7 @@ def test_failed_saves_cost_nothing_but_themselves(run_ranks, tmp_path):
         assert (kind, left) == ("SaveError", ["latest", "step-00000002"])
         assert "the run ends at step 4 without a checkpoint of it" in text
         assert result[4] == ("4", "", ["latest", "step-00000002", "step-00000004"])
+        assert result[5] == ("10", "", ["latest", "step-00000002", "step-00000006", "step-00000010"]), "in a row"
     for _, warnings, _ in results[0][:2]:
         assert [line.split("(")[0] for line in warnings] == [
             f"the checkpoint of step {step} was not saved " for step in (4, 6)
