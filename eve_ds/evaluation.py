@@ -47,9 +47,12 @@ class _Tally:
 
 
 def trains_on_scenes(config: Config) -> bool:
-    """Whether the run is one that :func:`evaluate_scenes` says something about: pairs of scenes at their own size."""
+    """Whether the run is one that :func:`evaluate_scenes` says something about.
+
+    It is where masked signals of scenes at their own size are modelled in pairs.
+    """
     pairs = any(source.kind == "scenes" and source.modalities in ("pair", "any") for source in config.data.sources)
-    return pairs and config.model.image_size == IMAGE_SIZE
+    return pairs and config.model.image_size == IMAGE_SIZE and config.model.objective == "msm"
 
 
 @torch.no_grad()

@@ -389,7 +389,7 @@ def test_denominators_are_what_the_model_encodes_and_predicts():
     inputs = batch.model_inputs()
     del inputs["masked_patch_ids"], inputs["masked_token_ids"]
     stream = EVE(settings.model).backbone(**inputs).stream
-    patches, tokens, encoded = denominators(batch)
+    patches, tokens, encoded = denominators(batch, settings.model)
     assert encoded == len(stream.hidden_states) < 22 * 5 + 20 * 8 + 6
     assert patches == 21 * 12
     assert tokens == len(batch.token_labels)
