@@ -387,7 +387,7 @@ def test_denominators_are_what_the_model_encodes_and_predicts():
     samples += [Sample("image", 0, image, None), Sample("text", 0, None, "a large blue square")]
     batch = Collator(settings, load_tokenizer("scenes"), has_images=True, has_captions=True)(samples)
     inputs = batch.model_inputs()
-    del inputs["masked_patch_ids"], inputs["masked_token_ids"]
+    del inputs["masked_patch_ids"], inputs["masked_token_ids"], inputs["masked_input_ids"]
     stream = EVE(settings.model).backbone(**inputs).stream
     patches, tokens, encoded = denominators(batch, settings.model)
     assert encoded == len(stream.hidden_states) < 22 * 5 + 20 * 8 + 6

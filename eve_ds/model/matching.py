@@ -30,8 +30,8 @@ class MatchingOutput(NamedTuple):
     temperature: Tensor
     """() fp32."""
     logits: Tensor
-    """(3 * B, 2) fp32, no match and match: of the pairs, of captions beside a hard negative image, of images beside a hard
-    negative caption."""
+    """(3 * B, 2) fp32, no match and match: of the pairs, of texts beside a hard negative image, of images beside a hard
+    negative text."""
 
 
 class Pairs(NamedTuple):
