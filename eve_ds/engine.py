@@ -40,7 +40,14 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.distributed import broadcast_object, get_logger, rank_zero, seed_everything
 from eve_ds.evaluation import evaluate_scenes, trains_on_scenes
 from eve_ds.losses import Counts, pretraining_losses, total_loss
-from eve_ds.metrics import MetricsWriter, ProgressLine, forward_flops, peak_flops, peak_memory_bytes
+from eve_ds.metrics import (
+    MetricsWriter,
+    ProgressLine,
+    forward_flops,
+    matching_flops,
+    peak_flops,
+    peak_memory_bytes,
+)
 from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics
 from eve_ds.ops.build import use_built
@@ -363,7 +370,7 @@ class Trainer:
         if norm is not None and math.isfinite(norm):
             numbers["grad_norm"] = float(norm)
         peak = peak_flops(train.precision)
-        if peak is not None and self.config.model.objective == "msm":
+        if peak is not None:
             flops = 3 * samples * self._forward_flops() / elapsed
             numbers["model_flops_utilisation"] = flops / (peak * self.world_size)
         skipped = {f"skipped/{reason}": count for reason, count in self.loader.skipped.items()}
@@ -468,7 +475,10 @@ class Trainer:
         masked = num_masked_patches(model.num_patches, masking.patch_mask_ratio)
         visible = model.num_patches - masked
         predicted = max(round(masking.predicted_patch_share * masked), 1)
-        tokens = self.window.tokens / max(self.window.steps * self.engine.train_batch_size(), 1)
+        samples = max(self.window.steps * self.engine.train_batch_size(), 1)
+        tokens = self.window.tokens / samples / ENCODED[model.objective]
+        if model.objective != "msm":
+            return matching_flops(model, text_tokens=max(tokens - model.num_patches - 1, 0.0))
         return forward_flops(
             model, visible_patches=visible, masked_patches=predicted, text_tokens=max(tokens - visible - 1, 0.0)
         )

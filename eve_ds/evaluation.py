@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds import ops
-from eve_ds.config import Config
+from eve_ds.config import Config, ConfigError
 from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.scene_tasks import BindingProbe, ProbeType, binding_probes
@@ -83,7 +83,12 @@ def evaluate_scenes(
         patches as in training, `pixel_loss` -> {right, wrong} per-patch-normalised squared error of masked foreground
         patches given the whole caption, and for level `easy` `binding` -> probe -> {target, distractor}, shares of
         answers.
+
+    Raises:
+        ConfigError: the model was pre-trained by another objective, and has not learnt what is asked for here.
     """
+    if config.model.objective != "msm":
+        raise ConfigError(f"model.objective ('{config.model.objective}') must be 'msm' for masked signals of scenes")
     training = model.training
     model.eval()
     device = next(model.parameters()).device
