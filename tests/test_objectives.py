@@ -9,7 +9,7 @@ from eve_ds.config import ConfigError, load_config
 from eve_ds.data.collate import Collator
 from eve_ds.data.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.evaluation import samples_of, unmask_text
+from eve_ds.evaluation import evaluate_scenes, samples_of, trains_on_scenes, unmask_text
 from eve_ds.losses import Counts, contrastive_loss, matching_loss, pretraining_losses, total_loss
 from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.matching import MatchingOutput, Pairs, draw_hard_negatives
@@ -249,3 +249,26 @@ def test_merged_outputs_of_several_passes_add_up():
     assert [float(layer.router_z_sum) for layer in merged] == [30.0, 4.0]
     assert merged[0].statistics.routes.tolist() == [[7.0] * 4] * 2
     assert merged[1].statistics.entropy_sum == 7.0
+
+
+def test_scenes_are_not_asked_of_a_model_without_a_decoder():
+    config = config_of("itc_itm")
+    assert trains_on_scenes(config_of("msm"))
+    assert not trains_on_scenes(config)
+    with pytest.raises(ConfigError, match=r"model.objective \('itc_itm'\) must be 'msm'"):
+        evaluate_scenes(EVE(config.model), config, load_tokenizer("scenes"))
+
+
+@pytest.mark.parametrize("objective", ["itc_itm", "itc_itm_mlm"])
+def test_the_transformers_model_has_the_same_weights_and_encodes_the_same(objective):
+    from eve_ds.export.hf import EveConfig, EveModel
+
+    config = config_of(objective)
+    torch.manual_seed(0)
+    model, batch = EVE(config.model).eval(), batch_of(config)
+    other = EveModel(EveConfig(**config.model.model_dump(mode="json"))).eval()
+    other.load_state_dict(model.state_dict())
+    states = other(batch.pixel_values, batch.input_ids, batch.attention_mask).last_hidden_state
+    torch.testing.assert_close(
+        states, model.backbone(batch.pixel_values, batch.input_ids, batch.attention_mask).stream.padded()
+    )
