@@ -67,6 +67,9 @@ class ModelConfig(Section):
 
     profile: Literal["default", "official"] = "default"
     """`official` reproduces the released forward, quirks included; see `eve_ds/model/moe.py`."""
+    objective: Literal["msm", "itc_itm", "itc_itm_mlm"] = "msm"
+    """What the model is pre-trained by, which decides its heads: masked signal modelling, EVE's; or, to compare it
+    with, image-text contrastive and matching losses, the latter also with masked words beside a whole image."""
     hidden_size: PositiveInt = 768
     num_hidden_layers: PositiveInt = 12
     num_attention_heads: PositiveInt = 12
@@ -132,7 +135,10 @@ class ModelConfig(Section):
 
 
 class MaskingConfig(Section):
-    """What is hidden from the encoder; masks derive from (seed, epoch, sample key)."""
+    """What is hidden from the encoder; masks derive from (seed, epoch, sample key).
+
+    Of the objectives other than `msm` only `itc_itm_mlm` masks, and text alone.
+    """
 
     patch_mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
     predicted_patch_share: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -215,6 +221,8 @@ class LossConfig(Section):
 
     pixel_weight: Annotated[float, Field(ge=0)] = 1.0
     text_weight: Annotated[float, Field(ge=0)] = 1.0
+    itc_weight: Annotated[float, Field(ge=0)] = 1.0
+    itm_weight: Annotated[float, Field(ge=0)] = 1.0
     load_balancing_weight: Annotated[float, Field(ge=0)] = 0.001
     router_z_weight: Annotated[float, Field(ge=0)] = 0.0
 
@@ -300,6 +308,12 @@ class Config(Section):
             self.optimizer.decay_by == "steps" or self.train.max_seconds is not None,
             "optimizer.decay_by ('seconds') needs train.max_seconds",
         )
+        for number, source in enumerate(self.data.sources):
+            _require(
+                self.model.objective == "msm" or source.modalities == "pair",
+                f"model.objective ('{self.model.objective}') needs pairs: data.sources[{number}].modalities is "
+                f"'{source.modalities}'",
+            )
         return self
 
 

@@ -31,7 +31,7 @@ from eve_ds.checkpoint import commit
 from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.manifest import name_of
 from eve_ds.checkpoint.weights import weight_reader
-from eve_ds.config import Config, ConfigError, TrainConfig
+from eve_ds.config import Config, ConfigError, ModelConfig, TrainConfig, parse_config
 from eve_ds.data.batch import Batch
 from eve_ds.data.masking import num_masked_patches
 from eve_ds.data.pipeline import build_loader
@@ -40,10 +40,18 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.distributed import broadcast_object, get_logger, rank_zero, seed_everything
 from eve_ds.evaluation import evaluate_scenes, trains_on_scenes
 from eve_ds.losses import Counts, pretraining_losses, total_loss
-from eve_ds.metrics import MetricsWriter, ProgressLine, forward_flops, peak_flops, peak_memory_bytes
+from eve_ds.metrics import (
+    MetricsWriter,
+    ProgressLine,
+    forward_flops,
+    matching_flops,
+    peak_flops,
+    peak_memory_bytes,
+)
 from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics
 from eve_ds.ops.build import use_built
+from eve_ds.parallel.gather import gather_rows
 from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
@@ -262,6 +270,7 @@ class Trainer:
                 token_labels=batch.token_labels,
                 patch_size=self.config.model.patch_size,
                 counts=agreed.counts,
+                gather=gather_rows,
             )
             loss = total_loss(terms, self.config.loss)
             self.engine.backward(poison_if_nonfinite(loss))
@@ -288,9 +297,8 @@ class Trainer:
         Raises:
             UnusableData: on every rank, if any of them has no data.
         """
-        local = torch.tensor([[0.0] * 3, *(denominators(batch) for batch in micro_batches)], dtype=torch.float64).sum(
-            dim=0
-        )
+        own = [denominators(batch, self.config.model) for batch in micro_batches]
+        local = torch.tensor([[0.0] * 3, *own], dtype=torch.float64).sum(dim=0)
         clocks = torch.tensor([self.seconds, time.monotonic() - self.saved_at], dtype=torch.float64)
         flags = [problem is not None, self.saver.written, self.stop_requested]
         numbers = torch.cat([local, clocks * (self.rank == 0), torch.tensor(flags, dtype=torch.float64)])
@@ -466,7 +474,10 @@ class Trainer:
         masked = num_masked_patches(model.num_patches, masking.patch_mask_ratio)
         visible = model.num_patches - masked
         predicted = max(round(masking.predicted_patch_share * masked), 1)
-        tokens = self.window.tokens / max(self.window.steps * self.engine.train_batch_size(), 1)
+        samples = max(self.window.steps * self.engine.train_batch_size(), 1)
+        tokens = self.window.tokens / samples / ENCODED[model.objective]
+        if model.objective != "msm":
+            return matching_flops(model, text_tokens=max(tokens - model.num_patches - 1, 0.0))
         return forward_flops(
             model, visible_patches=visible, masked_patches=predicted, text_tokens=max(tokens - visible - 1, 0.0)
         )
@@ -585,6 +596,11 @@ def resolve_deepspeed_config(
     micro = _take(resolved, "train_micro_batch_size_per_gpu", train, "micro_batch_size")
     accumulation = _take(resolved, "gradient_accumulation_steps", train, "gradient_accumulation_steps")
     micro, accumulation = batch_triangle(batch, micro, accumulation, world_size)
+    if config.model.objective != "msm" and micro < 2:
+        raise ConfigError(
+            f"model.objective ('{config.model.objective}') needs a micro_batch_size ({micro}) of 2 or more: a pair's "
+            "hard negatives are other pairs of its micro-batch"
+        )
     precision = _precision(resolved, train)
     clip = _clipping(resolved, config)
     resolved |= {
@@ -672,6 +688,7 @@ def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> 
         before = json.loads(written.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{written} is not JSON ({error}): restore it from a checkpoint of the run") from None
+    before = parse_config(before, str(written)).model_dump(mode="json")  # with fields that are newer than the run
     difference = _difference(_identity(before), _identity(config.model_dump(mode="json")))
     if difference is not None:
         key, then, now = difference
@@ -761,25 +778,30 @@ def _describe(terms: dict[str, Tensor], batch: Batch) -> tuple[int, str]:
     2: a term made of its own samples is not finite. 1: only terms that ranks share are not. 0: its loss is finite.
     """
     bad = [name for name, term in terms.items() if not math.isfinite(float(term))]
-    own = [name for name in bad if name not in ("loss", "load_balancing")]
+    own = [name for name in bad if name not in ("loss", "load_balancing", "itc")]
     more = " ..." if len(batch) > MOST_NAMED else ""
     values = ", ".join(f"{name} {float(terms[name])}" for name in (own or bad or ["loss"]))
     return 2 if own else 1 if bad else 0, f"{values}, sample keys {', '.join(batch.keys[:MOST_NAMED])}{more}"
 
 
-def denominators(batch: Batch) -> list[float]:
+ENCODED = {"msm": 1, "itc_itm": 4, "itc_itm_mlm": 5}
+"""How often a sample's tokens enter the encoder: alone, beside each other, and each beside a hard negative. A negative
+caption counts as the one it stands for, as it is not drawn yet when tokens are counted."""
+
+
+def denominators(batch: Batch, model: ModelConfig) -> list[float]:
     """Masked patches, masked tokens and encoder tokens of a micro-batch: the fields of Counts."""
     images = 0.0
     if batch.pixel_values is not None:
         images = float(len(batch) if batch.image_mask is None else batch.image_mask.sum())
     masked = batch.masked_patch_ids.shape[1] if batch.masked_patch_ids is not None else 0
-    visible = images * batch.visible_patch_ids.shape[1] if batch.visible_patch_ids is not None else 0.0
+    visible = images * (model.num_patches if batch.visible_patch_ids is None else batch.visible_patch_ids.shape[1])
     if batch.visible_patch_mask is not None:
         shown = batch.visible_patch_mask if batch.image_mask is None else batch.visible_patch_mask[batch.image_mask]
         visible = float(shown.sum())
     labels = batch.token_labels.numel() if batch.token_labels is not None else 0
     text = float(batch.attention_mask.sum()) if batch.attention_mask is not None else 0.0
-    return [images * masked, float(labels), images + visible + text]
+    return [images * masked, float(labels), ENCODED[model.objective] * (images + visible + text)]
 
 
 def _first_samples(batch: Batch, count: int) -> Batch:

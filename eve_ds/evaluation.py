@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds import ops
-from eve_ds.config import Config
+from eve_ds.config import Config, ConfigError
 from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.scene_tasks import BindingProbe, ProbeType, binding_probes
@@ -47,9 +47,12 @@ class _Tally:
 
 
 def trains_on_scenes(config: Config) -> bool:
-    """Whether the run is one that :func:`evaluate_scenes` says something about: pairs of scenes at their own size."""
+    """Whether the run is one that :func:`evaluate_scenes` says something about.
+
+    It is where masked signals of scenes at their own size are modelled in pairs.
+    """
     pairs = any(source.kind == "scenes" and source.modalities in ("pair", "any") for source in config.data.sources)
-    return pairs and config.model.image_size == IMAGE_SIZE
+    return pairs and config.model.image_size == IMAGE_SIZE and config.model.objective == "msm"
 
 
 @torch.no_grad()
@@ -80,7 +83,12 @@ def evaluate_scenes(
         patches as in training, `pixel_loss` -> {right, wrong} per-patch-normalised squared error of masked foreground
         patches given the whole caption, and for level `easy` `binding` -> probe -> {target, distractor}, shares of
         answers.
+
+    Raises:
+        ConfigError: the model was pre-trained by another objective, and has not learnt what is asked for here.
     """
+    if config.model.objective != "msm":
+        raise ConfigError(f"model.objective ('{config.model.objective}') must be 'msm' for masked signals of scenes")
     training = model.training
     model.eval()
     device = next(model.parameters()).device

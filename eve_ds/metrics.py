@@ -121,11 +121,13 @@ class ProgressLine:
             get_logger().info("%s  eta %.0f s", _plain_line(step, numbers), left)
 
 
-PLAIN = ("loss", "pixel", "text", "load_balancing", "lr", "samples_per_second")
+PLAIN = ("loss", "pixel", "text", "itc", "itm", "load_balancing", "lr", "samples_per_second")
 LIVE = {
     "loss": "loss {:.3g}",
     "pixel": "pixel {:.3g}",
     "text": "text {:.3g}",
+    "itc": "itc {:.3g}",
+    "itm": "itm {:.3g}",
     "lr": "lr {:.2g}",
     "samples_per_second": "{:.4g}/s",
     "load_balancing": "balance {:.3g}",
@@ -142,20 +144,40 @@ def _live_line(step: int, numbers: dict[str, float]) -> str:
 
 
 def forward_flops(config: ModelConfig, *, visible_patches: int, masked_patches: int, text_tokens: float) -> float:
-    """Multiply-adds of one pre-training sample's forward, times two (a training step costs three forwards).
+    """Multiply-adds of one sample's forward in masked signal modelling, times two (a step costs three forwards).
 
     Counts matrix products of the encoder (top-k experts in MoE layers), attention scores, pixel decoder and vocabulary
     head; leaves out norms, activations and embeddings, as is usual for model FLOP/s utilisation.
     """
-    width, ffn = config.hidden_size, config.intermediate_size
     tokens = 1 + visible_patches + text_tokens
-    num_moe = len(set(config.moe_layers))
+    encoder = _encoder_macs(config, tokens) + _patch_macs(config, visible_patches)
+    return 2 * (encoder + _decoder_macs(config, tokens, masked_patches) + _words_macs(config, text_tokens))
+
+
+def matching_flops(config: ModelConfig, *, text_tokens: float) -> float:
+    """The same for the objectives `itc_itm` and `itc_itm_mlm`; heads and similarities count for nothing."""
+    with_words = config.objective == "itc_itm_mlm"
+    image, joint = 1 + config.num_patches, 3 + with_words
+    encoder = _encoder_macs(config, image) + _encoder_macs(config, text_tokens)
+    encoder += joint * _encoder_macs(config, image + text_tokens)
+    patches = (1 + joint) * _patch_macs(config, config.num_patches)
+    return 2 * (encoder + patches + with_words * _words_macs(config, text_tokens))
+
+
+def _encoder_macs(config: ModelConfig, tokens: float) -> float:
+    width, num_moe = config.hidden_size, len(set(config.moe_layers))
     attention = config.num_hidden_layers * (4 * width * width + 2 * tokens * width)
     networks = (config.num_hidden_layers - num_moe) + num_moe * config.moe.top_k
-    encoder = tokens * (attention + networks * 2 * width * ffn)
-    patch = 3 * config.patch_size**2
-    text = 0.5 * text_tokens * (width * width + width * config.vocab_size)
-    return 2 * (encoder + visible_patches * patch * width + _decoder_macs(config, tokens, masked_patches) + text)
+    return tokens * (attention + networks * 2 * width * config.intermediate_size)
+
+
+def _patch_macs(config: ModelConfig, patches: int) -> float:
+    return patches * 3 * config.patch_size**2 * config.hidden_size
+
+
+def _words_macs(config: ModelConfig, text_tokens: float) -> float:
+    """Half of the words are predicted."""
+    return 0.5 * text_tokens * config.hidden_size * (config.hidden_size + config.vocab_size)
 
 
 def _decoder_macs(config: ModelConfig, tokens: float, masked: int) -> float:

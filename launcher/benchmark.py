@@ -1,6 +1,6 @@
 """Measure the project's parts beside what others offer for the same work.
 
-    python launcher/benchmark.py routing            also: moe, losses, step, data, or several of them
+    python launcher/benchmark.py routing            also: moe, losses, step, objectives, data, or several
     python launcher/benchmark.py routing losses --quick --json
 
 Both sides run in one process, in turn: one thread and CPU time on a CPU, device events on CUDA, medians with the spread
@@ -25,7 +25,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT
 import argparse
 
 RESULTS = ROOT / "kernels" / "bench" / "results.csv"
-NAMES = ("routing", "moe", "losses", "step", "data")
+NAMES = ("routing", "moe", "losses", "step", "objectives", "data")
 SECONDS, QUICK_SECONDS = 8.0, 0.3
 """Of each comparison; at least three rounds are run."""
 
@@ -47,13 +47,15 @@ def main() -> int:
 
     from eve_ds.benchmark.harness import Absent, Measure, append_results, json_line
     from eve_ds.benchmark.measures import MEASURES
+    from eve_ds.benchmark.objectives import objectives
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rows: list[Measure] = []
+    measures = MEASURES | {"objectives": objectives}
     for name in arguments.measure:
-        for found in MEASURES[name](QUICK_SECONDS if arguments.quick else SECONDS):
+        for found in measures[name](QUICK_SECONDS if arguments.quick else SECONDS):
             if isinstance(found, Absent):
                 print(f"absent: {found.peer} for {found.measure}: {found.reason}", file=sys.stderr)
                 continue
@@ -74,6 +76,8 @@ def text_line(row) -> str:  # noqa: ANN001 - a Measure, which is imported late
         f"{row.measure:<32} {row.dtype:<9} {row.ours_ms:9.2f} ms (+-{row.ours_spread:4.0%})   "
         f"{row.peer:<38} {row.peer_ms:9.2f} ms (+-{row.peer_spread:4.0%})   x{row.ratio:.2f}"
     )
+    if row.ours_gflop is not None:
+        line += f"   {row.ours_gflop:.4g} / {row.peer_gflop:.4g} GFLOP, x{row.peer_gflop / row.ours_gflop:.2f}"
     return line if row.ours_mb is None else f"{line}   {row.ours_mb:.0f} / {row.peer_mb:.0f} MB"
 
 

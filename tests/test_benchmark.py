@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eve_ds.benchmark import measures, peers
+from eve_ds.benchmark import measures, objectives, peers
 from eve_ds.benchmark.harness import COLUMNS, append_results, compare, json_line
-from eve_ds.config import ModelConfig, MoEConfig
+from eve_ds.config import ModelConfig, MoEConfig, load_config
+from eve_ds.metrics import forward_flops, matching_flops
 from eve_ds.model.moe import MoE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +123,37 @@ def test_both_sides_of_routing_have_the_same_gradients(ours, theirs, monkeypatch
     measures._stock_routing(inputs, peers.StockRouting(capacity_factor=16.0), True)
     for mine, stock in zip(*grads, strict=True):
         torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_every_objective_is_timed_in_turn_and_its_operations_are_counted():
+    config = load_config("eve_tiny")
+    decoders = [config.model.pixel_decoder, config.model.pixel_decoder.model_copy(update={"kind": "self"})]
+    rows = objectives.compare_objectives(config, decoders, 2, 0.0)
+    assert [(row.measure, row.peer) for row in rows] == [
+        (f"msm, eve_tiny, {kind} 1x96", peer) for kind in ("cross", "self") for peer in ("itc_itm", "itc_itm_mlm")
+    ]
+    model, visible, predicted, words = config.model, 16, 24, measures.REAL_TOKENS
+    for row, decoder in zip(rows, [decoder for decoder in decoders for _ in range(2)], strict=True):
+        ours = model.model_copy(update={"pixel_decoder": decoder})
+        baseline = model.model_copy(update={"objective": row.peer})
+        forward = forward_flops(ours, visible_patches=visible, masked_patches=predicted, text_tokens=words)
+        # A step costs three forwards, less the gradient of pixels and, of what attention costs here, padding.
+        assert row.ours_gflop == pytest.approx(3 * 2 * forward / 1e9, rel=0.05)
+        assert row.peer_gflop == pytest.approx(3 * 2 * matching_flops(baseline, text_tokens=words) / 1e9, rel=0.05)
+        assert row.ratio > 2
+        assert json.loads(json_line(row))["ours_gflop"] == pytest.approx(row.ours_gflop, rel=1e-3)
+
+
+def test_sides_share_the_backbone_and_each_step_trains_its_own_part():
+    config = load_config("eve_tiny")
+    sides = objectives.Objectives(config, [config.model.pixel_decoder], 2)
+    models = list(sides.models.values())
+    assert len({id(model.backbone) for model in models}) == 1
+    for name, model in sides.models.items():
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        sides.step(name)
+        unchanged = [key for key, value in model.state_dict().items() if torch.equal(value, before[key])]
+        assert unchanged == [], name
 
 
 @pytest.mark.timeout(240)

@@ -3,6 +3,7 @@
 The loop itself runs in tests/distributed/test_engine_distributed.py.
 """
 
+import json
 import math
 import os
 import tempfile
@@ -281,6 +282,23 @@ def refused_folder(run, resume="auto"):
     return str(caught.value)
 
 
+def test_a_run_from_before_a_field_existed_has_its_default(tmp_path):
+    run = of_run(tmp_path)
+    tree = run.model_dump(mode="json")
+    del tree["model"]["objective"], tree["loss"]["itc_weight"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    check_output_dir(run, "auto")
+    other = run.model_copy(update={"model": run.model.model_copy(update={"objective": "itc_itm"})})
+    assert "its model.objective is 'msm', this run's is 'itc_itm'" in refused_folder(other)
+
+
+def test_hard_negatives_need_a_micro_batch_of_two():
+    settings = config(model={"objective": "itc_itm"}, train={"train_batch_size": 4, "gradient_accumulation_steps": 2})
+    resolve_deepspeed_config({}, settings, 1)
+    with pytest.raises(ConfigError, match=r"model.objective \('itc_itm'\) needs a micro_batch_size \(1\) of 2 or more"):
+        resolve_deepspeed_config({}, settings, 2)
+
+
 def test_a_new_folder_is_made_and_nothing_is_left_in_it(tmp_path):
     check_output_dir(of_run(tmp_path / "a" / "b"), "none")
     assert list((tmp_path / "a" / "b").iterdir()) == []
@@ -387,12 +405,25 @@ def test_denominators_are_what_the_model_encodes_and_predicts():
     samples += [Sample("image", 0, image, None), Sample("text", 0, None, "a large blue square")]
     batch = Collator(settings, load_tokenizer("scenes"), has_images=True, has_captions=True)(samples)
     inputs = batch.model_inputs()
-    del inputs["masked_patch_ids"], inputs["masked_token_ids"]
+    del inputs["masked_patch_ids"], inputs["masked_token_ids"], inputs["masked_input_ids"]
     stream = EVE(settings.model).backbone(**inputs).stream
-    patches, tokens, encoded = denominators(batch)
+    patches, tokens, encoded = denominators(batch, settings.model)
     assert encoded == len(stream.hidden_states) < 22 * 5 + 20 * 8 + 6
     assert patches == 21 * 12
     assert tokens == len(batch.token_labels)
+
+
+@pytest.mark.parametrize(("objective", "passes"), [("itc_itm", 4), ("itc_itm_mlm", 5)])
+def test_denominators_of_matching_count_every_pass(objective, passes):
+    settings = config(model={**SMALL, "patch_size": 8, "objective": objective})
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(3)]
+    batch = Collator(settings, load_tokenizer("scenes"), has_images=True, has_captions=True)(samples)
+    output = EVE(settings.model)(**batch.model_inputs())
+    patches, words, encoded = denominators(batch, settings.model)
+    assert encoded == float(output.moe[0].statistics.tokens.sum()) == passes * 3 * (1 + 16 + 8)
+    assert patches == 0
+    assert words == (9 if objective == "itc_itm_mlm" else 0)  # half of six words each
 
 
 def test_parameter_groups_hold_every_parameter_once():

@@ -20,7 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eve_ds import metrics
 from eve_ds.config import load_config
-from eve_ds.metrics import MetricsWriter, ProgressLine, forward_flops, peak_flops, peak_memory_bytes
+from eve_ds.metrics import (
+    MetricsWriter,
+    ProgressLine,
+    forward_flops,
+    matching_flops,
+    peak_flops,
+    peak_memory_bytes,
+)
 from eve_ds.model.eve import EVE
 
 NUMBERS = {"loss": 2.3456, "pixel": 0.12345, "text": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
@@ -168,6 +175,21 @@ def test_flops_are_those_that_torch_counts(decoder):
     ours = forward_flops(config, visible_patches=16, masked_patches=48, text_tokens=length)
     # Ours leaves out the routers, 0.15 % here.
     assert ours == pytest.approx(counter.get_total_flops() / batch, rel=3e-3)
+
+
+@pytest.mark.parametrize("objective", ["itc_itm", "itc_itm_mlm"])
+def test_flops_of_matching_are_those_that_torch_counts(objective, monkeypatch):
+    monkeypatch.setenv("EVE_DS_OPS", "reference")
+    config = load_config("eve_tiny", [f"model.objective={objective}"]).model
+    model, batch, length = EVE(config).eval(), 4, 12
+    chosen = (torch.arange(batch)[:, None] * length + torch.arange(1, 7)).flatten()
+    words = torch.randint(5, 50, (batch, length))
+    masked = {"masked_input_ids": words, "masked_token_ids": chosen} if objective == "itc_itm_mlm" else {}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.randn(batch, 3, 64, 64), input_ids=words, **masked).tensors()
+    ours = matching_flops(config, text_tokens=length)
+    # Ours leaves out the routers, and the heads on one token of each pass.
+    assert ours == pytest.approx(counter.get_total_flops() / batch, rel=5e-3)
 
 
 @pytest.mark.parametrize(

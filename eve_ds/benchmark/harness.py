@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 Run = Callable[[], object]
 COLUMNS = (
     *("measure", "dtype", "shape", "peer", "ours_ms", "peer_ms", "ratio", "ours_spread", "peer_spread"),
-    *("ours_mb", "peer_mb", "repeats", "device", "torch", "deepspeed", "commit", "date"),
+    *("ours_mb", "peer_mb", "repeats", "device", "torch", "deepspeed", "commit", "date", "ours_gflop", "peer_gflop"),
 )
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt."""
@@ -49,6 +51,9 @@ class Measure(NamedTuple):
     """Highest memory above what was there before, MB (10^6 bytes)."""
     peer_mb: float | None
     repeats: int
+    ours_gflop: float | None = None
+    """Floating point operations of matrix products and attention, 10^9, where they were counted."""
+    peer_gflop: float | None = None
 
 
 class Absent(NamedTuple):
@@ -65,34 +70,56 @@ def compare(
     """Run `ours` and all peers in turn for about `seconds` (at least three rounds), after one round to warm up."""
     sides = {"ours": ours, **peers}
     peak = {name: _peak_megabytes(run) if memory else None for name, run in sides.items()}
+    times = interleave(sides, seconds)
+    return [
+        measured(measure, dtype, shape, name, times["ours"], times[name])._replace(
+            ours_mb=peak["ours"], peer_mb=peak[name]
+        )
+        for name in peers
+    ]
+
+
+def interleave(sides: dict[str, Run], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every run of each side, in turn for about `seconds`, after one round to warm up."""
     _keep_freed_memory(True)
     times: dict[str, list[float]] = {name: [] for name in sides}
     deadline = None
-    while deadline is None or time.monotonic() < deadline or len(times["ours"]) < 3:
+    while deadline is None or time.monotonic() < deadline or min(map(len, times.values())) < 3:
         for name, run in sides.items():
             spent = _milliseconds(run)
             if deadline is not None:
                 times[name].append(spent)
         deadline = time.monotonic() + seconds if deadline is None else deadline
     _keep_freed_memory(False)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return [
-        Measure(
-            measure,
-            str(dtype).removeprefix("torch."),
-            shape,
-            name,
-            medians["ours"],
-            medians[name],
-            medians[name] / medians["ours"],
-            _spread(times["ours"]),
-            _spread(times[name]),
-            peak["ours"],
-            peak[name],
-            len(times["ours"]),
-        )
-        for name in peers
-    ]
+    return times
+
+
+def measured(
+    measure: str, dtype: torch.dtype, shape: str, peer: str, ours_ms: list[float], peer_ms: list[float]
+) -> Measure:
+    """The row of two sides that were timed in turn."""
+    ours, theirs = statistics.median(ours_ms), statistics.median(peer_ms)
+    return Measure(
+        measure,
+        str(dtype).removeprefix("torch."),
+        shape,
+        peer,
+        ours,
+        theirs,
+        theirs / ours,
+        _spread(ours_ms),
+        _spread(peer_ms),
+        None,
+        None,
+        len(ours_ms),
+    )
+
+
+def count_gflop(run: Run) -> float:
+    """Floating point operations of one run, 10^9; plain torch ops only, attention as two matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops() / 1e9
 
 
 def _milliseconds(run: Run) -> float:
@@ -169,7 +196,8 @@ def append_results(rows: list[Measure], file: Path) -> None:
 def json_line(row: Measure) -> str:
     """A row as one line of JSON."""
     keys = ("measure", "dtype", "shape", "peer", "ours_ms", "peer_ms", "ratio", "ours_mb", "peer_mb")
-    return json.dumps({key: _rounded(row)[key] for key in keys})
+    counted = () if row.ours_gflop is None else ("ours_gflop", "peer_gflop")
+    return json.dumps({key: _rounded(row)[key] for key in (*keys, *counted)})
 
 
 def provenance() -> dict[str, str]:

@@ -42,7 +42,7 @@ REAL_TOKENS = 12
 Rows = Iterator[list[Measure] | Absent]
 
 
-def _is_quick(seconds: float) -> bool:
+def is_quick(seconds: float) -> bool:
     """Whether there is no time for the large shapes."""
     return seconds < 1
 
@@ -156,9 +156,9 @@ def moe(seconds: float) -> Rows:
             for parameter in layer.parameters():
                 parameter.normal_(std=0.02)
         layer = layer.to(dtype).train()
-        tokens = 512 if _is_quick(seconds) else TOKENS
+        tokens = 512 if is_quick(seconds) else TOKENS
         inputs = _routing_inputs(dtype, tokens)
-        for factor in (1.5,) if _is_quick(seconds) else (1.0, 1.5, 2.0):
+        for factor in (1.5,) if is_quick(seconds) else (1.0, 1.5, 2.0):
             stock = StockMoE(layer, factor).train()
             yield compare(
                 f"moe layer, capacity factor {factor}",
@@ -215,7 +215,7 @@ def losses(seconds: float) -> Rows:
 
 
 def _cross_entropy(seconds: float) -> Rows:
-    quick = _is_quick(seconds)
+    quick = is_quick(seconds)
     rows, vocabulary = (128, 16_000) if quick else (640, 64_000)
     chunked = find("deepspeed.runtime.chunked_cross_entropy")
     for dtype in reversed(DTYPES):
@@ -260,7 +260,7 @@ def step(seconds: float) -> Rows:
     """
     join_group_of_one()
     for preset, batch in (("eve_tiny", 32), ("eve_base", 4)):
-        if preset == "eve_base" and _is_quick(seconds):
+        if preset == "eve_base" and is_quick(seconds):
             yield Absent("training step", "deepspeed, torch losses, padding", "eve_base is left out by --quick")
             continue
         config = load_config(preset)
@@ -343,7 +343,7 @@ class BothForms:
 
 def data(seconds: float) -> Rows:
     """Samples to tensors: the training loader against a bare webdataset loop with the same decode and crop."""
-    count, batch = 512 if _is_quick(seconds) else 2048, 32
+    count, batch = 512 if is_quick(seconds) else 2048, 32
     with tempfile.TemporaryDirectory(prefix="eve_ds_benchmark_") as folder:
         shards = Path(folder) / "scenes"
         write_shards(GeneratedScenes(count), shards, WriterOptions())

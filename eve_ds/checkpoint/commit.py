@@ -38,7 +38,7 @@ from eve_ds.checkpoint.files import (
     write_bytes,
     write_pieces,
 )
-from eve_ds.config import Config, ConfigError
+from eve_ds.config import Config, ConfigError, parse_config
 from eve_ds.distributed import broadcast_object, get_logger, rank_zero
 from eve_ds.model.eve import model_shapes
 
@@ -318,8 +318,7 @@ def _problems_over_ranks(folder: Path) -> list[str]:
 
 
 def _check_model(folder: Path, config: Config) -> None:
-    model = manifest.read_json(folder / manifest.CONFIG)["model"]
-    if model != config.model.model_dump(mode="json"):
+    if parse_config(manifest.read_json(folder / manifest.CONFIG), str(folder)).model != config.model:
         raise ConfigError(f"{folder} holds another model than this run's: name a checkpoint of this run")
 
 
@@ -361,11 +360,8 @@ def _check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None]) -> by
     model.train(training)
     if not rank_zero():
         return None
-    outputs = {"pixel_predictions": output.pixel_predictions}
-    if output.token_hidden is not None:
-        outputs["token_logits"] = output.token_logits()
     named = {f"input.{name}": value for name, value in inputs.items()}
-    named |= {f"output.{name}": value for name, value in outputs.items()}
+    named |= {f"output.{name}": value for name, value in output.tensors().items()}
     tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
     return save(tensors, {"device": output.vocabulary_weight.device.type})
 

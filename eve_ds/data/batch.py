@@ -56,11 +56,14 @@ class Batch:
     masked_patch_ids: Tensor | None = None
     """(B, N_masked) int64, ascending."""
     input_ids: Tensor | None = None
-    """(B, L) int64, masked tokens already replaced; L = longest caption of the batch. None: no source has captions."""
+    """(B, L) int64, masked tokens already replaced unless there are `masked_input_ids`; L = longest caption of the
+    batch. None: no source has captions."""
     attention_mask: Tensor | None = None
     """(B, L) bool, True = real token; all False for a sample without a caption."""
     masked_token_ids: Tensor | None = None
     """(M,) int64, ascending flat indices into B * L of the tokens to predict; M may be 0."""
+    masked_input_ids: Tensor | None = None
+    """(B, L) int64 with masked tokens replaced, where the objective needs `input_ids` whole too. None: it does not."""
     token_labels: Tensor | None = None
     """(M,) int64, the original tokens."""
 

@@ -30,7 +30,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: Config) -> None
 
 
 class Collator:
-    """Makes a :class:`Batch` of samples.
+    """Makes a :class:`Batch` of samples, masked as `model.objective` asks for.
 
     Args:
         has_images: some source has images; a sample without one then gets zeros.
@@ -44,6 +44,7 @@ class Collator:
         self._has_images, self._has_captions = has_images, has_captions
         self._image_size, self._num_patches = config.model.image_size, config.model.num_patches
         self._masking, self._seed = config.masking, config.train.seed
+        self._objective = config.model.objective
         self._captions = _Captions(tokenizer, config.model.text_length)
         special = set(tokenizer.all_special_ids)
         ids = sorted(set(tokenizer.get_vocab().values()) - special)
@@ -61,14 +62,12 @@ class Collator:
         return Batch(keys=[sample.key for sample in samples], **fields)
 
     def _is_text_to_image(self, sample: Sample, rng: Generator) -> bool:
-        share = self._masking.text_to_image_share
+        share = self._masking.text_to_image_share if self._objective == "msm" else 0.0
         return share > 0 and sample.image is not None and sample.caption is not None and rng.random() < share
 
     def _image_fields(
         self, samples: Sequence[Sample], rngs: Sequence[Generator], text_to_image: Sequence[bool]
     ) -> dict[str, Tensor | None]:
-        ratio, share = self._masking.patch_mask_ratio, self._masking.predicted_patch_share
-        visible, masked = zip(*(mask_patches(self._num_patches, ratio, rng, share) for rng in rngs), strict=True)
         present = np.array([sample.image is not None for sample in samples])
         images = [sample.image for sample in samples if sample.image is not None]
         pixel_values = normalize(np.stack(images)) if images else None
@@ -77,6 +76,13 @@ class Collator:
         return {
             "pixel_values": pixel_values,
             "image_mask": None if present.all() else torch.from_numpy(present),
+            **(self._patch_masks(rngs, text_to_image) if self._objective == "msm" else {}),
+        }
+
+    def _patch_masks(self, rngs: Sequence[Generator], text_to_image: Sequence[bool]) -> dict[str, Tensor | None]:
+        ratio, share = self._masking.patch_mask_ratio, self._masking.predicted_patch_share
+        visible, masked = zip(*(mask_patches(self._num_patches, ratio, rng, share) for rng in rngs), strict=True)
+        return {
             "visible_patch_ids": torch.from_numpy(np.stack(visible)),
             "visible_patch_mask": self._visible_patch_mask(len(visible[0]), rngs, text_to_image),
             "masked_patch_ids": torch.from_numpy(np.stack(masked)),
@@ -106,17 +112,25 @@ class Collator:
         # A batch without any caption keeps one column of padding, so that no tensor of the stream is empty.
         length = max(1, *(len(row) for row in tokens))
         input_ids = np.full((len(samples), length), self._captions.pad_id, dtype=np.int64)
-        attention_mask = np.zeros((len(samples), length), dtype=np.bool_)
+        masked_input_ids, attention_mask = input_ids.copy(), np.zeros_like(input_ids, dtype=np.bool_)
         positions, labels = [], []
         for row, (token_ids, rng) in enumerate(zip(tokens, rngs, strict=True)):
             masked = self._mask(token_ids, 0.0 if text_to_image[row] else self._text_mask_ratio(rng), rng)
-            input_ids[row, : len(token_ids)] = masked.input_ids
+            input_ids[row, : len(token_ids)] = token_ids
+            masked_input_ids[row, : len(token_ids)] = masked.input_ids
             attention_mask[row, : len(token_ids)] = True
             positions.append(masked.positions + row * length)
             labels.append(masked.labels)
-        return {
-            "input_ids": torch.from_numpy(input_ids),
+        whole, hidden = torch.from_numpy(input_ids), torch.from_numpy(masked_input_ids)
+        fields: dict[str, Tensor | None] = {
+            "input_ids": hidden if self._objective == "msm" else whole,
             "attention_mask": torch.from_numpy(attention_mask),
+        }
+        if self._objective == "itc_itm":
+            return fields
+        if self._objective == "itc_itm_mlm":
+            fields["masked_input_ids"] = hidden
+        return fields | {
             "masked_token_ids": torch.from_numpy(np.concatenate(positions)),
             "token_labels": torch.from_numpy(np.concatenate(labels)),
         }

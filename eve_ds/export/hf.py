@@ -102,7 +102,7 @@ class EveModelOutput(ModelOutput):
 
 
 class EveModel(PreTrainedModel):
-    """EVE with everything that it was pre-trained with: backbone, pixel decoder, text head.
+    """EVE with everything that it was pre-trained with: backbone, and the heads of its objective; others are None.
 
     A model made from a config is drawn as :class:`eve_ds.model.eve.EVE` is.
     """
@@ -118,6 +118,7 @@ class EveModel(PreTrainedModel):
         # a plain export and a run's checkpoint all name a weight alike. Nothing is tied: the text head has no matrix of
         # its own, `forward` multiplies by the word embedding, and both exist once.
         self.backbone, self.pixel_decoder, self.text_head = eve.backbone, eve.pixel_decoder, eve.text_head
+        self.matching = eve.matching
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -134,7 +135,7 @@ class EveModel(PreTrainedModel):
         masked_patch_ids: Tensor | None = None,
         masked_token_ids: Tensor | None = None,
     ) -> EveModelOutput:
-        """Encode images (B, 3, H, W), text (B, L) int64, or pairs, and predict what is masked.
+        """Encode images (B, 3, H, W), text (B, L) int64, or pairs, and predict what is masked and there is a head for.
 
         Arguments and errors are those of :meth:`eve_ds.model.eve.EVE.forward`; masks may be integers too.
         """
@@ -144,9 +145,9 @@ class EveModel(PreTrainedModel):
         states = encoded.stream.padded()
         text = states[:, encoded.num_image_tokens :]  # (B, L, D)
         pixels = tokens = None
-        if masked_patch_ids is not None and visible_patch_ids is not None:
+        if self.pixel_decoder is not None and masked_patch_ids is not None and visible_patch_ids is not None:
             pixels = self.pixel_decoder(encoded.stream, visible_patch_ids, masked_patch_ids)
-        if masked_token_ids is not None:
+        if self.text_head is not None and masked_token_ids is not None:
             hidden = self.text_head(text.flatten(0, 1)[masked_token_ids])
             tokens = F.linear(hidden, self.backbone.text_embedding.word.weight, self.text_head.bias)
         return EveModelOutput(

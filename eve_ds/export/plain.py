@@ -203,9 +203,7 @@ def _check_outputs(folder: Path, checkpoint: Path, precision: str, dtype: torch.
     inputs, recorded, device = _read_check_batch(checkpoint / CHECK_BATCH)
     model, *_ = load(folder)
     with torch.no_grad():
-        output = model.to(_DTYPES[precision])(**inputs)
-        tokens = None if output.token_hidden is None else output.token_logits()
-    computed = {"pixel_predictions": output.pixel_predictions, "token_logits": tokens}
+        computed = model.to(_DTYPES[precision])(**inputs).tensors()
     differences = {name: computed[name].double() - expected.double() for name, expected in recorded.items()}
     relative = [float(differences[name].norm() / recorded[name].double().norm()) for name in recorded]
     check = OutputCheck(

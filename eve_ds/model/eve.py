@@ -1,7 +1,8 @@
 """EVE (Chen et al., AAAI 2024): parts, block, backbone, and the pre-training model on top of it.
 
 Reading order: `EVE.forward` removes masked patches, embeds what is left, joins image and text into one stream, runs
-the blocks, and decodes pixels and words that were hidden.
+the blocks, and decodes pixels and words that were hidden. For the objectives that masked signal modelling is compared
+with, it runs the backbone over images, texts and pairs of both instead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.experts import StackedLinear
 from eve_ds.model.feed_forward import ModalityFeedForward
-from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
+from eve_ds.model.matching import MatchingHeads, MatchingOutput, Pairs, draw_hard_negatives
+from eve_ds.model.moe import MoE, MoEOutput, merge_outputs, plain_named_tensors
 from eve_ds.model.stream import Layout, TokenStream, join
 
 MoEFactory = Callable[[ModelConfig], nn.Module]
@@ -49,9 +51,24 @@ class EVEOutput(NamedTuple):
     """(M, D) states of the masked tokens; logits are `token_hidden @ vocabulary_weight.T + vocabulary_bias`."""
     vocabulary_weight: Tensor
     """(V, D), the word embedding."""
-    vocabulary_bias: Tensor
-    """(V,)."""
+    vocabulary_bias: Tensor | None
+    """(V,); None where the objective has no words to predict."""
     moe: tuple[MoEOutput, ...]
+    """One per MoE layer, shallow to deep, over all passes of the backbone."""
+    matching: MatchingOutput | None = None
+    """None for masked signal modelling."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Predictions by name, those that there are: by them two copies of a model can be told to be the same."""
+        named = {"pixel_predictions": self.pixel_predictions}
+        if self.token_hidden is not None:
+            named["token_logits"] = self.token_logits()
+        if self.matching is not None:
+            # Not the negatives, which are drawn.
+            pairs = len(self.matching.image_features)
+            named |= {"image_features": self.matching.image_features, "text_features": self.matching.text_features}
+            named["matching_logits"] = self.matching.logits[:pairs]
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def token_logits(self) -> Tensor:
         """(M, V) logits of the masked tokens."""
@@ -142,7 +159,10 @@ class Backbone(nn.Module):
 
 
 class EVE(nn.Module):
-    """Masked signal modelling on image-text pairs, images alone, or text alone."""
+    """The backbone, and the heads of `config.objective`; those of the others are None.
+
+    `msm`: masked signal modelling on image-text pairs, images alone, or text alone. `itc_itm`, `itc_itm_mlm`: pairs.
+    """
 
     def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
         super().__init__()
@@ -150,8 +170,9 @@ class EVE(nn.Module):
         # Drawn before the modules are made, since what torch draws for those depends on how many experts are here.
         seed = int(torch.randint(2**62, (), device="cpu"))
         self.backbone = Backbone(config, moe_cls)
-        self.pixel_decoder = PixelDecoder(config)
-        self.text_head = TextHead(config)
+        self.pixel_decoder = PixelDecoder(config) if config.objective == "msm" else None
+        self.text_head = TextHead(config) if config.objective != "itc_itm" else None
+        self.matching = MatchingHeads(config) if config.objective != "msm" else None
         initialize_weights(self, config, seed)
 
     def forward(
@@ -164,8 +185,9 @@ class EVE(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         masked_token_ids: Tensor | None = None,
+        masked_input_ids: Tensor | None = None,
     ) -> EVEOutput:
-        """Predict what was masked.
+        """Predict what was masked, or who belongs to whom.
 
         Args:
             pixel_values: (B, 3, H, W) normalised to mean = std = 0.5, or None for text alone.
@@ -173,23 +195,57 @@ class EVE(nn.Module):
             visible_patch_ids: (B, N_visible) int64 patches that the encoder sees; None = all.
             visible_patch_mask: (B, N_visible) bool, False = hide this one too; None = hide none of them.
             masked_patch_ids: (B, N_masked) int64 patches to predict; None = predict none.
-            input_ids: (B, L) int64 with masked tokens replaced, or None for images alone.
+            input_ids: (B, L) int64 with masked tokens replaced, or None for images alone. For the objectives other
+                than `msm`: whole captions.
             attention_mask: (B, L) bool, True = real token; None = all are.
             masked_token_ids: (M,) int64 flat indices into B * L of the real tokens to predict; None = predict none.
+            masked_input_ids: (B, L) int64 captions with masked tokens replaced, where `input_ids` are whole.
 
         Raises:
-            ValueError: neither images nor text, or a text longer than the position table.
+            ValueError: neither images nor text, or a text longer than the position table; for the objectives other
+                than `msm`, anything else than at least two pairs.
         """
+        if self.matching is not None:
+            pairs = Pairs.of(pixel_values, image_mask, input_ids, attention_mask)
+            return self._match(self.matching, pairs, masked_input_ids, masked_token_ids)
         encoded = self.backbone(
             pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask
         )
-        pixels = tokens = None
-        if masked_patch_ids is not None and visible_patch_ids is not None:
+        pixels = None
+        if self.pixel_decoder is not None and masked_patch_ids is not None and visible_patch_ids is not None:
             pixels = self.pixel_decoder(encoded.stream, visible_patch_ids, masked_patch_ids)
-        if masked_token_ids is not None:
-            tokens = self.text_head(_text_tokens(encoded, masked_token_ids))
+        return EVEOutput(pixels, *self._predict_words(encoded, masked_token_ids), encoded.moe)
+
+    def _predict_words(
+        self, encoded: BackboneOutput, masked_token_ids: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """States of the tokens to predict, and weight and bias of the vocabulary."""
         words = self.backbone.text_embedding.word.weight
-        return EVEOutput(pixels, tokens, words, self.text_head.bias, encoded.moe)
+        if self.text_head is None:
+            return None, words, None
+        if masked_token_ids is None:
+            return None, words, self.text_head.bias
+        return self.text_head(_text_tokens(encoded, masked_token_ids)), words, self.text_head.bias
+
+    def _match(
+        self, heads: MatchingHeads, pairs: Pairs, masked_input_ids: Tensor | None, masked_token_ids: Tensor | None
+    ) -> EVEOutput:
+        """Images alone and texts alone; then as one batch pairs, pairs with hard negatives, and masked texts."""
+        images = self.backbone(pairs.pixel_values, image_mask=pairs.image_mask)
+        texts = self.backbone(input_ids=pairs.input_ids, attention_mask=pairs.attention_mask)
+        image_features = heads.image_features(images.stream.padded()[:, 0])
+        text_features = heads.text_features(texts.stream.padded()[:, 0])
+        temperature = heads.temperature()
+        joint = pairs.with_negatives(*draw_hard_negatives(image_features, text_features, temperature))
+        num_matched = len(joint.input_ids)
+        if masked_input_ids is not None and masked_token_ids is not None:
+            joint = joint.and_then(pairs._replace(input_ids=masked_input_ids))
+            masked_token_ids = masked_token_ids + num_matched * masked_input_ids.shape[1]
+        fused = self.backbone(joint.pixel_values, joint.input_ids, joint.attention_mask, joint.image_mask)
+        logits = heads.classifier(fused.stream.padded()[:num_matched, fused.num_image_tokens]).float()
+        moe = merge_outputs(images.moe, texts.moe, fused.moe)
+        matching = MatchingOutput(image_features, text_features, temperature, logits)
+        return EVEOutput(None, *self._predict_words(fused, masked_token_ids), moe, matching)
 
 
 def _image_token_mask(image_mask: Tensor | None, visible_patch_mask: Tensor | None) -> Tensor | None:

@@ -49,6 +49,22 @@ class MoEOutput(NamedTuple):
     statistics: RouterStatistics
 
 
+def merge_outputs(*passes: tuple[MoEOutput, ...]) -> tuple[MoEOutput, ...]:
+    """Of several passes through the same layers, one output per layer without hidden states.
+
+    Load-balancing losses are averaged: each pass is balanced for itself. Sums and statistics are added.
+    """
+    return tuple(map(_merge, zip(*passes, strict=True)))
+
+
+def _merge(layer: tuple[MoEOutput, ...]) -> MoEOutput:
+    balance = torch.stack([output.load_balancing_loss for output in layer]).mean()
+    z_sum = torch.stack([output.router_z_sum for output in layer]).sum()
+    counts = zip(*(output.statistics for output in layer), strict=True)
+    statistics = RouterStatistics(*(torch.stack(values).sum(dim=0) for values in counts))
+    return MoEOutput(balance.new_empty(0), balance, z_sum, statistics)
+
+
 class RouterOutput(NamedTuple):
     """Routes of the tokens of one forward, the rows they fill, and what losses and statistics are made of."""
 

@@ -87,7 +87,7 @@ def _model_pictures(exported: Exported, out: Path) -> tuple[dict[str, Path], lis
     batches = [next(stream) for _ in range(BATCHES)]
     on_scenes = all(source.kind == "scenes" for source in config.data.sources)
     pictures, tables = {}, []
-    if batches[0].pixel_values is not None:
+    if model.pixel_decoder is not None and batches[0].pixel_values is not None:
         examples = reconstruct(model, batches[0], tokenizer, config.model.patch_size)[:EXAMPLES]
         kind = "validation scenes" if on_scenes else "samples of the training data"
         title = f"The first {len(examples)} {kind}, not selected"

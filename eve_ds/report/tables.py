@@ -120,7 +120,7 @@ def loss_table(records: list[Record]) -> Table:
     """Each loss term at the first and at the last record of training."""
     train = of_kind(records, "train")
     rows = []
-    for name in ("loss", "pixel", "text", "load_balancing", "router_z"):
+    for name in ("loss", "pixel", "text", "itc", "itm", "load_balancing", "router_z"):
         values = column(train, name)
         if not math.isnan(values[0]):
             rows.append((name, f"{values[0]:.4f}", f"{values[-1]:.4f}", f"{values[-1] - values[0]:+.4f}"))

@@ -1,0 +1,158 @@
+"""Contrastive and matching objectives through the real engine: gathered features, training, resume, export."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from eve_ds.config import load_config
+
+SMALL = [
+    *("model.hidden_size=16", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.moe_layers=[1]"),
+    *("model.intermediate_size=24", "model.moe.num_experts=4", "model.pixel_decoder.hidden_size=8"),
+    *("model.pixel_decoder.num_attention_heads=2", "model.patch_size=16", "masking.max_text_mask_ratio=null"),
+    *("train.train_batch_size=8", "train.metrics_every=1", "optimizer.warmup_steps=2"),
+]
+BASELINES = ("itc_itm", "itc_itm_mlm")
+PAIRS, WIDTH = 6, 5
+pytestmark = pytest.mark.timeout(300)
+
+
+def config_for(folder, objective, *overrides):
+    settings = [f"model.objective={objective}", f"train.output_dir={folder}", *overrides]
+    return load_config("eve_tiny", settings)
+
+
+def records(folder, kind="train"):
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [item for item in map(json.loads, lines) if item["kind"] == kind]
+
+
+def numbers(folder):
+    """Loss terms by step; of a step that was taken twice, the second time."""
+    names = ("loss", "itc", "itm", "load_balancing", "router_z")
+    return {item["step"]: [item[name] for name in names] for item in records(folder)}
+
+
+# --- the gather -----------------------------------------------------------------------------------------------------
+
+
+def features():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(PAIRS, WIDTH, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+def contrastive_gradients(rows, gather):
+    """Loss, and gradients with respect to the rows of both features and the temperature's logarithm."""
+    from eve_ds.losses import contrastive_loss
+    from eve_ds.model.matching import MatchingOutput
+
+    leaves = [part[rows].clone().requires_grad_() for part in features()]
+    leaves.append(torch.tensor(math.log(0.07), dtype=torch.float64, requires_grad=True))
+    unit = [torch.nn.functional.normalize(leaf, dim=1) for leaf in leaves[:2]]
+    loss = contrastive_loss(MatchingOutput(*unit, leaves[2].exp(), torch.zeros(0, 2)), gather)
+    return loss.detach(), torch.autograd.grad(loss, leaves)
+
+
+def gathered(rank, world_size):
+    from eve_ds.parallel.gather import gather_rows
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+
+    initialize_deepspeed_distributed()
+    share = PAIRS // world_size
+    return contrastive_gradients(slice(rank * share, (rank + 1) * share), gather_rows)
+
+
+def test_gradients_through_the_gather_are_those_of_one_process(run_ranks):
+    from eve_ds.losses import only_this_rank
+
+    world_size = 2
+    loss, (images, texts, temperature) = contrastive_gradients(slice(None), only_this_rank)
+    found = run_ranks(gathered, world_size)
+    torch.testing.assert_close(sum(own for own, _ in found) / world_size, loss, rtol=1e-12, atol=0)
+    # Parameter gradients are averaged over ranks, so a rank's rows have as many times the gradient.
+    for place, whole in ((0, images), (1, texts)):
+        rows = torch.cat([gradients[place] for _, gradients in found]) / world_size
+        torch.testing.assert_close(rows, whole, rtol=1e-10, atol=1e-14)
+    shares = [gradients[2] for _, gradients in found]
+    torch.testing.assert_close(sum(shares) / world_size, temperature, rtol=1e-10, atol=1e-14)
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
+
+
+def learn(rank, world_size, folder):
+    from eve_ds import engine
+
+    settings = ["train.max_steps=20", "train.train_batch_size=16", "train.metrics_every=1", "optimizer.warmup_steps=5"]
+    engine.pretrain(config_for(folder, "itc_itm_mlm", "masking.max_text_mask_ratio=null", *settings), None)
+
+
+def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
+    run_ranks(learn, 1, str(tmp_path), timeout=200)
+    history = records(tmp_path)
+    assert len(history) == 20
+    for name in ("loss", "text", "itm"):
+        first, last = ([item[name] for item in part] for part in (history[:5], history[-5:]))
+        assert sum(last) < 0.97 * sum(first), name
+    assert records(tmp_path, "eval") == [], "the model has no decoder to be evaluated"
+
+
+def resume_both(rank, world_size, folder):
+    """Each baseline in one go, and in two halves; ranks share the experts."""
+    from eve_ds import engine
+    from eve_ds.parallel.moe import local_plain_state_dict
+
+    class Watched(engine.Trainer):
+        def run(self):
+            summary = super().run()
+            found.append({k: v.clone() for k, v in local_plain_state_dict(self.engine.module).items()})
+            return summary
+
+    engine.Trainer = Watched
+    results = []
+    for stage, objective in enumerate(BASELINES):
+        found = []
+        zero = {"zero_optimization": {"stage": stage}}
+        clip = f"optimizer.clip_grad_norm={0.0 if stage == 0 else 1.0}"
+        common = [*SMALL, clip, "optimizer.decay=constant", f"parallel.ep_size={world_size}"]
+        common.append(f"train.gradient_accumulation_steps={2 // world_size}")
+        for name, steps in (("whole", (4,)), ("parts", (2, 4))):
+            for last in steps:
+                config = config_for(f"{folder}/{objective}/{name}", objective, *common, f"train.max_steps={last}")
+                engine.pretrain(config, zero)
+        whole, _, parts = found
+        results.append([name for name in whole if not torch.equal(whole[name], parts[name])])
+    return results
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one_and_exports(run_ranks, runs, world_size):
+    from eve_ds.export import load
+    from eve_ds.export.plain import export
+    from eve_ds.report.run_report import Exported, write_report
+
+    folder = runs / str(world_size)
+    assert run_ranks(resume_both, world_size, str(folder), timeout=200) == [[[], []]] * world_size
+    for objective in BASELINES:
+        whole, parts = numbers(folder / objective / "whole"), numbers(folder / objective / "parts")
+        assert whole == parts
+        assert len({tuple(terms) for terms in whole.values()}) == 4
+        report = export(folder / objective / "parts", folder / "export" / objective, must_check=True)
+        outputs = set(report.check.outputs)
+        words = {"token_logits"} if objective == "itc_itm_mlm" else set()
+        assert outputs == {"image_features", "text_features", "matching_logits"} | words
+        exported = Exported(*load(folder / "export" / objective))
+        assert exported.config.model.objective == objective
+        written = write_report(folder / objective / "parts", folder / "report" / objective, exported)
+        assert [path.name for path in written] == ["report.md", "curves.png", "experts.png"]
+        assert "| itc |" in written[0].read_text()

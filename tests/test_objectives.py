@@ -1,0 +1,274 @@
+"""Contrastive and matching objectives: losses against loops in fp64, hard negatives, what the model is made of."""
+
+import math
+
+import pytest
+import torch
+
+from eve_ds.config import ConfigError, load_config
+from eve_ds.data.collate import Collator
+from eve_ds.data.scenes import Scenes
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.evaluation import evaluate_scenes, samples_of, trains_on_scenes, unmask_text
+from eve_ds.losses import Counts, contrastive_loss, matching_loss, pretraining_losses, total_loss
+from eve_ds.model.eve import EVE, model_shapes
+from eve_ds.model.matching import MatchingOutput, Pairs, draw_hard_negatives
+from eve_ds.model.moe import MoEOutput, RouterStatistics, merge_outputs
+
+PAIRS, WIDTH = 5, 7
+SMALL = [
+    "model.hidden_size=16",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.intermediate_size=24",
+    "model.moe_layers=[1]",
+    "model.moe.num_experts=4",
+    "model.pixel_decoder.hidden_size=8",
+    "model.pixel_decoder.num_attention_heads=2",
+]
+
+
+def config_of(objective, *overrides):
+    return load_config("eve_tiny", [*SMALL, f"model.objective={objective}", *overrides])
+
+
+def batch_of(config, count=4):
+    collate = Collator(config, load_tokenizer("scenes"), has_images=True, has_captions=True)
+    scenes = Scenes("easy", 0, "train")
+    return collate(samples_of([scenes[number] for number in range(count)]))
+
+
+def matching_of(generator):
+    """Predictions in fp64 with gradients."""
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    images, texts = (draw(PAIRS, WIDTH) for _ in range(2))
+    log_temperature = torch.tensor(math.log(0.07), dtype=torch.float64, requires_grad=True)
+    unit = [torch.nn.functional.normalize(features, dim=1) for features in (images, texts)]
+    logits = draw(3 * PAIRS, 2)
+    return MatchingOutput(*unit, log_temperature.exp(), logits), (images, texts, log_temperature, logits)
+
+
+def cross_entropy_by_hand(logits, target):
+    """Of a list of () tensors."""
+    return torch.log(sum(torch.exp(logit) for logit in logits)) - logits[target]
+
+
+def contrastive_by_loops(matching):
+    total = 0.0
+    for i in range(PAIRS):
+        for ours, theirs in (matching[:2], matching[1::-1]):
+            similarities = [sum(a * b for a, b in zip(ours[i], theirs[j], strict=True)) for j in range(PAIRS)]
+            total = total + cross_entropy_by_hand([value / matching.temperature for value in similarities], i)
+    return total / (2 * PAIRS)
+
+
+def matching_by_loops(matching):
+    total = 0.0
+    for row in range(3 * PAIRS):
+        total = total + cross_entropy_by_hand(list(matching.logits[row]), 1 if row < PAIRS else 0)
+    return total / (3 * PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("loss", "by_loops"), [(contrastive_loss, contrastive_by_loops), (matching_loss, matching_by_loops)]
+)
+def test_losses_and_gradients_equal_loops(loss, by_loops):
+    matching, leaves = matching_of(torch.Generator().manual_seed(0))
+    found, expected = loss(matching), by_loops(matching)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True) for value in (found, expected)]
+    assert any(gradient is not None for gradient in grads[0])
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_terms_and_weights():
+    config = config_of("itc_itm_mlm", "loss.itc_weight=0.5", "loss.itm_weight=2.0")
+    torch.manual_seed(0)
+    model, batch = EVE(config.model).train(), batch_of(config)
+    output = model(**batch.model_inputs())
+    terms = pretraining_losses(
+        output,
+        pixel_values=batch.pixel_values,
+        image_mask=None,
+        masked_patch_ids=None,
+        token_labels=batch.token_labels,
+        patch_size=8,
+        counts=Counts(0, len(batch.token_labels), 100),
+    )
+    assert set(terms) == {"text", "itc", "itm", "load_balancing", "router_z"}
+    assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
+    weighed = 4.0 * terms["text"] + 0.5 * terms["itc"] + 2.0 * terms["itm"] + 0.001 * terms["load_balancing"]
+    torch.testing.assert_close(total_loss(terms, config.loss), weighed)
+    total_loss(terms, config.loss).backward()
+    idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert idle == set(), "every parameter of the model takes part in its objective"
+
+
+def test_a_hard_negative_is_never_the_pair_itself_and_the_likelier_the_more_similar():
+    torch.manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(6, WIDTH), dim=1)
+    temperature = torch.tensor(0.5)
+    draws = [draw_hard_negatives(features, features.flip(0), temperature) for _ in range(4000)]
+    similarities = features @ features.flip(0).t() / 0.5
+    for which, logits in ((0, similarities.t()), (1, similarities)):
+        ids = torch.stack([draw[which] for draw in draws])  # (draws, B)
+        assert not (ids == torch.arange(6)).any()
+        shares = torch.nn.functional.one_hot(ids, 6).float().mean(dim=0)
+        expected = logits.masked_fill(torch.eye(6, dtype=torch.bool), -math.inf).softmax(dim=1)
+        torch.testing.assert_close(shares, expected, rtol=0, atol=0.04)  # five standard deviations of a share
+
+
+def test_even_a_pair_that_is_alone_in_being_similar_gets_a_negative():
+    eye = torch.eye(3)
+    image_ids, text_ids = draw_hard_negatives(eye, eye, torch.tensor(0.01))
+    assert (image_ids != torch.arange(3)).all()
+    assert (text_ids != torch.arange(3)).all()
+
+
+def test_the_joint_batch_holds_pairs_then_texts_with_other_images_then_images_with_other_texts():
+    pixel_values = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+    pairs = Pairs.of(pixel_values, None, torch.tensor([[10], [11], [12]]), torch.tensor([[True], [False], [True]]))
+    joint = pairs.with_negatives(torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1]))
+    assert joint.pixel_values[:, 0, 0, 0].tolist() == [0, 1, 2, 1, 2, 0, 0, 1, 2]
+    assert joint.input_ids.flatten().tolist() == [10, 11, 12, 10, 11, 12, 12, 10, 11]
+    assert joint.attention_mask.flatten().tolist() == [1, 0, 1, 1, 0, 1, 1, 1, 0]
+    assert joint.image_mask.all()
+
+
+@pytest.mark.parametrize("objective", ["itc_itm", "itc_itm_mlm"])
+def test_output_is_that_of_the_passes_one_by_one(objective):
+    config = config_of(objective)
+    torch.manual_seed(0)
+    model, batch = EVE(config.model).eval(), batch_of(config)
+    heads, backbone = model.matching, model.backbone
+    torch.manual_seed(1)
+    output = model(**batch.model_inputs())
+    torch.manual_seed(1)
+    pixels, words, mask = batch.pixel_values, batch.input_ids, batch.attention_mask
+    image = heads.image_projection(backbone(pixels).stream.padded()[:, 0])
+    text = heads.text_projection(backbone(input_ids=words, attention_mask=mask).stream.padded()[:, 0])
+    image, text = image / image.norm(dim=1, keepdim=True), text / text.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(output.matching.image_features, image)
+    torch.testing.assert_close(output.matching.text_features, text)
+    assert output.matching.temperature.item() == pytest.approx(0.07)
+    image_ids, text_ids = draw_hard_negatives(image, text, torch.tensor(0.07))
+    for part, (pictures, ids, masks) in enumerate(
+        ((pixels, words, mask), (pixels[image_ids], words, mask), (pixels, words[text_ids], mask[text_ids]))
+    ):
+        encoded = backbone(pictures, ids, masks)
+        logits = heads.classifier(encoded.stream.padded()[:, encoded.num_image_tokens])
+        torch.testing.assert_close(output.matching.logits[4 * part : 4 * part + 4], logits)
+    if objective == "itc_itm":
+        assert output.token_hidden is None
+        return
+    encoded = backbone(pixels, batch.masked_input_ids, mask)
+    states = encoded.stream.padded()[:, encoded.num_image_tokens :].flatten(0, 1)
+    torch.testing.assert_close(output.token_hidden, model.text_head(states[batch.masked_token_ids]))
+
+
+def test_a_single_pair_and_a_single_modality_are_refused():
+    config = config_of("itc_itm")
+    model = EVE(config.model)
+    with pytest.raises(ValueError, match="at least two pairs"):
+        model(**batch_of(config, count=1).model_inputs())
+    with pytest.raises(ValueError, match="at least two pairs"):
+        model(input_ids=torch.ones(2, 3, dtype=torch.int64))
+
+
+def test_each_objective_has_its_heads_and_no_others():
+    shapes = {objective: model_shapes(config_of(objective).model) for objective in ("msm", "itc_itm", "itc_itm_mlm")}
+    parts = {objective: {name.split(".")[0] for name in found} for objective, found in shapes.items()}
+    assert parts["msm"] == {"backbone", "pixel_decoder", "text_head"}
+    assert parts["itc_itm"] == {"backbone", "matching"}
+    assert parts["itc_itm_mlm"] == {"backbone", "matching", "text_head"}
+    heads = {name: tuple(shape) for name, shape in shapes["itc_itm"].items() if name.startswith("matching.")}
+    assert heads == {
+        "matching.image_projection.weight": (16, 16),
+        "matching.text_projection.weight": (16, 16),
+        "matching.log_temperature": (1,),
+        "matching.classifier.weight": (2, 16),
+        "matching.classifier.bias": (2,),
+    }
+
+
+def test_a_backbone_is_drawn_alike_for_every_objective():
+    states = []
+    for objective in ("msm", "itc_itm_mlm"):
+        torch.manual_seed(0)
+        states.append(EVE(config_of(objective).model).backbone.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_batches_of_each_objective():
+    whole = unmask_text(batch_of(config_of("msm", "masking.text_to_image_share=0"))).input_ids
+    plain, words = batch_of(config_of("itc_itm")), batch_of(config_of("itc_itm_mlm", "masking.text_mask_ratio=0.15"))
+    for batch in (plain, words):
+        assert torch.equal(batch.input_ids, whole)
+        assert batch.visible_patch_ids is batch.masked_patch_ids is batch.visible_patch_mask is None
+    assert plain.masked_input_ids is plain.masked_token_ids is plain.token_labels is None
+    again = batch_of(config_of("itc_itm_mlm", "masking.text_mask_ratio=0.15"))
+    assert torch.equal(again.masked_input_ids, words.masked_input_ids), "a function of seed, epoch and key"
+    restored = words.masked_input_ids.flatten().scatter(0, words.masked_token_ids, words.token_labels)
+    assert torch.equal(restored.view_as(whole), whole)
+    mask_id = load_tokenizer("scenes").mask_token_id
+    assert (words.masked_input_ids.flatten()[words.masked_token_ids] == mask_id).all()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.15, 0.15), (0.5, 0.5), (0.15, 0.5)])
+def test_ratio_of_masked_words(low, high):
+    ratios = [f"masking.text_mask_ratio={low}", f"masking.max_text_mask_ratio={high}"]
+    batch = batch_of(config_of("itc_itm_mlm", *ratios), count=64)
+    maskable = batch.attention_mask.sum(dim=1) - 2
+    rows = batch.masked_token_ids // batch.input_ids.shape[1]
+    chosen = torch.bincount(rows, minlength=64)
+    assert (chosen >= (low * maskable - 0.5).clamp(min=1)).all()
+    assert (chosen <= high * maskable + 0.5).all()
+
+
+def test_only_pairs_can_be_compared():
+    problem = r"model.objective \('itc_itm'\) needs pairs: data.sources\[1\].modalities is 'text'"
+    with pytest.raises(ConfigError, match=problem):
+        config_of("itc_itm", "data.sources=[{kind: scenes}, {kind: scenes, modalities: text}]")
+
+
+def test_merged_outputs_of_several_passes_add_up():
+    def made(balance, z_sum, tokens):
+        statistics = RouterStatistics(
+            torch.full((2, 4), tokens), torch.zeros(2), torch.full((2,), tokens), torch.tensor(tokens)
+        )
+        return MoEOutput(torch.zeros(3), torch.tensor(balance), torch.tensor(z_sum), statistics)
+
+    merged = merge_outputs((made(1.0, 10.0, 2.0), made(2.0, 1.0, 2.0)), (made(3.0, 20.0, 5.0), made(4.0, 3.0, 5.0)))
+    assert [float(layer.load_balancing_loss) for layer in merged] == [2.0, 3.0]
+    assert [float(layer.router_z_sum) for layer in merged] == [30.0, 4.0]
+    assert merged[0].statistics.routes.tolist() == [[7.0] * 4] * 2
+    assert merged[1].statistics.entropy_sum == 7.0
+
+
+def test_scenes_are_not_asked_of_a_model_without_a_decoder():
+    config = config_of("itc_itm")
+    assert trains_on_scenes(config_of("msm"))
+    assert not trains_on_scenes(config)
+    with pytest.raises(ConfigError, match=r"model.objective \('itc_itm'\) must be 'msm'"):
+        evaluate_scenes(EVE(config.model), config, load_tokenizer("scenes"))
+
+
+@pytest.mark.parametrize("objective", ["itc_itm", "itc_itm_mlm"])
+def test_the_transformers_model_has_the_same_weights_and_encodes_the_same(objective):
+    from eve_ds.export.hf import EveConfig, EveModel
+
+    config = config_of(objective)
+    torch.manual_seed(0)
+    model, batch = EVE(config.model).eval(), batch_of(config)
+    other = EveModel(EveConfig(**config.model.model_dump(mode="json"))).eval()
+    other.load_state_dict(model.state_dict())
+    states = other(batch.pixel_values, batch.input_ids, batch.attention_mask).last_hidden_state
+    torch.testing.assert_close(
+        states, model.backbone(batch.pixel_values, batch.input_ids, batch.attention_mask).stream.padded()
+    )
