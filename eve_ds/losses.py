@@ -6,6 +6,7 @@ a global batch over ranks and micro-steps has the same gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from eve_ds import ops
 from eve_ds.config import LossConfig
 from eve_ds.model.eve import EVEOutput
+from eve_ds.model.moe import MoEOutput
 
 
 class Counts(NamedTuple):
@@ -56,11 +58,21 @@ def pretraining_losses(
             output.token_hidden, output.vocabulary_weight, output.vocabulary_bias, token_labels
         )
         terms["text"] = total / max(counts.masked_tokens, 1.0)
-    if output.moe:
-        terms["load_balancing"] = torch.stack([layer.load_balancing_loss for layer in output.moe]).mean()
-        z_sum = torch.stack([layer.router_z_sum for layer in output.moe]).mean()
-        terms["router_z"] = z_sum / max(counts.tokens, 1.0)
-    return terms
+    return terms | router_losses(output.moe, counts.tokens)
+
+
+def router_losses(moe: Sequence[MoEOutput], tokens: float) -> dict[str, Tensor]:
+    """Load-balancing and z loss, each () fp32 and the mean over layers; nothing where there is no layer.
+
+    Args:
+        moe: one per MoE layer.
+        tokens: that the z loss is averaged over.
+    """
+    if not moe:
+        return {}
+    balance = torch.stack([layer.load_balancing_loss for layer in moe]).mean()
+    z_sum = torch.stack([layer.router_z_sum for layer in moe]).mean()
+    return {"load_balancing": balance, "router_z": z_sum / max(tokens, 1.0)}
 
 
 def total_loss(terms: dict[str, Tensor], weights: LossConfig) -> Tensor:
