@@ -328,6 +328,15 @@ class TaskConfig(Section):
     rerank: Annotated[int, Field(ge=0)] = 128
     """`retrieval`: candidates of a query that image-text matching orders again; 0 leaves the dot product's order."""
 
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
+        _require(
+            self.itm_weight > 0 or self.rerank == 0,
+            f"task.rerank ({self.rerank}) needs image-text matching: set it to 0, or task.itm_weight "
+            f"({self.itm_weight:g}) above 0",
+        )
+        return self
+
 
 class Config(Section):
     """The whole tree; `model_dump_json` of it travels with every checkpoint and export."""

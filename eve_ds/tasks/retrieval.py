@@ -43,9 +43,10 @@ class RetrievalOutput(NamedTuple):
     """(B, G) of this rank's texts to all ranks' images."""
     same: Tensor
     """(B, G) bool, whether the two are of one image."""
-    matching_logits: Tensor
-    """(3 B, 2) of true pairs, then every image with a wrong text, then every text with a wrong image."""
-    matching_labels: Tensor
+    matching_logits: Tensor | None
+    """(3 B, 2) of true pairs, then every image with a wrong text, then every text with a wrong image; None without
+    ITM."""
+    matching_labels: Tensor | None
     """(3 B,) int64: 1 = true pair, 0 = wrong pair, IGNORED where there was no wrong partner in the batch."""
     moe: tuple[MoEOutput, ...]
     num_tokens: int
@@ -65,10 +66,12 @@ class RetrievalHead(nn.Module):
 class RetrievalModel(nn.Module):
     """One backbone for images alone, texts alone and pairs."""
 
-    def __init__(self, backbone: Backbone, width: int, temperature: float) -> None:
+    def __init__(self, backbone: Backbone, width: int, temperature: float, matching: bool) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = RetrievalHead(width, temperature)
+        self.matching = matching
+        """Whether training computes pairs for ITM, three fifths of its cost."""
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
@@ -85,6 +88,11 @@ class RetrievalModel(nn.Module):
         scale = (-self.head.log_temperature.float()).exp()
         image_logits = scale * images @ gather_rows(texts).t()
         text_logits = scale * texts @ gather_rows(images).t()
+        same = targets.unsqueeze(1) == gather_rows(targets).unsqueeze(0)
+        if not self.matching:
+            return RetrievalOutput(
+                image_logits, text_logits, same, None, None, *sum_outputs((image_pass, text_pass))
+            )
         wrong_texts, has_wrong = draw_negatives(scale * images @ texts.t(), targets)
         wrong_images, _ = draw_negatives(scale * texts @ images.t(), targets)
         pair_pass = self.backbone(
@@ -96,7 +104,7 @@ class RetrievalModel(nn.Module):
         return RetrievalOutput(
             image_logits,
             text_logits,
-            targets.unsqueeze(1) == gather_rows(targets).unsqueeze(0),
+            same,
             self.head.matching(text_class_states(pair_pass)),
             torch.cat([torch.ones_like(wrong), wrong, wrong]),
             *sum_outputs((image_pass, text_pass, pair_pass)),
@@ -174,7 +182,7 @@ class Retrieval:
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """The model with weights not yet drawn."""
         config = self.config.model
-        return RetrievalModel(Backbone(config, moe_cls), config.hidden_size, self.task.temperature)
+        return RetrievalModel(Backbone(config, moe_cls), config.hidden_size, self.task.temperature, self.task.itm_weight > 0)
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """(B,) int64, equal for captions of the same image."""
@@ -184,8 +192,11 @@ class Retrieval:
     def losses(self, output: RetrievalOutput, batch: TaskBatch) -> dict[str, Tensor]:
         """ITC, the mean of both directions, and ITM over true and drawn pairs."""
         contrast = [contrastive_loss(logits, output.same) for logits in (output.image_logits, output.text_logits)]
-        matching = F.cross_entropy(output.matching_logits.float(), output.matching_labels, ignore_index=IGNORED)
-        terms = {"itc": torch.stack(contrast).mean(), "itm": matching}
+        terms = {"itc": torch.stack(contrast).mean()}
+        if output.matching_logits is not None and output.matching_labels is not None:
+            terms["itm"] = F.cross_entropy(
+                output.matching_logits.float(), output.matching_labels, ignore_index=IGNORED
+            )
         return terms | router_losses(output.moe, output.num_tokens)
 
     def settings(self) -> dict[str, Any]:
