@@ -373,9 +373,7 @@ def presets() -> list[str]:
     return sorted(prefix + item.name.removesuffix(".yaml") for prefix, item in found if item.name.endswith(".yaml"))
 
 
-def load_config(
-    preset_or_path: str, overrides: list[str] | None = None, under: dict[str, Any] | None = None
-) -> Config:
+def load_config(preset_or_path: str, overrides: list[str] | None = None, under: dict[str, Any] | None = None) -> Config:
     """Read a preset by name or a YAML file by path, apply `section.key=value` overrides, validate.
 
     A file may name a preset to start from under the key `base`. Values of overrides are parsed as YAML. What neither

@@ -75,12 +75,16 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
         deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 0 with everything "auto".
 
     Raises:
-        ConfigError: settings that contradict each other, data or weights that cannot be used, a folder that holds a run.
+        ConfigError: settings that contradict each other, data or weights that cannot be used, or a folder that holds
+            another run.
         UnusableData: too many examples have no usable image.
         NonFiniteError: a loss or gradient that is not finite.
     """
     info = initialize_deepspeed_distributed()
     examples = load_examples(config, "train")
+    load_examples(config, "val")  # what is wrong with them is said now, and not after hours of training
+    task = new_task(config, examples)
+    examples = task.trainable(examples)
     config = with_schedule(config, len(examples))
     config, deepspeed_config = resolve_deepspeed_config(
         {} if deepspeed_config is None else deepspeed_config, config, info.world_size
@@ -89,7 +93,6 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
     on_rank_zero(partial(check_output_dir, config, "none"))
     on_rank_zero(lock.acquire)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    task = new_task(config, examples)
     seed_everything(config.train.seed)
     model = task.model(partial(DeepSpeedMoE, ep_size=config.parallel.ep_size))
     prepare_weights(model, config)
@@ -344,7 +347,7 @@ class Finetuner:
         reader = PieceReader(pieces)
         weights = {name: reader.read("master", name).view(shape) for name, shape in task_shapes(self.task).items()}
         provenance = {"init": self.config.train.init, "step": self.step, "samples": self.samples}
-        save_task_model(out, self.task, self.tokenizer, weights, provenance)
+        save_task_model(out, self.task, self.config, self.tokenizer, weights, provenance)
         shutil.rmtree(pieces)
 
     def _evaluate(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class ImageReader:
     """Images of an example at the model's size; augmented by (seed, epoch, key) in training, only resized otherwise.
 
     Args:
-        config: `model.image_size`, `data.crop_scale`, `data.horizontal_flip`, `train.seed` and, in `task`, augmentation.
+        config: `model.image_size`, `data.crop_scale`, `data.horizontal_flip`, `train.seed`; augmentation in `task`.
         training: whether to augment.
     """
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eve_ds.config import Config
+from eve_ds.config import Config, ConfigError
 from eve_ds.losses import router_losses
 from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.encoder import Classifier, ClassifierOutput, classify
-from eve_ds.tasks.examples import Example
+from eve_ds.tasks.examples import Example, SceneExamples
 
 
 class NLVR:
@@ -48,6 +48,14 @@ class NLVR:
         """A model with two logits, false and true, with weights not yet drawn."""
         config = self.config.model
         return Classifier(Backbone(config, moe_cls), config.hidden_size, self.num_images, 2)
+
+    def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """All; raises ConfigError where one has no label."""
+        if not isinstance(examples, SceneExamples):
+            unlabelled = [example.key for example in examples if example.label is None]
+            if unlabelled:
+                raise ConfigError(f"training example {unlabelled[0]} has no label: take a split that publishes them")
+        return examples
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """(B,) int64 labels."""

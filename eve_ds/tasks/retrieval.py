@@ -90,9 +90,7 @@ class RetrievalModel(nn.Module):
         text_logits = scale * texts @ gather_rows(images).t()
         same = targets.unsqueeze(1) == gather_rows(targets).unsqueeze(0)
         if not self.matching:
-            return RetrievalOutput(
-                image_logits, text_logits, same, None, None, *sum_outputs((image_pass, text_pass))
-            )
+            return RetrievalOutput(image_logits, text_logits, same, None, None, *sum_outputs((image_pass, text_pass)))
         wrong_texts, has_wrong = draw_negatives(scale * images @ texts.t(), targets)
         wrong_images, _ = draw_negatives(scale * texts @ images.t(), targets)
         pair_pass = self.backbone(
@@ -182,7 +180,13 @@ class Retrieval:
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """The model with weights not yet drawn."""
         config = self.config.model
-        return RetrievalModel(Backbone(config, moe_cls), config.hidden_size, self.task.temperature, self.task.itm_weight > 0)
+        return RetrievalModel(
+            Backbone(config, moe_cls), config.hidden_size, self.task.temperature, self.task.itm_weight > 0
+        )
+
+    def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """All."""
+        return examples
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """(B,) int64, equal for captions of the same image."""
@@ -194,9 +198,7 @@ class Retrieval:
         contrast = [contrastive_loss(logits, output.same) for logits in (output.image_logits, output.text_logits)]
         terms = {"itc": torch.stack(contrast).mean()}
         if output.matching_logits is not None and output.matching_labels is not None:
-            terms["itm"] = F.cross_entropy(
-                output.matching_logits.float(), output.matching_labels, ignore_index=IGNORED
-            )
+            terms["itm"] = F.cross_entropy(output.matching_logits.float(), output.matching_labels, ignore_index=IGNORED)
         return terms | router_losses(output.moe, output.num_tokens)
 
     def settings(self) -> dict[str, Any]:

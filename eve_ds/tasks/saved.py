@@ -56,6 +56,7 @@ def task_shapes(task: Task) -> dict[str, torch.Size]:
 def save_task_model(
     out: Path,
     task: Task,
+    config: Config,
     tokenizer: PreTrainedTokenizerFast,
     weights: dict[str, Tensor],
     provenance: dict[str, Any],
@@ -69,7 +70,7 @@ def save_task_model(
     check_tensors(weights, task_shapes(task), str(out))
     with replacing(out) as folder:
         files = write_weights(folder, weights, torch.float32, MAX_FILE_BYTES, {"format": "pt"})
-        (folder / CONFIG).write_text(task.config.model_dump_json(indent=2), encoding="utf-8")
+        (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
         for file in files:
             shutil.copymode(folder / CONFIG, file)  # safetensors lets nobody else read it
         tokenizer.save_pretrained(folder / TOKENIZER)

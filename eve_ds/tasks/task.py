@@ -29,6 +29,9 @@ class Task(Protocol):
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """The model, `backbone` and `head`, with weights not yet drawn."""
 
+    def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Those that the loss can learn from; raises ConfigError where what is to be learnt is not published."""
+
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """What the loss compares with."""
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import Config, ConfigError
+from eve_ds.distributed import get_logger
 from eve_ds.losses import router_losses
 from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.moe import MoE
@@ -55,6 +56,22 @@ class VQA:
         """A model whose logits are the answers, with weights not yet drawn."""
         config = self.config.model
         return Classifier(Backbone(config, moe_cls), config.hidden_size, 1, len(self.answers))
+
+    def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Questions of which some answer is in the vocabulary; raises ConfigError for a set without answers."""
+        if isinstance(examples, SceneExamples):
+            return examples
+        if not any(example.answers for example in examples):
+            raise ConfigError("the training questions have no answers: give VQAv2's file of annotations beside them")
+        kept = [example for example in examples if any(answer in self._ids for answer in soft_targets(example.answers))]
+        if len(kept) < len(examples):
+            get_logger().info(
+                "%d of %d training questions have no answer in the vocabulary of %d and are left out",
+                len(examples) - len(kept),
+                len(examples),
+                len(self.answers),
+            )
+        return kept
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """(B, A) float32 soft scores; answers outside the vocabulary have no place in them."""

@@ -90,7 +90,7 @@ class Nlvr:
     def _archive(self, path: Path) -> Iterator[Candidate | Skip]:
         # Published archives have the annotations before the images. Images that come earlier are held until then.
         early: list[tuple[str, bytes]] = []
-        for name, data in _members(path):
+        for name, data in archive_members(path):
             split = _annotated_split(name)
             if split and self._wanted(split):
                 self._read_annotations(split, data, path)
@@ -159,10 +159,10 @@ def _folder_names(folder: Path) -> Iterator[str]:
 
 
 def _archive_names(path: Path) -> Iterator[str]:
-    return (split for name, _ in _members(path) if (split := _annotated_split(name)) is not None)
+    return (split for name, _ in archive_members(path) if (split := _annotated_split(name)) is not None)
 
 
-def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+def archive_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Files of an archive in order, read as a stream; raises :class:`SourceError` where it is damaged."""
     read = 0
     try:
