@@ -72,9 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--init", required=True, help="where the backbone comes from, or none")
     parser.add_argument("--model", default="eve_tiny", help="preset of the model where --init does not say one")
     parser.add_argument("--config", help="recipe: a preset or a YAML file (default: that of scenes)")
-    parser.add_argument(
-        "--data", nargs="+", metavar="DATA", help="scenes, scenes:hard, or annotation files to train on"
-    )
+    parser.add_argument("--data", nargs="+", metavar="DATA", help="scenes, scenes:hard, or annotation files")
     parser.add_argument("--val_data", nargs="+", metavar="DATA", help="the same for the evaluation")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image names are relative to")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON; without it ZeRO 0")

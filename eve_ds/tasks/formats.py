@@ -257,11 +257,8 @@ def _nlvr(path: Path, split: str | None) -> Iterator[Example]:
     try:
         for name, content in files:
             if name.suffix == ".json" and (split in (None, name.stem)):
-                lines = content() if callable(content) else content
-                entries += [
-                    (name.stem, _Entry(json.loads(line), path, number))
-                    for number, line in enumerate(lines.splitlines())
-                ]
+                lines = (content() if callable(content) else content).splitlines()
+                entries += [(name.stem, _Entry(json.loads(line), path, i)) for i, line in enumerate(lines)]
             elif (match := IMAGE_NAME.fullmatch(name.name)) and split in (None, match["split"]):
                 images[name.stem] = path / name if callable(content) else content
     except (SourceError, json.JSONDecodeError) as error:

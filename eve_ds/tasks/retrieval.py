@@ -179,10 +179,8 @@ class Retrieval:
 
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """The model with weights not yet drawn."""
-        config = self.config.model
-        return RetrievalModel(
-            Backbone(config, moe_cls), config.hidden_size, self.task.temperature, self.task.itm_weight > 0
-        )
+        config, matching = self.config.model, self.task.itm_weight > 0
+        return RetrievalModel(Backbone(config, moe_cls), config.hidden_size, self.task.temperature, matching)
 
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """All."""

@@ -10,110 +10,19 @@ from collections import Counter
 from collections.abc import Sequence
 
 ARTICLES = frozenset({"a", "an", "the"})
-NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    )
-} | {"none": "0"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-CONTRACTIONS = {
-    word.replace("'", ""): word
-    for word in [
-        "ain't",
-        "aren't",
-        "can't",
-        "could've",
-        "couldn't",
-        "couldn't've",
-        "didn't",
-        "doesn't",
-        "don't",
-        "hadn't",
-        "hadn't've",
-        "hasn't",
-        "haven't",
-        "he'd",
-        "he'd've",
-        "he's",
-        "how'd",
-        "how'll",
-        "how's",
-        "i'd've",
-        "isn't",
-        "it'd",
-        "it'd've",
-        "it'll",
-        "ma'am",
-        "mightn't",
-        "mightn't've",
-        "might've",
-        "mustn't",
-        "must've",
-        "needn't",
-        "not've",
-        "o'clock",
-        "oughtn't",
-        "shan't",
-        "she'd've",
-        "should've",
-        "shouldn't",
-        "shouldn't've",
-        "somebody'd've",
-        "somebody'll",
-        "somebody's",
-        "someone'd",
-        "someone'd've",
-        "someone'll",
-        "someone's",
-        "something'd",
-        "something'd've",
-        "something'll",
-        "that's",
-        "there'd",
-        "there'd've",
-        "there're",
-        "there's",
-        "they'd",
-        "they'd've",
-        "they'll",
-        "they're",
-        "they've",
-        "'twas",
-        "wasn't",
-        "we'd've",
-        "we've",
-        "weren't",
-        "what'll",
-        "what're",
-        "what's",
-        "what've",
-        "when's",
-        "where'd",
-        "where's",
-        "where've",
-        "who'd",
-        "who'd've",
-        "who'll",
-        "who's",
-        "who've",
-        "why'll",
-        "why're",
-        "why's",
-        "won't",
-        "would've",
-        "wouldn't",
-        "wouldn't've",
-        "y'all",
-        "y'all'll",
-        "y'all'd've",
-        "you'd",
-        "you'd've",
-        "you'll",
-        "you're",
-        "you've",
-    ]
-}
+_CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+he's how'd how'll how's i'd've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 ENOUGH = 3
 """Annotators that must agree with an answer for it to count in full."""
 
