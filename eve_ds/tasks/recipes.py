@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eve_ds.config import Config, ConfigError, load_config
+from eve_ds.config import Config, ConfigError, load_config, parse_config
 from eve_ds.tasks.saved import read_start
 
 RECIPES = {"vqa": "tasks/vqa", "nlvr": "tasks/nlvr2", "retrieval": "tasks/retrieval_coco"}
@@ -78,3 +78,20 @@ def _source(data: Sequence[str], images: Path | None) -> dict[str, Any]:
         return {"format": "scenes", "level": level or "easy"}
     source: dict[str, Any] = {"format": "auto", "annotations": [str(path) for path in data]}
     return source if images is None else source | {"images": str(images)}
+
+
+def evaluated_on(
+    config: Config, data: Sequence[str] | None, images: Path | None, split: str | None, limit: int | None
+) -> Config:
+    """The configuration of a fine-tuned model whose `task.val` is what the command line says.
+
+    Raises:
+        ConfigError: scenes mixed with files, or no configuration of a fine-tuned model.
+    """
+    if config.task is None:
+        raise ConfigError("the model has no task: fine-tune it first")
+    source = config.task.val.model_dump(mode="json") if data is None else _source(data, images)
+    source |= {key: value for key, value in (("split", split), ("num_examples", limit)) if value is not None}
+    tree = config.model_dump(mode="json")
+    tree["task"]["val"] = source
+    return parse_config(tree, "--data")
