@@ -20,7 +20,9 @@ def test_loss_is_cross_entropy_with_true_as_class_1(task_tree):
     task = NLVR(parse_config(task_tree("nlvr")))
     examples = [statement("1", True), statement("2", False)]
     logits = torch.tensor([[0.5, 2.0], [0.1, -1.0]])
-    batch = TaskBatch(examples, torch.empty(2, 2, 3, 4, 4), torch.empty(2, 1), torch.empty(2, 1), task.targets(examples))
+    batch = TaskBatch(
+        examples, torch.empty(2, 2, 3, 4, 4), torch.empty(2, 1), torch.empty(2, 1), task.targets(examples)
+    )
     expected = -(F.log_softmax(logits[0], 0)[1] + F.log_softmax(logits[1], 0)[0]) / 2
     assert float(task.losses(ClassifierOutput(logits, (), 1), batch)["nlvr"]) == pytest.approx(float(expected))
 
