@@ -294,6 +294,8 @@ class ExamplesConfig(Section):
     """`scenes`: difficulty."""
     seed: int = 0
     """`scenes`: which world of scenes."""
+    question_types: list[Literal["color", "shape", "count", "existence", "relation"]] = []
+    """`scenes`, `vqa`: what is asked; none means all."""
     num_examples: PositiveInt | None = None
     """`scenes`: examples of an epoch or of the evaluation (None: 1,000,000 and 1,000); otherwise the first so many."""
 

@@ -44,14 +44,16 @@ class SceneExamples(Sequence[Example]):
 
     def __init__(self, task: str, config: ExamplesConfig, split: Split, num_examples: int) -> None:
         self._make = {"vqa": self._question, "nlvr": self._statement, "retrieval": self._caption}[task]
-        self._questions = Questions(config.level, config.seed, split)
+        types = tuple(config.question_types) or QUESTION_TYPES
+        self._questions = Questions(config.level, config.seed, split, types)
         self._statements = Statements(config.level, config.seed, split)
         self._scenes: Scenes | list[Scene] = Scenes(config.level, config.seed, split)
         if task == "retrieval" and split != "train":  # in training, a caption may be true of a second scene
             self._scenes = retrieval_set(config.level, num_examples, config.seed, split)
         self._size = num_examples
         self.level: LevelName = config.level
-        self.fingerprint = f"scenes {task} {config.level} {config.seed} {split} {num_examples}"
+        asked = f" {'+'.join(config.question_types)}" if config.question_types else ""
+        self.fingerprint = f"scenes {task} {config.level} {config.seed} {split} {num_examples}{asked}"
 
     def __len__(self) -> int:
         return self._size
