@@ -72,7 +72,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
 
     Args:
         config: `train.init` names where the backbone comes from; None draws it.
-        deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 0 with everything "auto".
+        deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 1 with everything "auto".
 
     Raises:
         ConfigError: settings that contradict each other, data or weights that cannot be used, or a folder that holds
@@ -86,8 +86,10 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
     task = new_task(config, examples)
     examples = task.trainable(examples)
     config = with_schedule(config, len(examples))
+    # Stage 0 would refuse to clip where experts are spread over ranks.
+    default = {"zero_optimization": {"stage": 1}}
     config, deepspeed_config = resolve_deepspeed_config(
-        {} if deepspeed_config is None else deepspeed_config, config, info.world_size
+        default if deepspeed_config is None else deepspeed_config, config, info.world_size
     )
     lock = FolderLock(config.train.output_dir)
     on_rank_zero(partial(check_output_dir, config, "none"))

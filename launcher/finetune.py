@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", metavar="DATA", help="scenes, scenes:hard, or annotation files")
     parser.add_argument("--val_data", nargs="+", metavar="DATA", help="the same for the evaluation")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image names are relative to")
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON; without it ZeRO 0")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON; without it ZeRO 1")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides such as train.seed=1"
     )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from eve_ds.config import Config, ConfigError, ExamplesConfig
 from eve_ds.data.importers.candidate import SourceError
-from eve_ds.data.importers.nlvr import IMAGE_NAME, PERMUTATIONS, archive_members
+from eve_ds.data.importers.nlvr import IMAGE_NAME, PERMUTATIONS, annotated_split, archive_members
 from eve_ds.tasks.examples import Example, ImageSource, scene_examples
 
 PROBED_IMAGES = 20
@@ -256,9 +256,9 @@ def _nlvr(path: Path, split: str | None) -> Iterator[Example]:
     entries: list[tuple[str, _Entry]] = []
     try:
         for name, content in files:
-            if name.suffix == ".json" and (split in (None, name.stem)):
+            if (annotated := annotated_split(name)) is not None and split in (None, annotated):
                 lines = (content() if callable(content) else content).splitlines()
-                entries += [(name.stem, _Entry(json.loads(line), path, i)) for i, line in enumerate(lines)]
+                entries += [(annotated, _Entry(json.loads(line), path, i)) for i, line in enumerate(lines)]
             elif (match := IMAGE_NAME.fullmatch(name.name)) and split in (None, match["split"]):
                 images[name.stem] = path / name if callable(content) else content
     except (SourceError, json.JSONDecodeError) as error:

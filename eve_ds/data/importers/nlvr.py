@@ -91,7 +91,7 @@ class Nlvr:
         # Published archives have the annotations before the images. Images that come earlier are held until then.
         early: list[tuple[str, bytes]] = []
         for name, data in archive_members(path):
-            split = _annotated_split(name)
+            split = annotated_split(name)
             if split and self._wanted(split):
                 self._read_annotations(split, data, path)
                 for image_name, image in early:
@@ -150,7 +150,8 @@ def _folder_splits(folder: Path) -> list[tuple[Path, Path]]:
     return [(path, path.parent / "images") for path in sorted(found) if (path.parent / "images").is_dir()]
 
 
-def _annotated_split(path: PurePosixPath) -> str | None:
+def annotated_split(path: PurePosixPath) -> str | None:
+    """Split whose annotations a file has by its place in the layout; None for other files."""
     return path.stem if path.suffix == ".json" and path.parent.name in {path.stem, ""} else None
 
 
@@ -159,7 +160,7 @@ def _folder_names(folder: Path) -> Iterator[str]:
 
 
 def _archive_names(path: Path) -> Iterator[str]:
-    return (split for name, _ in archive_members(path) if (split := _annotated_split(name)) is not None)
+    return (split for name, _ in archive_members(path) if (split := annotated_split(name)) is not None)
 
 
 def archive_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
