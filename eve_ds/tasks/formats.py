@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from eve_ds.config import Config, ConfigError, ExamplesConfig
 from eve_ds.data.importers.candidate import SourceError
-from eve_ds.data.importers.nlvr import IMAGE_NAME, PERMUTATIONS, annotated_split, archive_members
+from eve_ds.data.importers.nlvr import IMAGE_NAME, PERMUTATIONS, annotated_split, archive_members, folder_splits
 from eve_ds.tasks.examples import Example, ImageSource, scene_examples
 
 PROBED_IMAGES = 20
@@ -275,9 +275,9 @@ def _nlvr(path: Path, split: str | None) -> Iterator[Example]:
 
 
 def _folder_files(folder: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
-    """Files below a folder, whose bytes are read when they are called for."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
+    """Annotations and images of a folder's splits, whose bytes are read when they are called for."""
+    for annotations, images in folder_splits(folder):
+        for path in (annotations, *sorted(images.rglob("*.png"))):
             yield PurePosixPath(path.relative_to(folder)), path.read_bytes
 
 

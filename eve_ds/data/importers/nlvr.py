@@ -81,7 +81,7 @@ class Nlvr:
         raise SourceError(f"{path} is not in the NLVR layout: {LAYOUT}")
 
     def _folder(self, folder: Path) -> Iterator[Candidate | Skip]:
-        for annotation_path, image_folder in _folder_splits(folder):
+        for annotation_path, image_folder in folder_splits(folder):
             if self._wanted(annotation_path.stem):
                 self._read_annotations(annotation_path.stem, annotation_path.read_bytes(), annotation_path)
                 for image in sorted(image_folder.rglob("*.png")):
@@ -144,7 +144,7 @@ class Nlvr:
             yield Candidate(image_name, image, (caption,), image_name)
 
 
-def _folder_splits(folder: Path) -> list[tuple[Path, Path]]:
+def folder_splits(folder: Path) -> list[tuple[Path, Path]]:
     """Pairs of annotation file and image folder of the splits at, below, or two levels below the folder."""
     found = [path for pattern in ("*.json", "*/*.json", "*/*/*.json") for path in folder.glob(pattern)]
     return [(path, path.parent / "images") for path in sorted(found) if (path.parent / "images").is_dir()]
@@ -156,7 +156,7 @@ def annotated_split(path: PurePosixPath) -> str | None:
 
 
 def _folder_names(folder: Path) -> Iterator[str]:
-    return (annotations.stem for annotations, _ in _folder_splits(folder))
+    return (annotations.stem for annotations, _ in folder_splits(folder))
 
 
 def _archive_names(path: Path) -> Iterator[str]:
