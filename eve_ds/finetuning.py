@@ -92,7 +92,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
         default if deepspeed_config is None else deepspeed_config, config, info.world_size
     )
     lock = FolderLock(config.train.output_dir)
-    on_rank_zero(partial(check_output_dir, config, "none"))
+    on_rank_zero(partial(check_folder, config))
     on_rank_zero(lock.acquire)
     tokenizer = load_tokenizer(config.data.tokenizer)
     seed_everything(config.train.seed)
@@ -116,6 +116,21 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
             micro_batch_size=engine.train_micro_batch_size_per_gpu(),
         )
         return finetuner.run(batches)
+
+
+def check_folder(config: Config) -> None:
+    """Create the output folder, or check that it can be written to.
+
+    A run that was killed before it saved a model begins anew in its folder.
+
+    Raises:
+        ConfigError: it cannot be written, holds a fine-tuned model, or was begun with other settings.
+    """
+    check_output_dir(config, "auto")
+    if (config.train.output_dir / MODEL).exists():
+        raise ConfigError(
+            f"train.output_dir ({config.train.output_dir}) holds a fine-tuned model: name another folder, or remove it"
+        )
 
 
 def with_schedule(config: Config, num_examples: int) -> Config:

@@ -276,8 +276,8 @@ def _nlvr(path: Path, split: str | None) -> Iterator[Example]:
 
 def _folder_files(folder: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
     """Annotations and images of a folder's splits, whose bytes are read when they are called for."""
-    for annotations, images in folder_splits(folder):
-        for path in (annotations, *sorted(images.rglob("*.png"))):
+    for sentences, images in folder_splits(folder):
+        for path in (sentences, *sorted(images.rglob("*.png"))):
             yield PurePosixPath(path.relative_to(folder)), path.read_bytes
 
 

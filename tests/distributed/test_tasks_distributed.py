@@ -70,6 +70,7 @@ def finetune_and_read(rank, world_size, trees, deepspeed_config, folders):
 def test_two_ranks_fine_tune_and_evaluate_as_one(run_ranks, task_tree, tmp_path, ep_size, stage):
     names = ["vqa", "nlvr", "retrieval"]
     trees = [task_tree(name) for name in names]
+    trees[1]["train"]["eval_every"] = 2
     trees[2] = task_tree("retrieval", itm_weight=0, rerank=0)  # ITM draws its negatives within a rank
     zero = {"zero_optimization": {"stage": stage}}
     folders = {count: [str(tmp_path / f"{name}-{count}") for name in names] for count in (1, 2)}
@@ -80,6 +81,8 @@ def test_two_ranks_fine_tune_and_evaluate_as_one(run_ranks, task_tree, tmp_path,
     for folder, alone in zip(folders[2], folders[1], strict=True):
         losses, expected = ([r["loss"] for r in _records(path) if r["kind"] == "train"] for path in (folder, alone))
         assert losses == pytest.approx(expected, rel=1e-4)
+        steps = [r["step"] for r in _records(folder) if r["kind"] == "eval"]
+        assert steps == ([2, 3] if "nlvr" in folder else [3])
         results = [[r for r in _records(path) if r["kind"] == "eval"][-1] for path in (folder, alone)]
         assert results[0]["num_examples"] == results[1]["num_examples"] > 0
         keys = [_keys(f"{path}/evaluation/step-00000003/predictions.jsonl") for path in (folder, alone)]
@@ -128,3 +131,31 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(run_ranks, task_tree, tmp_
     assert results[2] == results[1] * 2
     files = [tmp_path / f"out{count}" / "predictions.jsonl" for count in (1, 2)]
     assert files[0].read_text() == files[1].read_text()
+
+
+def refused(rank, world_size, tree, folder):
+    """Texts of what a run raises: weights that explode, then a folder that holds a model, then other settings."""
+    from pathlib import Path
+
+    from eve_ds.config import ConfigError, parse_config
+    from eve_ds.engine import NonFiniteError
+    from eve_ds.finetuning import finetune
+
+    def attempt(**changes):
+        train = {**tree["train"], "output_dir": Path(folder), **changes.pop("train", {})}
+        try:
+            finetune(parse_config({**tree, **changes, "train": train}))
+        except (ConfigError, NonFiniteError) as error:
+            return str(error)
+        return None
+
+    exploding = attempt(optimizer={"lr": 1e30, "warmup_steps": 0, "clip_grad_norm": 0})
+    return [exploding, attempt(train={"seed": 9}), attempt(), attempt()]
+
+
+def test_what_stops_a_run_names_the_reason(run_ranks, task_tree, tmp_path):
+    ((exploding, other_seed, good, again),) = run_ranks(refused, 1, task_tree("vqa"), str(tmp_path / "out"))
+    assert "not finite, the update was not applied; " in exploding
+    assert "its train.seed is 0, this run's is 9" in other_seed
+    assert good is None
+    assert "holds a fine-tuned model: name another folder, or remove it" in again
