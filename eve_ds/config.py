@@ -285,6 +285,69 @@ class TrainConfig(Section):
     """Weights to start a new run from: an exported folder, a checkpoint or a run of the same model."""
 
 
+class ExamplesConfig(Section):
+    """Where the examples of a task come from."""
+
+    format: Literal["auto", "scenes", "json", "vqav2", "nlvr2", "nlvr", "karpathy"] = "scenes"
+    """`scenes`: generated. `json`: the released code's form. `vqav2`: a file of questions and one of annotations.
+    `nlvr2`: JSON lines. `nlvr`: NLVR 1.0 as published, a folder or a tar archive. `karpathy`: COCO or Flickr30K with
+    Karpathy's splits. `auto`: whichever of them the first file is."""
+    annotations: list[Path] = []
+    """Files, or for `nlvr` the folder or archive."""
+    images: Path | None = None
+    """Folder that image names are relative to; None: that of the first annotation file."""
+    split: str | None = None
+    """Which split of a file that holds several, or of the scenes; None: the one of the section's name."""
+    level: Literal["easy", "hard"] = "easy"
+    """`scenes`: difficulty."""
+    seed: int = 0
+    """`scenes`: which world of scenes."""
+    question_types: list[Literal["color", "shape", "count", "existence", "relation"]] = []
+    """`scenes`, `vqa`: what is asked; none means all."""
+    num_examples: PositiveInt | None = None
+    """`scenes`: examples of an epoch or of the evaluation (None: 1,000,000 and 1,000); otherwise the first so many."""
+
+
+class TaskConfig(Section):
+    """A downstream task: its examples, its head, and what its fine-tuning adds to the other sections."""
+
+    name: Literal["vqa", "nlvr", "retrieval"]
+    train: ExamplesConfig = ExamplesConfig()
+    val: ExamplesConfig = ExamplesConfig()
+    epochs: PositiveInt | None = None
+    """Sets `train.max_steps` from the number of examples; None leaves it."""
+    warmup_share: Fraction | None = None
+    """Share of the steps that warm up; None leaves `optimizer.warmup_steps`."""
+    head_lr_multiple: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the new head over that of the backbone's last block."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of a block over that of the next one (BEiT; Clark et al. 2020); embeddings come before block 0."""
+    rand_augment_ops: Annotated[int, Field(ge=0)] = 0
+    """Operations that RandAugment applies to an image."""
+    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    color_jitter: Fraction = 0.0
+    """Largest change of brightness, contrast and saturation, and four times that of hue."""
+    min_answer_count: PositiveInt = 9
+    """`vqa`: an answer enters the vocabulary if so many annotators gave it (9 leaves 3,129 answers of VQAv2)."""
+    num_images: Literal[1, 2] = 2
+    """`nlvr`: images of an example; 1 for NLVR 1.0."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """`retrieval`: of the contrastive loss, where it starts."""
+    itc_weight: Annotated[float, Field(ge=0)] = 1.0
+    itm_weight: Annotated[float, Field(ge=0)] = 1.0
+    rerank: Annotated[int, Field(ge=0)] = 128
+    """`retrieval`: candidates of a query that image-text matching orders again; 0 leaves the dot product's order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
+        _require(
+            self.itm_weight > 0 or self.rerank == 0,
+            f"task.rerank ({self.rerank}) needs image-text matching: set it to 0, or task.itm_weight "
+            f"({self.itm_weight:g}) above 0",
+        )
+        return self
+
+
 class Config(Section):
     """The whole tree; `model_dump_json` of it travels with every checkpoint and export."""
 
@@ -296,6 +359,8 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
+    task: TaskConfig | None = None
+    """Of fine-tuning and of a fine-tuned model; None in pre-training."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -318,20 +383,22 @@ class Config(Section):
 
 
 def presets() -> list[str]:
-    """Names of the presets shipped in `eve_ds/configs`."""
+    """Names of the presets shipped in `eve_ds/configs`, recipes of tasks as `tasks/NAME`."""
     folder = resources.files("eve_ds") / "configs"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    found = [("", item) for item in folder.iterdir()] + [("tasks/", item) for item in (folder / "tasks").iterdir()]
+    return sorted(prefix + item.name.removesuffix(".yaml") for prefix, item in found if item.name.endswith(".yaml"))
 
 
-def load_config(preset_or_path: str, overrides: list[str] | None = None) -> Config:
+def load_config(preset_or_path: str, overrides: list[str] | None = None, under: dict[str, Any] | None = None) -> Config:
     """Read a preset by name or a YAML file by path, apply `section.key=value` overrides, validate.
 
-    A file may name a preset to start from under the key `base`. Values of overrides are parsed as YAML.
+    A file may name a preset to start from under the key `base`. Values of overrides are parsed as YAML. What neither
+    says is taken from the tree `under`.
 
     Raises:
         ConfigError: unknown preset, unreadable file, unknown key (with the nearest name), or a value against a rule.
     """
-    tree = _read_tree(preset_or_path)
+    tree = _merge(under or {}, _read_tree(preset_or_path))
     for override in overrides or []:
         _apply_override(tree, override)
     return parse_config(tree, preset_or_path)
@@ -416,7 +483,7 @@ def _known_keys(location: list[str]) -> list[str]:
         if part.isdigit():
             continue
         field = section.model_fields[part].annotation
-        section = SourceConfig if part == "sources" else field
+        section = {"sources": SourceConfig, "task": TaskConfig}.get(part, field)
     return list(section.model_fields)
 
 

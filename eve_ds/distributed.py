@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -217,6 +217,11 @@ def rank_zero() -> bool:
     return _rank() == 0
 
 
+def place() -> tuple[int, int]:
+    """Rank and world size of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if _in_group() else (0, 1)
+
+
 def _rank() -> int:
     return dist.get_rank() if _in_group() else int(os.environ.get("RANK", "0"))
 
@@ -234,6 +239,40 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None)
         total = total.cuda()
     dist.all_reduce(total, group=group)
     return total.to(values.device)
+
+
+def gather_objects(value: T) -> list[T]:
+    """What every rank passed, in rank order, on every rank; travels by pickle."""
+    if not _in_group():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Rows of all ranks, through which gradients flow back, and the number of this rank's first among them; collective.
+
+    (N, D), N the same on all ranks -> (world size * N, D) in rank order. The gradient that a rank's rows get is the sum
+    over ranks of those of their losses. With losses that are means over a rank's rows, and parameter gradients averaged
+    over ranks as DeepSpeed does, that makes the gradient of the mean over all rows.
+    """
+    if not _in_group() or dist.get_world_size() == 1:
+        return rows, 0
+    return _GatherRows.apply(rows), dist.get_rank() * len(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        total = all_reduce_sum(gradient)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def broadcast_object(value: T, source: int = 0) -> T:

@@ -37,7 +37,7 @@ from eve_ds.data.masking import num_masked_patches
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.distributed import broadcast_object, get_logger, rank_zero, seed_everything
+from eve_ds.distributed import broadcast_object, gather_rows, get_logger, rank_zero, seed_everything
 from eve_ds.evaluation import evaluate_scenes, trains_on_scenes
 from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.metrics import (
@@ -51,13 +51,12 @@ from eve_ds.metrics import (
 from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics
 from eve_ds.ops.build import use_built
-from eve_ds.parallel.gather import gather_rows
 from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.parallel.topology import check_topology
 
-IDENTITY = ("model", "masking", "data", "loss")
+IDENTITY = ("model", "masking", "data", "loss", "task")
 """Sections that may not change within one output folder, and neither may `train.seed`."""
 NO_IDENTITY = {"data": {"num_workers", "max_bad_share"}}
 """Keys of them that may."""
@@ -106,9 +105,9 @@ def pretrain(
     config, deepspeed_config = resolve_deepspeed_config(
         {} if deepspeed_config is None else deepspeed_config, config, info.world_size
     )
-    lock = _FolderLock(config.train.output_dir)
-    _on_rank_zero(partial(check_output_dir, config, resume))
-    _on_rank_zero(lock.acquire)
+    lock = FolderLock(config.train.output_dir)
+    on_rank_zero(partial(check_output_dir, config, resume))
+    on_rank_zero(lock.acquire)
     checkpoint = None if resume == "none" else commit.choose(config, resume if isinstance(resume, Path) else None)
     tokenizer = load_tokenizer(config.data.tokenizer)
     seed_everything(config.train.seed)
@@ -182,7 +181,7 @@ class Trainer:
         self.window = _Window()
         self._open_loader(None)
         # Last, so that a run which could not be built leaves nothing in the folder that would claim it.
-        _on_rank_zero(partial(_write_config, config))
+        on_rank_zero(partial(_write_config, config))
         self.metrics = MetricsWriter(config.train.output_dir)
 
     def __enter__(self) -> Trainer:
@@ -698,7 +697,7 @@ def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> 
         )
 
 
-class _FolderLock:
+class FolderLock:
     """At most one run writes into a folder; the lock ends with the process that holds it, however that ends.
 
     A lock of the process, not of the open file: worker processes, which outlive a killed rank by seconds, must not
@@ -741,7 +740,7 @@ def _identity(tree: dict[str, Any]) -> dict[str, Any]:
     for section in IDENTITY:
         identity |= {
             f"{section}.{key}": value
-            for key, value in tree.get(section, {}).items()
+            for key, value in (tree.get(section) or {}).items()
             if key not in NO_IDENTITY.get(section, ())
         }
     return identity
@@ -759,7 +758,7 @@ def _write_config(config: Config) -> None:
     (config.train.output_dir / "config.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")
 
 
-def _on_rank_zero(action: Callable[[], None]) -> None:
+def on_rank_zero(action: Callable[[], None]) -> None:
     """Run it on rank 0; what it finds wrong with the configuration or the disk is raised on every rank."""
     problem: str | None = None
     if rank_zero():

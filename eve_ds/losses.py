@@ -8,7 +8,7 @@ see :func:`contrastive_loss` and :func:`matching_loss`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from eve_ds import ops
 from eve_ds.config import LossConfig
 from eve_ds.model.eve import EVEOutput
 from eve_ds.model.matching import MatchingOutput
+from eve_ds.model.moe import MoEOutput
 
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 """(B, D) -> the rows of all ranks with gradients, and the number of this rank's first among them."""
@@ -74,11 +75,21 @@ def pretraining_losses(
     if output.matching is not None:
         terms["itc"] = contrastive_loss(output.matching, gather)
         terms["itm"] = matching_loss(output.matching)
-    if output.moe:
-        terms["load_balancing"] = torch.stack([layer.load_balancing_loss for layer in output.moe]).mean()
-        z_sum = torch.stack([layer.router_z_sum for layer in output.moe]).mean()
-        terms["router_z"] = z_sum / max(counts.tokens, 1.0)
-    return terms
+    return terms | router_losses(output.moe, counts.tokens)
+
+
+def router_losses(moe: Sequence[MoEOutput], tokens: float) -> dict[str, Tensor]:
+    """Load-balancing and z loss, each () fp32 and the mean over layers; nothing where there is no layer.
+
+    Args:
+        moe: one per MoE layer.
+        tokens: that the z loss is averaged over.
+    """
+    if not moe:
+        return {}
+    balance = torch.stack([layer.load_balancing_loss for layer in moe]).mean()
+    z_sum = torch.stack([layer.router_z_sum for layer in moe]).mean()
+    return {"load_balancing": balance, "router_z": z_sum / max(tokens, 1.0)}
 
 
 def contrastive_loss(matching: MatchingOutput, gather: Gather = only_this_rank) -> Tensor:

@@ -40,6 +40,27 @@ def free_port() -> int:
 
 
 @pytest.fixture
+def task_tree() -> Callable[..., dict[str, Any]]:
+    """The function `task_tree(task, **of_task)`: configuration of a model that fine-tunes in a second, as a tree."""
+
+    def tree(task: str, **of_task: Any) -> dict[str, Any]:
+        return {
+            "model": {
+                **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32},
+                **{"moe_layers": [1], "moe": {"num_experts": 4}, "image_size": 64, "patch_size": 16},
+                **{"vocab_size": 256, "text_positions": 40, "text_length": 24, "initializer_range": 0.08},
+                **{"layer_scale_init": 1.0, "drop_path_rate": 0.0, "text_dropout": 0.0},
+                "pixel_decoder": {"hidden_size": 32, "num_attention_heads": 4},
+            },
+            "optimizer": {"lr": 1e-3, "warmup_steps": 0},
+            "train": {"train_batch_size": 8, "max_steps": 3, "metrics_every": 1},
+            "task": {"name": task, "val": {"num_examples": 20}, "rerank": 4, **of_task},
+        }
+
+    return tree
+
+
+@pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """The function `run_ranks(function, world_size, *arguments, timeout=120.0)`.
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "parallel": {"config", "distributed", "ops", "model", "losses"},
     "checkpoint": {"config", "distributed", "model"},
     "export": {"checkpoint", "config", "data", "distributed", "model", "losses"},
-    "tasks": {"config", "data", "model", "losses"},
+    "tasks": {"config", "data", "distributed", "model", "losses", "checkpoint", "export"},
     "metrics": {"config", "distributed"},
     "evaluation": {"config", "distributed", "ops", "data", "model"},
     "report": {"config", "ops", "data", "model", "losses", "evaluation"},
@@ -27,11 +27,15 @@ MAY_IMPORT = {  # part: other parts of eve_ds
         *("config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint"),
         *("metrics", "evaluation", "report"),
     },
+    "finetuning": {
+        *("config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint"),
+        *("metrics", "engine", "tasks"),
+    },
 }
 ONLY_IN = {  # library: parts that may import it
-    "deepspeed": {"parallel", "engine", "checkpoint", "benchmark"},
+    "deepspeed": {"parallel", "engine", "finetuning", "checkpoint", "benchmark"},
     "megatron": {"parallel"},
-    "torch.distributed": {"distributed", "parallel", "engine", "checkpoint", "benchmark"},
+    "torch.distributed": {"distributed", "parallel", "engine", "finetuning", "checkpoint", "benchmark"},
     "launcher": set(),
 }
 

@@ -45,7 +45,7 @@ class Collator:
         self._image_size, self._num_patches = config.model.image_size, config.model.num_patches
         self._masking, self._seed = config.masking, config.train.seed
         self._objective = config.model.objective
-        self._captions = _Captions(tokenizer, config.model.text_length)
+        self._captions = CaptionEncoder(tokenizer, config.model.text_length)
         special = set(tokenizer.all_special_ids)
         ids = sorted(set(tokenizer.get_vocab().values()) - special)
         self._random_ids = np.array(ids, dtype=np.int64)
@@ -156,7 +156,7 @@ class Collator:
         return rng.uniform(masking.text_mask_ratio, masking.max_text_mask_ratio)
 
 
-class _Captions:
+class CaptionEncoder:
     """Captions to token ids, one at a time: a batch call would start threads, which a forked worker must not have."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:

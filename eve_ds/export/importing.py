@@ -52,13 +52,22 @@ def import_weights(
     check_new(out)
     config = changed(config, tokenizer, image_size)
     loaded = fitting_tokenizer(config)
-    released = _read_backbone(file, config.model)
-    taken = {name: tensor.float() for name, tensor in from_official(released).items()}
-    notes = _profile_notes(config.model) + _fit_positions(taken, config.model, file)
+    taken, fitted = read_backbone(file, config.model)
+    notes = _profile_notes(config.model) + fitted
     weights = taken | draw_decoders(config)
     check_weights(weights, config.model, str(file))
     origins = dict.fromkeys(weights, DRAWN) | dict.fromkeys(taken, file.name)
     return write_start(out, config, loaded, weights, source=str(file), origins=origins, notes=notes)
+
+
+def read_backbone(file: Path, config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """The backbone of a released file under our names, fp32, position tables fitted; and what was fitted, in sentences.
+
+    Raises:
+        WeightFileError: see :func:`import_weights`.
+    """
+    taken = {name: tensor.float() for name, tensor in from_official(_read_backbone(file, config)).items()}
+    return taken, fit_positions(taken, config, str(file))
 
 
 def _read_backbone(file: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -92,15 +101,19 @@ def _misfit(name: str, found: Tensor, expected: Tensor) -> str | None:
     return f"{name} {tuple(found.shape)} where the config asks for {tuple(expected.shape)}"
 
 
-def _fit_positions(weights: dict[str, Tensor], config: ModelConfig, file: Path) -> list[str]:
-    """Fit both tables in place; what was done, in sentences."""
+def fit_positions(weights: dict[str, Tensor], config: ModelConfig, where: str) -> list[str]:
+    """Fit both position tables to the model in place; what was done, in sentences.
+
+    Raises:
+        WeightFileError: a table that cannot be fitted.
+    """
     before = {name: weights[name].shape[0] for name in (IMAGE_POSITIONS, TEXT_POSITIONS)}
     try:
         side = config.image_size // config.patch_size
         weights[IMAGE_POSITIONS] = resize_positions(weights[IMAGE_POSITIONS], side)
         weights[TEXT_POSITIONS] = cut_positions(weights[TEXT_POSITIONS], config.text_positions)
     except ValueError as error:
-        raise WeightFileError(f"{file}: {error}") from None
+        raise WeightFileError(f"{where}: {error}") from None
     return [
         f"{name}: {rows} rows of the file became {weights[name].shape[0]}"
         for name, rows in before.items()

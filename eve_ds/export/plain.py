@@ -179,16 +179,21 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, where: str) -
     Raises:
         CheckpointError: naming the first tensors that are not.
     """
-    expected = {name: tuple(shape) for name, shape in model_shapes(config).items()}
+    check_tensors(weights, model_shapes(config), where)
+
+
+def check_tensors(weights: dict[str, Tensor], shapes: dict[str, torch.Size], where: str) -> None:
+    """The same for any model, of which the names and shapes are given."""
+    expected = {name: tuple(shape) for name, shape in shapes.items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     problems = [f"lacks {listed(missing)}"] if (missing := expected.keys() - found) else []
     problems += [f"holds {listed(surplus)}, unknown to the model"] if (surplus := found.keys() - expected) else []
-    shapes = {
+    other = {
         f"{name} {found[name]} where the config asks for {shape}"
         for name, shape in expected.items()
         if found.get(name, shape) != shape
     }
-    problems += [f"has {listed(shapes)}"] if shapes else []
+    problems += [f"has {listed(other)}"] if other else []
     if problems:
         raise CheckpointError(f"{where} {'; '.join(problems)}: config.json is not the one of these weights")
     broken = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]

@@ -45,6 +45,22 @@ class Table(NamedTuple):
         return table
 
 
+def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
+    """Figures of a task's evaluation, nested names joined by dots; what was not measured is a dash."""
+    return Table(title, ("metric", "value"), [(name, _figure(value)) for name, value in _flat(metrics)])
+
+
+def _flat(metrics: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in metrics.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return rows
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
 def evaluation_tables(result: dict[str, Any]) -> list[Table]:
     """What :func:`eve_ds.evaluation.evaluate_scenes` returned: words, pixels and, where asked, binding."""
     words = Table(

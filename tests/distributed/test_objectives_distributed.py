@@ -59,7 +59,7 @@ def contrastive_gradients(rows, gather):
 
 
 def gathered(rank, world_size):
-    from eve_ds.parallel.gather import gather_rows
+    from eve_ds.distributed import gather_rows
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()

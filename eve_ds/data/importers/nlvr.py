@@ -81,7 +81,7 @@ class Nlvr:
         raise SourceError(f"{path} is not in the NLVR layout: {LAYOUT}")
 
     def _folder(self, folder: Path) -> Iterator[Candidate | Skip]:
-        for annotation_path, image_folder in _folder_splits(folder):
+        for annotation_path, image_folder in folder_splits(folder):
             if self._wanted(annotation_path.stem):
                 self._read_annotations(annotation_path.stem, annotation_path.read_bytes(), annotation_path)
                 for image in sorted(image_folder.rglob("*.png")):
@@ -90,8 +90,8 @@ class Nlvr:
     def _archive(self, path: Path) -> Iterator[Candidate | Skip]:
         # Published archives have the annotations before the images. Images that come earlier are held until then.
         early: list[tuple[str, bytes]] = []
-        for name, data in _members(path):
-            split = _annotated_split(name)
+        for name, data in archive_members(path):
+            split = annotated_split(name)
             if split and self._wanted(split):
                 self._read_annotations(split, data, path)
                 for image_name, image in early:
@@ -144,25 +144,26 @@ class Nlvr:
             yield Candidate(image_name, image, (caption,), image_name)
 
 
-def _folder_splits(folder: Path) -> list[tuple[Path, Path]]:
+def folder_splits(folder: Path) -> list[tuple[Path, Path]]:
     """Pairs of annotation file and image folder of the splits at, below, or two levels below the folder."""
     found = [path for pattern in ("*.json", "*/*.json", "*/*/*.json") for path in folder.glob(pattern)]
     return [(path, path.parent / "images") for path in sorted(found) if (path.parent / "images").is_dir()]
 
 
-def _annotated_split(path: PurePosixPath) -> str | None:
+def annotated_split(path: PurePosixPath) -> str | None:
+    """Split whose annotations a file has by its place in the layout; None for other files."""
     return path.stem if path.suffix == ".json" and path.parent.name in {path.stem, ""} else None
 
 
 def _folder_names(folder: Path) -> Iterator[str]:
-    return (annotations.stem for annotations, _ in _folder_splits(folder))
+    return (annotations.stem for annotations, _ in folder_splits(folder))
 
 
 def _archive_names(path: Path) -> Iterator[str]:
-    return (split for name, _ in _members(path) if (split := _annotated_split(name)) is not None)
+    return (split for name, _ in archive_members(path) if (split := annotated_split(name)) is not None)
 
 
-def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+def archive_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Files of an archive in order, read as a stream; raises :class:`SourceError` where it is damaged."""
     read = 0
     try:

@@ -1,0 +1,1 @@
+"""Downstream tasks: visual question answering, statements about images, image-text retrieval."""

@@ -1,0 +1,264 @@
+"""Examples to batches: read and augment images, tokenise, stack; and the order in which training sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerFast
+
+from eve_ds.config import Config, TaskConfig
+from eve_ds.data.batch import BadSample
+from eve_ds.data.collate import CaptionEncoder, check_vocabulary
+from eve_ds.data.masking import sample_rng
+from eve_ds.data.transforms import TrainTransform, normalize
+from eve_ds.tasks.augment import color_jitter, rand_augment
+from eve_ds.tasks.examples import Example, ImageSource
+
+MAX_REPLACEMENTS = 100
+"""Unusable examples in a row that training passes over."""
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """B examples of I images each."""
+
+    examples: list[Example]
+    """Without their pixels where they came from a loader process."""
+    pixel_values: Tensor
+    """(B, I, 3, H, W) float32, normalised to mean = std = 0.5."""
+    input_ids: Tensor
+    """(B, L) int64."""
+    attention_mask: Tensor
+    """(B, L) bool, True = real token."""
+    targets: Tensor | None = None
+    """Of the task: (B, A) float32 soft scores of answers, (B,) int64 labels, (B,) int64 image numbers."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Reason -> examples that could not be used and were replaced."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def to(self, device: torch.device | str) -> TaskBatch:
+        """The same batch with every tensor on `device`."""
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.model_inputs().items()}
+        return dataclasses.replace(self, **tensors)  # type: ignore[arg-type]
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of a task's model."""
+        names = ("pixel_values", "input_ids", "attention_mask", "targets")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class ImageReader:
+    """Images of an example at the model's size; augmented by (seed, epoch, key) in training, only resized otherwise.
+
+    Args:
+        config: `model.image_size`, `data.crop_scale`, `data.horizontal_flip`, `train.seed`; augmentation in `task`.
+        training: whether to augment.
+    """
+
+    def __init__(self, config: Config, training: bool) -> None:
+        assert config.task is not None
+        data = config.data
+        crop_scale, flip = (data.crop_scale, data.horizontal_flip) if training else ((1.0, 1.0), 0.0)
+        self._transform = TrainTransform(config.model.image_size, crop_scale, flip, config.train.seed)
+        self._task: TaskConfig | None = config.task if training else None
+        self._seed = config.train.seed
+
+    def __call__(self, example: Example, epoch: int = 0) -> NDArray[np.uint8]:
+        """(I, size, size, 3) uint8; raises :class:`BadSample` for an image that is missing or damaged."""
+        # What a mirror image would make false may stand in the question or in its answer.
+        said = " ".join((example.text, *example.answers))
+        images = []
+        for number, source in enumerate(example.images):
+            key = f"{example.key}/{number}"
+            image = self._transform(_encoded(source), said, epoch, key)
+            images.append(self._augment(image, epoch, key))
+        return np.stack(images)
+
+    def _augment(self, image: NDArray[np.uint8], epoch: int, key: str) -> NDArray[np.uint8]:
+        task = self._task
+        if task is None or not (task.rand_augment_ops or task.color_jitter):
+            return image
+        rng = sample_rng(self._seed, epoch, f"{key}/augment")
+        if task.rand_augment_ops:
+            image = rand_augment(image, task.rand_augment_ops, task.rand_augment_magnitude, rng)
+        return color_jitter(image, task.color_jitter, rng) if task.color_jitter else image
+
+
+def _encoded(source: ImageSource) -> bytes | NDArray[np.uint8]:
+    if not isinstance(source, Path):
+        return source
+    try:
+        return source.read_bytes()
+    except FileNotFoundError:
+        raise BadSample("missing image", str(source)) from None
+    except OSError as error:
+        raise BadSample("unreadable image", f"{source}: {error.strerror}") from None
+
+
+class TaskCollator:
+    """Stacks examples and their images to a :class:`TaskBatch`.
+
+    Args:
+        config: `model.text_length` cuts texts.
+        tokenizer: of the model; raises ConfigError if it does not fit.
+        targets: makes the targets of examples; None: none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerFast,
+        targets: Callable[[Sequence[Example]], Tensor] | None = None,
+    ) -> None:
+        check_vocabulary(tokenizer, config)
+        self._texts = CaptionEncoder(tokenizer, config.model.text_length)
+        self._targets = targets
+
+    def __call__(
+        self, examples: Sequence[Example], images: Sequence[NDArray[np.uint8]], skipped: Counter[str] | None = None
+    ) -> TaskBatch:
+        """One batch of examples and their (I, H, W, 3) images."""
+        stacked = np.stack(images)  # (B, I, H, W, 3)
+        pixels = normalize(stacked.reshape(-1, *stacked.shape[2:]))
+        input_ids, mask = self.encode([example.text for example in examples])
+        return TaskBatch(
+            examples=list(examples),
+            pixel_values=pixels.unflatten(0, stacked.shape[:2]),
+            input_ids=input_ids,
+            attention_mask=mask,
+            targets=None if self._targets is None else self._targets(examples),
+            skipped=skipped or Counter(),
+        )
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, L) int64 token ids and (B, L) bool mask; L is that of the longest text."""
+        rows = [torch.from_numpy(self._texts.encode(text)) for text in texts]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._texts.pad_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        return input_ids, torch.arange(input_ids.shape[1]) < lengths[:, None]
+
+
+class _Item(NamedTuple):
+    example: Example
+    images: NDArray[np.uint8]
+    skipped: list[str]
+
+
+class _TrainingExamples(Dataset[_Item]):
+    """Item (epoch, index): the example, or, where its images cannot be used, the next one that can."""
+
+    def __init__(self, examples: Sequence[Example], reader: ImageReader) -> None:
+        self._examples, self._reader = examples, reader
+
+    def __getitem__(self, place: tuple[int, int]) -> _Item:
+        epoch, index = place
+        skipped: list[str] = []
+        while True:
+            example = self._examples[(index + len(skipped)) % len(self._examples)]
+            try:
+                images = self._reader(example, epoch)
+            except BadSample as error:
+                skipped.append(error.reason)
+                if len(skipped) == MAX_REPLACEMENTS:
+                    raise
+                continue
+            return _Item(dataclasses.replace(example, images=()), images, skipped)
+
+
+class _Order(Sampler[list[tuple[int, int]]]):
+    """Endless batches of this rank: the epochs' shuffled examples one after the other, cut into steps, then ranks.
+
+    What a step consists of depends on the seed and the global batch size, not on the number of ranks.
+    """
+
+    def __init__(self, size: int, seed: int, step: int, per_step: int, rank: int, world_size: int, micro: int) -> None:
+        self._size, self._seed, self._step, self._per_step = size, seed, step, per_step
+        self._rank, self._world_size, self._micro = rank, world_size, micro
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step, epoch, order = self._step, -1, np.empty(0, dtype=np.int64)
+        while True:
+            for first in range(0, self._per_step, self._micro * self._world_size):
+                start = step * self._per_step + first + self._rank * self._micro
+                batch = []
+                for place in range(start, start + self._micro):
+                    if place // self._size != epoch:
+                        epoch = place // self._size
+                        order = np.random.default_rng([self._seed, epoch]).permutation(self._size)
+                    batch.append((epoch, int(order[place % self._size])))
+                yield batch
+            step += 1
+
+
+def training_batches(
+    examples: Sequence[Example],
+    config: Config,
+    collate: TaskCollator,
+    *,
+    step: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+) -> Iterator[TaskBatch]:
+    """Endless micro-batches of one rank from optimiser step number `step` on.
+
+    Raises:
+        BadSample: too many unusable examples in a row.
+    """
+    train = config.train
+    order = _Order(len(examples), train.seed, step, train.train_batch_size, rank, world_size, micro_batch_size)
+    loader = DataLoader(
+        _TrainingExamples(examples, ImageReader(config, training=True)),
+        batch_sampler=order,
+        num_workers=config.data.num_workers,
+        collate_fn=_Stack(collate),
+        persistent_workers=config.data.num_workers > 0,
+    )
+    return iter(loader)
+
+
+class _Stack:
+    """Items of the data set to a batch; a class, as loader processes get it by pickle."""
+
+    def __init__(self, collate: TaskCollator) -> None:
+        self._collate = collate
+
+    def __call__(self, items: Sequence[_Item]) -> TaskBatch:
+        skipped = Counter(reason for item in items for reason in item.skipped)
+        return self._collate([item.example for item in items], [item.images for item in items], skipped)
+
+
+class Read(NamedTuple):
+    """A batch to predict, and the examples that could not be read: (example, reason)."""
+
+    batch: TaskBatch | None
+    skipped: list[tuple[Example, str]]
+
+
+def evaluation_batches(
+    examples: Sequence[Example], reader: ImageReader, collate: TaskCollator, batch_size: int
+) -> Iterator[Read]:
+    """Every example once, in order; a batch is None where none of its examples could be read."""
+    for start in range(0, len(examples), batch_size):
+        chosen: list[Example] = []
+        images: list[NDArray[np.uint8]] = []
+        skipped: list[tuple[Example, str]] = []
+        for example in examples[start : start + batch_size]:
+            try:
+                images.append(reader(example))
+                chosen.append(example)
+            except BadSample as error:
+                skipped.append((example, error.reason))
+        yield Read(collate(chosen, images) if chosen else None, skipped)

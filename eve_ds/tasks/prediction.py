@@ -1,0 +1,158 @@
+"""Evaluation: every query predicted exactly once over all ranks, records on disk as they are made, metrics from them.
+
+Ranks append to files of their own. A restart, with any number of ranks, keeps every whole line and does the rest; at
+the end `predictions.jsonl` holds one line per query in the order of the data, and `metrics.json` is computed from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from eve_ds.config import ConfigError
+from eve_ds.distributed import broadcast_object, gather_objects, place
+from eve_ds.tasks.batches import TaskCollator
+from eve_ds.tasks.examples import Example, fingerprint
+from eve_ds.tasks.task import Task
+
+PREDICTIONS, METRICS, IDENTITY = "predictions.jsonl", "metrics.json", "evaluation.json"
+FLUSH_EVERY = 64
+"""Records between two writes to the disk."""
+
+
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    examples: Sequence[Example],
+    collate: TaskCollator,
+    *,
+    out: Path,
+    weights: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Predict what is not predicted yet, write `out`, return the metrics; collective over the ranks there are.
+
+    Args:
+        task: what the model is for.
+        model: the plain model, on its device; every rank has all of it, so that nobody waits for others.
+        examples: the same on every rank.
+        collate: of the model.
+        out: folder; predictions of the same model and data that it holds are kept.
+        weights: hash of the model's weights, by which they are known.
+        batch_size: examples of one forward; what is predicted does not depend on it.
+
+    Raises:
+        ConfigError: `out` holds predictions of something else, or two examples have one key.
+    """
+    queries = task.queries(examples)
+    twice = [key for key, count in Counter(queries).items() if count > 1]
+    if twice:
+        raise ConfigError(f"key '{twice[0]}' belongs to {Counter(queries)[twice[0]]} examples: keys must be unique")
+    identity = {"weights": weights, "examples": fingerprint(examples), "task": task.settings()}
+    rank, world_size = place()
+    done, problem = broadcast_object(_begin(out, identity) if rank == 0 else (set(), None))
+    if problem is not None:
+        raise ConfigError(problem)
+    todo = [key for key in queries if key not in done][rank::world_size]
+    model.eval()
+    with _part(out, rank).open("w", encoding="utf-8") as file:
+        for number, record in enumerate(task.predict(model, examples, todo, collate, batch_size), start=1):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if number % FLUSH_EVERY == 0:
+                file.flush()
+    gather_objects(None)  # all ranks have written
+    metrics = _finish(task, examples, queries, out) if rank == 0 else None
+    result = broadcast_object(metrics)
+    assert result is not None
+    return result
+
+
+def _part(out: Path, rank: int) -> Path:
+    return out / f"predictions.part-{rank:05d}.jsonl"
+
+
+def _begin(out: Path, identity: dict[str, Any]) -> tuple[set[str], str | None]:
+    """Keys that are predicted already, and what speaks against going on."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        problem = _check_identity(out / IDENTITY, identity)
+        if problem is not None:
+            return set(), problem
+        _write_json(out / IDENTITY, identity)
+        records = _collect(out)
+        _write_lines(out / PREDICTIONS, records.values())
+        for part in _parts(out):
+            part.unlink()
+    except OSError as error:
+        return set(), f"{error.filename or out} cannot be written: {error.strerror}; name another folder"
+    return set(records), None
+
+
+def _check_identity(file: Path, identity: dict[str, Any]) -> str | None:
+    if not file.is_file():
+        return None
+    before = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name, value in identity.items() if before.get(name) != value]
+    if not other:
+        return None
+    return (
+        f"{file.parent} holds predictions of other {' and '.join(other)} ({before.get(other[0])}, now "
+        f"{identity[other[0]]}): name another folder, or remove it"
+    )
+
+
+def _parts(out: Path) -> list[Path]:
+    return sorted(out.glob("predictions.part-*.jsonl"))
+
+
+def _collect(out: Path) -> dict[str, dict[str, Any]]:
+    """Whole lines of all files, by key; the last line of a killed writer may be cut off."""
+    records = {}
+    for file in (out / PREDICTIONS, *_parts(out)):
+        if file.is_file():
+            whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
+            for line in whole.splitlines():
+                record = json.loads(line)
+                records[record["key"]] = record
+    return records
+
+
+def _finish(task: Task, examples: Sequence[Example], queries: list[str], out: Path) -> dict[str, Any]:
+    """Put the files together in the order of the data and compute the metrics."""
+    records = _collect(out)
+    if records.keys() != set(queries):
+        raise RuntimeError(f"{out} holds {len(records)} predictions for {len(queries)} queries, which is a bug")
+    ordered = {key: records[key] for key in queries}
+    _write_lines(out / PREDICTIONS, ordered.values())
+    for part in _parts(out):
+        part.unlink()
+    skipped = Counter(record["skipped"] for record in ordered.values() if "skipped" in record)
+    metrics = task.metrics(examples, ordered) | {f"skipped/{reason}": count for reason, count in skipped.items()}
+    _write_json(out / METRICS, metrics)
+    return metrics
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    _replace(file, json.dumps(content, indent=1) + "\n")
+
+
+def _write_lines(file: Path, records: Any) -> None:
+    _replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _replace(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def read_predictions(out: Path) -> dict[str, dict[str, Any]]:
+    """Records of a finished evaluation by key."""
+    return _collect(out)

@@ -1,0 +1,356 @@
+"""Image-text retrieval: contrast over the global batch (ITC), matching on hard negatives (ITM), re-ranking.
+
+Li et al., ALBEF (NeurIPS 2021), sections 3.2 and 4, with one backbone for images, texts and pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from eve_ds.config import Config
+from eve_ds.data.batch import BadSample
+from eve_ds.distributed import gather_objects, gather_rows, place
+from eve_ds.losses import router_losses
+from eve_ds.model.eve import Backbone, MoEFactory
+from eve_ds.model.moe import MoE, MoEOutput
+from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
+from eve_ds.tasks.encoder import image_class_states, sum_outputs, text_class_states
+from eve_ds.tasks.examples import Example
+
+RECALL_AT = (1, 5, 10)
+IMAGE, TEXT = "image:", "text:"
+"""Start of the key of a query by image, which asks for texts, and by text."""
+IGNORED = -100
+"""Label of a pair that enters no loss."""
+
+
+class RetrievalOutput(NamedTuple):
+    """Of one training forward."""
+
+    image_logits: Tensor
+    """(B, G) similarity of this rank's images to all ranks' texts over the temperature."""
+    text_logits: Tensor
+    """(B, G) of this rank's texts to all ranks' images."""
+    same: Tensor
+    """(B, G) bool, whether the two are of one image."""
+    matching_logits: Tensor | None
+    """(3 B, 2) of true pairs, then every image with a wrong text, then every text with a wrong image; None without
+    ITM."""
+    matching_labels: Tensor | None
+    """(3 B,) int64: 1 = true pair, 0 = wrong pair, IGNORED where there was no wrong partner in the batch."""
+    moe: tuple[MoEOutput, ...]
+    num_tokens: int
+
+
+class RetrievalHead(nn.Module):
+    """Projections for the dot product, learnt temperature, and the classifier of pairs."""
+
+    def __init__(self, width: int, temperature: float) -> None:
+        super().__init__()
+        self.image_projection = nn.Linear(width, width, bias=False)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
+        self.matching = nn.Linear(width, 2)
+
+
+class RetrievalModel(nn.Module):
+    """One backbone for images alone, texts alone and pairs."""
+
+    def __init__(self, backbone: Backbone, width: int, temperature: float, matching: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = RetrievalHead(width, temperature)
+        self.matching = matching
+        """Whether training computes pairs for ITM, three fifths of its cost."""
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
+    ) -> RetrievalOutput:
+        """Training: (B, 1, 3, H, W), (B, L), (B, L), and (B,) int64 numbers that are equal for the same image.
+
+        A collective: all ranks bring B samples.
+        """
+        pixel_values = pixel_values.squeeze(1)
+        image_pass = self.backbone(pixel_values)
+        text_pass = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        images = _unit(self.head.image_projection(image_class_states(image_pass)))
+        texts = _unit(self.head.text_projection(text_class_states(text_pass)))
+        scale = (-self.head.log_temperature.float()).exp()
+        image_logits = scale * images @ gather_rows(texts)[0].t()
+        text_logits = scale * texts @ gather_rows(images)[0].t()
+        same = targets.unsqueeze(1) == gather_rows(targets)[0].unsqueeze(0)
+        if not self.matching:
+            return RetrievalOutput(image_logits, text_logits, same, None, None, *sum_outputs((image_pass, text_pass)))
+        wrong_texts, has_wrong = draw_negatives(scale * images @ texts.t(), targets)
+        wrong_images, _ = draw_negatives(scale * texts @ images.t(), targets)
+        pair_pass = self.backbone(
+            torch.cat([pixel_values, pixel_values, pixel_values[wrong_images]]),
+            torch.cat([input_ids, input_ids[wrong_texts], input_ids]),
+            torch.cat([attention_mask, attention_mask[wrong_texts], attention_mask]),
+        )
+        wrong = torch.where(has_wrong, 0, IGNORED)
+        return RetrievalOutput(
+            image_logits,
+            text_logits,
+            same,
+            self.head.matching(text_class_states(pair_pass)),
+            torch.cat([torch.ones_like(wrong), wrong, wrong]),
+            *sum_outputs((image_pass, text_pass, pair_pass)),
+        )
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D) fp32 of length 1."""
+        return _unit(self.head.image_projection(image_class_states(self.backbone(pixel_values))))
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L) int64, (B, L) bool -> (B, D) fp32 of length 1."""
+        encoded = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        return _unit(self.head.text_projection(text_class_states(encoded)))
+
+    def match_logits(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pairs (B, 3, H, W), (B, L), (B, L) -> (B,) fp32 log odds that they belong together."""
+        encoded = self.backbone(pixel_values, input_ids, attention_mask)
+        logits = self.head.matching(text_class_states(encoded)).float()
+        return logits[:, 1] - logits[:, 0]
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1)
+
+
+@torch.no_grad()
+def draw_negatives(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A wrong partner for each row, drawn in proportion to the softmax of its logits: hard ones more often.
+
+    Args:
+        logits: (B, B) of this rank's batch.
+        targets: (B,) int64, equal for partners that would be right.
+
+    Returns:
+        (B,) int64 partners, and (B,) bool whether there was one; where not, the partner is the row itself.
+    """
+    same = targets.unsqueeze(1) == targets.unsqueeze(0)
+    has_wrong = ~same.all(dim=1)
+    # A floor, so that a row whose softmax has underflowed everywhere but at the right partner can still draw.
+    weights = (logits.float().softmax(dim=1) + 1e-6).masked_fill(same, 0.0)
+    weights[~has_wrong] = torch.eye(len(targets), device=logits.device)[~has_wrong]
+    return torch.multinomial(weights, 1).squeeze(1), has_wrong
+
+
+def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
+    """Cross-entropy of (B, G) logits with the right columns, (B, G) bool, sharing the target evenly; mean over rows."""
+    target = same.float() / same.sum(dim=1, keepdim=True)
+    return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+class Retrieval:
+    """The task.
+
+    Args:
+        config: with `model` and `task`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        assert config.task is not None
+        self.config, self.task = config, config.task
+
+    @classmethod
+    def from_examples(cls, config: Config, examples: Sequence[Example]) -> Retrieval:
+        """Nothing is collected from them."""
+        return cls(config)
+
+    @classmethod
+    def load(cls, config: Config, folder: Path) -> Retrieval:
+        """Nothing is read."""
+        return cls(config)
+
+    def save(self, folder: Path) -> None:
+        """Nothing is written."""
+
+    def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
+        """The model with weights not yet drawn."""
+        config, matching = self.config.model, self.task.itm_weight > 0
+        return RetrievalModel(Backbone(config, moe_cls), config.hidden_size, self.task.temperature, matching)
+
+    def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """All."""
+        return examples
+
+    def targets(self, examples: Sequence[Example]) -> Tensor:
+        """(B,) int64, equal for captions of the same image."""
+        digests = (hashlib.blake2b(example.group.encode(), digest_size=8).digest() for example in examples)
+        return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
+
+    def losses(self, output: RetrievalOutput, batch: TaskBatch) -> dict[str, Tensor]:
+        """ITC, the mean of both directions, and ITM over true and drawn pairs."""
+        contrast = [contrastive_loss(logits, output.same) for logits in (output.image_logits, output.text_logits)]
+        terms = {"itc": torch.stack(contrast).mean()}
+        if output.matching_logits is not None and output.matching_labels is not None:
+            terms["itm"] = F.cross_entropy(output.matching_logits.float(), output.matching_labels, ignore_index=IGNORED)
+        return terms | router_losses(output.moe, output.num_tokens)
+
+    def settings(self) -> dict[str, Any]:
+        """What predictions depend on besides model and examples."""
+        return {"rerank": self.task.rerank}
+
+    def queries(self, examples: Sequence[Example]) -> list[str]:
+        """Every image once, then every caption."""
+        groups = dict.fromkeys(example.group for example in examples)
+        return [*(IMAGE + group for group in groups), *(TEXT + example.key for example in examples)]
+
+    @torch.no_grad()
+    def predict(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        todo: Sequence[str],
+        collate: TaskCollator,
+        batch_size: int,
+    ) -> Iterator[dict[str, Any]]:
+        """A record for each key of `todo`: the best candidates by dot product, and after re-ranking.
+
+        A collective, as features are computed once over all ranks. Decoded images are kept in memory for re-ranking.
+        """
+        assert isinstance(model, RetrievalModel)
+        gallery = _Gallery(model, examples, ImageReader(self.config, training=False), collate, batch_size)
+        for key in todo:
+            yield {"key": key} | gallery.search(key, self.task.rerank)
+
+    def metrics(self, examples: Sequence[Example], predictions: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """R@1, 5 and 10 in both directions, by dot product and after re-ranking.
+
+        `text_retrieval` asks for texts with an image: any caption of the image is right.
+        """
+        image_of = {example.key: example.group for example in examples}
+        orders = ("dot", "reranked") if self.task.rerank else ("dot",)
+        asked = [key for key in self.queries(examples) if "skipped" not in predictions[key]]
+        result: dict[str, Any] = {"num_examples": len(asked)}
+        for order in orders:
+            result[order] = {}
+            for start, name in ((IMAGE, "text_retrieval"), (TEXT, "image_retrieval")):
+                hits = [_hits(key, predictions[key][order], image_of) for key in asked if key.startswith(start)]
+                result[order][name] = {
+                    f"R@{k}": sum(any(row[:k]) for row in hits) / len(hits) if hits else None for k in RECALL_AT
+                }
+        return result
+
+
+def _hits(key: str, candidates: Sequence[str], image_of: dict[str, str]) -> list[bool]:
+    """Which of the candidates are right for the query."""
+    if key.startswith(IMAGE):
+        return [image_of[candidate] == key.removeprefix(IMAGE) for candidate in candidates]
+    return [candidate == image_of[key.removeprefix(TEXT)] for candidate in candidates]
+
+
+class _Gallery:
+    """Features of all images and captions, each computed on one rank and known to all."""
+
+    def __init__(
+        self,
+        model: RetrievalModel,
+        examples: Sequence[Example],
+        reader: ImageReader,
+        collate: TaskCollator,
+        batch_size: int,
+    ) -> None:
+        self.model, self.reader, self.collate, self.batch_size = model, reader, collate, batch_size
+        self.device = next(model.parameters()).device
+        self.examples = list(examples)
+        self.first = {example.group: example for example in reversed(self.examples)}
+        """Image -> its first example."""
+        self.groups = list(dict.fromkeys(example.group for example in self.examples))
+        self.pixels: dict[str, NDArray[np.uint8]] = {}
+        images = _over_ranks(self._image_features, self.groups)
+        self.skipped = {group: reason for group, reason in images.items() if isinstance(reason, str)}
+        self.groups = [group for group in self.groups if group not in self.skipped]
+        self.examples = [example for example in self.examples if example.group not in self.skipped]
+        texts = _over_ranks(self._text_features, [example.key for example in self.examples])
+        self.image_features = torch.stack([images[group] for group in self.groups])
+        self.text_features = torch.stack([texts[example.key] for example in self.examples])
+        self.text_of = {example.key: (number, example) for number, example in enumerate(self.examples)}
+        self.image_number = {group: number for number, group in enumerate(self.groups)}
+
+    def search(self, key: str, rerank: int) -> dict[str, Any]:
+        """The names of the best candidates, images or captions, or why the query cannot be asked."""
+        by_image = key.startswith(IMAGE)
+        name = key.removeprefix(IMAGE if by_image else TEXT)
+        if by_image:
+            if name in self.skipped:
+                return {"skipped": self.skipped[name]}
+            scores = self.text_features @ self.image_features[self.image_number[name]]
+            names = [example.key for example in self.examples]
+        else:
+            if name not in self.text_of:
+                return {"skipped": "image of the caption could not be read"}
+            scores = self.image_features @ self.text_features[self.text_of[name][0]]
+            names = self.groups
+        order = scores.sort(descending=True, stable=True).indices.tolist()
+        found: dict[str, Any] = {"dot": [names[number] for number in order[: RECALL_AT[-1]]]}
+        if rerank:
+            candidates = [names[number] for number in order[:rerank]]
+            matching = self._match([(name, other) if by_image else (other, name) for other in candidates])
+            best = matching.sort(descending=True, stable=True).indices.tolist()
+            found["reranked"] = [candidates[number] for number in best[: RECALL_AT[-1]]]
+        return found
+
+    def _image_features(self, groups: list[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        readable = []
+        for group in groups:
+            try:
+                self._pixels(group)
+                readable.append(group)
+            except BadSample as error:
+                found[group] = error.reason
+        for chunk in _chunks(readable, self.batch_size):
+            batch = self.collate([self.first[group] for group in chunk], [self._pixels(group) for group in chunk])
+            features = self.model.image_features(batch.pixel_values.squeeze(1).to(self.device))
+            found |= dict(zip(chunk, features.cpu(), strict=True))
+        return found
+
+    def _pixels(self, group: str) -> NDArray[np.uint8]:
+        if group not in self.pixels:
+            self.pixels[group] = self.reader(self.first[group])
+        return self.pixels[group]
+
+    def _text_features(self, keys: list[str]) -> dict[str, Any]:
+        by_key = {example.key: example.text for example in self.examples}
+        found: dict[str, Any] = {}
+        for chunk in _chunks(keys, self.batch_size):
+            input_ids, mask = self.collate.encode([by_key[key] for key in chunk])
+            features = self.model.text_features(input_ids.to(self.device), mask.to(self.device))
+            found |= dict(zip(chunk, features.cpu(), strict=True))
+        return found
+
+    def _match(self, pairs: list[tuple[str, str]]) -> Tensor:
+        """Log odds of (image, caption) pairs, (N,)."""
+        scores = []
+        for chunk in _chunks(pairs, self.batch_size):
+            examples = [self.text_of[caption][1] for _, caption in chunk]
+            batch = self.collate(examples, [self._pixels(group) for group, _ in chunk]).to(self.device)
+            pixels = batch.pixel_values.squeeze(1)
+            scores.append(self.model.match_logits(pixels, batch.input_ids, batch.attention_mask).cpu())
+        return torch.cat(scores)
+
+
+def _over_ranks(compute: Callable[[list[str]], dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """`compute` on this rank's share of the names; the results of all ranks."""
+    merged: dict[str, Any] = {}
+    rank, world_size = place()
+    for part in gather_objects(compute(names[rank::world_size])):
+        merged |= part
+    return merged
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

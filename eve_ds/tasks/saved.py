@@ -1,0 +1,168 @@
+"""Fine-tuned models on disk, and the weights that fine-tuning starts from.
+
+A fine-tuned model is a folder like an export: model.safetensors with `backbone.*` and `head.*`, config.json with the
+section `task`, tokenizer/, task.json (where it is from) and, for VQA, answers.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from eve_ds.checkpoint import manifest
+from eve_ds.checkpoint.files import CheckpointError, listed
+from eve_ds.checkpoint.manifest import CONFIG, TOKENIZER
+from eve_ds.checkpoint.weights import export_files, find_checkpoint, weight_reader
+from eve_ds.config import Config, ConfigError, ModelConfig, parse_config
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.export import ExportError, WeightFileError
+from eve_ds.export.importing import IMAGE_POSITIONS, TEXT_POSITIONS, fit_positions, read_backbone
+from eve_ds.export.plain import check_tensors, replacing, sha256, write_weights
+from eve_ds.model.eve import model_shapes
+from eve_ds.tasks.task import Task, saved_task
+
+PROVENANCE = "task.json"
+BACKBONE = "backbone."
+MAX_FILE_BYTES = 5 * 10**9
+
+
+class TaskModel(NamedTuple):
+    """A fine-tuned model as it was loaded."""
+
+    task: Task
+    model: nn.Module
+    """fp32, on the CPU, in evaluation mode."""
+    config: Config
+    tokenizer: PreTrainedTokenizerFast
+    sha256: str
+    """Of the weights."""
+
+
+def task_shapes(task: Task) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors of a task's model; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in task.model().state_dict().items()}
+
+
+def save_task_model(
+    out: Path,
+    task: Task,
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    weights: dict[str, Tensor],
+    provenance: dict[str, Any],
+) -> None:
+    """Write the folder, in place of an earlier one; a killed call leaves that, or none.
+
+    Raises:
+        CheckpointError: the weights are not those of the task's model, or not finite.
+        OSError: writing failed.
+    """
+    check_tensors(weights, task_shapes(task), str(out))
+    with replacing(out) as folder:
+        files = write_weights(folder, weights, torch.float32, MAX_FILE_BYTES, {"format": "pt"})
+        (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
+        for file in files:
+            shutil.copymode(folder / CONFIG, file)  # safetensors lets nobody else read it
+        tokenizer.save_pretrained(folder / TOKENIZER)
+        task.save(folder)
+        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1, default=str), encoding="utf-8")
+
+
+def load_task_model(folder: Path | str) -> TaskModel:
+    """Read what :func:`save_task_model` wrote.
+
+    Raises:
+        ExportError: the folder is something else, such as a pre-trained model, or damaged.
+    """
+    folder = Path(folder)
+    try:
+        files = sorted(set(export_files(folder).values()))
+        if not files or not (folder / CONFIG).is_file():
+            raise ExportError(f"{folder} is no saved model, it lacks model.safetensors or config.json")
+        config = parse_config(manifest.read_json(folder / CONFIG), str(folder / CONFIG))
+        if config.task is None:
+            raise ExportError(f"{folder} is a pre-trained model without a task: fine-tune it with launcher/finetune.py")
+        task = saved_task(config, folder)
+        weights: dict[str, Tensor] = {}
+        for file in files:
+            weights |= load_file(file)
+        check_tensors(weights, task_shapes(task), str(folder))
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+    except (SafetensorError, CheckpointError, ConfigError, OSError) as error:
+        raise ExportError(f"{folder} cannot be loaded: {error}") from None
+    with torch.device("meta"):
+        model = task.model()
+    # Copied for the reason that eve_ds.export.plain.load gives: the same weights, the same outputs.
+    model.load_state_dict({name: weight.float().clone() for name, weight in weights.items()}, assign=True)
+    return TaskModel(task, model.eval(), config, tokenizer, sha256(*files))
+
+
+class Start(NamedTuple):
+    """What a model to fine-tune has of its own."""
+
+    config: Config
+    tokenizer: str
+
+
+def read_start(init: Path) -> Start:
+    """Config and tokenizer of an export, a fine-tuned model, a checkpoint or a run.
+
+    Raises:
+        ConfigError: `init` is none of them, or cannot be read.
+    """
+    try:
+        folder = init if (init / TOKENIZER).is_dir() else find_checkpoint(init)
+        config = parse_config(manifest.read_json(folder / CONFIG), str(folder / CONFIG))
+    except CheckpointError as error:
+        raise ConfigError(f"--init {error}") from None
+    return Start(config, str(folder / TOKENIZER))
+
+
+def start_weights(init: Path, config: ModelConfig) -> Callable[[str], Tensor]:
+    """A function from the name of a backbone tensor to the tensor, position tables fitted to the model.
+
+    Args:
+        init: file of released weights, export, fine-tuned model, checkpoint or run.
+        config: of the model that is fine-tuned.
+
+    Raises:
+        ConfigError: weights that cannot be read, or do not fit; names the first tensors that do not.
+    """
+    try:
+        if init.is_file():
+            return read_backbone(init, config)[0].__getitem__
+        read = weight_reader(init, _source_shapes(init))
+        shapes = {name: shape for name, shape in model_shapes(config).items() if name.startswith(BACKBONE)}
+        tables = {name: read(name).float() for name in (IMAGE_POSITIONS, TEXT_POSITIONS)}
+        fit_positions(tables, config, str(init))
+        source = _source_shapes(init) | {name: table.shape for name, table in tables.items()}
+    except (CheckpointError, WeightFileError) as error:
+        raise ConfigError(f"--init {error}") from None
+    wrong = [
+        f"{name} {tuple(source.get(name, ()))} where the model has {tuple(shape)}"
+        for name, shape in shapes.items()
+        if source.get(name) != shape
+    ]
+    if wrong:
+        raise ConfigError(
+            f"--init {init} has {listed(set(wrong))}: leave out what you set of `model`, but for image_size and "
+            "text_positions"
+        )
+    return lambda name: tables[name] if name in tables else read(name)
+
+
+def _source_shapes(init: Path) -> dict[str, torch.Size]:
+    start = read_start(init)
+    if start.config.task is None:
+        return model_shapes(start.config.model)
+    return task_shapes(saved_task(start.config, init))

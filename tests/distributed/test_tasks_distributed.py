@@ -1,0 +1,161 @@
+"""Tasks on two ranks against one: contrastive gradient, evaluation, and a whole fine-tuning run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+NUM_SAMPLES = 8
+
+
+def contrastive_gradients(rank, world_size, tree):
+    """Gradient of the ITC loss over all samples, averaged over ranks as DeepSpeed does it, by name."""
+    import torch.distributed as dist
+
+    from eve_ds.config import parse_config
+    from eve_ds.model.eve import initialize_weights
+    from eve_ds.tasks.batches import TaskBatch
+    from eve_ds.tasks.retrieval import Retrieval
+
+    task = Retrieval(parse_config(tree))
+    model = task.model()
+    initialize_weights(model, task.config.model, seed=5)
+    model.train()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(NUM_SAMPLES, 1, 3, 64, 64, generator=generator)
+    ids = torch.randint(5, 200, (NUM_SAMPLES, 6), generator=generator)
+    mine = slice(rank * NUM_SAMPLES // world_size, (rank + 1) * NUM_SAMPLES // world_size)
+    targets = torch.tensor([0, 1, 2, 3, 4, 0, 6, 7])  # samples 0 and 5, of different ranks, are of one image
+    mask = torch.ones(NUM_SAMPLES, 6, dtype=torch.bool)
+    batch = TaskBatch([], pixels[mine], ids[mine], mask[mine], targets[mine])
+    loss = task.losses(model(**batch.model_inputs()), batch)["itc"]
+    loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            gradients[name] = parameter.grad / world_size
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return float(total) / world_size, gradients
+
+
+def test_gradient_through_the_gather_is_that_of_one_process(run_ranks, task_tree):
+    tree = task_tree("retrieval", itm_weight=0, rerank=0)
+    (loss, gradients), _ = run_ranks(contrastive_gradients, 2, tree)
+    ((expected_loss, expected),) = run_ranks(contrastive_gradients, 1, tree)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        # Sums in another order in fp32: 1e-5 of the largest gradient of the tensor.
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()))
+    assert float(gradients["head.image_projection.weight"].abs().max()) > 0
+
+
+def finetune_and_read(rank, world_size, trees, deepspeed_config, folders):
+    from pathlib import Path
+
+    from eve_ds.config import parse_config
+    from eve_ds.finetuning import finetune
+
+    return [
+        finetune(parse_config(tree | {"train": {**tree["train"], "output_dir": Path(folder)}}), deepspeed_config)[:2]
+        for tree, folder in zip(trees, folders, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("ep_size", "stage"), [(2, 1), (1, 2)])
+def test_two_ranks_fine_tune_and_evaluate_as_one(run_ranks, task_tree, tmp_path, ep_size, stage):
+    names = ["vqa", "nlvr", "retrieval"]
+    trees = [task_tree(name) for name in names]
+    trees[1]["train"]["eval_every"] = 2
+    trees[2] = task_tree("retrieval", itm_weight=0, rerank=0)  # ITM draws its negatives within a rank
+    zero = {"zero_optimization": {"stage": stage}}
+    folders = {count: [str(tmp_path / f"{name}-{count}") for name in names] for count in (1, 2)}
+    spread = [tree | {"parallel": {"ep_size": ep_size}} for tree in trees]
+    two = run_ranks(finetune_and_read, 2, spread, zero, folders[2])
+    one = run_ranks(finetune_and_read, 1, trees, zero, folders[1])
+    assert two[0] == two[1] == one[0] == [(3, 24)] * 3
+    for folder, alone in zip(folders[2], folders[1], strict=True):
+        losses, expected = ([r["loss"] for r in _records(path) if r["kind"] == "train"] for path in (folder, alone))
+        assert losses == pytest.approx(expected, rel=1e-4)
+        steps = [r["step"] for r in _records(folder) if r["kind"] == "eval"]
+        assert steps == ([2, 3] if "nlvr" in folder else [3])
+        results = [[r for r in _records(path) if r["kind"] == "eval"][-1] for path in (folder, alone)]
+        assert results[0]["num_examples"] == results[1]["num_examples"] > 0
+        keys = [_keys(f"{path}/evaluation/step-00000003/predictions.jsonl") for path in (folder, alone)]
+        assert keys[0] == keys[1]
+        assert len(set(keys[0])) == len(keys[0])
+
+
+def _records(folder):
+    with open(f"{folder}/metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def _keys(file):
+    with open(file) as opened:
+        return [json.loads(line)["key"] for line in opened]
+
+
+def evaluated(rank, world_size, model, out, batch_size):
+    from pathlib import Path
+
+    from eve_ds.tasks.batches import TaskCollator
+    from eve_ds.tasks.formats import load_examples
+    from eve_ds.tasks.prediction import evaluate
+    from eve_ds.tasks.saved import load_task_model
+
+    loaded = load_task_model(model)
+    return evaluate(
+        loaded.task,
+        loaded.model,
+        load_examples(loaded.config, "val"),
+        TaskCollator(loaded.config, loaded.tokenizer),
+        out=Path(out),
+        weights=loaded.sha256,
+        batch_size=batch_size,
+    )
+
+
+def test_metrics_do_not_depend_on_the_number_of_ranks(run_ranks, task_tree, tmp_path):
+    tree = task_tree("retrieval")
+    run_ranks(finetune_and_read, 1, [tree], {}, [str(tmp_path / "run")])
+    model = str(tmp_path / "run" / "model")
+    results = {}
+    for world_size, batch_size in ((1, 8), (2, 5)):
+        out = str(tmp_path / f"out{world_size}")
+        results[world_size] = run_ranks(evaluated, world_size, model, out, batch_size)
+    assert results[2] == results[1] * 2
+    files = [tmp_path / f"out{count}" / "predictions.jsonl" for count in (1, 2)]
+    assert files[0].read_text() == files[1].read_text()
+
+
+def refused(rank, world_size, tree, folder):
+    """Texts of what a run raises: weights that explode, then a folder that holds a model, then other settings."""
+    from pathlib import Path
+
+    from eve_ds.config import ConfigError, parse_config
+    from eve_ds.engine import NonFiniteError
+    from eve_ds.finetuning import finetune
+
+    def attempt(**changes):
+        train = {**tree["train"], "output_dir": Path(folder), **changes.pop("train", {})}
+        try:
+            finetune(parse_config({**tree, **changes, "train": train}))
+        except (ConfigError, NonFiniteError) as error:
+            return str(error)
+        return None
+
+    exploding = attempt(optimizer={"lr": 1e30, "warmup_steps": 0, "clip_grad_norm": 0})
+    return [exploding, attempt(train={"seed": 9}), attempt(), attempt()]
+
+
+def test_what_stops_a_run_names_the_reason(run_ranks, task_tree, tmp_path):
+    ((exploding, other_seed, good, again),) = run_ranks(refused, 1, task_tree("vqa"), str(tmp_path / "out"))
+    assert "not finite, the update was not applied; " in exploding
+    assert "its train.seed is 0, this run's is 9" in other_seed
+    assert good is None
+    assert "holds a fine-tuned model: name another folder, or remove it" in again
