@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from eve_ds.benchmark.harness import Absent, Measure, count_gflop, interleave, measured
+from eve_ds.benchmark.harness import Absent, Measure, Run, count_gflop, interleave, measured
 from eve_ds.benchmark.measures import REAL_TOKENS, Rows, device, is_quick
 from eve_ds.config import Config, PixelDecoderConfig, load_config
 from eve_ds.losses import Counts, pretraining_losses, total_loss
@@ -40,7 +40,7 @@ def objectives(seconds: float) -> Rows:
 def compare_objectives(config: Config, decoders: list[PixelDecoderConfig], batch: int, seconds: float) -> list[Measure]:
     """Rows of masked signal modelling with each decoder against each baseline, all timed in turn."""
     all_sides = Objectives(config, decoders, batch)
-    sides = {name: partial(all_sides.step, name) for name in all_sides.models}
+    sides: dict[str, Run] = {name: partial(all_sides.step, name) for name in all_sides.models}
     gflop = {name: all_sides.count(name) for name in sides}
     times = interleave(sides, seconds)
     shape = f"batch {batch}, captions of {REAL_TOKENS} of {config.model.text_length}"
