@@ -134,9 +134,17 @@ def test_drawing_leaves_the_default_generator_alone(draw):
     assert torch.equal(torch.rand(2), expected)
 
 
-@pytest.mark.parametrize("kind", ["self", "cross"])
-def test_decoders_are_those_of_a_new_model(kind):
-    config = config_of("train.seed=3", f"model.pixel_decoder.kind={kind}", "model.position_init=normal")
+@pytest.mark.parametrize(
+    "heads",
+    [
+        "model.pixel_decoder.kind=self",
+        "model.pixel_decoder.kind=cross",
+        "model.objective=itc_itm",
+        "model.objective=itc_itm_mlm",
+    ],
+)
+def test_heads_are_those_of_a_new_model(heads):
+    config = config_of("train.seed=3", heads, "model.position_init=normal")
     new, decoders = draw_weights(config), draw_decoders(config)
     assert decoders.keys() == {name for name in new if not name.startswith("backbone.")}
     assert all(torch.equal(tensor, new[name]) for name, tensor in decoders.items())

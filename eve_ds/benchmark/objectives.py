@@ -34,7 +34,7 @@ def objectives(seconds: float) -> Rows:
             continue
         config = load_config(preset)
         decoders = [config.model.pixel_decoder] + ([MAE_DECODER] if preset == "eve_base" else [])
-        yield compare_objectives(config, decoders, batch, seconds)
+        yield compare_objectives(config, decoders, 8 if is_quick(seconds) else batch, seconds)
 
 
 def compare_objectives(config: Config, decoders: list[PixelDecoderConfig], batch: int, seconds: float) -> list[Measure]:

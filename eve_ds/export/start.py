@@ -28,6 +28,7 @@ from eve_ds.export.plain import (
 )
 from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.eve import EVE, initialize_weights
+from eve_ds.model.matching import MatchingHeads
 
 DRAWN = "drawn"
 """Where a tensor is from that a new model of the same seed has too."""
@@ -104,7 +105,9 @@ def draw_decoders(config: Config) -> dict[str, Tensor]:
         seed = int(torch.randint(2**62, (), device="cpu"))
         with torch.device("meta"):
             model = EVE(config.model)
-        model.pixel_decoder, model.text_head = PixelDecoder(config.model), TextHead(config.model)
+        for name, part in (("pixel_decoder", PixelDecoder), ("text_head", TextHead), ("matching", MatchingHeads)):
+            if getattr(model, name) is not None:
+                setattr(model, name, part(config.model))
         initialize_weights(model, config.model, seed)  # leaves what is on the meta device
     return {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
 
