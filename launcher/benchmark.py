@@ -2,6 +2,7 @@
 
     python launcher/benchmark.py routing            also: moe, losses, step, objectives, data, or several
     python launcher/benchmark.py routing losses --quick --json
+    python launcher/benchmark.py quality --seeds 3 --jobs 2     pre-training and fine-tuning on scenes: an hour a seed
 
 Both sides run in one process, in turn: one thread and CPU time on a CPU, device events on CUDA, medians with the spread
 of the quartiles, the same allocator for all. Rows are appended to kernels/bench/results.csv with device, versions,
@@ -24,6 +25,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT
 
 import argparse
 
+from eve_ds.benchmark.quality import OBJECTIVES, Budget, figures, jobs_of, run_jobs, table
+
 RESULTS = ROOT / "kernels" / "bench" / "results.csv"
 NAMES = ("routing", "moe", "losses", "step", "objectives", "data")
 SECONDS, QUICK_SECONDS = 8.0, 0.3
@@ -40,8 +43,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def quality(argv: list[str]) -> int:
+    """What pre-training is worth for the tasks on scenes; exit code 0, or 1 where a job failed."""
+    parser = argparse.ArgumentParser(prog="benchmark.py quality", description=quality.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="commands at a time: idle cores (%(default)s)")
+    parser.add_argument("--objectives", nargs="+", help="msm, itc_itm, itc_itm_mlm (default: all)")
+    for name, seconds in Budget()._asdict().items():
+        parser.add_argument(f"--{name}_seconds", type=float, default=seconds, metavar="S", help="(%(default)s)")
+    arguments = parser.parse_args(argv)
+    budget = Budget(*(getattr(arguments, f"{name}_seconds") for name in Budget._fields))
+    seeds = []
+    for seed in range(arguments.seeds):
+        folder = arguments.out / f"seed-{seed}"
+        try:
+            run_jobs(jobs_of(seed, folder, budget, arguments.objectives or OBJECTIVES), folder, arguments.jobs)
+        except RuntimeError as error:
+            print(f"benchmark: {error}", file=sys.stderr)
+            return 1
+        seeds.append(figures(folder))
+    text = table(seeds)
+    (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0
+
+
 def main() -> int:
     """Exit code 0, or 2 where the results cannot be written."""
+    if sys.argv[1:2] == ["quality"]:
+        return quality(sys.argv[2:])
     arguments = build_parser().parse_args()
     import torch
 
