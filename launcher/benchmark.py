@@ -2,7 +2,7 @@
 
     python launcher/benchmark.py routing            also: moe, losses, step, objectives, data, or several
     python launcher/benchmark.py routing losses --quick --json
-    python launcher/benchmark.py quality --seeds 3 --jobs 2     pre-training and fine-tuning on scenes: an hour a seed
+    python launcher/benchmark.py quality --seeds 3 --jobs 2     pre-training, then fine-tuning, on scenes
 
 Both sides run in one process, in turn: one thread and CPU time on a CPU, device events on CUDA, medians with the spread
 of the quartiles, the same allocator for all. Rows are appended to kernels/bench/results.csv with device, versions,

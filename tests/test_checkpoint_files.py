@@ -90,6 +90,23 @@ def test_what_is_no_tensor_file_is_named(tmp_path, content):
         PieceReader(tmp_path)
 
 
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def test_what_resuming_reads_with_runs_no_pickle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (FIRST, "state.json", "rank-00000.json"):
+        torch.save({"module": Harmful()}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="is not a tensor file of a checkpoint"):
+        PieceReader(tmp_path)
+    for name in ("state.json", "rank-00000.json"):
+        with pytest.raises(CheckpointError, match=f"{name} is not JSON"):
+            manifest.read_json(tmp_path / name)
+    assert not (tmp_path / "harmed").exists()
+
+
 def test_a_file_that_ends_early_is_named(tmp_path):
     write_pieces(tmp_path / FIRST, pieces(torch.arange(9.0)))
     content = (tmp_path / FIRST).read_bytes()
