@@ -256,7 +256,8 @@ class TrainConfig(Section):
     seed: int = 0
     max_steps: PositiveInt = 480_000
     max_seconds: Annotated[float, Field(gt=0)] | None = None
-    """Stop after this much training time (evaluation and saving not counted)."""
+    """Stop after this much training time, without evaluation and saving: of the wall's clock on an accelerator, of the
+    training thread of rank 0 on CPUs (:func:`eve_ds.metrics.training_clock`)."""
     train_batch_size: PositiveInt = 2048
     """Samples of one optimiser step over all ranks and micro-steps."""
     micro_batch_size: PositiveInt | None = None
@@ -327,10 +328,15 @@ class TaskConfig(Section):
     rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     color_jitter: Fraction = 0.0
     """Largest change of brightness, contrast and saturation, and four times that of hue."""
+    visible_patch_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of an image's patches, in training, drawn anew at every step (FLIP, Li et al. 2023); evaluation sees all."""
     min_answer_count: PositiveInt = 9
     """`vqa`: an answer enters the vocabulary if so many annotators gave it (9 leaves 3,129 answers of VQAv2)."""
     num_images: Literal[1, 2] = 2
     """`nlvr`: images of an example; 1 for NLVR 1.0."""
+    features: Literal["class_token", "words"] = "class_token"
+    """`retrieval`: what is multiplied: projected class tokens, or the likelihood of masked words by pre-training's text
+    head (:mod:`eve_ds.tasks.words`), whose temperature starts at 1."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """`retrieval`: of the contrastive loss, where it starts."""
     itc_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -341,9 +347,13 @@ class TaskConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TaskConfig:
         _require(
-            self.itm_weight > 0 or self.rerank == 0,
+            self.itm_weight > 0 or self.rerank == 0 or self.features == "words",
             f"task.rerank ({self.rerank}) needs image-text matching: set it to 0, or task.itm_weight "
             f"({self.itm_weight:g}) above 0",
+        )
+        _require(
+            self.itm_weight == 0 or self.features == "class_token" or self.name != "retrieval",
+            f"task.features ('words') has no matching loss: set task.itm_weight ({self.itm_weight:g}) to 0",
         )
         return self
 

@@ -47,6 +47,7 @@ from eve_ds.metrics import (
     matching_flops,
     peak_flops,
     peak_memory_bytes,
+    training_clock,
 )
 from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics
@@ -171,6 +172,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.step = self.samples = self.nonfinite_skips = 0
         self.seconds = 0.0
+        self.clock = training_clock(engine.device)
         self.saved_at = time.monotonic()
         self.checkpoint: Path | None = None
         self.stop_requested = False
@@ -460,9 +462,9 @@ class Trainer:
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self.clock()
         yield
-        self.seconds += time.perf_counter() - started
+        self.seconds += self.clock() - started
 
     def _stamp(self) -> dict[str, Any]:
         return {"step": self.step, "seconds": self.seconds, "samples": self.samples}

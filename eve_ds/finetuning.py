@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +37,7 @@ from eve_ds.engine import (
     poison_if_nonfinite,
     resolve_deepspeed_config,
 )
-from eve_ds.metrics import MetricsWriter, ProgressLine, peak_memory_bytes
+from eve_ds.metrics import MetricsWriter, ProgressLine, peak_memory_bytes, training_clock
 from eve_ds.model.eve import initialize_weights
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
@@ -48,8 +46,9 @@ from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
 from eve_ds.tasks.formats import load_examples
 from eve_ds.tasks.prediction import evaluate
-from eve_ds.tasks.saved import BACKBONE, load_task_model, save_task_model, start_weights, task_shapes
+from eve_ds.tasks.saved import BACKBONE, load_task_model, save_task_model, start_text_head, start_weights, task_shapes
 from eve_ds.tasks.task import Task, new_task
+from eve_ds.tasks.words import WordHead
 
 MODEL, EVALUATION = "model", "evaluation"
 """Folders of the output folder."""
@@ -166,13 +165,17 @@ def _task(config: Config) -> TaskConfig:
 
 
 def prepare_weights(model: nn.Module, config: Config) -> None:
-    """Draw all weights, then take the backbone from `train.init` where that is given."""
+    """Draw all weights; where there is a `train.init`, take the backbone, and a text head if needed, from there."""
     initialize_weights(model, config.model, int(torch.randint(2**62, (), device="cpu")))
     model.get_submodule("backbone").activation_checkpointing = config.train.activation_checkpointing  # type: ignore[assignment]
     if config.train.init is not None:
         read = start_weights(config.train.init, config.model)
         load_plain_state_dict(model.get_submodule("backbone"), lambda name: read(BACKBONE + name))
         get_logger().info("starting from the backbone of %s", config.train.init)
+        head = model.get_submodule("head")
+        if isinstance(head, WordHead) and (weights := start_text_head(config.train.init)):
+            head.text_head.load_state_dict(weights)
+            get_logger().info("and from its text head")
 
 
 def lr_scale(name: str, num_layers: int, layer_decay: float, head_multiple: float) -> float:
@@ -239,8 +242,7 @@ class Finetuner:
         self.host_group = dist.new_group(backend="gloo")
         self.skipped: Counter[str] = Counter()
         self.terms: defaultdict[str, list[Tensor]] = defaultdict(list)
-        # Two ranks on shared cores take each other's wall time; on an accelerator the host's own time says nothing.
-        self.clock: Callable[[], float] = time.process_time if engine.device.type == "cpu" else time.perf_counter
+        self.clock = training_clock(engine.device)
         out = config.train.output_dir
         on_rank_zero(partial(_write_text, out / "config.json", config.model_dump_json(indent=2)))
         self.metrics = MetricsWriter(out)

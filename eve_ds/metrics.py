@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -198,6 +199,15 @@ def peak_flops(precision: str) -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((peak for (part, kind), peak in PEAK_FLOPS.items() if part in name and kind == precision), None)
+
+
+def training_clock(device: torch.device) -> Callable[[], float]:
+    """The clock that training time is read from, in seconds.
+
+    On a CPU it is the time that the training thread computes: on cores that others share, wall time measures the
+    others. It stands still while the thread waits for other ranks, or for samples. An accelerator has the wall's.
+    """
+    return time.thread_time if device.type == "cpu" else time.perf_counter
 
 
 def peak_memory_bytes() -> int:

@@ -2,6 +2,7 @@
 
     scenes    masked words and pixels with the right and with a wrong other modality, and the binding probes
     task      a fine-tuned model on the examples of its task; metrics, and predictions in a folder
+    zero_shot retrieval by a pre-trained model, without fine-tuning
     ask       what a model says to a question, or a statement, about an image
     rank      captions by how well they fit an image
 
@@ -49,17 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.set_defaults(run=evaluate_scenes)
     task = commands.add_parser("task", help="a fine-tuned model on examples of its task")
     task.add_argument("--model", type=Path, required=True, metavar="DIR", help="what launcher/finetune.py saved")
-    task.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of predictions and metrics")
-    task.add_argument(
-        "--data", nargs="+", metavar="DATA", help="scenes, scenes:hard, or files (default: as fine-tuned)"
-    )
-    task.add_argument("--images", type=Path, metavar="DIR", help="folder that image names are relative to")
-    task.add_argument("--split", help="of data that holds several (scenes: val, the default, or test)")
-    task.add_argument("--batch_size", type=int, default=64, help="changes the speed only (default: %(default)s)")
-    task.add_argument("--limit", type=int, metavar="N", help="the first N examples")
+    _add_examples(task)
     task.add_argument("--csv", type=Path, metavar="FILE", help="NLVR: one row per image, for its metrics_images.py")
-    task.add_argument("--local_rank", type=int, help="passed by `deepspeed`; the environment says the same")
     task.set_defaults(run=evaluate_task)
+    zero_shot = commands.add_parser("zero_shot", help="retrieval by a pre-trained model")
+    zero_shot.add_argument("--model", type=Path, required=True, metavar="DIR", help="export, checkpoint or run")
+    zero_shot.add_argument("--features", choices=["class_token", "words"], help="default: what the model was taught")
+    zero_shot.add_argument(
+        "--rerank", type=int, default=0, metavar="K", help="score the best K of a query pair by pair (default: 0)"
+    )
+    _add_examples(zero_shot)
+    zero_shot.set_defaults(run=evaluate_zero_shot)
     question = commands.add_parser("ask", help="what a model says about an image")
     question.add_argument("--model", type=Path, required=True, metavar="DIR", help="fine-tuned for vqa or nlvr")
     question.add_argument("--image", type=Path, required=True, action="append", metavar="FILE", help="may come twice")
@@ -72,6 +73,19 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("captions", nargs="+", metavar="CAPTION")
     rank.set_defaults(run=rank_captions)
     return parser
+
+
+def _add_examples(command: argparse.ArgumentParser) -> None:
+    """Options of what is evaluated on examples, by as many processes as were launched."""
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of predictions and metrics")
+    command.add_argument(
+        "--data", nargs="+", metavar="DATA", help="scenes, scenes:hard, or files (default: as fine-tuned)"
+    )
+    command.add_argument("--images", type=Path, metavar="DIR", help="folder that image names are relative to")
+    command.add_argument("--split", help="of data that holds several (scenes: val, the default, or test)")
+    command.add_argument("--batch_size", type=int, default=64, help="changes the speed only (default: %(default)s)")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N examples")
+    command.add_argument("--local_rank", type=int, help="passed by `deepspeed`; the environment says the same")
 
 
 def evaluate_scenes(arguments: argparse.Namespace) -> list[Table]:
@@ -91,9 +105,7 @@ def evaluate_scenes(arguments: argparse.Namespace) -> list[Table]:
 
 def evaluate_task(arguments: argparse.Namespace) -> list[Table]:
     """Predictions and metrics of a fine-tuned model."""
-    import torch
-
-    from eve_ds.distributed import initialize_process_group, rank_zero, read_environment
+    from eve_ds.distributed import rank_zero
     from eve_ds.report.tables import metrics_table
     from eve_ds.tasks.batches import TaskCollator
     from eve_ds.tasks.formats import load_examples
@@ -102,11 +114,7 @@ def evaluate_task(arguments: argparse.Namespace) -> list[Table]:
     from eve_ds.tasks.recipes import evaluated_on
     from eve_ds.tasks.saved import load_task_model
 
-    if arguments.batch_size < 1:
-        raise ConfigError(f"--batch_size ({arguments.batch_size}) must be at least 1")
-    if read_environment().world_size > 1:
-        initialize_process_group()
-    device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"
+    device = _begin(arguments)
     loaded = load_task_model(arguments.model)
     config = evaluated_on(loaded.config, arguments.data, arguments.images, arguments.split, arguments.limit)
     metrics = evaluate(
@@ -123,6 +131,51 @@ def evaluate_task(arguments: argparse.Namespace) -> list[Table]:
     if arguments.csv is not None:
         write_published_csv(read_predictions(arguments.out), arguments.csv)
     return [metrics_table(f"{arguments.model}, {arguments.out}", metrics)]
+
+
+def evaluate_zero_shot(arguments: argparse.Namespace) -> list[Table]:
+    """Predictions and metrics of a pre-trained model that ranks captions and images."""
+    from eve_ds.distributed import rank_zero
+    from eve_ds.report.tables import metrics_table
+    from eve_ds.tasks.batches import TaskCollator
+    from eve_ds.tasks.prediction import evaluate
+    from eve_ds.tasks.zero_shot import load_zero_shot
+
+    if arguments.rerank < 0:
+        raise ConfigError(f"--rerank ({arguments.rerank}) must be 0 or more")
+    device = _begin(arguments)
+    loaded, examples = load_zero_shot(
+        arguments.model,
+        features=arguments.features,
+        data=arguments.data,
+        images=arguments.images,
+        split=arguments.split,
+        limit=arguments.limit,
+        rerank=arguments.rerank,
+    )
+    metrics = evaluate(
+        loaded.task,
+        loaded.model.to(device),
+        examples,
+        TaskCollator(loaded.config, loaded.tokenizer),
+        out=arguments.out,
+        weights=loaded.sha256,
+        batch_size=arguments.batch_size,
+    )
+    return [metrics_table(f"{arguments.model}, {arguments.out}", metrics)] if rank_zero() else []
+
+
+def _begin(arguments: argparse.Namespace) -> str:
+    """Join the other ranks, if there are any; the device of this one."""
+    import torch
+
+    from eve_ds.distributed import initialize_process_group, read_environment
+
+    if arguments.batch_size < 1:
+        raise ConfigError(f"--batch_size ({arguments.batch_size}) must be at least 1")
+    if read_environment().world_size > 1:
+        initialize_process_group()
+    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"
 
 
 def ask_questions(arguments: argparse.Namespace) -> list[Table]:

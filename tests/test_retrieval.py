@@ -11,7 +11,8 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import initialize_weights
 from eve_ds.tasks.batches import TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
-from eve_ds.tasks.retrieval import IGNORED, Retrieval, contrastive_loss, draw_negatives
+from eve_ds.tasks.pair_models import IGNORED, draw_negatives
+from eve_ds.tasks.retrieval import Retrieval, contrastive_loss
 
 
 def caption(key, group, text="a small red circle"):

@@ -14,9 +14,11 @@ from eve_ds.data.batch import BadSample
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.nlvr import NLVR
-from eve_ds.tasks.retrieval import Retrieval, RetrievalModel
+from eve_ds.tasks.pair_models import RetrievalModel
+from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.saved import TaskModel
 from eve_ds.tasks.vqa import VQA
+from eve_ds.tasks.words import WordRetrievalModel
 
 
 class Answer(NamedTuple):
@@ -75,7 +77,7 @@ def rank(loaded: TaskModel, image: Path, captions: Sequence[str]) -> list[Match]
         ConfigError: a model of another task, no caption, or an image that cannot be read.
     """
     model = loaded.model
-    if not isinstance(model, RetrievalModel):
+    if not isinstance(model, RetrievalModel | WordRetrievalModel):
         raise ConfigError("the model answers questions and ranks no captions: use `evaluate.py ask`")
     if not captions:
         raise ConfigError("there are 0 captions to rank: give at least one")

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eve_ds.model.eve import Backbone, BackboneOutput
+from eve_ds.config import Config
+from eve_ds.model.eve import Backbone, BackboneOutput, MoEFactory
 from eve_ds.model.moe import MoEOutput
 from eve_ds.tasks.batches import ImageReader, TaskCollator, evaluation_batches
 from eve_ds.tasks.examples import Example
@@ -30,9 +31,11 @@ class Classifier(nn.Module):
     Each of the I images of an example is paired with the text, and the I states are concatenated.
     """
 
-    def __init__(self, backbone: Backbone, width: int, num_images: int, num_classes: int) -> None:
+    def __init__(self, config: Config, moe_cls: MoEFactory, num_images: int, num_classes: int) -> None:
         super().__init__()
-        self.backbone = backbone
+        width = config.model.hidden_size
+        self.backbone = Backbone(config.model, moe_cls)
+        self.visible_patches = VisiblePatches(config)
         self.head = nn.Sequential(
             nn.Linear(num_images * width, 2 * width),
             nn.LayerNorm(2 * width),
@@ -45,13 +48,32 @@ class Classifier(nn.Module):
     ) -> ClassifierOutput:
         """(B, I, 3, H, W), (B, L) int64, (B, L) bool -> logits (B, classes); `targets` are not looked at."""
         num_images = pixel_values.shape[1]
+        pixel_values = pixel_values.flatten(0, 1)
         encoded = self.backbone(
-            pixel_values.flatten(0, 1),
+            pixel_values,
             input_ids.repeat_interleave(num_images, dim=0),
             attention_mask.repeat_interleave(num_images, dim=0),
+            visible_patch_ids=self.visible_patches(pixel_values),
         )
         states = text_class_states(encoded).unflatten(0, (-1, num_images))  # (B, I, D)
         return ClassifierOutput(self.head(states.flatten(1)), encoded.moe, encoded.stream.hidden_states.shape[0])
+
+
+class VisiblePatches(nn.Module):
+    """Which patches the encoder sees: all in evaluation, `task.visible_patch_share` of them, at random, in training."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        assert config.task is not None
+        self.num_patches = (config.model.image_size // config.model.patch_size) ** 2
+        self.count = max(1, round(config.task.visible_patch_share * self.num_patches))
+
+    def forward(self, pixel_values: Tensor) -> Tensor | None:
+        """(B, 3, H, W) -> (B, count) int64, ascending, or None for all; draws from torch's default generator."""
+        if not self.training or self.count == self.num_patches:
+            return None
+        order = torch.rand(len(pixel_values), self.num_patches, device=pixel_values.device).argsort(dim=1)
+        return order[:, : self.count].sort(dim=1).values
 
 
 class Classified(NamedTuple):

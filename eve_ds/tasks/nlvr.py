@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eve_ds.config import Config, ConfigError
 from eve_ds.losses import router_losses
-from eve_ds.model.eve import Backbone, MoEFactory
+from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.encoder import Classifier, ClassifierOutput, classify
@@ -46,8 +46,7 @@ class NLVR:
 
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """A model with two logits, false and true, with weights not yet drawn."""
-        config = self.config.model
-        return Classifier(Backbone(config, moe_cls), config.hidden_size, self.num_images, 2)
+        return Classifier(self.config, moe_cls, self.num_images, 2)
 
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """All; raises ConfigError where one has no label."""

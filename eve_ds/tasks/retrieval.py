@@ -6,10 +6,10 @@ Li et al., ALBEF (NeurIPS 2021), sections 3.2 and 4, with one backbone for image
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,134 +17,25 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eve_ds.config import Config
+from eve_ds.config import Config, ConfigError
 from eve_ds.data.batch import BadSample
-from eve_ds.distributed import gather_objects, gather_rows, place
+from eve_ds.data.collate import CaptionEncoder
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.distributed import gather_objects, place
 from eve_ds.losses import router_losses
-from eve_ds.model.eve import Backbone, MoEFactory
-from eve_ds.model.moe import MoE, MoEOutput
+from eve_ds.model.eve import MoEFactory
+from eve_ds.model.moe import MoE
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
-from eve_ds.tasks.encoder import image_class_states, sum_outputs, text_class_states
 from eve_ds.tasks.examples import Example
+from eve_ds.tasks.pair_models import IGNORED, PairScorer, RetrievalModel, RetrievalOutput
+from eve_ds.tasks.words import Template, WordRetrievalModel
 
 RECALL_AT = (1, 5, 10)
 IMAGE, TEXT = "image:", "text:"
 """Start of the key of a query by image, which asks for texts, and by text."""
-IGNORED = -100
-"""Label of a pair that enters no loss."""
-
-
-class RetrievalOutput(NamedTuple):
-    """Of one training forward."""
-
-    image_logits: Tensor
-    """(B, G) similarity of this rank's images to all ranks' texts over the temperature."""
-    text_logits: Tensor
-    """(B, G) of this rank's texts to all ranks' images."""
-    same: Tensor
-    """(B, G) bool, whether the two are of one image."""
-    matching_logits: Tensor | None
-    """(3 B, 2) of true pairs, then every image with a wrong text, then every text with a wrong image; None without
-    ITM."""
-    matching_labels: Tensor | None
-    """(3 B,) int64: 1 = true pair, 0 = wrong pair, IGNORED where there was no wrong partner in the batch."""
-    moe: tuple[MoEOutput, ...]
-    num_tokens: int
-
-
-class RetrievalHead(nn.Module):
-    """Projections for the dot product, learnt temperature, and the classifier of pairs."""
-
-    def __init__(self, width: int, temperature: float) -> None:
-        super().__init__()
-        self.image_projection = nn.Linear(width, width, bias=False)
-        self.text_projection = nn.Linear(width, width, bias=False)
-        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
-        self.matching = nn.Linear(width, 2)
-
-
-class RetrievalModel(nn.Module):
-    """One backbone for images alone, texts alone and pairs."""
-
-    def __init__(self, backbone: Backbone, width: int, temperature: float, matching: bool) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = RetrievalHead(width, temperature)
-        self.matching = matching
-        """Whether training computes pairs for ITM, three fifths of its cost."""
-
-    def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
-    ) -> RetrievalOutput:
-        """Training: (B, 1, 3, H, W), (B, L), (B, L), and (B,) int64 numbers that are equal for the same image.
-
-        A collective: all ranks bring B samples.
-        """
-        pixel_values = pixel_values.squeeze(1)
-        image_pass = self.backbone(pixel_values)
-        text_pass = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        images = _unit(self.head.image_projection(image_class_states(image_pass)))
-        texts = _unit(self.head.text_projection(text_class_states(text_pass)))
-        scale = (-self.head.log_temperature.float()).exp()
-        image_logits = scale * images @ gather_rows(texts)[0].t()
-        text_logits = scale * texts @ gather_rows(images)[0].t()
-        same = targets.unsqueeze(1) == gather_rows(targets)[0].unsqueeze(0)
-        if not self.matching:
-            return RetrievalOutput(image_logits, text_logits, same, None, None, *sum_outputs((image_pass, text_pass)))
-        wrong_texts, has_wrong = draw_negatives(scale * images @ texts.t(), targets)
-        wrong_images, _ = draw_negatives(scale * texts @ images.t(), targets)
-        pair_pass = self.backbone(
-            torch.cat([pixel_values, pixel_values, pixel_values[wrong_images]]),
-            torch.cat([input_ids, input_ids[wrong_texts], input_ids]),
-            torch.cat([attention_mask, attention_mask[wrong_texts], attention_mask]),
-        )
-        wrong = torch.where(has_wrong, 0, IGNORED)
-        return RetrievalOutput(
-            image_logits,
-            text_logits,
-            same,
-            self.head.matching(text_class_states(pair_pass)),
-            torch.cat([torch.ones_like(wrong), wrong, wrong]),
-            *sum_outputs((image_pass, text_pass, pair_pass)),
-        )
-
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D) fp32 of length 1."""
-        return _unit(self.head.image_projection(image_class_states(self.backbone(pixel_values))))
-
-    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L) int64, (B, L) bool -> (B, D) fp32 of length 1."""
-        encoded = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        return _unit(self.head.text_projection(text_class_states(encoded)))
-
-    def match_logits(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pairs (B, 3, H, W), (B, L), (B, L) -> (B,) fp32 log odds that they belong together."""
-        encoded = self.backbone(pixel_values, input_ids, attention_mask)
-        logits = self.head.matching(text_class_states(encoded)).float()
-        return logits[:, 1] - logits[:, 0]
-
-
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1)
-
-
-@torch.no_grad()
-def draw_negatives(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """A wrong partner for each row, drawn in proportion to the softmax of its logits: hard ones more often.
-
-    Args:
-        logits: (B, B) of this rank's batch.
-        targets: (B,) int64, equal for partners that would be right.
-
-    Returns:
-        (B,) int64 partners, and (B,) bool whether there was one; where not, the partner is the row itself.
-    """
-    same = targets.unsqueeze(1) == targets.unsqueeze(0)
-    has_wrong = ~same.all(dim=1)
-    # A floor, so that a row whose softmax has underflowed everywhere but at the right partner can still draw.
-    weights = (logits.float().softmax(dim=1) + 1e-6).masked_fill(same, 0.0)
-    weights[~has_wrong] = torch.eye(len(targets), device=logits.device)[~has_wrong]
-    return torch.multinomial(weights, 1).squeeze(1), has_wrong
+TEMPLATE = "template.json"
+LOOKED_AT = 4096
+"""Captions that a template is made from."""
 
 
 def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
@@ -158,29 +49,48 @@ class Retrieval:
 
     Args:
         config: with `model` and `task`.
+        template: where features are those of masked words.
+        centred: see :class:`eve_ds.tasks.words.WordRetrievalModel`.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, template: Template | None = None, centred: bool = False) -> None:
         assert config.task is not None
-        self.config, self.task = config, config.task
+        self.config, self.task, self.template, self.centred = config, config.task, template, centred
 
     @classmethod
     def from_examples(cls, config: Config, examples: Sequence[Example]) -> Retrieval:
-        """Nothing is collected from them."""
-        return cls(config)
+        """Features of masked words are those of the longest caption, by a look at some of them."""
+        assert config.task is not None
+        if config.task.features == "class_token":
+            return cls(config)
+        encoder = CaptionEncoder(load_tokenizer(config.data.tokenizer), config.model.text_length)
+        step = max(1, len(examples) // LOOKED_AT)
+        captions = (examples[number].text for number in range(0, len(examples), step))
+        return cls(config, Template.of(captions, encoder, most=1))
 
     @classmethod
     def load(cls, config: Config, folder: Path) -> Retrieval:
-        """Nothing is read."""
-        return cls(config)
+        """With the template of a saved model; raises ConfigError if it cannot be read."""
+        assert config.task is not None
+        if config.task.features == "class_token":
+            return cls(config)
+        try:
+            saved = json.loads((folder / TEMPLATE).read_text(encoding="utf-8"))
+            template = Template(tuple(saved["lengths"]), saved["cls_id"], saved["sep_id"], saved["mask_id"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"template of captions {folder / TEMPLATE} cannot be read: {error}") from None
+        return cls(config, template)
 
     def save(self, folder: Path) -> None:
-        """Nothing is written."""
+        """Write the template, if there is one."""
+        if self.template is not None:
+            (folder / TEMPLATE).write_text(json.dumps(self.template._asdict()), encoding="utf-8")
 
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """The model with weights not yet drawn."""
-        config, matching = self.config.model, self.task.itm_weight > 0
-        return RetrievalModel(Backbone(config, moe_cls), config.hidden_size, self.task.temperature, matching)
+        if self.template is not None:
+            return WordRetrievalModel(self.config, moe_cls, self.template, self.centred)
+        return RetrievalModel(self.config, moe_cls)
 
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """All."""
@@ -221,8 +131,8 @@ class Retrieval:
 
         A collective, as features are computed once over all ranks. Decoded images are kept in memory for re-ranking.
         """
-        assert isinstance(model, RetrievalModel)
-        gallery = _Gallery(model, examples, ImageReader(self.config, training=False), collate, batch_size)
+        reader = ImageReader(self.config, training=False)
+        gallery = _Gallery(cast(PairScorer, model), examples, reader, collate, batch_size)
         for key in todo:
             yield {"key": key} | gallery.search(key, self.task.rerank)
 
@@ -257,14 +167,14 @@ class _Gallery:
 
     def __init__(
         self,
-        model: RetrievalModel,
+        model: PairScorer,
         examples: Sequence[Example],
         reader: ImageReader,
         collate: TaskCollator,
         batch_size: int,
     ) -> None:
         self.model, self.reader, self.collate, self.batch_size = model, reader, collate, batch_size
-        self.device = next(model.parameters()).device
+        self.device = next(cast(nn.Module, model).parameters()).device
         self.examples = list(examples)
         self.first = {example.group: example for example in reversed(self.examples)}
         """Image -> its first example."""
@@ -276,6 +186,8 @@ class _Gallery:
         self.examples = [example for example in self.examples if example.group not in self.skipped]
         texts = _over_ranks(self._text_features, [example.key for example in self.examples])
         self.image_features = torch.stack([images[group] for group in self.groups])
+        if model.centred:
+            self.image_features -= self.image_features.mean(dim=0)
         self.text_features = torch.stack([texts[example.key] for example in self.examples])
         self.text_of = {example.key: (number, example) for number, example in enumerate(self.examples)}
         self.image_number = {group: number for number, group in enumerate(self.groups)}

@@ -31,7 +31,7 @@ from eve_ds.model.eve import model_shapes
 from eve_ds.tasks.task import Task, saved_task
 
 PROVENANCE = "task.json"
-BACKBONE = "backbone."
+BACKBONE, TEXT_HEAD = "backbone.", "text_head."
 MAX_FILE_BYTES = 5 * 10**9
 
 
@@ -159,6 +159,25 @@ def start_weights(init: Path, config: ModelConfig) -> Callable[[str], Tensor]:
             "text_positions"
         )
     return lambda name: tables[name] if name in tables else read(name)
+
+
+def start_text_head(init: Path) -> dict[str, Tensor]:
+    """Tensors of the text head that `init` holds by their names in it; empty where there is none.
+
+    Raises:
+        ConfigError: weights that cannot be read.
+    """
+    if init.is_file():  # released weights are those of the backbone
+        return {}
+    try:
+        shapes = _source_shapes(init)
+        read = weight_reader(init, shapes)
+    except CheckpointError as error:
+        raise ConfigError(f"--init {error}") from None
+    found: dict[str, Tensor] = {}
+    for prefix in (TEXT_HEAD, "head." + TEXT_HEAD):
+        found |= {name.removeprefix(prefix): read(name) for name in shapes if name.startswith(prefix)}
+    return found
 
 
 def _source_shapes(init: Path) -> dict[str, torch.Size]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eve_ds.config import Config, ConfigError
 from eve_ds.distributed import get_logger
 from eve_ds.losses import router_losses
-from eve_ds.model.eve import Backbone, MoEFactory
+from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.encoder import Classifier, ClassifierOutput, classify
@@ -54,8 +54,7 @@ class VQA:
 
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """A model whose logits are the answers, with weights not yet drawn."""
-        config = self.config.model
-        return Classifier(Backbone(config, moe_cls), config.hidden_size, 1, len(self.answers))
+        return Classifier(self.config, moe_cls, 1, len(self.answers))
 
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """Questions of which some answer is in the vocabulary; raises ConfigError for a set without answers."""

@@ -1,0 +1,170 @@
+"""Models of image-text retrieval: features of images and texts, logits of pairs.
+
+Li et al., ALBEF (NeurIPS 2021), sections 3.2 and 4, with one backbone for images, texts and pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds.config import Config
+from eve_ds.distributed import gather_rows
+from eve_ds.model.eve import Backbone, MoEFactory
+from eve_ds.model.moe import MoEOutput
+from eve_ds.tasks.encoder import VisiblePatches, image_class_states, sum_outputs, text_class_states
+
+IGNORED = -100
+"""Label of a pair that enters no loss."""
+
+
+class PairScorer(Protocol):
+    """What searching needs: features that are multiplied, and logits of pairs to order the best candidates by."""
+
+    matching: bool
+    """Whether `match_logits` has been learnt."""
+    centred: bool
+    """Whether features of images count by how they differ from the mean over all candidates."""
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, F) fp32."""
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L) int64, (B, L) bool -> (B, F) fp32."""
+
+    def match_logits(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pairs (B, 3, H, W), (B, L), (B, L) -> (B,) fp32, the larger the better they go together."""
+
+
+class RetrievalOutput(NamedTuple):
+    """Of one training forward."""
+
+    image_logits: Tensor
+    """(B, G) similarity of this rank's images to all ranks' texts over the temperature."""
+    text_logits: Tensor
+    """(B, G) of this rank's texts to all ranks' images."""
+    same: Tensor
+    """(B, G) bool, whether the two are of one image."""
+    matching_logits: Tensor | None
+    """(3 B, 2) of true pairs, then every image with a wrong text, then every text with a wrong image; None without
+    ITM."""
+    matching_labels: Tensor | None
+    """(3 B,) int64: 1 = true pair, 0 = wrong pair, IGNORED where there was no wrong partner in the batch."""
+    moe: tuple[MoEOutput, ...]
+    num_tokens: int
+
+
+class RetrievalHead(nn.Module):
+    """Projections for the dot product, learnt temperature, and the classifier of pairs."""
+
+    def __init__(self, width: int, temperature: float) -> None:
+        super().__init__()
+        self.image_projection = nn.Linear(width, width, bias=False)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
+        self.matching = nn.Linear(width, 2)
+
+
+class RetrievalModel(nn.Module):
+    """One backbone for images alone, texts alone and pairs."""
+
+    centred = False
+
+    def __init__(self, config: Config, moe_cls: MoEFactory) -> None:
+        super().__init__()
+        assert config.task is not None
+        self.backbone = Backbone(config.model, moe_cls)
+        self.visible_patches = VisiblePatches(config)
+        self.head = RetrievalHead(config.model.hidden_size, config.task.temperature)
+        self.matching = config.task.itm_weight > 0
+        """Whether training computes pairs for ITM, three fifths of its cost."""
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
+    ) -> RetrievalOutput:
+        """Training: (B, 1, 3, H, W), (B, L), (B, L), and (B,) int64 numbers that are equal for the same image.
+
+        A collective: all ranks bring B samples.
+        """
+        pixel_values = pixel_values.squeeze(1)
+        image_pass = self.backbone(pixel_values, visible_patch_ids=self.visible_patches(pixel_values))
+        text_pass = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        images = _unit(self.head.image_projection(image_class_states(image_pass)))
+        texts = _unit(self.head.text_projection(text_class_states(text_pass)))
+        scale = (-self.head.log_temperature.float()).exp()
+        logits = contrastive_logits(images, texts, scale, targets)
+        if not self.matching:
+            return RetrievalOutput(*logits, None, None, *sum_outputs((image_pass, text_pass)))
+        wrong_texts, has_wrong = draw_negatives(scale * images @ texts.t(), targets)
+        wrong_images, _ = draw_negatives(scale * texts @ images.t(), targets)
+        paired_images = torch.cat([pixel_values, pixel_values, pixel_values[wrong_images]])
+        pair_pass = self.backbone(
+            paired_images,
+            torch.cat([input_ids, input_ids[wrong_texts], input_ids]),
+            torch.cat([attention_mask, attention_mask[wrong_texts], attention_mask]),
+            visible_patch_ids=self.visible_patches(paired_images),
+        )
+        wrong = torch.where(has_wrong, 0, IGNORED)
+        return RetrievalOutput(
+            *logits,
+            self.head.matching(text_class_states(pair_pass)),
+            torch.cat([torch.ones_like(wrong), wrong, wrong]),
+            *sum_outputs((image_pass, text_pass, pair_pass)),
+        )
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D) fp32 of length 1."""
+        return _unit(self.head.image_projection(image_class_states(self.backbone(pixel_values))))
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L) int64, (B, L) bool -> (B, D) fp32 of length 1."""
+        encoded = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        return _unit(self.head.text_projection(text_class_states(encoded)))
+
+    def match_logits(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pairs (B, 3, H, W), (B, L), (B, L) -> (B,) fp32 log odds that they belong together."""
+        encoded = self.backbone(pixel_values, input_ids, attention_mask)
+        logits = self.head.matching(text_class_states(encoded)).float()
+        return logits[:, 1] - logits[:, 0]
+
+
+def contrastive_logits(images: Tensor, texts: Tensor, scale: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarities over the global batch of G, and which of them are of one image; a collective.
+
+    Args:
+        images, texts: (B, F) fp32 features of this rank's samples.
+        scale: () or (1,), one over the temperature.
+        targets: (B,) int64, equal for the same image.
+
+    Returns:
+        (B, G) of images to texts, (B, G) of texts to images, (B, G) bool.
+    """
+    same = targets.unsqueeze(1) == gather_rows(targets)[0].unsqueeze(0)
+    return scale * images @ gather_rows(texts)[0].t(), scale * texts @ gather_rows(images)[0].t(), same
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1)
+
+
+@torch.no_grad()
+def draw_negatives(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A wrong partner for each row, drawn in proportion to the softmax of its logits: hard ones more often.
+
+    Args:
+        logits: (B, B) of this rank's batch.
+        targets: (B,) int64, equal for partners that would be right.
+
+    Returns:
+        (B,) int64 partners, and (B,) bool whether there was one; where not, the partner is the row itself.
+    """
+    same = targets.unsqueeze(1) == targets.unsqueeze(0)
+    has_wrong = ~same.all(dim=1)
+    # A floor, so that a row whose softmax has underflowed everywhere but at the right partner can still draw.
+    weights = (logits.float().softmax(dim=1) + 1e-6).masked_fill(same, 0.0)
+    weights[~has_wrong] = torch.eye(len(targets), device=logits.device)[~has_wrong]
+    return torch.multinomial(weights, 1).squeeze(1), has_wrong

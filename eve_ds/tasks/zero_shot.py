@@ -1,0 +1,107 @@
+"""Retrieval by a pre-trained model as it is: by the heads of ITC and ITM, or by the words that it predicts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from eve_ds.checkpoint.files import CheckpointError
+from eve_ds.checkpoint.weights import weight_reader
+from eve_ds.config import ConfigError, ModelConfig
+from eve_ds.data.collate import CaptionEncoder
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.model.eve import model_shapes
+from eve_ds.tasks.examples import Example
+from eve_ds.tasks.formats import load_examples
+from eve_ds.tasks.recipes import SCENES_RECIPES, evaluated_on, task_config
+from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.saved import TaskModel, read_start
+from eve_ds.tasks.words import Template
+
+MAX_LENGTHS = 4
+"""Numbers of hidden words that an image is encoded with."""
+_PRETRAINING_NAMES = {
+    "class_token": {
+        "head.image_projection": "matching.image_projection",
+        "head.text_projection": "matching.text_projection",
+        "head.log_temperature": "matching.log_temperature",
+        "head.matching": "matching.classifier",
+    },
+    "words": {"head.text_head": "text_head"},
+}
+
+
+class ZeroShot(NamedTuple):
+    """A pre-trained model in the shape of a fine-tuned one, and what it is asked about."""
+
+    loaded: TaskModel
+    examples: Sequence[Example]
+
+
+def load_zero_shot(
+    folder: Path,
+    *,
+    features: str | None = None,
+    data: Sequence[str] | None = None,
+    images: Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    rerank: int = 0,
+) -> ZeroShot:
+    """Read a pre-trained model and the examples of a retrieval task.
+
+    Args:
+        folder: export, checkpoint or run.
+        features: `class_token` or `words`; None: what the objective has taught, class tokens first.
+        data, images, split, limit: of the examples, as :func:`eve_ds.tasks.recipes.evaluated_on` has them.
+        rerank: candidates of a query that the model orders again pair by pair; 0: none.
+
+    Raises:
+        ConfigError: not a pre-trained model, features that it was not taught, or data that cannot be used.
+    """
+    start = read_start(folder)
+    if start.config.task is not None:
+        raise ConfigError(f"{folder} is fine-tuned for {start.config.task.name}: use `evaluate.py task`")
+    objective = start.config.model.objective
+    taught = {"msm": ["words"], "itc_itm": ["class_token"], "itc_itm_mlm": ["class_token", "words"]}[objective]
+    chosen = features or taught[0]
+    if chosen not in taught:
+        raise ConfigError(
+            f"--features {chosen}: pre-training by {objective} does not teach it; use {' or '.join(taught)}"
+        )
+    settings = [f"task.features={chosen}", f"task.itm_weight={int(chosen == 'class_token')}", f"task.rerank={rerank}"]
+    recipe = SCENES_RECIPES["retrieval"]  # nothing of it but the name of the task matters here
+    config = task_config("retrieval", init=folder, model="", recipe=recipe, overrides=settings)
+    config = evaluated_on(config, data, images, split, limit)
+    examples = load_examples(config, "val")
+    tokenizer = load_tokenizer(start.tokenizer)
+    template = None
+    if chosen == "words":
+        encoder = CaptionEncoder(tokenizer, config.model.text_length)
+        template = Template.of((example.text for example in examples), encoder, MAX_LENGTHS)
+    task = Retrieval(config, template, centred=True)
+    model = task.model()
+    digest = _take_weights(model, folder, start.config.model, _PRETRAINING_NAMES[chosen])
+    return ZeroShot(TaskModel(task, model.eval(), config, tokenizer, digest), examples)
+
+
+def _take_weights(model: nn.Module, folder: Path, config: ModelConfig, names: dict[str, str]) -> str:
+    """Fill the task's model from the pre-trained one; returns a hash of what was taken."""
+    try:
+        read = weight_reader(folder, model_shapes(config))
+    except CheckpointError as error:
+        raise ConfigError(f"--model {error}") from None
+    digest = hashlib.sha256()
+    weights = {}
+    for name, drawn in model.state_dict().items():
+        prefix = next((own for own in names if name.startswith(own)), "")
+        taken = names[prefix] + name.removeprefix(prefix) if prefix else name
+        # What pre-training has not got is the temperature of words, at which they count as they are.
+        weights[name] = drawn if name == "head.log_temperature" and not prefix else read(taken).float().clone()
+        digest.update(weights[name].contiguous().numpy().tobytes())
+    model.load_state_dict(weights)
+    return digest.hexdigest()
