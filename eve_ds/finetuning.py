@@ -46,9 +46,15 @@ from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
 from eve_ds.tasks.formats import load_examples
 from eve_ds.tasks.prediction import evaluate
-from eve_ds.tasks.saved import BACKBONE, load_task_model, save_task_model, start_text_head, start_weights, task_shapes
+from eve_ds.tasks.saved import (
+    BACKBONE,
+    load_task_model,
+    save_task_model,
+    start_head_weights,
+    start_weights,
+    task_shapes,
+)
 from eve_ds.tasks.task import Task, new_task
-from eve_ds.tasks.words import WordHead
 
 MODEL, EVALUATION = "model", "evaluation"
 """Folders of the output folder."""
@@ -96,7 +102,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
     tokenizer = load_tokenizer(config.data.tokenizer)
     seed_everything(config.train.seed)
     model = task.model(partial(DeepSpeedMoE, ep_size=config.parallel.ep_size))
-    prepare_weights(model, config)
+    prepare_weights(model, config, task)
     optimizer = build_optimizer(model, config, deepspeed_config)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
@@ -164,18 +170,18 @@ def _task(config: Config) -> TaskConfig:
     return config.task
 
 
-def prepare_weights(model: nn.Module, config: Config) -> None:
-    """Draw all weights; where there is a `train.init`, take the backbone, and a text head if needed, from there."""
+def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
+    """Draw all weights, then take from `train.init`, if there is one, the backbone and what it has of the head."""
     initialize_weights(model, config.model, int(torch.randint(2**62, (), device="cpu")))
     model.get_submodule("backbone").activation_checkpointing = config.train.activation_checkpointing  # type: ignore[assignment]
     if config.train.init is not None:
         read = start_weights(config.train.init, config.model)
         load_plain_state_dict(model.get_submodule("backbone"), lambda name: read(BACKBONE + name))
-        get_logger().info("starting from the backbone of %s", config.train.init)
-        head = model.get_submodule("head")
-        if isinstance(head, WordHead) and (weights := start_text_head(config.train.init)):
-            head.text_head.load_state_dict(weights)
-            get_logger().info("and from its text head")
+        taken = start_head_weights(config.train.init, task.pretrained_names())
+        with torch.no_grad():
+            for name, weight in taken.items():
+                model.get_parameter(name).copy_(weight)
+        get_logger().info("starting from the backbone%s of %s", " and head" * bool(taken), config.train.init)
 
 
 def lr_scale(name: str, num_layers: int, layer_decay: float, head_multiple: float) -> float:

@@ -25,7 +25,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT
 
 import argparse
 
-from eve_ds.benchmark.quality import OBJECTIVES, Budget, figures, jobs_of, run_jobs, table
+from eve_ds.benchmark.quality import OBJECTIVES, TASKS, Budget, figures, jobs_of, run_jobs, table
 
 RESULTS = ROOT / "kernels" / "bench" / "results.csv"
 NAMES = ("routing", "moe", "losses", "step", "objectives", "data")
@@ -50,15 +50,19 @@ def quality(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time: idle cores (%(default)s)")
     parser.add_argument("--objectives", nargs="+", help="msm, itc_itm, itc_itm_mlm (default: all)")
+    parser.add_argument("--tasks", nargs="+", help="vqa, nlvr, retrieval, words (default: all)")
+    parser.add_argument("--curve", nargs="+", type=float, default=[], metavar="S", help="shorter pre-training too")
     for name, seconds in Budget()._asdict().items():
         parser.add_argument(f"--{name}_seconds", type=float, default=seconds, metavar="S", help="(%(default)s)")
     arguments = parser.parse_args(argv)
     budget = Budget(*(getattr(arguments, f"{name}_seconds") for name in Budget._fields))
+    objectives = arguments.objectives or OBJECTIVES
     seeds = []
     for seed in range(arguments.seeds):
         folder = arguments.out / f"seed-{seed}"
         try:
-            run_jobs(jobs_of(seed, folder, budget, arguments.objectives or OBJECTIVES), folder, arguments.jobs)
+            jobs = jobs_of(seed, folder, budget, objectives, arguments.tasks or TASKS, arguments.curve)
+            run_jobs(jobs, folder, arguments.jobs)
         except RuntimeError as error:
             print(f"benchmark: {error}", file=sys.stderr)
             return 1

@@ -42,7 +42,7 @@ def export(tmp_path, task_tree):
 def save(task, folder, seed=0):
     model = task.model()
     torch.manual_seed(seed)
-    prepare_weights(model, task.config)
+    prepare_weights(model, task.config, task)
     save_task_model(folder, task, task.config, load_tokenizer("scenes"), model.state_dict(), {"step": 1})
     return model.eval()
 

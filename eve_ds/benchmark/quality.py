@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,12 @@ from typing import Any, NamedTuple
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launcher"
 OBJECTIVES = ("msm", "itc_itm", "itc_itm_mlm")
+TASKS = ("vqa", "nlvr", "retrieval", "words")
+"""Fine-tunes; `words` is retrieval by masked words (:mod:`eve_ds.tasks.words`)."""
+ZERO_SHOT = "zero_shot"
+RERANK = 8
+"""Candidates that are ordered again in retrieval without fine-tuning."""
+RESULT = "evaluation/*/metrics.json"
 COLOUR_AND_SHAPE = ("task.train.question_types=[color,shape]", "task.val.question_types=[color,shape]")
 UNBOUND = {"color": 0.5625, "shape": 0.625}
 """Accuracy of naming the attribute of any one of two objects (:func:`eve_ds.data.scene_tasks.unbound_accuracy`)."""
@@ -31,6 +38,7 @@ class Budget(NamedTuple):
     vqa: float = 45.0
     nlvr: float = 45.0
     retrieval: float = 30.0
+    """By class tokens, and by words."""
 
 
 class Job(NamedTuple):
@@ -40,37 +48,61 @@ class Job(NamedTuple):
     """Folder under that of the seed."""
     command: list[str]
     result: str
-    """File in the folder that says it is done."""
+    """Pattern of the file in the folder that says it is done."""
     needs: str | None = None
     """Name of the job whose model it starts from."""
 
 
-def jobs_of(seed: int, folder: Path, budget: Budget, objectives: Sequence[str] = OBJECTIVES) -> list[Job]:
-    """Pre-training by each objective, every task from each and from random weights, for its seconds and for both."""
-    jobs = [_pretrain(objective, seed, folder, budget.pretrain) for objective in objectives]
-    for task in ("vqa", "nlvr", "retrieval"):
-        seconds = getattr(budget, task)
-        jobs += [_finetune(task, objective, seed, folder, seconds) for objective in objectives]
+def jobs_of(
+    seed: int,
+    folder: Path,
+    budget: Budget,
+    objectives: Sequence[str] = OBJECTIVES,
+    tasks: Sequence[str] = TASKS,
+    curve: Sequence[float] = (),
+) -> list[Job]:
+    """Pre-training by each objective, then every task from each, and from random weights for its seconds and for both.
+
+    `curve`: shorter budgets of pre-training, each a run of its own; the questions and zero-shot retrieval from it.
+    """
+    lengths = [(f"{objective}@{seconds:g}", seconds) for seconds in curve for objective in objectives]
+    starts = [(objective, budget.pretrain) for objective in objectives] + lengths
+    jobs = [_pretrain(start, seed, folder, seconds) for start, seconds in starts]
+    for task in tasks:
+        seconds = budget.retrieval if task == "words" else getattr(budget, task)
+        known = starts if task == "vqa" else starts[: len(objectives)]
+        jobs += [_finetune(task, start, seed, folder, seconds) for start, _ in known]
         jobs.append(_finetune(task, "none", seed, folder, seconds))
-        jobs.append(_finetune(task, "scratch", seed, folder, seconds + budget.pretrain))
-    return jobs
+        if task != "words":
+            jobs.append(_finetune(task, "scratch", seed, folder, seconds + budget.pretrain))
+    return jobs + [_zero_shot(start, folder) for start, _ in starts]
 
 
-def _pretrain(objective: str, seed: int, folder: Path, seconds: float) -> Job:
-    settings = [f"model.objective={objective}", f"train.seed={seed}", f"train.max_seconds={seconds:g}"]
+def _pretrain(start: str, seed: int, folder: Path, seconds: float) -> Job:
+    settings = [f"model.objective={start.partition('@')[0]}", f"train.seed={seed}", f"train.max_seconds={seconds:g}"]
+    # Whatever its speed, an objective ends its schedule with its budget.
+    settings += ["train.max_steps=1000000", "optimizer.decay_by=seconds"]
     command = [sys.executable, str(LAUNCHERS / "pretrain.py"), "--config", "eve_tiny"]
-    return Job(objective, [*command, "--output_dir", str(folder / objective), "--set", *settings], "checkpoints/latest")
+    return Job(start, [*command, "--output_dir", str(folder / start), "--set", *settings], "checkpoints/latest")
 
 
 def _finetune(task: str, start: str, seed: int, folder: Path, seconds: float) -> Job:
-    """`start` names an objective; `none` and `scratch` draw the weights."""
+    """`start` names a pre-training; `none` and `scratch` draw the weights."""
     name = f"{task}-{start}"
     drawn = start in ("none", "scratch")
     settings = [f"train.seed={seed}", f"train.max_seconds={seconds:g}"]
     settings += COLOUR_AND_SHAPE if task == "vqa" else ()
-    command = [sys.executable, str(LAUNCHERS / "finetune.py"), "--task", task, "--model", "eve_tiny"]
+    command = [sys.executable, str(LAUNCHERS / "finetune.py"), "--task", "retrieval" if task == "words" else task]
+    command += ["--config", f"tasks/scenes_{'retrieval_words' if task == 'words' else task}", "--model", "eve_tiny"]
     command += ["--init", "none" if drawn else str(folder / start), "--output_dir", str(folder / name)]
-    return Job(name, [*command, "--set", *settings], "evaluation/metrics.json", None if drawn else start)
+    return Job(name, [*command, "--set", *settings], RESULT, None if drawn else start)
+
+
+def _zero_shot(start: str, folder: Path) -> Job:
+    name = f"{ZERO_SHOT}-{start}"
+    command = [sys.executable, str(LAUNCHERS / "evaluate.py"), "zero_shot", "--model", str(folder / start)]
+    command += ["--out", str(folder / name / "evaluation" / "end"), "--rerank", "0" if "@" in start else str(RERANK)]
+    return Job(name, command, RESULT, start)
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, at_a_time: int, say: Callable[[str], None] = print) -> None:
@@ -86,9 +118,9 @@ def run_jobs(jobs: Sequence[Job], folder: Path, at_a_time: int, say: Callable[[s
         if job.needs is not None:
             started[job.needs].result()
         out = folder / job.name
-        if (out / job.result).is_file():
+        if any(out.glob(job.result)):
             return
-        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
         log = folder / f"{job.name}.log"
         with log.open("w") as file:
             done = subprocess.run(job.command, env=environment, stdout=file, stderr=file, check=False)
@@ -108,44 +140,71 @@ def run_jobs(jobs: Sequence[Job], folder: Path, at_a_time: int, say: Callable[[s
 def figures(folder: Path) -> dict[str, dict[str, float]]:
     """Measure -> start -> value, of one seed, as far as there are results."""
     found: dict[str, dict[str, float]] = {}
-    for file in sorted(folder.glob("*/evaluation/metrics.json")):
-        task, _, start = file.parent.parent.name.partition("-")
+    for file in sorted(folder.glob("*/metrics.jsonl")):
+        start = file.parent.name
+        if start.partition("@")[0] in OBJECTIVES:
+            found.setdefault("pairs seen in pre-training", {})[start] = _last_record(file)["samples"]
+    for file in sorted(folder.glob(f"*/{RESULT}")):
+        task, _, start = file.parents[2].name.partition("-")
         metrics = json.loads(file.read_text(encoding="utf-8"))
         for name, value in _figures_of(task, metrics).items():
             found.setdefault(name, {})[start] = value
     return found
 
 
+def _last_record(metrics: Path) -> dict[str, Any]:
+    *_, last = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
+    return last
+
+
 def _figures_of(task: str, metrics: dict[str, Any]) -> dict[str, float]:
-    if task == "retrieval":
-        dot = metrics["dot"]
-        return {
-            "retrieval of texts, R@1": dot["text_retrieval"]["R@1"],
-            "retrieval of images, R@1": dot["image_retrieval"]["R@1"],
-        }
     if task == "nlvr":
         return {"statements": metrics["accuracy"]}
-    kinds = {f"questions on {kind} (unbound {UNBOUND[kind]})": value for kind, value in metrics["by_type"].items()}
-    unbound = statistics.mean(UNBOUND[kind] for kind in metrics["by_type"])
-    return {f"questions (unbound {unbound:.3f})": metrics["accuracy"], **kinds}
+    if task == "vqa":
+        kinds = {f"questions on {kind} (unbound {UNBOUND[kind]})": value for kind, value in metrics["by_type"].items()}
+        unbound = statistics.mean(UNBOUND[kind] for kind in metrics["by_type"])
+        return {f"questions (unbound {unbound:.3f})": metrics["accuracy"], **kinds}
+    title = {"retrieval": "retrieval", "words": "retrieval by words", ZERO_SHOT: "zero-shot retrieval"}[task]
+    orders = {"dot": "", "reranked": f", best {RERANK} ordered again"}
+    return {
+        f"{title} of {kind}s, R@1{how}": metrics[order][f"{kind}_retrieval"]["R@1"]
+        for order, how in orders.items()
+        if order in metrics
+        for kind in ("text", "image")
+    }
 
 
 def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
-    """Markdown: a row a measure, a column a start; mean over seeds and, of several, the lowest and highest."""
-    starts = [
-        start for start in ("none", *OBJECTIVES, "scratch") if any(start in row for s in seeds for row in s.values())
-    ]
+    """Markdown: a row a measure, a column a start; mean over seeds and, of several, the lowest and highest.
+
+    Below it, where shorter pre-training was measured too, a row a budget.
+    """
+    measures = list(dict.fromkeys(name for seed in seeds for name in seed))
+    found = {start for seed in seeds for row in seed.values() for start in row}
+    starts = [start for start in ("none", *OBJECTIVES, "scratch") if start in found]
     titles = {"none": "random weights", "scratch": "random weights, all the seconds"}
     lines = [f"| | {' | '.join(titles.get(start, start) for start in starts)} |", f"|---|{'---:|' * len(starts)}"]
-    for measure in dict.fromkeys(name for seed in seeds for name in seed):
-        cells = []
-        for start in starts:
-            values = [seed[measure][start] for seed in seeds if start in seed.get(measure, {})]
-            cells.append(_cell(values) if values else "")
-        lines.append(f"| {measure} | {' | '.join(cells)} |")
+    for measure in measures:
+        lines.append(f"| {measure} | {' | '.join(_over_seeds(seeds, measure, start) for start in starts)} |")
+    shorter = {start for start in found if "@" in start}
+    if shorter:
+        by_budget = sorted(shorter, key=lambda start: (float(start.partition("@")[2]), start))
+        rows = [name for name in measures if any(start in s.get(name, {}) for s in seeds for start in shorter)]
+        lines += ["", f"| pre-training for | {' | '.join(rows)} |", f"|---|{'---:|' * len(rows)}"]
+        for start in by_budget:
+            objective, _, seconds = start.partition("@")
+            cells = " | ".join(_over_seeds(seeds, measure, start) for measure in rows)
+            lines.append(f"| {objective}, {seconds} s | {cells} |")
     return "\n".join(lines)
 
 
+def _over_seeds(seeds: Sequence[dict[str, dict[str, float]]], measure: str, start: str) -> str:
+    values = [seed[measure][start] for seed in seeds if start in seed.get(measure, {})]
+    return _cell(values) if values else ""
+
+
 def _cell(values: Sequence[float]) -> str:
+    if isinstance(values[0], int):
+        return " to ".join(f"{number:,}" for number in sorted({min(values), max(values)}))
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"

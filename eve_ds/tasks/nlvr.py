@@ -48,6 +48,10 @@ class NLVR:
         """A model with two logits, false and true, with weights not yet drawn."""
         return Classifier(self.config, moe_cls, self.num_images, 2)
 
+    def pretrained_names(self) -> dict[str, str]:
+        """None: the head is new."""
+        return {}
+
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """All; raises ConfigError where one has no label."""
         if not isinstance(examples, SceneExamples):

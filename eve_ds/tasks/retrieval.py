@@ -92,6 +92,17 @@ class Retrieval:
             return WordRetrievalModel(self.config, moe_cls, self.template, self.centred)
         return RetrievalModel(self.config, moe_cls)
 
+    def pretrained_names(self) -> dict[str, str]:
+        """Those of the objectives that have learnt the features."""
+        if self.template is not None:
+            return {"head.text_head.": "text_head."}
+        return {
+            "head.image_projection.": "matching.image_projection.",
+            "head.text_projection.": "matching.text_projection.",
+            "head.log_temperature": "matching.log_temperature",
+            "head.matching.": "matching.classifier.",
+        }
+
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """All."""
         return examples

@@ -31,7 +31,7 @@ from eve_ds.model.eve import model_shapes
 from eve_ds.tasks.task import Task, saved_task
 
 PROVENANCE = "task.json"
-BACKBONE, TEXT_HEAD = "backbone.", "text_head."
+BACKBONE = "backbone."
 MAX_FILE_BYTES = 5 * 10**9
 
 
@@ -161,8 +161,12 @@ def start_weights(init: Path, config: ModelConfig) -> Callable[[str], Tensor]:
     return lambda name: tables[name] if name in tables else read(name)
 
 
-def start_text_head(init: Path) -> dict[str, Tensor]:
-    """Tensors of the text head that `init` holds by their names in it; empty where there is none.
+def start_head_weights(init: Path, names: dict[str, str]) -> dict[str, Tensor]:
+    """What `init` holds of a task's head, by the names of the task's model; empty where there is nothing.
+
+    Args:
+        init: as for :func:`start_weights`.
+        names: start of a name in the task's model -> start of the name in a pre-trained one.
 
     Raises:
         ConfigError: weights that cannot be read.
@@ -174,10 +178,14 @@ def start_text_head(init: Path) -> dict[str, Tensor]:
         read = weight_reader(init, shapes)
     except CheckpointError as error:
         raise ConfigError(f"--init {error}") from None
-    found: dict[str, Tensor] = {}
-    for prefix in (TEXT_HEAD, "head." + TEXT_HEAD):
-        found |= {name.removeprefix(prefix): read(name) for name in shapes if name.startswith(prefix)}
-    return found
+    fine_tuned = read_start(init).config.task is not None
+    prefixes = {own: own for own in names} if fine_tuned else names
+    return {
+        own + name.removeprefix(there): read(name)
+        for own, there in prefixes.items()
+        for name in shapes
+        if name.startswith(there)
+    }
 
 
 def _source_shapes(init: Path) -> dict[str, torch.Size]:

@@ -29,6 +29,9 @@ class Task(Protocol):
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """The model, `backbone` and `head`, with weights not yet drawn."""
 
+    def pretrained_names(self) -> dict[str, str]:
+        """Start of a head's tensor names -> how they start in a pre-trained model that has them."""
+
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """Those that the loss can learn from; raises ConfigError where what is to be learnt is not published."""
 

@@ -56,6 +56,10 @@ class VQA:
         """A model whose logits are the answers, with weights not yet drawn."""
         return Classifier(self.config, moe_cls, 1, len(self.answers))
 
+    def pretrained_names(self) -> dict[str, str]:
+        """None: the head is new."""
+        return {}
+
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """Questions of which some answer is in the vocabulary; raises ConfigError for a set without answers."""
         if isinstance(examples, SceneExamples):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.weights import weight_reader
@@ -24,15 +24,6 @@ from eve_ds.tasks.words import Template
 
 MAX_LENGTHS = 4
 """Numbers of hidden words that an image is encoded with."""
-_PRETRAINING_NAMES = {
-    "class_token": {
-        "head.image_projection": "matching.image_projection",
-        "head.text_projection": "matching.text_projection",
-        "head.log_temperature": "matching.log_temperature",
-        "head.matching": "matching.classifier",
-    },
-    "words": {"head.text_head": "text_head"},
-}
 
 
 class ZeroShot(NamedTuple):
@@ -85,23 +76,23 @@ def load_zero_shot(
         template = Template.of((example.text for example in examples), encoder, MAX_LENGTHS)
     task = Retrieval(config, template, centred=True)
     model = task.model()
-    digest = _take_weights(model, folder, start.config.model, _PRETRAINING_NAMES[chosen])
-    return ZeroShot(TaskModel(task, model.eval(), config, tokenizer, digest), examples)
+    weights = _weights(model, folder, start.config.model, task.pretrained_names())
+    model.load_state_dict(weights)
+    digest = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights.values()))
+    return ZeroShot(TaskModel(task, model.eval(), config, tokenizer, digest.hexdigest()), examples)
 
 
-def _take_weights(model: nn.Module, folder: Path, config: ModelConfig, names: dict[str, str]) -> str:
-    """Fill the task's model from the pre-trained one; returns a hash of what was taken."""
+def _weights(model: nn.Module, folder: Path, config: ModelConfig, names: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of the task's model, out of the pre-trained one."""
     try:
         read = weight_reader(folder, model_shapes(config))
     except CheckpointError as error:
         raise ConfigError(f"--model {error}") from None
-    digest = hashlib.sha256()
     weights = {}
-    for name, drawn in model.state_dict().items():
-        prefix = next((own for own in names if name.startswith(own)), "")
-        taken = names[prefix] + name.removeprefix(prefix) if prefix else name
-        # What pre-training has not got is the temperature of words, at which they count as they are.
-        weights[name] = drawn if name == "head.log_temperature" and not prefix else read(taken).float().clone()
-        digest.update(weights[name].contiguous().numpy().tobytes())
-    model.load_state_dict(weights)
-    return digest.hexdigest()
+    for name, unset in model.state_dict().items():
+        own = next((own for own in names if name.startswith(own)), "")
+        if name == "head.log_temperature" and own == "":
+            weights[name] = unset  # of words, which count as they are
+        else:
+            weights[name] = read(names.get(own, "") + name.removeprefix(own)).float().contiguous().clone()
+    return weights
