@@ -11,6 +11,8 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -221,3 +223,21 @@ def test_peak_memory_grows_with_what_is_held():
     held = torch.ones(int(before) // 4 + 25_000_000)  # more than there ever was, and touched
     assert peak_memory_bytes() - before > 50e6
     del held
+
+
+def test_training_time_on_a_cpu_stands_still_while_others_compute():
+    clock = metrics.training_clock(torch.device("cpu"))
+    started, other = clock(), threading.Thread(target=spend, args=(0.2,))
+    other.start()
+    other.join()
+    waited = clock() - started
+    spend(0.1)
+    assert waited < 0.05
+    assert clock() - started >= 0.1
+    assert metrics.training_clock(torch.device("cuda")) is time.perf_counter
+
+
+def spend(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass

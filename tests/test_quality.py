@@ -7,19 +7,36 @@ import pytest
 
 from eve_ds.benchmark.quality import Budget, Job, figures, jobs_of, run_jobs, table
 
+RECALL = {"text_retrieval": {"R@1": 0.5}, "image_retrieval": {"R@1": 0.25}}
+
 
 def test_every_task_starts_from_every_objective_and_from_nothing(tmp_path):
     jobs = {job.name: job for job in jobs_of(3, tmp_path, Budget(100, 10, 20, 30), ("msm", "itc_itm"))}
     starts = ("msm", "itc_itm", "none", "scratch")
-    assert set(jobs) == {"msm", "itc_itm", *(f"{task}-{s}" for task in ("vqa", "nlvr", "retrieval") for s in starts)}
+    tuned = {f"{task}-{start}" for task in ("vqa", "nlvr", "retrieval", "words") for start in starts} - {
+        "words-scratch"
+    }
+    assert set(jobs) == {"msm", "itc_itm", *tuned, "zero_shot-msm", "zero_shot-itc_itm"}
     assert jobs["nlvr-itc_itm"].needs == "itc_itm"
     assert jobs["vqa-scratch"].needs is None
     assert "train.max_seconds=110" in jobs["vqa-scratch"].command, "all the seconds"
     assert "train.max_seconds=30" in jobs["retrieval-none"].command
     assert "task.train.question_types=[color,shape]" in jobs["vqa-none"].command
-    assert all("train.seed=3" in job.command for job in jobs.values())
+    assert "train.max_seconds=30" in jobs["words-none"].command
+    assert jobs["zero_shot-msm"].needs == "msm"
+    assert all(("train.seed=3" in job.command) == ("zero_shot" not in name) for name, job in jobs.items())
+    # Not by steps: the slow objective would never come to the low learning rates.
+    assert all("optimizer.decay_by=seconds" in jobs[name].command for name in ("msm", "itc_itm"))
     order = list(jobs)
     assert max(order.index("msm"), order.index("itc_itm")) < min(order.index(name) for name in order if "-" in name)
+
+
+def test_a_curve_adds_shorter_pre_training_and_what_it_is_worth(tmp_path):
+    whole = {job.name for job in jobs_of(0, tmp_path, Budget(), ["msm"], ["vqa", "retrieval"])}
+    jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["msm"], ["vqa", "retrieval"], [50.0])}
+    assert jobs.keys() - whole == {"msm@50", "vqa-msm@50", "zero_shot-msm@50"}
+    assert {"train.max_seconds=50", "model.objective=msm"} <= set(jobs["msm@50"].command)
+    assert jobs["vqa-msm@50"].needs == jobs["zero_shot-msm@50"].needs == "msm@50"
 
 
 def writes(tmp_path, name, text, needs=None):
@@ -42,6 +59,13 @@ def test_jobs_wait_for_what_they_need_and_run_once(tmp_path, at_a_time):
     assert len(said) == 4
 
 
+def test_what_a_killed_job_left_is_removed(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "half").write_text("")
+    run_jobs([writes(tmp_path, "a", "A")], tmp_path, 1, lambda _: None)
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["result"]
+
+
 def test_a_job_that_fails_names_its_log(tmp_path):
     bad = Job("bad", [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"], "result")
     good = writes(tmp_path, "good", "G")
@@ -53,22 +77,26 @@ def test_a_job_that_fails_names_its_log(tmp_path):
 
 
 def write(folder, name, metrics):
-    (folder / name / "evaluation").mkdir(parents=True)
-    (folder / name / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    out = folder / name / "evaluation" / "step-00000007"
+    out.mkdir(parents=True)
+    (out / "metrics.json").write_text(json.dumps(metrics))
 
 
 def test_the_table_has_a_row_a_measure_and_a_column_a_start(tmp_path):
     for seed in range(2):
         folder = tmp_path / str(seed)
-        recall = {"text_retrieval": {"R@1": 0.5 + seed / 10}, "image_retrieval": {"R@1": 0.25}}
+        recall = RECALL | {"text_retrieval": {"R@1": 0.5 + seed / 10}}
         write(folder, "retrieval-msm", {"dot": recall})
         write(folder, "nlvr-none", {"accuracy": 0.5, "consistency": 0.2})
         write(folder, "vqa-scratch", {"accuracy": 0.6, "by_type": {"color": 0.7, "shape": 0.5}})
+        (folder / "msm").mkdir()
+        (folder / "msm" / "metrics.jsonl").write_text(f'{{"samples": 64}}\n{{"samples": {6400 + 64 * seed}}}\n')
     found = [figures(tmp_path / str(seed)) for seed in range(2)]
     assert found[0]["statements"] == {"none": 0.5}
     assert table(found).splitlines() == [
         "| | random weights | msm | random weights, all the seconds |",
         "|---|---:|---:|---:|",
+        "| pairs seen in pre-training |  | 6,400 to 6,464 |  |",
         "| statements | 0.500 (0.500 to 0.500) |  |  |",
         "| retrieval of texts, R@1 |  | 0.550 (0.500 to 0.600) |  |",
         "| retrieval of images, R@1 |  | 0.250 (0.250 to 0.250) |  |",
@@ -77,3 +105,19 @@ def test_the_table_has_a_row_a_measure_and_a_column_a_start(tmp_path):
         "| questions on shape (unbound 0.625) |  |  | 0.500 (0.500 to 0.500) |",
     ]
     assert "| statements | 0.500 |" in table(found[:1])
+
+
+def test_zero_shot_and_shorter_pre_training_have_rows_of_their_own(tmp_path):
+    write(tmp_path, "zero_shot-msm", {"dot": RECALL, "reranked": RECALL | {"image_retrieval": {"R@1": 1.0}}})
+    write(tmp_path, "words-msm", {"dot": RECALL})
+    write(tmp_path, "zero_shot-msm@100", {"dot": RECALL | {"text_retrieval": {"R@1": 0.375}}})
+    write(tmp_path, "zero_shot-msm@50", {"dot": RECALL | {"text_retrieval": {"R@1": 0.125}}})
+    text = table([figures(tmp_path)])
+    assert "| retrieval by words of texts, R@1 | 0.500 |" in text
+    assert "| zero-shot retrieval of images, R@1, best 8 ordered again | 1.000 |" in text
+    assert text.splitlines()[-4:] == [
+        "| pre-training for | zero-shot retrieval of texts, R@1 | zero-shot retrieval of images, R@1 |",
+        "|---|---:|---:|",
+        "| msm, 50 s | 0.125 | 0.250 |",
+        "| msm, 100 s | 0.375 | 0.250 |",
+    ]

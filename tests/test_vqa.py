@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from eve_ds.config import ConfigError, parse_config
+from eve_ds.model.eve import initialize_weights
 from eve_ds.tasks.batches import TaskBatch
-from eve_ds.tasks.encoder import ClassifierOutput
+from eve_ds.tasks.encoder import ClassifierOutput, VisiblePatches
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.vqa import VQA, build_vocabulary, read_vocabulary
 from eve_ds.tasks.vqa_metric import normalize_answer, soft_targets, vqa_accuracy
@@ -154,3 +155,33 @@ def test_vocabulary_travels_with_the_model(tmp_path, task_tree):
     VQA(config, ["crème brûlée", "red"]).save(tmp_path)
     assert json.loads((tmp_path / "answers.json").read_text(encoding="utf-8")) == ["crème brûlée", "red"]
     assert VQA.load(config, tmp_path).answers == ["crème brûlée", "red"]
+
+
+# --- patches that training sees ---------------------------------------------------------------------------------------
+
+
+def test_training_sees_a_random_share_of_the_patches_and_evaluation_all(task_tree):
+    visible = VisiblePatches(parse_config(task_tree("vqa", visible_patch_share=0.5)))  # 16 patches
+    torch.manual_seed(0)
+    ids = visible.train()(torch.zeros(200, 3, 64, 64))
+    assert ids.shape == (200, 8)
+    assert (ids.diff(dim=1) > 0).all(), "in the order of the patches, none twice"
+    seen = ids.flatten().bincount(minlength=16) / 200
+    # Each is drawn with probability one half: 200 draws deviate by 4 * sqrt(.25 / 200) at most, but once in 16,000.
+    assert ((seen - 0.5).abs() < 0.142).all()
+    assert not torch.equal(ids, visible(torch.zeros(200, 3, 64, 64))), "anew at every step"
+    assert visible.eval()(torch.zeros(2, 3, 64, 64)) is None
+    assert VisiblePatches(parse_config(task_tree("vqa"))).train()(torch.zeros(2, 3, 64, 64)) is None
+
+
+def test_a_classifier_in_training_does_not_look_at_hidden_patches(task_tree, monkeypatch):
+    task = VQA(parse_config(task_tree("vqa", visible_patch_share=0.25)), ["red", "blue"])
+    model = task.model().train()
+    initialize_weights(model, task.config.model, seed=1)
+    monkeypatch.setattr(model.visible_patches, "forward", lambda pixels: torch.tensor([[0, 1, 2, 3]]))
+    ids, mask = torch.tensor([[2, 9, 3]]), torch.ones(1, 3, dtype=torch.bool)
+    pixels = torch.randn(1, 1, 3, 64, 64, requires_grad=True)
+    model(pixels, ids, mask).logits.sum().backward()
+    touched = pixels.grad[0, 0].abs().sum(0)  # patches of 16: the first row of four is visible
+    assert (touched[:16] > 0).all()
+    assert (touched[16:] == 0).all()

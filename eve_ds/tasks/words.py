@@ -50,7 +50,7 @@ class Template(NamedTuple):
         if not lengths:
             raise ConfigError("there is no caption with a word in it")
         if len(lengths) > most:
-            lengths = sorted({lengths[-1 - (len(lengths) - 1) * i // most] for i in range(most)})
+            lengths = sorted({lengths[-1 - len(lengths) * i // most] for i in range(most)})
         return cls(tuple(lengths), encoder.cls_id, encoder.sep_id, encoder.mask_id)
 
     def hidden_captions(self, length: int, batch: int, device: torch.device) -> Tensor:

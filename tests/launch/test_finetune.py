@@ -79,6 +79,21 @@ def test_retrieval_under_torchrun_ranks_captions(pretrained, launch, tmp_path):
     assert "similarity" in launched.output
 
 
+def test_a_run_retrieves_without_fine_tuning_in_as_many_processes_as_there_are(pretrained, launch, tmp_path):
+    options = ["launcher/evaluate.py", "zero_shot", "--model", str(pretrained), "--limit", "8", "--rerank", "2"]
+    launched = launch(without_deepspeed(*options, "--out", tmp_path / "one"))
+    assert launched.returncode == 0, launched.output
+    assert "reranked.image_retrieval.R@1" in launched.output
+    command = ["torchrun", "--standalone", "--nproc_per_node", "2", *options, "--batch_size", "3"]
+    launched = launch([*command, "--out", str(tmp_path / "two")])
+    assert launched.returncode == 0, launched.output
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    assert one["num_examples"] == 16
+    launched = launch([sys.executable, *options[:4], "--rerank", "-1", "--out", str(tmp_path / "three")])
+    assert (launched.returncode, launched.output.splitlines()[-1]) == (2, "evaluate: --rerank (-1) must be 0 or more")
+
+
 def test_published_nlvr_from_files_to_its_csv(launch, tmp_path):
     (tmp_path / "dev" / "images" / "0").mkdir(parents=True)
     lines = []
