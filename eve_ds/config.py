@@ -307,6 +307,8 @@ class ExamplesConfig(Section):
     """`scenes`, `vqa`: what is asked; none means all."""
     num_examples: PositiveInt | None = None
     """`scenes`: examples of an epoch or of the evaluation (None: 1,000,000 and 1,000); otherwise the first so many."""
+    unseen_texts: bool = False
+    """`task.val`: leave out examples whose text is one of the training examples' too."""
 
 
 class TaskConfig(Section):
@@ -328,10 +330,14 @@ class TaskConfig(Section):
     rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     color_jitter: Fraction = 0.0
     """Largest change of brightness, contrast and saturation, and four times that of hue."""
+    blind: bool = False
+    """Grey images in training and evaluation: the control that reads the texts alone."""
     visible_patch_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of an image's patches, in training, drawn anew at every step (FLIP, Li et al. 2023); evaluation sees all."""
     min_answer_count: PositiveInt = 9
     """`vqa`: an answer enters the vocabulary if so many annotators gave it (9 leaves 3,129 answers of VQAv2)."""
+    answer_loss: Literal["sigmoid", "softmax"] = "sigmoid"
+    """`vqa`: every answer judged by itself (official), or one against the others, where only one can be right."""
     num_images: Literal[1, 2] = 2
     """`nlvr`: images of an example; 1 for NLVR 1.0."""
     features: Literal["class_token", "words"] = "class_token"

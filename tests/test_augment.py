@@ -82,3 +82,11 @@ def test_evaluation_only_resizes_and_training_augments_by_epoch(task_tree):
     epochs = [reader(example, epoch) for epoch in (0, 0, 1)]
     assert (epochs[0] == epochs[1]).all()
     assert (epochs[0] != epochs[2]).any()
+
+
+def test_a_blind_reader_shows_grey_in_training_and_evaluation(task_tree):
+    config = parse_config(task_tree("nlvr", blind=True))
+    example = Example("1", (LEFT_HALF, LEFT_HALF), "a red circle")
+    for training in (True, False):
+        assert (ImageReader(config, training)(example) == 128).all()
+        assert ImageReader(config, training)(example).shape == (2, 64, 64, 3)

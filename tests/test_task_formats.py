@@ -175,6 +175,20 @@ def test_published_nlvr_has_six_pictures_of_each_example(tmp_path, task_tree, pa
         load_examples(parse_config(task_tree("nlvr", val=source)), "val")
 
 
+def test_examples_with_a_text_of_the_training_set_can_be_left_out(tmp_path, task_tree):
+    write_nlvr(tmp_path / "nlvr", ("dev", "test"))
+    entry = {"sentence": "there is a tower", "label": "false", "identifier": "13-0", "directory": "0"}
+    with (tmp_path / "nlvr" / "dev" / "dev.json").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    train, val = ({"format": "nlvr", "annotations": [str(tmp_path / "nlvr")], "split": s} for s in ("test", "dev"))
+    tree = task_tree("nlvr", num_images=1, train=train, val=val | {"unseen_texts": True})
+    assert [e.key for e in load_examples(parse_config(tree), "val")] == [f"dev-13-0-{k}" for k in range(6)]
+    assert len(load_examples(parse_config(tree), "train")) == 6
+    tree["task"]["val"]["split"] = "test"
+    with pytest.raises(ConfigError, match=r"task\.val\.unseen_texts leaves no example"):
+        load_examples(parse_config(tree), "val")
+
+
 @pytest.mark.skipif("EVE_DS_TEST_DATA" not in os.environ, reason="EVE_DS_TEST_DATA does not name a folder")
 def test_the_real_corpus_has_989_examples(task_tree):
     path = Path(os.environ["EVE_DS_TEST_DATA"]) / "nlvr-dev.tar.xz"

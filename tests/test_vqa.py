@@ -157,6 +157,20 @@ def test_vocabulary_travels_with_the_model(tmp_path, task_tree):
     assert VQA.load(config, tmp_path).answers == ["crème brûlée", "red"]
 
 
+def test_softmax_loss_judges_answers_against_each_other(task_tree):
+    task = VQA(parse_config(task_tree("vqa", answer_loss="softmax")), ["red", "blue", "green"])
+    examples = [question("0", *["red"] * 7, *["blue"] * 3), question("1", "green")]
+    logits = torch.tensor([[1.0, -1.0, 0.5], [0.0, 2.0, -3.0]])
+    batch = TaskBatch(examples, *[torch.zeros(2, 1)] * 3, targets=task.targets(examples))
+    expected = 0.0
+    for row, scores in zip(logits.double(), batch.targets, strict=True):
+        total = sum(math.exp(value) for value in row)
+        expected -= sum(float(s) * math.log(math.exp(v) / total) for v, s in zip(row, scores, strict=True)) / 2
+    assert float(task.losses(ClassifierOutput(logits, (), 2), batch)["vqa"]) == pytest.approx(expected)
+    assert task.probabilities(logits).sum(dim=1).tolist() == pytest.approx([1, 1])
+    assert task.probabilities(logits)[0, 0] == pytest.approx(math.e / (math.e + math.exp(-1) + math.exp(0.5)))
+
+
 # --- patches that training sees ---------------------------------------------------------------------------------------
 
 

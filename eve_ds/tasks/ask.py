@@ -27,7 +27,7 @@ class Answer(NamedTuple):
     question: str
     answer: str
     score: float
-    """Sigmoid of an answer's logit (VQA), or the probability of true or false (NLVR)."""
+    """Probability of the answer (VQA), or of true or false (NLVR)."""
 
 
 class Match(NamedTuple):
@@ -59,7 +59,7 @@ def ask(loaded: TaskModel, images: Sequence[Path], questions: Sequence[str], top
     batch = _batch(loaded, images, questions, task.num_images if isinstance(task, NLVR) else 1)
     logits = loaded.model(**batch.model_inputs()).logits.float()
     if isinstance(task, VQA):
-        scores, names = logits.sigmoid(), task.answers
+        scores, names = task.probabilities(logits), task.answers
     else:
         scores, names = logits.softmax(dim=1), ["false", "true"]
     found = []

@@ -24,6 +24,7 @@ from eve_ds.data.transforms import TrainTransform, normalize
 from eve_ds.tasks.augment import color_jitter, rand_augment
 from eve_ds.tasks.examples import Example, ImageSource
 
+GREY = 128
 MAX_REPLACEMENTS = 100
 """Unusable examples in a row that training passes over."""
 
@@ -74,6 +75,7 @@ class ImageReader:
         self._transform = TrainTransform(config.model.image_size, crop_scale, flip, config.train.seed)
         self._task: TaskConfig | None = config.task if training else None
         self._seed = config.train.seed
+        self._blind = config.task.blind
 
     def __call__(self, example: Example, epoch: int = 0) -> NDArray[np.uint8]:
         """(I, size, size, 3) uint8; raises :class:`BadSample` for an image that is missing or damaged."""
@@ -84,7 +86,8 @@ class ImageReader:
             key = f"{example.key}/{number}"
             image = self._transform(_encoded(source), said, epoch, key)
             images.append(self._augment(image, epoch, key))
-        return np.stack(images)
+        stacked = np.stack(images)
+        return np.full_like(stacked, GREY) if self._blind else stacked
 
     def _augment(self, image: NDArray[np.uint8], epoch: int, key: str) -> NDArray[np.uint8]:
         task = self._task

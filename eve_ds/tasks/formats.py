@@ -53,7 +53,16 @@ def load_examples(config: Config, section: Literal["train", "val"]) -> Sequence[
     if not examples:
         raise ConfigError(f"{source.annotations[0]} holds no example")
     _check(examples, task.num_images if task.name == "nlvr" else 1, source.annotations[0])
-    return examples
+    return _unseen(examples, load_examples(config, "train")) if source.unseen_texts and section == "val" else examples
+
+
+def _unseen(examples: Sequence[Example], known: Sequence[Example]) -> list[Example]:
+    """Those whose text none of the known ones has."""
+    texts = {example.text for example in known}
+    kept = [example for example in examples if example.text not in texts]
+    if not kept:
+        raise ConfigError("task.val.unseen_texts leaves no example: the texts of all are in task.train too")
+    return kept
 
 
 def _read(task: str, kind: str, source: ExamplesConfig, section: str) -> list[Example]:

@@ -34,7 +34,9 @@ class VQA:
     """
 
     def __init__(self, config: Config, answers: list[str]) -> None:
+        assert config.task is not None
         self.config, self.answers = config, answers
+        self.softmax = config.task.answer_loss == "softmax"
         self._ids = {answer: number for number, answer in enumerate(answers)}
 
     @classmethod
@@ -86,10 +88,18 @@ class VQA:
         return scores
 
     def losses(self, output: ClassifierOutput, batch: TaskBatch) -> dict[str, Tensor]:
-        """Binary cross-entropy summed over answers, averaged over questions (official: mean times 3128)."""
+        """Cross-entropy summed over answers, a mean over questions: binary (official: mean times 3128), or softmax."""
         assert batch.targets is not None
-        entropy = F.binary_cross_entropy_with_logits(output.logits.float(), batch.targets, reduction="sum")
+        logits = output.logits.float()
+        if self.softmax:
+            entropy = -(batch.targets * logits.log_softmax(dim=1)).sum()
+        else:
+            entropy = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="sum")
         return {"vqa": entropy / len(batch)} | router_losses(output.moe, output.num_tokens)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(..., A) -> (..., A): of each answer, by the loss that taught them."""
+        return logits.softmax(dim=-1) if self.softmax else logits.sigmoid()
 
     def settings(self) -> dict[str, Any]:
         """What predictions depend on besides model and examples."""
@@ -116,7 +126,7 @@ class VQA:
                 yield {"key": example.key, "skipped": reason}
             else:
                 best = int(logits.argmax())
-                score = round(float(logits[best].sigmoid()), 5)
+                score = round(float(self.probabilities(logits)[best]), 5)
                 yield {"key": example.key, "answer": self.answers[best], "score": score}
 
     def metrics(self, examples: Sequence[Example], predictions: dict[str, dict[str, Any]]) -> dict[str, Any]:
