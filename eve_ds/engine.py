@@ -128,6 +128,28 @@ def pretrain(
         return trainer.run()
 
 
+class StopSignals:
+    """Notes that a signal has asked to stop, while it is entered; what the signals did before comes back after."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in STOP_SIGNALS:
+            self._handlers[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _: object) -> None:
+        """The step under way is finished, and one more may follow before all ranks know."""
+        self.requested = True
+        get_logger().warning("%s: saving at the end of the step, then stopping", signal.Signals(number).name)
+
+
 class _Agreement(NamedTuple):
     """What all ranks know alike before they compute a step."""
 
@@ -175,8 +197,7 @@ class Trainer:
         self.clock = training_clock(engine.device)
         self.saved_at = time.monotonic()
         self.checkpoint: Path | None = None
-        self.stop_requested = False
-        self._handlers: dict[int, Any] = {}
+        self.stop = StopSignals()
         # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
         self.host_group = dist.new_group(backend="gloo")
         self.saver = commit.Saver(config, tokenizer, self.host_group)
@@ -187,26 +208,19 @@ class Trainer:
         self.metrics = MetricsWriter(config.train.output_dir)
 
     def __enter__(self) -> Trainer:
-        for number in STOP_SIGNALS:
-            self._handlers[number] = signal.signal(number, self._request_stop)
+        self.stop.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self.stop.__exit__()
         if kind is not None and issubclass(kind, (NonFiniteError, UnusableData)):  # raised by all ranks together
             self._finish_save()
         self.loader.close()
         self.metrics.close()
 
-    def _request_stop(self, number: int, _: object) -> None:
-        """Signal handler: the step under way is finished, and one more may follow before all ranks know."""
-        self.stop_requested = True
-        get_logger().warning("%s: saving at the end of the step, then stopping", signal.Signals(number).name)
-
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of any topology: weights, optimiser, counters, data position."""
-        state, positions = commit.load(self.engine, checkpoint, self.config)
+        state, positions = commit.load(self.engine, checkpoint, model_shapes(self.config.model))
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.nonfinite_skips = state["nonfinite_skips"]
         self.engine.global_steps, self.engine.global_samples = self.step, self.samples
@@ -301,7 +315,7 @@ class Trainer:
         own = [denominators(batch, self.config.model) for batch in micro_batches]
         local = torch.tensor([[0.0] * 3, *own], dtype=torch.float64).sum(dim=0)
         clocks = torch.tensor([self.seconds, time.monotonic() - self.saved_at], dtype=torch.float64)
-        flags = [problem is not None, self.saver.written, self.stop_requested]
+        flags = [problem is not None, self.saver.written, self.stop.requested]
         numbers = torch.cat([local, clocks * (self.rank == 0), torch.tensor(flags, dtype=torch.float64)])
         dist.all_reduce(numbers, group=self.host_group)
         *totals, self.seconds, since_save, num_failed, num_written, num_stopped = numbers.tolist()

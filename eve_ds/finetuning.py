@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from eve_ds.checkpoint import state
+from eve_ds.checkpoint import commit, manifest, state
 from eve_ds.checkpoint.files import PieceReader, write_pieces
 from eve_ds.config import Config, ConfigError, LossConfig, TaskConfig
 from eve_ds.data.sources import UnusableData
@@ -31,6 +32,7 @@ from eve_ds.engine import (
     CheckedAdamW,
     FolderLock,
     NonFiniteError,
+    StopSignals,
     check_output_dir,
     learning_rate,
     on_rank_zero,
@@ -68,8 +70,10 @@ class FinetuneSummary(NamedTuple):
     samples: int
     train_seconds: float
     metrics: dict[str, Any]
-    """Of the last evaluation."""
+    """Of the last evaluation; empty if there was none."""
     model: Path
+    stopped: bool
+    """By a signal, before the end; the same command goes on from there."""
 
 
 def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> FinetuneSummary:
@@ -84,6 +88,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
             another run.
         UnusableData: too many examples have no usable image.
         NonFiniteError: a loss or gradient that is not finite.
+        SaveError: checkpoints could not be written, time after time.
     """
     info = initialize_deepspeed_distributed()
     examples = load_examples(config, "train")
@@ -99,6 +104,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
     lock = FolderLock(config.train.output_dir)
     on_rank_zero(partial(check_folder, config))
     on_rank_zero(lock.acquire)
+    checkpoint = commit.choose(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     seed_everything(config.train.seed)
     model = task.model(partial(DeepSpeedMoE, ep_size=config.parallel.ep_size))
@@ -109,13 +115,15 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
     )
     use_built(next(model.parameters()))
     collate = TaskCollator(config, tokenizer, task.targets)
-    with lock:
-        finetuner = Finetuner(config, engine, optimizer, task, tokenizer)
+    with lock, StopSignals() as stop:
+        finetuner = Finetuner(config, engine, optimizer, task, tokenizer, stop)
+        if checkpoint is not None:
+            finetuner.resume(checkpoint)
         batches = training_batches(
             examples,
             config,
             collate,
-            step=0,
+            step=finetuner.step,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             micro_batch_size=engine.train_micro_batch_size_per_gpu(),
@@ -126,13 +134,14 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
 def check_folder(config: Config) -> None:
     """Create the output folder, or check that it can be written to.
 
-    A run that was killed before it saved a model begins anew in its folder.
+    A run that was stopped goes on from its newest checkpoint; one without any begins anew.
 
     Raises:
-        ConfigError: it cannot be written, holds a fine-tuned model, or was begun with other settings.
+        ConfigError: it cannot be written, holds the model of a run that has ended, or was begun with other settings.
     """
     check_output_dir(config, "auto")
-    if (config.train.output_dir / MODEL).exists():
+    out = config.train.output_dir
+    if (out / MODEL).exists() and not manifest.committed(out):
         raise ConfigError(
             f"train.output_dir ({config.train.output_dir}) holds a fine-tuned model: name another folder, or remove it"
         )
@@ -230,6 +239,15 @@ def loss_weights(task: TaskConfig, loss: LossConfig) -> dict[str, float]:
     }
 
 
+class _Agreement(NamedTuple):
+    """What all ranks know alike after a step."""
+
+    done: bool
+    save_due: bool
+    stop: bool
+    """Some rank has been asked by a signal to stop."""
+
+
 class Finetuner:
     """State of one run: engine, counters, what is written."""
 
@@ -240,12 +258,15 @@ class Finetuner:
         optimizer: torch.optim.Optimizer,
         task: Task,
         tokenizer: PreTrainedTokenizerFast,
+        stop: StopSignals,
     ) -> None:
         self.config, self.engine, self.optimizer, self.task, self.tokenizer = config, engine, optimizer, task, tokenizer
         self.weights = loss_weights(_task(config), config.loss)
         self.step = self.samples = self.nonfinite_skips = 0
         self.seconds = 0.0
+        self.stop, self.saved_at = stop, time.monotonic()
         self.host_group = dist.new_group(backend="gloo")
+        self.saver = commit.Saver(config, tokenizer, self.host_group)
         self.skipped: Counter[str] = Counter()
         self.terms: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.clock = training_clock(engine.device)
@@ -253,24 +274,44 @@ class Finetuner:
         on_rank_zero(partial(_write_text, out / "config.json", config.model_dump_json(indent=2)))
         self.metrics = MetricsWriter(out)
 
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint of any topology; which examples come next follows from the step."""
+        numbers, _ = commit.load(self.engine, checkpoint, task_shapes(self.task))
+        self.step, self.samples, self.seconds = numbers["step"], numbers["samples"], numbers["seconds"]
+        self.nonfinite_skips = numbers["nonfinite_skips"]
+        self.engine.global_steps, self.engine.global_samples = self.step, self.samples
+        self.metrics.write("event", **self._stamp(), event="resumed", message=f"from {checkpoint}")
+        get_logger().info("resumed from %s", checkpoint)
+
     def run(self, batches: Any) -> FinetuneSummary:
-        """Train until `max_steps` or `max_seconds`; save and evaluate at the end and every `eval_every` steps."""
-        train, result = self.config.train, None
-        with ProgressLine(train.log_every) as progress:
-            done = False
-            while not done:
+        """Train until `max_steps` or `max_seconds`; save the model and evaluate it then and every `eval_every` steps.
+
+        Checkpoints are written as `save_every_steps` and `save_every_minutes` say, and where a signal asks to stop;
+        none is left at the end.
+        """
+        train, result = self.config.train, {}
+        with ProgressLine(train.log_every, self._progress()) as progress:
+            agreed = _Agreement(done=self._progress() >= 1, save_due=False, stop=False)
+            while not (agreed.done or agreed.stop):
                 started = self.clock()
                 self._train_step(batches)
                 self.seconds += self.clock() - started
-                done = self._agree_whether_done()
-                if done or self.step % train.metrics_every == 0 or self.step % train.log_every == 0:
+                agreed = self._agree()
+                ends = agreed.done or agreed.stop
+                if ends or self.step % train.metrics_every == 0 or self.step % train.log_every == 0:
                     progress.update(self.step, self._progress(), self._write_metrics())
-                if done or (train.eval_every and self.step % train.eval_every == 0):
+                if not ends and train.eval_every and self.step % train.eval_every == 0:
                     self.save()
                     result = self._evaluate()
+                if agreed.save_due or (agreed.stop and not agreed.done):
+                    self._save_checkpoint()
+        stopped = agreed.stop and not agreed.done
+        if not stopped:
+            self.save()
+            result = self._evaluate()
+            on_rank_zero(partial(shutil.rmtree, train.output_dir / manifest.FOLDER, ignore_errors=True))
         self.metrics.close()
-        assert result is not None
-        return FinetuneSummary(self.step, self.samples, self.seconds, result, train.output_dir / MODEL)
+        return FinetuneSummary(self.step, self.samples, self.seconds, result, train.output_dir / MODEL, stopped)
 
     def _train_step(self, batches: Any) -> None:
         """One optimiser update; randomness is a function of (seed, step, rank)."""
@@ -315,17 +356,18 @@ class Finetuner:
             raise NonFiniteError(message)
         get_logger().warning("%s; skipped", message)
 
-    def _agree_whether_done(self) -> bool:
-        """By steps, or by the time that rank 0 has spent; collective.
+    def _agree(self) -> _Agreement:
+        """What happens now, by steps and by the time that rank 0 has spent; collective.
 
         Raises:
             UnusableData: too many examples were replaced, on all ranks together.
         """
         train = self.config.train
         skipped = float(self.skipped.total())
-        numbers = torch.tensor([self.seconds if rank_zero() else 0.0, skipped], dtype=torch.float64)
+        clocks = [self.seconds, time.monotonic() - self.saved_at] if rank_zero() else [0.0, 0.0]
+        numbers = torch.tensor([*clocks, skipped, self.stop.requested], dtype=torch.float64)
         dist.all_reduce(numbers, group=self.host_group)
-        self.seconds, skipped = numbers.tolist()
+        self.seconds, since_save, skipped, num_stopped = numbers.tolist()
         if self.samples >= 1000 and skipped > self.config.data.max_bad_share * (self.samples + skipped):
             raise UnusableData(
                 f"{skipped:.0f} of {self.samples + skipped:.0f} examples had no usable image, more than "
@@ -333,7 +375,18 @@ class Finetuner:
                 f"{', '.join(f'{reason} ({count})' for reason, count in self.skipped.items())}"
             )
         out_of_time = train.max_seconds is not None and self.seconds * (1 + 1 / self.step) >= train.max_seconds
-        return self.step >= train.max_steps or out_of_time
+        save_due = bool(train.save_every_steps and self.step % train.save_every_steps == 0)
+        save_due |= bool(train.save_every_minutes and since_save >= 60 * train.save_every_minutes)
+        return _Agreement(self.step >= train.max_steps or out_of_time, save_due, num_stopped > 0)
+
+    def _save_checkpoint(self) -> None:
+        """Weights, optimiser and counters, whole or not at all; collective."""
+        counters = {"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite_skips}
+        self.saver.begin(self.engine, commit.Content(self.step, counters, position={}, check_inputs=None))
+        saved = self.saver.finish()
+        self.saved_at = time.monotonic()
+        if saved is not None:
+            get_logger().info("saved %s", saved.folder)
 
     def _progress(self) -> float:
         train = self.config.train

@@ -26,8 +26,10 @@ EXIT_CODES = """exit codes:
   0  trained, saved and evaluated
   2  bad input: settings, data, weights or launch that cannot be used
   3  a loss or gradient norm that is not finite
+  4  SIGTERM or SIGUSR1 to any rank: saved at the next step and stopped; the same command goes on from there
+  5  checkpoints cannot be written
 """
-EXIT_BAD_INPUT, EXIT_NONFINITE = 2, 3
+EXIT_BAD_INPUT, EXIT_NONFINITE, EXIT_STOPPED, EXIT_NOT_SAVED = 2, 3, 4, 5
 
 
 def main() -> int:
@@ -36,6 +38,7 @@ def main() -> int:
     try:
         config = read_config(arguments)
         deepspeed_config = _read_json(arguments.deepspeed_config)
+        from eve_ds.checkpoint.commit import SaveError
         from eve_ds.checkpoint.files import CheckpointError
         from eve_ds.data.sources import UnusableData
         from eve_ds.engine import NonFiniteError
@@ -50,17 +53,21 @@ def main() -> int:
         except NonFiniteError as error:
             get_logger().error("%s", error)
             return EXIT_NONFINITE
+        except SaveError as error:
+            get_logger().error("%s", error)
+            return EXIT_NOT_SAVED
     except (ConfigError, LaunchError) as error:
         get_logger().error("%s", error)
         return EXIT_BAD_INPUT
     get_logger().info(
-        "done: %d steps, %d samples in %.1f s of training, model %s",
+        "%s: %d steps, %d samples in %.1f s of training, model %s",
+        "stopped by a signal, the same command goes on" if summary.stopped else "done",
         summary.steps,
         summary.samples,
         summary.train_seconds,
-        summary.model,
+        "not yet saved" if summary.stopped else summary.model,
     )
-    return 0
+    return EXIT_STOPPED if summary.stopped else 0
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -40,7 +40,6 @@ from eve_ds.checkpoint.files import (
 )
 from eve_ds.config import Config, ConfigError, parse_config
 from eve_ds.distributed import broadcast_object, get_logger, rank_zero
-from eve_ds.model.eve import model_shapes
 
 PACKAGES = ("eve_ds", "torch", "deepspeed", "transformers")
 
@@ -58,9 +57,9 @@ class Content(NamedTuple):
     """JSON-able counters of the run, equal on every rank."""
     position: dict[str, Any]
     """JSON-able position of this rank's data loader."""
-    check_inputs: dict[str, Tensor | None]
+    check_inputs: dict[str, Tensor | None] | None
     """A few samples of this rank, as the model takes them; those of rank 0 are stored with the model's outputs, so that
-    whoever reads the weights can tell whether they are the same model."""
+    whoever reads the weights can tell whether they are the same model. None stores none."""
 
 
 class Saved(NamedTuple):
@@ -131,7 +130,7 @@ class Saver:
         if rank_zero():
             pending.attempt(lambda: self._make_folder(pending.folder))
         pending.problem = broadcast_object(pending.problem)
-        check = _check_batch(engine.module, content.check_inputs)
+        check = None if content.check_inputs is None else _check_batch(engine.module, content.check_inputs)
         pieces = state.pieces_to_write(engine, self.config.parallel.ep_size)
         small = self._small_files(engine, content, check)
         if self.config.train.async_save:
@@ -322,10 +321,12 @@ def _check_model(folder: Path, config: Config) -> None:
         raise ConfigError(f"{folder} holds another model than this run's: name a checkpoint of this run")
 
 
-def load(engine: DeepSpeedEngine, folder: Path, config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def load(
+    engine: DeepSpeedEngine, folder: Path, shapes: dict[str, torch.Size]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Fill an engine of any topology from a checkpoint that :func:`choose` gave; collective.
 
-    Random states come back where the number of ranks is the same.
+    `shapes` are those of the plain model by name. Random states come back where the number of ranks is the same.
 
     Returns:
         Counters of the run, and the data positions of all ranks that wrote it, in their order.
@@ -336,7 +337,7 @@ def load(engine: DeepSpeedEngine, folder: Path, config: Config) -> tuple[dict[st
     try:
         numbers = manifest.read_json(folder / manifest.STATE)
         reader = PieceReader(folder)
-        state.check_tensors(reader, model_shapes(config.model), str(folder))
+        state.check_tensors(reader, shapes, str(folder))
         state.load_pieces(engine, reader, numbers["optimizer_steps"])
         ranks = [manifest.read_json(path) for path in sorted(folder.glob("rank-*.json"))]
     except CheckpointError as error:

@@ -10,7 +10,7 @@ import torch
 NUM_SAMPLES = 8
 
 
-def contrastive_gradients(rank, world_size, tree):
+def contrastive_gradients(rank, world_size, tree, lengths):
     """Gradient of the ITC loss over all samples, averaged over ranks as DeepSpeed does it, by name."""
     import torch.distributed as dist
 
@@ -18,8 +18,9 @@ def contrastive_gradients(rank, world_size, tree):
     from eve_ds.model.eve import initialize_weights
     from eve_ds.tasks.batches import TaskBatch
     from eve_ds.tasks.retrieval import Retrieval
+    from eve_ds.tasks.words import Template
 
-    task = Retrieval(parse_config(tree))
+    task = Retrieval(parse_config(tree), Template(lengths, cls_id=2, sep_id=3, mask_id=4) if lengths else None)
     model = task.model()
     initialize_weights(model, task.config.model, seed=5)
     model.train()
@@ -42,16 +43,20 @@ def contrastive_gradients(rank, world_size, tree):
     return float(total) / world_size, gradients
 
 
-def test_gradient_through_the_gather_is_that_of_one_process(run_ranks, task_tree):
-    tree = task_tree("retrieval", itm_weight=0, rerank=0)
-    (loss, gradients), _ = run_ranks(contrastive_gradients, 2, tree)
-    ((expected_loss, expected),) = run_ranks(contrastive_gradients, 1, tree)
+@pytest.mark.parametrize(
+    ("features", "lengths", "weight"),
+    [("class_token", None, "image_projection.weight"), ("words", (4,), "text_head.dense.weight")],
+)
+def test_gradient_through_the_gather_is_that_of_one_process(run_ranks, task_tree, features, lengths, weight):
+    tree = task_tree("retrieval", itm_weight=0, rerank=0, features=features)
+    (loss, gradients), _ = run_ranks(contrastive_gradients, 2, tree, lengths)
+    ((expected_loss, expected),) = run_ranks(contrastive_gradients, 1, tree, lengths)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         # Sums in another order in fp32: 1e-5 of the largest gradient of the tensor.
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()))
-    assert float(gradients["head.image_projection.weight"].abs().max()) > 0
+    assert float(gradients[f"head.{weight}"].abs().max()) > 0
 
 
 def finetune_and_read(rank, world_size, trees, deepspeed_config, folders):
@@ -88,6 +93,44 @@ def test_two_ranks_fine_tune_and_evaluate_as_one(run_ranks, task_tree, tmp_path,
         keys = [_keys(f"{path}/evaluation/step-00000003/predictions.jsonl") for path in (folder, alone)]
         assert keys[0] == keys[1]
         assert len(set(keys[0])) == len(keys[0])
+
+
+def stopped_and_resumed(rank, world_size, tree, folder, stop_at):
+    """Fine-tune until rank 1 gets SIGTERM within step `stop_at`; what the folder then holds; the same command again."""
+    import os
+    import signal
+    from pathlib import Path
+    from unittest import mock
+
+    from eve_ds.config import parse_config
+    from eve_ds.finetuning import Finetuner, finetune
+
+    config = parse_config(tree | {"train": {**tree["train"], "output_dir": Path(folder)}})
+    step = Finetuner._train_step
+
+    def step_with_signal(self, batches):
+        if self.step + 1 == stop_at and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, batches)
+
+    with mock.patch.object(Finetuner, "_train_step", step_with_signal):
+        first = finetune(config)
+    held = sorted(path.name for path in Path(folder, "checkpoints").iterdir()), Path(folder, "model").exists()
+    second = finetune(config)
+    return first.stopped, first.steps, held, second.stopped, second.steps
+
+
+def test_a_run_that_a_signal_stops_goes_on_to_the_same_weights(run_ranks, task_tree, tmp_path):
+    tree = task_tree("vqa", visible_patch_share=0.5)
+    tree["train"] |= {"max_steps": 6}
+    run_ranks(finetune_and_read, 2, [tree], None, [str(tmp_path / "whole")])
+    (result, again) = run_ranks(stopped_and_resumed, 2, tree, str(tmp_path / "cut"), 3)
+    assert result == again == (True, 3, (["latest", "step-00000003"], False), False, 6)
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    losses = [{r["step"]: r["loss"] for r in _records(tmp_path / n) if r["kind"] == "train"} for n in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    assert not (tmp_path / "cut" / "checkpoints").exists(), "nothing is left that the folder could go on from"
 
 
 def _records(folder):
