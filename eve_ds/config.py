@@ -1,7 +1,7 @@
 """One typed configuration tree: a YAML preset, then a file or dotted overrides, then validation.
 
 Unknown keys are refused with the nearest known name. What DeepSpeed owns (ZeRO stage, precision, bucket sizes) stays in
-the DeepSpeed JSON; where both speak of one thing see :func:`eve_ds.engine.resolve_deepspeed_config`.
+the DeepSpeed JSON; where both speak of one thing see :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
 """
 
 from __future__ import annotations

@@ -6,24 +6,17 @@ other ranks on what losses are averaged over, accumulates gradients and updates.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
-import os
-import platform
-import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -31,13 +24,13 @@ from eve_ds.checkpoint import commit
 from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.manifest import name_of
 from eve_ds.checkpoint.weights import weight_reader
-from eve_ds.config import Config, ConfigError, ModelConfig, TrainConfig, parse_config
+from eve_ds.config import Config, ConfigError, ModelConfig
 from eve_ds.data.batch import Batch
 from eve_ds.data.masking import num_masked_patches
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.distributed import broadcast_object, gather_rows, get_logger, rank_zero, seed_everything
+from eve_ds.distributed import gather_rows, get_logger, rank_zero, seed_everything
 from eve_ds.evaluation import evaluate_scenes, trains_on_scenes
 from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.metrics import (
@@ -54,23 +47,22 @@ from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
+from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
-from eve_ds.parallel.topology import check_topology
+from eve_ds.run import (
+    MOST_NAMED,
+    CheckedAdamW,
+    FolderLock,
+    NonFiniteError,
+    StopSignals,
+    check_output_dir,
+    learning_rate,
+    on_rank_zero,
+    poison_if_nonfinite,
+)
 
-IDENTITY = ("model", "masking", "data", "loss", "task")
-"""Sections that may not change within one output folder, and neither may `train.seed`."""
-NO_IDENTITY = {"data": {"num_workers", "max_bad_share"}}
-"""Keys of them that may."""
-MOST_NAMED = 8
-"""Sample keys of a micro-batch, and micro-batches, that a message names."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Ask a run to save and end: what `scancel`, pre-emption and `sbatch --signal` send."""
 CHECK_SAMPLES = 2
 """Samples of a rank whose outputs are recorded at a save."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm that is not finite; names step, rank and sample keys. Nothing was updated."""
 
 
 class Summary(NamedTuple):
@@ -126,28 +118,6 @@ def pretrain(
         if checkpoint is not None:
             trainer.resume(checkpoint)
         return trainer.run()
-
-
-class StopSignals:
-    """Notes that a signal has asked to stop, while it is entered; what the signals did before comes back after."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in STOP_SIGNALS:
-            self._handlers[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, _: object) -> None:
-        """The step under way is finished, and one more may follow before all ranks know."""
-        self.requested = True
-        get_logger().warning("%s: saving at the end of the step, then stopping", signal.Signals(number).name)
 
 
 class _Agreement(NamedTuple):
@@ -527,32 +497,6 @@ class _Window:
         return numbers
 
 
-def poison_if_nonfinite(loss: Tensor) -> Tensor:
-    """The loss, with gradients that are not finite if it is not finite.
-
-    So the one check before the update finds both, and the host need not wait for the loss. A loss can be infinite while
-    its gradient is not, as a square can overflow where its derivative does not.
-    """
-    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
-
-
-class CheckedAdamW(torch.optim.AdamW):
-    """AdamW that refuses an update with a non-finite gradient on any rank, as ZeRO's optimisers do.
-
-    DeepSpeed at ZeRO 0 in fp32 would apply it. `overflow` is the attribute its engine looks for.
-    """
-
-    overflow = False
-
-    def step(self, closure: Any = None) -> Any:
-        """Update unless a gradient of any rank is not finite; then change nothing and set `overflow`."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().int()
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        self.overflow = not bool(finite)
-        return None if self.overflow else super().step(closure)
-
-
 def build_optimizer(model: EVE, config: Config, deepspeed_config: dict[str, Any]) -> torch.optim.Optimizer:
     """AdamW over decaying, non-decaying and expert parameters; weight decay is always set explicitly."""
     stage = deepspeed_config["zero_optimization"]["stage"]
@@ -569,222 +513,8 @@ def build_optimizer(model: EVE, config: Config, deepspeed_config: dict[str, Any]
     )
 
 
-def learning_rate(config: Config, step: int, seconds: float) -> float:
-    """Learning rate of the update after `step` updates and `seconds` of training.
-
-    Linear warm-up over `warmup_steps`, times a decay from 1 to `final_lr_share` over the rest of the steps, or over
-    the whole time budget with `decay_by: seconds`.
-    """
-    settings, train = config.optimizer, config.train
-    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    if settings.decay_by == "seconds" and train.max_seconds is not None:
-        progress = seconds / train.max_seconds
-    else:
-        progress = (step - settings.warmup_steps) / max(train.max_steps - settings.warmup_steps, 1)
-    progress = min(max(progress, 0.0), 1.0)
-    shape = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
-    decay = settings.final_lr_share + (1 - settings.final_lr_share) * shape[settings.decay]
-    return settings.lr * warmup * decay
-
-
-def resolve_deepspeed_config(
-    deepspeed_config: dict[str, Any], config: Config, world_size: int
-) -> tuple[Config, dict[str, Any]]:
-    """Make the DeepSpeed JSON and the YAML agree.
-
-    A value that is "auto" or absent in the JSON comes from the YAML; one that is set in the JSON alone is taken into
-    the configuration; one that is set in both and differs is an error.
-
-    Returns:
-        The configuration with batch triangle, precision, clipping and ep_size settled, and the JSON without any "auto".
-
-    Raises:
-        ConfigError: a contradiction (both places are named), a batch that does not fit, a refused topology, "auto"
-            where there is nothing to take it from, or a setting that would take effect beside ours or not at all.
-    """
-    if not isinstance(deepspeed_config, dict):
-        raise ConfigError(f"the DeepSpeed JSON must be a mapping of settings, not a {type(deepspeed_config).__name__}")
-    resolved = json.loads(json.dumps(deepspeed_config))
-    train = config.train
-    _refuse_settings(resolved)
-    batch = _take(resolved, "train_batch_size", train, "train_batch_size")
-    micro = _take(resolved, "train_micro_batch_size_per_gpu", train, "micro_batch_size")
-    accumulation = _take(resolved, "gradient_accumulation_steps", train, "gradient_accumulation_steps")
-    micro, accumulation = batch_triangle(batch, micro, accumulation, world_size)
-    if config.model.objective != "msm" and micro < 2:
-        raise ConfigError(
-            f"model.objective ('{config.model.objective}') needs a micro_batch_size ({micro}) of 2 or more: a pair's "
-            "hard negatives are other pairs of its micro-batch"
-        )
-    precision = _precision(resolved, train)
-    clip = _clipping(resolved, config)
-    resolved |= {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "bf16": {**_section(resolved, "bf16"), "enabled": precision == "bf16"},
-        "fp16": {**_section(resolved, "fp16"), "enabled": precision == "fp16"},
-        "steps_per_print": resolved.get("steps_per_print", 10**9),
-        "zero_allow_untested_optimizer": True,
-    }
-    zero = resolved["zero_optimization"] = {"stage": 0, **_section(resolved, "zero_optimization")}
-    _refuse_auto(resolved, "")
-    _check_precision(precision, zero["stage"], clip)
-    ep_size = config.parallel.ep_size or math.gcd(world_size, config.model.moe.num_experts)
-    check_topology(
-        world_size=world_size,
-        num_experts=config.model.moe.num_experts,
-        ep_size=ep_size,
-        zero_stage=zero["stage"],
-        clip_grad_norm=clip,
-        data_before_expert=bool(resolved.get("use_data_before_expert_parallelism", False)),
-    )
-    settled = {
-        "train_batch_size": batch,
-        "micro_batch_size": micro,
-        "gradient_accumulation_steps": accumulation,
-        "precision": precision,
-    }
-    return (
-        config.model_copy(
-            update={
-                "train": train.model_copy(update=settled),
-                "optimizer": config.optimizer.model_copy(update={"clip_grad_norm": clip}),
-                "parallel": config.parallel.model_copy(update={"ep_size": ep_size}),
-            }
-        ),
-        resolved,
-    )
-
-
-def batch_triangle(batch: int, micro: int | None, accumulation: int | None, world_size: int) -> tuple[int, int]:
-    """Micro-batch size and accumulation steps such that batch = micro * accumulation * world_size.
-
-    Raises:
-        ConfigError: no such whole numbers.
-    """
-    rule = (
-        f"train_batch_size ({batch}) must equal micro_batch_size ({micro or 'free'}) * "
-        f"gradient_accumulation_steps ({accumulation or 'free'}) * ranks ({world_size})"
-    )
-    if micro is None and accumulation is None:
-        accumulation = 1
-    if micro is None:
-        micro = batch // (world_size * (accumulation or 1))
-    if accumulation is None:
-        accumulation = batch // (world_size * micro)
-    if micro * accumulation * world_size != batch or micro < 1:
-        raise ConfigError(f"{rule}; leave one of them out, or change train_batch_size to a multiple of the others")
-    return micro, accumulation
-
-
-def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> None:
-    """Create the output folder, or check that it can be written and belongs to this run.
-
-    Raises:
-        ConfigError: the folder cannot be written, holds another run, or holds a run although `resume` is `none`.
-    """
-    folder = config.train.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # permission bits say little about root, quotas, read-only mounts
-    except OSError as error:
-        raise ConfigError(
-            f"train.output_dir ({folder}) cannot be written: {error.strerror}; name another folder or change its "
-            "permissions"
-        ) from None
-    written = folder / "config.json"
-    if not written.is_file():
-        return
-    if resume == "none":
-        raise ConfigError(f"train.output_dir ({folder}) holds a run: use --resume auto, or name another folder")
-    try:
-        before = json.loads(written.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{written} is not JSON ({error}): restore it from a checkpoint of the run") from None
-    before = parse_config(before, str(written)).model_dump(mode="json")  # with fields that are newer than the run
-    difference = _difference(_identity(before), _identity(config.model_dump(mode="json")))
-    if difference is not None:
-        key, then, now = difference
-        raise ConfigError(
-            f"train.output_dir ({folder}) is the folder of another run: its {key} is {then!r}, this run's is {now!r}; "
-            "name another folder"
-        )
-
-
-class FolderLock:
-    """At most one run writes into a folder; the lock ends with the process that holds it, however that ends.
-
-    A lock of the process, not of the open file: worker processes, which outlive a killed rank by seconds, must not
-    keep it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        self._file: TextIO | None = None
-
-    def acquire(self) -> None:
-        """Take it; raises ConfigError where another process has it."""
-        file = self.path.open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            file.close()
-            raise ConfigError(
-                f"train.output_dir ({self.path.parent}) is being written by another run ({owner}): wait for its end, "
-                "or name another folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        self._file = file
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _identity(tree: dict[str, Any]) -> dict[str, Any]:
-    """What makes a run this run, by dotted key."""
-    identity = {"train.seed": tree.get("train", {}).get("seed")}
-    for section in IDENTITY:
-        identity |= {
-            f"{section}.{key}": value
-            for key, value in (tree.get(section) or {}).items()
-            if key not in NO_IDENTITY.get(section, ())
-        }
-    return identity
-
-
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """First key that differs, and both values."""
-    for key in {**now, **before}:
-        if before.get(key) != now.get(key):
-            return key, before.get(key), now.get(key)
-    return None
-
-
 def _write_config(config: Config) -> None:
     (config.train.output_dir / "config.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")
-
-
-def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run it on rank 0; what it finds wrong with the configuration or the disk is raised on every rank."""
-    problem: str | None = None
-    if rank_zero():
-        try:
-            action()
-        except (ConfigError, OSError) as error:
-            problem = str(error)
-    problem = broadcast_object(problem)
-    if problem is not None:
-        raise ConfigError(problem)
 
 
 def _describe(terms: dict[str, Tensor], batch: Batch) -> tuple[int, str]:
@@ -828,94 +558,3 @@ def _first_samples(batch: Batch, count: int) -> Batch:
         inside = batch.masked_token_ids < count * batch.input_ids.shape[1]
         kept["masked_token_ids"], labels = batch.masked_token_ids[inside], batch.token_labels[inside]
     return Batch(keys=batch.keys[:count], token_labels=labels, **kept)
-
-
-def _take(resolved: dict[str, Any], key: str, train: TrainConfig, field: str) -> Any:
-    """Value of a setting that both files may speak of; `None` if neither does."""
-    ours, theirs = getattr(train, field), resolved.get(key, "auto")
-    if theirs == "auto":
-        return ours
-    if not isinstance(theirs, int) or theirs < 1:
-        raise ConfigError(f'{key} ({theirs!r}) in the DeepSpeed JSON must be a whole number above 0, or "auto"')
-    if field in train.model_fields_set and ours is not None and ours != theirs:
-        raise ConfigError(_contradiction(f"train.{field}", ours, key, theirs))
-    return theirs
-
-
-def _contradiction(ours: str, our_value: Any, theirs: str, their_value: Any) -> str:
-    return (
-        f"{ours} ({our_value}) in the YAML contradicts {theirs} ({their_value}) in the DeepSpeed JSON: "
-        'set the JSON to "auto", or make them equal'
-    )
-
-
-def _precision(resolved: dict[str, Any], train: TrainConfig) -> str:
-    wanted = {name: _section(resolved, name).get("enabled", "auto") for name in ("bf16", "fp16")}
-    if all(enabled is True for enabled in wanted.values()):
-        raise ConfigError("bf16.enabled and fp16.enabled in the DeepSpeed JSON are both true: turn one of them off")
-    chosen = next((name for name, enabled in wanted.items() if enabled is True), None)
-    explicit = "precision" in train.model_fields_set
-    if chosen is not None:
-        if explicit and train.precision != chosen:
-            raise ConfigError(_contradiction("train.precision", train.precision, f"{chosen}.enabled", True))
-        return chosen
-    if wanted.get(train.precision) is False:
-        if explicit:
-            raise ConfigError(_contradiction("train.precision", train.precision, f"{train.precision}.enabled", False))
-        return "fp32"
-    return train.precision
-
-
-def _clipping(resolved: dict[str, Any], config: Config) -> float:
-    ours, theirs = config.optimizer.clip_grad_norm, resolved.get("gradient_clipping", "auto")
-    if theirs == "auto":
-        return ours
-    if not isinstance(theirs, int | float) or theirs < 0:
-        raise ConfigError(f'gradient_clipping ({theirs!r}) in the DeepSpeed JSON must be a number from 0 on, or "auto"')
-    if "clip_grad_norm" in config.optimizer.model_fields_set and ours != theirs:
-        raise ConfigError(_contradiction("optimizer.clip_grad_norm", ours, "gradient_clipping", theirs))
-    return float(theirs)
-
-
-def _check_precision(precision: str, stage: int, clip: float) -> None:
-    accelerator = get_accelerator()
-    supported = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported(), "fp32": True}
-    if not supported[precision]:
-        raise ConfigError(
-            f"precision {precision} cannot be used on this device ({accelerator.device_name()}): take another one of "
-            f"{', '.join(name for name in supported if supported[name])}"
-        )
-    if precision != "fp32" and stage == 0 and clip > 0:
-        raise ConfigError(
-            f"optimizer.clip_grad_norm ({clip:g}) cannot be used with precision {precision} and "
-            "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use stage 1 or 2, "
-            "or clip_grad_norm=0"
-        )
-
-
-def _refuse_settings(resolved: dict[str, Any]) -> None:
-    """Settings that would fight with ours, or switch off the check of gradients before the update."""
-    for key, ours in (("optimizer", "optimizer"), ("scheduler", "optimizer (warmup_steps, decay)")):
-        if key in resolved:
-            raise ConfigError(f"{key} in the DeepSpeed JSON has no effect here: remove it and set {ours} in the YAML")
-    for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
-        if _section(resolved, section).get(key) is False:
-            raise ConfigError(
-                f"{section}.{key} (false) in the DeepSpeed JSON must be left out: a gradient that is not finite would "
-                "be applied"
-            )
-
-
-def _section(resolved: dict[str, Any], name: str) -> dict[str, Any]:
-    section = resolved.get(name, {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"{name} ({section!r}) in the DeepSpeed JSON must be a section such as {{'enabled': 'auto'}}")
-    return section
-
-
-def _refuse_auto(value: Any, path: str) -> None:
-    if value == "auto":
-        raise ConfigError(f'{path} in the DeepSpeed JSON is "auto", but there is nothing to take it from: give a value')
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_auto(item, f"{path}.{key}" if path else key)

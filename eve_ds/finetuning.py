@@ -27,7 +27,14 @@ from eve_ds.config import Config, ConfigError, LossConfig, TaskConfig
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.distributed import all_reduce_sum, get_logger, rank_zero, seed_everything
-from eve_ds.engine import (
+from eve_ds.metrics import MetricsWriter, ProgressLine, peak_memory_bytes, training_clock
+from eve_ds.model.eve import initialize_weights
+from eve_ds.ops.build import use_built
+from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
+from eve_ds.parallel.optimizer import optimizer_parameter_groups
+from eve_ds.parallel.settings import resolve_deepspeed_config
+from eve_ds.parallel.startup import initialize_deepspeed_distributed
+from eve_ds.run import (
     MOST_NAMED,
     CheckedAdamW,
     FolderLock,
@@ -37,14 +44,7 @@ from eve_ds.engine import (
     learning_rate,
     on_rank_zero,
     poison_if_nonfinite,
-    resolve_deepspeed_config,
 )
-from eve_ds.metrics import MetricsWriter, ProgressLine, peak_memory_bytes, training_clock
-from eve_ds.model.eve import initialize_weights
-from eve_ds.ops.build import use_built
-from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
-from eve_ds.parallel.optimizer import optimizer_parameter_groups
-from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
 from eve_ds.tasks.formats import load_examples
 from eve_ds.tasks.prediction import evaluate

@@ -41,9 +41,9 @@ def main() -> int:
         from eve_ds.checkpoint.commit import SaveError
         from eve_ds.checkpoint.files import CheckpointError
         from eve_ds.data.sources import UnusableData
-        from eve_ds.engine import NonFiniteError
         from eve_ds.finetuning import finetune
         from eve_ds.ops.build import OpsBuildError
+        from eve_ds.run import NonFiniteError
 
         try:
             summary = finetune(config, deepspeed_config)

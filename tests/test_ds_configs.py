@@ -7,7 +7,7 @@ import deepspeed.runtime.config as deepspeed_config
 import pytest
 
 from eve_ds.config import load_config
-from eve_ds.engine import resolve_deepspeed_config
+from eve_ds.parallel.settings import resolve_deepspeed_config
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))

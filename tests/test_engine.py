@@ -17,16 +17,11 @@ from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.engine import (
-    batch_triangle,
-    check_output_dir,
-    denominators,
-    learning_rate,
-    poison_if_nonfinite,
-    resolve_deepspeed_config,
-)
+from eve_ds.engine import denominators
 from eve_ds.model.eve import EVE
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
+from eve_ds.parallel.settings import batch_triangle, resolve_deepspeed_config
+from eve_ds.run import check_output_dir, learning_rate, poison_if_nonfinite
 
 
 def config(**sections):

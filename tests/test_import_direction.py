@@ -23,19 +23,21 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "evaluation": {"config", "distributed", "ops", "data", "model"},
     "report": {"config", "ops", "data", "model", "losses", "evaluation"},
     "benchmark": {"config", "ops", "data", "model", "losses"},
+    "run": {"config", "distributed"},
     "engine": {
+        "run",
         *("config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint"),
         *("metrics", "evaluation", "report"),
     },
     "finetuning": {
         *("config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint"),
-        *("metrics", "engine", "tasks"),
+        *("metrics", "run", "tasks"),
     },
 }
 ONLY_IN = {  # library: parts that may import it
     "deepspeed": {"parallel", "engine", "finetuning", "checkpoint", "benchmark"},
     "megatron": {"parallel"},
-    "torch.distributed": {"distributed", "parallel", "engine", "finetuning", "checkpoint", "benchmark"},
+    "torch.distributed": {"distributed", "parallel", "run", "engine", "finetuning", "checkpoint", "benchmark"},
     "launcher": set(),
 }
 

@@ -384,7 +384,7 @@ def then(*changes):
 def stop_cases(rank, world_size, folder):
     """Message, whether the weights are those before the bad step, and the newest checkpoint, for each case."""
     from eve_ds.checkpoint.manifest import committed
-    from eve_ds.engine import NonFiniteError
+    from eve_ds.run import NonFiniteError
 
     found = []
     for number, (stage, how, precision, accumulation) in enumerate(STOPS):
@@ -527,7 +527,7 @@ def test_a_skipped_step_leaves_no_trace(finished, world_size):
 
 
 def limit_of_skips(rank, world_size, folder):
-    from eve_ds.engine import NonFiniteError
+    from eve_ds.run import NonFiniteError
 
     watch = Watch(poison(steps=[2, 3, 5], rank=0, how="pixel"))
     config = config_for(folder / "run", max_steps=9, on_nonfinite="skip", max_nonfinite_skips=2)

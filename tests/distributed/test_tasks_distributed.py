@@ -181,8 +181,8 @@ def refused(rank, world_size, tree, folder):
     from pathlib import Path
 
     from eve_ds.config import ConfigError, parse_config
-    from eve_ds.engine import NonFiniteError
     from eve_ds.finetuning import finetune
+    from eve_ds.run import NonFiniteError
 
     def attempt(**changes):
         train = {**tree["train"], "output_dir": Path(folder), **changes.pop("train", {})}
