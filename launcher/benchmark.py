@@ -25,7 +25,17 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT
 
 import argparse
 
-from eve_ds.benchmark.quality import OBJECTIVES, TASKS, Budget, figures, jobs_of, run_jobs, table
+from eve_ds.benchmark.quality import (
+    OBJECTIVES,
+    TASKS,
+    Budget,
+    figures,
+    jobs_of,
+    put_into,
+    run_jobs,
+    table,
+    write_results,
+)
 
 RESULTS = ROOT / "kernels" / "bench" / "results.csv"
 NAMES = ("routing", "moe", "losses", "step", "objectives", "data")
@@ -52,6 +62,8 @@ def quality(argv: list[str]) -> int:
     parser.add_argument("--objectives", nargs="+", help="msm, itc_itm, itc_itm_mlm (default: all)")
     parser.add_argument("--tasks", nargs="+", help="vqa, nlvr, retrieval, words (default: all)")
     parser.add_argument("--curve", nargs="+", type=float, default=[], metavar="S", help="shorter pre-training too")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write every figure into this CSV file")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the tables between the marks of this page")
     for name, seconds in Budget()._asdict().items():
         parser.add_argument(f"--{name}_seconds", type=float, default=seconds, metavar="S", help="(%(default)s)")
     arguments = parser.parse_args(argv)
@@ -69,6 +81,12 @@ def quality(argv: list[str]) -> int:
         seeds.append(figures(folder))
     text = table(seeds)
     (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    if arguments.results is not None:
+        from eve_ds.benchmark.harness import provenance
+
+        write_results(seeds, arguments.results, provenance())
+    if arguments.page is not None:
+        put_into(arguments.page, text)
     print(text)
     return 0
 

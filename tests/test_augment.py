@@ -1,17 +1,49 @@
 """RandAugment and colour jitter: torchvision's definitions, drawn from a key alone."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from eve_ds.config import parse_config
-from eve_ds.tasks.augment import OPERATIONS, color_jitter, rand_augment
+from eve_ds.tasks.augment import OPERATIONS, _shift_hue, color_jitter, rand_augment
 from eve_ds.tasks.batches import ImageReader
 from eve_ds.tasks.examples import Example
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 LEFT_HALF = np.zeros((64, 64, 3), np.uint8)
 LEFT_HALF[:, :32] = 255
+
+
+BY_TORCHVISION = {
+    "identity": ("a7633c38a0fb",),
+    "shear_x": ("e2d6a2cf7c3b", "8bb9b3c3cf2f"),
+    "shear_y": ("e8eb6b70611f", "22f3792accad"),
+    "translate_x": ("67e0c55b166e", "0b8133631fff"),
+    "translate_y": ("38ec7c3ea66b", "5b01c1063e16"),
+    "rotate": ("cba56636b935", "2f9f39e86742"),
+    "brightness": ("366b2b65e143", "bf96777f9d94"),
+    "color": ("6500d3795253", "acbe119564e5"),
+    "contrast": ("9bd7b5d335f9", "d0c6942035d0"),
+    "sharpness": ("d91f01fb538d", "099a126b57f4"),
+    "posterize": ("2081b2c04644",),
+    "solarize": ("768c37399df5",),
+    "autocontrast": ("412fe4e885cd",),
+    "equalize": ("f753df8652ba",),
+}
+"""What torchvision 0.28.0 makes of `pattern()` at magnitude 17 of 30, with either sign: start of the SHA-256."""
+HUE_BY_TORCHVISION = {-0.1: "9fbf42dd08c0", 0.07: "00634d74e49f"}
+"""And `adjust_hue`, by the share of the circle."""
+
+
+def pattern():
+    y, x = np.mgrid[:40, :60]
+    return np.stack([(x * 4 + y) % 256, (y * 6 + x * x) % 256, (x * y) % 256], axis=-1).astype(np.uint8) // 2 + 30
+
+
+def digest(picture):
+    return hashlib.sha256(np.asarray(picture).tobytes()).hexdigest()[:12]
 
 
 def applied(name, magnitude=30, sign=1):
@@ -24,6 +56,18 @@ def test_the_fourteen_operations_of_torchvision_and_which_of_them_have_a_sign():
     signed = {name for name, (_, _, has_sign) in OPERATIONS.items() if has_sign}
     geometric = {"shear_x", "shear_y", "translate_x", "translate_y", "rotate"}
     assert signed == geometric | {"brightness", "color", "contrast", "sharpness"}
+
+
+@pytest.mark.parametrize("name", sorted(BY_TORCHVISION))
+def test_every_operation_makes_the_pixels_that_torchvision_makes(name):
+    apply, largest, signed = OPERATIONS[name]
+    made = [digest(apply(Image.fromarray(pattern()), sign * largest * 17 / 30)) for sign in (1, -1)[: 1 + signed]]
+    assert tuple(made) == BY_TORCHVISION[name]
+
+
+def test_hue_is_shifted_as_by_torchvision():
+    made = {share: digest(_shift_hue(Image.fromarray(pattern()), share)) for share in HUE_BY_TORCHVISION}
+    assert made == HUE_BY_TORCHVISION
 
 
 def test_strengths_at_a_magnitude():

@@ -2,10 +2,24 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from eve_ds.benchmark.quality import Budget, Job, figures, jobs_of, run_jobs, table
+from eve_ds.benchmark.quality import (
+    MARKS,
+    Budget,
+    Job,
+    figures,
+    jobs_of,
+    put_into,
+    read_results,
+    run_jobs,
+    table,
+    write_results,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 RECALL = {"text_retrieval": {"R@1": 0.5}, "image_retrieval": {"R@1": 0.25}}
 
@@ -121,3 +135,31 @@ def test_zero_shot_and_shorter_pre_training_have_rows_of_their_own(tmp_path):
         "| msm, 50 s | 0.125 | 0.250 |",
         "| msm, 100 s | 0.375 | 0.250 |",
     ]
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    seeds = [
+        {"statements": {"msm": 0.5, "none": 0.25}, "pairs seen in pre-training": {"msm@50": 640}},
+        {"statements": {"msm": 1.0}},
+    ]
+    write_results(seeds, tmp_path / "new" / "quality.csv", {"device": "a CPU, two cores", "date": "2026-01-01"})
+    assert read_results(tmp_path / "new" / "quality.csv") == seeds
+    assert (tmp_path / "new" / "quality.csv").read_text().splitlines()[
+        1
+    ] == '0,msm,statements,0.5,"a CPU, two cores",2026-01-01'
+
+
+def test_a_page_gets_the_table_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    put_into(page, "| new |")
+    put_into(page, "| new |")
+    assert page.read_text() == f"before\n{MARKS[0]}\n| new |\n{MARKS[1]}\nafter\n"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="lacks the marks"):
+        put_into(page, "| new |")
+
+
+def test_the_table_of_the_readme_is_made_from_the_stored_results():
+    text = table(read_results(ROOT / "kernels" / "bench" / "quality.csv"))
+    assert f"{MARKS[0]}\n{text}\n{MARKS[1]}" in (ROOT / "README.md").read_text(encoding="utf-8")

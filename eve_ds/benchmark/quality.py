@@ -7,12 +7,14 @@ run at a time than there are idle cores.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,9 @@ TASKS = ("vqa", "nlvr", "retrieval", "words")
 ZERO_SHOT = "zero_shot"
 RERANK = 8
 """Candidates that are ordered again in retrieval without fine-tuning."""
+MARKS = ("<!-- quality -->", "<!-- end of quality -->")
+"""Around the tables in a page."""
+RESULT_COLUMNS = ("seed", "start", "measure", "value")
 RESULT = "evaluation/*/metrics.json"
 COLOUR_AND_SHAPE = ("task.train.question_types=[color,shape]", "task.val.question_types=[color,shape]")
 UNBOUND = {"color": 0.5625, "shape": 0.625}
@@ -196,6 +201,37 @@ def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
             cells = " | ".join(_over_seeds(seeds, measure, start) for measure in rows)
             lines.append(f"| {objective}, {seconds} s | {cells} |")
     return "\n".join(lines)
+
+
+def write_results(seeds: Sequence[dict[str, dict[str, float]]], file: Path, about: dict[str, str]) -> None:
+    """A row of CSV for every seed, start and measure, in place of what the file held; `about` stands in every row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*RESULT_COLUMNS, *about])
+        for number, seed in enumerate(seeds):
+            for measure, values in seed.items():
+                writer.writerows([number, start, measure, value, *about.values()] for start, value in values.items())
+
+
+def read_results(file: Path) -> list[dict[str, dict[str, float]]]:
+    """What :func:`write_results` wrote, for :func:`table`."""
+    seeds: defaultdict[int, dict[str, dict[str, float]]] = defaultdict(dict)
+    with file.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            value = row["value"]
+            number = int(value) if value.isdecimal() else float(value)
+            seeds[int(row["seed"])].setdefault(row["measure"], {})[row["start"]] = number
+    return [seeds[number] for number in sorted(seeds)]
+
+
+def put_into(page: Path, text: str) -> None:
+    """Replace what stands between the two marks of a page; raises ValueError where they are missing."""
+    before, opening, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, closing, after = rest.partition(MARKS[1])
+    if not opening or not closing:
+        raise ValueError(f"{page} lacks the marks {MARKS[0]} and {MARKS[1]}")
+    page.write_text(f"{before}{opening}\n{text}\n{closing}{after}", encoding="utf-8")
 
 
 def _over_seeds(seeds: Sequence[dict[str, dict[str, float]]], measure: str, start: str) -> str:

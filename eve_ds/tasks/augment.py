@@ -57,7 +57,7 @@ def color_jitter(image: NDArray[np.uint8], strength: float, rng: Generator) -> N
 
 def _shift_hue(picture: Image.Image, share: float) -> Image.Image:
     hue, saturation, value = picture.convert("HSV").split()
-    shifted = np.asarray(hue) + np.uint8(round(share * 255) % 256)  # wraps around the circle
+    shifted = np.asarray(hue) + np.uint8(int(share * 255) % 256)  # wraps around the circle
     return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")
 
 
@@ -94,7 +94,7 @@ def _posterize(picture: Image.Image, strength: float) -> Image.Image:
 
 
 def _solarize(picture: Image.Image, strength: float) -> Image.Image:
-    return ImageOps.solarize(picture, int(255 - strength))
+    return ImageOps.solarize(picture, 255 - strength)  # type: ignore[arg-type] # a share of it, as torchvision
 
 
 OPERATIONS: dict[str, tuple[Operation, float, bool]] = {
