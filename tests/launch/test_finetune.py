@@ -1,7 +1,10 @@
 """Fine-tuning and evaluation as typed: from a run, under deepspeed, torchrun and plain python; bad input."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,38 @@ def test_a_run_retrieves_without_fine_tuning_in_as_many_processes_as_there_are(p
     assert one["num_examples"] == 16
     launched = launch([sys.executable, *options[:4], "--rerank", "-1", "--out", str(tmp_path / "three")])
     assert (launched.returncode, launched.output.splitlines()[-1]) == (2, "evaluate: --rerank (-1) must be 0 or more")
+
+
+def test_stopped_and_killed_fine_tuning_goes_on(pretrained, launch, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    command = [sys.executable, *finetune("vqa", pretrained, out), "train.save_every_steps=2"]
+    command[command.index("--max_steps") + 1] = "100000"
+    for number, code in ((signal.SIGTERM, 4), (signal.SIGKILL, -signal.SIGKILL)):
+        before = committed(out)
+        with log.open("a") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file)
+        deadline = time.monotonic() + 90
+        while committed(out) <= before:  # there is one that is newer
+            assert time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == code, log.read_text()
+    assert "stopped by a signal, the same command goes on" in log.read_text()
+    last = committed(out)
+    command[command.index("--max_steps") + 1] = str(last + 3)
+    launched = launch(command)
+    assert launched.returncode == 0, launched.output
+    assert f"resumed from {out}/checkpoints/step-{last:08d}" in launched.output
+    assert (out / "evaluation" / f"step-{last + 3:08d}" / "metrics.json").is_file()
+    launched = launch(command)
+    assert launched.returncode == 2
+    assert "holds a fine-tuned model: name another folder, or remove it" in launched.output
+
+
+def committed(run):
+    """Step of the newest checkpoint, 0 without any."""
+    return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")), default=0)
 
 
 def test_published_nlvr_from_files_to_its_csv(launch, tmp_path):
