@@ -10,7 +10,8 @@ any number of captions costs N forwards of the backbone, and pre-training pays n
 other is lost by hiding them together; the best candidates are ordered again by the likelihood of each word beside half
 of the others (Salazar et al., "Masked Language Model Scoring", ACL 2020).
 
-The same features can be fine-tuned by contrast; captions then cost next to nothing.
+The same features can be fine-tuned by contrast; captions then cost next to nothing. They are long: D + 2 numbers for
+every place of every length, 0.1 MB for a caption of up to 38 words at the width of EVE-Base.
 """
 
 from __future__ import annotations
