@@ -103,7 +103,10 @@ def test_the_table_has_a_row_a_measure_and_a_column_a_start(tmp_path):
         write(folder, "retrieval-msm", {"dot": recall})
         write(folder, "nlvr-none", {"accuracy": 0.5, "consistency": 0.2})
         write(folder, "vqa-scratch", {"accuracy": 0.6, "by_type": {"color": 0.7, "shape": 0.5}})
-        (folder / "msm").mkdir()
+        (folder / "msm" / "checkpoints").mkdir(parents=True)
+        (folder / "msm" / "checkpoints" / "latest").write_text("step-00000001")
+        (folder / "itc_itm").mkdir()
+        (folder / "itc_itm" / "metrics.jsonl").write_text("")  # has just begun
         (folder / "msm" / "metrics.jsonl").write_text(f'{{"samples": 64}}\n{{"samples": {6400 + 64 * seed}}}\n')
     found = [figures(tmp_path / str(seed)) for seed in range(2)]
     assert found[0]["statements"] == {"none": 0.5}

@@ -30,6 +30,7 @@ RERANK = 8
 MARKS = ("<!-- quality -->", "<!-- end of quality -->")
 """Around the tables in a page."""
 RESULT_COLUMNS = ("seed", "start", "measure", "value")
+PRETRAINED = "checkpoints/latest"
 RESULT = "evaluation/*/metrics.json"
 COLOUR_AND_SHAPE = ("task.train.question_types=[color,shape]", "task.val.question_types=[color,shape]")
 UNBOUND = {"color": 0.5625, "shape": 0.625}
@@ -88,7 +89,7 @@ def _pretrain(start: str, seed: int, folder: Path, seconds: float) -> Job:
     # Whatever its speed, an objective ends its schedule with its budget.
     settings += ["train.max_steps=1000000", "optimizer.decay_by=seconds"]
     command = [sys.executable, str(LAUNCHERS / "pretrain.py"), "--config", "eve_tiny"]
-    return Job(start, [*command, "--output_dir", str(folder / start), "--set", *settings], "checkpoints/latest")
+    return Job(start, [*command, "--output_dir", str(folder / start), "--set", *settings], PRETRAINED)
 
 
 def _finetune(task: str, start: str, seed: int, folder: Path, seconds: float) -> Job:
@@ -145,10 +146,9 @@ def run_jobs(jobs: Sequence[Job], folder: Path, at_a_time: int, say: Callable[[s
 def figures(folder: Path) -> dict[str, dict[str, float]]:
     """Measure -> start -> value, of one seed, as far as there are results."""
     found: dict[str, dict[str, float]] = {}
-    for file in sorted(folder.glob("*/metrics.jsonl")):
-        start = file.parent.name
-        if start.partition("@")[0] in OBJECTIVES:
-            found.setdefault("pairs seen in pre-training", {})[start] = _last_record(file)["samples"]
+    for file in sorted(folder.glob(f"*/{PRETRAINED}")):  # others are under way, or fine-tuning
+        run = file.parents[1]
+        found.setdefault("pairs seen in pre-training", {})[run.name] = _last_record(run / "metrics.jsonl")["samples"]
     for file in sorted(folder.glob(f"*/{RESULT}")):
         task, _, start = file.parents[2].name.partition("-")
         metrics = json.loads(file.read_text(encoding="utf-8"))
