@@ -31,15 +31,18 @@ def test_sides_are_timed_in_turn_and_memory_is_the_peak_of_one_call():
     order = []
 
     def side(name, milliseconds, megabytes):
+        # Within the time, as touching fresh pages takes milliseconds of its own, and more where others do so too.
+        end = time.process_time() + milliseconds / 1e3
         order.append(name)
         torch.ones(megabytes * 250_000)
-        burn(milliseconds)
+        while time.process_time() < end:
+            pass
 
-    (row,) = compare("m", torch.float32, "s", partial(side, "a", 5, 40), {"b": partial(side, "b", 15, 120)}, 0.3, True)
+    (row,) = compare("m", torch.float32, "s", partial(side, "a", 25, 40), {"b": partial(side, "b", 75, 120)}, 0.3, True)
     assert order[:4] == ["a", "a", "b", "b"]  # one call to warm up and one for the memory of each
     assert order[4:8] == ["a", "b", "a", "b"]
-    assert row.ours_ms == pytest.approx(5, rel=0.5)
-    assert row.ratio == pytest.approx(3, rel=0.5)
+    assert row.ours_ms == pytest.approx(25, rel=0.2)
+    assert row.ratio == pytest.approx(3, rel=0.2)
     assert row.ratio == row.peer_ms / row.ours_ms
     if row.ours_mb is not None:
         assert row.ours_mb == pytest.approx(40, abs=5)
