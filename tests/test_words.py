@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.collate import CaptionEncoder
@@ -11,10 +12,11 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import load
 from eve_ds.export.start import DRAWN, draw_weights, write_start
 from eve_ds.finetuning import prepare_weights
+from eve_ds.tasks.ask import rank
 from eve_ds.tasks.batches import TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.retrieval import Retrieval
-from eve_ds.tasks.saved import load_task_model, save_task_model, start_head_weights
+from eve_ds.tasks.saved import TaskModel, load_task_model, save_task_model, start_head_weights
 from eve_ds.tasks.words import Template
 from eve_ds.tasks.zero_shot import load_zero_shot
 
@@ -169,6 +171,17 @@ def test_the_template_is_saved_with_the_model(pretrained, task_tree, tmp_path):
     (tmp_path / "saved" / "template.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"template of captions .*template\.json cannot be read: 'lengths'"):
         Retrieval.load(config, tmp_path / "saved")
+
+
+def test_a_person_gets_captions_by_their_likelihood(pretrained, task_tree, encoder, tmp_path):
+    template = Template.of(CAPTIONS, encoder, most=1)
+    task, model = of_words(pretrained("msm"), task_tree, template)
+    Image.new("RGB", (64, 64), (225, 45, 45)).save(tmp_path / "image.png")
+    found = rank(TaskModel(task, model, task.config, load_tokenizer("scenes"), ""), tmp_path / "image.png", CAPTIONS)
+    similarity = [item.similarity for item in found]
+    assert similarity == sorted(similarity, reverse=True)
+    assert all(value < 0 for value in similarity), "a logarithm"
+    assert {item.match for item in found} == {None}, "no probability that anything has taught"
 
 
 def test_words_have_no_matching_loss(task_tree):

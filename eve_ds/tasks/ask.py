@@ -35,7 +35,7 @@ class Match(NamedTuple):
 
     caption: str
     similarity: float
-    """Cosine of the two features."""
+    """Cosine of the two features; of a model of words the log-likelihood of the caption's words, all hidden."""
     match: float | None
     """Probability that image and caption belong together; None for a model that was trained without matching."""
 
@@ -85,7 +85,7 @@ def rank(loaded: TaskModel, image: Path, captions: Sequence[str]) -> list[Match]
     pixels = batch.pixel_values.squeeze(1)
     similarity = model.text_features(batch.input_ids, batch.attention_mask) @ model.image_features(pixels[:1])[0]
     match: list[float | None] = [None] * len(captions)
-    if model.matching:
+    if isinstance(model, RetrievalModel) and model.matching:
         match = list(model.match_logits(pixels, batch.input_ids, batch.attention_mask).sigmoid().tolist())
     found = [Match(*item) for item in zip(captions, similarity.tolist(), match, strict=True)]
     return sorted(found, key=lambda item: item.similarity if item.match is None else item.match, reverse=True)

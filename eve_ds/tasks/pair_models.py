@@ -25,8 +25,6 @@ IGNORED = -100
 class PairScorer(Protocol):
     """What searching needs: features that are multiplied, and logits of pairs to order the best candidates by."""
 
-    matching: bool
-    """Whether `match_logits` has been learnt."""
     centred: bool
     """Whether features of images count by how they differ from the mean over all candidates."""
 

@@ -81,8 +81,6 @@ class WordRetrievalModel(nn.Module):
             and short captions come first for any image; contrastive training teaches that by itself.
     """
 
-    matching = True
-
     def __init__(self, config: Config, moe_cls: MoEFactory, template: Template, centred: bool) -> None:
         super().__init__()
         self.backbone = Backbone(config.model, moe_cls)
