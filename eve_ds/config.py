@@ -178,7 +178,8 @@ class MaskingConfig(Section):
 class SourceConfig(Section):
     """One source of the training mixture."""
 
-    kind: Literal["scenes", "shards"]
+    kind: Literal["scenes", "boxes", "shards"]
+    """Generated scenes, generated pictures of three boxes in the style of NLVR, or files."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the mixture, relative to the other sources' weights."""
     modalities: Literal["pair", "image", "text", "any"] = "pair"
@@ -188,9 +189,9 @@ class SourceConfig(Section):
     level: Literal["easy", "hard"] = "easy"
     """`kind: scenes`: difficulty."""
     num_samples: PositiveInt = 1_000_000
-    """`kind: scenes`: samples of one epoch."""
+    """Generated: samples of one epoch."""
     seed: int = 0
-    """`kind: scenes`: which world of scenes."""
+    """Generated: which world."""
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
@@ -203,7 +204,7 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = [SourceConfig(kind="scenes")]
     tokenizer: str = "scenes"
-    """`scenes` (shipped), or a path or name of a Hugging Face fast tokenizer."""
+    """`scenes` or `boxes` (shipped), or a path or name of a Hugging Face fast tokenizer."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank."""
     shuffle_buffer: PositiveInt = 1000
@@ -341,8 +342,13 @@ class TaskConfig(Section):
     num_images: Literal[1, 2] = 2
     """`nlvr`: images of an example; 1 for NLVR 1.0."""
     features: Literal["class_token", "words"] = "class_token"
-    """`retrieval`: what is multiplied: projected class tokens, or the likelihood of masked words by pre-training's text
-    head (:mod:`eve_ds.tasks.words`), whose temperature starts at 1."""
+    """What the head reads: states of class tokens, or the likelihood of masked words by pre-training's text head, which
+    `retrieval` multiplies (:mod:`eve_ds.tasks.words`) and `nlvr` compares with the statement's own words
+    (:mod:`eve_ds.tasks.agreement`)."""
+    hidden_words: PositiveInt = 13
+    """`nlvr`, features `words`: of the hidden caption; as many as long captions of the pre-training have."""
+    freeze_backbone: bool = False
+    """Keep the pre-trained backbone as it is and train the head alone; weights that are drawn are always trained."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """`retrieval`: of the contrastive loss, where it starts."""
     itc_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -360,6 +366,10 @@ class TaskConfig(Section):
         _require(
             self.itm_weight == 0 or self.features == "class_token" or self.name != "retrieval",
             f"task.features ('words') has no matching loss: set task.itm_weight ({self.itm_weight:g}) to 0",
+        )
+        _require(
+            self.features == "class_token" or self.name != "vqa",
+            "task.features ('words') is for the tasks nlvr and retrieval: leave it out",
         )
         return self
 
@@ -389,6 +399,12 @@ class Config(Section):
             self.optimizer.decay_by == "steps" or self.train.max_seconds is not None,
             "optimizer.decay_by ('seconds') needs train.max_seconds",
         )
+        if self.task is not None and self.task.name == "nlvr" and self.task.features == "words":
+            _require(
+                self.task.hidden_words + 2 <= self.model.text_positions,
+                f"task.hidden_words ({self.task.hidden_words}) and two special tokens must not exceed "
+                f"model.text_positions ({self.model.text_positions})",
+            )
         for number, source in enumerate(self.data.sources):
             _require(
                 self.model.objective == "msm" or source.modalities == "pair",

@@ -45,6 +45,7 @@ from eve_ds.run import (
     on_rank_zero,
     poison_if_nonfinite,
 )
+from eve_ds.tasks.agreement import AgreementHead
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
 from eve_ds.tasks.formats import load_examples
 from eve_ds.tasks.prediction import evaluate
@@ -113,6 +114,9 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
+    if frozen(config):
+        # Only now: DeepSpeed refuses a model with experts whose optimiser has none.
+        model.get_submodule("backbone").requires_grad_(False)
     use_built(next(model.parameters()))
     collate = TaskCollator(config, tokenizer, task.targets)
     with lock, StopSignals() as stop:
@@ -182,6 +186,9 @@ def _task(config: Config) -> TaskConfig:
 def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
     """Draw all weights, then take from `train.init`, if there is one, the backbone and what it has of the head."""
     initialize_weights(model, config.model, int(torch.randint(2**62, (), device="cpu")))
+    head = model.get_submodule("head")
+    if isinstance(head, AgreementHead):
+        head.draw_weights()
     model.get_submodule("backbone").activation_checkpointing = config.train.activation_checkpointing  # type: ignore[assignment]
     if config.train.init is not None:
         read = start_weights(config.train.init, config.model)
@@ -193,18 +200,25 @@ def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
         get_logger().info("starting from the backbone%s of %s", " and head" * bool(taken), config.train.init)
 
 
-def lr_scale(name: str, num_layers: int, layer_decay: float, head_multiple: float) -> float:
+def lr_scale(name: str, num_layers: int, layer_decay: float, head_multiple: float, frozen: bool = False) -> float:
     """Factor of a parameter's learning rate: 1 at the last block, times `layer_decay` for each block below it.
 
     Embeddings lie below the first block, the final LayerNorm counts as the last block, the head has a factor of its
-    own (BEiT, `get_num_layer_for_vit`).
+    own (BEiT, `get_num_layer_for_vit`). Of a frozen backbone the factor is 0.
     """
     if name.startswith("head."):
         return head_multiple
+    if frozen:
+        return 0.0
     parts = name.removeprefix(BACKBONE).split(".")
     if parts[0] == "blocks":
         return layer_decay ** (num_layers - 1 - int(parts[1]))
     return 1.0 if parts[0] == "norm" else layer_decay**num_layers
+
+
+def frozen(config: Config) -> bool:
+    """Whether the backbone stays as it is."""
+    return _task(config).freeze_backbone and config.train.init is not None
 
 
 def build_optimizer(model: nn.Module, config: Config, deepspeed_config: dict[str, Any]) -> torch.optim.Optimizer:
@@ -215,6 +229,7 @@ def build_optimizer(model: nn.Module, config: Config, deepspeed_config: dict[str
         num_layers=config.model.num_hidden_layers,
         layer_decay=task.layer_decay,
         head_multiple=task.head_lr_multiple,
+        frozen=frozen(config),
     )
     cls = CheckedAdamW if deepspeed_config["zero_optimization"]["stage"] == 0 else torch.optim.AdamW
     return cls(

@@ -151,7 +151,7 @@ def test_unusable_tokenizers_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer folder .*nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"tokenizer '.*empty' is not 'scenes', a tokenizer\.json, a folder"):
+    with pytest.raises(ConfigError, match=r"tokenizer '.*empty' is not 'scenes' or 'boxes', a tokenizer\.json"):
         load_tokenizer(tmp_path / "empty")
     plain = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     plain.save(str(tmp_path / "plain.json"))

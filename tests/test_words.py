@@ -10,7 +10,6 @@ from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.collate import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import load
-from eve_ds.export.start import DRAWN, draw_weights, write_start
 from eve_ds.finetuning import prepare_weights
 from eve_ds.tasks.ask import rank
 from eve_ds.tasks.batches import TaskBatch, TaskCollator
@@ -27,26 +26,6 @@ CAPTIONS = [
     "a cross",
     "two white circles and a small green cross",
 ]
-
-
-@pytest.fixture
-def pretrained(tmp_path, task_tree):
-    """The function `pretrained(objective)`: an export of a drawn model."""
-
-    def write(objective):
-        tree = {key: value for key, value in task_tree("retrieval").items() if key != "task"}
-        config = parse_config(tree | {"model": tree["model"] | {"objective": objective}})
-        weights = draw_weights(config)
-        weights = {
-            name: weight + 0.1 * torch.randn_like(weight) if name.endswith("bias") else weight
-            for name, weight in weights.items()
-        }
-        folder = tmp_path / objective
-        tokenizer, origins = load_tokenizer("scenes"), dict.fromkeys(weights, DRAWN)
-        write_start(folder, config, tokenizer, weights, source="x", origins=origins, notes=[])
-        return folder
-
-    return write
 
 
 @pytest.fixture

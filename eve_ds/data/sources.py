@@ -1,4 +1,4 @@
-"""Where samples come from: generated scenes, or shards. A source knows its sizes and reads one sample at a time."""
+"""Where samples come from: generated pictures, or shards. A source knows its sizes and reads one sample at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Protocol
 
 from eve_ds.config import Config, ConfigError, SourceConfig
 from eve_ds.data.batch import BadSample, Sample
+from eve_ds.data.boxes import Boxes
 from eve_ds.data.scenes import Scenes
 from eve_ds.data.shards import ShardFile, find_shards
 from eve_ds.data.transforms import TrainTransform
 
-SCENES_PER_SHARD = 1000
-"""Scenes are ordered as if they lay in shards of this many."""
+GENERATED_PER_SHARD = 1000
+"""Generated samples are ordered as if they lay in shards of this many."""
 MAX_OPEN_SHARDS = 128
 """Two per lane: the one being read and the next."""
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
@@ -44,33 +45,38 @@ class Source(Protocol):
         """Close files; they are opened again when needed."""
 
 
-class ScenesSource:
-    """Generated scenes of one level and seed."""
+class GeneratedSource:
+    """Scenes of one level, or boxes, of one seed."""
 
     def __init__(self, config: SourceConfig, transform: TrainTransform) -> None:
-        self._scenes, self._transform = Scenes(config.level, config.seed, "train"), transform
-        self._name = f"scenes-{config.level}-{config.seed}"
+        self._samples: Scenes | Boxes
+        if config.kind == "scenes":
+            self._samples, self._name = Scenes(config.level, config.seed, "train"), f"scenes-{config.level}"
+        else:
+            self._samples, self._name = Boxes(config.seed, "train"), "boxes"
+        self._name += f"-{config.seed}"
+        self._transform = transform
         self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
-        full, rest = divmod(config.num_samples, SCENES_PER_SHARD)
-        self.shard_sizes = [SCENES_PER_SHARD] * full + ([rest] if rest else [])
+        full, rest = divmod(config.num_samples, GENERATED_PER_SHARD)
+        self.shard_sizes = [GENERATED_PER_SHARD] * full + ([rest] if rest else [])
 
     def read(self, shard: int, number: int, epoch: int) -> Sample:
-        """Generate one scene."""
+        """Generate one sample."""
         key = self._key(shard, number)
-        scene = self._scenes[shard * SCENES_PER_SHARD + number]
-        caption = scene.caption if self.has_captions else None
-        image = self._transform(scene.image, caption, epoch, key) if self.has_images else None
+        sample = self._samples[shard * GENERATED_PER_SHARD + number]
+        caption = sample.caption if self.has_captions else None
+        image = self._transform(sample.image, caption, epoch, key) if self.has_images else None
         return Sample(key, epoch, image, caption)
 
     def _key(self, shard: int, number: int) -> str:
-        return f"{self._name}-{shard * SCENES_PER_SHARD + number:08d}"
+        return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
 
     def describe(self, shard: int, number: int) -> str:
-        """The key; scenes have no shards."""
+        """The key; what is generated has no shards."""
         return self._key(shard, number)
 
     def fingerprint(self) -> str:
-        """Level, seed and size."""
+        """Kind, level, seed and size."""
         return f"{self._name} x {sum(self.shard_sizes)}"
 
     def close(self) -> None:
@@ -164,6 +170,6 @@ def open_sources(config: Config) -> list[Source]:
     data = config.data
     transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, config.train.seed)
     return [
-        ScenesSource(source, transform) if source.kind == "scenes" else ShardsSource(source, transform)
+        ShardsSource(source, transform) if source.kind == "shards" else GeneratedSource(source, transform)
         for source in data.sources
     ]

@@ -22,6 +22,7 @@ SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
 }
 """In the order of their ids in tokenizers trained here; read ids from the tokenizer, others order them differently."""
+SHIPPED = ("scenes", "boxes")
 CONTINUATION = "##"
 """Marks a piece that does not start a word, so that a whole word's token is the word itself."""
 MAX_ALPHABET = 1000
@@ -32,15 +33,15 @@ _PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
-    """`scenes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a name on the Hub.
+    """`scenes` or `boxes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a name on the Hub.
 
     Raises:
         ConfigError: nothing there, not a fast tokenizer, a missing special token, or text that is not encoded as
             [CLS] text [SEP].
     """
     path = Path(name_or_path)
-    if str(name_or_path) == "scenes":
-        resource = resources.files("eve_ds") / "data" / "scenes_tokenizer.json"
+    if str(name_or_path) in SHIPPED:
+        resource = resources.files("eve_ds") / "data" / f"{name_or_path}_tokenizer.json"
         tokenizer = _wrap(Tokenizer.from_str(resource.read_text(encoding="utf-8")))
     elif path.suffix == ".json":
         tokenizer = _wrap(_read_tokenizer_file(path))
@@ -138,8 +139,8 @@ def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"tokenizer '{name}' is not 'scenes', a tokenizer.json, a folder with one, or a name that can be loaded: "
-            f"{reason}"
+            f"tokenizer '{name}' is not 'scenes' or 'boxes', a tokenizer.json, a folder with one, or a name that can "
+            f"be loaded: {reason}"
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"tokenizer '{name}' ({type(tokenizer).__name__}) is not a fast tokenizer; convert it first")

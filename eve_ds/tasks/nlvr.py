@@ -12,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import Config, ConfigError
+from eve_ds.data.collate import CaptionEncoder
+from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.losses import router_losses
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
+from eve_ds.tasks.agreement import AgreementModel
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.encoder import Classifier, ClassifierOutput, classify
 from eve_ds.tasks.examples import Example, SceneExamples
+from eve_ds.tasks.words import Template
 
 
 class NLVR:
@@ -25,32 +29,42 @@ class NLVR:
 
     Args:
         config: with `model` and `task`.
+        template: of the hidden caption, where statements are compared with the words that an image lets expect.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, template: Template | None = None) -> None:
         assert config.task is not None
-        self.config, self.num_images = config, config.task.num_images
+        self.config, self.num_images, self.template = config, config.task.num_images, template
 
     @classmethod
     def from_examples(cls, config: Config, examples: Sequence[Example]) -> NLVR:
-        """Nothing is collected from them."""
-        return cls(config)
+        """Nothing is collected from them; the hidden caption of `task.features: words` is that of the tokenizer."""
+        assert config.task is not None
+        if config.task.features == "class_token":
+            return cls(config)
+        encoder = CaptionEncoder(load_tokenizer(config.data.tokenizer), config.model.text_length)
+        return cls(config, Template((config.task.hidden_words,), encoder.cls_id, encoder.sep_id, encoder.mask_id))
 
     @classmethod
     def load(cls, config: Config, folder: Path) -> NLVR:
-        """Nothing is read."""
-        return cls(config)
+        """With the hidden caption of a saved model; raises ConfigError if it cannot be read."""
+        assert config.task is not None
+        return cls(config) if config.task.features == "class_token" else cls(config, Template.load(folder))
 
     def save(self, folder: Path) -> None:
-        """Nothing is written."""
+        """Write the hidden caption, if there is one."""
+        if self.template is not None:
+            self.template.save(folder)
 
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """A model with two logits, false and true, with weights not yet drawn."""
+        if self.template is not None:
+            return AgreementModel(self.config, moe_cls, self.template)
         return Classifier(self.config, moe_cls, self.num_images, 2)
 
     def pretrained_names(self) -> dict[str, str]:
-        """None: the head is new."""
-        return {}
+        """The text head, where words are asked for; the rest of the head is new."""
+        return {} if self.template is None else {"head.text_head.": "text_head."}
 
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """All; raises ConfigError where one has no label."""

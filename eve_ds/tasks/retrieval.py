@@ -6,7 +6,6 @@ Li et al., ALBEF (NeurIPS 2021), sections 3.2 and 4, with one backbone for image
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eve_ds.config import Config, ConfigError
+from eve_ds.config import Config
 from eve_ds.data.batch import BadSample
 from eve_ds.data.collate import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
@@ -33,7 +32,6 @@ from eve_ds.tasks.words import Template, WordRetrievalModel
 RECALL_AT = (1, 5, 10)
 IMAGE, TEXT = "image:", "text:"
 """Start of the key of a query by image, which asks for texts, and by text."""
-TEMPLATE = "template.json"
 LOOKED_AT = 4096
 """Captions that a template is made from."""
 
@@ -74,17 +72,12 @@ class Retrieval:
         assert config.task is not None
         if config.task.features == "class_token":
             return cls(config)
-        try:
-            saved = json.loads((folder / TEMPLATE).read_text(encoding="utf-8"))
-            template = Template(tuple(saved["lengths"]), saved["cls_id"], saved["sep_id"], saved["mask_id"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"template of captions {folder / TEMPLATE} cannot be read: {error}") from None
-        return cls(config, template)
+        return cls(config, Template.load(folder))
 
     def save(self, folder: Path) -> None:
         """Write the template, if there is one."""
         if self.template is not None:
-            (folder / TEMPLATE).write_text(json.dumps(self.template._asdict()), encoding="utf-8")
+            self.template.save(folder)
 
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
         """The model with weights not yet drawn."""

@@ -95,6 +95,35 @@ def test_two_ranks_fine_tune_and_evaluate_as_one(run_ranks, task_tree, tmp_path,
         assert len(set(keys[0])) == len(keys[0])
 
 
+@pytest.mark.parametrize(("ep_size", "stage"), [(2, 1), (1, 0), (1, 2)])
+def test_a_frozen_backbone_stays_to_the_bit_while_the_head_learns(
+    run_ranks, task_tree, pretrained, tmp_path, ep_size, stage
+):
+    from safetensors.torch import load_file
+
+    init = pretrained("msm")
+    tree = task_tree("nlvr", features="words", freeze_backbone=True)
+    tree["train"]["init"] = str(init)
+    zero = {"zero_optimization": {"stage": stage}}
+    folders = {count: str(tmp_path / str(count)) for count in (1, 2)}
+    run_ranks(finetune_and_read, 2, [tree | {"parallel": {"ep_size": ep_size}}], zero, [folders[2]])
+    run_ranks(finetune_and_read, 1, [tree], zero, [folders[1]])
+    before = load_file(init / "model.safetensors")
+    two, one = (load_file(f"{folders[count]}/model/model.safetensors") for count in (2, 1))
+    assert two.keys() == one.keys()
+    for name in two:
+        found, expected = two[name], one[name]
+        if name.startswith("backbone."):
+            assert torch.equal(found, before[name]), name
+            continue
+        if name.endswith("in_proj_bias"):  # softmax is blind to the bias of keys: Adam enlarges what rounding leaves
+            found, expected = (bias.unflatten(0, (3, -1))[[0, 2]] for bias in (found, expected))
+        # Adam moves every weight by about the learning rate; two orders of summing agree far better than that.
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    moved = (two["head.text_head.dense.weight"] - before["text_head.dense.weight"]).abs().mean()
+    assert 1e-3 < float(moved) < 3e-3  # three steps of 1e-3
+
+
 def stopped_and_resumed(rank, world_size, tree, folder, stop_at):
     """Fine-tune until rank 1 gets SIGTERM within step `stop_at`; what the folder then holds; the same command again."""
     import os

@@ -1,0 +1,118 @@
+"""Statements judged by agreement: how well each of their words fits what the image lets expect.
+
+A classifier on class tokens has to learn from true and false alone that a word must match something in the image: of
+statements that are balanced, neither text nor image gives it any gradient before the two are multiplied. Masked signal
+modelling has learnt the match already. Beside a caption whose words are all hidden, the image makes every word likely
+or unlikely at each place (:mod:`eve_ds.tasks.words`), and looking up the words of the statement there is a product of
+image and text. For word j of the statement and place n of the hidden caption,
+
+    a_j = log sum over n of p(word_j at n)
+    b_j = log sum over n of p(word_j at n) p(word_j+1 at n+1)
+
+A small Transformer over the statement reads a and b of each image beside the words, which say what must agree.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds.config import Config
+from eve_ds.model.eve import MoEFactory
+from eve_ds.tasks.encoder import ClassifierOutput
+from eve_ds.tasks.words import HiddenWords, Template, WordHead, WordModel
+
+LEAST = -8.0
+"""Log-likelihoods below it are not told apart: of words that no caption of the pre-training has they mean nothing."""
+NUM_LAYERS = 2
+
+
+class AgreementHead(WordHead):
+    """The text head of pre-training, and a Transformer of half the backbone's width over the statement.
+
+    Args:
+        config: `model` and `task.num_images`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert config.task is not None
+        model, num_images = config.model, config.task.num_images
+        width = model.hidden_size // 2
+        self.word = nn.Linear(model.hidden_size, width)
+        self.agreement = nn.Linear(2 * num_images, width)
+        self.image = nn.Linear(num_images * model.hidden_size, width)
+        self.place = nn.Parameter(torch.zeros(model.text_length, width))
+        layer = nn.TransformerEncoderLayer(
+            width, model.num_attention_heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        norm = nn.LayerNorm(width)
+        self.layers = nn.TransformerEncoder(layer, NUM_LAYERS, norm, enable_nested_tensor=False)
+        self.classifier = nn.Linear(width, 2)
+
+    def draw_weights(self) -> None:
+        """Draw what is new, from torch's default generator, with variance 1 / inputs; biases are 0 already.
+
+        The backbone's range is meant for its own widths: with it, agreement, of few inputs, was hardly heard.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1 and not name.startswith("text_head."):
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+    def forward(self, words: Tensor, agreement: Tensor, images: Tensor, attention_mask: Tensor) -> Tensor:
+        """Words (B, L, D), agreement (B, L, 2 I), images (B, I * D), (B, L) bool -> logits (B, 2)."""
+        tokens = self.word(words) + self.place[: words.shape[1]] + self.agreement(agreement)
+        first = tokens[:, :1] + self.image(images)[:, None]  # [CLS] hears of the images as a whole
+        states = self.layers(torch.cat([first, tokens[:, 1:]], dim=1), src_key_padding_mask=~attention_mask)
+        logits: Tensor = self.classifier(states[:, 0])
+        return logits
+
+
+class AgreementModel(WordModel):
+    """A statement about I images: two logits, false and true.
+
+    Args:
+        config: with `task`.
+        moe_cls: makes the MoE of a layer.
+        template: of the hidden caption, of one length.
+    """
+
+    def __init__(self, config: Config, moe_cls: MoEFactory, template: Template) -> None:
+        super().__init__(config, moe_cls, template)
+        self.head: AgreementHead = AgreementHead(config)
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor | None = None
+    ) -> ClassifierOutput:
+        """(B, I, 3, H, W), (B, L) int64, (B, L) bool -> logits (B, 2); `targets` are not looked at."""
+        batch = len(pixel_values)
+        hidden = self.hidden_words(pixel_values.flatten(0, 1), self.template.lengths[0])
+        fits = self.agreement(hidden, input_ids, attention_mask).permute(0, 2, 1, 3)  # (B, L, I, 2)
+        words, _ = self.words(input_ids)
+        dtype = hidden.class_state.dtype
+        logits = self.head(
+            words.to(dtype), fits.flatten(2).to(dtype), hidden.class_state.reshape(batch, -1), attention_mask
+        )
+        return ClassifierOutput(logits, hidden.moe, hidden.num_tokens)
+
+    def agreement(self, hidden: HiddenWords, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, I, L, 2) fp32: a and b of every word for each image, -1 for LEAST and 1 for certain, 0 at special tokens.
+
+        Args:
+            hidden: of B * I images.
+            input_ids: (B, L) int64.
+            attention_mask: (B, L) bool, True = real token.
+        """
+        embedding, bias = self.words(input_ids)
+        states, log_partition = (
+            part.float().unflatten(0, (len(input_ids), -1)) for part in (hidden.states, hidden.log_partition)
+        )
+        products = torch.einsum("bind,bld->binl", states, embedding)
+        likelihood = products + bias.mT[:, None] - log_partition  # (B, I, N, L)
+        alone = likelihood.logsumexp(dim=2)
+        pairs = (likelihood[:, :, :-1, :-1] + likelihood[:, :, 1:, 1:]).logsumexp(dim=2)
+        fits = torch.stack([alone, F.pad(pairs, (0, 1))], dim=-1).clamp(min=LEAST) * (-2 / LEAST) + 1
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        inner = (place > 0) & (place < attention_mask.sum(dim=1, keepdim=True) - 1)
+        return fits * inner[:, None, :, None]
