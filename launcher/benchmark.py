@@ -60,7 +60,7 @@ def quality(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time: idle cores (%(default)s)")
     parser.add_argument("--objectives", nargs="+", help="msm, itc_itm, itc_itm_mlm (default: all)")
-    parser.add_argument("--tasks", nargs="+", help="vqa, nlvr, retrieval, words (default: all)")
+    parser.add_argument("--tasks", nargs="+", help="vqa, nlvr, nlvr_words, retrieval, retrieval_words (default: all)")
     parser.add_argument("--curve", nargs="+", type=float, default=[], metavar="S", help="shorter pre-training too")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write every figure into this CSV file")
     parser.add_argument("--page", type=Path, metavar="FILE", help="put the tables between the marks of this page")

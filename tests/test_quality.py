@@ -8,6 +8,7 @@ import pytest
 
 from eve_ds.benchmark.quality import (
     MARKS,
+    TASKS,
     Budget,
     Job,
     figures,
@@ -27,16 +28,16 @@ RECALL = {"text_retrieval": {"R@1": 0.5}, "image_retrieval": {"R@1": 0.25}}
 def test_every_task_starts_from_every_objective_and_from_nothing(tmp_path):
     jobs = {job.name: job for job in jobs_of(3, tmp_path, Budget(100, 10, 20, 30), ("msm", "itc_itm"))}
     starts = ("msm", "itc_itm", "none", "scratch")
-    tuned = {f"{task}-{start}" for task in ("vqa", "nlvr", "retrieval", "words") for start in starts} - {
-        "words-scratch"
-    }
+    tuned = {f"{task}-{start}" for task in TASKS for start in starts}
+    tuned -= {"nlvr_words-scratch", "retrieval_words-scratch"}
     assert set(jobs) == {"msm", "itc_itm", *tuned, "zero_shot-msm", "zero_shot-itc_itm"}
     assert jobs["nlvr-itc_itm"].needs == "itc_itm"
     assert jobs["vqa-scratch"].needs is None
     assert "train.max_seconds=110" in jobs["vqa-scratch"].command, "all the seconds"
     assert "train.max_seconds=30" in jobs["retrieval-none"].command
     assert "task.train.question_types=[color,shape]" in jobs["vqa-none"].command
-    assert "train.max_seconds=30" in jobs["words-none"].command
+    assert {"train.max_seconds=30", "tasks/scenes_retrieval_words"} <= set(jobs["retrieval_words-none"].command)
+    assert {"train.max_seconds=20", "nlvr", "tasks/scenes_nlvr_words"} <= set(jobs["nlvr_words-msm"].command)
     assert jobs["zero_shot-msm"].needs == "msm"
     assert all(("train.seed=3" in job.command) == ("zero_shot" not in name) for name, job in jobs.items())
     # Not by steps: the slow objective would never come to the low learning rates.
@@ -126,11 +127,13 @@ def test_the_table_has_a_row_a_measure_and_a_column_a_start(tmp_path):
 
 def test_zero_shot_and_shorter_pre_training_have_rows_of_their_own(tmp_path):
     write(tmp_path, "zero_shot-msm", {"dot": RECALL, "reranked": RECALL | {"image_retrieval": {"R@1": 1.0}}})
-    write(tmp_path, "words-msm", {"dot": RECALL})
+    write(tmp_path, "retrieval_words-msm", {"dot": RECALL})
+    write(tmp_path, "nlvr_words-msm", {"accuracy": 0.75, "consistency": 0.5})
     write(tmp_path, "zero_shot-msm@100", {"dot": RECALL | {"text_retrieval": {"R@1": 0.375}}})
     write(tmp_path, "zero_shot-msm@50", {"dot": RECALL | {"text_retrieval": {"R@1": 0.125}}})
     text = table([figures(tmp_path)])
     assert "| retrieval by words of texts, R@1 | 0.500 |" in text
+    assert "| statements by words | 0.750 |" in text
     assert "| zero-shot retrieval of images, R@1, best 8 ordered again | 1.000 |" in text
     assert text.splitlines()[-4:] == [
         "| pre-training for | zero-shot retrieval of texts, R@1 | zero-shot retrieval of images, R@1 |",
@@ -150,6 +153,17 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert (tmp_path / "new" / "quality.csv").read_text().splitlines()[
         1
     ] == '0,msm,statements,0.5,"a CPU, two cores",2026-01-01'
+
+
+def test_results_that_stay_keep_where_they_were_measured(tmp_path):
+    file = tmp_path / "quality.csv"
+    write_results([{"statements": {"msm": 0.5, "none": 0.25}}], file, {"commit": "a", "date": "2026-01-01"})
+    write_results([{"statements": {"msm": 0.5, "none": 0.75}}, {}], file, {"commit": "b", "date": "2026-02-02"})
+    assert file.read_text().splitlines() == [
+        "seed,start,measure,value,commit,date",
+        "0,msm,statements,0.5,a,2026-01-01",
+        "0,none,statements,0.75,b,2026-02-02",
+    ]
 
 
 def test_a_page_gets_the_table_between_its_marks(tmp_path):

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launcher"
 OBJECTIVES = ("msm", "itc_itm", "itc_itm_mlm")
-TASKS = ("vqa", "nlvr", "retrieval", "words")
-"""Fine-tunes; `words` is retrieval by masked words (:mod:`eve_ds.tasks.words`)."""
+TASKS = ("vqa", "nlvr", "nlvr_words", "retrieval", "retrieval_words")
+"""Fine-tunes, by the names of their recipes; `words` are masked words (:mod:`eve_ds.tasks.words`)."""
 ZERO_SHOT = "zero_shot"
 RERANK = 8
 """Candidates that are ordered again in retrieval without fine-tuning."""
@@ -44,7 +44,11 @@ class Budget(NamedTuple):
     vqa: float = 45.0
     nlvr: float = 45.0
     retrieval: float = 30.0
-    """By class tokens, and by words."""
+
+    def of(self, task: str) -> float:
+        """Seconds of one of :data:`TASKS`; by words as many as by class tokens."""
+        seconds: float = getattr(self, task.partition("_")[0])
+        return seconds
 
 
 class Job(NamedTuple):
@@ -75,11 +79,11 @@ def jobs_of(
     starts = [(objective, budget.pretrain) for objective in objectives] + lengths
     jobs = [_pretrain(start, seed, folder, seconds) for start, seconds in starts]
     for task in tasks:
-        seconds = budget.retrieval if task == "words" else getattr(budget, task)
+        seconds = budget.of(task)
         known = starts if task == "vqa" else starts[: len(objectives)]
         jobs += [_finetune(task, start, seed, folder, seconds) for start, _ in known]
         jobs.append(_finetune(task, "none", seed, folder, seconds))
-        if task != "words":
+        if not task.endswith("_words"):
             jobs.append(_finetune(task, "scratch", seed, folder, seconds + budget.pretrain))
     return jobs + [_zero_shot(start, folder) for start, _ in starts]
 
@@ -98,8 +102,8 @@ def _finetune(task: str, start: str, seed: int, folder: Path, seconds: float) ->
     drawn = start in ("none", "scratch")
     settings = [f"train.seed={seed}", f"train.max_seconds={seconds:g}"]
     settings += COLOUR_AND_SHAPE if task == "vqa" else ()
-    command = [sys.executable, str(LAUNCHERS / "finetune.py"), "--task", "retrieval" if task == "words" else task]
-    command += ["--config", f"tasks/scenes_{'retrieval_words' if task == 'words' else task}", "--model", "eve_tiny"]
+    command = [sys.executable, str(LAUNCHERS / "finetune.py"), "--task", task.partition("_")[0]]
+    command += ["--config", f"tasks/scenes_{task}", "--model", "eve_tiny"]
     command += ["--init", "none" if drawn else str(folder / start), "--output_dir", str(folder / name)]
     return Job(name, [*command, "--set", *settings], RESULT, None if drawn else start)
 
@@ -163,13 +167,14 @@ def _last_record(metrics: Path) -> dict[str, Any]:
 
 
 def _figures_of(task: str, metrics: dict[str, Any]) -> dict[str, float]:
-    if task == "nlvr":
-        return {"statements": metrics["accuracy"]}
+    if task.startswith("nlvr"):
+        return {"statements by words" if task == "nlvr_words" else "statements": metrics["accuracy"]}
     if task == "vqa":
         kinds = {f"questions on {kind} (unbound {UNBOUND[kind]})": value for kind, value in metrics["by_type"].items()}
         unbound = statistics.mean(UNBOUND[kind] for kind in metrics["by_type"])
         return {f"questions (unbound {unbound:.3f})": metrics["accuracy"], **kinds}
-    title = {"retrieval": "retrieval", "words": "retrieval by words", ZERO_SHOT: "zero-shot retrieval"}[task]
+    titles = {"retrieval": "retrieval", "retrieval_words": "retrieval by words", ZERO_SHOT: "zero-shot retrieval"}
+    title = titles[task]
     orders = {"dot": "", "reranked": f", best {RERANK} ordered again"}
     return {
         f"{title} of {kind}s, R@1{how}": metrics[order][f"{kind}_retrieval"]["R@1"]
@@ -204,14 +209,24 @@ def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
 
 
 def write_results(seeds: Sequence[dict[str, dict[str, float]]], file: Path, about: dict[str, str]) -> None:
-    """A row of CSV for every seed, start and measure, in place of what the file held; `about` stands in every row."""
+    """A row of CSV for every seed, start and measure, in place of what the file held.
+
+    `about` stands in every row but those that the file had with the same value: they keep where they were measured.
+    """
+    known: dict[tuple[str, ...], dict[str, str]] = {}
+    if file.exists():
+        with file.open(newline="", encoding="utf-8") as stream:
+            known = {tuple(row[column] for column in RESULT_COLUMNS): row for row in csv.DictReader(stream)}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([*RESULT_COLUMNS, *about])
+        writer = csv.DictWriter(stream, [*RESULT_COLUMNS, *about], lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
         for number, seed in enumerate(seeds):
             for measure, values in seed.items():
-                writer.writerows([number, start, measure, value, *about.values()] for start, value in values.items())
+                for start, value in values.items():
+                    cells = (str(number), start, measure, str(value))
+                    row = dict(zip(RESULT_COLUMNS, cells, strict=True))
+                    writer.writerow(row | about | known.get(cells, {}))
 
 
 def read_results(file: Path) -> list[dict[str, dict[str, float]]]:
