@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from eve_ds.config import ConfigError
+from eve_ds.data import boxes as boxes_module
 from eve_ds.data.boxes import (
     BOX_SIDE,
     COLORS,
@@ -382,6 +383,13 @@ def test_texts_that_families_share_mean_the_same():
             for index, claim in enumerate(make()):
                 if index % 50 == 0 and claim.holds is not known[claim.text]:
                     assert all(claim.holds(p) == known[claim.text](p) for p in pictures[kind][:4]), claim.text
+
+
+def test_a_picture_that_nothing_tells_from_the_other_has_a_caption_too(monkeypatch):
+    picture = Boxes()[0].boxes
+    monkeypatch.setattr(boxes_module, "_others", lambda kind: (picture,) * 256)
+    for index in range(20):
+        assert truth(draw_caption(kind_of(picture), picture, SplitMix64(index)), picture)
 
 
 def test_vocabulary_has_every_word_of_every_statement():

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import ConfigError
+from eve_ds.data.boxes import boxes_corpus, vocabulary
 from eve_ds.data.scene_tasks import Questions, Statements, scenes_corpus
 from eve_ds.data.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
@@ -59,9 +60,17 @@ def texts_of(level, index):
     ]
 
 
-def test_shipped_scenes_tokenizer_is_what_training_gives():
-    trained = train_tokenizer(scenes_corpus(), 256)
-    shipped = (resources.files("eve_ds") / "data" / "scenes_tokenizer.json").read_text(encoding="utf-8")
+def test_boxes_tokenizer_has_one_token_per_word_and_letters_for_others():
+    tokenizer = load_tokenizer("boxes")
+    assert all(tokenizer.tokenize(word) == [word] for word in vocabulary())
+    typed = tokenizer("There are attleast 2 towers, which's bigg.")["input_ids"]
+    assert tokenizer.unk_token_id not in typed
+
+
+@pytest.mark.parametrize(("name", "corpus", "size"), [("scenes", scenes_corpus, 256), ("boxes", boxes_corpus, 512)])
+def test_shipped_tokenizer_is_what_training_gives(name, corpus, size):
+    trained = train_tokenizer(corpus(), size)
+    shipped = (resources.files("eve_ds") / "data" / f"{name}_tokenizer.json").read_text(encoding="utf-8")
     assert json.loads(trained.backend_tokenizer.to_str()) == json.loads(shipped)
 
 

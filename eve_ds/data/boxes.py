@@ -10,6 +10,7 @@ boxes: the corpus shows each picture in all six orders.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -1040,6 +1041,18 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted(words))
 
 
+def boxes_corpus() -> Iterator[str]:
+    """Every word, and the characters of others; `train_tokenizer(boxes_corpus(), 512)` gives the shipped tokenizer."""
+    letters = string.ascii_lowercase
+    yield f"{' '.join(letters + string.digits + _MARKS)} x{letters}"  # at the start of a word, and within
+    for _ in range(_REPEATS):
+        yield from vocabulary()
+
+
+_MARKS = ",'-."
+_REPEATS = 9
+"""More than characters have, whose pairs would be merged otherwise."""
+
 # Samples
 
 _TRIES = 30
@@ -1108,9 +1121,10 @@ def _draw_claim(kind: Kind, rng: SplitMix64) -> Claim:
 
 
 def draw_caption(kind: Kind, boxes: Picture, rng: SplitMix64) -> str:
-    """A true statement; half of them are chosen to be false of another picture: what holds of any says nothing."""
-    other = _others(kind)[rng.below(_NUM_OTHERS)] if rng.below(2) else None
+    """A true statement; half of the time one is sought that is false of another picture: what holds of any is empty."""
     while True:
+        # Drawn in every round, as nothing may tell the two pictures apart: they can show the same towers.
+        other = _others(kind)[rng.below(_NUM_OTHERS)] if rng.below(2) else None
         claims = _draw_claims(kind, rng)
         for _ in range(_TRIES):
             text, holds = claims[rng.below(len(claims))]
