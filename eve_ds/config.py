@@ -347,6 +347,9 @@ class TaskConfig(Section):
     (:mod:`eve_ds.tasks.agreement`)."""
     hidden_words: PositiveInt = 13
     """`nlvr`, features `words`: of the hidden caption; as many as long captions of the pre-training have."""
+    word_passes: Annotated[int, Field(ge=0)] = 0
+    """`nlvr`, features `words`: forwards of each image beside the statement itself, each hiding one in so many words; 0
+    where captions of the pre-training were no statements."""
     freeze_backbone: bool = False
     """Keep the pre-trained backbone as it is and train the head alone; weights that are drawn are always trained."""
     temperature: Annotated[float, Field(gt=0)] = 0.07

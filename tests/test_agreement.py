@@ -10,6 +10,7 @@ from eve_ds.data.collate import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import load
 from eve_ds.finetuning import build_optimizer, prepare_weights
+from eve_ds.tasks import agreement
 from eve_ds.tasks.batches import TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.nlvr import NLVR
@@ -51,14 +52,18 @@ def encoded(statements):
 
 
 @torch.no_grad()
-def test_agreement_is_what_loops_over_words_and_places_find(start, encoder):
+@pytest.mark.parametrize("least", [-8.0, -30.0])
+def test_agreement_is_what_loops_over_words_and_places_find(start, encoder, monkeypatch, least):
+    """The lower bound is for pairs of words, which drawn weights make less likely than the usual one."""
+    monkeypatch.setattr(agreement, "LEAST", least)
     _, model, folder = start()
     eve, _, _ = load(folder)
     pixels = torch.randn(len(STATEMENTS), 2, 3, 64, 64)
     input_ids, mask = encoded(STATEMENTS)
-    # Sharper than drawn weights are, so that some words fall below the least likelihood and others do not.
-    for head in (eve.text_head, model.head.text_head):
-        head.bias.mul_(40)
+    # Sharper than drawn weights are: places differ, and some words fall below the least likelihood and others do not.
+    for backbone in (eve.backbone, model.backbone):
+        backbone.text_embedding.word.weight.mul_(10)
+        backbone.text_embedding.position.mul_(50)
     found = model.agreement(model.hidden_words(pixels.flatten(0, 1), NUM_HIDDEN), input_ids, mask)
     assert found.shape == (3, 2, input_ids.shape[1], 2)
     hidden = torch.tensor([[encoder.cls_id] + [encoder.mask_id] * NUM_HIDDEN + [encoder.sep_id]])
@@ -75,10 +80,39 @@ def test_agreement_is_what_loops_over_words_and_places_find(start, encoder):
                     continue
                 alone = sum(float(p[n, ids[j]]) for n in range(NUM_HIDDEN))
                 pair = sum(float(p[n, ids[j]] * p[n + 1, ids[j + 1]]) for n in range(NUM_HIDDEN - 1))
-                expected = [max(math.log(value), -8.0) / 4 + 1 for value in (alone, pair)]
+                expected = [max(math.log(value), least) * -2 / least + 1 for value in (alone, pair)]
                 assert found[number, image, j].tolist() == pytest.approx(expected, abs=1e-4)
-    inner = found[found != 0]
-    assert 0 < (inner == -1).float().mean() < 1, "both kinds were compared"
+    pairs = found[..., 1][found[..., 1] != 0]
+    assert ((pairs == -1).float().mean() < 0.5) == (least < -8), "both kinds were compared"
+
+
+@torch.no_grad()
+def test_words_beside_others_are_what_the_pre_trained_model_finds(start, encoder):
+    _, model, folder = start(word_passes=3)
+    eve, _, _ = load(folder)
+    pixels = torch.randn(len(STATEMENTS), 2, 3, 64, 64)
+    input_ids, mask = encoded(STATEMENTS)
+    seen = []
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    model(pixels, input_ids, mask)
+    fits = seen[0].unflatten(2, (2, 3))  # (B, L, I, 3)
+    hidden = model.hidden_words(pixels.flatten(0, 1), NUM_HIDDEN)
+    assert torch.equal(fits[..., :2].permute(0, 2, 1, 3), model.agreement(hidden, input_ids, mask))
+    for number, statement in enumerate(STATEMENTS):
+        ids = torch.from_numpy(encoder.encode(statement))
+        inner = range(1, len(ids) - 1)
+        for image in range(2):
+            expected = [0.0] * input_ids.shape[1]
+            for j in inner:
+                places = torch.tensor([place for place in inner if place % 3 == j % 3])
+                masked = ids.clone()
+                masked[places] = encoder.mask_id
+                logits = eve(
+                    pixels[number, image][None], input_ids=masked[None], masked_token_ids=places
+                ).token_logits()
+                p = logits.double().log_softmax(dim=1)[places.tolist().index(j), ids[j]]
+                expected[j] = max(float(p), -8.0) / 4 + 1
+            assert fits[number, :, image, 2].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
@@ -94,8 +128,9 @@ def test_a_judgement_depends_on_its_own_images_and_words_alone(start):
     assert ((together - swapped).abs().amax(dim=1) > 1e-3).all(), "left and right are told apart"
 
 
-def test_the_loss_reaches_every_weight_of_the_head(start):
-    task, model, _ = start()
+@pytest.mark.parametrize("word_passes", [0, 2])
+def test_the_loss_reaches_every_weight_of_the_head(start, word_passes):
+    task, model, _ = start(word_passes=word_passes)
     examples = [Example(str(i), (), text, label=bool(i % 2)) for i, text in enumerate(STATEMENTS)]
     collate = TaskCollator(task.config, load_tokenizer("scenes"), task.targets)
     batch = collate(examples, [torch.randint(0, 255, (2, 64, 64, 3), dtype=torch.uint8).numpy() for _ in examples])

@@ -392,6 +392,29 @@ def test_a_picture_that_nothing_tells_from_the_other_has_a_caption_too(monkeypat
         assert truth(draw_caption(kind_of(picture), picture, SplitMix64(index)), picture)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_of_the_captions_describe_what_is_there(kind):
+    described = [
+        (scene.caption.split(), scene.boxes)
+        for scene in map(Boxes(3).__getitem__, range(400))
+        if kind_of(scene.boxes) == kind and scene.caption.split()[0] in ("left", "middle", "right")
+    ]
+    assert len(described) > 40
+    for words, boxes in described:
+        if kind == "tower":
+            said = " ".join(words).replace("middle", ",").replace("right", ",").removeprefix("left").split(",")
+            assert [part.split() for part in said] == [[item.color for item in box] for box in boxes]
+            continue
+        box = boxes[["left", "middle", "right"].index(words[0])]
+        groups = [words[place : place + 3] for place in range(1, len(words), 3)]
+        for number, color, shape in groups:
+            looks = [item for item in box if item.color == color and item.shape == shape.removesuffix("s")]
+            assert len(looks) == int(number)
+            assert shape.endswith("s") == (int(number) > 1)
+        assert sum(int(number) for number, _, _ in groups) == len(box)
+    assert len({words[0] for words, _ in described}) == (1 if kind == "tower" else 3)
+
+
 def test_vocabulary_has_every_word_of_every_statement():
     words = vocabulary()
     assert list(words) == sorted(set(words))

@@ -11,6 +11,7 @@ boxes: the corpus shows each picture in all six orders.
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -1132,6 +1133,20 @@ def draw_caption(kind: Kind, boxes: Picture, rng: SplitMix64) -> str:
                 return text
 
 
+def describe(kind: Kind, boxes: Picture, rng: SplitMix64) -> str:
+    """Plain words: the colours of all towers from the base up, or how many items of each look one box has."""
+    if kind == "tower":
+        colors = (" ".join(item.color for item in box) for box in boxes)
+        return " ".join(f"{side} {said}" for side, said in zip(_SIDES, colors, strict=True))
+    number = rng.below(len(boxes))
+    looks = Counter((item.color, item.shape) for item in boxes[number])
+    groups = (f"{count} {color} {_plural(shape) if count > 1 else shape}" for (color, shape), count in looks.items())
+    return f"{_SIDES[number]} {' '.join(sorted(groups))}"
+
+
+_SIDES = ("left", "middle", "right")
+
+
 @cache
 def _others(kind: Kind) -> tuple[Picture, ...]:
     """Pictures to compare with, the same for all data sets: they are not shown, so splits do not matter."""
@@ -1171,7 +1186,8 @@ class Boxes:
         rng = self.rng(index, _SCENE)
         kind = _draw_kind(rng)
         boxes = self.draw(kind, rng)
-        return BoxScene(render(boxes), draw_caption(kind, boxes, rng), boxes)
+        caption = describe(kind, boxes, rng) if rng.below(2) else draw_caption(kind, boxes, rng)
+        return BoxScene(render(boxes), caption, boxes)
 
 
 class BoxStatements:

@@ -9,7 +9,10 @@ image and text. For word j of the statement and place n of the hidden caption,
     a_j = log sum over n of p(word_j at n)
     b_j = log sum over n of p(word_j at n) p(word_j+1 at n+1)
 
-A small Transformer over the statement reads a and b of each image beside the words, which say what must agree.
+Where captions were statements too (:mod:`eve_ds.data.boxes`), more can be asked for: `task.word_passes` adds the
+likelihood c_j of word_j beside the other words of the statement itself, which a word of the wrong number or colour
+lacks although its neighbours fit. A small Transformer over the statement reads a, b and c of each image beside the
+words, which say what must agree.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from eve_ds.config import Config
 from eve_ds.model.eve import MoEFactory
 from eve_ds.tasks.encoder import ClassifierOutput
-from eve_ds.tasks.words import HiddenWords, Template, WordHead, WordModel
+from eve_ds.tasks.words import HiddenWords, Template, WordHead, WordModel, inner_words
 
 LEAST = -8.0
 """Log-likelihoods below it are not told apart: of words that no caption of the pre-training has they mean nothing."""
@@ -41,7 +44,7 @@ class AgreementHead(WordHead):
         model, num_images = config.model, config.task.num_images
         width = model.hidden_size // 2
         self.word = nn.Linear(model.hidden_size, width)
-        self.agreement = nn.Linear(2 * num_images, width)
+        self.agreement = nn.Linear((3 if config.task.word_passes else 2) * num_images, width)
         self.image = nn.Linear(num_images * model.hidden_size, width)
         self.place = nn.Parameter(torch.zeros(model.text_length, width))
         layer = nn.TransformerEncoderLayer(
@@ -61,7 +64,7 @@ class AgreementHead(WordHead):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
     def forward(self, words: Tensor, agreement: Tensor, images: Tensor, attention_mask: Tensor) -> Tensor:
-        """Words (B, L, D), agreement (B, L, 2 I), images (B, I * D), (B, L) bool -> logits (B, 2)."""
+        """Words (B, L, D), agreement (B, L, 2 I or 3 I), images (B, I * D), (B, L) bool -> logits (B, 2)."""
         tokens = self.word(words) + self.place[: words.shape[1]] + self.agreement(agreement)
         first = tokens[:, :1] + self.image(images)[:, None]  # [CLS] hears of the images as a whole
         states = self.layers(torch.cat([first, tokens[:, 1:]], dim=1), src_key_padding_mask=~attention_mask)
@@ -81,20 +84,29 @@ class AgreementModel(WordModel):
     def __init__(self, config: Config, moe_cls: MoEFactory, template: Template) -> None:
         super().__init__(config, moe_cls, template)
         self.head: AgreementHead = AgreementHead(config)
+        assert config.task is not None
+        self.passes = config.task.word_passes
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor | None = None
     ) -> ClassifierOutput:
         """(B, I, 3, H, W), (B, L) int64, (B, L) bool -> logits (B, 2); `targets` are not looked at."""
-        batch = len(pixel_values)
-        hidden = self.hidden_words(pixel_values.flatten(0, 1), self.template.lengths[0])
-        fits = self.agreement(hidden, input_ids, attention_mask).permute(0, 2, 1, 3)  # (B, L, I, 2)
+        batch, num_images = pixel_values.shape[:2]
+        pixel_values = pixel_values.flatten(0, 1)
+        hidden = self.hidden_words(pixel_values, self.template.lengths[0])
+        moe, num_tokens = hidden.moe, hidden.num_tokens
+        fits = self.agreement(hidden, input_ids, attention_mask)
+        if self.passes:
+            texts, masks = (text.repeat_interleave(num_images, dim=0) for text in (input_ids, attention_mask))
+            beside = self.beside_others(pixel_values, texts, masks, self.passes)
+            own = _scaled(beside.likelihood) * inner_words(texts, masks)
+            fits = torch.cat([fits, own.unflatten(0, (batch, num_images))[..., None]], dim=-1)
+            moe, num_tokens = moe + beside.moe, num_tokens + beside.num_tokens
+        fits = fits.permute(0, 2, 1, 3).flatten(2)  # (B, L, 2 I or 3 I)
         words, _ = self.words(input_ids)
         dtype = hidden.class_state.dtype
-        logits = self.head(
-            words.to(dtype), fits.flatten(2).to(dtype), hidden.class_state.reshape(batch, -1), attention_mask
-        )
-        return ClassifierOutput(logits, hidden.moe, hidden.num_tokens)
+        logits = self.head(words.to(dtype), fits.to(dtype), hidden.class_state.reshape(batch, -1), attention_mask)
+        return ClassifierOutput(logits, moe, num_tokens)
 
     def agreement(self, hidden: HiddenWords, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, I, L, 2) fp32: a and b of every word for each image, -1 for LEAST and 1 for certain, 0 at special tokens.
@@ -112,7 +124,10 @@ class AgreementModel(WordModel):
         likelihood = products + bias.mT[:, None] - log_partition  # (B, I, N, L)
         alone = likelihood.logsumexp(dim=2)
         pairs = (likelihood[:, :, :-1, :-1] + likelihood[:, :, 1:, 1:]).logsumexp(dim=2)
-        fits = torch.stack([alone, F.pad(pairs, (0, 1))], dim=-1).clamp(min=LEAST) * (-2 / LEAST) + 1
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        inner = (place > 0) & (place < attention_mask.sum(dim=1, keepdim=True) - 1)
-        return fits * inner[:, None, :, None]
+        fits = _scaled(torch.stack([alone, F.pad(pairs, (0, 1))], dim=-1))
+        return fits * inner_words(input_ids, attention_mask)[:, None, :, None]
+
+
+def _scaled(likelihood: Tensor) -> Tensor:
+    """-1 for LEAST and below, 1 for certain."""
+    return likelihood.clamp(min=LEAST) * (-2 / LEAST) + 1
