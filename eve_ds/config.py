@@ -290,8 +290,9 @@ class TrainConfig(Section):
 class ExamplesConfig(Section):
     """Where the examples of a task come from."""
 
-    format: Literal["auto", "scenes", "json", "vqav2", "nlvr2", "nlvr", "karpathy"] = "scenes"
-    """`scenes`: generated. `json`: the released code's form. `vqav2`: a file of questions and one of annotations.
+    format: Literal["auto", "scenes", "boxes", "json", "vqav2", "nlvr2", "nlvr", "karpathy"] = "scenes"
+    """`scenes`: generated. `boxes`: generated statements about one picture in the style of NLVR. `json`: the released
+    code's form. `vqav2`: a file of questions and one of annotations.
     `nlvr2`: JSON lines. `nlvr`: NLVR 1.0 as published, a folder or a tar archive. `karpathy`: COCO or Flickr30K with
     Karpathy's splits. `auto`: whichever of them the first file is."""
     annotations: list[Path] = []
@@ -303,11 +304,11 @@ class ExamplesConfig(Section):
     level: Literal["easy", "hard"] = "easy"
     """`scenes`: difficulty."""
     seed: int = 0
-    """`scenes`: which world of scenes."""
+    """Generated: which world."""
     question_types: list[Literal["color", "shape", "count", "existence", "relation"]] = []
     """`scenes`, `vqa`: what is asked; none means all."""
     num_examples: PositiveInt | None = None
-    """`scenes`: examples of an epoch or of the evaluation (None: 1,000,000 and 1,000); otherwise the first so many."""
+    """Generated: examples of an epoch or of the evaluation (None: 1,000,000 and 1,000); otherwise the first so many."""
     unseen_texts: bool = False
     """`task.val`: leave out examples whose text is one of the training examples' too."""
 
@@ -350,6 +351,9 @@ class TaskConfig(Section):
     word_passes: Annotated[int, Field(ge=0)] = 0
     """`nlvr`, features `words`: forwards of each image beside the statement itself, each hiding one in so many words; 0
     where captions of the pre-training were no statements."""
+    read_states: bool = False
+    """`nlvr`, features `words`: the head also reads the states at the hidden words, where a caption of that length
+    describes a picture place by place."""
     freeze_backbone: bool = False
     """Keep the pre-trained backbone as it is and train the head alone; weights that are drawn are always trained."""
     temperature: Annotated[float, Field(gt=0)] = 0.07

@@ -193,10 +193,15 @@ def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
     if config.train.init is not None:
         read = start_weights(config.train.init, config.model)
         load_plain_state_dict(model.get_submodule("backbone"), lambda name: read(BACKBONE + name))
-        taken = start_head_weights(config.train.init, task.pretrained_names())
+        parameters = dict(model.named_parameters())
+        taken = {
+            name: weight
+            for name, weight in start_head_weights(config.train.init, task.pretrained_names()).items()
+            if name in parameters and parameters[name].shape == weight.shape  # else it is the head of another task
+        }
         with torch.no_grad():
             for name, weight in taken.items():
-                model.get_parameter(name).copy_(weight)
+                parameters[name].copy_(weight)
         get_logger().info("starting from the backbone%s of %s", " and head" * bool(taken), config.train.init)
 
 

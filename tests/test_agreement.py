@@ -15,6 +15,7 @@ from eve_ds.tasks.batches import TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.nlvr import NLVR
 from eve_ds.tasks.saved import load_task_model, save_task_model
+from eve_ds.tasks.vqa import VQA
 
 STATEMENTS = [
     "both images contain a red circle",
@@ -116,8 +117,9 @@ def test_words_beside_others_are_what_the_pre_trained_model_finds(start, encoder
 
 
 @torch.no_grad()
-def test_a_judgement_depends_on_its_own_images_and_words_alone(start):
-    _, model, _ = start()
+@pytest.mark.parametrize("read_states", [False, True])
+def test_a_judgement_depends_on_its_own_images_and_words_alone(start, read_states):
+    _, model, _ = start(read_states=read_states)
     pixels = torch.randn(len(STATEMENTS), 2, 3, 64, 64)
     input_ids, mask = encoded(STATEMENTS)
     together = model(pixels, input_ids, mask).logits
@@ -129,8 +131,9 @@ def test_a_judgement_depends_on_its_own_images_and_words_alone(start):
 
 
 @pytest.mark.parametrize("word_passes", [0, 2])
-def test_the_loss_reaches_every_weight_of_the_head(start, word_passes):
-    task, model, _ = start(word_passes=word_passes)
+@pytest.mark.parametrize("read_states", [False, True])
+def test_the_loss_reaches_every_weight_of_the_head(start, word_passes, read_states):
+    task, model, _ = start(word_passes=word_passes, read_states=read_states)
     examples = [Example(str(i), (), text, label=bool(i % 2)) for i, text in enumerate(STATEMENTS)]
     collate = TaskCollator(task.config, load_tokenizer("scenes"), task.targets)
     batch = collate(examples, [torch.randint(0, 255, (2, 64, 64, 3), dtype=torch.uint8).numpy() for _ in examples])
@@ -152,6 +155,44 @@ def test_weights_are_those_of_pre_training_or_drawn_alike(start):
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
     drawn = model.head.layers.layers[0].linear1.weight.detach()  # (32, 16): 512 numbers of standard deviation 1/4
     assert float(drawn.std()) == pytest.approx(0.25, abs=0.03)
+
+
+@torch.no_grad()
+def test_states_are_read_at_their_places(start, encoder):
+    """The head's tokens after those of the statement, by EVE itself: first image first, word by word."""
+    _, model, folder = start(read_states=True)
+    eve, _, _ = load(folder)
+    pixels = torch.randn(1, 2, 3, 64, 64)
+    seen = []
+    model.head.layers.register_forward_pre_hook(
+        lambda _, tokens, padding: seen.append((tokens[0], padding["src_key_padding_mask"])), with_kwargs=True
+    )
+    input_ids, mask = encoded(STATEMENTS[:1])
+    model(pixels, input_ids, mask)
+    tokens, padding = seen[0]
+    length = input_ids.shape[1]
+    assert padding.tolist() == [[False] * (length + 2 * NUM_HIDDEN)]
+    hidden = torch.tensor([[encoder.cls_id] + [encoder.mask_id] * NUM_HIDDEN + [encoder.sep_id]])
+    for image in range(2):
+        encoded_text = eve.backbone(pixels[0, image][None], hidden)
+        text = encoded_text.stream.padded()[:, encoded_text.num_image_tokens :]
+        for n in range(NUM_HIDDEN):
+            state = eve.text_head(text[0, 1 + n])
+            place = image * NUM_HIDDEN + n
+            expected = model.head.state.weight @ state + model.head.state.bias + model.head.state_place[place]
+            torch.testing.assert_close(tokens[0, length + place], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_has_judged_statements_gives_its_whole_head(start, task_tree, tmp_path):
+    task, model, _ = start()
+    save_task_model(tmp_path / "saved", task, task.config, load_tokenizer("scenes"), model.state_dict(), {})
+    config = task.config.model_copy(update={"train": task.config.train.model_copy(update={"init": tmp_path / "saved"})})
+    again = task.model()
+    torch.manual_seed(1)
+    prepare_weights(again, config, task)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
+    asked = VQA(parse_config(task_tree("vqa")), ["red", "blue"])
+    prepare_weights(asked.model(), asked.config.model_copy(update={"train": config.train}), asked)
 
 
 def test_what_is_frozen_has_no_learning_rate(start, task_tree):

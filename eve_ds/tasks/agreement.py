@@ -10,9 +10,9 @@ image and text. For word j of the statement and place n of the hidden caption,
     b_j = log sum over n of p(word_j at n) p(word_j+1 at n+1)
 
 Where captions were statements too (:mod:`eve_ds.data.boxes`), more can be asked for: `task.word_passes` adds the
-likelihood c_j of word_j beside the other words of the statement itself, which a word of the wrong number or colour
-lacks although its neighbours fit. A small Transformer over the statement reads a, b and c of each image beside the
-words, which say what must agree.
+likelihood c_j of word_j beside the other words of the statement itself. Where captions describe a picture place by
+place, `task.read_states` has the head read the states at the hidden words too. A small Transformer over the statement
+reads a, b and c of each image beside the words, which say what must agree, and the states as tokens of their own.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class AgreementHead(WordHead):
         self.agreement = nn.Linear((3 if config.task.word_passes else 2) * num_images, width)
         self.image = nn.Linear(num_images * model.hidden_size, width)
         self.place = nn.Parameter(torch.zeros(model.text_length, width))
+        self.read_states = config.task.read_states
+        if self.read_states:
+            self.state = nn.Linear(model.hidden_size, width)
+            self.state_place = nn.Parameter(torch.zeros(num_images * config.task.hidden_words, width))
         layer = nn.TransformerEncoderLayer(
             width, model.num_attention_heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )
@@ -63,11 +67,25 @@ class AgreementHead(WordHead):
             if parameter.ndim > 1 and not name.startswith("text_head."):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
-    def forward(self, words: Tensor, agreement: Tensor, images: Tensor, attention_mask: Tensor) -> Tensor:
-        """Words (B, L, D), agreement (B, L, 2 I or 3 I), images (B, I * D), (B, L) bool -> logits (B, 2)."""
+    def forward(
+        self, words: Tensor, agreement: Tensor, images: Tensor, attention_mask: Tensor, hidden_states: Tensor
+    ) -> Tensor:
+        """Logits (B, 2).
+
+        Args:
+            words: (B, L, D) embeddings of the statement.
+            agreement: (B, L, 2 I or 3 I).
+            images: (B, I * D) states of the images as a whole.
+            attention_mask: (B, L) bool.
+            hidden_states: (B, I * N, D) at the hidden words.
+        """
         tokens = self.word(words) + self.place[: words.shape[1]] + self.agreement(agreement)
         first = tokens[:, :1] + self.image(images)[:, None]  # [CLS] hears of the images as a whole
-        states = self.layers(torch.cat([first, tokens[:, 1:]], dim=1), src_key_padding_mask=~attention_mask)
+        tokens, padding = torch.cat([first, tokens[:, 1:]], dim=1), ~attention_mask
+        if self.read_states:
+            tokens = torch.cat([tokens, self.state(hidden_states) + self.state_place], dim=1)
+            padding = F.pad(padding, (0, hidden_states.shape[1]))
+        states = self.layers(tokens, src_key_padding_mask=padding)
         logits: Tensor = self.classifier(states[:, 0])
         return logits
 
@@ -105,7 +123,13 @@ class AgreementModel(WordModel):
         fits = fits.permute(0, 2, 1, 3).flatten(2)  # (B, L, 2 I or 3 I)
         words, _ = self.words(input_ids)
         dtype = hidden.class_state.dtype
-        logits = self.head(words.to(dtype), fits.to(dtype), hidden.class_state.reshape(batch, -1), attention_mask)
+        logits = self.head(
+            words.to(dtype),
+            fits.to(dtype),
+            hidden.class_state.reshape(batch, -1),
+            attention_mask,
+            hidden.states.unflatten(0, (batch, num_images)).flatten(1, 2),
+        )
         return ClassifierOutput(logits, moe, num_tokens)
 
     def agreement(self, hidden: HiddenWords, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

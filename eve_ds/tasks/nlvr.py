@@ -63,8 +63,8 @@ class NLVR:
         return Classifier(self.config, moe_cls, self.num_images, 2)
 
     def pretrained_names(self) -> dict[str, str]:
-        """The text head, where words are asked for; the rest of the head is new."""
-        return {} if self.template is None else {"head.text_head.": "text_head."}
+        """The text head, where words are asked for; the rest is new unless the model has judged statements before."""
+        return {} if self.template is None else {"head.text_head.": "text_head.", "head.": "head."}
 
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """All; raises ConfigError where one has no label."""
