@@ -62,6 +62,7 @@ def quality(argv: list[str]) -> int:
     parser.add_argument("--objectives", nargs="+", help="msm, itc_itm, itc_itm_mlm (default: all)")
     parser.add_argument("--tasks", nargs="+", help="vqa, nlvr, nlvr_words, retrieval, retrieval_words (default: all)")
     parser.add_argument("--curve", nargs="+", type=float, default=[], metavar="S", help="shorter pre-training too")
+    parser.add_argument("--nlvr", type=Path, metavar="DIR", help="folder of NLVR 1.0: its statements too")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write every figure into this CSV file")
     parser.add_argument("--page", type=Path, metavar="FILE", help="put the tables between the marks of this page")
     for name, seconds in Budget()._asdict().items():
@@ -73,7 +74,8 @@ def quality(argv: list[str]) -> int:
     for seed in range(arguments.seeds):
         folder = arguments.out / f"seed-{seed}"
         try:
-            jobs = jobs_of(seed, folder, budget, objectives, arguments.tasks or TASKS, arguments.curve)
+            tasks = arguments.tasks or TASKS
+            jobs = jobs_of(seed, folder, budget, objectives, tasks, arguments.curve, arguments.nlvr)
             run_jobs(jobs, folder, arguments.jobs)
         except RuntimeError as error:
             print(f"benchmark: {error}", file=sys.stderr)

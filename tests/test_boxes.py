@@ -399,7 +399,7 @@ def test_every_other_text_has_two_pictures_of_the_same_items():
     pairs = [(data[i].boxes, data[i + 1].boxes) for i in range(0, 400, 2)]
     pairs = [pair for pair in pairs if kind_of(pair[0]) == "tower"]
     looks = [[sorted(item[:3] for box in boxes for item in box) for boxes in pair] for pair in pairs]
-    # Of two pictures drawn apart few have as many blocks of every colour; some texts no rearranging makes true or false.
+    # Of two pictures drawn apart few have as many blocks of every colour; some texts no rearranging decides.
     assert 0.25 < np.mean([one == other for one, other in looks]) < 0.6
 
 

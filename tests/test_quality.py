@@ -54,6 +54,24 @@ def test_a_curve_adds_shorter_pre_training_and_what_it_is_worth(tmp_path):
     assert jobs["vqa-msm@50"].needs == jobs["zero_shot-msm@50"].needs == "msm@50"
 
 
+def test_nlvr_itself_is_asked_with_and_without_images(tmp_path):
+    whole = {job.name for job in jobs_of(0, tmp_path, Budget(), ["msm", "itc_itm"], ["vqa"])}
+    jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["msm", "itc_itm"], ["vqa"], nlvr=tmp_path / "n")}
+    added = {name: jobs[name] for name in jobs.keys() - whole}
+    needs = {"itc_itm": "itc_itm", "msm": "msm", "none": None, "blind": "msm"}
+    assert {name.removeprefix("nlvr_real-"): job.needs for name, job in added.items()} == needs
+    assert [name for name, job in added.items() if "task.blind=True" in job.command] == ["nlvr_real-blind"]
+    for job in added.values():
+        assert {str(tmp_path / "n"), "task.train.split=hidden", "task.val.split=dev", "train.max_seconds=90"} <= set(
+            job.command
+        )
+    write(tmp_path, "nlvr_real-blind", {"accuracy": 0.5, "consistency": 0.0})
+    assert table([figures(tmp_path)]).splitlines()[::2] == [
+        "| | text alone |",
+        "| NLVR, unseen sentences (majority 0.553) | 0.500 |",
+    ]
+
+
 def writes(tmp_path, name, text, needs=None):
     """A job that copies what its predecessor wrote, and adds to it."""
     before = f"open(r'{tmp_path / (needs or '')}/result').read()" if needs else "''"

@@ -25,6 +25,8 @@ OBJECTIVES = ("msm", "itc_itm", "itc_itm_mlm")
 TASKS = ("vqa", "nlvr", "nlvr_words", "retrieval", "retrieval_words")
 """Fine-tunes, by the names of their recipes; `words` are masked words (:mod:`eve_ds.tasks.words`)."""
 ZERO_SHOT = "zero_shot"
+NLVR, BLIND = "nlvr_real", "blind"
+"""NLVR 1.0 itself: trained on split `hidden`, asked of `dev` what it has no sentence of; `blind` sees grey images."""
 RERANK = 8
 """Candidates that are ordered again in retrieval without fine-tuning."""
 MARKS = ("<!-- quality -->", "<!-- end of quality -->")
@@ -44,6 +46,7 @@ class Budget(NamedTuple):
     vqa: float = 45.0
     nlvr: float = 45.0
     retrieval: float = 30.0
+    nlvr_real: float = 90.0
 
     def of(self, task: str) -> float:
         """Seconds of one of :data:`TASKS`; by words as many as by class tokens."""
@@ -70,10 +73,12 @@ def jobs_of(
     objectives: Sequence[str] = OBJECTIVES,
     tasks: Sequence[str] = TASKS,
     curve: Sequence[float] = (),
+    nlvr: Path | None = None,
 ) -> list[Job]:
     """Pre-training by each objective, then every task from each, and from random weights for its seconds and for both.
 
     `curve`: shorter budgets of pre-training, each a run of its own; the questions and zero-shot retrieval from it.
+    `nlvr`: folder of NLVR 1.0, whose statements are one more task then.
     """
     lengths = [(f"{objective}@{seconds:g}", seconds) for seconds in curve for objective in objectives]
     starts = [(objective, budget.pretrain) for objective in objectives] + lengths
@@ -85,6 +90,9 @@ def jobs_of(
         jobs.append(_finetune(task, "none", seed, folder, seconds))
         if not task.endswith("_words"):
             jobs.append(_finetune(task, "scratch", seed, folder, seconds + budget.pretrain))
+    if nlvr is not None:
+        needs = {objective: objective for objective in objectives} | {"none": None, BLIND: objectives[0]}
+        jobs += [_nlvr(start, seed, folder, nlvr, budget.nlvr_real, needs[start]) for start in needs]
     return jobs + [_zero_shot(start, folder) for start, _ in starts]
 
 
@@ -106,6 +114,15 @@ def _finetune(task: str, start: str, seed: int, folder: Path, seconds: float) ->
     command += ["--config", f"tasks/scenes_{task}", "--model", "eve_tiny"]
     command += ["--init", "none" if drawn else str(folder / start), "--output_dir", str(folder / name)]
     return Job(name, [*command, "--set", *settings], RESULT, None if drawn else start)
+
+
+def _nlvr(start: str, seed: int, folder: Path, data: Path, seconds: float, needs: str | None) -> Job:
+    command = [sys.executable, str(LAUNCHERS / "finetune.py"), "--task", "nlvr", "--config", "tasks/nlvr_minutes"]
+    command += ["--model", "eve_tiny", "--data", str(data), "--init", str(folder / needs) if needs else "none"]
+    settings = [f"train.seed={seed}", f"train.max_seconds={seconds:g}", f"task.blind={start == BLIND}"]
+    settings += ["task.train.split=hidden", "task.val.split=dev", "task.val.unseen_texts=true"]
+    name = f"{NLVR}-{start}"
+    return Job(name, [*command, "--output_dir", str(folder / name), "--set", *settings], RESULT, needs)
 
 
 def _zero_shot(start: str, folder: Path) -> Job:
@@ -167,6 +184,8 @@ def _last_record(metrics: Path) -> dict[str, Any]:
 
 
 def _figures_of(task: str, metrics: dict[str, Any]) -> dict[str, float]:
+    if task == NLVR:
+        return {"NLVR, unseen sentences (majority 0.553)": metrics["accuracy"]}
     if task.startswith("nlvr"):
         return {"statements by words" if task == "nlvr_words" else "statements": metrics["accuracy"]}
     if task == "vqa":
@@ -191,8 +210,8 @@ def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
     """
     measures = list(dict.fromkeys(name for seed in seeds for name in seed))
     found = {start for seed in seeds for row in seed.values() for start in row}
-    starts = [start for start in ("none", *OBJECTIVES, "scratch") if start in found]
-    titles = {"none": "random weights", "scratch": "random weights, all the seconds"}
+    starts = [start for start in ("none", *OBJECTIVES, "scratch", BLIND) if start in found]
+    titles = {"none": "random weights", "scratch": "random weights, all the seconds", BLIND: "text alone"}
     lines = [f"| | {' | '.join(titles.get(start, start) for start in starts)} |", f"|---|{'---:|' * len(starts)}"]
     for measure in measures:
         lines.append(f"| {measure} | {' | '.join(_over_seeds(seeds, measure, start) for start in starts)} |")
