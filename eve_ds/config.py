@@ -7,12 +7,13 @@ the DeepSpeed JSON; where both speak of one thing see :func:`eve_ds.parallel.set
 from __future__ import annotations
 
 import difflib
+import logging
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -30,12 +31,35 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _renamed(tree: Any, old: str, new: str, value: Any = None) -> Any:
+    """The tree with the key `new` for `old`, which earlier versions wrote; raises ValueError where it has both.
+
+    `value` stands in for the one under `old`; None: it stays. One line of the log says what was read as what.
+    """
+    if not isinstance(tree, dict) or old not in tree:
+        return tree
+    if new in tree:
+        raise ValueError(f"{old} ({tree[old]!r}) is the former name of {new} ({tree[new]!r}): leave {old} out")
+    rest = {key: item for key, item in tree.items() if key != old}
+    rest[new] = tree[old] if value is None else value
+    logging.getLogger("eve_ds").info("%s (%r) is read as %s (%r)", old, tree[old], new, rest[new])
+    return rest
+
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Objective = Literal["mim", "mlm", "itc", "itm", "joint"]
+FORMER_OBJECTIVES: dict[str, list[Objective]] = {
+    "msm": ["joint"],
+    "itc_itm": ["itc", "itm"],
+    "itc_itm_mlm": ["mlm", "itc", "itm"],
+}
+"""What earlier versions wrote as `model.objective`, which named one of three sets of tasks."""
 
 
 class MoEConfig(Section):
-    """Experts of the deep layers (EVE section 3.1; upstream `DeepSpeed MoE` and GShard top-2)."""
+    """Experts of the deep layers (EVE eq. 4 to 7; upstream `DeepSpeed MoE` and GShard top-2)."""
 
     num_experts: PositiveInt = 32
     top_k: PositiveInt = 2
@@ -44,6 +68,8 @@ class MoEConfig(Section):
     capacity_factor: Annotated[float, Field(gt=0)] = 1.0
     """Slots per expert = ceil(top_k * capacity_factor * tokens / num_experts)."""
     min_capacity: PositiveInt = 4
+    modality_embedding: bool = True
+    """The router sees each token plus the embedding of its modality (EVE eq. 4); False: the token alone (Table 8)."""
     router_jitter: Fraction = 0.0
     """Multiplicative uniform noise of the router's input in training, in [1 - jitter, 1 + jitter]."""
     second_choice_noise: bool = False
@@ -67,14 +93,21 @@ class ModelConfig(Section):
 
     profile: Literal["default", "official"] = "default"
     """`official` reproduces the released forward, quirks included; see `eve_ds/model/moe.py`."""
-    objective: Literal["msm", "itc_itm", "itc_itm_mlm"] = "msm"
-    """What the model is pre-trained by, which decides its heads: masked signal modelling, EVE's; or, to compare it
-    with, image-text contrastive and matching losses, the latter also with masked words beside a whole image."""
+    objectives: Annotated[list[Objective], Field(min_length=1)] = ["mim", "mlm"]
+    """The tasks of pre-training, which decide its views of a sample and the model's heads.
+
+    `mim`: pixels of a masked image beside the whole caption. `mlm`: words of a masked caption beside the whole image.
+    Together they are the paper's objective (EVE eq. 8 to 10). `itc`, `itm`: image-text contrast, and matching on its
+    hard negatives (ALBEF), which the paper compares with. `joint`: `mim` and `mlm` in one pass over a masked image
+    beside a masked caption, which its Table 5 advises against; several times cheaper."""
     hidden_size: PositiveInt = 768
     num_hidden_layers: PositiveInt = 12
     num_attention_heads: PositiveInt = 12
     intermediate_size: PositiveInt = 3072
     moe_layers: list[Annotated[int, Field(ge=0)]] = [10, 11]
+    deep_ffn: Literal["soft_router", "hard_router", "shared"] = "soft_router"
+    """Feed-forward part of the layers `moe_layers` (EVE Table 7): experts chosen by a learnt router; one network per
+    modality, as in the layers below; one network for all tokens."""
     moe: MoEConfig = MoEConfig()
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 16
@@ -96,9 +129,29 @@ class ModelConfig(Section):
     position_initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Scale of position embeddings, class and mask tokens: standard deviation, or amplitude of the sines."""
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
+    pixel_target: Literal["raw", "normalized"] = "normalized"
+    """What pixel predictions are compared with: pixels as the encoder gets them (the paper's words), or normalized by
+    mean and variance of their patch (MAE's `norm_pix_loss`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_objective(cls, tree: Any) -> Any:
+        former = tree.get("objective") if isinstance(tree, dict) else None
+        if former is not None and former not in FORMER_OBJECTIVES:
+            raise ValueError(
+                f"objective ({former!r}) is the former name of objectives and must be one of "
+                f"{', '.join(FORMER_OBJECTIVES)}; use objectives"
+            )
+        return _renamed(tree, "objective", "objectives", FORMER_OBJECTIVES.get(former or ""))
+
+    @field_validator("objectives")
+    @classmethod
+    def _in_one_order(cls, names: list[Objective]) -> list[Objective]:
+        return sorted(names, key=get_args(Objective).index)
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        self._check_objectives()
         _require(
             self.image_size % self.patch_size == 0,
             f"image_size ({self.image_size}) must be divisible by patch_size ({self.patch_size})",
@@ -128,28 +181,66 @@ class ModelConfig(Section):
         )
         return self
 
+    def _check_objectives(self) -> None:
+        names = ", ".join(self.objectives)
+        twice = sorted({name for name in self.objectives if self.objectives.count(name) > 1})
+        _require(not twice, f"objectives ({names}) names {', '.join(twice)} twice: name every task once")
+        _require(
+            "itm" not in self.objectives or "itc" in self.objectives,
+            f"objectives ({names}) has itm without itc, whose similarities choose the hard negatives: add itc",
+        )
+        _require(
+            "joint" not in self.objectives or not {"mim", "mlm"} & set(self.objectives),
+            f"objectives ({names}) has joint beside mim or mlm, which are the two halves of joint: leave out one side",
+        )
+
     @property
     def num_patches(self) -> int:
         """Patches of one image."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def expert_layers(self) -> list[int]:
+        """Layers with experts behind a learnt router, counted from 0, ascending."""
+        return sorted(set(self.moe_layers)) if self.deep_ffn == "soft_router" else []
+
+    @property
+    def predicts_pixels(self) -> bool:
+        """Whether some task predicts masked patches."""
+        return bool({"mim", "joint"} & set(self.objectives))
+
+    @property
+    def predicts_words(self) -> bool:
+        """Whether some task predicts masked words."""
+        return bool({"mlm", "joint"} & set(self.objectives))
+
 
 class MaskingConfig(Section):
-    """What is hidden from the encoder; masks derive from (seed, epoch, sample key).
+    """What is hidden in the views of a sample; masks derive from (seed, epoch, sample key, view).
 
-    Of the objectives other than `msm` only `itc_itm_mlm` masks, and text alone.
+    The image view (`mim`) is a masked image beside the whole caption, the language view (`mlm`) the whole image beside
+    a masked caption. `joint` masks both in its only view, to which the settings of neither apply.
     """
 
-    patch_mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    predicted_patch_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    patch_mask_ratio: Fraction = 0.75
+    """Share of the patches that is hidden, `mim` and `joint`; at 1 the image view sees the caption alone."""
+    predicted_patch_share: Share = 1.0
     """Share of the masked patches that is predicted, drawn anew for each sample (CrossMAE); the rest costs nothing."""
     text_mask_ratio: Fraction = 0.5
+    """Share of the words that is hidden, `mlm` and `joint`."""
     max_text_mask_ratio: Fraction | None = None
     """If set, each sample draws its ratio uniformly between `text_mask_ratio` and this."""
     text_to_image_share: Fraction = 0.0
-    """Share of pairs whose caption stays whole while even more of the image is hidden, so that words decide pixels."""
-    text_to_image_mask_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """`mim` and `joint`: share of pairs of which even more of the image is hidden, beside a whole caption, so that
+    words decide pixels."""
+    text_to_image_mask_ratio: Share = 1.0
     """Of those, each hides a share of its patches drawn uniformly between this and 1."""
+    image_view_share: Share = 1.0
+    """Share of the samples with an image, drawn anew in every epoch, that have an image view."""
+    image_view_word_share: Share = 1.0
+    """Share of a caption's words that the image view sees, drawn at random; the others are left out of it."""
+    language_view_patch_share: Share = 1.0
+    """Share of an image's patches that the language view sees, drawn at random (FLIP, Li et al. 2023)."""
     random_token_share: Fraction = 0.0
     """Share of chosen tokens replaced by a random token instead of [MASK] (BERT: 0.1)."""
     keep_token_share: Fraction = 0.0
@@ -218,14 +309,21 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the loss terms."""
+    """Weights of the loss terms; those of tasks that `model.objectives` does not name count for nothing."""
 
-    pixel_weight: Annotated[float, Field(ge=0)] = 1.0
-    text_weight: Annotated[float, Field(ge=0)] = 1.0
+    mim_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of masked pixels, in `mim` and in `joint`."""
+    mlm_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of masked words, in `mlm` and in `joint`."""
     itc_weight: Annotated[float, Field(ge=0)] = 1.0
     itm_weight: Annotated[float, Field(ge=0)] = 1.0
     load_balancing_weight: Annotated[float, Field(ge=0)] = 0.001
     router_z_weight: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_names(cls, tree: Any) -> Any:
+        return _renamed(_renamed(tree, "pixel_weight", "mim_weight"), "text_weight", "mlm_weight")
 
 
 class OptimizerConfig(Section):
@@ -266,6 +364,9 @@ class TrainConfig(Section):
     gradient_accumulation_steps: PositiveInt | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
+    pack_views: bool = True
+    """Encode the views of a step that do not wait for each other in one pass over packed tokens; False: in a pass
+    each, which needs less memory at a time."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_nonfinite_skips: PositiveInt = 10
     log_every: PositiveInt = 50
@@ -412,13 +513,51 @@ class Config(Section):
                 f"task.hidden_words ({self.task.hidden_words}) and two special tokens must not exceed "
                 f"model.text_positions ({self.model.text_positions})",
             )
-        for number, source in enumerate(self.data.sources):
-            _require(
-                self.model.objective == "msm" or source.modalities == "pair",
-                f"model.objective ('{self.model.objective}') needs pairs: data.sources[{number}].modalities is "
-                f"'{source.modalities}'",
-            )
+        self._check_views()
         return self
+
+    def _check_views(self) -> None:
+        """Every source serves some task, and every view hides something and sees something."""
+        for number, source in enumerate(self.data.sources):
+            _check_source(self.model.objectives, self.masking, source, f"data.sources[{number}]")
+        objectives, masking = self.model.objectives, self.masking
+        most = masking.text_mask_ratio if masking.max_text_mask_ratio is None else masking.max_text_mask_ratio
+        for task, key, ratio in (("mim", "patch_mask_ratio", masking.patch_mask_ratio), ("mlm", "text_mask_ratio", most)):
+            _require(
+                task not in objectives or ratio > 0,
+                f"masking.{key} ({ratio:g}) leaves nothing to predict for {task}: raise it, or leave {task} out of "
+                "model.objectives",
+            )
+        if "joint" in objectives:
+            both = f"masking.patch_mask_ratio ({masking.patch_mask_ratio:g}) and text_mask_ratio ({most:g})"
+            _require(
+                masking.patch_mask_ratio > 0 or most > 0, f"{both} leave nothing to predict for joint: raise one of them"
+            )
+            _require(
+                masking.patch_mask_ratio < 1 or masking.text_mask_ratio < 1,
+                f"{both} leave nothing to see for joint: lower one of them",
+            )
+
+
+def _check_source(objectives: list[Objective], masking: MaskingConfig, source: SourceConfig, where: str) -> None:
+    """Raise ValueError where a source serves no task, a task lacks what it compares, or a view sees nothing."""
+    kind, names = source.modalities, ", ".join(objectives)
+    _require(
+        kind == "pair" or not {"itc", "itm"} & set(objectives),
+        f"model.objectives ({names}) compares images with texts and needs pairs: {where}.modalities is '{kind}'",
+    )
+    for only, task in (("text", "mim"), ("image", "mlm")):
+        _require(
+            kind != only or objectives != [task],
+            f"{where}.modalities ('{kind}') has nothing that model.objectives ({names}) could predict: leave the "
+            f"source out, or add {'mlm' if task == 'mim' else 'mim'}",
+        )
+    hidden = {"image": masking.patch_mask_ratio, "text": masking.text_mask_ratio}
+    key = {"image": "patch_mask_ratio", "text": "text_mask_ratio"}
+    _require(
+        kind not in hidden or hidden[kind] < 1,
+        f"masking.{key.get(kind)} (1) leaves nothing to see of {where}, whose modalities are '{kind}': lower it",
+    )
 
 
 def presets() -> list[str]:
@@ -449,6 +588,14 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_problem(item, where) for item in error.errors())) from None
+
+
+def parse_written_config(tree: dict[str, Any], where: str) -> Config:
+    """As :func:`parse_config`, for a tree that a run has written, of this version or an earlier one."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if isinstance(model, dict) and not {"objective", "objectives"} & model.keys():
+        tree = tree | {"model": model | {"objective": "msm"}}  # the only one before the field existed
+    return parse_config(tree, where)
 
 
 def _read_tree(preset_or_path: str) -> dict[str, Any]:

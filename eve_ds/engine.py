@@ -26,7 +26,6 @@ from eve_ds.checkpoint.manifest import name_of
 from eve_ds.checkpoint.weights import weight_reader
 from eve_ds.config import Config, ConfigError, ModelConfig
 from eve_ds.data.batch import Batch
-from eve_ds.data.masking import num_masked_patches
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
@@ -36,14 +35,13 @@ from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.metrics import (
     MetricsWriter,
     ProgressLine,
-    forward_flops,
-    matching_flops,
     peak_flops,
     peak_memory_bytes,
+    pretraining_flops,
     training_clock,
 )
 from eve_ds.model.eve import EVE, model_shapes
-from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics
+from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics, sum_statistics
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
@@ -107,6 +105,7 @@ def pretrain(
     moe_cls = partial(DeepSpeedMoE, ep_size=config.parallel.ep_size)
     model = EVE(config.model, moe_cls=moe_cls)
     model.backbone.activation_checkpointing = config.train.activation_checkpointing
+    model.pack_views = config.train.pack_views
     if checkpoint is None and config.train.init is not None:
         _start_from(model, config.train.init, config)
     optimizer = build_optimizer(model, config, deepspeed_config)
@@ -126,7 +125,9 @@ class _Agreement(NamedTuple):
     counts: Counts
     """Denominators of the losses."""
     tokens: float
-    """Of the step, on all ranks."""
+    """That enter the encoder in the step, on all ranks, in all views."""
+    caption_tokens: float
+    """Of the step's captions, on all ranks, each counted once."""
     done: bool
     """It is the last one."""
     save_due: bool
@@ -249,12 +250,10 @@ class Trainer:
             output = self.engine(**batch.model_inputs())
             terms = pretraining_losses(
                 output,
-                pixel_values=batch.pixel_values,
-                image_mask=batch.image_mask,
-                masked_patch_ids=batch.masked_patch_ids,
-                token_labels=batch.token_labels,
+                **batch.targets(),
                 patch_size=self.config.model.patch_size,
                 counts=agreed.counts,
+                normalize_pixels=self.config.model.pixel_target == "normalized",
                 gather=gather_rows,
             )
             loss = total_loss(terms, self.config.loss)
@@ -264,7 +263,7 @@ class Trainer:
         self.step += 1
         self.samples += self.engine.train_batch_size()
         if self._updated():
-            self.window.add_step(computed, output.moe, agreed.tokens)
+            self.window.add_step(computed, output.moe, agreed)
         else:
             self._handle_nonfinite(computed, micro_batches)
         return agreed
@@ -282,13 +281,13 @@ class Trainer:
         Raises:
             UnusableData: on every rank, if any of them has no data.
         """
-        own = [denominators(batch, self.config.model) for batch in micro_batches]
-        local = torch.tensor([[0.0] * 3, *own], dtype=torch.float64).sum(dim=0)
+        own = [(*denominators(batch, self.config.model), caption_tokens(batch)) for batch in micro_batches]
+        local = torch.tensor([[0.0] * 4, *own], dtype=torch.float64).sum(dim=0)
         clocks = torch.tensor([self.seconds, time.monotonic() - self.saved_at], dtype=torch.float64)
         flags = [problem is not None, self.saver.written, self.stop.requested]
         numbers = torch.cat([local, clocks * (self.rank == 0), torch.tensor(flags, dtype=torch.float64)])
         dist.all_reduce(numbers, group=self.host_group)
-        *totals, self.seconds, since_save, num_failed, num_written, num_stopped = numbers.tolist()
+        *totals, captions, self.seconds, since_save, num_failed, num_written, num_stopped = numbers.tolist()
         if num_failed:
             raise UnusableData("; ".join(self._gather(None if problem is None else f"rank {self.rank}: {problem}")))
         train = self.config.train
@@ -299,6 +298,7 @@ class Trainer:
         return _Agreement(
             counts=Counts(*(total / share for total in totals)),
             tokens=totals[2],
+            caption_tokens=captions,
             done=next_step >= train.max_steps or self._out_of_time(),
             save_due=save_due,
             save_written=num_written == self.world_size,
@@ -454,18 +454,8 @@ class Trainer:
         return {"step": self.step, "seconds": self.seconds, "samples": self.samples}
 
     def _forward_flops(self) -> float:
-        model = self.config.model
-        masking = self.config.masking
-        masked = num_masked_patches(model.num_patches, masking.patch_mask_ratio)
-        visible = model.num_patches - masked
-        predicted = max(round(masking.predicted_patch_share * masked), 1)
         samples = max(self.window.steps * self.engine.train_batch_size(), 1)
-        tokens = self.window.tokens / samples / ENCODED[model.objective]
-        if model.objective != "msm":
-            return matching_flops(model, text_tokens=max(tokens - model.num_patches - 1, 0.0))
-        return forward_flops(
-            model, visible_patches=visible, masked_patches=predicted, text_tokens=max(tokens - visible - 1, 0.0)
-        )
+        return pretraining_flops(self.config.model, self.config.masking, self.window.caption_tokens / samples)
 
 
 class _Window:
@@ -474,26 +464,34 @@ class _Window:
     def __init__(self, started: float = 0.0) -> None:
         self.started = started
         self.steps = 0
-        self.tokens = 0.0
+        self.tokens = self.caption_tokens = 0.0
         self._terms: list[dict[str, Tensor]] = []
-        self._moe: tuple[RouterStatistics, ...] = ()
+        self._moe: dict[str, tuple[RouterStatistics, ...]] = {}
 
-    def add_step(self, terms: list[dict[str, Tensor]], moe: tuple[MoEOutput, ...], tokens: float) -> None:
-        """One update: detached loss terms of its micro-batches, MoE outputs of the last, tokens over all ranks."""
+    def add_step(
+        self, terms: list[dict[str, Tensor]], moe: dict[str, tuple[MoEOutput, ...]], agreed: _Agreement
+    ) -> None:
+        """One update: detached loss terms of its micro-batches, MoE outputs of the last by view, tokens of all ranks."""
         self.steps += 1
-        self.tokens += tokens
+        self.tokens += agreed.tokens
+        self.caption_tokens += agreed.caption_tokens
         self._terms += terms
-        self._moe = tuple(layer.statistics for layer in moe)
+        self._moe = {view: tuple(layer.statistics for layer in layers) for view, layers in moe.items()}
 
     def reduce(self, world_size: int) -> dict[str, float]:
-        """Mean of every term over micro-batches and ranks, and router statistics of the last micro-batch."""
+        """Mean of every term over micro-batches and ranks, and router statistics of the last micro-batch.
+
+        Those are over all views, and where there are several of each view too, without what each expert got.
+        """
         names = sorted(self._terms[0])
         values = torch.stack([torch.stack([terms[name] for name in names]) for terms in self._terms]).mean(dim=0)
         dist.all_reduce(values)
         numbers = dict(zip(names, (values / world_size).tolist(), strict=True))
-        for layer, statistics in enumerate(self._moe):
-            for name, value in router_metrics(statistics).items():
-                numbers[f"moe{layer}/{name}"] = value
+        for layer, of_views in enumerate(zip(*self._moe.values(), strict=True)):
+            numbers |= {f"moe{layer}/{name}": value for name, value in router_metrics(sum_statistics(of_views)).items()}
+            for view, own in zip(self._moe, of_views, strict=True) if len(of_views) > 1 else ():
+                figures = {name: value for name, value in router_metrics(own).items() if "routes/" not in name}
+                numbers |= {f"moe{layer}/{view}/{name}": value for name, value in figures.items()}
         return numbers
 
 
@@ -529,32 +527,78 @@ def _describe(terms: dict[str, Tensor], batch: Batch) -> tuple[int, str]:
     return 2 if own else 1 if bad else 0, f"{values}, sample keys {', '.join(batch.keys[:MOST_NAMED])}{more}"
 
 
-ENCODED = {"msm": 1, "itc_itm": 4, "itc_itm_mlm": 5}
-"""How often a sample's tokens enter the encoder: alone, beside each other, and each beside a hard negative. A negative
-caption counts as the one it stands for, as it is not drawn yet when tokens are counted."""
-
-
 def denominators(batch: Batch, model: ModelConfig) -> list[float]:
     """Masked patches, masked tokens and encoder tokens of a micro-batch: the fields of Counts."""
+    samples = len(batch) if batch.image_view_ids is None else len(batch.image_view_ids)
+    if batch.image_mask is not None and "joint" in model.objectives:
+        samples = float(batch.image_mask.sum())
+    masked = 0 if batch.masked_patch_ids is None else batch.masked_patch_ids.shape[1]
+    labels = 0 if batch.token_labels is None else batch.token_labels.numel()
+    return [float(samples * masked), float(labels), sum(encoder_tokens(batch, model).values())]
+
+
+def encoder_tokens(batch: Batch, model: ModelConfig) -> dict[str, float]:
+    """Tokens that enter the encoder, class tokens included, by view.
+
+    In `itm` a negative caption counts as the one it stands for, as it is not drawn yet when tokens are counted.
+    """
     images = 0.0
     if batch.pixel_values is not None:
         images = float(len(batch) if batch.image_mask is None else batch.image_mask.sum())
-    masked = batch.masked_patch_ids.shape[1] if batch.masked_patch_ids is not None else 0
-    visible = images * (model.num_patches if batch.visible_patch_ids is None else batch.visible_patch_ids.shape[1])
-    if batch.visible_patch_mask is not None:
-        shown = batch.visible_patch_mask if batch.image_mask is None else batch.visible_patch_mask[batch.image_mask]
-        visible = float(shown.sum())
-    labels = batch.token_labels.numel() if batch.token_labels is not None else 0
-    text = float(batch.attention_mask.sum()) if batch.attention_mask is not None else 0.0
-    return [images * masked, float(labels), ENCODED[model.objective] * (images + visible + text)]
+    text, whole = caption_tokens(batch), images * (1 + model.num_patches)
+    tokens = {"itc": whole + text, "itm": 3 * (whole + text)}
+    if "joint" in model.objectives:
+        tokens["joint"] = _shown_image_tokens(batch, batch.image_mask) + text
+    if "mim" in model.objectives and batch.pixel_values is not None:
+        tokens["mim"] = _shown_image_tokens(batch, None) + _shown_words(batch)
+    if "mlm" in model.objectives and batch.attention_mask is not None:
+        pairs = batch.attention_mask.any(dim=1)
+        if batch.image_mask is not None:
+            pairs = pairs & batch.image_mask
+        patches = model.num_patches if batch.language_patch_ids is None else batch.language_patch_ids.shape[1]
+        with_image = 0.0 if batch.pixel_values is None else float(pairs.sum())
+        tokens["mlm"] = with_image * (1 + patches) + text
+    return {view: count for view, count in tokens.items() if view in model.objectives}
+
+
+def _shown_image_tokens(batch: Batch, image_mask: Tensor | None) -> float:
+    """Class tokens and visible patches of the image view; `image_mask` (B_i,) False = no image."""
+    if batch.visible_patch_ids is None:
+        return 0.0
+    shown = batch.visible_patch_mask
+    if shown is None:
+        shown = torch.ones_like(batch.visible_patch_ids, dtype=torch.bool)
+    if image_mask is not None:
+        shown = shown[image_mask]
+    return float(shown.sum()) + len(shown)
+
+
+def _shown_words(batch: Batch) -> float:
+    """Text tokens of the image view."""
+    shown = batch.image_view_text_mask
+    if shown is None and batch.attention_mask is not None:
+        shown = batch.attention_mask if batch.image_view_ids is None else batch.attention_mask[batch.image_view_ids]
+    return 0.0 if shown is None else float(shown.sum())
+
+
+def caption_tokens(batch: Batch) -> float:
+    """Real tokens of the captions, [CLS] and [SEP] included."""
+    return 0.0 if batch.attention_mask is None else float(batch.attention_mask.sum())
 
 
 def _first_samples(batch: Batch, count: int) -> Batch:
-    """The batch cut to its first samples; flat indices into the text stay right, as rows keep their length."""
-    fields = {name: getattr(batch, name) for name in batch.model_inputs()}
-    kept = {name: value if value is None else value[:count] for name, value in fields.items()}
-    labels = None
-    if batch.input_ids is not None and batch.masked_token_ids is not None and batch.token_labels is not None:
-        inside = batch.masked_token_ids < count * batch.input_ids.shape[1]
-        kept["masked_token_ids"], labels = batch.masked_token_ids[inside], batch.token_labels[inside]
-    return Batch(keys=batch.keys[:count], token_labels=labels, **kept)
+    """The batch cut to its first samples, up to one with an image view if there is any.
+
+    Flat indices into the text stay right, as rows keep their length.
+    """
+    fields = batch.model_inputs() | {"token_labels": batch.token_labels}
+    if batch.image_view_ids is not None and len(batch.image_view_ids):
+        count = max(count, int(batch.image_view_ids[0]) + 1)
+    in_image_view = count if batch.image_view_ids is None else int((batch.image_view_ids < count).sum())
+    of_image_view = ("image_view_ids", "visible_patch_ids", "visible_patch_mask", "masked_patch_ids")
+    rows = {name: in_image_view for name in (*of_image_view, "image_view_text_mask")}
+    if batch.input_ids is not None and batch.masked_token_ids is not None:
+        chosen = int((batch.masked_token_ids < count * batch.input_ids.shape[1]).sum())  # they are ascending
+        rows |= {"masked_token_ids": chosen, "token_labels": chosen}
+    kept = {name: None if value is None else value[: rows.get(name, count)] for name, value in fields.items()}
+    return Batch(keys=batch.keys[:count], **kept)

@@ -1,6 +1,6 @@
 """Named loss terms of pre-training and their weighted sum.
 
-Every term of masked signal modelling is a sum over this rank's micro-batch divided by a count over the whole optimiser
+Every term of masked modeling is a sum over this rank's micro-batch divided by a count over the whole optimizer
 step, so that any split of a global batch over ranks and micro-steps has the same gradient. Contrastive and matching
 losses are means over pairs, of which every micro-batch has as many; what they compare a pair with depends on the split:
 see :func:`contrastive_loss` and :func:`matching_loss`.
@@ -8,7 +8,7 @@ see :func:`contrastive_loss` and :func:`matching_loss`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,34 +48,56 @@ def pretraining_losses(
     token_labels: Tensor | None,
     patch_size: int,
     counts: Counts,
+    normalize_pixels: bool = True,
     gather: Gather = only_this_rank,
 ) -> dict[str, Tensor]:
     """Loss terms by name, each () fp32; a term whose modality is absent is absent.
 
     Args:
         output: of :class:`eve_ds.model.eve.EVE`.
-        pixel_values: (B, 3, H, W); image_mask: (B,) bool or None; masked_patch_ids: (B, N_masked) int64.
+        pixel_values: (B_i, 3, H, W) of the image view's samples; image_mask: (B_i,) bool, False = no image, or None;
+            masked_patch_ids: (B_i, N_masked) int64.
         token_labels: (M,) int64.
         patch_size: pixels of a patch's side.
         counts: denominators. With R ranks and A micro-steps whose gradients are averaged, pass the totals divided by
-            R * A; then the average of the gradients is the gradient of the mean over everything.
-        gather: of features over the ranks, each of which calls it once.
+            R * A.
+        normalize_pixels: compare pixels normalized by patch instead of raw ones.
+        gather: the contrastive loss compares with the pairs of all ranks that this gives.
+
+    Returns:
+        `mim`: squared error per masked patch. `mlm`: cross entropy per masked token. `itc`, `itm`: see
+        :func:`contrastive_loss` and :func:`matching_loss`. `load_balancing` and `router_z`: see :func:`router_losses`.
     """
     terms: dict[str, Tensor] = {}
     if output.pixel_predictions is not None and pixel_values is not None and masked_patch_ids is not None:
-        per_patch = ops.masked_pixel_loss(pixel_values, output.pixel_predictions, masked_patch_ids, patch_size)
+        per_patch = ops.masked_pixel_loss(
+            pixel_values, output.pixel_predictions, masked_patch_ids, patch_size, normalize=normalize_pixels
+        )
         if image_mask is not None:
             per_patch = per_patch * image_mask.unsqueeze(1)
-        terms["pixel"] = per_patch.sum() / max(counts.masked_patches, 1.0)
+        terms["mim"] = per_patch.sum() / max(counts.masked_patches, 1.0)
     if output.token_hidden is not None and token_labels is not None:
         total = ops.linear_cross_entropy(
             output.token_hidden, output.vocabulary_weight, output.vocabulary_bias, token_labels
         )
-        terms["text"] = total / max(counts.masked_tokens, 1.0)
+        terms["mlm"] = total / max(counts.masked_tokens, 1.0)
     if output.matching is not None:
         terms["itc"] = contrastive_loss(output.matching, gather)
-        terms["itm"] = matching_loss(output.matching)
-    return terms | router_losses(output.moe, counts.tokens)
+        if output.matching.logits is not None:
+            terms["itm"] = matching_loss(output.matching.logits)
+    return terms | view_router_losses(output.moe, counts.tokens)
+
+
+def view_router_losses(moe: Mapping[str, Sequence[MoEOutput]], tokens: float) -> dict[str, Tensor]:
+    """Load-balancing and z loss over the views of a step, each () fp32; nothing where there is no layer.
+
+    Each view is balanced for itself, and the views are averaged. `tokens` are those of all views.
+    """
+    by_view = [router_losses(layers, tokens) for layers in moe.values() if layers]
+    if not by_view:
+        return {}
+    balance = torch.stack([terms["load_balancing"] for terms in by_view]).mean()
+    return {"load_balancing": balance, "router_z": torch.stack([terms["router_z"] for terms in by_view]).sum()}
 
 
 def router_losses(moe: Sequence[MoEOutput], tokens: float) -> dict[str, Tensor]:
@@ -107,21 +129,20 @@ def contrastive_loss(matching: MatchingOutput, gather: Gather = only_this_rank) 
     return (image_to_text + text_to_image) / 2
 
 
-def matching_loss(matching: MatchingOutput) -> Tensor:
+def matching_loss(logits: Tensor) -> Tensor:
     """Cross entropy of match or not, mean over pairs and two hard negatives for each, () fp32 (ALBEF section 3.2).
 
-    Negatives were drawn from the pairs of this rank's micro-batch, so another split draws others.
+    `logits` are the (3 * B, 2) of :class:`eve_ds.model.matching.MatchingOutput`. Negatives were drawn from the pairs of this rank's micro-batch, so another split draws others.
     """
-    pairs = len(matching.image_features)
-    matched = torch.arange(3 * pairs, device=matching.logits.device) < pairs
-    return F.cross_entropy(matching.logits, matched.long())
+    matched = torch.arange(len(logits), device=logits.device) < len(logits) // 3
+    return F.cross_entropy(logits, matched.long())
 
 
 def total_loss(terms: dict[str, Tensor], weights: LossConfig) -> Tensor:
     """Weighted sum of the terms that are present, () fp32."""
     weight = {
-        "pixel": weights.pixel_weight,
-        "text": weights.text_weight,
+        "mim": weights.mim_weight,
+        "mlm": weights.mlm_weight,
         "itc": weights.itc_weight,
         "itm": weights.itm_weight,
         "load_balancing": weights.load_balancing_weight,

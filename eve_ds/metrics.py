@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from eve_ds.config import ModelConfig
+from eve_ds.config import MaskingConfig, ModelConfig
+from eve_ds.data.masking import num_chosen, num_masked_patches
 from eve_ds.distributed import get_logger, rank_zero
 
 PEAK_FLOPS = {
@@ -122,11 +123,11 @@ class ProgressLine:
             get_logger().info("%s  eta %.0f s", _plain_line(step, numbers), left)
 
 
-PLAIN = ("loss", "pixel", "text", "itc", "itm", "load_balancing", "lr", "samples_per_second")
+PLAIN = ("loss", "mim", "mlm", "itc", "itm", "load_balancing", "lr", "samples_per_second")
 LIVE = {
     "loss": "loss {:.3g}",
-    "pixel": "pixel {:.3g}",
-    "text": "text {:.3g}",
+    "mim": "mim {:.3g}",
+    "mlm": "mlm {:.3g}",
     "itc": "itc {:.3g}",
     "itm": "itm {:.3g}",
     "lr": "lr {:.2g}",
@@ -144,29 +145,39 @@ def _live_line(step: int, numbers: dict[str, float]) -> str:
     return f"step {step} " + " ".join(text.format(numbers[name]) for name, text in LIVE.items() if name in numbers)
 
 
-def forward_flops(config: ModelConfig, *, visible_patches: int, masked_patches: int, text_tokens: float) -> float:
-    """Multiply-adds of one sample's forward in masked signal modelling, times two (a step costs three forwards).
+def pretraining_flops(config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
+    """Multiply-adds of one pair's forward in all views, times two (a step costs three forwards).
 
     Counts matrix products of the encoder (top-k experts in MoE layers), attention scores, pixel decoder and vocabulary
-    head; leaves out norms, activations and embeddings, as is usual for model FLOP/s utilisation.
+    head; leaves out norms, activations, embeddings and the heads of `itc` and `itm`, as is usual for model FLOP/s
+    utilization. `text_tokens` are those of a caption, [CLS] and [SEP] included.
     """
-    tokens = 1 + visible_patches + text_tokens
-    encoder = _encoder_macs(config, tokens) + _patch_macs(config, visible_patches)
-    return 2 * (encoder + _decoder_macs(config, tokens, masked_patches) + _words_macs(config, text_tokens))
+    macs = {
+        "mim": _image_view_macs(config, masking, text_tokens, masking.image_view_word_share) * masking.image_view_share,
+        "mlm": _pair_macs(config, num_chosen(config.num_patches, masking.language_view_patch_share), text_tokens)
+        + _words_macs(config, masking, text_tokens),
+        "joint": _image_view_macs(config, masking, text_tokens, 1.0) + _words_macs(config, masking, text_tokens),
+        "itc": _pair_macs(config, config.num_patches, 0.0) + _encoder_macs(config, text_tokens),
+        "itm": 3 * _pair_macs(config, config.num_patches, text_tokens),
+    }
+    return 2 * sum(macs[task] for task in config.objectives)
 
 
-def matching_flops(config: ModelConfig, *, text_tokens: float) -> float:
-    """The same for the objectives `itc_itm` and `itc_itm_mlm`; heads and similarities count for nothing."""
-    with_words = config.objective == "itc_itm_mlm"
-    image, joint = 1 + config.num_patches, 3 + with_words
-    encoder = _encoder_macs(config, image) + _encoder_macs(config, text_tokens)
-    encoder += joint * _encoder_macs(config, image + text_tokens)
-    patches = (1 + joint) * _patch_macs(config, config.num_patches)
-    return 2 * (encoder + patches + with_words * _words_macs(config, text_tokens))
+def _image_view_macs(config: ModelConfig, masking: MaskingConfig, text_tokens: float, word_share: float) -> float:
+    """Encoder and pixel decoder."""
+    masked = num_masked_patches(config.num_patches, masking.patch_mask_ratio)
+    predicted = num_chosen(masked, masking.predicted_patch_share)
+    visible, shown = config.num_patches - masked, 2 + word_share * max(text_tokens - 2, 0) if text_tokens else 0.0
+    return _pair_macs(config, visible, shown) + _decoder_macs(config, 1 + visible + shown, predicted)
+
+
+def _pair_macs(config: ModelConfig, patches: int, text_tokens: float) -> float:
+    """Class token, patches and text through the encoder."""
+    return _encoder_macs(config, 1 + patches + text_tokens) + _patch_macs(config, patches)
 
 
 def _encoder_macs(config: ModelConfig, tokens: float) -> float:
-    width, num_moe = config.hidden_size, len(set(config.moe_layers))
+    width, num_moe = config.hidden_size, len(config.expert_layers)
     attention = config.num_hidden_layers * (4 * width * width + 2 * tokens * width)
     networks = (config.num_hidden_layers - num_moe) + num_moe * config.moe.top_k
     return tokens * (attention + networks * 2 * width * config.intermediate_size)
@@ -176,9 +187,11 @@ def _patch_macs(config: ModelConfig, patches: int) -> float:
     return patches * 3 * config.patch_size**2 * config.hidden_size
 
 
-def _words_macs(config: ModelConfig, text_tokens: float) -> float:
-    """Half of the words are predicted."""
-    return 0.5 * text_tokens * config.hidden_size * (config.hidden_size + config.vocab_size)
+def _words_macs(config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
+    """Text head and vocabulary on the share of words that is predicted."""
+    low, high = masking.text_mask_ratio, masking.max_text_mask_ratio
+    share = low if high is None else (low + high) / 2
+    return share * text_tokens * config.hidden_size * (config.hidden_size + config.vocab_size)
 
 
 def _decoder_macs(config: ModelConfig, tokens: float, masked: int) -> float:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eve_ds.config import Config, ConfigError, parse_config
+from eve_ds.config import Config, ConfigError, parse_written_config
 from eve_ds.distributed import broadcast_object, get_logger, rank_zero
 
 IDENTITY = ("model", "masking", "data", "loss", "task")
@@ -118,7 +118,7 @@ def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> 
         before = json.loads(written.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{written} is not JSON ({error}): restore it from a checkpoint of the run") from None
-    before = parse_config(before, str(written)).model_dump(mode="json")  # with fields that are newer than the run
+    before = parse_written_config(before, str(written)).model_dump(mode="json")  # with fields that are newer than the run
     difference = _difference(_identity(before), _identity(config.model_dump(mode="json")))
     if difference is not None:
         key, then, now = difference

@@ -168,6 +168,10 @@ def universal_command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 def official_line(folder: Path, dtype: str) -> str:
     """Write the weights of an export under the released names too; a line that says so."""
     model, config, _ = load(folder)
+    if config.model.deep_ffn == "shared":
+        raise ExportError(
+            "--format official: the released code has no place for model.deep_ffn 'shared': leave --format out"
+        )
     write_official(model.state_dict(), folder / OFFICIAL, DTYPES[dtype])
     line = f"official    {folder / OFFICIAL}, {dtype}, without the decoders"
     if config.model.profile == "official":

@@ -56,8 +56,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ReportError(f"--evaluation {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ReportError(f"--evaluation {path} is not JSON: {error}") from None
-    if not isinstance(result, dict) or "pixel_loss" not in result:
-        raise ReportError(f"--evaluation {path} is not what `evaluate.py scenes --json` writes: it has no pixel_loss")
+    if not isinstance(result, dict) or not {"pixel_loss", "colour"} & result.keys():
+        raise ReportError(
+            f"--evaluation {path} is not what `evaluate.py scenes --json` writes: it has neither colour nor pixel_loss"
+        )
     return result
 
 

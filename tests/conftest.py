@@ -62,9 +62,9 @@ def task_tree() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def pretrained(tmp_path: Path, task_tree: Callable[..., dict[str, Any]]) -> Callable[[str], Path]:
-    """The function `pretrained(objective)`: an export of a drawn model of `task_tree`, its biases not 0."""
+    """The function `pretrained("mim+mlm")`: an export of a drawn model of `task_tree`, its biases not 0."""
 
-    def write(objective: str) -> Path:
+    def write(objectives: str) -> Path:
         import torch
 
         from eve_ds.config import parse_config
@@ -72,13 +72,13 @@ def pretrained(tmp_path: Path, task_tree: Callable[..., dict[str, Any]]) -> Call
         from eve_ds.export.start import DRAWN, draw_weights, write_start
 
         tree = {key: value for key, value in task_tree("retrieval").items() if key != "task"}
-        config = parse_config(tree | {"model": tree["model"] | {"objective": objective}})
+        config = parse_config(tree | {"model": tree["model"] | {"objectives": objectives.split("+")}})
         weights = draw_weights(config)
         weights = {
             name: weight + 0.1 * torch.randn_like(weight) if name.endswith("bias") else weight
             for name, weight in weights.items()
         }
-        folder = tmp_path / objective
+        folder = tmp_path / objectives
         tokenizer, origins = load_tokenizer("scenes"), dict.fromkeys(weights, DRAWN)
         write_start(folder, config, tokenizer, weights, source="x", origins=origins, notes=[])
         return folder

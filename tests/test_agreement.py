@@ -35,7 +35,7 @@ def start(pretrained, task_tree):
     """The function `start(**of_task)`: the task and its model from an export, and the export."""
 
     def make(**of_task):
-        folder = pretrained("msm")
+        folder = pretrained("mim+mlm")
         tree = task_tree("nlvr", features="words", hidden_words=NUM_HIDDEN, **of_task)
         config = parse_config(tree | {"train": {"init": str(folder)}})
         task = NLVR.from_examples(config, [])

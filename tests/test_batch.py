@@ -16,7 +16,9 @@ CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and 
 
 
 def config(**masking):
-    return parse_config({"model": {"image_size": 32, "patch_size": 8, "vocab_size": 256}, "masking": masking})
+    """Of one view; those of the other tasks are in test_views.py."""
+    model = {"image_size": 32, "patch_size": 8, "vocab_size": 256, "objectives": ["joint"]}
+    return parse_config({"model": model, "masking": masking})
 
 
 def collate(samples, tokenizer="scenes", has_images=True, has_captions=True, **masking):
@@ -53,8 +55,10 @@ def test_pairs_have_every_field():
 def test_labels_restore_the_captions():
     tokenizer = load_tokenizer("scenes")
     batch = collate(pairs())
-    assert (batch.input_ids.flatten()[batch.masked_token_ids] == tokenizer.mask_token_id).all()
-    restored = batch.input_ids.flatten().scatter(0, batch.masked_token_ids, batch.token_labels).view_as(batch.input_ids)
+    masked = batch.masked_input_ids.flatten()
+    assert (masked[batch.masked_token_ids] == tokenizer.mask_token_id).all()
+    restored = masked.scatter(0, batch.masked_token_ids, batch.token_labels).view_as(batch.input_ids)
+    assert torch.equal(restored, batch.input_ids)
     for row, caption in enumerate(CAPTIONS):
         assert restored[row][batch.attention_mask[row]].tolist() == tokenizer(caption)["input_ids"]
     assert (restored[~batch.attention_mask] == tokenizer.pad_token_id).all()
@@ -67,7 +71,7 @@ def test_first_last_and_padding_tokens_are_never_masked():
     special = torch.tensor(tokenizer.all_special_ids)
     assert not torch.isin(batch.token_labels, special).any()
     lengths = batch.attention_mask.sum(1)
-    masked = (batch.input_ids == tokenizer.mask_token_id).sum(1)
+    masked = (batch.masked_input_ids == tokenizer.mask_token_id).sum(1)
     assert masked.tolist() == [round(0.5 * (length - 2)) for length in lengths.tolist()]
 
 
@@ -141,11 +145,11 @@ def test_padding_and_truncation_stored_in_a_tokenizer_are_not_applied(tmp_path):
 def test_random_and_kept_tokens_follow_the_configuration():
     tokenizer = load_tokenizer("scenes")
     batch = collate(pairs() * 50, random_token_share=1.0)
-    now = batch.input_ids.flatten()[batch.masked_token_ids]
+    now = batch.masked_input_ids.flatten()[batch.masked_token_ids]
     assert not set(now.tolist()) & set(tokenizer.all_special_ids)
     assert now.max() < len(tokenizer)
     batch = collate(pairs(), keep_token_share=1.0)
-    assert (batch.input_ids.flatten()[batch.masked_token_ids] == batch.token_labels).all()
+    assert torch.equal(batch.masked_input_ids, batch.input_ids)
 
 
 def test_mask_ratios_vary_by_sample():
@@ -201,5 +205,5 @@ def test_to_moves_every_tensor():
     assert isinstance(moved, Batch)
     assert moved.keys == batch.keys
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7
+    assert len(tensors) == 8
     assert all(tensor.device.type == "meta" for tensor in tensors)

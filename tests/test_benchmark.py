@@ -15,7 +15,7 @@ import torch
 from eve_ds.benchmark import measures, objectives, peers
 from eve_ds.benchmark.harness import COLUMNS, append_results, compare, json_line
 from eve_ds.config import ModelConfig, MoEConfig, load_config
-from eve_ds.metrics import forward_flops, matching_flops
+from eve_ds.metrics import pretraining_flops
 from eve_ds.model.moe import MoE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +94,7 @@ def losses_of_both_forms(rank, world_size):
 
     def keep(terms, weights):
         found.append({name: term.detach() for name, term in terms.items()})
-        return terms["pixel"] * 0
+        return terms["mim"] * 0
 
     measures.total_loss = keep
     for optimizer in both.optimizers:
@@ -106,7 +106,7 @@ def losses_of_both_forms(rank, world_size):
 
 def test_both_forms_of_a_step_have_the_same_loss_without_padding_and_drops(run_ranks):
     ((packed, stock),) = run_ranks(losses_of_both_forms, 1)
-    for name in ("pixel", "text", "load_balancing"):
+    for name in ("mim", "mlm", "load_balancing"):
         torch.testing.assert_close(packed[name], stock[name], rtol=1e-5, atol=1e-5)
 
 
@@ -128,28 +128,30 @@ def test_both_sides_of_routing_have_the_same_gradients(ours, theirs, monkeypatch
         torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-4)
 
 
-def test_every_objective_is_timed_in_turn_and_its_operations_are_counted():
+def test_every_set_of_objectives_is_timed_in_turn_and_its_operations_are_counted():
     config = load_config("eve_tiny")
-    decoders = [config.model.pixel_decoder, config.model.pixel_decoder.model_copy(update={"kind": "self"})]
-    rows = objectives.compare_objectives(config, decoders, 2, 0.0)
+    rows = objectives.compare_objectives(config, 2, 0.0)
     assert [(row.measure, row.peer) for row in rows] == [
-        (f"msm, eve_tiny, {kind} 1x96", peer) for kind in ("cross", "self") for peer in ("itc_itm", "itc_itm_mlm")
+        (f"{ours}, eve_tiny", peer) for ours in objectives.OURS for peer in objectives.PEERS
     ]
-    model, visible, predicted, words = config.model, 16, 24, measures.REAL_TOKENS
-    for row, decoder in zip(rows, [decoder for decoder in decoders for _ in range(2)], strict=True):
-        ours = model.model_copy(update={"pixel_decoder": decoder})
-        baseline = model.model_copy(update={"objective": row.peer})
-        forward = forward_flops(ours, visible_patches=visible, masked_patches=predicted, text_tokens=words)
+
+    def expected(side):
         # A step costs three forwards, less the gradient of pixels and, of what attention costs here, padding.
-        assert row.ours_gflop == pytest.approx(3 * 2 * forward / 1e9, rel=0.05)
-        assert row.peer_gflop == pytest.approx(3 * 2 * matching_flops(baseline, text_tokens=words) / 1e9, rel=0.05)
-        assert row.ratio > 2
+        model = config.model.model_copy(update={"objectives": side.objectives})
+        return 3 * pretraining_flops(model, side.masking, measures.REAL_TOKENS) / 1e9 * 2
+
+    for row in rows:
+        assert row.ours_gflop == pytest.approx(expected(objectives.OURS[row.measure.rpartition(",")[0]]), rel=0.07)
+        assert row.peer_gflop == pytest.approx(expected(objectives.PEERS[row.peer]), rel=0.07)
+        assert row.ours_mb > 0
         assert json.loads(json_line(row))["ours_gflop"] == pytest.approx(row.ours_gflop, rel=1e-3)
+    full = next(row for row in rows if row.peer == "mlm + itc + itm + mim")
+    assert full.ratio > 2
+    assert full.peer_mb > full.ours_mb
 
 
 def test_sides_share_the_backbone_and_each_step_trains_its_own_part():
-    config = load_config("eve_tiny")
-    sides = objectives.Objectives(config, [config.model.pixel_decoder], 2)
+    sides = objectives.Objectives(load_config("eve_tiny"), 2)
     models = list(sides.models.values())
     assert len({id(model.backbone) for model in models}) == 1
     for name, model in sides.models.items():

@@ -17,7 +17,7 @@ from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.engine import denominators
+from eve_ds.engine import denominators, encoder_tokens
 from eve_ds.model.eve import EVE
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
 from eve_ds.parallel.settings import batch_triangle, resolve_deepspeed_config
@@ -280,17 +280,38 @@ def refused_folder(run, resume="auto"):
 def test_a_run_from_before_a_field_existed_has_its_default(tmp_path):
     run = of_run(tmp_path)
     tree = run.model_dump(mode="json")
-    del tree["model"]["objective"], tree["loss"]["itc_weight"]
+    del tree["loss"]["itc_weight"], tree["model"]["pixel_target"]
     (tmp_path / "config.json").write_text(json.dumps(tree))
     check_output_dir(run, "auto")
-    other = run.model_copy(update={"model": run.model.model_copy(update={"objective": "itc_itm"})})
-    assert "its model.objective is 'msm', this run's is 'itc_itm'" in refused_folder(other)
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ({}, ["joint"]),
+        ({"objective": "msm"}, ["joint"]),
+        ({"objective": "itc_itm"}, ["itc", "itm"]),
+        ({"objective": "itc_itm_mlm"}, ["mlm", "itc", "itm"]),
+    ],
+)
+def test_a_run_from_before_sets_of_objectives_is_of_the_set_that_it_was_of(tmp_path, former, now):
+    run = of_run(tmp_path)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"objectives": now})})
+    tree = run.model_dump(mode="json")
+    del tree["model"]["objectives"]
+    tree["model"] |= former
+    tree["loss"] |= {"pixel_weight": tree["loss"].pop("mim_weight"), "text_weight": tree["loss"].pop("mlm_weight")}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    check_output_dir(run, "auto")
+    other = run.model_copy(update={"model": run.model.model_copy(update={"objectives": ["mim", "mlm"]})})
+    assert f"its model.objectives is {now!r}, this run's is ['mim', 'mlm']" in refused_folder(other)
 
 
 def test_hard_negatives_need_a_micro_batch_of_two():
-    settings = config(model={"objective": "itc_itm"}, train={"train_batch_size": 4, "gradient_accumulation_steps": 2})
+    sizes = {"train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings = config(model={"objectives": ["itc", "itm"]}, train=sizes)
     resolve_deepspeed_config({}, settings, 1)
-    with pytest.raises(ConfigError, match=r"model.objective \('itc_itm'\) needs a micro_batch_size \(1\) of 2 or more"):
+    with pytest.raises(ConfigError, match=r"model.objectives \(itc, itm\) needs a micro_batch_size \(1\) of 2 or more"):
         resolve_deepspeed_config({}, settings, 2)
 
 
@@ -305,7 +326,7 @@ def test_a_new_folder_is_made_and_nothing_is_left_in_it(tmp_path):
         ({"model": {"intermediate_size": 8}}, "its model.intermediate_size is 3072, this run's is 8"),
         ({"masking": {"patch_mask_ratio": 0.5}}, "its masking.patch_mask_ratio is 0.75, this run's is 0.5"),
         ({"data": {"shuffle_buffer": 7}}, "its data.shuffle_buffer is 1000, this run's is 7"),
-        ({"loss": {"text_weight": 3}}, "its loss.text_weight is 1.0, this run's is 3.0"),
+        ({"loss": {"mlm_weight": 3}}, "its loss.mlm_weight is 1.0, this run's is 3.0"),
         ({"train": {"seed": 4}}, "its train.seed is 0, this run's is 4"),
     ],
 )
@@ -391,34 +412,43 @@ SMALL = {
 }
 
 
-def test_denominators_are_what_the_model_encodes_and_predicts():
-    settings = config(
-        model={**SMALL, "patch_size": 8}, masking={"text_to_image_share": 0.5, "text_to_image_mask_ratio": 0.9}
-    )
+MASKS = {"text_to_image_share": 0.5, "text_to_image_mask_ratio": 0.9}
+CHEAP = MASKS | {"image_view_share": 0.5, "image_view_word_share": 0.5, "language_view_patch_share": 0.25}
+
+
+@pytest.mark.parametrize("masking", [MASKS, CHEAP], ids=["whole", "cheap"])
+@pytest.mark.parametrize("objectives", [["joint"], ["mim"], ["mlm"], ["mim", "mlm"]], ids="+".join)
+def test_denominators_are_what_the_model_encodes_and_predicts(objectives, masking):
+    settings = config(model={**SMALL, "patch_size": 8, "objectives": objectives}, masking=masking)
     image = np.zeros((32, 32, 3), dtype=np.uint8)
     samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(20)]
     samples += [Sample("image", 0, image, None), Sample("text", 0, None, "a large blue square")]
     batch = Collator(settings, load_tokenizer("scenes"), has_images=True, has_captions=True)(samples)
-    inputs = batch.model_inputs()
-    del inputs["masked_patch_ids"], inputs["masked_token_ids"], inputs["masked_input_ids"]
-    stream = EVE(settings.model).backbone(**inputs).stream
-    patches, tokens, encoded = denominators(batch, settings.model)
-    assert encoded == len(stream.hidden_states) < 22 * 5 + 20 * 8 + 6
-    assert patches == 21 * 12
-    assert tokens == len(batch.token_labels)
+    output = EVE(settings.model)(**batch.model_inputs())
+    patches, tokens, _ = denominators(batch, settings.model)
+    routed = {view: float(layers[0].statistics.tokens.sum()) for view, layers in output.moe.items()}
+    assert encoder_tokens(batch, settings.model) == routed
+    assert denominators(batch, settings.model)[2] == sum(routed.values())
+    if "mlm" not in objectives:
+        images = 21 if batch.image_view_ids is None or "joint" in objectives else len(batch.image_view_ids)
+        assert patches == images * 12
+        assert images == 21 or masking is CHEAP
+    if "mim" not in objectives:
+        assert tokens == len(batch.token_labels)
 
 
-@pytest.mark.parametrize(("objective", "passes"), [("itc_itm", 4), ("itc_itm_mlm", 5)])
-def test_denominators_of_matching_count_every_pass(objective, passes):
-    settings = config(model={**SMALL, "patch_size": 8, "objective": objective})
+@pytest.mark.parametrize(("objectives", "passes"), [(["itc"], 1), (["itc", "itm"], 4), (["mlm", "itc", "itm"], 5)])
+def test_denominators_of_matching_count_every_pass(objectives, passes):
+    settings = config(model={**SMALL, "patch_size": 8, "objectives": objectives})
     image = np.zeros((32, 32, 3), dtype=np.uint8)
     samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(3)]
     batch = Collator(settings, load_tokenizer("scenes"), has_images=True, has_captions=True)(samples)
     output = EVE(settings.model)(**batch.model_inputs())
     patches, words, encoded = denominators(batch, settings.model)
-    assert encoded == float(output.moe[0].statistics.tokens.sum()) == passes * 3 * (1 + 16 + 8)
+    routed = sum(float(layers[0].statistics.tokens.sum()) for layers in output.moe.values())
+    assert encoded == routed == passes * 3 * (1 + 16 + 8)
     assert patches == 0
-    assert words == (9 if objective == "itc_itm_mlm" else 0)  # half of six words each
+    assert words == (9 if "mlm" in objectives else 0)  # half of six words each
 
 
 def test_parameter_groups_hold_every_parameter_once():

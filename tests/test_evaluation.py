@@ -17,11 +17,14 @@ from eve_ds.data.transforms import normalize
 from eve_ds.evaluation import (
     answer_probes,
     evaluate_scenes,
+    evaluation_config,
     samples_of,
     trains_on_scenes,
-    unmask_text,
     with_another_caption,
     with_another_image,
+    with_hidden_caption,
+    with_whole_caption,
+    with_whole_image,
 )
 from eve_ds.model.eve import EVE, EVEOutput
 
@@ -57,9 +60,12 @@ class Oracle(nn.Module):
         words = [["[CLS]", *scene.caption.split(), "[SEP]"] for scene in scenes]
         self.captions = [tokenizer.convert_tokens_to_ids(row) for row in words]
         self.grad_modes = []
+        self.views = Counter()
 
-    def forward(self, pixel_values, masked_patch_ids, input_ids, attention_mask, masked_token_ids, **_):
+    def predict(self, pixel_values, masked_patch_ids, input_ids, attention_mask, masked_token_ids, **patches):
         self.grad_modes.append((torch.is_grad_enabled(), self.training))
+        asked = "words" if masked_token_ids is not None else "pixels"
+        self.views[asked, patches["visible_patch_ids"] is None] += 1
         known = [self._look(image) for image in pixel_values]
         length = input_ids.shape[1]
         logits = None
@@ -68,11 +74,11 @@ class Oracle(nn.Module):
             for row, place in enumerate(masked_token_ids.tolist()):
                 caption = self.captions[known[place // length]]
                 logits[row, caption[place % length] if place % length < len(caption) else 0] = 1.0
-        pixels = torch.zeros(*masked_patch_ids.shape, 192)
-        for row, scene in enumerate(known):
+        pixels = None if masked_patch_ids is None else torch.zeros(*masked_patch_ids.shape, 192)
+        for row, scene in enumerate(known if pixels is not None else ()):
             if input_ids[row][attention_mask[row]].tolist() == self.captions[scene]:
                 pixels[row] = normalized_patches(pixel_values[row])[masked_patch_ids[row]]
-        return EVEOutput(pixels, logits, torch.eye(self.vocabulary), torch.zeros(self.vocabulary), ())
+        return EVEOutput(pixels, logits, torch.eye(self.vocabulary), torch.zeros(self.vocabulary), {})
 
     def _look(self, image):
         return int((self.images - image).abs().flatten(1).amax(dim=1).argmin())
@@ -92,7 +98,7 @@ def result(scenes, tokenizer):
 
 def test_who_looks_at_the_image_is_right_with_it_and_misled_by_another(result, scenes, tokenizer):
     found, _ = result
-    collate = Collator(CONFIG, tokenizer, has_images=True, has_captions=True)
+    collate = Collator(evaluation_config(CONFIG), tokenizer, has_images=True, has_captions=True)
     hits, asked = Counter(), Counter()
     for start in range(0, NUM_SCENES, BATCH):  # counted word by word
         chunk = scenes[0][start : start + BATCH]
@@ -106,14 +112,39 @@ def test_who_looks_at_the_image_is_right_with_it_and_misled_by_another(result, s
             hits[kind] += column < len(other) and own[column] == other[column]
     for kind, name in CLASSES.items():
         assert asked[kind] > 10
-        assert found[name]["right"] == 1.0
-        assert found[name]["wrong"] == pytest.approx(hits[kind] / asked[kind])
+        for beside in (found, found["masked_image"]):  # the oracle needs no patch to know an image
+            assert beside[name]["right"] == 1.0
+            assert beside[name]["wrong"] == pytest.approx(hits[kind] / asked[kind])
     assert found["colour"]["wrong"] < 0.5
+
+
+def test_words_of_wholly_hidden_captions(result, scenes, tokenizer):
+    found, _ = result
+    hits = asked = 0
+    for start in range(0, NUM_SCENES, BATCH):
+        captions = [scene.caption.split() for scene in scenes[0][start : start + BATCH]]
+        for row, words in enumerate(captions):
+            other = [*captions[row - 1], "[SEP]"]
+            asked += len(words)
+            hits += sum(column < len(other) and word == other[column] for column, word in enumerate(words))
+    assert found["hidden_words"]["right"] == 1.0
+    assert found["hidden_words"]["wrong"] == pytest.approx(hits / asked)
+
+
+def test_words_are_asked_beside_whole_and_masked_images_and_pixels_beside_masked_ones(result):
+    _, model = result
+    chunks = NUM_SCENES // BATCH
+    probes = 2 * NUM_SCENES // BATCH  # of four types, half as many scenes each
+    assert model.views == {
+        ("words", True): 2 * 2 * chunks + probes,
+        ("words", False): 2 * chunks + probes,
+        ("pixels", False): 2 * chunks,
+    }
 
 
 def test_foreground_pixels_with_the_right_and_with_another_caption(result, scenes, tokenizer):
     found, _ = result
-    collate = Collator(CONFIG, tokenizer, has_images=True, has_captions=True)
+    collate = Collator(evaluation_config(CONFIG), tokenizer, has_images=True, has_captions=True)
     losses = []
     for start in range(0, NUM_SCENES, BATCH):
         chunk = scenes[0][start : start + BATCH]
@@ -132,20 +163,21 @@ def test_binding_counts_target_and_distractor(result, scenes, tokenizer):
     found, _ = result
     kinds = ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
     assert found["binding"] == {kind: {"target": 1.0, "distractor": 0.0} for kind in kinds}
+    assert found["masked_image"]["binding"] == found["binding"]
     easy = Scenes("easy", 0, "val")
     probes = list(binding_probes(easy, 6))
 
     class Swapper(Oracle):
         """Answers with the other object's word."""
 
-        def forward(self, **inputs):
-            output = super().forward(**inputs)
+        def predict(self, **inputs):
+            output = super().predict(**inputs)
             logits = torch.zeros_like(output.token_hidden)
             for row, probe in enumerate(probes):
                 logits[row, tokenizer.convert_tokens_to_ids(probe.distractor)] = 1.0
             return output._replace(token_hidden=logits)
 
-    collate = Collator(CONFIG, tokenizer, has_images=True, has_captions=True)
+    collate = Collator(evaluation_config(CONFIG), tokenizer, has_images=True, has_captions=True)
     swapper = Swapper([probe.scene for probe in probes], tokenizer)
     assert answer_probes(swapper, probes, collate, tokenizer) == [probe.distractor for probe in probes]
 
@@ -175,7 +207,7 @@ def test_ranks_share_the_scenes(scenes, tokenizer, monkeypatch):
     first, second, whole = seen
     assert (first[:, 1] + second[:, 1])[-1] == whole[-1, 1], "every probe is asked once"
     assert abs(float((first[:, 1] + second[:, 1])[0] / whole[0, 1]) - 1) < 0.5
-    right = [0, 2, 4, 6]
+    right = [2, 4, 6, 8]  # words with their image; the pixels come first
     assert (first[right, 0] == first[right, 1]).all()
 
 
@@ -197,25 +229,40 @@ def test_a_real_model_goes_through(tokenizer):
             "data": {"sources": [{"kind": "scenes", "level": "hard"}]},
         }
     )
-    found = evaluate_scenes(EVE(config.model), config, tokenizer, num_scenes=8, batch_size=8)
-    assert set(found) == {*CLASSES.values(), "pixel_loss"}, "captions of level hard name no positions to probe by"
-    assert 0.5 < found["pixel_loss"]["right"] < 5
+    words = {*CLASSES.values(), "hidden_words", "masked_image"}
+    for objectives, asked in (
+        (["mim", "mlm"], {*words, "pixel_loss"}),
+        (["joint"], {*words, "pixel_loss"}),
+        (["mlm"], words),
+        (["mim"], {"pixel_loss"}),
+    ):
+        one = config.model_copy(update={"model": config.model.model_copy(update={"objectives": objectives})})
+        found = evaluate_scenes(EVE(one.model), one, tokenizer, num_scenes=8, batch_size=8)
+        assert set(found) == asked, "captions of level hard name no positions to probe by"
+        assert "pixel_loss" not in found or 0.5 < found["pixel_loss"]["right"] < 5
 
 
-def test_batches_of_another_image_and_another_caption(scenes, tokenizer):
-    batch = Collator(CONFIG, tokenizer, has_images=True, has_captions=True)(samples_of(scenes[0][:4]))
+def test_batches_that_show_something_else(scenes, tokenizer):
+    collate = Collator(evaluation_config(CONFIG), tokenizer, has_images=True, has_captions=True)
+    batch = collate(samples_of(scenes[0][:4]))
     image = with_another_image(batch)
     assert torch.equal(image.pixel_values[1], batch.pixel_values[0])
-    assert image.input_ids is batch.input_ids
-    whole = unmask_text(batch)
-    text = with_another_caption(whole)
-    assert torch.equal(text.input_ids[1], whole.input_ids[0])
-    assert torch.equal(text.attention_mask[1], whole.attention_mask[0])
+    assert image.masked_input_ids is batch.masked_input_ids
+    text = with_another_caption(batch)
+    assert torch.equal(text.input_ids[1], batch.input_ids[0])
+    assert torch.equal(text.attention_mask[1], batch.attention_mask[0])
     assert text.pixel_values is batch.pixel_values
-    assert whole.masked_token_ids is None
+    assert text.masked_input_ids is text.masked_token_ids is with_whole_caption(batch).masked_token_ids is None
+    assert with_whole_image(batch).visible_patch_ids is with_whole_image(batch).masked_patch_ids is None
+    hidden = with_hidden_caption(batch, tokenizer.mask_token_id)
     for row, scene in enumerate(scenes[0][:4]):
-        ids = whole.input_ids[row][whole.attention_mask[row]].tolist()
-        assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", *scene.caption.split(), "[SEP]"]
+        real = batch.attention_mask[row]
+        words = scene.caption.split()
+        assert tokenizer.convert_ids_to_tokens(batch.input_ids[row][real].tolist()) == ["[CLS]", *words, "[SEP]"]
+        shown = tokenizer.convert_ids_to_tokens(hidden.masked_input_ids[row][real].tolist())
+        assert shown == ["[CLS]", *["[MASK]"] * len(words), "[SEP]"]
+    assert hidden.token_labels.tolist() == hidden.input_ids.flatten()[hidden.masked_token_ids].tolist()
+    assert len(hidden.token_labels) == sum(len(scene.caption.split()) for scene in scenes[0][:4])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from eve_ds.data.batch import BadSample, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.transforms import TrainTransform, normalize
-from eve_ds.evaluation import unmask_text
 from eve_ds.export import ExportError, load
 from eve_ds.export.hf import EveConfig, EveImageProcessor, EveModel, EveProcessor, export_hf
 from eve_ds.model.eve import EVE
@@ -88,7 +87,7 @@ def inputs(kind="masked"):
 def expected_outputs(eve, kind):
     """The same tensors from EVE; `kind` says which arguments it gets."""
     arguments = inputs(kind)
-    prediction = eve(**arguments)
+    prediction = eve.predict(**arguments)
     encoder = {k: v for k, v in arguments.items() if k not in ("masked_patch_ids", "masked_token_ids")}
     encoded = eve.backbone(**encoder)
     states = encoded.stream.padded()
@@ -323,9 +322,7 @@ def test_captions_become_what_the_collator_makes_of_them(exported):
     images = [picture(SIZE, SIZE), picture(SIZE, SIZE), picture(SIZE, SIZE)]
     collate = Collator(CONFIG, load_tokenizer("scenes"), has_images=True, has_captions=True)
     samples = zip(images, CAPTIONS, strict=True)
-    batch = unmask_text(
-        collate([Sample(str(i), 0, np.asarray(image), text) for i, (image, text) in enumerate(samples)])
-    )
+    batch = collate([Sample(str(i), 0, np.asarray(image), text) for i, (image, text) in enumerate(samples)])
     found = processor(images=images, text=CAPTIONS, return_tensors="pt")
     names = ("pixel_values", "input_ids", "attention_mask")
     assert_same(dict(found), {name: getattr(batch, name) for name in names})
@@ -341,7 +338,7 @@ def test_a_tokenizer_with_ways_of_its_own_is_used_as_the_collator_uses_it():
     tokenizer.pad_token = "[UNK]"
     tokenizer.model_max_length = CONFIG.model.text_length
     collate = Collator(CONFIG, tokenizer, has_images=False, has_captions=True)
-    batch = unmask_text(collate([Sample(str(i), 0, None, text) for i, text in enumerate(CAPTIONS)]))
+    batch = collate([Sample(str(i), 0, None, text) for i, text in enumerate(CAPTIONS)])
     found = EveProcessor(EveImageProcessor(SIZE), tokenizer)(text=CAPTIONS)
     assert_same(dict(found), {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
 

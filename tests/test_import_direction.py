@@ -19,7 +19,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "checkpoint": {"config", "distributed", "model"},
     "export": {"checkpoint", "config", "data", "distributed", "model", "losses"},
     "tasks": {"config", "data", "distributed", "model", "losses", "checkpoint", "export"},
-    "metrics": {"config", "distributed"},
+    "metrics": {"config", "distributed", "data"},
     "evaluation": {"config", "distributed", "ops", "data", "model"},
     "report": {"config", "ops", "data", "model", "losses", "evaluation"},
     "benchmark": {"config", "ops", "data", "model", "losses"},

@@ -139,8 +139,8 @@ def test_drawing_leaves_the_default_generator_alone(draw):
     [
         "model.pixel_decoder.kind=self",
         "model.pixel_decoder.kind=cross",
-        "model.objective=itc_itm",
-        "model.objective=itc_itm_mlm",
+        "model.objectives=[itc,itm]",
+        "model.objectives=[mlm,itc,itm]",
     ],
 )
 def test_heads_are_those_of_a_new_model(heads):

@@ -20,7 +20,7 @@ def made():
         return torch.randn(shape, generator=generator)
 
     moe = tuple(MoEOutput(None, torch.tensor(1.0 + i / 4), torch.tensor(30.0 + i), None) for i in range(2))
-    output = EVEOutput(draw(BATCH, MASKED, 3 * PATCH**2), draw(TOKENS, WIDTH), draw(VOCAB, WIDTH), draw(VOCAB), moe)
+    output = EVEOutput(draw(BATCH, MASKED, 3 * PATCH**2), draw(TOKENS, WIDTH), draw(VOCAB, WIDTH), draw(VOCAB), {"joint": moe})
     inputs = {
         "pixel_values": draw(BATCH, 3, SIDE, SIDE),
         "image_mask": torch.tensor([True, False, True]),
@@ -66,9 +66,9 @@ def text_sum_by_loops(output, inputs):
 def test_terms_equal_loops():
     output, inputs = made()
     terms = pretraining_losses(output, **inputs, counts=Counts(8, 5, 40))
-    assert set(terms) == {"pixel", "text", "load_balancing", "router_z"}
-    assert float(terms["pixel"]) == pytest.approx(pixel_sum_by_loops(output, inputs) / 8, rel=1e-6)
-    assert float(terms["text"]) == pytest.approx(text_sum_by_loops(output, inputs) / 5, rel=1e-6)
+    assert set(terms) == {"mim", "mlm", "load_balancing", "router_z"}
+    assert float(terms["mim"]) == pytest.approx(pixel_sum_by_loops(output, inputs) / 8, rel=1e-6)
+    assert float(terms["mlm"]) == pytest.approx(text_sum_by_loops(output, inputs) / 5, rel=1e-6)
     assert float(terms["load_balancing"]) == pytest.approx((1.0 + 1.25) / 2)
     assert float(terms["router_z"]) == pytest.approx((30 + 31) / 2 / 40)
     assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
@@ -80,20 +80,20 @@ def test_every_sample_has_an_image_without_a_mask():
     all_true = pretraining_losses(
         output, **inputs | {"image_mask": torch.ones(3, dtype=torch.bool)}, counts=Counts(12, 5, 40)
     )
-    assert torch.equal(everyone["pixel"], all_true["pixel"])
+    assert torch.equal(everyone["mim"], all_true["mim"])
 
 
 def test_a_missing_modality_has_no_term():
     output, inputs = made()
     image = output._replace(token_hidden=None)
-    assert "text" not in pretraining_losses(image, **inputs, counts=Counts(8, 5, 40))
+    assert "mlm" not in pretraining_losses(image, **inputs, counts=Counts(8, 5, 40))
     text = output._replace(pixel_predictions=None)
     terms = pretraining_losses(
         text, **inputs | {"pixel_values": None, "masked_patch_ids": None}, counts=Counts(8, 5, 40)
     )
-    assert "pixel" not in terms
-    plain = pretraining_losses(output._replace(moe=()), **inputs, counts=Counts(8, 5, 40))
-    assert set(plain) == {"pixel", "text"}
+    assert "mim" not in terms
+    plain = pretraining_losses(output._replace(moe={}), **inputs, counts=Counts(8, 5, 40))
+    assert set(plain) == {"mim", "mlm"}
 
 
 def test_nothing_to_predict_is_zero_not_nan():
@@ -104,9 +104,9 @@ def test_nothing_to_predict_is_zero_not_nan():
         "image_mask": torch.zeros(3, dtype=torch.bool),
     }
     terms = pretraining_losses(output, **nothing, counts=Counts(0, 0, 0))
-    assert terms["text"].item() == 0
-    assert terms["pixel"].item() == 0
-    terms["text"].backward()  # the head takes part in the backward on every rank
+    assert terms["mlm"].item() == 0
+    assert terms["mim"].item() == 0
+    terms["mlm"].backward()  # the head takes part in the backward on every rank
 
 
 def test_any_split_of_the_batch_has_the_mean_of_the_whole():
@@ -115,7 +115,7 @@ def test_any_split_of_the_batch_has_the_mean_of_the_whole():
     parts = []
     for rows, tokens in ((slice(0, 1), slice(0, 4)), (slice(1, 3), slice(4, 5))):
         share = output._replace(
-            pixel_predictions=output.pixel_predictions[rows], token_hidden=output.token_hidden[tokens], moe=()
+            pixel_predictions=output.pixel_predictions[rows], token_hidden=output.token_hidden[tokens], moe={}
         )
         arguments = {
             name: value[tokens if name == "token_labels" else rows]
@@ -124,12 +124,12 @@ def test_any_split_of_the_batch_has_the_mean_of_the_whole():
         }
         # Two micro-steps are averaged, so each divides by half of the totals.
         parts.append(pretraining_losses(share, **arguments, patch_size=PATCH, counts=Counts(8 / 2, 5 / 2, 40 / 2)))
-    for name in ("pixel", "text"):
+    for name in ("mim", "mlm"):
         assert float(sum(part[name] for part in parts) / 2) == pytest.approx(float(whole[name]), rel=1e-6)
 
 
 def test_weighted_sum_leaves_out_what_weighs_nothing():
-    terms = {"pixel": torch.tensor(2.0), "text": torch.tensor(3.0), "router_z": torch.tensor(math.inf)}
-    weights = LossConfig(pixel_weight=0.5, text_weight=2.0, router_z_weight=0.0)
+    terms = {"mim": torch.tensor(2.0), "mlm": torch.tensor(3.0), "router_z": torch.tensor(math.inf)}
+    weights = LossConfig(mim_weight=0.5, mlm_weight=2.0, router_z_weight=0.0)
     assert float(total_loss(terms, weights)) == 7.0
     assert float(total_loss(terms, LossConfig(router_z_weight=0.1))) == math.inf

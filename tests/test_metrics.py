@@ -15,6 +15,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,17 +23,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eve_ds import metrics
 from eve_ds.config import load_config
+from eve_ds.data.batch import Sample
+from eve_ds.data.collate import Collator
+from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.metrics import (
     MetricsWriter,
     ProgressLine,
-    forward_flops,
-    matching_flops,
     peak_flops,
     peak_memory_bytes,
+    pretraining_flops,
 )
 from eve_ds.model.eve import EVE
 
-NUMBERS = {"loss": 2.3456, "pixel": 0.12345, "text": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
+NUMBERS = {"loss": 2.3456, "mim": 0.12345, "mlm": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
 
 
 def lines(folder):
@@ -99,7 +102,7 @@ def test_plain_lines_every_so_many_steps(logged):
     messages = [record.getMessage() for record in logged.records]
     assert len(messages) == 2
     start = (
-        "step 50  loss 2.346  pixel 0.1235  text 1.234  load_balancing 1.012  lr 0.0012  samples_per_second 267.1  eta "
+        "step 50  loss 2.346  mim 0.1235  mlm 1.234  load_balancing 1.012  lr 0.0012  samples_per_second 267.1  eta "
     )
     assert messages[0].startswith(start)
 
@@ -125,7 +128,7 @@ LIVE = """
 import logging, time
 from eve_ds.distributed import get_logger
 from eve_ds.metrics import ProgressLine
-numbers = {"loss": 2.3456, "pixel": .12345, "text": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
+numbers = {"loss": 2.3456, "mim": .12345, "mlm": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
 with ProgressLine(10**6) as progress:
     for step in range(1, 4):
         progress.update(2000 * step, step / 4, numbers | {"samples_per_second": 267.123})
@@ -151,47 +154,35 @@ def test_live_line_fits_eighty_columns():
     assert process.wait(60) == 0
     shown = re.split(r"[\r\n]+", re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", written).decode())
     live = [line for line in shown if "step 6000" in line][-1]
-    assert re.match(r" 75% eta 0:00:0\d step 6000 loss 2.35 pixel 0.123 text 1.23 lr 0.0012 267.1/s", live)
+    assert re.match(r" 75% eta 0:00:0\d step 6000 loss 2.35 mim 0.123 mlm 1.23 lr 0.0012 267.1/s", live)
     assert len(live) <= 80
     assert any(line.rstrip().endswith("a log line in between") for line in shown)
 
 
+SETS = (["joint"], ["mim"], ["mlm"], ["mim", "mlm"], ["itc"], ["itc", "itm"], ["mim", "mlm", "itc", "itm"])
+CHEAP = ["masking.predicted_patch_share=0.5", "masking.language_view_patch_share=0.25", "masking.image_view_word_share=0.5"]
+
+
 @pytest.mark.parametrize("decoder", ["self", "cross"])
-def test_flops_are_those_that_torch_counts(decoder):
-    overrides = [f"model.pixel_decoder.kind={decoder}", "model.pixel_decoder.num_layers=2", "model.moe.top_k=3"]
-    config = load_config("eve_tiny", overrides).model
-    model = EVE(config).eval()
-    batch, length = 4, 12
-    order = torch.stack([torch.randperm(config.num_patches) for _ in range(batch)])
-    visible, masked = order[:, :16].sort().values, order[:, 16:].sort().values
-    chosen = (torch.arange(batch)[:, None] * length + torch.arange(1, 7)).flatten()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        images, words = torch.randn(batch, 3, 64, 64), torch.randint(5, 50, (batch, length))
-        model(
-            images,
-            visible_patch_ids=visible,
-            masked_patch_ids=masked,
-            input_ids=words,
-            masked_token_ids=chosen,
-        ).token_logits()
-    ours = forward_flops(config, visible_patches=16, masked_patches=48, text_tokens=length)
-    # Ours leaves out the routers, 0.15 % here.
-    assert ours == pytest.approx(counter.get_total_flops() / batch, rel=3e-3)
-
-
-@pytest.mark.parametrize("objective", ["itc_itm", "itc_itm_mlm"])
-def test_flops_of_matching_are_those_that_torch_counts(objective, monkeypatch):
+@pytest.mark.parametrize("masking", [[], CHEAP], ids=["paper", "cheap"])
+@pytest.mark.parametrize("objectives", SETS, ids="+".join)
+def test_flops_are_those_that_torch_counts(objectives, masking, decoder, monkeypatch):
     monkeypatch.setenv("EVE_DS_OPS", "reference")
-    config = load_config("eve_tiny", [f"model.objective={objective}"]).model
-    model, batch, length = EVE(config).eval(), 4, 12
-    chosen = (torch.arange(batch)[:, None] * length + torch.arange(1, 7)).flatten()
-    words = torch.randint(5, 50, (batch, length))
-    masked = {"masked_input_ids": words, "masked_token_ids": chosen} if objective == "itc_itm_mlm" else {}
+    overrides = [f"model.pixel_decoder.kind={decoder}", "model.pixel_decoder.num_layers=2", "model.moe.top_k=3"]
+    overrides += [f"model.objectives={objectives}", "masking.text_to_image_share=0", "masking.predicted_patch_share=1"]
+    overrides += ["masking.text_mask_ratio=0.5", "masking.max_text_mask_ratio=null", "masking.image_view_share=1"]
+    config = load_config("eve_tiny", [*overrides, "masking.language_view_patch_share=1", *masking])
+    collate = Collator(config, load_tokenizer("scenes"), has_images=True, has_captions=True)
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    batch = collate([Sample(str(number), 0, image, "a small red cross top left " * 2) for number in range(4)])
+    model, text_tokens = EVE(config.model).eval(), 14
+    assert batch.input_ids.shape == (4, text_tokens)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(torch.randn(batch, 3, 64, 64), input_ids=words, **masked).tensors()
-    ours = matching_flops(config, text_tokens=length)
-    # Ours leaves out the routers, and the heads on one token of each pass.
-    assert ours == pytest.approx(counter.get_total_flops() / batch, rel=5e-3)
+        model(**batch.model_inputs()).tensors()
+    # Ours leaves out the routers, and what the heads of itc and itm do with one token of each sample. It has the share
+    # of masked words of the text's tokens, of which two are never masked.
+    ours = pretraining_flops(config.model, config.masking, text_tokens)
+    assert ours == pytest.approx(counter.get_total_flops() / 4, rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from eve_ds.config import ModelConfig, MoEConfig, PixelDecoderConfig, load_confi
 from eve_ds.model.attention import CrossAttention, SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.eve import EVE, Block
-from eve_ds.model.stream import Layout, join
+from eve_ds.model.stream import Layout, PackedViews, join
 
 SMALL = ModelConfig(
+    objectives=["joint"],  # one view; those of the other tasks are in test_views.py
     hidden_size=32,
     num_hidden_layers=3,
     num_attention_heads=4,
@@ -213,7 +214,7 @@ def test_padding_changes_nothing(decoder):
     after = model(**padded)
     torch.testing.assert_close(after.pixel_predictions, before.pixel_predictions, **ROUNDING)
     torch.testing.assert_close(after.token_hidden, before.token_hidden, **ROUNDING)
-    for ours, theirs in zip(after.moe, before.moe, strict=True):
+    for ours, theirs in zip(after.moe["joint"], before.moe["joint"], strict=True):
         torch.testing.assert_close(ours.load_balancing_loss, theirs.load_balancing_loss)
         torch.testing.assert_close(ours.router_z_sum, theirs.router_z_sum)
         assert torch.equal(ours.statistics.routes, theirs.statistics.routes)
@@ -242,7 +243,7 @@ def losses_and_gradients(model, batch):
     model.zero_grad()
     torch.manual_seed(7)
     output = model(**batch)
-    balance = torch.stack([layer.load_balancing_loss for layer in output.moe])
+    balance = torch.stack([layer.load_balancing_loss for layer in output.moe["joint"]])
     loss = output.pixel_predictions.square().mean() + output.token_hidden.square().mean() + balance.mean()
     loss.backward()
     return (
@@ -277,7 +278,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     branch = torch.ones(40_000, 3)
     layout = Layout.of(torch.tensor([[True, True, False]]).expand(20_000, -1))
-    dropped = blocks[2].train()._drop_path(branch, layout)
+    dropped = blocks[2].train()._drop_path(branch, [layout])
     per_sample = dropped.view(20_000, -1)
     assert (per_sample == per_sample[:, :1]).all(), "a sample is dropped as a whole"
     values = dropped.unique()
@@ -285,8 +286,8 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert values[-1] == pytest.approx(1 / 0.6)
     # Four standard deviations of a mean over 20,000 draws of variance 0.4 / 0.6.
     assert float(dropped.mean()) == pytest.approx(1.0, abs=4 * math.sqrt(0.4 / 0.6 / 20_000))
-    assert blocks[2].eval()._drop_path(branch, layout) is branch
-    assert blocks[0].train()._drop_path(branch, layout) is branch
+    assert blocks[2].eval()._drop_path(branch, [layout]) is branch
+    assert blocks[0].train()._drop_path(branch, [layout]) is branch
 
 
 INDUCTOR = pytest.param(
@@ -467,7 +468,7 @@ def test_shallow_block_is_the_formula():
     block = randomize(Block(SMALL.model_copy(update={"moe_layers": []}), 0, None).double())
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     mask = key_mask()  # two image tokens, three words
-    out, moe = block(join(x[:, :2], x[:, 2:], mask[:, :2], mask[:, 2:]))
+    out, moe = block(PackedViews.of([join(x[:, :2], x[:, 2:], mask[:, :2], mask[:, 2:])]))
     h = x + block.gamma_1 * self_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), key_mask(), 4)
     image = ffn_by_hand(layer_norm_by_hand(h[:, :2], block.ffn.norm_image), block.ffn.image)
     text = ffn_by_hand(layer_norm_by_hand(h[:, 2:], block.ffn.norm_text), block.ffn.text)

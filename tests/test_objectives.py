@@ -9,11 +9,18 @@ from eve_ds.config import ConfigError, load_config
 from eve_ds.data.collate import Collator
 from eve_ds.data.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.evaluation import evaluate_scenes, samples_of, trains_on_scenes, unmask_text
-from eve_ds.losses import Counts, contrastive_loss, matching_loss, pretraining_losses, total_loss
+from eve_ds.evaluation import evaluate_scenes, samples_of, trains_on_scenes
+from eve_ds.losses import (
+    Counts,
+    contrastive_loss,
+    matching_loss,
+    pretraining_losses,
+    total_loss,
+    view_router_losses,
+)
 from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.matching import MatchingOutput, Pairs, draw_hard_negatives
-from eve_ds.model.moe import MoEOutput, RouterStatistics, merge_outputs
+from eve_ds.model.moe import MoEOutput, RouterStatistics, sum_statistics
 
 PAIRS, WIDTH = 5, 7
 SMALL = [
@@ -28,8 +35,11 @@ SMALL = [
 ]
 
 
-def config_of(objective, *overrides):
-    return load_config("eve_tiny", [*SMALL, f"model.objective={objective}", *overrides])
+ITC_ITM, WITH_WORDS = ["itc", "itm"], ["mlm", "itc", "itm"]
+
+
+def config_of(objectives, *overrides):
+    return load_config("eve_tiny", [*SMALL, f"model.objectives={objectives}", *overrides])
 
 
 def batch_of(config, count=4):
@@ -77,7 +87,7 @@ def matching_by_loops(matching):
 )
 def test_losses_and_gradients_equal_loops(loss, by_loops):
     matching, leaves = matching_of(torch.Generator().manual_seed(0))
-    found, expected = loss(matching), by_loops(matching)
+    found, expected = loss(matching.logits if loss is matching_loss else matching), by_loops(matching)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     grads = [torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True) for value in (found, expected)]
     assert any(gradient is not None for gradient in grads[0])
@@ -88,22 +98,19 @@ def test_losses_and_gradients_equal_loops(loss, by_loops):
 
 
 def test_terms_and_weights():
-    config = config_of("itc_itm_mlm", "loss.itc_weight=0.5", "loss.itm_weight=2.0")
+    config = config_of(WITH_WORDS, "loss.itc_weight=0.5", "loss.itm_weight=2.0")
     torch.manual_seed(0)
     model, batch = EVE(config.model).train(), batch_of(config)
     output = model(**batch.model_inputs())
     terms = pretraining_losses(
         output,
-        pixel_values=batch.pixel_values,
-        image_mask=None,
-        masked_patch_ids=None,
-        token_labels=batch.token_labels,
+        **batch.targets(),
         patch_size=8,
         counts=Counts(0, len(batch.token_labels), 100),
     )
-    assert set(terms) == {"text", "itc", "itm", "load_balancing", "router_z"}
+    assert set(terms) == {"mlm", "itc", "itm", "load_balancing", "router_z"}
     assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
-    weighed = 4.0 * terms["text"] + 0.5 * terms["itc"] + 2.0 * terms["itm"] + 0.001 * terms["load_balancing"]
+    weighed = 4.0 * terms["mlm"] + 0.5 * terms["itc"] + 2.0 * terms["itm"] + 0.001 * terms["load_balancing"]
     torch.testing.assert_close(total_loss(terms, config.loss), weighed)
     total_loss(terms, config.loss).backward()
     idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
@@ -141,9 +148,9 @@ def test_the_joint_batch_holds_pairs_then_texts_with_other_images_then_images_wi
     assert joint.image_mask.all()
 
 
-@pytest.mark.parametrize("objective", ["itc_itm", "itc_itm_mlm"])
-def test_output_is_that_of_the_passes_one_by_one(objective):
-    config = config_of(objective)
+@pytest.mark.parametrize("objectives", [ITC_ITM, WITH_WORDS], ids="+".join)
+def test_output_is_that_of_the_passes_one_by_one(objectives):
+    config = config_of(objectives, "masking.language_view_patch_share=1")
     torch.manual_seed(0)
     model, batch = EVE(config.model).eval(), batch_of(config)
     heads, backbone = model.matching, model.backbone
@@ -164,7 +171,7 @@ def test_output_is_that_of_the_passes_one_by_one(objective):
         encoded = backbone(pictures, ids, masks)
         logits = heads.classifier(encoded.stream.padded()[:, encoded.num_image_tokens])
         torch.testing.assert_close(output.matching.logits[4 * part : 4 * part + 4], logits)
-    if objective == "itc_itm":
+    if objectives == ITC_ITM:
         assert output.token_hidden is None
         return
     encoded = backbone(pixels, batch.masked_input_ids, mask)
@@ -173,7 +180,7 @@ def test_output_is_that_of_the_passes_one_by_one(objective):
 
 
 def test_a_single_pair_and_a_single_modality_are_refused():
-    config = config_of("itc_itm")
+    config = config_of(ITC_ITM)
     model = EVE(config.model)
     with pytest.raises(ValueError, match="at least two pairs"):
         model(**batch_of(config, count=1).model_inputs())
@@ -181,49 +188,44 @@ def test_a_single_pair_and_a_single_modality_are_refused():
         model(input_ids=torch.ones(2, 3, dtype=torch.int64))
 
 
-def test_each_objective_has_its_heads_and_no_others():
-    shapes = {objective: model_shapes(config_of(objective).model) for objective in ("msm", "itc_itm", "itc_itm_mlm")}
-    parts = {objective: {name.split(".")[0] for name in found} for objective, found in shapes.items()}
-    assert parts["msm"] == {"backbone", "pixel_decoder", "text_head"}
-    assert parts["itc_itm"] == {"backbone", "matching"}
-    assert parts["itc_itm_mlm"] == {"backbone", "matching", "text_head"}
-    heads = {name: tuple(shape) for name, shape in shapes["itc_itm"].items() if name.startswith("matching.")}
-    assert heads == {
+def test_each_set_has_its_heads_and_no_others():
+    shapes = {
+        "+".join(names): model_shapes(config_of(names).model)
+        for names in (["joint"], ["mim"], ["mlm"], ["mim", "mlm"], ITC_ITM, WITH_WORDS, ["mim", "itc"])
+    }
+    parts = {names: {name.split(".")[0] for name in found} - {"backbone"} for names, found in shapes.items()}
+    assert parts == {
+        "joint": {"pixel_decoder", "text_head"},
+        "mim": {"pixel_decoder"},
+        "mlm": {"text_head"},
+        "mim+mlm": {"pixel_decoder", "text_head"},
+        "itc+itm": {"matching"},
+        "mlm+itc+itm": {"matching", "text_head"},
+        "mim+itc": {"matching", "pixel_decoder"},
+    }
+    heads = {name: tuple(shape) for name, shape in shapes["itc+itm"].items() if name.startswith("matching.")}
+    projections = {
         "matching.image_projection.weight": (16, 16),
         "matching.text_projection.weight": (16, 16),
         "matching.log_temperature": (1,),
-        "matching.classifier.weight": (2, 16),
-        "matching.classifier.bias": (2,),
     }
+    assert heads == projections | {"matching.classifier.weight": (2, 16), "matching.classifier.bias": (2,)}
+    assert {name for name in shapes["mim+itc"] if name.startswith("matching.")} == projections.keys()
 
 
-def test_a_backbone_is_drawn_alike_for_every_objective():
+def test_a_backbone_is_drawn_alike_for_every_set():
     states = []
-    for objective in ("msm", "itc_itm_mlm"):
+    for names in (["joint"], ["mim", "mlm"], WITH_WORDS):
         torch.manual_seed(0)
-        states.append(EVE(config_of(objective).model).backbone.state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_batches_of_each_objective():
-    whole = unmask_text(batch_of(config_of("msm", "masking.text_to_image_share=0"))).input_ids
-    plain, words = batch_of(config_of("itc_itm")), batch_of(config_of("itc_itm_mlm", "masking.text_mask_ratio=0.15"))
-    for batch in (plain, words):
-        assert torch.equal(batch.input_ids, whole)
-        assert batch.visible_patch_ids is batch.masked_patch_ids is batch.visible_patch_mask is None
-    assert plain.masked_input_ids is plain.masked_token_ids is plain.token_labels is None
-    again = batch_of(config_of("itc_itm_mlm", "masking.text_mask_ratio=0.15"))
-    assert torch.equal(again.masked_input_ids, words.masked_input_ids), "a function of seed, epoch and key"
-    restored = words.masked_input_ids.flatten().scatter(0, words.masked_token_ids, words.token_labels)
-    assert torch.equal(restored.view_as(whole), whole)
-    mask_id = load_tokenizer("scenes").mask_token_id
-    assert (words.masked_input_ids.flatten()[words.masked_token_ids] == mask_id).all()
+        states.append(EVE(config_of(names).model).backbone.state_dict())
+    for other in states[1:]:
+        assert all(torch.equal(states[0][name], other[name]) for name in states[0])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.15, 0.15), (0.5, 0.5), (0.15, 0.5)])
 def test_ratio_of_masked_words(low, high):
     ratios = [f"masking.text_mask_ratio={low}", f"masking.max_text_mask_ratio={high}"]
-    batch = batch_of(config_of("itc_itm_mlm", *ratios), count=64)
+    batch = batch_of(config_of(WITH_WORDS, *ratios), count=64)
     maskable = batch.attention_mask.sum(dim=1) - 2
     rows = batch.masked_token_ids // batch.input_ids.shape[1]
     chosen = torch.bincount(rows, minlength=64)
@@ -231,39 +233,37 @@ def test_ratio_of_masked_words(low, high):
     assert (chosen <= high * maskable + 0.5).all()
 
 
-def test_only_pairs_can_be_compared():
-    problem = r"model.objective \('itc_itm'\) needs pairs: data.sources\[1\].modalities is 'text'"
-    with pytest.raises(ConfigError, match=problem):
-        config_of("itc_itm", "data.sources=[{kind: scenes}, {kind: scenes, modalities: text}]")
-
-
-def test_merged_outputs_of_several_passes_add_up():
+def test_views_are_balanced_each_for_itself_and_their_statistics_add_up():
     def made(balance, z_sum, tokens):
         statistics = RouterStatistics(
             torch.full((2, 4), tokens), torch.zeros(2), torch.full((2,), tokens), torch.tensor(tokens)
         )
         return MoEOutput(torch.zeros(3), torch.tensor(balance), torch.tensor(z_sum), statistics)
 
-    merged = merge_outputs((made(1.0, 10.0, 2.0), made(2.0, 1.0, 2.0)), (made(3.0, 20.0, 5.0), made(4.0, 3.0, 5.0)))
-    assert [float(layer.load_balancing_loss) for layer in merged] == [2.0, 3.0]
-    assert [float(layer.router_z_sum) for layer in merged] == [30.0, 4.0]
-    assert merged[0].statistics.routes.tolist() == [[7.0] * 4] * 2
-    assert merged[1].statistics.entropy_sum == 7.0
+    views = {"mim": (made(1.0, 10.0, 2.0), made(2.0, 1.0, 2.0)), "mlm": (made(3.0, 20.0, 5.0), made(4.0, 3.0, 5.0))}
+    terms = view_router_losses(views, tokens=10)
+    assert float(terms["load_balancing"]) == pytest.approx((1.5 + 3.5) / 2)
+    assert float(terms["router_z"]) == pytest.approx((5.5 + 11.5) / 10)
+    total = sum_statistics([layers[0].statistics for layers in views.values()])
+    assert total.routes.tolist() == [[7.0] * 4] * 2
+    assert total.entropy_sum == 7.0
+    assert view_router_losses({"mim": ()}, tokens=10) == {}
 
 
 def test_scenes_are_not_asked_of_a_model_without_a_decoder():
-    config = config_of("itc_itm")
-    assert trains_on_scenes(config_of("msm"))
+    config = config_of(ITC_ITM)
+    assert trains_on_scenes(config_of(["joint"]))
+    assert trains_on_scenes(config_of(WITH_WORDS))
     assert not trains_on_scenes(config)
-    with pytest.raises(ConfigError, match=r"model.objective \('itc_itm'\) must be 'msm'"):
+    with pytest.raises(ConfigError, match=r"model.objectives \(itc, itm\) must hold mim, mlm or joint"):
         evaluate_scenes(EVE(config.model), config, load_tokenizer("scenes"))
 
 
-@pytest.mark.parametrize("objective", ["itc_itm", "itc_itm_mlm"])
-def test_the_transformers_model_has_the_same_weights_and_encodes_the_same(objective):
+@pytest.mark.parametrize("objectives", [ITC_ITM, WITH_WORDS], ids="+".join)
+def test_the_transformers_model_has_the_same_weights_and_encodes_the_same(objectives):
     from eve_ds.export.hf import EveConfig, EveModel
 
-    config = config_of(objective)
+    config = config_of(objectives)
     torch.manual_seed(0)
     model, batch = EVE(config.model).eval(), batch_of(config)
     other = EveModel(EveConfig(**config.model.model_dump(mode="json"))).eval()

@@ -28,7 +28,7 @@ from eve_ds.model.eve import EVE
 from eve_ds.model.stream import IMAGE, TEXT
 from eve_ds.report.curves import running_mean
 from eve_ds.report.experts import expert_use, shares
-from eve_ds.report.reconstruction import MASKED_GREY, reconstruct, unpatchify
+from eve_ds.report.reconstruction import MASKED_GREY, note_on, reconstruct, unpatchify
 from eve_ds.report.records import ReportError, column, read_records, throughput
 from eve_ds.report.run_report import Exported, write_report
 from eve_ds.report.tables import Table, evaluation_tables, loss_table, percent_lower, seeds_table
@@ -36,6 +36,8 @@ from eve_ds.report.tables import Table, evaluation_tables, loss_table, percent_l
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATION = {
     **{name: {"right": 0.75, "wrong": 0.25} for name in ("colour", "shape", "size", "position")},
+    "hidden_words": {"right": 0.8, "wrong": 0.3},
+    "masked_image": {name: {"right": 0.65, "wrong": 0.25} for name in ("colour", "shape", "size", "position")},
     "pixel_loss": {"right": 0.18, "wrong": 0.2},
     "binding": {
         name: {"target": 0.5, "distractor": 0.25}
@@ -146,10 +148,12 @@ class Oracle(nn.Module):
         self.pixels = (hidden - mean) / std
         said = batch.token_labels if answer is None else torch.full_like(batch.token_labels, answer)
         self.logits = nn.functional.one_hot(said, 256).float()
+        self.shown = []
 
-    def forward(self, **_):
+    def predict(self, **shown):
+        self.shown.append(shown)
         return SimpleNamespace(
-            pixel_predictions=self.pixels, token_hidden=self.logits, token_logits=lambda: self.logits, moe=()
+            pixel_predictions=self.pixels, token_hidden=self.logits, token_logits=lambda: self.logits, moe={}
         )
 
 
@@ -160,7 +164,7 @@ def test_unpatchify_is_the_inverse_of_patchify():
 
 def test_a_perfect_model_gives_the_original_back(parts):
     scenes, batch = scene_batch(parts)
-    examples = reconstruct(Oracle(batch), batch, parts[1], patch_size=8)
+    examples = reconstruct(Oracle(batch), batch, parts[1], parts[0].model)
     for scene, example, hidden in zip(scenes, examples, batch.masked_patch_ids, strict=True):
         original = torch.from_numpy(scene.image) / 255
         torch.testing.assert_close(example.original, original, atol=1e-5, rtol=0)
@@ -171,19 +175,47 @@ def test_a_perfect_model_gives_the_original_back(parts):
         torch.testing.assert_close(example.masked[grey], torch.full((48 * 64, 3), MASKED_GREY), atol=1e-5, rtol=0)
 
 
+def test_patches_and_words_are_predicted_in_the_views_of_the_training(parts):
+    _, batch = scene_batch(parts)
+    model, config = Oracle(batch), parts[0].model
+    reconstruct(model, batch, parts[1], config)
+    pixels, words = model.shown
+    assert pixels["input_ids"] is batch.input_ids
+    assert pixels["visible_patch_ids"] is batch.visible_patch_ids
+    assert words["input_ids"] is batch.masked_input_ids
+    assert words["visible_patch_ids"] is None
+    assert "beside the whole caption" in note_on(config)
+    model.shown.clear()
+    joint = config.model_copy(update={"objectives": ["joint"], "pixel_target": "raw"})
+    reconstruct(model, batch, parts[1], joint)
+    for shown in model.shown:
+        assert shown["input_ids"] is batch.masked_input_ids
+        assert shown["visible_patch_ids"] is batch.visible_patch_ids
+    assert note_on(joint).endswith("both were predicted at once from what was left.")
+
+
+def test_raw_pixels_are_shown_as_they_are_predicted(parts):
+    scenes, batch = scene_batch(parts)
+    model, raw = Oracle(batch), parts[0].model.model_copy(update={"pixel_target": "raw"})
+    patches = ops.patchify(batch.pixel_values, 8)
+    model.pixels = patches.gather(1, batch.masked_patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    for scene, example in zip(scenes, reconstruct(model, batch, parts[1], raw), strict=True):
+        torch.testing.assert_close(example.reconstructed, torch.from_numpy(scene.image) / 255, atol=1e-5, rtol=0)
+
+
 def test_a_hidden_patch_that_nobody_predicts_is_not_passed_off_as_seen(parts):
     _, batch = scene_batch(parts)
     part = replace(batch, masked_patch_ids=batch.masked_patch_ids[:, ::2])
     with pytest.raises(ValueError, match=r"patches to predict \(24\) must be all hidden ones \(48\)"):
-        reconstruct(Oracle(batch), part, parts[1], patch_size=8)
+        reconstruct(Oracle(batch), part, parts[1], parts[0].model)
 
 
 def test_words_are_those_of_the_caption_with_what_was_put_in_their_place(parts):
     scenes, batch = scene_batch(parts)
     tokenizer = parts[1]
     wrong = tokenizer.convert_tokens_to_ids("ring")
-    right = reconstruct(Oracle(batch), batch, tokenizer, patch_size=8)
-    mistaken = reconstruct(Oracle(batch, wrong), batch, tokenizer, patch_size=8)
+    right = reconstruct(Oracle(batch), batch, tokenizer, parts[0].model)
+    mistaken = reconstruct(Oracle(batch, wrong), batch, tokenizer, parts[0].model)
     for scene, good, bad in zip(scenes, right, mistaken, strict=True):
         assert [word.text for word in good.words] == scene.caption.split()
         assert [word.text for word in bad.words] == scene.caption.split()
@@ -196,10 +228,10 @@ def test_words_are_those_of_the_caption_with_what_was_put_in_their_place(parts):
 
 def test_samples_without_a_caption_or_an_image(parts):
     scenes, batch = scene_batch(parts, caption=None)
-    examples = reconstruct(Oracle(batch), batch, parts[1], patch_size=8)
+    examples = reconstruct(Oracle(batch), batch, parts[1], parts[0].model)
     assert [len(example.words) for example in examples] == [len(scenes[0].caption.split()), 0, 5 + 1]
     scenes, batch = scene_batch(parts, image=None)
-    examples = reconstruct(Oracle(batch), batch, parts[1], patch_size=8)
+    examples = reconstruct(Oracle(batch), batch, parts[1], parts[0].model)
     assert [" ".join(word.text for word in example.words) for example in examples] == [
         scenes[0].caption,
         scenes[2].caption,
@@ -218,8 +250,8 @@ def test_expert_use_adds_up_batches(parts):
     for single, double in zip(once, twice, strict=True):
         assert torch.equal(double.routes, 2 * single.routes)
         assert double.entropy_sum == pytest.approx(2 * float(single.entropy_sum))
-        assert single.tokens[IMAGE] == 5 * (1 + 16)
-        assert single.tokens[TEXT] == batch.attention_mask.sum()
+        assert single.tokens[IMAGE] == 5 * (1 + 16) + 5 * (1 + 64)  # of the image view and of the language view
+        assert single.tokens[TEXT] == 2 * batch.attention_mask.sum()
         torch.testing.assert_close(shares(single).sum(dim=1), torch.ones(2))
     with pytest.raises(ValueError, match="at least one batch"):
         expert_use(model, [])
@@ -234,12 +266,22 @@ def test_markdown_of_a_table():
 
 
 def test_tables_of_an_evaluation():
-    words, pixels, binding = evaluation_tables(EVALUATION)
+    words, masked, pixels, binding = evaluation_tables(EVALUATION)
+    assert words.title == "Masked words predicted right beside the whole image"
     assert words.rows[0] == ("colour", "0.750", "0.250", "+0.500")
+    assert words.rows[-1] == ("all words of hidden captions", "0.800", "0.300", "+0.500")
+    assert masked.title == "Masked words predicted right beside a masked image"
+    assert masked.rows[0] == ("colour", "0.650", "0.250", "+0.400")
+    assert len(masked.rows) == 4
     assert pixels.rows == [("squared error", "0.1800", "0.2000", "10.0 %")]
     assert binding.rows[0] == ("position -> colour", "0.500", "0.250", "+0.250")
     hard = {name: value for name, value in EVALUATION.items() if name != "binding"}
-    assert len(evaluation_tables(hard)) == 2
+    assert len(evaluation_tables(hard)) == 3
+    earlier = {name: value for name, value in EVALUATION.items() if name not in ("masked_image", "hidden_words")}
+    words, _, _ = evaluation_tables(earlier)
+    assert words.title == "Masked words predicted right beside a masked image"
+    assert len(words.rows) == 4
+    assert [table.title for table in evaluation_tables({"pixel_loss": EVALUATION["pixel_loss"]})] == [pixels.title]
     assert percent_lower({"right": 0.22, "wrong": 0.2}) == "-10.0 %"
 
 
@@ -249,9 +291,10 @@ def test_one_column_for_each_seed():
         {"seed": seed, **EVALUATION, **costs, "export_max_abs_diff": diff} for seed, diff in ((0, 1e-7), (4, None))
     ]
     table = seeds_table(entries)
-    rows = {row[0].strip(): row[1:] for row in table.rows}
+    rows = {row[0].strip(): row[1:] for row in reversed(table.rows)}  # of two rows of one name the first
     assert table.columns == ("", "seed 0", "seed 4")
     assert rows["colour"] == ("0.750 / 0.250",) * 2
+    assert [row[1] for row in table.rows if row[0].strip() == "colour"] == ["0.750 / 0.250", "0.650 / 0.250"]
     assert rows["lower by"] == ("10.0 %",) * 2
     assert rows["position -> colour"] == ("0.500 / 0.250",) * 2
     assert rows["peak memory of a rank"] == ("1,024 MiB",) * 2
@@ -260,9 +303,9 @@ def test_one_column_for_each_seed():
 
 
 def test_losses_that_a_run_has_not_are_left_out():
-    table = loss_table([record("train", 10, loss=3.0, text=2.0), record("train", 20, loss=1.0, text=0.5)])
+    table = loss_table([record("train", 10, loss=3.0, mlm=2.0), record("train", 20, loss=1.0, mlm=0.5)])
     assert table.columns == ("term", "steps to 10", "steps 11 to 20", "change")
-    assert table.rows == [("loss", "3.0000", "1.0000", "-2.0000"), ("text", "2.0000", "0.5000", "-1.5000")]
+    assert table.rows == [("loss", "3.0000", "1.0000", "-2.0000"), ("mlm", "2.0000", "0.5000", "-1.5000")]
 
 
 # --------------------------------------------------------------------------------------------------- whole reports
@@ -275,8 +318,8 @@ def write_run(folder, config, steps=30):
     for step in range(10, steps + 1, 10):
         writer.write(
             "train",
-            **{"step": step, "seconds": step / 2, "samples": 8 * step, "loss": 9 / step, "pixel": 1 / step},
-            **{"text": 8 / step, "load_balancing": 1.0, "lr": 1e-3, "peak_memory_bytes": 2**20},
+            **{"step": step, "seconds": step / 2, "samples": 8 * step, "loss": 9 / step, "mim": 1 / step},
+            **{"mlm": 8 / step, "load_balancing": 1.0, "lr": 1e-3, "peak_memory_bytes": 2**20},
             **({"skipped/unreadable image": 3} if step == steps else {}),
         )
         writer.write("eval", step=step, seconds=step / 2, samples=8 * step, **EVALUATION)
@@ -328,8 +371,13 @@ def test_report_of_a_run_on_shards_shows_its_own_data(tmp_path, parts):
     assert is_drawn(grid)
 
 
+def test_loss_terms_of_earlier_runs_have_their_names_of_today(tmp_path):
+    folder = write_records(tmp_path, [record("train", 10, loss=3.0, pixel=1.0, text=2.0)])
+    assert read_records(folder)[0] == record("train", 10, loss=3.0, mim=1.0, mlm=2.0)
+
+
 def test_curves_pass_over_what_was_not_finite(tmp_path):
-    records = [record("train", step, loss=1.0, pixel=math.nan if step == 2 else 0.5, lr=1.0) for step in range(1, 60)]
+    records = [record("train", step, loss=1.0, mim=math.nan if step == 2 else 0.5, lr=1.0) for step in range(1, 60)]
     for item in records:
         item |= {"peak_memory_bytes": 1}
     written = write_report(write_records(tmp_path / "run", records), tmp_path / "report")

@@ -59,7 +59,7 @@ def likelihood(eve, pixels, ids, hidden, encoder):
 
 
 def test_features_multiply_to_the_likelihood_of_every_caption(pretrained, task_tree, encoder):
-    folder = pretrained("msm")
+    folder = pretrained("mim+mlm")
     eve, _, _ = load(folder)
     template = Template.of(CAPTIONS, encoder, most=4)
     assert len(template.lengths) == 4
@@ -77,7 +77,7 @@ def test_features_multiply_to_the_likelihood_of_every_caption(pretrained, task_t
 def test_a_caption_of_another_length_is_read_off_the_next_longer_one_and_a_longest_is_cut(
     pretrained, task_tree, encoder
 ):
-    folder = pretrained("msm")
+    folder = pretrained("mim+mlm")
     eve, _, _ = load(folder)
     template = Template((4, 6), encoder.cls_id, encoder.sep_id, encoder.mask_id)
     _, model = of_words(folder, task_tree, template)
@@ -97,7 +97,7 @@ def test_a_caption_of_another_length_is_read_off_the_next_longer_one_and_a_longe
 
 
 def test_pairs_are_scored_by_each_word_beside_every_other_one(pretrained, task_tree, encoder):
-    folder = pretrained("msm")
+    folder = pretrained("mim+mlm")
     eve, _, _ = load(folder)
     _, model = of_words(folder, task_tree, Template.of(CAPTIONS, encoder, most=1))
     pixels = torch.randn(len(CAPTIONS), 3, 64, 64)
@@ -111,7 +111,7 @@ def test_pairs_are_scored_by_each_word_beside_every_other_one(pretrained, task_t
 
 
 def test_contrast_of_words_reaches_every_weight_of_the_head(pretrained, task_tree, encoder):
-    task, model = of_words(pretrained("msm"), task_tree, Template.of(CAPTIONS, encoder, most=1))
+    task, model = of_words(pretrained("mim+mlm"), task_tree, Template.of(CAPTIONS, encoder, most=1))
     examples = [Example(str(i), (), caption, caption) for i, caption in enumerate(CAPTIONS)]
     batch = TaskBatch(examples, torch.randn(4, 1, 3, 64, 64), *encoded(CAPTIONS), task.targets(examples))
     output = model.train()(**batch.model_inputs())
@@ -137,7 +137,7 @@ def test_lengths_of_a_template_are_spread_and_hold_the_longest(encoder):
 
 def test_the_template_is_saved_with_the_model(pretrained, task_tree, tmp_path):
     tree = task_tree("retrieval", **WORDS)
-    config = parse_config(tree | {"train": {"init": str(pretrained("msm"))}})
+    config = parse_config(tree | {"train": {"init": str(pretrained("mim+mlm"))}})
     task = Retrieval.from_examples(config, [Example(str(i), (), caption) for i, caption in enumerate(CAPTIONS)])
     model = task.model()
     prepare_weights(model, config, task)
@@ -154,7 +154,7 @@ def test_the_template_is_saved_with_the_model(pretrained, task_tree, tmp_path):
 
 def test_a_person_gets_captions_by_their_likelihood(pretrained, task_tree, encoder, tmp_path):
     template = Template.of(CAPTIONS, encoder, most=1)
-    task, model = of_words(pretrained("msm"), task_tree, template)
+    task, model = of_words(pretrained("mim+mlm"), task_tree, template)
     Image.new("RGB", (64, 64), (225, 45, 45)).save(tmp_path / "image.png")
     found = rank(TaskModel(task, model, task.config, load_tokenizer("scenes"), ""), tmp_path / "image.png", CAPTIONS)
     similarity = [item.similarity for item in found]
@@ -174,7 +174,7 @@ def test_words_have_no_matching_loss(task_tree):
 
 
 def test_zero_shot_by_words_ranks_by_likelihood_over_that_of_other_images(pretrained, encoder, tmp_path):
-    folder = pretrained("msm")
+    folder = pretrained("mim+mlm")
     eve, _, _ = load(folder)
     (task, model, config, tokenizer, _), examples = load_zero_shot(folder, limit=6, rerank=3)
     examples = list(examples)
@@ -196,7 +196,7 @@ def test_zero_shot_by_words_ranks_by_likelihood_over_that_of_other_images(pretra
 
 
 def test_zero_shot_by_class_tokens_has_the_features_of_pre_training(pretrained):
-    folder = pretrained("itc_itm")
+    folder = pretrained("itc+itm")
     eve, _, _ = load(folder)
     (task, model, *_), _ = load_zero_shot(folder, limit=4, rerank=2)
     assert task.template is None
@@ -210,13 +210,13 @@ def test_zero_shot_by_class_tokens_has_the_features_of_pre_training(pretrained):
 
 
 def test_features_that_the_objective_does_not_teach_are_refused(pretrained, task_tree, tmp_path):
-    with pytest.raises(ConfigError, match="--features class_token: pre-training by msm does not teach it; use words"):
-        load_zero_shot(pretrained("msm"), features="class_token")
+    with pytest.raises(ConfigError, match="--features class_token: pre-training by mim, mlm does not teach it; use words"):
+        load_zero_shot(pretrained("mim+mlm"), features="class_token")
     with pytest.raises(
-        ConfigError, match="--features words: pre-training by itc_itm does not teach it; use class_token"
+        ConfigError, match="--features words: pre-training by itc, itm does not teach it; use class_token"
     ):
-        load_zero_shot(pretrained("itc_itm"), features="words")
-    (task, *_), _ = load_zero_shot(pretrained("itc_itm_mlm"), features="words", limit=4)
+        load_zero_shot(pretrained("itc+itm"), features="words")
+    (task, *_), _ = load_zero_shot(pretrained("mlm+itc+itm"), features="words", limit=4)
     assert task.template is not None
     task = Retrieval(parse_config(task_tree("retrieval")))
     weights = {name: torch.zeros_like(weight) for name, weight in task.model().state_dict().items()}
@@ -226,7 +226,7 @@ def test_features_that_the_objective_does_not_teach_are_refused(pretrained, task
 
 
 def test_fine_tuning_takes_the_heads_that_pre_training_has(pretrained, task_tree, tmp_path):
-    folder = pretrained("itc_itm")
+    folder = pretrained("itc+itm")
     config = parse_config(task_tree("retrieval") | {"train": {"init": str(folder)}})
     task = Retrieval(config)
     model = task.model()
@@ -236,7 +236,7 @@ def test_fine_tuning_takes_the_heads_that_pre_training_has(pretrained, task_tree
     assert torch.equal(model.head.text_projection.weight, eve.matching.text_projection.weight)
     assert torch.equal(model.head.matching.bias, eve.matching.classifier.bias)
     assert torch.equal(model.head.log_temperature, eve.matching.log_temperature)
-    assert start_head_weights(pretrained("msm"), task.pretrained_names()) == {}
+    assert start_head_weights(pretrained("mim+mlm"), task.pretrained_names()) == {}
     save_task_model(tmp_path / "tuned", task, config, load_tokenizer("scenes"), model.state_dict(), {})
     again = start_head_weights(tmp_path / "tuned", task.pretrained_names())
     assert again.keys() == {name for name in model.state_dict() if name.startswith("head.")}

@@ -69,7 +69,7 @@ def compare(
 ) -> list[Measure]:
     """Run `ours` and all peers in turn for about `seconds` (at least three rounds), after one round to warm up."""
     sides = {"ours": ours, **peers}
-    peak = {name: _peak_megabytes(run) if memory else None for name, run in sides.items()}
+    peak = {name: peak_megabytes(run) if memory else None for name, run in sides.items()}
     times = interleave(sides, seconds)
     return [
         measured(measure, dtype, shape, name, times["ours"], times[name])._replace(
@@ -140,7 +140,7 @@ def _spread(values: list[float]) -> float:
     return (high - low) / middle
 
 
-def _peak_megabytes(run: Run) -> float | None:
+def peak_megabytes(run: Run) -> float | None:
     """Highest memory of a call above what was there before; the first call, for what is kept, is not counted."""
     run()
     gc.collect()

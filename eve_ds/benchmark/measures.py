@@ -24,6 +24,7 @@ from eve_ds.benchmark.harness import Absent, Measure, Run, compare
 from eve_ds.benchmark.peers import StockMoE, StockRouting, find, join_group_of_one, megatron_permutation
 from eve_ds.config import Config, ModelConfig, MoEConfig, load_config
 from eve_ds.data.importers.generated import GeneratedScenes
+from eve_ds.data.masking import num_chosen
 from eve_ds.data.pipeline import Loader, build_loader
 from eve_ds.data.shard_writer import WriterOptions, write_shards
 from eve_ds.data.tokenizer import load_tokenizer
@@ -299,7 +300,7 @@ class BothForms:
     def _batch(self, size: int) -> tuple[dict[str, Tensor], Tensor]:
         model = self.config.model
         masked = round(self.config.masking.patch_mask_ratio * model.num_patches)
-        predicted = max(round(self.config.masking.predicted_patch_share * masked), 1)
+        predicted = num_chosen(masked, self.config.masking.predicted_patch_share)
         order = torch.stack([torch.randperm(model.num_patches) for _ in range(size)])
         length = model.text_length
         positions = torch.arange(size).unsqueeze(1) * length + torch.arange(1, 1 + REAL_TOKENS // 2)
@@ -320,6 +321,7 @@ class BothForms:
         if stock:
             os.environ["EVE_DS_OPS"] = "reference"
         self.model.backbone.keep_padding = stock
+        self.model.pack_views = not stock  # DeepSpeed's layer takes the tokens of one view
         self._place(stock)
         output = self.model(**self.inputs)
         terms = pretraining_losses(

@@ -38,7 +38,7 @@ from eve_ds.checkpoint.files import (
     write_bytes,
     write_pieces,
 )
-from eve_ds.config import Config, ConfigError, parse_config
+from eve_ds.config import Config, ConfigError, parse_written_config
 from eve_ds.distributed import broadcast_object, get_logger, rank_zero
 
 PACKAGES = ("eve_ds", "torch", "deepspeed", "transformers")
@@ -317,7 +317,7 @@ def _problems_over_ranks(folder: Path) -> list[str]:
 
 
 def _check_model(folder: Path, config: Config) -> None:
-    if parse_config(manifest.read_json(folder / manifest.CONFIG), str(folder)).model != config.model:
+    if parse_written_config(manifest.read_json(folder / manifest.CONFIG), str(folder)).model != config.model:
         raise ConfigError(f"{folder} holds another model than this run's: name a checkpoint of this run")
 
 

@@ -45,25 +45,30 @@ class Batch:
     keys: list[str]
     """One per sample, as in the shard."""
     pixel_values: Tensor | None = None
-    """(B, 3, H, W) float32, normalised to mean = std = 0.5; zeros where `image_mask` is False. None: no source of the
+    """(B, 3, H, W) float32, normalized to mean = std = 0.5; zeros where `image_mask` is False. None: no source of the
     mixture has images."""
     image_mask: Tensor | None = None
     """(B,) bool, True = the sample has an image. None: every sample has one."""
-    visible_patch_ids: Tensor | None = None
-    """(B, N_visible) int64, ascending, row-major patch index without the class token."""
-    visible_patch_mask: Tensor | None = None
-    """(B, N_visible) bool, False = hidden from the encoder after all (text to image). None: all are visible."""
-    masked_patch_ids: Tensor | None = None
-    """(B, N_masked) int64, ascending."""
     input_ids: Tensor | None = None
-    """(B, L) int64, masked tokens already replaced unless there are `masked_input_ids`; L = longest caption of the
-    batch. None: no source has captions."""
+    """(B, L) int64 whole captions; L = longest caption of the batch. None: no source has captions."""
     attention_mask: Tensor | None = None
     """(B, L) bool, True = real token; all False for a sample without a caption."""
+    image_view_ids: Tensor | None = None
+    """(B_i,) int64, ascending: samples of the image view, which have an image. None: all samples."""
+    visible_patch_ids: Tensor | None = None
+    """(B_i, N_visible) int64, ascending, row-major patch index without the class token. None: no image view."""
+    visible_patch_mask: Tensor | None = None
+    """(B_i, N_visible) bool, False = hidden from the encoder after all (text to image). None: all are visible."""
+    masked_patch_ids: Tensor | None = None
+    """(B_i, N_masked) int64, ascending."""
+    image_view_text_mask: Tensor | None = None
+    """(B_i, L) bool, True = a token that the image view shows. None: it shows all real ones."""
+    language_patch_ids: Tensor | None = None
+    """(B, N) int64, ascending: patches that the language view shows. None: all."""
+    masked_input_ids: Tensor | None = None
+    """(B, L) int64 captions with masked tokens replaced. None: no language view."""
     masked_token_ids: Tensor | None = None
     """(M,) int64, ascending flat indices into B * L of the tokens to predict; M may be 0."""
-    masked_input_ids: Tensor | None = None
-    """(B, L) int64 with masked tokens replaced, where the objective needs `input_ids` whole too. None: it does not."""
     token_labels: Tensor | None = None
     """(M,) int64, the original tokens."""
 
@@ -84,6 +89,19 @@ class Batch:
         """Keyword arguments of `EVE.forward`: every tensor but the labels."""
         names = [field.name for field in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in names if name not in ("keys", "token_labels")}
+
+    def targets(self) -> dict[str, Tensor | None]:
+        """Keyword arguments of `pretraining_losses` that predictions are compared with."""
+        rows = self.image_view_ids
+        pixel_values, image_mask = (
+            tensor if tensor is None or rows is None else tensor[rows] for tensor in (self.pixel_values, self.image_mask)
+        )
+        return {
+            "pixel_values": pixel_values,
+            "image_mask": image_mask,
+            "masked_patch_ids": self.masked_patch_ids,
+            "token_labels": self.token_labels,
+        }
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

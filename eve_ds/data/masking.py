@@ -1,4 +1,4 @@
-"""Which patches and tokens of a sample are hidden: a function of (seed, epoch, sample key) and of nothing else.
+"""What a view shows of a sample and what it hides: a function of (seed, epoch, sample key, view) and of nothing else.
 
 A resumed run, another number of ranks and another order of samples therefore see the same masks.
 """
@@ -25,18 +25,42 @@ class _HashSeed(ISeedSequence):
         return np.frombuffer(self._digest, dtype=dtype, count=n_words)
 
 
-def sample_rng(seed: int, epoch: int, key: str) -> Generator:
-    """A generator that depends on (seed, epoch, key) alone.
+def sample_rng(seed: int, epoch: int, key: str, view: str = "") -> Generator:
+    """A generator that depends on (seed, epoch, key, view) alone.
 
-    The key is hashed (BLAKE2b, 256 bits), so neighbouring keys and epochs give unrelated streams.
+    The key is hashed (BLAKE2b, 256 bits) with the view's name, at most 16 bytes, as its personalization, so neighboring
+    keys and epochs, and the views of one sample, give unrelated streams.
     """
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode("utf-8", "surrogateescape"), digest_size=32).digest()
+    text = f"{seed}/{epoch}/{key}".encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(text, digest_size=32, person=view.encode()).digest()
     return Generator(PCG64(_HashSeed(digest)))  # type: ignore[arg-type]
 
 
 def num_masked_patches(num_patches: int, ratio: float) -> int:
-    """round(ratio * num_patches), and at least one patch on each side where there are two or more."""
+    """round(ratio * num_patches); none at 0, all at 1, and between them at least one patch on each side."""
+    if ratio in (0, 1):
+        return round(ratio) * num_patches
     return min(max(round(ratio * num_patches), 1), num_patches - 1)
+
+
+def num_chosen(count: int, share: float) -> int:
+    """round(share * count), and at least one of any."""
+    return max(round(share * count), min(count, 1))
+
+
+def choose_patches(num_patches: int, share: float, rng: Generator) -> NDArray[np.int64]:
+    """num_chosen(num_patches, share) patches at random, int64 and ascending."""
+    chosen = rng.permutation(num_patches)[: num_chosen(num_patches, share)]
+    chosen.sort()
+    return chosen
+
+
+def choose_words(num_tokens: int, share: float, rng: Generator) -> NDArray[np.bool_]:
+    """(num_tokens,) bool: [CLS], [SEP] and a share of the words between them, at random."""
+    kept = np.zeros(num_tokens, dtype=np.bool_)
+    kept[[0, -1]] = True
+    kept[1 + choose_patches(num_tokens - 2, share, rng)] = True
+    return kept
 
 
 def mask_patches(
@@ -45,14 +69,14 @@ def mask_patches(
     """Split the patches of one image at random.
 
     Returns:
-        visible (num_patches - M,) and predicted (round(predicted_share * M), at least 1), both int64 and ascending,
-        with M = round(ratio * num_patches) masked patches: the same numbers for every sample, so that they stack.
+        visible (num_patches - M,) and predicted (num_chosen(M, predicted_share),), both int64 and ascending, with
+        M = num_masked_patches(num_patches, ratio): the same numbers for every sample, so that they stack.
     """
+    num_masked = num_masked_patches(num_patches, ratio)
     order = rng.permutation(num_patches)
-    count = num_masked_patches(num_patches, ratio)
-    masked, visible = order[: max(round(predicted_share * count), 1)], order[count:]
-    masked.sort()
+    visible, masked = order[num_masked:], order[: num_chosen(num_masked, predicted_share)]
     visible.sort()
+    masked.sort()
     return visible, masked
 
 

@@ -96,13 +96,13 @@ class EveModelOutput(ModelOutput):
     text_embedding: Tensor | None = None
     """(B, D) state of [CLS]; None without text."""
     pixel_predictions: Tensor | None = None
-    """(B, N_masked, P * P * 3), per-patch-normalised."""
+    """(B, N_masked, P * P * 3), as `pixel_target` of the config says."""
     token_logits: Tensor | None = None
     """(M, V)."""
 
 
 class EveModel(PreTrainedModel):
-    """EVE with everything that it was pre-trained with: backbone, and the heads of its objective; others are None.
+    """EVE with everything that it was pre-trained with: backbone, and the heads of its objectives; others are None.
 
     A model made from a config is drawn as :class:`eve_ds.model.eve.EVE` is.
     """
@@ -137,7 +137,7 @@ class EveModel(PreTrainedModel):
     ) -> EveModelOutput:
         """Encode images (B, 3, H, W), text (B, L) int64, or pairs, and predict what is masked and there is a head for.
 
-        Arguments and errors are those of :meth:`eve_ds.model.eve.EVE.forward`; masks may be integers too.
+        Arguments and errors are those of :meth:`eve_ds.model.eve.EVE.predict`; masks may be integers too.
         """
         encoded = self.backbone(
             pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask

@@ -68,7 +68,8 @@ def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of :class:`eve_ds.model.eve.EVE` -> the backbone under the released names, prefix included.
 
     The inverse of :func:`from_official`: 510 tensors for EVE-Base, the two int64 position buffers among them. Pixel
-    decoder and text head have no place in a released file and are left out. Tensors are not copied.
+    decoder and text head have no place in a released file and are left out. Tensors are not copied. A router without
+    modality embedding gets zeros, which say the same.
 
     The released code routes differently from our default profile (see :mod:`eve_ds.model.moe`): its experts see the
     modality embedding, and capacity drops at evaluation. A model trained under `profile: official` computes the same
@@ -79,6 +80,10 @@ def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith(PREFIX):
             continue
         stem = name.removeprefix(PREFIX)
+        if stem.endswith("moe.router.weight") and name.replace("router.weight", "router.modality_embedding") not in state:
+            nothing = torch.zeros(tensor.shape[1], dtype=tensor.dtype, device=tensor.device)
+            layer = PREFIX + _layers(stem).removesuffix("moe.router.weight")
+            official[layer + _VISION], official[layer + _TEXT] = nothing, nothing.clone()
         if stem.endswith(_MODALITIES):
             layer = PREFIX + _layers(stem).removesuffix(_MODALITIES)
             official[layer + _VISION], official[layer + _TEXT] = tensor.unbind()

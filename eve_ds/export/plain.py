@@ -30,7 +30,7 @@ from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import CheckpointError, listed
 from eve_ds.checkpoint.manifest import CHECK_BATCH, CONFIG, TOKENIZER
 from eve_ds.checkpoint.weights import INDEX, WEIGHTS, checkpoint_reader, export_files, find_checkpoint
-from eve_ds.config import Config, ConfigError, ModelConfig, parse_config
+from eve_ds.config import Config, ConfigError, ModelConfig, parse_written_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export.provenance import ExportReport, OutputCheck, last_evaluation, model_card
 from eve_ds.model.eve import EVE, model_shapes
@@ -167,6 +167,7 @@ def load(folder: Path | str) -> tuple[EVE, Config, PreTrainedTokenizerFast]:
         raise ExportError(f"{folder} cannot be loaded: {error}") from None
     with torch.device("meta"):
         model = EVE(config.model)
+    model.pack_views = config.train.pack_views
     # Copied, since in the file they lie at any address, and products of matrices are rounded by how their operands are
     # aligned: the same weights should give the same outputs wherever they come from.
     model.load_state_dict({name: weight.float().clone() for name, weight in weights.items()}, assign=True)
@@ -206,6 +207,8 @@ def _check_outputs(folder: Path, checkpoint: Path, precision: str, dtype: torch.
     if not (checkpoint / CHECK_BATCH).is_file():
         return None
     inputs, recorded, device = _read_check_batch(checkpoint / CHECK_BATCH)
+    if not recorded:  # nothing was hidden in those samples
+        return None
     model, *_ = load(folder)
     with torch.no_grad():
         computed = model.to(_DTYPES[precision])(**inputs).tensors()
@@ -247,7 +250,7 @@ def _read_check_batch(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
 
 
 def _read_config(folder: Path) -> Config:
-    return parse_config(manifest.read_json(folder / CONFIG), str(folder / CONFIG))
+    return parse_written_config(manifest.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
 def _check_out(out: Path, config: Config) -> None:

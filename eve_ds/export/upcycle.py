@@ -146,7 +146,7 @@ def _rules(
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"backbone.blocks.{layer}.", f"encoder.layer.{layer}."
         rules |= _attention_rules(ours, theirs, about, config.hidden_size)
-        if layer in config.moe_layers:
+        if layer in config.expert_layers:
             rules |= _copied(f"{ours}norm2", f"{theirs}layernorm_after")
             for index in range(config.moe.num_experts):
                 rules |= _feed_forward_rules(f"{ours}moe.experts.{index}.", theirs, expert, f", noise {noise:g}")

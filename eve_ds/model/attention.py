@@ -20,11 +20,18 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(hidden_size))
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """(N, D) -> (N, D); tokens attend to the real tokens of their sample."""
+    def forward(self, x: Tensor, *layouts: Layout) -> Tensor:
+        """(N, D) -> (N, D); tokens attend to the real tokens of their sample.
+
+        The tokens of several layouts stand one after the other. They share the projections; each is padded for itself.
+        """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = layout.pad(F.linear(x, self.qkv.weight, bias)).chunk(3, dim=-1)
-        return self.proj(layout.pack(attend(q, k, v, self.num_heads, layout.mask)))
+        qkv = F.linear(x, self.qkv.weight, bias).split([layout.num_tokens for layout in layouts])
+        mixed = [
+            layout.pack(attend(*layout.pad(own).chunk(3, dim=-1), self.num_heads, layout.mask))
+            for own, layout in zip(qkv, layouts, strict=True)
+        ]
+        return self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
 
 
 class CrossAttention(nn.Module):

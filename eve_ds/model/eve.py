@@ -1,15 +1,15 @@
 """EVE (Chen et al., AAAI 2024): parts, block, backbone, and the pre-training model on top of it.
 
-Reading order: `EVE.forward` removes masked patches, embeds what is left, joins image and text into one stream, runs
-the blocks, and decodes pixels and words that were hidden. For the objectives that masked signal modelling is compared
-with, it runs the backbone over images, texts and pairs of both instead.
+Reading order: `EVE.forward` makes the views of a batch that its objectives need, such as a masked image beside a whole
+caption; `Backbone.encode` embeds each, joins its image and text tokens into one stream, packs the streams and runs the
+blocks over them; heads then predict from each view what is hidden in it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,13 +22,30 @@ from eve_ds.model.attention import SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.experts import StackedLinear
-from eve_ds.model.feed_forward import ModalityFeedForward
+from eve_ds.model.feed_forward import ModalityFeedForward, SharedFeedForward
 from eve_ds.model.matching import MatchingHeads, MatchingOutput, Pairs, draw_hard_negatives
-from eve_ds.model.moe import MoE, MoEOutput, merge_outputs, plain_named_tensors
-from eve_ds.model.stream import Layout, TokenStream, join
+from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
+from eve_ds.model.stream import Layout, PackedViews, TokenStream, join
 
 MoEFactory = Callable[[ModelConfig], nn.Module]
 """Makes the MoE of one layer; its forward has the signature of :meth:`eve_ds.model.moe.MoE.forward`."""
+
+
+class View(NamedTuple):
+    """What the encoder gets of B samples: images, texts, or both, whole or in part."""
+
+    pixel_values: Tensor | None = None
+    """(B, 3, H, W) normalized to mean = std = 0.5."""
+    input_ids: Tensor | None = None
+    """(B, L) int64."""
+    attention_mask: Tensor | None = None
+    """(B, L) bool, True = a token of the view; None = all are."""
+    image_mask: Tensor | None = None
+    """(B,) bool, False = no image token of this sample is in the view; None = all samples have an image."""
+    visible_patch_ids: Tensor | None = None
+    """(B, N_visible) int64 patches that are in the view; None = all."""
+    visible_patch_mask: Tensor | None = None
+    """(B, N_visible) bool, False = not this one after all; None = all of them."""
 
 
 class BackboneOutput(NamedTuple):
@@ -39,24 +56,24 @@ class BackboneOutput(NamedTuple):
     num_image_tokens: int
     """Positions of a sample that image tokens may take, class token included; 0 without images."""
     moe: tuple[MoEOutput, ...]
-    """One per MoE layer, shallow to deep; their `hidden_states` are internal."""
+    """One per MoE layer, shallow to deep, of this view; their `hidden_states` are internal."""
 
 
 class EVEOutput(NamedTuple):
     """Predictions of one pre-training forward."""
 
     pixel_predictions: Tensor | None
-    """(B, N_masked, P * P * 3), per-patch-normalised."""
+    """(B_i, N_masked, P * P * 3) of the B_i samples of the image view, as `pixel_target` of the config says."""
     token_hidden: Tensor | None
     """(M, D) states of the masked tokens; logits are `token_hidden @ vocabulary_weight.T + vocabulary_bias`."""
     vocabulary_weight: Tensor
     """(V, D), the word embedding."""
     vocabulary_bias: Tensor | None
-    """(V,); None where the objective has no words to predict."""
-    moe: tuple[MoEOutput, ...]
-    """One per MoE layer, shallow to deep, over all passes of the backbone."""
+    """(V,); None where the objectives have no words to predict."""
+    moe: dict[str, tuple[MoEOutput, ...]]
+    """View -> one per MoE layer, shallow to deep."""
     matching: MatchingOutput | None = None
-    """None for masked signal modelling."""
+    """None without the task `itc`."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Predictions by name, those that there are: by them two copies of a model can be told to be the same."""
@@ -67,7 +84,7 @@ class EVEOutput(NamedTuple):
             # Not the negatives, which are drawn.
             pairs = len(self.matching.image_features)
             named |= {"image_features": self.matching.image_features, "text_features": self.matching.text_features}
-            named["matching_logits"] = self.matching.logits[:pairs]
+            named["matching_logits"] = None if self.matching.logits is None else self.matching.logits[:pairs]
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def token_logits(self) -> Tensor:
@@ -88,30 +105,38 @@ class Block(nn.Module):
         self.attention = SelfAttention(width, config.num_attention_heads)
         self.gamma_1 = nn.Parameter(torch.full((width,), config.layer_scale_init))
         self.gamma_2 = nn.Parameter(torch.full((width,), config.layer_scale_init))
-        self.is_moe = layer in config.moe_layers
+        self.is_moe = layer in config.expert_layers
         if self.is_moe:
             self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.moe = moe_cls(config)
         else:
-            self.ffn = ModalityFeedForward(config)
+            is_shared = layer in config.moe_layers and config.deep_ffn == "shared"
+            self.ffn = SharedFeedForward(config) if is_shared else ModalityFeedForward(config)
 
-    def forward(self, stream: TokenStream) -> tuple[Tensor, MoEOutput | None]:
-        """Tokens (N, D) of a stream -> (N, D) and, in a deep layer, the MoE's output."""
-        layout = stream.layout
-        x = stream.hidden_states
-        x = x + self._drop_path(self.gamma_1 * self.attention(self.norm1(x), layout), layout)
+    def forward(self, views: PackedViews) -> tuple[Tensor, MoEOutput | None]:
+        """Tokens (N, D) of one or several views -> (N, D) and, in a deep layer, the MoE's output.
+
+        Of several views that output has a dimension of views.
+        """
+        layouts = views.layouts
+        x = views.hidden_states
+        x = x + self._drop_path(self.gamma_1 * self.attention(self.norm1(x), *layouts), layouts)
         if not self.is_moe:
-            return x + self._drop_path(self.gamma_2 * self.ffn(x, stream.by_modality), layout), None
-        moe: MoEOutput = self.moe(self.norm2(x), stream.modality_ids, layout.real)
-        return x + self._drop_path(self.gamma_2 * moe.hidden_states, layout), moe
+            return x + self._drop_path(self.gamma_2 * self.ffn(x, views.by_modality), layouts), None
+        tokens = (self.norm2(x), views.modality_ids, views.real)
+        moe: MoEOutput = self.moe(*tokens) if len(layouts) == 1 else self.moe(*tokens, views.view_sizes)
+        return x + self._drop_path(self.gamma_2 * moe.hidden_states, layouts), moe
 
-    def _drop_path(self, branch: Tensor, layout: Layout) -> Tensor:
-        """Drop a residual branch for whole samples (stochastic depth)."""
+    def _drop_path(self, branch: Tensor, layouts: Sequence[Layout]) -> Tensor:
+        """Drop a residual branch for whole samples of a view (stochastic depth)."""
         if not self.training or self.drop_path_rate == 0.0:
             return branch
         keep = 1.0 - self.drop_path_rate
-        kept = branch.new_empty(layout.mask.shape[0], 1).bernoulli_(keep) / keep
-        return branch * kept[layout.sample_ids()]
+        kept = [
+            (branch.new_empty(layout.mask.shape[0], 1).bernoulli_(keep) / keep)[layout.sample_ids()]
+            for layout in layouts
+        ]
+        return branch * torch.cat(kept)
 
 
 class Backbone(nn.Module):
@@ -137,42 +162,63 @@ class Backbone(nn.Module):
         visible_patch_ids: Tensor | None = None,
         visible_patch_mask: Tensor | None = None,
     ) -> BackboneOutput:
-        """Encode images (B, 3, H, W), text (B, L), or pairs; see :class:`eve_ds.model.eve.EVE` for the arguments."""
-        image = None if pixel_values is None else self.image_embedding(pixel_values, visible_patch_ids)
-        text = None if input_ids is None else self.text_embedding(input_ids)
-        image_token_mask = _image_token_mask(image_mask, visible_patch_mask)
-        stream = join(image, text, image_token_mask, attention_mask, self.keep_padding)
-        stream = stream._replace(hidden_states=self.pre_norm(stream.hidden_states))
-        moe_outputs = []
-        for block in self.blocks:
-            hidden_states, moe = self._run(block, stream)
-            stream = stream._replace(hidden_states=hidden_states)
-            if moe is not None:
-                moe_outputs.append(moe)
-        stream = stream._replace(hidden_states=self.norm(stream.hidden_states))
-        return BackboneOutput(stream, 0 if image is None else image.shape[1], tuple(moe_outputs))
+        """Encode one view: images (B, 3, H, W), text (B, L), or pairs; the arguments are the fields of :class:`View`."""
+        view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
+        return self.encode([view])[0]
 
-    def _run(self, block: nn.Module, stream: TokenStream) -> tuple[Tensor, MoEOutput | None]:
+    def encode(self, views: Sequence[View]) -> list[BackboneOutput]:
+        """Encode views in one pass: what a view gives does not depend on the others, only rounding does.
+
+        Matrix products run once over the tokens of all views; attention and the statistics of routers keep the views
+        apart, and where experts have a capacity each view has its own.
+        """
+        packed = PackedViews.of([self._embed(view) for view in views])
+        moe_outputs: list[list[MoEOutput]] = [[] for _ in views]
+        for block in self.blocks:
+            hidden_states, moe = self._run(block, packed)
+            packed = packed._replace(hidden_states=hidden_states)
+            if moe is not None:
+                for own, output in zip(moe_outputs, [moe] if len(views) == 1 else moe.by_view(), strict=True):
+                    own.append(output)
+        packed = packed._replace(hidden_states=self.norm(packed.hidden_states))
+        return [
+            BackboneOutput(stream, self._num_image_tokens(view), tuple(moe))
+            for stream, view, moe in zip(packed.split(), views, moe_outputs, strict=True)
+        ]
+
+    def _embed(self, view: View) -> TokenStream:
+        image = None if view.pixel_values is None else self.image_embedding(view.pixel_values, view.visible_patch_ids)
+        text = None if view.input_ids is None else self.text_embedding(view.input_ids)
+        image_token_mask = _image_token_mask(view.image_mask, view.visible_patch_mask)
+        stream = join(image, text, image_token_mask, view.attention_mask, self.keep_padding)
+        return stream._replace(hidden_states=self.pre_norm(stream.hidden_states))
+
+    def _num_image_tokens(self, view: View) -> int:
+        if view.pixel_values is None:
+            return 0
+        ids = view.visible_patch_ids
+        return len(self.image_embedding.position) if ids is None else 1 + ids.shape[1]
+
+    def _run(self, block: nn.Module, views: PackedViews) -> tuple[Tensor, MoEOutput | None]:
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, stream, use_reentrant=False)
-        return block(stream)
+            return checkpoint(block, views, use_reentrant=False)
+        return block(views)
 
 
 class EVE(nn.Module):
-    """The backbone, and the heads of `config.objective`; those of the others are None.
-
-    `msm`: masked signal modelling on image-text pairs, images alone, or text alone. `itc_itm`, `itc_itm_mlm`: pairs.
-    """
+    """The backbone, and the heads of `config.objectives`; those of other tasks are None."""
 
     def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
         super().__init__()
         self.config = config
+        self.pack_views = True
+        """Encode the views that do not wait for each other in one pass; False: in a pass each."""
         # Drawn before the modules are made, since what torch draws for those depends on how many experts are here.
         seed = int(torch.randint(2**62, (), device="cpu"))
         self.backbone = Backbone(config, moe_cls)
-        self.pixel_decoder = PixelDecoder(config) if config.objective == "msm" else None
-        self.text_head = TextHead(config) if config.objective != "itc_itm" else None
-        self.matching = MatchingHeads(config) if config.objective != "msm" else None
+        self.pixel_decoder = PixelDecoder(config) if config.predicts_pixels else None
+        self.text_head = TextHead(config) if config.predicts_words else None
+        self.matching = MatchingHeads(config) if "itc" in config.objectives else None
         initialize_weights(self, config, seed)
 
     def forward(
@@ -186,66 +232,134 @@ class EVE(nn.Module):
         attention_mask: Tensor | None = None,
         masked_token_ids: Tensor | None = None,
         masked_input_ids: Tensor | None = None,
+        image_view_ids: Tensor | None = None,
+        image_view_text_mask: Tensor | None = None,
+        language_patch_ids: Tensor | None = None,
     ) -> EVEOutput:
-        """Predict what was masked, or who belongs to whom.
+        """Predict in each view what is hidden in it; a task for which the batch has nothing is passed over.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised to mean = std = 0.5, or None for text alone.
+            pixel_values: (B, 3, H, W) normalized to mean = std = 0.5, or None for text alone.
             image_mask: (B,) bool, False = this sample has no image; None = all have one.
-            visible_patch_ids: (B, N_visible) int64 patches that the encoder sees; None = all.
-            visible_patch_mask: (B, N_visible) bool, False = hide this one too; None = hide none of them.
-            masked_patch_ids: (B, N_masked) int64 patches to predict; None = predict none.
-            input_ids: (B, L) int64 with masked tokens replaced, or None for images alone. For the objectives other
-                than `msm`: whole captions.
+            visible_patch_ids: (B_i, N_visible) int64 patches that the image view shows.
+            visible_patch_mask: (B_i, N_visible) bool, False = hide this one too; None = hide none of them.
+            masked_patch_ids: (B_i, N_masked) int64 patches to predict; None = predict none.
+            input_ids: (B, L) int64 whole captions, or None for images alone.
             attention_mask: (B, L) bool, True = real token; None = all are.
             masked_token_ids: (M,) int64 flat indices into B * L of the real tokens to predict; None = predict none.
-            masked_input_ids: (B, L) int64 captions with masked tokens replaced, where `input_ids` are whole.
+            masked_input_ids: (B, L) int64 captions with those tokens replaced; None = `input_ids` are.
+            image_view_ids: (B_i,) int64 samples of the image view, all with an image; None = all samples.
+            image_view_text_mask: (B_i, L) bool tokens that the image view shows; None = `attention_mask`'s.
+            language_patch_ids: (B, N) int64 patches that the language view shows; None = all.
+
+        With the task `joint` the image view is the only one, of all samples, and shows the masked captions.
 
         Raises:
-            ValueError: neither images nor text, or a text longer than the position table; for the objectives other
-                than `msm`, anything else than at least two pairs.
+            ValueError: no task of the objectives has anything to predict, a text longer than the position table, or
+                for `itc` anything else than at least two pairs.
         """
+        whole = View(pixel_values, input_ids, attention_mask, image_mask)
+        masked = whole if masked_input_ids is None else whole._replace(input_ids=masked_input_ids)
+        patches = {"visible_patch_ids": visible_patch_ids, "visible_patch_mask": visible_patch_mask}
+        views: dict[str, View] = {}
+        if "joint" in self.config.objectives:
+            views["joint"] = masked._replace(**patches)
+        if "mim" in self.config.objectives and pixel_values is not None:
+            view = _samples_of(whole, image_view_ids)
+            if image_view_text_mask is not None:
+                view = view._replace(attention_mask=image_view_text_mask)
+            views["mim"] = view._replace(**patches)
+        if "mlm" in self.config.objectives and input_ids is not None:
+            views["mlm"] = _with_captions(masked)._replace(visible_patch_ids=language_patch_ids)
+        pairs = None
         if self.matching is not None:
             pairs = Pairs.of(pixel_values, image_mask, input_ids, attention_mask)
-            return self._match(self.matching, pairs, masked_input_ids, masked_token_ids)
-        encoded = self.backbone(
-            pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask
-        )
-        pixels = None
-        if self.pixel_decoder is not None and masked_patch_ids is not None and visible_patch_ids is not None:
-            pixels = self.pixel_decoder(encoded.stream, visible_patch_ids, masked_patch_ids)
-        return EVEOutput(pixels, *self._predict_words(encoded, masked_token_ids), encoded.moe)
+            views["itc_image"] = View(pairs.pixel_values, image_mask=pairs.image_mask)
+            views["itc_text"] = View(input_ids=pairs.input_ids, attention_mask=pairs.attention_mask)
+        encoded = self.encode(views)
+        matching = None
+        if self.matching is not None and pairs is not None:
+            matching = self._match(self.matching, pairs, encoded)
+        return self._predict(encoded, visible_patch_ids, masked_patch_ids, masked_token_ids, matching)
 
-    def _predict_words(
-        self, encoded: BackboneOutput, masked_token_ids: Tensor | None
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """States of the tokens to predict, and weight and bias of the vocabulary."""
+    def predict(
+        self,
+        pixel_values: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        visible_patch_ids: Tensor | None = None,
+        visible_patch_mask: Tensor | None = None,
+        masked_patch_ids: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        masked_token_ids: Tensor | None = None,
+    ) -> EVEOutput:
+        """Predict patches and words of one view, whatever the objectives; arguments as those of :meth:`forward`.
+
+        `input_ids` are what the view shows, masked or not. What there is no head for is not predicted.
+        """
+        view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
+        return self._predict(self.encode({"joint": view}), visible_patch_ids, masked_patch_ids, masked_token_ids)
+
+    def encode(self, views: dict[str, View]) -> dict[str, BackboneOutput]:
+        """Encode views by name, in one pass or in one each; raises ValueError where there are none."""
+        if not views:
+            names = ", ".join(self.config.objectives)
+            raise ValueError(f"the batch holds neither images nor texts that objectives ({names}) could use")
+        if self.pack_views:
+            return dict(zip(views, self.backbone.encode(list(views.values())), strict=True))
+        return {name: self.backbone.encode([view])[0] for name, view in views.items()}
+
+    def _predict(
+        self,
+        encoded: dict[str, BackboneOutput],
+        visible_patch_ids: Tensor | None,
+        masked_patch_ids: Tensor | None,
+        masked_token_ids: Tensor | None,
+        matching: MatchingOutput | None = None,
+    ) -> EVEOutput:
+        """Pixels out of the image view, words out of the language view; `joint` is both."""
+        image_view, language_view = (encoded.get(name, encoded.get("joint")) for name in ("mim", "mlm"))
+        pixels = hidden = None
+        if self.pixel_decoder is not None and image_view is not None:
+            if masked_patch_ids is not None and visible_patch_ids is not None:
+                pixels = self.pixel_decoder(image_view.stream, visible_patch_ids, masked_patch_ids)
+        if self.text_head is not None and language_view is not None and masked_token_ids is not None:
+            hidden = self.text_head(_text_tokens(language_view, masked_token_ids))
+        bias = None if self.text_head is None else self.text_head.bias
         words = self.backbone.text_embedding.word.weight
-        if self.text_head is None:
-            return None, words, None
-        if masked_token_ids is None:
-            return None, words, self.text_head.bias
-        return self.text_head(_text_tokens(encoded, masked_token_ids)), words, self.text_head.bias
+        moe = {name: view.moe for name, view in encoded.items()}
+        return EVEOutput(pixels, hidden, words, bias, moe, matching)
 
     def _match(
-        self, heads: MatchingHeads, pairs: Pairs, masked_input_ids: Tensor | None, masked_token_ids: Tensor | None
-    ) -> EVEOutput:
-        """Images alone and texts alone; then as one batch pairs, pairs with hard negatives, and masked texts."""
-        images = self.backbone(pairs.pixel_values, image_mask=pairs.image_mask)
-        texts = self.backbone(input_ids=pairs.input_ids, attention_mask=pairs.attention_mask)
-        image_features = heads.image_features(images.stream.padded()[:, 0])
-        text_features = heads.text_features(texts.stream.padded()[:, 0])
+        self, heads: MatchingHeads, pairs: Pairs, encoded: dict[str, BackboneOutput]
+    ) -> MatchingOutput:
+        """Features of images and texts alone; for `itm` also pairs and hard negatives, encoded as one more view."""
+        image_features = heads.image_features(encoded["itc_image"].stream.padded()[:, 0])
+        text_features = heads.text_features(encoded["itc_text"].stream.padded()[:, 0])
         temperature = heads.temperature()
-        joint = pairs.with_negatives(*draw_hard_negatives(image_features, text_features, temperature))
-        num_matched = len(joint.input_ids)
-        if masked_input_ids is not None and masked_token_ids is not None:
-            joint = joint.and_then(pairs._replace(input_ids=masked_input_ids))
-            masked_token_ids = masked_token_ids + num_matched * masked_input_ids.shape[1]
-        fused = self.backbone(joint.pixel_values, joint.input_ids, joint.attention_mask, joint.image_mask)
-        logits = heads.classifier(fused.stream.padded()[:num_matched, fused.num_image_tokens]).float()
-        moe = merge_outputs(images.moe, texts.moe, fused.moe)
-        matching = MatchingOutput(image_features, text_features, temperature, logits)
-        return EVEOutput(None, *self._predict_words(fused, masked_token_ids), moe, matching)
+        logits = None
+        if heads.classifier is not None:
+            joined = pairs.with_negatives(*draw_hard_negatives(image_features, text_features, temperature))
+            view = View(joined.pixel_values, joined.input_ids, joined.attention_mask, joined.image_mask)
+            encoded["itm"] = self.backbone.encode([view])[0]
+            states = encoded["itm"].stream.padded()[:, encoded["itm"].num_image_tokens]
+            logits = heads.classifier(states).float()
+        return MatchingOutput(image_features, text_features, temperature, logits)
+
+
+def _samples_of(view: View, rows: Tensor | None) -> View:
+    """The samples `rows` (B_i,) of a view; None = all."""
+    if rows is None:
+        return view
+    return View(*(None if tensor is None else tensor[rows] for tensor in view))
+
+
+def _with_captions(view: View) -> View:
+    """The view without images that have no caption beside them: nothing would be predicted from them."""
+    if view.pixel_values is None or view.attention_mask is None:
+        return view
+    captioned = view.attention_mask.any(dim=1)
+    return view._replace(image_mask=captioned if view.image_mask is None else captioned & view.image_mask)
 
 
 def _image_token_mask(image_mask: Tensor | None, visible_patch_mask: Tensor | None) -> Tensor | None:

@@ -24,7 +24,11 @@ class FeedForward(nn.Module):
 
 
 class ModalityFeedForward(nn.Module):
-    """LayerNorm and feed-forward network of a shallow layer, one pair a modality (upstream `mlp_imag`, `mlp_text`)."""
+    """LayerNorm and feed-forward network, one pair a modality (upstream `mlp_imag`, `mlp_text`).
+
+    This is the paper's hard router (EVE eq. 7): as many experts as modalities, and each token goes to the expert of its
+    own. Shallow layers have it, and on demand the deep ones (`model.deep_ffn`, Table 7).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,3 +47,16 @@ class ModalityFeedForward(nn.Module):
             norm, network = branches[modality]
             done.append(network(norm(own)))
         return by_modality.restore(torch.cat(done))
+
+
+class SharedFeedForward(nn.Module):
+    """LayerNorm and one feed-forward network for the tokens of all modalities (EVE Table 7, shared)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.network = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, by_modality: ModalityOrder) -> Tensor:
+        """(N, D) -> (N, D); the order by modality is not looked at."""
+        return self.network(self.norm(x))

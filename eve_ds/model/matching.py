@@ -29,9 +29,9 @@ class MatchingOutput(NamedTuple):
     """(B, D) fp32 of norm 1."""
     temperature: Tensor
     """() fp32."""
-    logits: Tensor
+    logits: Tensor | None
     """(3 * B, 2) fp32, no match and match: of the pairs, of texts beside a hard negative image, of images beside a hard
-    negative text."""
+    negative text. None without the task `itm`."""
 
 
 class Pairs(NamedTuple):
@@ -75,13 +75,10 @@ class Pairs(NamedTuple):
             self.pixel_values[images], self.image_mask[images], self.input_ids[texts], self.attention_mask[texts]
         )
 
-    def and_then(self, others: Pairs) -> Pairs:
-        """These rows and the others' after them."""
-        return Pairs(*map(torch.cat, zip(self, others, strict=True)))
-
 
 class MatchingHeads(nn.Module):
-    """Projections of the class token and of [CLS] (bias-free, D to D), a temperature, and match or not (D to 2)."""
+    """Projections of the class token and of [CLS] (bias-free, D to D), a temperature; for `itm` match or not (D to 2).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,7 +87,7 @@ class MatchingHeads(nn.Module):
         self.text_projection = nn.Linear(width, width, bias=False)
         # Its logarithm, so that one update changes it by a share of itself; (1,), as DeepSpeed sends no scalars.
         self.log_temperature = nn.Parameter(torch.full((1,), math.log(INITIAL_TEMPERATURE)))
-        self.classifier = nn.Linear(width, 2)
+        self.classifier = nn.Linear(width, 2) if "itm" in config.objectives else None
 
     def temperature(self) -> Tensor:
         """() fp32."""

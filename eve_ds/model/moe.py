@@ -1,6 +1,10 @@
 """Modality-aware mixture of experts on one process: the reference that the distributed layer is compared with.
 
-A token's router sees the token plus a learnt embedding of its modality (EVE section 3.1). Profiles:
+A token's router sees the token plus a learnt embedding of its modality (EVE eq. 4). The output is a weighted sum of the
+chosen experts' outputs. EVE's eq. 5 weighs expert i by its probability g(x)_i as it is; the released code divides the
+probabilities of the choices that got a slot by their sum, and so do both profiles here: released weights were trained
+that way, and a token's output keeps its scale whatever share of probability its top k experts hold. With top_k 1 the
+probability stays as it is. Profiles:
 
 - `default`: the embedding moves the router only, experts see the token; padding is not routed; evaluation is
   noise-free and dropless, so an output never depends on what else is in the batch.
@@ -10,7 +14,7 @@ A token's router sees the token plus a learnt embedding of its modality (EVE sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,7 +29,10 @@ from eve_ds.model.stream import IMAGE, TEXT
 
 
 class RouterStatistics(NamedTuple):
-    """Counts of one MoE layer and one forward; sums over ranks and steps are meaningful."""
+    """Counts of one MoE layer and one view; sums over ranks, steps and views are meaningful.
+
+    Of V views that shared a forward all fields have V as their first dimension.
+    """
 
     routes: Tensor
     """(2, E) fp32 routes chosen by modality and expert, before dropping."""
@@ -43,26 +50,24 @@ class MoEOutput(NamedTuple):
     hidden_states: Tensor
     """Shape of the input, zero for tokens that are not routed."""
     load_balancing_loss: Tensor
-    """() fp32, 1 when balanced."""
+    """() fp32, 1 when balanced; (V,) of V views, each balanced for itself."""
     router_z_sum: Tensor
-    """() fp32 sum over this rank's tokens of logsumexp(logits)^2 (ST-MoE eq. 5)."""
+    """() or (V,) fp32 sum over this rank's tokens of logsumexp(logits)^2 (ST-MoE eq. 5)."""
     statistics: RouterStatistics
 
+    def by_view(self) -> list[MoEOutput]:
+        """Of an output over V views one output per view, without hidden states."""
+        nothing = self.hidden_states.new_empty(0)
+        losses = zip(self.load_balancing_loss.unbind(), self.router_z_sum.unbind(), strict=True)
+        counts = zip(*(values.unbind() for values in self.statistics), strict=True)
+        return [
+            MoEOutput(nothing, *loss, RouterStatistics(*own)) for loss, own in zip(losses, counts, strict=True)
+        ]
 
-def merge_outputs(*passes: tuple[MoEOutput, ...]) -> tuple[MoEOutput, ...]:
-    """Of several passes through the same layers, one output per layer without hidden states.
 
-    Load-balancing losses are averaged: each pass is balanced for itself. Sums and statistics are added.
-    """
-    return tuple(map(_merge, zip(*passes, strict=True)))
-
-
-def _merge(layer: tuple[MoEOutput, ...]) -> MoEOutput:
-    balance = torch.stack([output.load_balancing_loss for output in layer]).mean()
-    z_sum = torch.stack([output.router_z_sum for output in layer]).sum()
-    counts = zip(*(output.statistics for output in layer), strict=True)
-    statistics = RouterStatistics(*(torch.stack(values).sum(dim=0) for values in counts))
-    return MoEOutput(balance.new_empty(0), balance, z_sum, statistics)
+def sum_statistics(of_views: Sequence[RouterStatistics]) -> RouterStatistics:
+    """Counts of one layer over several views."""
+    return RouterStatistics(*(torch.stack(values).sum(dim=0) for values in zip(*of_views, strict=True)))
 
 
 class RouterOutput(NamedTuple):
@@ -72,7 +77,7 @@ class RouterOutput(NamedTuple):
     """(R, D) what experts see."""
     routing: ops.Routing
     num_tokens: Tensor
-    """() fp32 tokens routed."""
+    """() fp32 tokens routed, or (V,) of V views."""
     statistics: RouterStatistics
 
 
@@ -84,27 +89,46 @@ class Router(nn.Module):
         self.config = config.moe
         self.official = config.profile == "official"
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
-        self.modality_embedding = nn.Parameter(torch.empty(2, config.hidden_size))
+        shape = (2, config.hidden_size)
+        self.modality_embedding = nn.Parameter(torch.empty(shape)) if config.moe.modality_embedding else None
 
-    def forward(self, x: Tensor, modality_ids: Tensor, valid: Tensor | None = None) -> RouterOutput:
-        """Route (T, D) tokens with (T,) modality ids; (T,) `valid` False means padding, None that there is none."""
+    def forward(
+        self,
+        x: Tensor,
+        modality_ids: Tensor,
+        valid: Tensor | None = None,
+        view_sizes: Sequence[int] | None = None,
+    ) -> RouterOutput:
+        """Route (T, D) tokens with (T,) modality ids; (T,) `valid` False means padding, None that there is none.
+
+        `view_sizes` are the tokens of each view, whose sums are kept apart; None: one sum. Needs :attr:`packs_views`.
+        """
         routed = None if self.official else valid
+        embedding = x.new_zeros(2, x.shape[1]) if self.modality_embedding is None else self.modality_embedding
+        grouped = {} if view_sizes is None else {"group_sizes": view_sizes}
         dispatch = (
             self._dispatch_jittered if self.training and self.config.router_jitter > 0 else ops.route_and_dispatch
         )
         rows, routing = dispatch(
             x,
             self.weight,
-            self.modality_embedding,
+            embedding,
             modality_ids,
             top_k=self.config.top_k,
             capacity=self._capacity(x.shape[0]),
             valid=routed,
             noise=self._second_choice_noise(x),
             embed_rows=self.official,
+            **grouped,
         )
         counted = torch.ones_like(modality_ids, dtype=torch.bool) if routed is None else routed
-        return RouterOutput(rows, routing, counted.sum().float(), _statistics(routing, modality_ids, counted))
+        num_tokens = ops.sum_groups(counted, view_sizes).float()
+        return RouterOutput(rows, routing, num_tokens, _statistics(routing, modality_ids, counted, view_sizes))
+
+    @property
+    def packs_views(self) -> bool:
+        """Whether tokens of several views can be routed at once: no token's route depends on another token."""
+        return self.dropless and not (self.training and self.config.router_jitter > 0)
 
     @property
     def dropless(self) -> bool:
@@ -168,9 +192,20 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config.moe.num_experts, config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
-        """(..., D), (...) int64, (...) bool or None where all are tokens -> MoEOutput."""
-        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.experts)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        modality_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        view_sizes: Sequence[int] | None = None,
+    ) -> MoEOutput:
+        """(..., D), (...) int64, (...) bool or None where all are tokens -> MoEOutput.
+
+        `view_sizes` are the tokens of V views that stand one after the other; None: they are of one view.
+        """
+        return mix_experts(
+            self.router, hidden_states, modality_ids, attention_mask, self.experts, view_sizes=view_sizes
+        )
 
 
 def _itself(parameter: nn.Parameter) -> Tensor:
@@ -207,37 +242,80 @@ def mix_experts(
     attention_mask: Tensor | None,
     apply_experts: Callable[[Tensor, Tensor], Tensor],
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    view_sizes: Sequence[int] | None = None,
 ) -> MoEOutput:
     """Route, dispatch, run the experts wherever they live, combine: what every MoE layer does.
+
+    Views are balanced each for itself. Where experts have a capacity, each view has its own, and so its own pass.
 
     Args:
         router: chooses experts.
         hidden_states, modality_ids, attention_mask: (..., D), (...) int64, (...) bool or None where all are tokens.
         apply_experts: maps the expert buffer (R, D) and the (E,) int64 rows of each expert in it to the (R, D) outputs.
         sum_over_ranks: sums a tensor over the ranks whose tokens are balanced together; None: this rank's tokens only.
+        view_sizes: tokens of V views that stand one after the other; None: they are of one view, and the output has no
+            dimension of views.
     """
-    x = hidden_states.flatten(0, -2)
-    routed = router(x, modality_ids.flatten(), None if attention_mask is None else attention_mask.flatten())
+    x, ids = hidden_states.flatten(0, -2), modality_ids.flatten()
+    valid = None if attention_mask is None else attention_mask.flatten()
+    if view_sizes is None or router.packs_views:
+        output = _mix(router, x, ids, valid, apply_experts, sum_over_ranks, view_sizes)
+    else:
+        sizes = list(view_sizes)
+        no_masks = [None] * len(sizes)
+        views = zip(x.split(sizes), ids.split(sizes), no_masks if valid is None else valid.split(sizes), strict=True)
+        output = _stacked([_mix(router, *view, apply_experts, sum_over_ranks) for view in views])
+    return output._replace(hidden_states=output.hidden_states.view_as(hidden_states))
+
+
+def _mix(
+    router: Router,
+    x: Tensor,
+    modality_ids: Tensor,
+    valid: Tensor | None,
+    apply_experts: Callable[[Tensor, Tensor], Tensor],
+    sum_over_ranks: Callable[[Tensor], Tensor] | None,
+    view_sizes: Sequence[int] | None = None,
+) -> MoEOutput:
+    """One routing of tokens (T, D)."""
+    routed = router(x, modality_ids, valid, view_sizes)
     routing = routed.routing
     rows = apply_experts(routed.rows, router.rows_per_expert(routing))
     mixed = ops.moe_combine(rows, routing.slots, routing.gates, routing.source)
-    sums = torch.cat([routing.first_choices, routing.probability_sum, routed.num_tokens.view(1)])
+    num_experts = routing.counts.numel()
+    sums = torch.cat([routing.first_choices, routing.probability_sum, routed.num_tokens.unsqueeze(-1)], dim=-1)
     if sum_over_ranks is not None:
         sums = sum_over_ranks(sums)
-    num_experts = routing.first_choices.numel()
-    first_choices, probability_sum, num_tokens = sums.split([num_experts, num_experts, 1])
-    balance = ops.load_balancing_loss(first_choices, probability_sum, num_tokens.squeeze(0))
-    return MoEOutput(mixed.view_as(hidden_states), balance, routing.z_sum, routed.statistics)
+    first_choices, probability_sum, num_tokens = sums.split([num_experts, num_experts, 1], dim=-1)
+    balance = ops.load_balancing_loss(first_choices, probability_sum, num_tokens.squeeze(-1))
+    return MoEOutput(mixed, balance, routing.z_sum, routed.statistics)
+
+
+def _stacked(views: Sequence[MoEOutput]) -> MoEOutput:
+    """Outputs of one view each -> one over all of them."""
+    hidden_states, balance, z_sum, statistics = zip(*views, strict=True)
+    counts = RouterStatistics(*map(torch.stack, zip(*statistics, strict=True)))
+    return MoEOutput(torch.cat(hidden_states), torch.stack(balance), torch.stack(z_sum), counts)
 
 
 @torch.no_grad()
-def _statistics(routing: ops.Routing, modality_ids: Tensor, routed: Tensor) -> RouterStatistics:
+def _statistics(
+    routing: ops.Routing, modality_ids: Tensor, routed: Tensor, view_sizes: Sequence[int] | None
+) -> RouterStatistics:
     num_experts = routing.probabilities.shape[1]
     weight = routed.float()
     chosen = F.one_hot(routing.expert_ids, num_experts).sum(dim=1).float() * weight.unsqueeze(1)  # (T, E)
     modality = F.one_hot(modality_ids, 2).float()  # (T, 2)
     dropped = (routing.slots < 0).sum(dim=1).float() * weight
     entropy = torch.special.entr(routing.probabilities).sum(dim=1) * weight
+    if view_sizes is None:
+        return _counts(modality, chosen, dropped, weight, entropy)
+    views = zip(*(values.split(list(view_sizes)) for values in (modality, chosen, dropped, weight, entropy)), strict=True)
+    return RouterStatistics(*map(torch.stack, zip(*(_counts(*view) for view in views), strict=True)))
+
+
+def _counts(modality: Tensor, chosen: Tensor, dropped: Tensor, weight: Tensor, entropy: Tensor) -> RouterStatistics:
+    """(T, 2), (T, E), (T,), (T,), (T,) -> sums over tokens."""
     return RouterStatistics(modality.t() @ chosen, modality.t() @ dropped, modality.t() @ weight, entropy.sum())
 
 

@@ -2,10 +2,12 @@
 
 Samples stand one after the other, each with its image tokens before its text tokens. Whatever works on tokens one by
 one (norms, projections, feed-forward networks, experts) sees real tokens only; attention lays them out by sample.
+The streams of several views of a batch can stand one after the other too, so that one pass encodes them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +46,14 @@ class Layout(NamedTuple):
         return cls(mask, token_ids, places, None)
 
     @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.token_ids.numel()
+
+    @property
     def is_whole(self) -> bool:
         """Whether there is a token at every position."""
-        return self.token_ids.numel() == self.places.numel()
+        return self.num_tokens == self.places.numel()
 
     def pad(self, tokens: Tensor) -> Tensor:
         """(N, D) -> (B, S, D), zero where no token is."""
@@ -95,18 +102,68 @@ class ModalityOrder(NamedTuple):
 
 
 class TokenStream(NamedTuple):
-    """Tokens of B samples."""
+    """Tokens of B samples in one view."""
 
     hidden_states: Tensor
     """(N, D)."""
     modality_ids: Tensor
     """(N,) int64, IMAGE or TEXT."""
     layout: Layout
-    by_modality: ModalityOrder
+    modalities: tuple[int, ...]
+    """Modalities that may be among the tokens, ascending."""
 
     def padded(self) -> Tensor:
         """(B, S, D), zero where no token is; image tokens (class token first) come before text."""
         return self.layout.pad(self.hidden_states)
+
+
+class PackedViews(NamedTuple):
+    """The tokens of one or several views, each of samples of its own, one view after the other."""
+
+    hidden_states: Tensor
+    """(N, D)."""
+    modality_ids: Tensor
+    """(N,) int64, IMAGE or TEXT."""
+    layouts: tuple[Layout, ...]
+    """One per view, counting its own tokens from 0."""
+    by_modality: ModalityOrder
+    """Over all views."""
+    modalities: tuple[tuple[int, ...], ...]
+    """Of each view."""
+
+    @classmethod
+    def of(cls, streams: Sequence[TokenStream]) -> PackedViews:
+        """At least one stream."""
+        modality_ids = _joined([stream.modality_ids for stream in streams])
+        present = sorted({modality for stream in streams for modality in stream.modalities})
+        return cls(
+            hidden_states=_joined([stream.hidden_states for stream in streams]),
+            modality_ids=modality_ids,
+            layouts=tuple(stream.layout for stream in streams),
+            by_modality=ModalityOrder.of(modality_ids, present),
+            modalities=tuple(stream.modalities for stream in streams),
+        )
+
+    @property
+    def view_sizes(self) -> list[int]:
+        """Tokens of each view."""
+        return [layout.num_tokens for layout in self.layouts]
+
+    @property
+    def real(self) -> Tensor | None:
+        """(N,) bool, False = padding that was kept; None: there is none."""
+        kept = [layout.real for layout in self.layouts if layout.real is not None]
+        return _joined(kept) if kept else None
+
+    def split(self) -> list[TokenStream]:
+        """The views apart again."""
+        states = self.hidden_states.split(self.view_sizes)
+        modality_ids = self.modality_ids.split(self.view_sizes)
+        return [TokenStream(*part) for part in zip(states, modality_ids, self.layouts, self.modalities, strict=True)]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def take_rows(x: Tensor, ids: Tensor, places: Tensor) -> Tensor:
@@ -165,5 +222,4 @@ def join(
         raise ValueError("a batch needs pixel_values or input_ids; both are None")
     layout = Layout.of(torch.cat(masks, dim=1), keep_padding)
     modality_ids = torch.cat(modalities, dim=1).flatten()[layout.token_ids]
-    by_modality = ModalityOrder.of(modality_ids, present)
-    return TokenStream(layout.pack(torch.cat(parts, dim=1)), modality_ids, layout, by_modality)
+    return TokenStream(layout.pack(torch.cat(parts, dim=1)), modality_ids, layout, tuple(present))

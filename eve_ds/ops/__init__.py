@@ -2,7 +2,7 @@
 
 from eve_ds.ops.feed_forward import grouped_feed_forward, quick_gelu
 from eve_ds.ops.masked_loss import linear_cross_entropy, masked_pixel_loss
-from eve_ds.ops.reference import Routing, expert_capacity, load_balancing_loss, patchify
+from eve_ds.ops.reference import Routing, expert_capacity, load_balancing_loss, patchify, sum_groups
 from eve_ds.ops.routing import moe_combine, moe_dispatch, route_and_dispatch, route_topk
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "quick_gelu",
     "route_and_dispatch",
     "route_topk",
+    "sum_groups",
 ]

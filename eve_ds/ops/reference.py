@@ -7,6 +7,7 @@ Arithmetic is fp32 whatever the dtype of the tokens, and fp64 where they are tha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -36,11 +37,11 @@ class Routing(NamedTuple):
     probabilities: Tensor
     """(T, E) fp32 softmax of the logits, without gradient: for statistics."""
     first_choices: Tensor
-    """(E,) fp32 valid tokens whose best expert this is."""
+    """(E,) fp32 valid tokens whose best expert this is; (G, E) where G groups of tokens are kept apart."""
     probability_sum: Tensor
-    """(E,) fp32 sum of probabilities over valid tokens."""
+    """(E,) or (G, E) fp32 sum of probabilities over valid tokens."""
     z_sum: Tensor
-    """() fp32 sum over valid tokens of logsumexp(logits)^2 (ST-MoE eq. 5)."""
+    """() or (G,) fp32 sum over valid tokens of logsumexp(logits)^2 (ST-MoE eq. 5)."""
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int) -> int:
@@ -61,6 +62,7 @@ def route_topk(
     modality_ids: Tensor | None = None,
     valid: Tensor | None = None,
     noise: Tensor | None = None,
+    group_sizes: Sequence[int] | None = None,
 ) -> Routing:
     """Choose experts, give out rows first choices first, and weigh the choices that got one (GShard algorithm 1).
 
@@ -73,6 +75,8 @@ def route_topk(
         modality_ids: (T,) int64 in [0, M), needed with `modality_bias`.
         valid: (T,) bool; other tokens get no row and enter no statistic.
         noise: (T, E) added to the logits for every choice after the first (Gumbel noise in GShard).
+        group_sizes: tokens of groups that stand one after the other and whose sums are kept apart; None: one sum of
+            all, without a dimension of groups.
 
     Returns:
         Routing. Gates of kept choices sum to 1, or are the plain probability when `top_k` is 1 (Switch), since a
@@ -98,10 +102,17 @@ def route_topk(
         source=source,
         counts=counts,
         probabilities=probabilities.detach(),
-        first_choices=(first * valid.unsqueeze(1)).sum(dim=0),
-        probability_sum=(probabilities * valid.unsqueeze(1)).sum(dim=0),
-        z_sum=(logits.logsumexp(dim=-1).square() * valid).sum(),
+        first_choices=sum_groups(first * valid.unsqueeze(1), group_sizes),
+        probability_sum=sum_groups(probabilities * valid.unsqueeze(1), group_sizes),
+        z_sum=sum_groups(logits.logsumexp(dim=-1).square() * valid, group_sizes),
     )
+
+
+def sum_groups(values: Tensor, group_sizes: Sequence[int] | None) -> Tensor:
+    """Sum over the first dimension: (T, ...) -> (...), or (G, ...) for `group_sizes` of rows in turn."""
+    if group_sizes is None:
+        return values.sum(dim=0)
+    return torch.stack([group.sum(dim=0) for group in values.split(list(group_sizes))])
 
 
 def _choose(logits: Tensor, top_k: int, noise: Tensor | None) -> Tensor:
@@ -144,11 +155,14 @@ def load_balancing_loss(first_choices: Tensor, probability_sum: Tensor, num_toke
     """E * sum_e(share of first choices_e * mean probability_e); 1 when balanced (GShard section 2.2, Switch eq. 4).
 
     Args:
-        first_choices, probability_sum: (E,) fp32 sums over tokens, of one rank or of many.
-        num_tokens: () number of tokens in the sums; 0 gives a loss of 0.
+        first_choices, probability_sum: (..., E) fp32 sums over tokens, of one rank or of many.
+        num_tokens: (...) number of tokens in the sums; 0 gives a loss of 0.
+
+    Returns:
+        (...) fp32.
     """
-    tokens = num_tokens.clamp(min=1)
-    return first_choices.numel() * (first_choices / tokens * (probability_sum / tokens)).sum()
+    tokens = num_tokens.clamp(min=1).unsqueeze(-1)
+    return first_choices.shape[-1] * (first_choices / tokens * (probability_sum / tokens)).sum(dim=-1)
 
 
 def moe_dispatch(
@@ -197,6 +211,7 @@ def route_and_dispatch(
     capacity: int,
     valid: Tensor | None = None,
     noise: Tensor | None = None,
+    group_sizes: Sequence[int] | None = None,
     embed_rows: bool = False,
 ) -> tuple[Tensor, Routing]:
     """Router on token + modality embedding in fp32, then :func:`route_topk` and :func:`moe_dispatch`.
@@ -207,7 +222,7 @@ def route_and_dispatch(
         x: (T, D) tokens.
         weight: (E, D) of the router.
         modality_embedding, modality_ids: (M, D), (T,) int64.
-        top_k, capacity, valid, noise: see :func:`route_topk`.
+        top_k, capacity, valid, noise, group_sizes: see :func:`route_topk`.
         embed_rows: whether rows too get their token's embedding added.
 
     Returns:
@@ -222,6 +237,7 @@ def route_and_dispatch(
         modality_ids=modality_ids,
         valid=valid,
         noise=noise,
+        group_sizes=group_sizes,
     )
     added = (embedding, modality_ids) if embed_rows else ()
     return moe_dispatch(x, routing.slots, routing.source, *added), routing

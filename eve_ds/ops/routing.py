@@ -5,6 +5,7 @@ Signatures and meaning are those of :mod:`eve_ds.ops.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from eve_ds.ops import reference
 from eve_ds.ops.build import use_built
-from eve_ds.ops.reference import Routing
+from eve_ds.ops.reference import Routing, sum_groups
 from eve_ds.ops.schema import LIBRARY
 
 GATES, EXPERT_IDS, SLOTS, SOURCE, COUNTS, PROBABILITIES, FIRST_CHOICES, PROBABILITY_SUM, LOG_SUM_EXP, Z_SUM = range(10)
@@ -79,6 +80,7 @@ def route_and_dispatch(
     capacity: int,
     valid: Tensor | None = None,
     noise: Tensor | None = None,
+    group_sizes: Sequence[int] | None = None,
     embed_rows: bool = False,
 ) -> tuple[Tensor, Routing]:
     """Router, routing and dispatch; see :func:`eve_ds.ops.reference.route_and_dispatch`.
@@ -95,10 +97,11 @@ def route_and_dispatch(
             capacity=capacity,
             valid=valid,
             noise=noise,
+            group_sizes=group_sizes,
             embed_rows=embed_rows,
         )
     rows, *routed = RouteAndDispatch.apply(
-        x, weight, modality_embedding, modality_ids, valid, noise, top_k, capacity, embed_rows
+        x, weight, modality_embedding, modality_ids, valid, noise, top_k, capacity, group_sizes, embed_rows
     )
     return rows, _routing(routed)
 
@@ -117,6 +120,7 @@ class RouteAndDispatch(torch.autograd.Function):
         noise: Tensor | None,
         top_k: int,
         capacity: int,
+        group_sizes: Sequence[int] | None,
         embed_rows: bool,
     ) -> tuple[Tensor, ...]:
         """Arguments as in :func:`route_and_dispatch`."""
@@ -124,11 +128,13 @@ class RouteAndDispatch(torch.autograd.Function):
         router, embedding = weight.float(), modality_embedding.float()
         logits, bias = x.float() @ router.t(), embedding @ router.t()
         routed = ops.route_topk(logits, bias, modality_ids, valid, noise, top_k, capacity)
+        if group_sizes is not None:
+            routed = _sums_by_group(routed, valid, group_sizes)
         added = (embedding, modality_ids) if embed_rows else (None, None)
         rows = ops.moe_dispatch(x, routed[SLOTS], routed[SOURCE], *added)
         kept = (PROBABILITIES, LOG_SUM_EXP, EXPERT_IDS, SLOTS, GATES)
         ctx.save_for_backward(x, weight, modality_embedding, modality_ids, valid, *(routed[place] for place in kept))
-        ctx.embed_rows = embed_rows
+        ctx.embed_rows, ctx.group_sizes = embed_rows, group_sizes
         ctx.mark_non_differentiable(*(routed[place] for place in CONSTANT))
         ctx.set_materialize_grads(False)
         return rows, *routed
@@ -139,9 +145,12 @@ class RouteAndDispatch(torch.autograd.Function):
         x, weight, modality_embedding, modality_ids, valid, *routed = ctx.saved_tensors
         ops = torch.ops.eve_ds
         slots, num_modalities = routed[3], modality_embedding.shape[0]
-        d_logits, d_bias = ops.route_topk_backward(
-            d_routed[GATES], d_routed[PROBABILITY_SUM], d_routed[Z_SUM], *routed, valid, modality_ids, num_modalities
-        )
+        upstream = (d_routed[GATES], d_routed[PROBABILITY_SUM], d_routed[Z_SUM])
+        saved = (*routed, valid, modality_ids)
+        if ctx.group_sizes is None:
+            d_logits, d_bias = ops.route_topk_backward(*upstream, *saved, num_modalities)
+        else:
+            d_logits, d_bias = _route_backward_by_group(upstream, saved, num_modalities, ctx.group_sizes)
         router, embedding = weight.float(), modality_embedding.float()
         d_embedding = d_bias @ router
         if d_rows is None:
@@ -155,7 +164,51 @@ class RouteAndDispatch(torch.autograd.Function):
         d_x.addmm_(d_logits.to(x.dtype), weight.to(x.dtype))
         d_weight = d_logits.t() @ x.float() + d_bias.t() @ embedding
         d_weight, d_embedding = d_weight.to(weight.dtype), d_embedding.to(modality_embedding.dtype)
-        return d_x, d_weight, d_embedding, None, None, None, None, None, None
+        return d_x, d_weight, d_embedding, None, None, None, None, None, None, None
+
+
+def _sums_by_group(
+    routed: Sequence[Tensor], valid: Tensor | None, group_sizes: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """What the op `route_topk` returns, with the sums over tokens taken for each group of tokens by itself."""
+    parts = list(routed)
+    probabilities = routed[PROBABILITIES]
+    counted = torch.ones_like(routed[LOG_SUM_EXP]) if valid is None else valid.to(probabilities.dtype)
+    chosen = torch.zeros_like(probabilities).scatter_(1, routed[EXPERT_IDS][:, :1], counted.unsqueeze(1))
+    parts[FIRST_CHOICES] = sum_groups(chosen, group_sizes)
+    parts[PROBABILITY_SUM] = sum_groups(probabilities * counted.unsqueeze(1), group_sizes)
+    parts[Z_SUM] = sum_groups(routed[LOG_SUM_EXP].square() * counted, group_sizes)
+    return tuple(parts)
+
+
+def _route_backward_by_group(
+    upstream: tuple[Tensor | None, ...],
+    saved: tuple[Tensor | None, ...],
+    num_modalities: int,
+    group_sizes: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The op `route_topk_backward`, which works token by token, on each group with the gradient of its own sums.
+
+    Args:
+        upstream: gradients of gates (T, K), probability sums (G, E) and z sums (G,), or None.
+        saved: (T, ...) tensors or None, in the op's order.
+        num_modalities: of the modality bias.
+        group_sizes: tokens of each group.
+    """
+    d_gates, d_probability_sum, d_z_sum = upstream
+    by_token = [
+        [None] * len(group_sizes) if tensor is None else tensor.split(list(group_sizes))
+        for tensor in (d_gates, *saved)
+    ]
+    by_group = [[None] * len(group_sizes) if tensor is None else tensor for tensor in (d_probability_sum, d_z_sum)]
+    d_logits, d_bias = zip(
+        *(
+            torch.ops.eve_ds.route_topk_backward(gates, probability_sum, z_sum, *rest, num_modalities)
+            for probability_sum, z_sum, gates, *rest in zip(*by_group, *by_token, strict=True)
+        ),
+        strict=True,
+    )
+    return torch.cat(d_logits), torch.stack(d_bias).sum(dim=0)
 
 
 def _routing(routed: Any) -> Routing:

@@ -9,7 +9,7 @@ and the arithmetic of :mod:`eve_ds.model.moe`. Rows of the expert buffer travel 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,11 +77,24 @@ class DeepSpeedMoE(UpstreamMoE):
                 "group: leave use_data_before_expert_parallelism off, or pass DeepSpeedMoE the ep_rank of the layout"
             )
 
-    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        modality_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        view_sizes: Sequence[int] | None = None,
+    ) -> MoEOutput:
         """(..., D), (...) int64, (...) bool or None -> MoEOutput, as :meth:`eve_ds.model.moe.MoE.forward`."""
         over_ranks = self.training and self.balance_over_ranks and dist.is_initialized()
-        sum_over_ranks = _sum_over_data_parallel if over_ranks else None
-        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.deepspeed_moe, sum_over_ranks)
+        return mix_experts(
+            self.router,
+            hidden_states,
+            modality_ids,
+            attention_mask,
+            self.deepspeed_moe,
+            _sum_over_data_parallel if over_ranks else None,
+            view_sizes,
+        )
 
 
 class ShardedExperts(nn.Module):
@@ -171,7 +184,7 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """(N,) -> (N,) sum over the ranks of `group`."""
+        """Sum over the ranks of `group`, in the shape of `values`."""
         ctx.num_ranks = dist.get_world_size(group)
         total = values.clone()
         dist.all_reduce(total, group=group)
@@ -179,7 +192,7 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """(N,) -> (N,)."""
+        """Same shape in and out."""
         return gradient * ctx.num_ranks, None
 
 

@@ -36,10 +36,10 @@ def resolve_deepspeed_config(
     micro = _take(resolved, "train_micro_batch_size_per_gpu", train, "micro_batch_size")
     accumulation = _take(resolved, "gradient_accumulation_steps", train, "gradient_accumulation_steps")
     micro, accumulation = batch_triangle(batch, micro, accumulation, world_size)
-    if config.model.objective != "msm" and micro < 2:
+    if "itm" in config.model.objectives and micro < 2:
         raise ConfigError(
-            f"model.objective ('{config.model.objective}') needs a micro_batch_size ({micro}) of 2 or more: a pair's "
-            "hard negatives are other pairs of its micro-batch"
+            f"model.objectives ({', '.join(config.model.objectives)}) needs a micro_batch_size ({micro}) of 2 or more: "
+            "hard negatives of a pair are other pairs of its micro-batch"
         )
     precision = _precision(resolved, train)
     clip = _clipping(resolved, config)

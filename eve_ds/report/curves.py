@@ -13,8 +13,8 @@ from eve_ds.report.records import Record, column, of_kind
 from eve_ds.report.style import FAINT, IMAGE_COLOR, INK, RIGHT_COLOR, TEXT_COLOR, WRONG_COLOR, save, tidy
 
 PANELS = {
-    "pixel": ("masked pixels: squared error, per-patch-normalised", IMAGE_COLOR),
-    "text": ("masked words: cross entropy (nats)", TEXT_COLOR),
+    "mim": ("masked pixels: squared error", IMAGE_COLOR),
+    "mlm": ("masked words: cross entropy (nats)", TEXT_COLOR),
     "itc": ("image-text contrast: cross entropy (nats)", "#b0691d"),
     "itm": ("image-text matching: cross entropy (nats)", "#3f7d58"),
     "load_balancing": ("load balancing (1 = balanced)", "#6b4fa0"),

@@ -11,25 +11,25 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from eve_ds.data.batch import Batch
-from eve_ds.model.moe import RouterStatistics, router_metrics
+from eve_ds.model.moe import RouterStatistics, router_metrics, sum_statistics
 from eve_ds.model.stream import IMAGE, TEXT
 from eve_ds.report.style import FAINT, IMAGE_COLOR, INK, TEXT_COLOR, save, tidy
 
 
 @torch.no_grad()
 def expert_use(model: nn.Module, batches: Iterable[Batch]) -> tuple[RouterStatistics, ...]:
-    """Router statistics of each MoE layer, shallow to deep, summed over batches; `model` is in evaluation mode.
+    """Router statistics of each MoE layer, shallow to deep, summed over views and batches.
+
+    `model` is an EVE in evaluation mode.
 
     Raises:
         ValueError: no batch.
     """
     total: list[RouterStatistics] | None = None
     for batch in batches:
-        now = [layer.statistics for layer in model(**batch.model_inputs()).moe]
-        if total is None:
-            total = now
-        else:
-            total = [RouterStatistics(*map(torch.add, *pair)) for pair in zip(total, now, strict=True)]
+        views = model(**batch.model_inputs()).moe.values()
+        now = [sum_statistics([view.statistics for view in layer]) for layer in zip(*views, strict=True)]
+        total = now if total is None else [sum_statistics(pair) for pair in zip(total, now, strict=True)]
     if total is None:
         raise ValueError("expert_use needs at least one batch")
     return tuple(total)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds import ops
+from eve_ds.config import ModelConfig
 from eve_ds.data.batch import Batch
+from eve_ds.evaluation import ask, with_whole_caption, with_whole_image
 from eve_ds.report.style import FAINT, INK, RIGHT_COLOR, WRONG_COLOR, save
 
 MASKED_GREY = 0.62
@@ -48,19 +50,20 @@ class Example(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(
-    model: nn.Module, batch: Batch, tokenizer: PreTrainedTokenizerFast, patch_size: int, eps: float = 1e-6
+    model: nn.Module, batch: Batch, tokenizer: PreTrainedTokenizerFast, config: ModelConfig, eps: float = 1e-6
 ) -> list[Example]:
-    """Predict the hidden patches and words of a batch in one forward.
+    """Predict the hidden patches and words of a batch, in the views that the model was trained on.
 
-    The model predicts pixels normalised by mean and deviation of their patch. To be looked at they are put back with
-    the true patch's mean and deviation, as in the visualisation of masked autoencoders (He et al. 2022): the shade of a
-    patch is given, its contents are predicted.
+    With `mim` and `mlm` patches are predicted beside the whole caption, and words beside the whole image; with `joint`
+    both beside what is hidden of the other. Where the model predicts normalized pixels they are put back with the true
+    patch's mean and deviation to be looked at, as in the visualization of masked autoencoders (He et al. 2022): the
+    shade of a patch is given, its contents are predicted.
 
     Args:
         model: an EVE in evaluation mode.
         batch: with images, every hidden patch to be predicted; samples without an image are left out.
         tokenizer: of the batch.
-        patch_size: pixels of a side.
+        config: of the model.
         eps: that the training loss adds to the variance.
 
     Raises:
@@ -69,28 +72,33 @@ def reconstruct(
     assert batch.pixel_values is not None
     assert batch.visible_patch_ids is not None
     assert batch.masked_patch_ids is not None
-    true = ops.patchify(batch.pixel_values, patch_size)  # (B, N, P * P * 3)
+    true = ops.patchify(batch.pixel_values, config.patch_size)  # (B, N, P * P * 3)
     unseen = true.shape[1] - batch.visible_patch_ids.shape[1]
     if batch.masked_patch_ids.shape[1] != unseen:
         raise ValueError(
             f"patches to predict ({batch.masked_patch_ids.shape[1]}) must be all hidden ones ({unseen}): "
             "collate with masking.predicted_patch_share 1"
         )
-    output = model(**batch.model_inputs())
+    is_joint = "joint" in config.objectives
+    pixels = ask(model, batch if is_joint else with_whole_caption(batch)).pixel_predictions
+    words = ask(model, batch if is_joint else with_whole_image(batch))
     index = batch.masked_patch_ids.unsqueeze(-1).expand(-1, -1, true.shape[-1])
     hidden = true.gather(1, index)
-    mean, variance = hidden.mean(dim=-1, keepdim=True), hidden.var(dim=-1, keepdim=True)
-    predicted = output.pixel_predictions.float() * (variance + eps).sqrt() + mean
+    predicted = pixels.float()
+    if config.pixel_target == "normalized":
+        mean, variance = hidden.mean(dim=-1, keepdim=True), hidden.var(dim=-1, keepdim=True)
+        predicted = predicted * (variance + eps).sqrt() + mean
     grey = torch.full_like(hidden, 2 * MASKED_GREY - 1)
     versions = [true, true.scatter(1, index, grey), true.scatter(1, index, predicted)]
     side = batch.pixel_values.shape[-1]
     original, masked, filled = (
-        (unpatchify(patches, patch_size, side).permute(0, 2, 3, 1) * 0.5 + 0.5).clamp(0, 1).cpu()
+        (unpatchify(patches, config.patch_size, side).permute(0, 2, 3, 1) * 0.5 + 0.5).clamp(0, 1).cpu()
         for patches in versions
     )
-    words = _words(batch, output.token_logits().argmax(dim=-1) if output.token_hidden is not None else None, tokenizer)
+    guessed = words.token_logits().argmax(dim=-1) if words.token_hidden is not None else None
+    shown = _words(batch, guessed, tokenizer)
     present = range(len(batch)) if batch.image_mask is None else batch.image_mask.nonzero().flatten().tolist()
-    return [Example(original[i], masked[i], filled[i], words[i]) for i in present]
+    return [Example(original[i], masked[i], filled[i], shown[i]) for i in present]
 
 
 def unpatchify(patches: Tensor, patch_size: int, image_size: int) -> Tensor:
@@ -100,8 +108,19 @@ def unpatchify(patches: Tensor, patch_size: int, image_size: int) -> Tensor:
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, image_size, image_size)
 
 
-def plot_reconstructions(examples: list[Example], path: Path, title: str) -> Path:
-    """Draw one row for each example: original, masked, reconstructed, and its caption."""
+def note_on(config: ModelConfig) -> str:
+    """What was hidden, what was seen, and how predictions are shown."""
+    shown = (
+        "both were predicted at once from what was left."
+        if "joint" in config.objectives
+        else "patches were predicted beside the whole caption, words beside the whole image."
+    )
+    shade = " Predicted patches are shown with the true patch's mean and deviation."
+    return f"Patches and words in boxes were hidden; {shown}{shade if config.pixel_target == 'normalized' else ''}"
+
+
+def plot_reconstructions(examples: list[Example], path: Path, title: str, note: str) -> Path:
+    """Draw one row for each example: original, masked, reconstructed, and its caption; the note stands below."""
     top, bottom = 0.95, 0.5
     width = 3 * PICTURE + 4 * GAP + TEXT_WIDTH
     height = top + ROW_HEIGHT * len(examples) + bottom
@@ -125,10 +144,6 @@ def plot_reconstructions(examples: list[Example], path: Path, title: str) -> Pat
     canvas.set_xlim(0, width)  # imshow has set its own
     canvas.set_ylim(0, height)
     canvas.set_aspect("auto")
-    note = (
-        "Patches and words in boxes were hidden; both were predicted at once from what was left. Predicted patches are "
-        "shown with the true patch's mean and deviation."
-    )
     canvas.text(GAP, bottom / 2, note, fontsize=7.5, color=FAINT, va="center")
     return save(figure, path)
 
@@ -136,10 +151,9 @@ def plot_reconstructions(examples: list[Example], path: Path, title: str) -> Pat
 def _words(batch: Batch, predictions: Tensor | None, tokenizer: PreTrainedTokenizerFast) -> list[tuple[Word, ...]]:
     if batch.input_ids is None or batch.attention_mask is None:
         return [()] * len(batch)
-    truth = batch.input_ids.flatten().clone()
+    truth = batch.input_ids.flatten()
     guesses: dict[int, int] = {}
-    if batch.masked_token_ids is not None and batch.token_labels is not None and predictions is not None:
-        truth[batch.masked_token_ids] = batch.token_labels
+    if batch.masked_token_ids is not None and predictions is not None:
         guesses = dict(zip(batch.masked_token_ids.tolist(), predictions.tolist(), strict=True))
     special = set(tokenizer.all_special_ids)
     length = batch.input_ids.shape[1]

@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 Record = dict[str, Any]
 
 
+FORMER_NAMES = {"pixel": "mim", "text": "mlm"}
+"""Loss terms as earlier versions wrote them."""
+
+
 class ReportError(ValueError):
     """A run that nothing can be reported of; the message names the file and what is wrong with it."""
 
@@ -85,4 +89,4 @@ def _parse(line: str, where: str) -> Record:
         raise ReportError(f"{where} is not JSON: {error}") from None
     if not isinstance(record, dict) or not {"kind", "step", "seconds", "samples"} <= record.keys():
         raise ReportError(f"{where} is not a record with kind, step, seconds and samples")
-    return record
+    return {FORMER_NAMES.get(name, name): value for name, value in record.items()}

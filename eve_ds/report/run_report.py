@@ -18,7 +18,7 @@ from eve_ds.data.scenes import Scenes
 from eve_ds.evaluation import evaluation_config
 from eve_ds.report.curves import plot_curves
 from eve_ds.report.experts import expert_use, plot_expert_use
-from eve_ds.report.reconstruction import plot_reconstructions, reconstruct
+from eve_ds.report.reconstruction import note_on, plot_reconstructions, reconstruct
 from eve_ds.report.records import Record, of_kind, read_records, throughput
 from eve_ds.report.tables import Table, evaluation_tables, expert_table, loss_table
 
@@ -88,13 +88,13 @@ def _model_pictures(exported: Exported, out: Path) -> tuple[dict[str, Path], lis
     on_scenes = all(source.kind == "scenes" for source in config.data.sources)
     pictures, tables = {}, []
     if model.pixel_decoder is not None and batches[0].pixel_values is not None:
-        examples = reconstruct(model, batches[0], tokenizer, config.model.patch_size)[:EXAMPLES]
+        examples = reconstruct(model, batches[0], tokenizer, config.model)[:EXAMPLES]
         kind = "validation scenes" if on_scenes else "samples of the training data"
         title = f"The first {len(examples)} {kind}, not selected"
-        path = plot_reconstructions(examples, out / "reconstructions.png", title)
+        path = plot_reconstructions(examples, out / "reconstructions.png", title, note_on(config.model))
         pictures["Masked, reconstructed, and the words it guessed"] = path
-    if config.model.moe_layers:
-        layers = sorted(set(config.model.moe_layers))
+    if config.model.expert_layers:
+        layers = config.model.expert_layers
         statistics = expert_use(model, batches)
         pictures["Expert use by modality"] = plot_expert_use(statistics, layers, out / "experts.png")
         tables.append(expert_table(statistics, layers))

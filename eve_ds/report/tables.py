@@ -14,6 +14,7 @@ from eve_ds.report.experts import shares
 from eve_ds.report.records import Record, column, of_kind
 
 WORDS = ("colour", "shape", "size", "position")
+LABELS = {"hidden_words": "all words of hidden captions"}
 PROBES = {
     "position_to_colour": "position -> colour",
     "position_to_shape": "position -> shape",
@@ -62,19 +63,47 @@ def _figure(value: float | None) -> str:
 
 
 def evaluation_tables(result: dict[str, Any]) -> list[Table]:
-    """What :func:`eve_ds.evaluation.evaluate_scenes` returned: words, pixels and, where asked, binding."""
-    words = Table(
-        "Masked words predicted right",
+    """What :func:`eve_ds.evaluation.evaluate_scenes` returned: words, pixels and, where asked, binding.
+
+    Evaluations of earlier versions, which asked words beside masked images only, have no `masked_image`.
+    """
+    tables = []
+    masked = result.get("masked_image", {})
+    if "colour" in result:
+        beside = "the whole image" if masked else "a masked image"
+        names = [*WORDS, *(["hidden_words"] if "hidden_words" in result else [])]
+        tables.append(_words_table(f"Masked words predicted right beside {beside}", result, names))
+    if masked:
+        tables.append(_words_table("Masked words predicted right beside a masked image", masked, WORDS))
+    if "pixel_loss" in result:
+        tables.append(_pixels_table(result["pixel_loss"]))
+    if "binding" in result:
+        tables.append(_binding_table(result["binding"]))
+    return tables
+
+
+def _words_table(title: str, result: dict[str, Any], names: Sequence[str]) -> Table:
+    return Table(
+        title,
         ("word class", "with its image", "with another image", "gap"),
-        [(name, *_pair(result[name]), f"{result[name]['right'] - result[name]['wrong']:+.3f}") for name in WORDS],
+        [
+            (
+                LABELS.get(name, name),
+                *_pair(result[name]),
+                f"{result[name]['right'] - result[name]['wrong']:+.3f}",
+            )
+            for name in names
+        ],
     )
-    pixel = result["pixel_loss"]
-    pixels = Table(
+
+
+def _pixels_table(pixel_loss: dict[str, float]) -> Table:
+    right, wrong = (f"{pixel_loss[side]:.4f}" for side in ("right", "wrong"))
+    return Table(
         "Loss of masked foreground pixels",
         ("", "with its caption", "with another caption", "lower by"),
-        [("squared error", f"{pixel['right']:.4f}", f"{pixel['wrong']:.4f}", percent_lower(pixel))],
+        [("squared error", right, wrong, percent_lower(pixel_loss))],
     )
-    return [words, pixels, *([_binding_table(result["binding"])] if "binding" in result else [])]
 
 
 def percent_lower(pixel_loss: dict[str, float]) -> str:
@@ -106,11 +135,17 @@ def seeds_table(entries: Sequence[dict[str, Any]]) -> Table:
     """One column for each seed: what it learnt, what it took.
 
     Args:
-        entries: with `seed`, the word classes, `pixel_loss`, `binding`, `train_seconds`, `steps`,
-            `samples_per_second`, `peak_memory_bytes` and `export_max_abs_diff`.
+        entries: what :func:`eve_ds.evaluation.evaluate_scenes` returned of a model that predicts words and pixels, with
+            `seed`, `train_seconds`, `steps`, `samples_per_second`, `peak_memory_bytes` and `export_max_abs_diff`.
     """
-    rows = [("masked words right, its image / another's", *[""] * len(entries))]
-    rows += [(f"  {name}", *(" / ".join(_pair(entry[name])) for entry in entries)) for name in WORDS]
+    rows = [("masked words right, its whole image / another's", *[""] * len(entries))]
+    names = (*WORDS, "hidden_words")
+    rows += [
+        (f"  {LABELS.get(name, name)}", *(" / ".join(_pair(entry[name])) for entry in entries)) for name in names
+    ]
+    rows.append(("the same beside a masked image", *[""] * len(entries)))
+    masked = [entry["masked_image"] for entry in entries]
+    rows += [(f"  {name}", *(" / ".join(_pair(words[name])) for words in masked)) for name in WORDS]
     rows.append(("masked pixels, right caption / another's", *[""] * len(entries)))
     losses = [entry["pixel_loss"] for entry in entries]
     rows.append(("  squared error", *(f"{loss['right']:.4f} / {loss['wrong']:.4f}" for loss in losses)))
@@ -136,7 +171,7 @@ def loss_table(records: list[Record]) -> Table:
     """Each loss term at the first and at the last record of training."""
     train = of_kind(records, "train")
     rows = []
-    for name in ("loss", "pixel", "text", "itc", "itm", "load_balancing", "router_z"):
+    for name in ("loss", "mim", "mlm", "itc", "itm", "load_balancing", "router_z"):
         values = column(train, name)
         if not math.isnan(values[0]):
             rows.append((name, f"{values[0]:.4f}", f"{values[-1]:.4f}", f"{values[-1] - values[0]:+.4f}"))

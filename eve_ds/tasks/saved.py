@@ -22,7 +22,7 @@ from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import CheckpointError, listed
 from eve_ds.checkpoint.manifest import CONFIG, TOKENIZER
 from eve_ds.checkpoint.weights import export_files, find_checkpoint, weight_reader
-from eve_ds.config import Config, ConfigError, ModelConfig, parse_config
+from eve_ds.config import Config, ConfigError, ModelConfig, parse_written_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import ExportError, WeightFileError
 from eve_ds.export.importing import IMAGE_POSITIONS, TEXT_POSITIONS, fit_positions, read_backbone
@@ -89,7 +89,7 @@ def load_task_model(folder: Path | str) -> TaskModel:
         files = sorted(set(export_files(folder).values()))
         if not files or not (folder / CONFIG).is_file():
             raise ExportError(f"{folder} is no saved model, it lacks model.safetensors or config.json")
-        config = parse_config(manifest.read_json(folder / CONFIG), str(folder / CONFIG))
+        config = parse_written_config(manifest.read_json(folder / CONFIG), str(folder / CONFIG))
         if config.task is None:
             raise ExportError(f"{folder} is a pre-trained model without a task: fine-tune it with launcher/finetune.py")
         task = saved_task(config, folder)
@@ -122,7 +122,7 @@ def read_start(init: Path) -> Start:
     """
     try:
         folder = init if (init / TOKENIZER).is_dir() else find_checkpoint(init)
-        config = parse_config(manifest.read_json(folder / CONFIG), str(folder / CONFIG))
+        config = parse_written_config(manifest.read_json(folder / CONFIG), str(folder / CONFIG))
     except CheckpointError as error:
         raise ConfigError(f"--init {error}") from None
     return Start(config, str(folder / TOKENIZER))

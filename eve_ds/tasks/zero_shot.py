@@ -47,7 +47,7 @@ def load_zero_shot(
 
     Args:
         folder: export, checkpoint or run.
-        features: `class_token` or `words`; None: what the objective has taught, class tokens first.
+        features: `class_token` or `words`; None: what the objectives have taught, class tokens first.
         data, images, split, limit: of the examples, as :func:`eve_ds.tasks.recipes.evaluated_on` has them.
         rerank: candidates of a query that the model orders again pair by pair; 0: none.
 
@@ -57,14 +57,12 @@ def load_zero_shot(
     start = read_start(folder)
     if start.config.task is not None:
         raise ConfigError(f"{folder} is fine-tuned for {start.config.task.name}: use `evaluate.py task`")
-    objective = start.config.model.objective
-    taught = {"msm": ["words"], "itc_itm": ["class_token"], "itc_itm_mlm": ["class_token", "words"]}[objective]
-    chosen = features or taught[0]
-    if chosen not in taught:
-        raise ConfigError(
-            f"--features {chosen}: pre-training by {objective} does not teach it; use {' or '.join(taught)}"
-        )
-    settings = [f"task.features={chosen}", f"task.itm_weight={int(chosen == 'class_token')}", f"task.rerank={rerank}"]
+    chosen = _features(start.config.model, features)
+    itm = "itm" in start.config.model.objectives
+    if chosen == "class_token" and rerank and not itm:
+        raise ConfigError(f"--rerank {rerank}: pre-training without itm does not teach it; use --rerank 0")
+    settings = [f"task.features={chosen}", f"task.itm_weight={int(chosen == 'class_token' and itm)}"]
+    settings.append(f"task.rerank={rerank}")
     recipe = SCENES_RECIPES["retrieval"]  # nothing of it but the name of the task matters here
     config = task_config("retrieval", init=folder, model="", recipe=recipe, overrides=settings)
     config = evaluated_on(config, data, images, split, limit)
@@ -80,6 +78,18 @@ def load_zero_shot(
     model.load_state_dict(weights)
     digest = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights.values()))
     return ZeroShot(TaskModel(task, model.eval(), config, tokenizer, digest.hexdigest()), examples)
+
+
+def _features(config: ModelConfig, asked: str | None) -> str:
+    """What pre-training has taught; raises ConfigError where that is not what is asked for, or nothing."""
+    taught = ["class_token"] if "itc" in config.objectives else []
+    taught += ["words"] if config.predicts_words else []
+    names = ", ".join(config.objectives)
+    if not taught:
+        raise ConfigError(f"pre-training by {names} does not teach retrieval: fine-tune the model first")
+    if asked is not None and asked not in taught:
+        raise ConfigError(f"--features {asked}: pre-training by {names} does not teach it; use {' or '.join(taught)}")
+    return asked or taught[0]
 
 
 def _weights(model: nn.Module, folder: Path, config: ModelConfig, names: dict[str, str]) -> dict[str, Tensor]:

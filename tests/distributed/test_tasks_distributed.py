@@ -101,7 +101,7 @@ def test_a_frozen_backbone_stays_to_the_bit_while_the_head_learns(
 ):
     from safetensors.torch import load_file
 
-    init = pretrained("msm")
+    init = pretrained("mim+mlm")
     tree = task_tree("nlvr", features="words", freeze_backbone=True)
     tree["train"]["init"] = str(init)
     zero = {"zero_optimization": {"stage": stage}}

@@ -1,0 +1,438 @@
+"""Views of pre-training: what each shows and hides, and one pass over all of them against a pass for each."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from eve_ds.config import parse_config
+from eve_ds.data.batch import Sample
+from eve_ds.data.collate import Collator
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.losses import Counts, pretraining_losses, total_loss
+from eve_ds.model.eve import EVE, View
+from eve_ds.model.matching import draw_hard_negatives
+
+CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and a small green square top left")
+ALL = ["mim", "mlm", "itc", "itm"]
+SETS = (["mlm"], ["mim"], ["mim", "mlm"], ["joint"], ["mlm", "itc", "itm"], ["mim", "mlm", "itc"], ALL)
+CHEAP = {
+    "predicted_patch_share": 0.5,
+    "text_to_image_share": 0.5,
+    "text_to_image_mask_ratio": 0.8,
+    "image_view_share": 0.6,
+    "image_view_word_share": 0.5,
+    "language_view_patch_share": 0.5,
+}
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+"""In fp64, of sums in another order."""
+
+
+def config_of(objectives=("mim", "mlm"), masking=None, **model):
+    small = {
+        **{"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24},
+        **{"moe_layers": [1, 2], "moe": {"num_experts": 4}, "image_size": 32, "patch_size": 8, "vocab_size": 256},
+        **{"text_length": 24, "drop_path_rate": 0.0, "text_dropout": 0.0, "initializer_range": 0.2},
+        "pixel_decoder": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
+    }
+    return parse_config({"model": {**small, "objectives": list(objectives), **model}, "masking": masking or {}})
+
+
+def image(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def pairs(count=6):
+    return [Sample(f"k{number}", 0, image(number), CAPTIONS[number % 2]) for number in range(count)]
+
+
+MIXED = [*pairs(4), Sample("image", 0, image(7), None), Sample("text", 0, None, CAPTIONS[1])]
+
+
+def batch_of(config, samples=None, has_images=True, has_captions=True):
+    collate = Collator(config, load_tokenizer("scenes"), has_images=has_images, has_captions=has_captions)
+    return collate(pairs() if samples is None else samples)
+
+
+def model_of(config, seed=0):
+    torch.manual_seed(seed)
+    return EVE(config.model).double()
+
+
+def in_fp64(batch):
+    return replace(batch, pixel_values=None if batch.pixel_values is None else batch.pixel_values.double())
+
+
+def losses_of(model, config, batch):
+    torch.manual_seed(5)  # of hard negatives
+    output = model(**batch.model_inputs())
+    counts = Counts(24.0, 12.0, 100.0)
+    return output, pretraining_losses(output, **batch.targets(), patch_size=8, counts=counts)
+
+
+@pytest.fixture(autouse=True)
+def _plain_ops(monkeypatch):
+    monkeypatch.setenv("EVE_DS_OPS", "reference")
+
+
+# --- what the views of a batch show -----------------------------------------------------------------------------------
+
+
+def test_the_image_view_masks_patches_and_the_language_view_words():
+    batch = batch_of(config_of())
+    mask_id = load_tokenizer("scenes").mask_token_id
+    assert not (batch.input_ids == mask_id).any()
+    masked = batch.masked_input_ids.flatten()
+    assert (masked[batch.masked_token_ids] == mask_id).all()
+    assert torch.equal(masked.scatter(0, batch.masked_token_ids, batch.token_labels), batch.input_ids.flatten())
+    assert batch.visible_patch_ids.shape == (6, 4)
+    assert batch.masked_patch_ids.shape == (6, 12)
+    assert batch.image_view_ids is batch.image_view_text_mask is batch.language_patch_ids is None
+
+
+@pytest.mark.parametrize("objectives", SETS, ids="+".join)
+def test_a_batch_has_the_fields_of_its_views_alone(objectives):
+    batch = batch_of(config_of(objectives, CHEAP))
+    has_image_view, has_words = {"mim", "joint"} & {*objectives}, {"mlm", "joint"} & {*objectives}
+    assert (batch.masked_patch_ids is not None) == bool(has_image_view)
+    assert (batch.visible_patch_ids is not None) == bool(has_image_view)
+    assert (batch.masked_input_ids is not None) == (batch.token_labels is not None) == bool(has_words)
+    assert (batch.language_patch_ids is not None) == ("mlm" in objectives)
+    assert (batch.image_view_text_mask is not None) == ("mim" in objectives)
+    assert batch.input_ids is not None
+
+
+def test_masks_of_a_view_depend_on_seed_epoch_key_and_view_alone():
+    config = config_of(ALL, CHEAP)
+    whole = batch_of(config)
+    parts = [batch_of(config, pairs()[row : row + 1]) for row in range(6)]
+    chosen = whole.image_view_ids.tolist()
+    assert 0 < len(chosen) < 6
+    place = 0
+    for row, part in enumerate(parts):
+        assert len(part.image_view_ids) == (row in chosen)
+        assert torch.equal(part.language_patch_ids[0], whole.language_patch_ids[row])
+        length = part.input_ids.shape[1]
+        assert torch.equal(part.masked_input_ids[0], whole.masked_input_ids[row, :length])
+        if row in chosen:
+            for name in ("visible_patch_ids", "visible_patch_mask", "masked_patch_ids"):
+                assert torch.equal(getattr(part, name)[0], getattr(whole, name)[place]), name
+            assert torch.equal(part.image_view_text_mask[0], whole.image_view_text_mask[place, :length])
+            place += 1
+    only_words = batch_of(config_of(["mlm"], CHEAP))
+    assert torch.equal(only_words.masked_input_ids, whole.masked_input_ids), "whatever the other views are"
+    later = batch_of(config, [replace(sample, epoch=1) for sample in pairs()])
+    assert not torch.equal(later.masked_input_ids, whole.masked_input_ids)
+    joint = batch_of(config_of(["joint"]))
+    assert not torch.equal(joint.masked_input_ids, batch_of(config_of()).masked_input_ids)
+
+
+def test_shares_of_samples_words_and_patches():
+    samples = [Sample(f"k{number}", 0, image(), CAPTIONS[1]) for number in range(400)]
+    masking = {"image_view_share": 0.3, "image_view_word_share": 0.25, "language_view_patch_share": 0.5}
+    batch = batch_of(config_of(masking=masking), samples)
+    # 400 draws: the standard error of the share is 0.023.
+    assert len(batch.image_view_ids) / 400 == pytest.approx(0.3, abs=0.09)
+    words = len(CAPTIONS[1].split())
+    assert (batch.image_view_text_mask.sum(dim=1) == 2 + round(0.25 * words)).all()
+    length = int(batch.attention_mask[0].sum())
+    assert batch.image_view_text_mask[:, [0, length - 1]].all(), "[CLS] and [SEP] are always shown"
+    assert batch.language_patch_ids.shape == (400, 8)
+    assert (batch.language_patch_ids.diff(dim=1) > 0).all()
+    counts = torch.bincount(batch.language_patch_ids.flatten(), minlength=16)
+    assert (counts / 400 - 0.5).abs().max() < 0.13  # five standard deviations
+
+
+@pytest.mark.parametrize(("ratio", "visible"), [(0.0, 16), (0.01, 15), (0.99, 1), (1.0, 0)])
+def test_all_ratios_from_0_to_1(ratio, visible):
+    masking = {"patch_mask_ratio": ratio, "text_mask_ratio": ratio}
+    batch = batch_of(config_of(["joint"] if ratio == 0 else ["mim", "mlm"], masking | {"max_text_mask_ratio": 1.0}))
+    assert batch.visible_patch_ids.shape[1] == visible
+    assert batch.masked_patch_ids.shape[1] == 16 - visible
+    config = config_of(["joint"] if ratio == 0 else ["mim", "mlm"], masking | {"max_text_mask_ratio": 1.0})
+    output, terms = losses_of(model_of(config), config, in_fp64(batch))
+    assert output.pixel_predictions.shape == (6, 16 - visible, 192)
+    assert all(bool(term.isfinite()) for term in terms.values())
+    if ratio == 1:
+        assert len(batch.token_labels) == sum(len(CAPTIONS[row % 2].split()) for row in range(6))
+
+
+# --- the model's views ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_each_view_encodes_what_it_shows_and_no_more():
+    config = config_of(ALL, CHEAP)
+    model, batch = model_of(config).eval(), in_fp64(batch_of(config))
+    output, _ = losses_of(model, config, batch)
+    rows, backbone = batch.image_view_ids, model.backbone
+    whole = {"pixel_values": batch.pixel_values, "input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    assert set(output.moe) == {"mim", "mlm", "itc_image", "itc_text", "itm"}
+    shown = backbone(
+        batch.pixel_values[rows],
+        batch.input_ids[rows],
+        batch.image_view_text_mask,
+        visible_patch_ids=batch.visible_patch_ids,
+        visible_patch_mask=batch.visible_patch_mask,
+    )
+    pixels = model.pixel_decoder(shown.stream, batch.visible_patch_ids, batch.masked_patch_ids)
+    torch.testing.assert_close(output.pixel_predictions, pixels, **EXACT)
+    masked = whole | {"input_ids": batch.masked_input_ids}
+    words = backbone(**masked, visible_patch_ids=batch.language_patch_ids)
+    states = words.stream.padded()[:, words.num_image_tokens :].flatten(0, 1)[batch.masked_token_ids]
+    torch.testing.assert_close(output.token_hidden, model.text_head(states), **EXACT)
+    images = model.matching.image_features(backbone(batch.pixel_values).stream.padded()[:, 0])
+    texts = model.matching.text_features(
+        backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask).stream.padded()[:, 0]
+    )
+    torch.testing.assert_close(output.matching.image_features, images)  # heads give fp32
+    torch.testing.assert_close(output.matching.text_features, texts)
+    torch.manual_seed(5)
+    image_ids, text_ids = draw_hard_negatives(images, texts, torch.tensor(0.07))
+    own = torch.arange(6)
+    pictures, captions = torch.cat([own, image_ids, own]), torch.cat([own, own, text_ids])
+    joined = backbone(batch.pixel_values[pictures], batch.input_ids[captions], batch.attention_mask[captions])
+    logits = model.matching.classifier(joined.stream.padded()[:, joined.num_image_tokens]).float()
+    torch.testing.assert_close(output.matching.logits, logits)
+
+
+@torch.no_grad()
+def test_masked_patches_reach_the_language_view_alone_and_masked_words_the_image_view_alone():
+    config = config_of()
+    model, batch = model_of(config).eval(), in_fp64(batch_of(config))
+    before, _ = losses_of(model, config, batch)
+    patch = int(batch.masked_patch_ids[2, 0])
+    pixel_values = batch.pixel_values.clone()
+    pixel_values[2, :, 8 * (patch // 4), 8 * (patch % 4)] += 1.0
+    after, _ = losses_of(model, config, replace(batch, pixel_values=pixel_values))
+    assert torch.equal(after.pixel_predictions, before.pixel_predictions)
+    length = batch.input_ids.shape[1]
+    changed = (after.token_hidden != before.token_hidden).any(dim=1)
+    assert torch.equal(changed, batch.masked_token_ids // length == 2)
+    place = int(batch.masked_token_ids[0])
+    input_ids = batch.input_ids.flatten().index_fill(0, torch.tensor([place]), 7).view_as(batch.input_ids)
+    after, _ = losses_of(model, config, replace(batch, input_ids=input_ids))
+    assert torch.equal(after.token_hidden, before.token_hidden)
+    touched = (after.pixel_predictions != before.pixel_predictions).flatten(1).any(dim=1)
+    assert touched.tolist() == [row == place // length for row in range(6)]
+
+
+@torch.no_grad()
+def test_incomplete_samples_are_in_the_views_that_they_can_serve():
+    config = config_of()
+    model, batch = model_of(config).eval(), in_fp64(batch_of(config, MIXED))
+    assert batch.image_view_ids.tolist() == [0, 1, 2, 3, 4]
+    output, terms = losses_of(model, config, batch)
+    assert output.pixel_predictions.shape[0] == 5
+    routed = {view: layers[0].statistics.tokens.tolist() for view, layers in output.moe.items()}
+    words = [len(sample.caption.split()) + 2 for sample in MIXED if sample.caption]
+    assert routed["mim"] == [5 * (1 + 4), sum(words[:4])]
+    assert routed["mlm"] == [4 * (1 + 16), sum(words)], "an image without a caption has nothing to predict there"
+    alone, _ = losses_of(model, config, in_fp64(batch_of(config, MIXED[4:5])))
+    torch.testing.assert_close(output.pixel_predictions[4:], alone.pixel_predictions, **EXACT)
+    alone, _ = losses_of(model, config, in_fp64(batch_of(config, MIXED[5:])))
+    torch.testing.assert_close(output.token_hidden[-len(alone.token_hidden) :], alone.token_hidden, **EXACT)
+    assert alone.pixel_predictions.shape == (0, 12, 192)
+    assert set(terms) == {"mim", "mlm", "load_balancing", "router_z"}
+
+
+@pytest.mark.parametrize("kind", ["cross", "self"])
+@pytest.mark.parametrize("missing", ["image", "caption"])
+def test_a_view_without_a_sample_has_gradients_of_zeros(missing, kind):
+    """Ranks must have the same set of gradients, whatever the mixture drew for each."""
+    decoder = {"kind": kind, "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+    config = config_of(pixel_decoder=decoder)
+    model = model_of(config)
+    samples = [replace(sample, **{missing: None}) for sample in pairs(2)]
+    _, terms = losses_of(model, config, in_fp64(batch_of(config, samples)))
+    total_loss(terms, config.loss).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
+    idle = model.pixel_decoder if missing == "image" else model.text_head
+    assert all(parameter.grad.abs().max() == 0 for parameter in idle.parameters())
+
+
+@torch.no_grad()
+def test_sources_of_one_modality_serve_one_view():
+    config = config_of()
+    model = model_of(config).eval()
+    images = [replace(sample, caption=None) for sample in pairs()]
+    batch = in_fp64(batch_of(config, images, has_captions=False))
+    assert batch.input_ids is batch.masked_input_ids is None
+    output, terms = losses_of(model, config, batch)
+    assert (set(output.moe), output.token_hidden) == ({"mim"}, None)
+    assert "mlm" not in terms
+    texts = [replace(sample, image=None) for sample in pairs()]
+    output, terms = losses_of(model, config, batch_of(config, texts, has_images=False))
+    assert (set(output.moe), output.pixel_predictions) == ({"mlm"}, None)
+    assert "mim" not in terms
+    with pytest.raises(ValueError, match=r"holds neither images nor texts that objectives \(mim, mlm\) could use"):
+        model()
+
+
+# --- one pass over all views against a pass for each --------------------------------------------------------------------
+
+
+def both_ways(config, batch, double=True):
+    """Loss terms, statistics and gradients of one packed pass and of a pass a view."""
+    found = []
+    for packed in (True, False):
+        model = model_of(config).train()
+        model = model if double else model.float()
+        model.pack_views = packed
+        output, terms = losses_of(model, config, batch)
+        weights = config.loss.model_copy(update={"load_balancing_weight": 0.3, "router_z_weight": 0.1})
+        total_loss(terms, weights).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        found.append((terms, output.moe, gradients))
+    return found
+
+
+ROUTING = {
+    "dropless": {"num_experts": 4},
+    "one choice": {"num_experts": 4, "top_k": 1},
+    "capacity": {"num_experts": 4, "routing": "capacity", "capacity_factor": 0.6, "min_capacity": 1},
+    "no modality embedding": {"num_experts": 4, "modality_embedding": False},
+}
+
+
+@pytest.mark.parametrize("routing", ROUTING)
+@pytest.mark.parametrize("objectives", [["mim", "mlm"], ALL], ids="+".join)
+def test_one_pass_equals_a_pass_for_each_view(objectives, routing):
+    config = config_of(objectives, CHEAP, moe=ROUTING[routing])
+    samples = MIXED if "itc" not in objectives else pairs()
+    packed, apart = both_ways(config, in_fp64(batch_of(config, samples)))
+    assert_equal_ways(packed, apart, EXACT if "itc" not in objectives else {"rtol": 1e-5, "atol": 1e-7})
+    if routing == "capacity":
+        assert all(layers[0].statistics.dropped.sum() > 0 for layers in packed[1].values()), "capacity is at work"
+
+
+def assert_equal_ways(packed, apart, tolerance):
+    terms, moe, gradients = packed
+    assert terms.keys() == apart[0].keys()
+    for name, term in terms.items():
+        torch.testing.assert_close(term, apart[0][name], **tolerance)
+    assert moe.keys() == apart[1].keys()
+    for view, layers in moe.items():
+        for ours, theirs in zip(layers, apart[1][view], strict=True):
+            torch.testing.assert_close(ours.load_balancing_loss, theirs.load_balancing_loss, **tolerance)
+            torch.testing.assert_close(ours.router_z_sum, theirs.router_z_sum, **tolerance)
+            for one, other in zip(ours.statistics, theirs.statistics, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert (gradient is None) == (apart[2][name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradient, apart[2][name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("routing", ["dropless", "capacity"])
+def test_one_pass_equals_a_pass_for_each_view_with_the_built_ops(routing, monkeypatch):
+    monkeypatch.setenv("EVE_DS_OPS", "build")
+    config = config_of(masking=CHEAP, moe=ROUTING[routing])
+    packed, apart = both_ways(config, batch_of(config, MIXED), double=False)
+    assert_equal_ways(packed, apart, {"rtol": 1e-4, "atol": 2e-6})  # fp32
+
+
+def test_noise_of_routers_takes_a_pass_for_each_view():
+    """Jitter draws as many numbers as there are tokens; the views stay apart, and every one is routed."""
+    config = config_of(moe={"num_experts": 4, "router_jitter": 0.2, "second_choice_noise": True})
+    model, batch = model_of(config).train(), in_fp64(batch_of(config))
+    output, terms = losses_of(model, config, batch)
+    assert all(bool(term.isfinite()) for term in terms.values())
+    assert {view: float(layers[0].statistics.tokens.sum()) for view, layers in output.moe.items()} == {
+        "mim": 6 * 5 + float(batch.attention_mask.sum()),
+        "mlm": 6 * 17 + float(batch.attention_mask.sum()),
+    }
+    assert model.backbone.blocks[1].moe.router.packs_views is False
+    assert model.eval().backbone.blocks[1].moe.router.packs_views is True
+
+
+def test_the_official_profile_keeps_padding_in_every_view():
+    config = config_of(profile="official", moe=ROUTING["capacity"])
+    packed, apart = both_ways(config, in_fp64(batch_of(config, MIXED)))
+    assert_equal_ways(packed, apart, EXACT)
+    padded = batch_of(config, MIXED).attention_mask
+    assert float(packed[1]["mlm"][0].statistics.tokens.sum()) == 6 * 17 + padded.numel()
+
+
+def test_activation_checkpointing_of_packed_views_changes_nothing():
+    config = config_of(masking=CHEAP)
+    batch = in_fp64(batch_of(config))
+    found = []
+    for checkpointing in (False, True):
+        model = model_of(config).train()
+        model.backbone.activation_checkpointing = checkpointing
+        _, terms = losses_of(model, config, batch)
+        total_loss(terms, config.loss).backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(torch.equal(found[0][name], gradient) for name, gradient in found[1].items())
+
+
+def test_views_of_different_numbers_of_samples_share_a_pass():
+    config = config_of()
+    model = model_of(config).eval()
+    batch = in_fp64(batch_of(config))
+    views = [
+        View(batch.pixel_values[:2], batch.input_ids[:2], batch.attention_mask[:2]),
+        View(input_ids=batch.input_ids, attention_mask=batch.attention_mask),
+        View(batch.pixel_values[:0]),
+        View(batch.pixel_values[1:5], visible_patch_ids=torch.arange(3).expand(4, -1)),
+    ]
+    for packed, view in zip(model.backbone.encode(views), views, strict=True):
+        (alone,) = model.backbone.encode([view])
+        torch.testing.assert_close(packed.stream.padded(), alone.stream.padded(), **EXACT)
+        assert packed.num_image_tokens == alone.num_image_tokens
+        assert torch.equal(packed.stream.modality_ids, alone.stream.modality_ids)
+
+
+# --- feed-forward part of the deep layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["soft_router", "hard_router", "shared"])
+def test_kinds_of_deep_layers(kind):
+    config = config_of(deep_ffn=kind)
+    model, batch = model_of(config).train(), in_fp64(batch_of(config))
+    output, terms = losses_of(model, config, batch)
+    total_loss(terms, config.loss).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert config.model.expert_layers == ([1, 2] if kind == "soft_router" else [])
+    assert [len(layers) for layers in output.moe.values()] == [len(config.model.expert_layers)] * 2
+    assert ("load_balancing" in terms) == (kind == "soft_router")
+    shared = [name for name in model.state_dict() if ".ffn.network." in name]
+    assert len(shared) == (2 * 4 if kind == "shared" else 0)
+
+
+@torch.no_grad()
+def test_the_hard_router_sends_a_token_by_its_modality_and_the_shared_network_does_not_look_at_it():
+    for kind, same in (("hard_router", False), ("shared", True)):
+        config = config_of(deep_ffn=kind)
+        block, batch = model_of(config).backbone.blocks[1], in_fp64(batch_of(config))
+        x = torch.randn(4, 16, dtype=torch.float64).repeat(2, 1)
+
+        class ByModality:
+            sizes = {0: 4, 1: 4}  # noqa: RUF012 - four image tokens, then the same four as text tokens
+
+            @staticmethod
+            def sort(tokens):
+                return tokens
+
+            restore = sort
+
+        out = block.ffn(x, ByModality)
+        assert torch.allclose(out[:4], out[4:], rtol=0, atol=1e-12) is same
+        assert batch is not None
+
+
+@torch.no_grad()
+def test_without_modality_embedding_the_router_sees_the_token_alone():
+    without = model_of(config_of(moe={"num_experts": 4, "modality_embedding": False})).backbone.blocks[1].moe
+    assert "router.modality_embedding" not in without.state_dict()
+    x, ids = torch.randn(9, 16, dtype=torch.float64), torch.arange(9) % 2
+    one, other = without(x, ids), without(x, 1 - ids)
+    assert torch.equal(one.hidden_states, other.hidden_states)
+    assert torch.equal(one.statistics.routes, other.statistics.routes.flip(0))
+    embedded = model_of(config_of()).backbone.blocks[1].moe
+    assert not torch.equal(embedded(x, ids).hidden_states, embedded(x, 1 - ids).hidden_states)
