@@ -283,10 +283,22 @@ class SourceConfig(Section):
     """Generated: samples of one epoch."""
     seed: int = 0
     """Generated: which world."""
+    reading_order_share: Fraction = 0.0
+    """`kind: scenes`: share of captions whose phrases stand in reading order (row, then column, of the image before a
+    flip) at the start of the run; the other captions keep random order."""
+    reading_order_samples: PositiveInt | None = None
+    """`kind: scenes`: samples of the run over which that share falls linearly to 0; None: it never falls. All samples
+    count: of every source of the mixture, on every rank, those that cannot be used included."""
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
         _require(self.kind != "shards" or bool(self.shards), "a source of kind 'shards' needs `shards`")
+        for name in ("reading_order_share", "reading_order_samples"):
+            value = getattr(self, name)
+            _require(
+                self.kind == "scenes" or not value,
+                f"{name} ({value}) is for sources of kind 'scenes', not '{self.kind}'; leave it out",
+            )
         return self
 
 

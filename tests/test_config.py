@@ -70,6 +70,22 @@ def test_unknown_keys_get_the_nearest_name(override, text):
             "text_to_image_mask_ratio (0.5) must not be below patch_mask_ratio (0.75)",
         ),
         ("data.sources=[{kind: shards}]", "a source of kind 'shards' needs `shards`"),
+        (
+            "data.sources=[{kind: boxes, reading_order_share: 0.5}]",
+            "reading_order_share (0.5) is for sources of kind 'scenes', not 'boxes'; leave it out",
+        ),
+        (
+            "data.sources=[{kind: shards, shards: a.tar, reading_order_samples: 9}]",
+            "reading_order_samples (9) is for sources of kind 'scenes', not 'shards'; leave it out",
+        ),
+        (
+            "data.sources=[{kind: scenes, reading_order_share: 1.5}]",
+            "data.sources.0.reading_order_share (1.5): Input should be less than or equal to 1",
+        ),
+        (
+            "data.sources=[{kind: scenes, reading_order_samples: 0}]",
+            "data.sources.0.reading_order_samples (0): Input should be greater than or equal to 1",
+        ),
         ("optimizer.decay_by=seconds", "optimizer.decay_by ('seconds') needs train.max_seconds"),
         ("train.max_steps=0", "train.max_steps (0): Input should be greater than or equal to 1"),
         ("train.precision=fp8", "train.precision ('fp8'): Input should be 'fp32', 'bf16' or 'fp16'"),

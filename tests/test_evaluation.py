@@ -211,6 +211,21 @@ def test_ranks_share_the_scenes(scenes, tokenizer, monkeypatch):
     assert (first[right, 0] == first[right, 1]).all()
 
 
+def test_scenes_and_probes_keep_random_order_whatever_training_has(result, scenes, tokenizer, monkeypatch):
+    from eve_ds import evaluation
+
+    source = {"kind": "scenes", "reading_order_share": 1.0}
+    config = parse_config({"model": CONFIG.model.model_dump(), "data": {"sources": [source]}})
+    seen = []
+    monkeypatch.setattr(evaluation, "samples_of", lambda chunk: seen.extend(chunk) or samples_of(chunk))
+    model = Oracle([*scenes[0], *scenes[1]], tokenizer)
+    assert evaluate_scenes(model, config, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH) == result[0]
+    assert [scene.caption for scene in seen] == [scene.caption for scene in (*scenes[0], *scenes[1])]
+    pairs = [scene.objects for scene in seen if len(scene.objects) == 2]
+    in_order = sum((first.row, first.column) < (second.row, second.column) for first, second in pairs)
+    assert 0.35 < in_order / len(pairs) < 0.65
+
+
 def test_a_real_model_goes_through(tokenizer):
     config = parse_config(
         {

@@ -20,6 +20,7 @@ from eve_ds.data import shards as shards_module
 from eve_ds.data import transforms
 from eve_ds.data.boxes import Boxes
 from eve_ds.data.masking import sample_rng
+from eve_ds.data.order import Place
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.scenes import Scenes
 from eve_ds.data.sources import UnusableData, open_sources
@@ -192,7 +193,7 @@ def test_generated_samples_are_those_of_their_data_set(kind):
     source = open_sources(config)[0]
     transform = TrainTransform(config.model.image_size, (1.0, 1.0), 0.0, 0)
     for number in (0, 29):
-        sample = source.read(0, number, epoch=0)
+        sample = source.read(Place(source=0, epoch=0, shard=0, number=number, slot=number))
         assert sample.caption == data_set[number].caption
         assert np.array_equal(sample.image, transform(data_set[number].image, None, 0, sample.key))
         assert sample.key == f"{'scenes-easy' if kind == 'scenes' else 'boxes'}-5-{number:08d}"

@@ -294,6 +294,22 @@ def test_binding_probe_shows_one_clue_and_nothing_of_the_other_object():
     assert 55 < named_first < 105
 
 
+def test_what_a_task_shows_names_objects_in_random_order():
+    """Reading order is for captions of training alone: here a place in the caption must say nothing of the image."""
+    easy = Scenes("easy", split="val")
+    shown = {
+        "probes": [probe.scene for probe in binding_probes(easy, 400)][::4],
+        "questions": [Questions("easy", split="val")[index].scene for index in range(800)],
+        "statements": [Statements("easy", split="val")[index].left for index in range(800)],
+        "retrieval": retrieval_set("easy", 400, split="val"),
+    }
+    for name, scenes in shown.items():
+        pairs = [scene.objects for scene in scenes if len(scene.objects) == 2]
+        in_order = sum((first.row, first.column) < (second.row, second.column) for first, second in pairs)
+        assert len(pairs) > 300
+        assert abs(in_order / len(pairs) - 0.5) < 2.5 / len(pairs) ** 0.5, name  # five standard deviations
+
+
 def test_binding_probes_need_positions_in_the_caption():
     with pytest.raises(ConfigError, match="binding probes need scenes of level 'easy', not 'hard'"):
         next(binding_probes(Scenes("hard"), 1))

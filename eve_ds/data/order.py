@@ -51,6 +51,8 @@ class Place(NamedTuple):
     shard: int
     number: int
     """Of the sample in its shard."""
+    slot: int
+    """Of the stream: samples of all sources that come before this one, over all ranks, since the start of the run."""
 
 
 class _Cache:
@@ -159,7 +161,7 @@ class StreamOrder:
         block, turn = divmod(rounds * width + offset, self._block)
         source, count = (0, turn) if len(self.sources) == 1 else self._patterns(lane, block)[turn]
         number = (block * lanes + lane) * self.quotas[source] + count
-        return Place(source, *self.sources[source].locate(number))
+        return Place(source, *self.sources[source].locate(number), slot)
 
 
 def mixture_quotas(weights: Sequence[float], block: int) -> list[int]:

@@ -70,7 +70,7 @@ def read_samples(
     for consumed, place in places:
         source = sources[place.source]
         try:
-            yield consumed, source.read(place.shard, place.number, place.epoch)
+            yield consumed, source.read(place)
         except BadSample as error:
             key = "" if error.key is None else f", key {error.key}"
             yield consumed, Skipped(error.reason, f"{source.describe(place.shard, place.number)}{key}: {error}")
@@ -281,7 +281,11 @@ def _order(config: Config, sources: Sequence[Source], layout: Layout) -> StreamO
 
 
 def _identity(config: Config, sources: Sequence[Source], states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What decides the order of samples; raises :class:`ConfigError` where a saved position was made with another."""
+    """What decides samples and their order; raises :class:`ConfigError` where a saved position was made with another.
+
+    A source's fingerprint says in which order its captions are where that is not random order, so a position that was
+    saved before there was such a setting is read as one of random order.
+    """
     identity: dict[str, Any] = {
         "train.seed": config.train.seed,
         "data.shuffle_buffer": config.data.shuffle_buffer,
@@ -294,8 +298,8 @@ def _identity(config: Config, sources: Sequence[Source], states: Sequence[dict[s
         for name, value in identity.items():
             if state[name] != value:
                 raise ConfigError(
-                    f"{name} ({value}) differs from the saved data position's ({state[name]}), so the order of samples "
-                    "would be another one; keep it, or start without the position"
+                    f"{name} ({value}) differs from the saved data position's ({state[name]}), so other samples "
+                    "would come, or in another order; keep it, or start without the position"
                 )
     # Follows from the batch size, but a run that goes on with another batch size keeps the order it started with.
     identity["layout"] = states[0]["layout"] if states else list(layout_for(config.train.train_batch_size))

@@ -1,7 +1,8 @@
 """Scenes: generated 64x64 pictures of coloured shapes with captions; the default data, nothing to download.
 
-A sample is a pure function of (level, seed, split, index). Splits are cut by what a scene shows (shape, colour, size
-and cell of every object), never by index: a description seen in one split occurs in no other, under any seed.
+A sample is a pure function of (level, seed, split, index), and its caption also of whether reading order was asked for.
+Splits are cut by what a scene shows (shape, colour, size and cell of every object), never by index: a description seen
+in one split occurs in no other, under any seed.
 """
 
 from __future__ import annotations
@@ -186,12 +187,21 @@ class Scenes:
         return SplitMix64(self.seed, _SPLIT_CODES[self.split], purpose, index)
 
     def __getitem__(self, index: int) -> Scene:
-        """Sample number `index`."""
+        """Sample number `index`; its caption names the objects in random order."""
+        return self.scene(index)
+
+    def scene(self, index: int, *, reading_order: bool = False) -> Scene:
+        """Sample number `index`; with `reading_order` the same image, its caption made of :func:`in_reading_order`.
+
+        At level `easy` the phrases of the objects then follow each other row by row. At level `hard`, where every
+        phrase is relative to the first object, the first object is the one that comes first in reading order, and the
+        others follow in that order.
+        """
         rng = self.rng(index)
         objects = draw_objects(self.level, rng)
         while split_of(objects) != self.split:
             objects = draw_objects(self.level, rng)
-        return make_scene(self.level, objects, rng)
+        return make_scene(self.level, in_reading_order(objects) if reading_order else objects, rng)
 
 
 _SPLIT_CODES: dict[str, int] = {name: code for code, name in enumerate(get_args(Split))}
@@ -230,6 +240,11 @@ def draw_objects(level: Level, rng: SplitMix64) -> tuple[SceneObject, ...]:
     """Objects of one scene: their number, distinct cells in random order, every attribute uniform."""
     num_objects = level.num_objects[rng.below(len(level.num_objects))]
     return tuple(draw_object(level, rng, cell) for cell in draw_distinct(level.grid**2, num_objects, rng))
+
+
+def in_reading_order(objects: Sequence[SceneObject]) -> tuple[SceneObject, ...]:
+    """The objects sorted by row, then column, as one reads a page."""
+    return tuple(sorted(objects, key=lambda item: (item.row, item.column)))
 
 
 def draw_distinct(bound: int, count: int, rng: SplitMix64) -> tuple[int, ...]:

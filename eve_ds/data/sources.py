@@ -9,8 +9,10 @@ from typing import Protocol
 
 from eve_ds.config import Config, ConfigError, SourceConfig
 from eve_ds.data.batch import BadSample, Sample
-from eve_ds.data.boxes import Boxes
-from eve_ds.data.scenes import Scenes
+from eve_ds.data.boxes import Boxes, BoxScene
+from eve_ds.data.masking import sample_rng
+from eve_ds.data.order import Place
+from eve_ds.data.scenes import Scene, Scenes
 from eve_ds.data.shards import ShardFile, find_shards
 from eve_ds.data.transforms import TrainTransform
 
@@ -32,23 +34,62 @@ class Source(Protocol):
     has_images: bool
     has_captions: bool
 
-    def read(self, shard: int, number: int, epoch: int) -> Sample:
-        """Sample `number` of shard number `shard`; raises :class:`BadSample`."""
+    def read(self, place: Place) -> Sample:
+        """The sample that lies at the place; raises :class:`BadSample`."""
 
     def describe(self, shard: int, number: int) -> str:
         """Shard and sample in words, for messages."""
 
     def fingerprint(self) -> str:
-        """Changes when another order of samples would result, so that a saved position is not used for other data."""
+        """Changes when other samples would come, or in another order: a saved position is not used for other data."""
 
     def close(self) -> None:
         """Close files; they are opened again when needed."""
 
 
-class GeneratedSource:
-    """Scenes of one level, or boxes, of one seed."""
+class ReadingOrder:
+    """Which captions of scenes have their phrases in reading order: a share of them that falls linearly over the run.
 
-    def __init__(self, config: SourceConfig, transform: TrainTransform) -> None:
+    A caption is in reading order where a hash of (seed, epoch, key), as a fraction of its range, is below the share at
+    the slot. Ranks, workers and a resumed run therefore agree, and what is in order late would have been so earlier.
+
+    Args:
+        share: of the captions at slot 0.
+        num_samples: slots over which the share falls to 0; None: it never falls.
+        seed: of the run.
+    """
+
+    def __init__(self, share: float, num_samples: int | None, seed: int) -> None:
+        self._share, self._num_samples, self._seed = share, num_samples, seed
+
+    def share(self, slot: int) -> float:
+        """The share at slot number `slot` of the stream, which counts the samples of all sources and ranks."""
+        left = 1.0 if self._num_samples is None else max(1 - slot / self._num_samples, 0.0)
+        return self._share * left
+
+    def holds(self, slot: int, epoch: int, key: str) -> bool:
+        """Whether this caption is in reading order at that slot."""
+        share = self.share(slot)
+        # Not the masks' generator: captions in order and others are to be masked alike.
+        return share > 0 and sample_rng(self._seed, epoch, f"{key}/order").random() < share
+
+    def __str__(self) -> str:
+        """The setting in words; nothing where the share is 0, as before there was one."""
+        if self._share == 0:
+            return ""
+        falling = "" if self._num_samples is None else f" falling to 0 over {self._num_samples} samples"
+        return f", reading_order_share {self._share}{falling}"
+
+
+class GeneratedSource:
+    """Scenes of one level, or boxes, of one seed.
+
+    Args:
+        transform: from a generated image to one of the model's size.
+        seed: of the run, which captions in reading order are drawn from.
+    """
+
+    def __init__(self, config: SourceConfig, transform: TrainTransform, seed: int) -> None:
         self._samples: Scenes | Boxes
         if config.kind == "scenes":
             self._samples, self._name = Scenes(config.level, config.seed, "train"), f"scenes-{config.level}"
@@ -56,17 +97,25 @@ class GeneratedSource:
             self._samples, self._name = Boxes(config.seed, "train"), "boxes"
         self._name += f"-{config.seed}"
         self._transform = transform
+        self._reading_order = ReadingOrder(config.reading_order_share, config.reading_order_samples, seed)
         self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
         full, rest = divmod(config.num_samples, GENERATED_PER_SHARD)
         self.shard_sizes = [GENERATED_PER_SHARD] * full + ([rest] if rest else [])
 
-    def read(self, shard: int, number: int, epoch: int) -> Sample:
+    def read(self, place: Place) -> Sample:
         """Generate one sample."""
-        key = self._key(shard, number)
-        sample = self._samples[shard * GENERATED_PER_SHARD + number]
+        key, epoch = self._key(place.shard, place.number), place.epoch
+        sample = self._generate(place, key)
         caption = sample.caption if self.has_captions else None
         image = self._transform(sample.image, caption, epoch, key) if self.has_images else None
         return Sample(key, epoch, image, caption)
+
+    def _generate(self, place: Place, key: str) -> Scene | BoxScene:
+        index = place.shard * GENERATED_PER_SHARD + place.number
+        if isinstance(self._samples, Scenes):
+            in_order = self._reading_order.holds(place.slot, place.epoch, key)
+            return self._samples.scene(index, reading_order=in_order)
+        return self._samples[index]
 
     def _key(self, shard: int, number: int) -> str:
         return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
@@ -76,8 +125,8 @@ class GeneratedSource:
         return self._key(shard, number)
 
     def fingerprint(self) -> str:
-        """Kind, level, seed and size."""
-        return f"{self._name} x {sum(self.shard_sizes)}"
+        """Kind, level, seed and size, and the order of captions where it is not random."""
+        return f"{self._name} x {sum(self.shard_sizes)}{self._reading_order}"
 
     def close(self) -> None:
         """Nothing is open."""
@@ -93,9 +142,10 @@ class ShardsSource:
         self.shard_sizes = [shard.num_samples for shard in self._shards]
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
-    def read(self, shard: int, number: int, epoch: int) -> Sample:
+    def read(self, place: Place) -> Sample:
         """Read, decode and crop one sample."""
-        key, fields = self._fields(shard, number)
+        epoch = place.epoch
+        key, fields = self._fields(place.shard, place.number)
         try:
             caption = self._caption(fields)
             encoded = self._encoded_image(fields)
@@ -167,9 +217,9 @@ def open_sources(config: Config) -> list[Source]:
     """The sources of a mixture, in its order; raises :class:`ConfigError` for shards that are missing or empty."""
     if not config.data.sources:
         raise ConfigError("data.sources is empty; name at least one source")
-    data = config.data
-    transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, config.train.seed)
+    data, seed = config.data, config.train.seed
+    transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed)
     return [
-        ShardsSource(source, transform) if source.kind == "shards" else GeneratedSource(source, transform)
+        ShardsSource(source, transform) if source.kind == "shards" else GeneratedSource(source, transform, seed)
         for source in data.sources
     ]
