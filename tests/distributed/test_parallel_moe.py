@@ -1,8 +1,9 @@
 """EVE with its experts spread over ranks by the real DeepSpeed engine, against the plain model on one process.
 
-Both get the same weights and the same 8 samples of an optimiser step. With A micro-steps on R ranks, micro-step a holds
+Both get the same weights and the same 8 samples of an optimizer step. With A micro-steps on R ranks, micro-step a holds
 samples [8 a / A, 8 (a + 1) / A) in rank order, and every rank pads its texts to the longest that it has itself, so that
-ranks bring different numbers of tokens.
+ranks bring different numbers of tokens. The plain model gets the samples of a micro-step at once; with contrast and
+matching, whose hard negatives are of a rank's own samples, it gets those of one rank after the other.
 """
 
 from __future__ import annotations
@@ -63,26 +64,34 @@ class Case:
     activation_checkpointing: bool = False
     moe: tuple[tuple[str, object], ...] = ()
     profile: str = "default"
+    objectives: tuple[str, ...] = ("joint",)
+    pack_views: bool = True
     layer_scale: float = 0.1
     ops: str = OPS[-1]
     """What the ranks compute with; the plain model has the reference."""
 
     def config(self):
-        changes = {"profile": self.profile, "layer_scale_init": self.layer_scale}
-        return CONFIG.model_copy(update=changes | {"moe": CONFIG.moe.model_copy(update=dict(self.moe))})
+        changes = {"profile": self.profile, "layer_scale_init": self.layer_scale, "objectives": list(self.objectives)}
+        moe = dict(self.moe) | ({"balance_over": "rank"} if self.matches else {})
+        return CONFIG.model_copy(update=changes | {"moe": CONFIG.moe.model_copy(update=moe)})
+
+    @property
+    def matches(self):
+        """Whether pairs are compared, so that every sample has to be one."""
+        return "itc" in self.objectives
 
 
-def samples():
-    """Samples of one step: caption lengths 3 to 9, sample 2 without a caption, sample 5 without an image."""
+def samples(pairs=False):
+    """Samples of one step: caption lengths 3 to 9; unless all are pairs number 2 has no caption, number 5 no image."""
     generator = torch.Generator().manual_seed(5)
     made = []
     for index in range(NUM_SAMPLES):
-        length = 0 if index == 2 else 3 + (5 * index) % 7
+        length = 0 if index == 2 and not pairs else 3 + (5 * index) % 7
         patches = torch.randperm(CONFIG.num_patches, generator=generator)
         made.append(
             {
-                "pixels": torch.randn(3, CONFIG.image_size, CONFIG.image_size, generator=generator) * (index != 5),
-                "has_image": index != 5,
+                "pixels": torch.randn(3, CONFIG.image_size, CONFIG.image_size, generator=generator),
+                "has_image": index != 5 or pairs,
                 "visible": patches[:NUM_VISIBLE].sort().values,
                 "masked": patches[NUM_VISIBLE:].sort().values,
                 "ids": torch.randint(5, CONFIG.vocab_size, (length,), generator=generator),
@@ -100,58 +109,72 @@ def collate(chosen, config):
     length = max([1, *(len(sample["ids"]) for sample in chosen)])
     length = config.text_length if config.profile == "official" else length
     input_ids = torch.zeros(len(chosen), length, dtype=torch.int64)
+    masked_input_ids = input_ids.clone()
     attention_mask = torch.zeros(len(chosen), length, dtype=torch.bool)
     positions, labels = [], []
     for row, sample in enumerate(chosen):
-        ids = sample["ids"].clone()
+        ids = sample["ids"]
         labels.append(ids[sample["hidden"]])
         positions.append(row * length + sample["hidden"])
-        ids[sample["hidden"]] = 4
         input_ids[row, : len(ids)] = ids
+        masked_input_ids[row, : len(ids)] = ids.index_fill(0, sample["hidden"], 4)
         attention_mask[row, : len(ids)] = True
+    present = torch.tensor([sample["has_image"] for sample in chosen])
+    # Two views leave out of the image view who has no image; a single one runs along.
+    shown = present.nonzero().squeeze(1) if "joint" not in config.objectives else torch.arange(len(chosen))
     inputs = {
-        "pixel_values": torch.stack([sample["pixels"] for sample in chosen]),
-        "image_mask": torch.tensor([sample["has_image"] for sample in chosen]),
-        "visible_patch_ids": torch.stack([sample["visible"] for sample in chosen]),
-        "masked_patch_ids": torch.stack([sample["masked"] for sample in chosen]),
+        "pixel_values": torch.stack([sample["pixels"] * sample["has_image"] for sample in chosen]),
+        "image_mask": present,
+        "image_view_ids": shown,
+        "visible_patch_ids": torch.stack([sample["visible"] for sample in chosen])[shown],
+        "masked_patch_ids": torch.stack([sample["masked"] for sample in chosen])[shown],
         "input_ids": input_ids,
         "attention_mask": attention_mask,
+        "masked_input_ids": masked_input_ids,
         "masked_token_ids": torch.cat(positions),
     }
     return inputs, torch.cat(labels)
 
 
-def global_counts(share):
+def global_counts(share, pairs):
     """Denominators of the losses over all samples, divided by `share` = ranks * micro-steps."""
     from eve_ds.losses import Counts
 
-    images = sum(sample["has_image"] for sample in samples())
+    images = sum(sample["has_image"] for sample in samples(pairs))
     patches = images * (CONFIG.num_patches - NUM_VISIBLE)
-    words = sum(len(sample["hidden"]) for sample in samples())
-    tokens = images * (1 + NUM_VISIBLE) + sum(len(sample["ids"]) for sample in samples())
+    words = sum(len(sample["hidden"]) for sample in samples(pairs))
+    tokens = images * (1 + NUM_VISIBLE) + sum(len(sample["ids"]) for sample in samples(pairs))
     return Counts(patches / share, words / share, tokens / share)
 
 
-def loss_of(output, inputs, labels, share):
-    from eve_ds.losses import pretraining_losses, total_loss
+def loss_of(output, inputs, labels, share, gather=None):
+    from eve_ds.losses import only_this_rank, pretraining_losses, total_loss
 
+    shown = inputs["image_view_ids"]
     terms = pretraining_losses(
         output,
-        pixel_values=inputs["pixel_values"],
-        image_mask=inputs["image_mask"],
+        pixel_values=inputs["pixel_values"][shown],
+        image_mask=inputs["image_mask"][shown],
         masked_patch_ids=inputs["masked_patch_ids"],
         token_labels=labels,
         patch_size=CONFIG.patch_size,
-        counts=global_counts(share),
+        counts=global_counts(share, output.matching is not None),
+        gather=gather or only_this_rank,
     )
     return total_loss(terms, WEIGHTS)
 
 
-def micro_batches(micro_steps, rank=0, world_size=1):
+def micro_batches(case, rank=0, world_size=1):
     """Samples of one rank in each micro-step."""
-    size = NUM_SAMPLES // micro_steps // world_size
-    starts = range(0, NUM_SAMPLES, NUM_SAMPLES // micro_steps)
-    return [samples()[start + rank * size : start + (rank + 1) * size] for start in starts]
+    size = NUM_SAMPLES // case.micro_steps // world_size
+    starts = range(0, NUM_SAMPLES, NUM_SAMPLES // case.micro_steps)
+    return [samples(case.matches)[start + rank * size : start + (rank + 1) * size] for start in starts]
+
+
+def forward(model, inputs, step, rank):
+    """The model's output; what is drawn for hard negatives depends on micro-step and rank."""
+    torch.manual_seed(100 * step + rank)
+    return model(**inputs)
 
 
 def plain_model(config):
@@ -177,18 +200,25 @@ def decays(name):
 
 
 @functools.cache
-def reference(case):
-    """Outputs by micro-step, gradients and updated weights of the plain model in one process."""
+def reference(case, portions=1):
+    """Outputs by micro-step and portion, gradients and updated weights of the plain model in one process.
+
+    The samples of a micro-step are encoded in so many portions.
+    """
     from eve_ds.model.moe import plain_named_tensors
 
     os.environ["EVE_DS_OPS"] = "reference"
     model = plain_model(case.config())
     outputs = []
-    for chosen in micro_batches(case.micro_steps):
-        inputs, labels = collate(chosen, case.config())
-        output = model(**inputs)
-        (loss_of(output, inputs, labels, case.micro_steps) / case.micro_steps).backward()
-        outputs.append(output)
+    for step in range(case.micro_steps):
+        chosen = [collate(micro_batches(case, part, portions)[step], case.config()) for part in range(portions)]
+        outputs.append([forward(model, inputs, step, part) for part, (inputs, _) in enumerate(chosen)])
+        share = case.micro_steps * portions
+        losses = [
+            loss_of(output, *batch, share, gather=functools.partial(every_portion, outputs[-1], part))
+            for part, (output, batch) in enumerate(zip(outputs[-1], chosen, strict=True))
+        ]
+        (sum(losses) / share).backward()
     gradients = dict(plain_named_tensors(model, lambda parameter: parameter.grad.clone()))
     if case.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
@@ -202,6 +232,12 @@ def reference(case):
     return outputs, gradients, model.state_dict()
 
 
+def every_portion(outputs, part, own):
+    """Features of all portions in place of those gathered from all ranks."""
+    rows = [torch.cat([output.matching.image_features, output.matching.text_features], dim=1) for output in outputs]
+    return torch.cat(rows), sum(map(len, rows[:part]))
+
+
 def engine_for(case, world_size):
     import deepspeed
 
@@ -212,6 +248,7 @@ def engine_for(case, world_size):
     os.environ["EVE_DS_OPS"] = case.ops
     model = EVE(case.config(), functools.partial(DeepSpeedMoE, ep_size=case.ep_size))
     model.backbone.activation_checkpointing = case.activation_checkpointing
+    model.pack_views = case.pack_views
     load_plain_state_dict(model, plain_model(case.config()).state_dict().__getitem__)
     settings = {
         "train_micro_batch_size_per_gpu": NUM_SAMPLES // world_size // case.micro_steps,
@@ -235,28 +272,45 @@ def difference(ours, expected):
 def output_differences(outputs, expected, case, rank, world_size):
     """Predictions of this rank's samples against theirs in the whole batch, and the balance loss, which is global."""
     found = {}
-    for step, (ours, whole) in enumerate(zip(outputs, expected, strict=True)):
-        batches = [micro_batches(case.micro_steps, peer, world_size)[step] for peer in range(world_size)]
-        first = sum(map(len, batches[:rank]))
-        words = [sum(len(sample["hidden"]) for sample in batch) for batch in batches]
-        pixels = whole.pixel_predictions[first : first + len(batches[rank])]
-        tokens = whole.token_hidden[sum(words[:rank]) : sum(words[: rank + 1])]
-        found[f"pixels {step}"] = difference(ours.pixel_predictions, pixels)
-        found[f"tokens {step}"] = difference(ours.token_hidden, tokens)
-        for layer, (our_moe, whole_moe) in enumerate(zip(ours.moe, whole.moe, strict=True)):
-            found[f"balance {step} {layer}"] = difference(our_moe.load_balancing_loss, whole_moe.load_balancing_loss)
+    for step, (ours, portions) in enumerate(zip(outputs, expected, strict=True)):
+        batches = [micro_batches(case, peer, world_size)[step] for peer in range(world_size)]
+        whole, mine = portions[rank % len(portions)], slice(None)
+        if len(portions) == 1:
+            mine = slice(rank, rank + 1)
+        for name, tensor in ours.tensors().items():
+            sizes = [rows_of(name, batch, case) for batch in batches]
+            first, last = sum(sizes[: mine.start or 0]), sum(sizes[: mine.stop]) if len(portions) == 1 else None
+            found[f"{name} {step}"] = difference(tensor, whole.tensors()[name][first:last])
+        assert ours.moe.keys() == whole.moe.keys()
+        for view in ours.moe:
+            for layer, (our_moe, whole_moe) in enumerate(zip(ours.moe[view], whole.moe[view], strict=True)):
+                balance = difference(our_moe.load_balancing_loss, whole_moe.load_balancing_loss)
+                found[f"balance {step} {view} {layer}"] = balance
     return found
 
 
-def summed_statistics(outputs):
+def rows_of(name, batch, case):
+    """Rows that the samples of a batch have in an output."""
+    if name == "pixel_predictions":
+        return len(batch) if "joint" in case.objectives else sum(sample["has_image"] for sample in batch)
+    return sum(len(sample["hidden"]) for sample in batch) if name == "token_logits" else len(batch)
+
+
+def summed_statistics(outputs, over_ranks):
+    """Of each micro-step, view and layer; what is given of a micro-step are its portions, or this rank's alone."""
     import torch.distributed as dist
 
     sums = []
-    for moe in outputs:
-        for layer in moe:
-            values = torch.cat([value.flatten() for value in (*layer.statistics, layer.router_z_sum)]).detach()
-            dist.all_reduce(values)
-            sums.append(values)
+    for portions in outputs:
+        for view in portions[0].moe:
+            for layers in zip(*(output.moe[view] for output in portions), strict=True):
+                values = [
+                    torch.cat([value.flatten() for value in (*layer.statistics, layer.router_z_sum)]).detach()
+                    for layer in layers
+                ]
+                sums.append(torch.stack(values).sum(dim=0))
+                if over_ranks:
+                    dist.all_reduce(sums[-1])
     return torch.stack(sums)
 
 
@@ -264,31 +318,27 @@ def run_case(case, rank, world_size):
     """Largest differences to the plain model by what was compared, and where the largest was."""
     from deepspeed.utils import safe_get_full_grad
 
+    from eve_ds.distributed import gather_rows
     from eve_ds.model.moe import plain_named_tensors
     from eve_ds.parallel.moe import local_plain_state_dict
 
+    plain = {"ep_size": 1, "zero_stage": 0, "activation_checkpointing": False, "pack_views": False, "ops": "reference"}
     expected_outputs, expected_gradients, expected_weights = reference(
-        dataclasses.replace(case, ep_size=1, zero_stage=0, activation_checkpointing=False, ops="reference")
+        dataclasses.replace(case, **plain), world_size if case.matches else 1
     )
     engine = engine_for(case, world_size)
     outputs = []
-    for step, chosen in enumerate(micro_batches(case.micro_steps, rank, world_size)):
+    for step, chosen in enumerate(micro_batches(case, rank, world_size)):
         inputs, labels = collate(chosen, case.config())
-        outputs.append(engine(**inputs))
-        engine.backward(loss_of(outputs[-1], inputs, labels, world_size * case.micro_steps))
+        outputs.append(forward(engine, inputs, step, rank))
+        engine.backward(loss_of(outputs[-1], inputs, labels, world_size * case.micro_steps, gather_rows))
         if step < case.micro_steps - 1:
             engine.step()
     gradients = dict(plain_named_tensors(engine.module, lambda parameter: safe_get_full_grad(parameter).clone()))
     engine.step()
     weights = local_plain_state_dict(engine.module)
-    statistics = summed_statistics([output.moe for output in outputs])
-    expected_statistics = torch.stack(
-        [
-            torch.cat([value.flatten() for value in (*layer.statistics, layer.router_z_sum)])
-            for output in expected_outputs
-            for layer in output.moe
-        ]
-    )
+    statistics = summed_statistics([[output] for output in outputs], over_ranks=True)
+    expected_statistics = summed_statistics(expected_outputs, over_ranks=False)
     found = {
         "output": output_differences(outputs, expected_outputs, case, rank, world_size),
         "statistics": {"all": difference(statistics, expected_statistics)},
@@ -340,6 +390,25 @@ OTHER_SETTINGS = [
     Case(2, 1, moe=(("num_experts", 2),)),
     Case(2, 1, profile="official"),
 ]
+SETS = (
+    *(("mim", "mlm"), ("mim",), ("mlm",), ("mlm", "itc"), ("mlm", "itc", "itm"), ("mim", "mlm", "itc")),
+    *(("mim", "mlm", "itc", "itm"), ("itc", "itm")),
+)
+"""Of objectives; `joint` has a test of its own."""
+
+
+def cases_of_sets(world_size):
+    """Every set with every spread of experts and ZeRO stage; packed or not, one or two micro-steps, in turn."""
+    ep_sizes = [size for size in (1, 2, 4) if size <= world_size]
+    cases = []
+    for number, (objectives, ep, zero) in enumerate(itertools.product(SETS, ep_sizes, (0, 1, 2))):
+        alone = "itm" in objectives and world_size == 4  # each rank would have one pair, and no negative for it
+        micro_steps = 1 if alone else 1 + number % 2
+        cases.append(Case(ep, zero, micro_steps, objectives=objectives, pack_views=number % 3 > 0))
+    two_views = [Case(ep, zero, 2, objectives=SETS[0]) for ep in ep_sizes for zero in (0, 1, 2)]
+    return cases + two_views
+
+
 REFUSED = Case(2, 0, **CLIPPED)
 """What eve_ds.parallel.topology refuses; the engine itself would run it."""
 
@@ -359,6 +428,17 @@ def test_dropless_step_equals_the_plain_model(run_ranks, world_size):
             assert difference_ <= TOLERANCE, f"{kind} is off by {difference_:.1e} at {what} on rank {rank} of {case}"
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_step_of_every_set_of_objectives_equals_the_plain_model(run_ranks, world_size):
+    cases = cases_of_sets(world_size)
+    if world_size == 2:
+        two_views = {"objectives": SETS[0]}
+        cases += [Case(2, 2, 2, **CLIPPED, **two_views), Case(2, 1, activation_checkpointing=True, **two_views)]
+    for case, by_kind in zip(cases, worst_differences(run_ranks, world_size, cases), strict=True):
+        for kind, (difference_, what, rank) in by_kind.items():
+            assert difference_ <= TOLERANCE, f"{kind} is off by {difference_:.1e} at {what} on rank {rank} of {case}"
+
+
 def capacity_reference(config, world_size, rank):
     """The plain model on every rank's own tokens: mean of the gradients, and this rank's slots and output."""
     from eve_ds.model.moe import plain_named_tensors
@@ -367,7 +447,7 @@ def capacity_reference(config, world_size, rank):
     model = plain_model(config)
     captured = []
     for peer in range(world_size):
-        inputs, labels = collate(micro_batches(1, peer, world_size)[0], config)
+        inputs, labels = collate(micro_batches(Case(1, 0), peer, world_size)[0], config)
         slots = capture_slots(model)
         output = model(**inputs)
         (loss_of(output, inputs, labels, world_size) / world_size).backward()
@@ -401,7 +481,7 @@ def run_capacity_cases(rank, world_size, described):
         case = Case(**fields)
         (expected_slots, expected), expected_gradients = capacity_reference(case.config(), world_size, rank)
         engine = engine_for(case, world_size)
-        inputs, labels = collate(micro_batches(1, rank, world_size)[0], case.config())
+        inputs, labels = collate(micro_batches(case, rank, world_size)[0], case.config())
         slots = capture_slots(engine.module)
         output = engine(**inputs)
         engine.backward(loss_of(output, inputs, labels, world_size))
