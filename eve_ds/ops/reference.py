@@ -166,14 +166,18 @@ def moe_dispatch(
     With `modality_embedding` (M, D) and `modality_ids` (T,), each row gets its token's embedding added (the released
     model's behaviour, see EVE profile `official`).
     """
-    if x.shape[0] == 0:
-        return F.pad(x, (0, 0, 0, source.shape[0]))
     filled = (source >= 0).unsqueeze(1)
     tokens = source.clamp(min=0)
-    rows = x.index_select(0, tokens)
+    rows = _at_least_one(x).index_select(0, tokens)
     if modality_embedding is not None and modality_ids is not None:
-        rows = (widen(rows) + widen(modality_embedding)[modality_ids[tokens]]).to(rows.dtype)
+        ids = _at_least_one(modality_ids)[tokens]
+        rows = (widen(rows) + widen(modality_embedding)[ids]).to(rows.dtype)
     return rows * filled
+
+
+def _at_least_one(values: Tensor) -> Tensor:
+    """The values, or one zero where there are none: what is masked out later is looked up at 0, which must exist."""
+    return values if values.shape[0] else torch.cat([values, values.new_zeros(1, *values.shape[1:])])
 
 
 def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tensor) -> Tensor:
@@ -182,7 +186,8 @@ def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tenso
     `source` (R,) says the same as `slots` from the rows' side.
     """
     num_tokens, top_k = slots.shape
-    picked = expert_rows.index_select(0, slots.clamp(min=0).reshape(-1)).view(num_tokens, top_k, expert_rows.shape[1])
+    picked = _at_least_one(expert_rows).index_select(0, slots.clamp(min=0).reshape(-1))
+    picked = picked.view(num_tokens, top_k, expert_rows.shape[1])
     weights = widen(gates) * (slots >= 0)
     return torch.einsum("tk,tkd->td", weights, widen(picked)).to(expert_rows.dtype)
 

@@ -292,6 +292,7 @@ ROUTING_CASES = {
     "half a thousand experts": routing_case(40, 521, 2, 1, modalities=2, noise=True),
     "many chunks and choices": routing_case(520, 17, 16, -1, noise=True),
     "no token": routing_case(0, 4, 2, 3, modalities=2),
+    "no token, dropless": routing_case(0, 4, 2, -1, modalities=2),
 }
 
 
@@ -456,7 +457,10 @@ def assert_rows_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 WIDTHS = {"prime": (37, True), "vectors": (264, True), "not aligned": (264, False)}
 """264: more than one block of columns, the last one part full."""
-ROUTED = ("one token", "every expert chosen", "overflow", "dropless", "all to one expert", "no valid token")
+ROUTED = (
+    *("one token", "every expert chosen", "overflow", "dropless", "all to one expert", "no valid token"),
+    *("no capacity", "no token", "no token, dropless"),
+)
 ROW_CASES = [*((routed, "prime") for routed in ROUTED), ("overflow", "vectors"), ("overflow", "not aligned")]
 
 
