@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -303,23 +304,37 @@ def test_linear_cross_entropy_without_gradients_and_a_second_backward():
         loss.backward()
 
 
+def pixel_loss_by_unfolding(pixels, predictions, ids, patch, normalize):
+    """Another way than the reference's to the same patches: unfolded, they are (B, channel * row * column, patches)."""
+    patches = F.unfold(pixels, patch, stride=patch).unflatten(1, (3, patch * patch)).permute(0, 3, 2, 1).flatten(2)
+    target = patches[torch.arange(len(ids)).unsqueeze(1), ids]
+    if normalize:
+        centered = target - target.mean(dim=-1, keepdim=True)
+        variance = centered.square().sum(dim=-1, keepdim=True) / (target.shape[-1] - 1)
+        target = centered / (variance + 1e-6).sqrt()
+    return (predictions - target).square().mean(dim=-1)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "height", "width", "patch", "masked"),
-    [(3, 28, 21, 7, 5), (1, 16, 16, 16, 1), (2, 8, 8, 1, 9), (2, 32, 16, 8, 0)],
+    [(3, 28, 21, 7, 5), (1, 16, 16, 16, 1), (2, 8, 8, 1, 9), (2, 32, 16, 8, 0), (0, 28, 21, 7, 5), (0, 8, 8, 8, 0)],
 )
-def test_masked_pixel_loss(dtype, batch, height, width, patch, masked):
+def test_masked_pixel_loss(dtype, batch, height, width, patch, masked, normalize):
     generator = torch.Generator().manual_seed(7)
-    pixels = torch.rand(batch, 3, height, width, generator=generator)
-    pixels[:, :, :patch, :patch] = 0.25  # a patch of one colour, whose variance is 0
+    pixels = torch.randn(batch, 3, height, width, generator=generator) * 2 + 1
+    pixels[:, :, :patch, :patch] = 0.25  # a patch of one color, whose variance is 0
     count = (height // patch) * (width // patch)
-    ids = torch.stack([torch.randperm(count, generator=generator)[:masked] for _ in range(batch)])
+    ids = torch.rand(batch, count, generator=generator).argsort(dim=1)[:, :masked]
     predictions = torch.randn(batch, masked, patch**2 * 3, generator=generator).to(dtype)
     ours, theirs = leaf(predictions, dtype), leaf(predictions, torch.float64)
-    losses = ops.masked_pixel_loss(pixels, ours, ids, patch)
-    expected = reference.masked_pixel_loss(pixels.double(), theirs, ids, patch)
+    losses = ops.masked_pixel_loss(pixels, ours, ids, patch, normalize=normalize)
+    expected = pixel_loss_by_unfolding(pixels.double(), theirs, ids, patch, normalize)
     assert losses.shape == (batch, masked)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    plain = reference.masked_pixel_loss(pixels.double(), theirs, ids, patch, normalize=normalize)
+    torch.testing.assert_close(plain, expected, rtol=1e-9, atol=1e-9)
     upstream = torch.randn(losses.shape, generator=generator)
     losses.backward(upstream)
     expected.backward(upstream.double())
@@ -405,14 +420,16 @@ def every_output():
     ids = torch.stack([torch.randperm(64, generator=generator)[:48] for _ in range(8)])
     predictions = torch.randn(8, 48, 192, generator=generator, requires_grad=True)
     losses = ops.masked_pixel_loss(pixels, predictions, ids, 8)
+    raw = ops.masked_pixel_loss(pixels, predictions, ids, 8, normalize=False)
     upstream = torch.randn(out.shape, generator=generator)
-    ((out * upstream).sum() + routing.probability_sum.square().sum() + routing.z_sum + losses.sum()).backward()
+    total = (out * upstream).sum() + routing.probability_sum.square().sum() + routing.z_sum
+    (total + losses.sum() + raw.square().sum()).backward()
     scratch = torch.randn(64, 999, generator=generator)
     row_losses = torch.ops.eve_ds.cross_entropy_inplace_(scratch, None, torch.arange(64))
     activated = torch.ops.eve_ds.quick_gelu(scratch)
     d_scratch = torch.ops.eve_ds.quick_gelu_backward(activated, scratch)
     gradients = [tensor.grad for tensor in (x, embedding, logits, weight, predictions)]
-    return [rows, out, *routing, losses, scratch, row_losses, activated, d_scratch, *gradients]
+    return [rows, out, *routing, losses, raw, scratch, row_losses, activated, d_scratch, *gradients]
 
 
 def test_bits_depend_neither_on_the_run_nor_on_the_threads():
@@ -467,7 +484,9 @@ def test_opcheck():
     opcheck(torch.ops.eve_ds.moe_combine, (rows, routing.slots, gates, routing.source))
     ids = torch.tensor([[0, 2], [1, 3]])
     predictions = torch.randn(2, 2, 48, generator=generator, requires_grad=True)
-    opcheck(torch.ops.eve_ds.masked_pixel_loss, (torch.rand(2, 3, 8, 8), predictions, ids, 4, 1e-6))
+    for count, normalize in itertools.product((2, 0), (True, False)):
+        pixels, some = torch.rand(count, 3, 8, 8), predictions[:count].detach().requires_grad_()
+        opcheck(torch.ops.eve_ds.masked_pixel_loss, (pixels, some, ids[:count], 4, 1e-6, normalize))
     opcheck(torch.ops.eve_ds.quick_gelu, (torch.randn(20, generator=generator, requires_grad=True),))
     target = torch.arange(5)
     opcheck(

@@ -238,9 +238,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 
 
 def masked_pixel_loss(
-    pixel_values: Tensor, predictions: Tensor, masked_patch_ids: Tensor, patch_size: int, eps: float = 1e-6
+    pixel_values: Tensor,
+    predictions: Tensor,
+    masked_patch_ids: Tensor,
+    patch_size: int,
+    eps: float = 1e-6,
+    *,
+    normalize: bool = True,
 ) -> Tensor:
-    """Squared error to per-patch-normalised pixels, for each masked patch (MAE section 3, `norm_pix_loss`).
+    """Squared error of predicted pixels, for each masked patch; either B or N may be 0.
 
     Args:
         pixel_values: (B, 3, H, W).
@@ -248,22 +254,26 @@ def masked_pixel_loss(
         masked_patch_ids: (B, N) int64, row-major patch index.
         patch_size: P.
         eps: added to the unbiased variance of a patch.
+        normalize: whether the target is the patch less its mean, over its standard deviation (MAE section 3,
+            `norm_pix_loss`), or the values of `pixel_values` as they are, for which `eps` does not matter.
 
     Returns:
         (B, N) fp32, mean over the values of a patch.
     """
     patches = patchify(widen(pixel_values), patch_size)
     target = patches.gather(1, masked_patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-    mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-    target = (target - mean) / (variance + eps).sqrt()
+    if normalize and target.numel() > 0:  # torch warns of the variance of nothing
+        mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+        target = (target - mean) / (variance + eps).sqrt()
     return (widen(predictions) - target).square().mean(dim=-1)
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) -> (B, H/P * W/P, P * P * C), pixels of a patch in (row, column, channel) order."""
     batch, channels, height, width = pixel_values.shape
-    grid = pixel_values.view(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size * patch_size * channels)
+    rows, columns = height // patch_size, width // patch_size
+    grid = pixel_values.view(batch, channels, rows, patch_size, columns, patch_size)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
