@@ -111,9 +111,10 @@ struct PixelLoss {
   const int64_t* masked_patch_ids;  // (B, N)
   int64_t batch, masked, height, width, patch_size;
   float eps;
-  float* losses;  // (B, N)
-  float* mean;    // (B, N) of a patch
-  float* scale;   // (B, N) 1 / standard deviation
+  bool normalize;  // or take the pixels as they are
+  float* losses;   // (B, N)
+  float* mean;     // (B, N) of a patch, or 0: the target is (pixel - mean) * scale
+  float* scale;    // (B, N) 1 / standard deviation, or 1
 };
 
 struct PixelLossBackward {

@@ -273,7 +273,7 @@ Tensor cross_entropy_inplace_(const Tensor& logits, const Optional& bias_in, con
 template <typename Device>
 PixelLoss pixel_loss_arguments(
     const Device& device, const Tensor& pixel_values, const Tensor& predictions, const Tensor& masked_patch_ids,
-    int64_t patch_size, double eps) {
+    int64_t patch_size) {
   STD_TORCH_CHECK(pixel_values.dim() == 4 && masked_patch_ids.dim() == 2, "pixel_values must be (B, 3, H, W)");
   STD_TORCH_CHECK(patch_size >= 1, "patch_size (", patch_size, ") must be at least 1");
   const int64_t batch = pixel_values.size(0), height = pixel_values.size(2), width = pixel_values.size(3);
@@ -284,19 +284,22 @@ PixelLoss pixel_loss_arguments(
   check(predictions, "predictions", predictions, predictions.scalar_type(), {batch, masked, values});
   device.check_ids(masked_patch_ids, "masked_patch_ids", 0, (height / patch_size) * (width / patch_size));
   return {pointer<float>(pixel_values), predictions.const_data_ptr(), pointer<int64_t>(masked_patch_ids), batch, masked,
-          height, width, patch_size, static_cast<float>(eps), nullptr, nullptr, nullptr};
+          height, width, patch_size, 0.0f, false, nullptr, nullptr, nullptr};
 }
 
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor> masked_pixel_loss(
-    const Tensor& pixels_in, const Tensor& predictions_in, const Tensor& ids_in, int64_t patch_size, double eps) {
+    const Tensor& pixels_in, const Tensor& predictions_in, const Tensor& ids_in, int64_t patch_size, double eps,
+    bool normalize) {
   const Device device(predictions_in);
   const Tensor pixels = dense(pixels_in), predictions = dense(predictions_in), ids = dense(ids_in);
   const Dtype dtype = device.dtype_of(predictions, "predictions");
-  PixelLoss args = pixel_loss_arguments(device, pixels, predictions, ids, patch_size, eps);
+  PixelLoss args = pixel_loss_arguments(device, pixels, predictions, ids, patch_size);
   const Tensor losses = make(pixels, {args.batch, args.masked}, ScalarType::Float);
   const Tensor mean = make(pixels, {args.batch, args.masked}, ScalarType::Float);
   const Tensor scale = make(pixels, {args.batch, args.masked}, ScalarType::Float);
+  args.eps = static_cast<float>(eps);
+  args.normalize = normalize;
   args.losses = writable<float>(losses);
   args.mean = writable<float>(mean);
   args.scale = writable<float>(scale);
@@ -312,7 +315,7 @@ Tensor masked_pixel_loss_backward(
   const Tensor pixels = dense(pixels_in), predictions = dense(predictions_in), ids = dense(ids_in);
   const Tensor d_losses = dense(d_losses_in), mean = dense(mean_in), scale = dense(scale_in);
   const Dtype dtype = device.dtype_of(predictions, "predictions");
-  PixelLoss forward = pixel_loss_arguments(device, pixels, predictions, ids, patch_size, 0.0);
+  PixelLoss forward = pixel_loss_arguments(device, pixels, predictions, ids, patch_size);
   check(d_losses, "d_losses", predictions, ScalarType::Float, {forward.batch, forward.masked});
   check(mean, "mean", predictions, ScalarType::Float, {forward.batch, forward.masked});
   check(scale, "scale", predictions, ScalarType::Float, {forward.batch, forward.masked});

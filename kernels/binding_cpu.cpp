@@ -42,6 +42,7 @@ const Kernels& kernels() {
 
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& run) {
+  kernels();  // before torch's threads, which would lose the message of what it refuses
   if (count > 0) torch::stable::parallel_for(0, count, grain, run);
 }
 

@@ -101,7 +101,23 @@ __device__ __forceinline__ int patch_values(const PixelLoss& args) {
   return static_cast<int>(args.patch_size * args.patch_size) * 3;
 }
 
-// A warp per masked patch; the patch stays in the cache for three passes: mean, variance, error.
+// The target of a pixel is (pixel - mean) * scale: by default, bit for bit the pixel.
+struct Normalization {
+  float mean = 0.0f, scale = 1.0f;
+};
+
+// To mean 0 and unbiased variance 1 over a patch. To be called by the whole warp.
+__device__ __forceinline__ Normalization normalization_of(const Patch& patch, int values, float eps) {
+  float sum = 0.0f, squares = 0.0f;
+  for (int v = lane_id(); v < values; v += kWarp) sum += patch[v];
+  const float mean = warp_sum(sum) / static_cast<float>(values);
+  for (int v = lane_id(); v < values; v += kWarp) squares += (patch[v] - mean) * (patch[v] - mean);
+  const float variance = warp_sum(squares) / static_cast<float>(values - 1);
+  return {mean, 1.0f / sqrtf(variance + eps)};
+}
+
+// A warp per masked patch; the patch stays in the cache for three passes: mean, variance, error. Raw pixels need the
+// last one only.
 template <typename T>
 __global__ void __launch_bounds__(kPatchWarps * kWarp, 4) pixel_loss_kernel(const PixelLoss args) {
   const int64_t item = global_warp_id();
@@ -109,21 +125,17 @@ __global__ void __launch_bounds__(kPatchWarps * kWarp, 4) pixel_loss_kernel(cons
   const Patch patch(args, item);
   const int values = patch_values(args);
   const T* predictions = static_cast<const T*>(args.predictions) + item * values;
-  float sum = 0.0f, squares = 0.0f, errors = 0.0f;
-  for (int v = lane_id(); v < values; v += kWarp) sum += patch[v];
-  const float mean = warp_sum(sum) / static_cast<float>(values);
-  for (int v = lane_id(); v < values; v += kWarp) squares += (patch[v] - mean) * (patch[v] - mean);
-  const float variance = warp_sum(squares) / static_cast<float>(values - 1);
-  const float scale = 1.0f / sqrtf(variance + args.eps);
+  const Normalization target = args.normalize ? normalization_of(patch, values, args.eps) : Normalization{};
+  float errors = 0.0f;
   for (int v = lane_id(); v < values; v += kWarp) {
-    const float error = to_float(predictions[v]) - (patch[v] - mean) * scale;
+    const float error = to_float(predictions[v]) - (patch[v] - target.mean) * target.scale;
     errors += error * error;
   }
   const float loss = warp_sum(errors) / static_cast<float>(values);
   if (lane_id() != 0) return;
   args.losses[item] = loss;
-  args.mean[item] = mean;
-  args.scale[item] = scale;
+  args.mean[item] = target.mean;
+  args.scale[item] = target.scale;
 }
 
 template <typename T>

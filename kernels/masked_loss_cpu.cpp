@@ -63,6 +63,28 @@ EVE_INLINE void read_patch(const PixelLoss& args, int64_t item, float* buffer) {
   }
 }
 
+// The target of a pixel is (pixel - mean) * scale: by default, bit for bit the pixel.
+struct Normalization {
+  float mean = 0.0f, scale = 1.0f;
+};
+
+// To mean 0 and unbiased variance 1 over a patch in the buffer.
+EVE_INLINE Normalization normalization_of(const float* patch, int64_t values, float eps) {
+  const int64_t whole = values / kLanes * kLanes, rest = values - whole;
+  Floats total = load_part(patch + whole, rest, 0.0f);
+  for (int64_t v = 0; v < whole; v += kLanes) total += load(patch + v);
+  const float mean = sum(total) / static_cast<float>(values);
+  Floats squares{};
+  for (int64_t v = 0; v < whole; v += kLanes) {
+    const Floats centered = load(patch + v) - mean;
+    squares += centered * centered;
+  }
+  const Floats centered = load_part(patch + whole, rest, mean) - mean;
+  squares += centered * centered;
+  const float variance = sum(squares) / static_cast<float>(values - 1);
+  return {mean, 1.0f / std::sqrt(variance + eps)};
+}
+
 template <typename T>
 void pixel_loss_items(const PixelLoss& args, int64_t first, int64_t end) {
   alignas(64) float patch[kMaxPatchSize * kMaxPatchSize * 3 + kLanes];
@@ -71,25 +93,15 @@ void pixel_loss_items(const PixelLoss& args, int64_t first, int64_t end) {
   const T* predictions = static_cast<const T*>(args.predictions);
   for (int64_t item = first; item < end; ++item) {
     read_patch(args, item, patch);
-    Floats total = load_part(patch + whole, rest, 0.0f);
-    for (int64_t v = 0; v < whole; v += kLanes) total += load(patch + v);
-    const float mean = sum(total) / static_cast<float>(values);
-    Floats squares{};
-    for (int64_t v = 0; v < whole; v += kLanes) {
-      const Floats centred = load(patch + v) - mean;
-      squares += centred * centred;
-    }
-    const Floats centred = load_part(patch + whole, rest, mean) - mean;
-    squares += centred * centred;
-    const float variance = sum(squares) / static_cast<float>(values - 1);
-    const float scale = 1.0f / std::sqrt(variance + args.eps);
+    const auto [mean, scale] = args.normalize ? normalization_of(patch, values, args.eps) : Normalization{};
     const T* predicted = predictions + item * values;
     Floats errors{};
     for (int64_t v = 0; v < whole; v += kLanes) {
       const Floats error = load(predicted + v) - (load(patch + v) - mean) * scale;
       errors += error * error;
     }
-    const Floats error = load_part(predicted + whole, rest, 0.0f) - centred * scale;
+    const Floats error =
+        load_part(predicted + whole, rest, 0.0f) - (load_part(patch + whole, rest, mean) - mean) * scale;
     errors += error * error;
     args.losses[item] = sum(errors) / static_cast<float>(values);
     args.mean[item] = mean;

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -156,7 +157,7 @@ def test_routes_at_drawn_shapes(tokens, experts, top_k, capacity, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("capacity", "embedded"), [(-1, False), (-1, True), (4, False), (4, True)])
+@pytest.mark.parametrize(("capacity", "embedded"), [(-1, False), (-1, True), (0, True), (4, False), (4, True)])
 def test_dispatch_and_combine(dtype, shape, capacity, embedded):
     tokens, experts, top_k, width = SHAPES[shape]
     generator = torch.Generator().manual_seed(2)
@@ -173,7 +174,7 @@ def test_dispatch_and_combine(dtype, shape, capacity, embedded):
     rows.backward(upstream)
     expected.backward(upstream.double())
     assert_close(mine[0].grad, theirs[0].grad, dtype, scale=10.0)
-    if embedded and tokens:
+    if embedded:
         assert_close(mine[3].grad, theirs[3].grad, scale=100.0)
 
     expert_rows = torch.randn(rows.shape, generator=generator).to(dtype)
@@ -218,10 +219,35 @@ def test_route_and_dispatch_is_one_node_with_the_gradients_of_the_parts(dtype, e
         assert error < (2e-6 if kind == torch.float32 else 4e-3), index
 
 
+@pytest.mark.parametrize("form", [ops, reference], ids=["built", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("embed_rows", [False, True])
+@pytest.mark.parametrize("capacity", [-1, 0, 3])
+def test_no_tokens_give_rows_and_gradients_of_zeros(form, dtype, embed_rows, capacity):
+    generator = torch.Generator().manual_seed(12)
+    experts, width, none = 4, 8, torch.zeros(0, dtype=torch.int64)
+    x = torch.zeros(0, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(experts, width, generator=generator, requires_grad=True)
+    embedding = torch.randn(2, width, generator=generator, requires_grad=True)
+    options = {"top_k": 2, "capacity": capacity, "valid": none.bool(), "embed_rows": embed_rows}
+    rows, routing = form.route_and_dispatch(x, weight, embedding, none, **options)
+    assert rows.shape == (experts * max(capacity, 0), width)
+    assert rows.eq(0).all()
+    assert routing.source.eq(-1).all()
+    assert routing.counts.tolist() == [0] * experts
+    out = form.moe_combine(rows, routing.slots, routing.gates, routing.source)
+    assert out.shape == (0, width)
+    assert out.dtype == rows.dtype == dtype
+    terms = (rows, out, routing.gates, routing.probability_sum, routing.z_sum)
+    sum((term * torch.randn(term.shape, generator=generator)).sum() for term in terms).backward()
+    for parameter in (x, weight, embedding):
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "width", "vocabulary", "chunk"),
-    [(70, 48, 501, 32), (70, 48, 501, 8), (1, 7, 3, 4), (9, 16, 64, 100), (0, 8, 16, 4)],
+    [(70, 48, 501, 32), (70, 48, 501, 8), (1, 7, 3, 4), (9, 16, 64, 100), (0, 8, 16, 4), (0, 8, 16, None)],
 )
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_linear_cross_entropy(dtype, rows, width, vocabulary, chunk, with_bias):
@@ -239,10 +265,11 @@ def test_linear_cross_entropy(dtype, rows, width, vocabulary, chunk, with_bias):
     (loss * 0.7).backward()
     (expected * 0.7).backward()
     for mine, wanted in zip(ours, theirs, strict=True):
-        if mine is None or rows == 0:
+        if mine is None:
             continue
         assert mine.grad.dtype == dtype
-        error = float((mine.grad.double() - wanted.grad).norm() / wanted.grad.norm())
+        assert mine.grad.shape == mine.shape
+        error = float((mine.grad.double() - wanted.grad).norm() / wanted.grad.norm().clamp(min=1e-6))
         assert error < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
@@ -267,31 +294,47 @@ def test_linear_cross_entropy_without_gradients_and_a_second_backward():
     target = torch.arange(6)
     with torch.no_grad():
         loss = ops.linear_cross_entropy(hidden, weight, None, target, 2)
+        nothing = ops.linear_cross_entropy(hidden[:0], weight, None, target[:0])
     assert not loss.requires_grad
     assert_close(loss, reference.linear_cross_entropy(hidden, weight, None, target))
+    assert nothing.item() == 0.0
     loss = ops.linear_cross_entropy(hidden, weight, None, target, 2)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="runs backward once"):
         loss.backward()
 
 
+def pixel_loss_by_unfolding(pixels, predictions, ids, patch, normalize):
+    """Another way than the reference's to the same patches: unfolded, they are (B, channel * row * column, patches)."""
+    patches = F.unfold(pixels, patch, stride=patch).unflatten(1, (3, patch * patch)).permute(0, 3, 2, 1).flatten(2)
+    target = patches[torch.arange(len(ids)).unsqueeze(1), ids]
+    if normalize:
+        centered = target - target.mean(dim=-1, keepdim=True)
+        variance = centered.square().sum(dim=-1, keepdim=True) / (target.shape[-1] - 1)
+        target = centered / (variance + 1e-6).sqrt()
+    return (predictions - target).square().mean(dim=-1)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "height", "width", "patch", "masked"),
-    [(3, 28, 21, 7, 5), (1, 16, 16, 16, 1), (2, 8, 8, 1, 9), (2, 32, 16, 8, 0)],
+    [(3, 28, 21, 7, 5), (1, 16, 16, 16, 1), (2, 8, 8, 1, 9), (2, 32, 16, 8, 0), (0, 28, 21, 7, 5), (0, 8, 8, 8, 0)],
 )
-def test_masked_pixel_loss(dtype, batch, height, width, patch, masked):
+def test_masked_pixel_loss(dtype, batch, height, width, patch, masked, normalize):
     generator = torch.Generator().manual_seed(7)
-    pixels = torch.rand(batch, 3, height, width, generator=generator)
-    pixels[:, :, :patch, :patch] = 0.25  # a patch of one colour, whose variance is 0
+    pixels = torch.randn(batch, 3, height, width, generator=generator) * 2 + 1
+    pixels[:, :, :patch, :patch] = 0.25  # a patch of one color, whose variance is 0
     count = (height // patch) * (width // patch)
-    ids = torch.stack([torch.randperm(count, generator=generator)[:masked] for _ in range(batch)])
+    ids = torch.rand(batch, count, generator=generator).argsort(dim=1)[:, :masked]
     predictions = torch.randn(batch, masked, patch**2 * 3, generator=generator).to(dtype)
     ours, theirs = leaf(predictions, dtype), leaf(predictions, torch.float64)
-    losses = ops.masked_pixel_loss(pixels, ours, ids, patch)
-    expected = reference.masked_pixel_loss(pixels.double(), theirs, ids, patch)
+    losses = ops.masked_pixel_loss(pixels, ours, ids, patch, normalize=normalize)
+    expected = pixel_loss_by_unfolding(pixels.double(), theirs, ids, patch, normalize)
     assert losses.shape == (batch, masked)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    plain = reference.masked_pixel_loss(pixels.double(), theirs, ids, patch, normalize=normalize)
+    torch.testing.assert_close(plain, expected, rtol=1e-9, atol=1e-9)
     upstream = torch.randn(losses.shape, generator=generator)
     losses.backward(upstream)
     expected.backward(upstream.double())
@@ -377,14 +420,16 @@ def every_output():
     ids = torch.stack([torch.randperm(64, generator=generator)[:48] for _ in range(8)])
     predictions = torch.randn(8, 48, 192, generator=generator, requires_grad=True)
     losses = ops.masked_pixel_loss(pixels, predictions, ids, 8)
+    raw = ops.masked_pixel_loss(pixels, predictions, ids, 8, normalize=False)
     upstream = torch.randn(out.shape, generator=generator)
-    ((out * upstream).sum() + routing.probability_sum.square().sum() + routing.z_sum + losses.sum()).backward()
+    total = (out * upstream).sum() + routing.probability_sum.square().sum() + routing.z_sum
+    (total + losses.sum() + raw.square().sum()).backward()
     scratch = torch.randn(64, 999, generator=generator)
     row_losses = torch.ops.eve_ds.cross_entropy_inplace_(scratch, None, torch.arange(64))
     activated = torch.ops.eve_ds.quick_gelu(scratch)
     d_scratch = torch.ops.eve_ds.quick_gelu_backward(activated, scratch)
     gradients = [tensor.grad for tensor in (x, embedding, logits, weight, predictions)]
-    return [rows, out, *routing, losses, scratch, row_losses, activated, d_scratch, *gradients]
+    return [rows, out, *routing, losses, raw, scratch, row_losses, activated, d_scratch, *gradients]
 
 
 def test_bits_depend_neither_on_the_run_nor_on_the_threads():
@@ -439,7 +484,9 @@ def test_opcheck():
     opcheck(torch.ops.eve_ds.moe_combine, (rows, routing.slots, gates, routing.source))
     ids = torch.tensor([[0, 2], [1, 3]])
     predictions = torch.randn(2, 2, 48, generator=generator, requires_grad=True)
-    opcheck(torch.ops.eve_ds.masked_pixel_loss, (torch.rand(2, 3, 8, 8), predictions, ids, 4, 1e-6))
+    for count, normalize in itertools.product((2, 0), (True, False)):
+        pixels, some = torch.rand(count, 3, 8, 8), predictions[:count].detach().requires_grad_()
+        opcheck(torch.ops.eve_ds.masked_pixel_loss, (pixels, some, ids[:count], 4, 1e-6, normalize))
     opcheck(torch.ops.eve_ds.quick_gelu, (torch.randn(20, generator=generator, requires_grad=True),))
     target = torch.arange(5)
     opcheck(

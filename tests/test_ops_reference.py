@@ -255,7 +255,8 @@ def test_linear_cross_entropy(num_tokens, with_bias):
         torch.testing.assert_close(one.grad.double(), other.grad, **FLOAT32)
 
 
-def test_masked_pixel_loss():
+@pytest.mark.parametrize("normalize", [True, False])
+def test_masked_pixel_loss(normalize):
     size, patch = 6, 2
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, size, size, generator=generator)
@@ -264,7 +265,7 @@ def test_masked_pixel_loss():
     predictions = torch.randn(2, 2, patch * patch * 3, generator=generator)
     ours_predictions = predictions.clone().requires_grad_()
     loop_predictions = predictions.double().requires_grad_()
-    ours = ops.masked_pixel_loss(pixels, ours_predictions, masked, patch, eps=1e-6)
+    ours = ops.masked_pixel_loss(pixels, ours_predictions, masked, patch, eps=1e-6, normalize=normalize)
     expected = torch.zeros(2, 2, dtype=torch.float64)
     for image, place in itertools.product(range(2), range(2)):
         row, column = divmod(int(masked[image, place]), size // patch)
@@ -274,12 +275,11 @@ def test_masked_pixel_loss():
             for x in range(patch)
             for channel in range(3)
         ]
-        mean = sum(values) / len(values)
-        variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-        errors = [
-            (loop_predictions[image, place, index] - (value - mean) / math.sqrt(variance + 1e-6)) ** 2
-            for index, value in enumerate(values)
-        ]
+        if normalize:
+            mean = sum(values) / len(values)
+            variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+            values = [(value - mean) / math.sqrt(variance + 1e-6) for value in values]
+        errors = [(loop_predictions[image, place, index] - value) ** 2 for index, value in enumerate(values)]
         expected[image, place] = sum(errors) / len(values)
     assert ours.shape == (2, 2)
     torch.testing.assert_close(ours.double(), expected, **FLOAT32)
@@ -289,12 +289,16 @@ def test_masked_pixel_loss():
     torch.testing.assert_close(ours_predictions.grad.double(), loop_predictions.grad, **FLOAT32)
 
 
-@pytest.mark.filterwarnings("ignore:var")
-def test_masked_pixel_loss_of_no_patch_is_empty():
-    loss = ops.masked_pixel_loss(
-        torch.zeros(2, 3, 4, 4), torch.zeros(2, 0, 12), torch.zeros(2, 0, dtype=torch.int64), 2
-    )
-    assert loss.shape == (2, 0)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("batch", "masked"), [(2, 0), (0, 3), (0, 0)])
+def test_masked_pixel_loss_of_no_patch_is_empty(batch, masked, normalize):
+    predictions = torch.zeros(batch, masked, 12, requires_grad=True)
+    ids = torch.zeros(batch, masked, dtype=torch.int64)
+    loss = ops.masked_pixel_loss(torch.zeros(batch, 3, 4, 4), predictions, ids, 2, normalize=normalize)
+    assert loss.shape == (batch, masked)
+    loss.sum().backward()
+    assert predictions.grad.shape == predictions.shape
 
 
 def test_masked_pixel_loss_does_not_depend_on_the_scale_of_a_patch():
@@ -302,3 +306,11 @@ def test_masked_pixel_loss_does_not_depend_on_the_scale_of_a_patch():
     predictions = torch.randn(1, 2, 12)
     one, other = (ops.masked_pixel_loss(x, predictions, masked, 2) for x in (pixels, 100 * pixels + 7))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_raw_pixels_are_their_own_best_prediction():
+    pixels = torch.randn(2, 3, 8, 6)
+    every = torch.arange(12).expand(2, -1)
+    predictions = ops.patchify(pixels, 2)
+    assert ops.masked_pixel_loss(pixels, predictions, every, 2, normalize=False).eq(0).all()
+    assert ops.masked_pixel_loss(pixels, predictions, every, 2).gt(0).all()

@@ -203,16 +203,17 @@ def losses(seconds: float) -> Rows:
     ids = torch.stack([torch.randperm(196) for _ in range(32)])[:, :147].to(device())
     for dtype in DTYPES:
         predictions = torch.randn(32, 147, 768).to(device(), dtype).requires_grad_()
-        step = partial(_pixel_step, pixels, predictions, ids)
-        yield compare(
-            "masked pixel loss",
-            dtype,
-            "B=32 N=147 P=16 at 224",
-            partial(step, ops.masked_pixel_loss),
-            {"torch, masked rows": partial(step, reference.masked_pixel_loss)},
-            seconds,
-            memory=True,
-        )
+        for measure, normalized in (("masked pixel loss", True), ("masked pixel loss, raw pixels", False)):
+            step = partial(_pixel_step, pixels, predictions, ids, normalized)
+            yield compare(
+                measure,
+                dtype,
+                "B=32 N=147 P=16 at 224",
+                partial(step, ops.masked_pixel_loss),
+                {"torch, masked rows": partial(step, reference.masked_pixel_loss)},
+                seconds,
+                memory=True,
+            )
 
 
 def _cross_entropy(seconds: float) -> Rows:
@@ -249,8 +250,8 @@ def _torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: None, targ
     return F.linear_cross_entropy(hidden, weight, target, reduction="sum")
 
 
-def _pixel_step(pixels: Tensor, predictions: Tensor, ids: Tensor, loss: object) -> None:
-    loss(pixels, predictions, ids, 16).sum().backward()  # type: ignore[operator]
+def _pixel_step(pixels: Tensor, predictions: Tensor, ids: Tensor, normalized: bool, loss: object) -> None:
+    loss(pixels, predictions, ids, 16, normalize=normalized).sum().backward()  # type: ignore[operator]
     predictions.grad = None
 
 

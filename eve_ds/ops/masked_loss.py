@@ -51,13 +51,21 @@ def _chunk_rows(rows: int, row_bytes: int) -> int:
 
 
 def masked_pixel_loss(
-    pixel_values: Tensor, predictions: Tensor, masked_patch_ids: Tensor, patch_size: int, eps: float = 1e-6
+    pixel_values: Tensor,
+    predictions: Tensor,
+    masked_patch_ids: Tensor,
+    patch_size: int,
+    eps: float = 1e-6,
+    *,
+    normalize: bool = True,
 ) -> Tensor:
     """Squared error of masked patches; see :func:`eve_ds.ops.reference.masked_pixel_loss`."""
     if not use_built(predictions):
-        return reference.masked_pixel_loss(pixel_values, predictions, masked_patch_ids, patch_size, eps)
+        return reference.masked_pixel_loss(
+            pixel_values, predictions, masked_patch_ids, patch_size, eps, normalize=normalize
+        )
     pixels = pixel_values.float()
-    return torch.ops.eve_ds.masked_pixel_loss(pixels, predictions, masked_patch_ids, patch_size, eps)[0]
+    return torch.ops.eve_ds.masked_pixel_loss(pixels, predictions, masked_patch_ids, patch_size, eps, normalize)[0]
 
 
 def _linear_cross_entropy(
@@ -139,7 +147,7 @@ def _cross_entropy_backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[T
 
 
 def _pixel_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pixel_values, predictions, masked_patch_ids, patch_size, _ = inputs
+    pixel_values, predictions, masked_patch_ids, patch_size, *_ = inputs
     _, mean, scale = output
     ctx.save_for_backward(pixel_values, predictions, masked_patch_ids, mean, scale)
     ctx.patch_size = patch_size
@@ -148,7 +156,7 @@ def _pixel_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 def _pixel_loss_backward(ctx: Any, d_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     d_predictions = torch.ops.eve_ds.masked_pixel_loss_backward(d_losses, *ctx.saved_tensors, ctx.patch_size)
-    return None, d_predictions, None, None, None
+    return None, d_predictions, None, None, None, None
 
 
 torch.library.register_autograd(

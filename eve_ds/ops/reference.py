@@ -180,14 +180,18 @@ def moe_dispatch(
     With `modality_embedding` (M, D) and `modality_ids` (T,), each row gets its token's embedding added (the released
     model's behaviour, see EVE profile `official`).
     """
-    if x.shape[0] == 0:
-        return F.pad(x, (0, 0, 0, source.shape[0]))
     filled = (source >= 0).unsqueeze(1)
     tokens = source.clamp(min=0)
-    rows = x.index_select(0, tokens)
+    rows = _at_least_one(x).index_select(0, tokens)
     if modality_embedding is not None and modality_ids is not None:
-        rows = (widen(rows) + widen(modality_embedding)[modality_ids[tokens]]).to(rows.dtype)
+        ids = _at_least_one(modality_ids)[tokens]
+        rows = (widen(rows) + widen(modality_embedding)[ids]).to(rows.dtype)
     return rows * filled
+
+
+def _at_least_one(values: Tensor) -> Tensor:
+    """The values, or one zero where there are none: what is masked out later is looked up at 0, which must exist."""
+    return values if values.shape[0] else torch.cat([values, values.new_zeros(1, *values.shape[1:])])
 
 
 def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tensor) -> Tensor:
@@ -196,7 +200,8 @@ def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tenso
     `source` (R,) says the same as `slots` from the rows' side.
     """
     num_tokens, top_k = slots.shape
-    picked = expert_rows.index_select(0, slots.clamp(min=0).reshape(-1)).view(num_tokens, top_k, expert_rows.shape[1])
+    picked = _at_least_one(expert_rows).index_select(0, slots.clamp(min=0).reshape(-1))
+    picked = picked.view(num_tokens, top_k, expert_rows.shape[1])
     weights = widen(gates) * (slots >= 0)
     return torch.einsum("tk,tkd->td", weights, widen(picked)).to(expert_rows.dtype)
 
@@ -249,9 +254,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 
 
 def masked_pixel_loss(
-    pixel_values: Tensor, predictions: Tensor, masked_patch_ids: Tensor, patch_size: int, eps: float = 1e-6
+    pixel_values: Tensor,
+    predictions: Tensor,
+    masked_patch_ids: Tensor,
+    patch_size: int,
+    eps: float = 1e-6,
+    *,
+    normalize: bool = True,
 ) -> Tensor:
-    """Squared error to per-patch-normalised pixels, for each masked patch (MAE section 3, `norm_pix_loss`).
+    """Squared error of predicted pixels, for each masked patch; either B or N may be 0.
 
     Args:
         pixel_values: (B, 3, H, W).
@@ -259,22 +270,26 @@ def masked_pixel_loss(
         masked_patch_ids: (B, N) int64, row-major patch index.
         patch_size: P.
         eps: added to the unbiased variance of a patch.
+        normalize: whether the target is the patch less its mean, over its standard deviation (MAE section 3,
+            `norm_pix_loss`), or the values of `pixel_values` as they are, for which `eps` does not matter.
 
     Returns:
         (B, N) fp32, mean over the values of a patch.
     """
     patches = patchify(widen(pixel_values), patch_size)
     target = patches.gather(1, masked_patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-    mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-    target = (target - mean) / (variance + eps).sqrt()
+    if normalize and target.numel() > 0:  # torch warns of the variance of nothing
+        mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+        target = (target - mean) / (variance + eps).sqrt()
     return (widen(predictions) - target).square().mean(dim=-1)
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) -> (B, H/P * W/P, P * P * C), pixels of a patch in (row, column, channel) order."""
     batch, channels, height, width = pixel_values.shape
-    grid = pixel_values.view(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size * patch_size * channels)
+    rows, columns = height // patch_size, width // patch_size
+    grid = pixel_values.view(batch, channels, rows, patch_size, columns, patch_size)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Schemas of the built ops and their fake kernels: one place for CPU and CUDA, whose libraries add implementations.
 
 T tokens, E experts, K choices, R rows of the expert buffer, M modalities; see `reference.py` for what the ops mean.
-Outputs that exist for the backward only: `log_sum_exp` (T,), `mean` and `scale` (B, N).
+Outputs that exist for the backward only: `log_sum_exp` (T,), `mean` and `scale` (B, N), 0 and 1 for raw pixels.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SCHEMAS = (
     "cross_entropy_inplace_(Tensor(a!) logits, Tensor? bias, Tensor target) -> Tensor",
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int chunk, bool with_gradients) "
     "-> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
-    "masked_pixel_loss(Tensor pixel_values, Tensor predictions, Tensor masked_patch_ids, int patch_size, float eps) "
-    "-> (Tensor losses, Tensor mean, Tensor scale)",
+    "masked_pixel_loss(Tensor pixel_values, Tensor predictions, Tensor masked_patch_ids, int patch_size, float eps, "
+    "bool normalize) -> (Tensor losses, Tensor mean, Tensor scale)",
     "masked_pixel_loss_backward(Tensor d_losses, Tensor pixel_values, Tensor predictions, Tensor masked_patch_ids, "
     "Tensor mean, Tensor scale, int patch_size) -> Tensor",
     "quick_gelu(Tensor x) -> Tensor",
@@ -136,7 +136,12 @@ def _linear_cross_entropy(
 
 @_fake("masked_pixel_loss")
 def _masked_pixel_loss(
-    pixel_values: Tensor, predictions: Tensor, masked_patch_ids: Tensor, patch_size: int, eps: float
+    pixel_values: Tensor,
+    predictions: Tensor,
+    masked_patch_ids: Tensor,
+    patch_size: int,
+    eps: float,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = masked_patch_ids.shape
     return pixel_values.new_empty(shape), pixel_values.new_empty(shape), pixel_values.new_empty(shape)

@@ -86,7 +86,7 @@ def build_for_host(sources: Path, folder: Path) -> Path:
 
 def argument_structs() -> dict[str, type[ctypes.Structure]]:
     """The structs of arguments.h for ctypes."""
-    types: dict[str, type] = {"int64_t": ctypes.c_int64, "float": ctypes.c_float}
+    types: dict[str, type] = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "bool": ctypes.c_bool}
     structs = {}
     header = re.sub(r"//.*", "", (KERNELS / "arguments.h").read_text())
     for name, body in re.findall(r"struct (\w+) \{(.*?)\};", header, re.DOTALL):
@@ -292,6 +292,7 @@ ROUTING_CASES = {
     "half a thousand experts": routing_case(40, 521, 2, 1, modalities=2, noise=True),
     "many chunks and choices": routing_case(520, 17, 16, -1, noise=True),
     "no token": routing_case(0, 4, 2, 3, modalities=2),
+    "no token, dropless": routing_case(0, 4, 2, -1, modalities=2),
 }
 
 
@@ -456,7 +457,10 @@ def assert_rows_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 WIDTHS = {"prime": (37, True), "vectors": (264, True), "not aligned": (264, False)}
 """264: more than one block of columns, the last one part full."""
-ROUTED = ("one token", "every expert chosen", "overflow", "dropless", "all to one expert", "no valid token")
+ROUTED = (
+    *("one token", "every expert chosen", "overflow", "dropless", "all to one expert", "no valid token"),
+    *("no capacity", "no token", "no token, dropless"),
+)
 ROW_CASES = [*((routed, "prime") for routed in ROUTED), ("overflow", "vectors"), ("overflow", "not aligned")]
 
 
@@ -561,22 +565,34 @@ def pixel_loss_backward(
     return SimpleNamespace(d_predictions=d_predictions)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("patch_size", [1, 7, 16])
-def test_pixel_loss(kernels: Kernels, patch_size: int, dtype: torch.dtype) -> None:
+def pixel_case(batch: int, masked: int, patch_size: int, dtype: torch.dtype, normalize: bool) -> SimpleNamespace:
     generator = torch.Generator().manual_seed(patch_size)
-    pixels = torch.rand(2, 3, 3 * patch_size, 5 * patch_size, generator=generator)
-    predictions = torch.randn(2, 7, 3 * patch_size**2, generator=generator).to(dtype)
-    ids = torch.stack([torch.randperm(15, generator=generator)[:7] for _ in range(2)])
-    arguments = {"pixel_values": pixels, "predictions": predictions, "masked_patch_ids": ids}
-    sizes = {"batch": 2, "masked": 7, "height": 3 * patch_size, "width": 5 * patch_size, "patch_size": patch_size}
-    case = SimpleNamespace(predictions=predictions, ids=ids, arguments={**arguments, **sizes, "eps": 1e-6})
-    ours = kernels.in_every_order(lambda: pixel_loss(kernels, case))
-    wide = predictions.double().requires_grad_()
-    theirs = reference.masked_pixel_loss(pixels.double(), wide, ids, patch_size)
-    torch.testing.assert_close(ours.losses, theirs.detach().float(), rtol=1e-5, atol=1e-5)
+    height, width = 3 * patch_size, 5 * patch_size
+    pixels = torch.randn(batch, 3, height, width, generator=generator) * 2 + 1
+    predictions = torch.randn(batch, masked, 3 * patch_size**2, generator=generator).to(dtype)
+    ids = torch.rand(batch, 15, generator=generator).argsort(dim=1)[:, :masked].contiguous()
+    tensors = {"pixel_values": pixels, "predictions": predictions, "masked_patch_ids": ids}
+    sizes = {"batch": batch, "masked": masked, "height": height, "width": width, "patch_size": patch_size}
+    arguments = {**tensors, **sizes, "eps": 1e-6, "normalize": normalize}
+    return SimpleNamespace(pixels=pixels, predictions=predictions, ids=ids, arguments=arguments)
 
-    d_losses = torch.randn(2, 7, generator=generator)
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "masked", "patch_size"), [(2, 7, 1), (2, 7, 7), (2, 7, 16), (2, 0, 7), (0, 7, 7)])
+def test_pixel_loss(
+    kernels: Kernels, batch: int, masked: int, patch_size: int, dtype: torch.dtype, normalize: bool
+) -> None:
+    case = pixel_case(batch, masked, patch_size, dtype, normalize)
+    ours = kernels.in_every_order(lambda: pixel_loss(kernels, case))
+    wide = case.predictions.double().requires_grad_()
+    theirs = reference.masked_pixel_loss(case.pixels.double(), wide, case.ids, patch_size, normalize=normalize)
+    torch.testing.assert_close(ours.losses, theirs.detach().float(), rtol=1e-5, atol=1e-5)
+    if not normalize:
+        assert ours.mean.eq(0).all()
+        assert ours.scale.eq(1).all()
+
+    d_losses = torch.randn(batch, masked, generator=torch.Generator().manual_seed(1))
     theirs.backward(d_losses.double())
     backward = kernels.in_every_order(lambda: pixel_loss_backward(kernels, case, ours, d_losses))
     tolerances = {"rtol": ROUNDING[dtype], "atol": 2e-5}
