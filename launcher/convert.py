@@ -8,6 +8,7 @@
     python launcher/convert.py universal runs/demo --out checkpoints/demo         whole tensors, to resume from or read
     python launcher/convert.py import eve_base.pth --out exports/eve --config eve_base --tokenizer tokenizers/eve
     python launcher/convert.py upcycle beit-base/ --out exports/start --config eve_base --tokenizer tokenizers/eve
+    python launcher/convert.py upcycle beitv2_base_patch16_224_pt1k.pth --out exports/start --config eve_base
 
 `eve_ds.export.load("exports/demo")` gives model, config and tokenizer; `launcher/pretrain.py --init exports/start`
 trains on. A run whose folder is called like a command is ./verify. Options of a command: `convert.py COMMAND --help`.
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "launcher")]
 
 import argparse
+import inspect
 import math
 import tempfile
 
@@ -63,7 +65,7 @@ def main() -> int:
     }
     name = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in commands else ""
     command = commands.get(name, export_command)
-    description = command.__doc__ if name else __doc__
+    description = inspect.cleandoc((command.__doc__ if name else __doc__) or "")
     parser = argparse.ArgumentParser(
         prog=f"convert.py {name}".strip(),
         description=description,
@@ -196,13 +198,22 @@ def import_command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 
 
 def upcycle_command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    """Hugging Face's ViT or BEiT to an EVE whose experts start from its networks; see :mod:`eve_ds.export.upcycle`."""
-    parser.add_argument("folder", type=Path, metavar="HF_FOLDER", help="config.json and weights of a ViT or BEiT")
+    """A ViT, BEiT or BEiTv2 to an EVE whose experts start from its networks.
+
+    Sizes must be those of the config. Relative position biases, heads, the token of masked patches and the second
+    decoder of a BEiTv2 have no place in EVE and are left out; see :mod:`eve_ds.export.upcycle`.
+    """
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="folder of a ViT or BEiT of Hugging Face; BEiTv2: .pth file of its authors, folder of timm, or its file",
+    )
     parser.add_argument("--noise", type=noise, default=0.01, help="of experts, relative (default: %(default)s)")
     parser.add_argument("--text_from_image", action="store_true", help="start the networks of texts from those too")
     arguments = parse_start(parser, argv)
     report = write_upcycled(
-        arguments.folder,
+        arguments.source,
         arguments.out,
         config=load_config(arguments.config, arguments.set),
         tokenizer=arguments.tokenizer,

@@ -1,11 +1,12 @@
 """Dense to mixture of experts: an EVE that starts from an image Transformer (sparse upcycling, arXiv 2212.05055).
 
-Reads the folders of Hugging Face's ViT and BEiT. What is taken from layer N:
+Reads the folders of Hugging Face's ViT and BEiT, and BEiTv2, which the paper starts from, as its authors (a .pth file)
+and timm (a folder, or its file) publish it; :mod:`eve_ds.export.dense` knows their names. What is taken from layer N:
 
 attention             fused q, k, v. BEiT's keys have no bias, as ours. ViT's bias b of keys is dropped, which is exact:
                       it adds q . b to the scores of a query with every key alike, and softmax does not see that.
 LayerNorms            those before attention and before the feed-forward network
-gamma_1, gamma_2      BEiT's lambda_1, lambda_2; 1 where the checkpoint has no LayerScale
+gamma_1, gamma_2      BEiT's lambda_1, lambda_2, BEiTv2's gamma_1, gamma_2; 1 where the checkpoint has no LayerScale
 feed-forward          of images in a shallow layer, and on demand of texts; every expert of an MoE layer, each with
                       noise of its own so that experts differ
 
@@ -13,34 +14,36 @@ and besides: patch projection, class token, position table (resized to the model
 position biases instead, for which we have no place, and ours is drawn), final LayerNorm where there is one. All else is
 drawn as in a new model: words, routers, modality embeddings, decoders.
 
+Of a BEiTv2, notes name what has no place here: relative position biases, the token of masked patches, heads (with them
+fc_norm, which normalizes averages of patches), the second decoder of the class token. Tensors that are none of these
+are refused, as a file that holds them may compute something else. Sizes are read from the tensors; the number of heads
+from the bias tables, and where there are none, that of the config is taken and a note says so.
+
 What the blocks compute is not exactly what they did: EVE's activation is quick_gelu where these checkpoints were
-trained with gelu (at most 0.02 apart), LayerNorms have eps 1e-6 for 1e-12, and relative position biases are gone. With
-hidden_act "quick_gelu", equal eps, no noise and top_k of 2 or more (gates that sum to 1) a block equals its source.
-The whole model does not even then: its pre_norm normalises the embedded stream, which no weight undoes.
+trained with gelu (at most 0.02 apart), LayerNorms have eps 1e-6 for the 1e-12 of Hugging Face's, and relative position
+biases are gone. With quick_gelu there too, equal eps, biases of 0, no noise and top_k of 2 or more (gates that sum to
+1) a block equals its source. The whole model does not even then: its pre_norm normalizes the embedded stream, which no
+weight undoes.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eve_ds.checkpoint.files import listed
 from eve_ds.config import Config, ModelConfig
+from eve_ds.export.dense import SIZES, Dense, Names, read_dense
 from eve_ds.export.plain import check_weights
 from eve_ds.export.start import DRAWN, StartReport, changed, check_new, draw_weights, fitting_tokenizer, write_start
-from eve_ds.export.weight_files import WeightFileError, read_tensors
+from eve_ds.export.weight_files import WeightFileError
 from eve_ds.model.embeddings import resize_positions
-
-FILES = ("model.safetensors", "pytorch_model.bin")
-KINDS = {"vit": "vit.", "beit": "beit."}
-"""model_type -> prefix of its names in models with a head."""
-_SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "patch_size")
 
 
 class Upcycled(NamedTuple):
@@ -64,40 +67,43 @@ class _Rule(NamedTuple):
     remark: str = ""
 
 
-def upcycle(folder: Path, config: Config, *, noise: float = 0.01, text_from_image: bool = False) -> Upcycled:
-    """State dict of an EVE from a ViT or BEiT of its width; nothing is fetched and no pickle is run.
+def upcycle(source: Path, config: Config, *, noise: float = 0.01, text_from_image: bool = False) -> Upcycled:
+    """State dict of an EVE from a ViT, BEiT or BEiTv2 of its width.
+
+    Nothing is fetched. Pickles are read by torch.load(weights_only=True) alone, which calls nothing but what rebuilds
+    tensors and plain containers, and refuses a file that names anything else.
 
     Args:
-        folder: config.json with model.safetensors or pytorch_model.bin, as save_pretrained writes them.
+        source: folder with config.json and model.safetensors or pytorch_model.bin, as save_pretrained or timm writes
+            them; or a file of BEiTv2.
         config: of the model; width, heads, feed-forward width and patch size must be those of the checkpoint, which
             must have as many layers at least. `train.seed` decides what is drawn.
         noise: standard deviation of what is added to each tensor of an expert, relative to that of the tensor.
         text_from_image: start the text networks of shallow layers from the image networks, instead of drawing them.
 
     Raises:
-        WeightFileError: the folder cannot be read, is of another kind or size, or lacks tensors.
+        WeightFileError: the source cannot be read, is of another kind or size, lacks tensors, or is a BEiTv2 that
+            holds unknown ones.
         CheckpointError: a weight has another shape than the config says, or is not finite.
         ValueError: negative noise.
     """
     if noise < 0:
         raise ValueError(f"noise ({noise}) must not be negative")
-    about = _read_config(folder)
-    _check_sizes(about, config.model, folder)
-    tensors = _read_weights(folder, KINDS[about["model_type"]])
-    rules = _rules(about, config.model, tensors, noise, text_from_image, config.train.seed)
-    needed = {source for rule in rules.values() for source in rule.sources}
-    if missing := needed - tensors.keys():
-        raise WeightFileError(f"{folder} lacks {listed(missing)}, which a {about['model_type']} of its config.json has")
-    weights = draw_weights(config) | {name: _make(name, rule, tensors, folder) for name, rule in rules.items()}
-    check_weights(weights, config.model, str(folder))
+    dense = read_dense(source)
+    _check_sizes(dense, config.model)
+    rules = _rules(dense, config.model, noise, text_from_image, config.train.seed)
+    needed = {name for rule in rules.values() for name in rule.sources}
+    if missing := needed - dense.tensors.keys():
+        raise WeightFileError(f"{source} lacks {listed(missing)}, which {dense.kind} has: take one that is whole")
+    notes = _left_out(dense, dense.tensors.keys() - needed, config.model.num_hidden_layers)
+    weights = draw_weights(config) | {name: _make(name, rule, dense) for name, rule in rules.items()}
+    check_weights(weights, config.model, str(source))
     origins = {name: " + ".join(rule.sources) + rule.remark for name, rule in rules.items()}
-    return Upcycled(
-        weights, dict.fromkeys(weights, DRAWN) | origins, _notes(about, config.model, tensors.keys() - needed)
-    )
+    return Upcycled(weights, dict.fromkeys(weights, DRAWN) | origins, notes + _differences(dense, config.model))
 
 
 def write_upcycled(
-    folder: Path,
+    source: Path,
     out: Path,
     *,
     config: Config,
@@ -105,7 +111,7 @@ def write_upcycled(
     noise: float = 0.01,
     text_from_image: bool = False,
 ) -> StartReport:
-    """Write what :func:`upcycle` makes of `folder` into the new or empty folder `out`, for `eve_ds.export.load`.
+    """Write what :func:`upcycle` makes of `source` into the new or empty folder `out`, for `eve_ds.export.load`.
 
     `tokenizer` is what :func:`eve_ds.data.tokenizer.load_tokenizer` takes; None: `config.data.tokenizer`.
 
@@ -119,73 +125,69 @@ def write_upcycled(
     check_new(out)
     config = changed(config, tokenizer)
     loaded = fitting_tokenizer(config)
-    made = upcycle(folder, config, noise=noise, text_from_image=text_from_image)
-    return write_start(out, config, loaded, made.weights, source=str(folder), origins=made.origins, notes=made.notes)
+    made = upcycle(source, config, noise=noise, text_from_image=text_from_image)
+    return write_start(out, config, loaded, made.weights, source=str(source), origins=made.origins, notes=made.notes)
 
 
-def _rules(
-    about: dict[str, Any],
-    config: ModelConfig,
-    tensors: dict[str, Tensor],
-    noise: float,
-    text_from_image: bool,
-    seed: int,
-) -> dict[str, _Rule]:
+def _rules(dense: Dense, config: ModelConfig, noise: float, text_from_image: bool, seed: int) -> dict[str, _Rule]:
     """Our name -> how it is made."""
-    side = config.image_size // config.patch_size
+    names = dense.names
     image = "backbone.image_embedding."
-    rules = _copied(f"{image}projection", "embeddings.patch_embeddings.projection")
-    rules[f"{image}class_token"] = _Rule(("embeddings.cls_token",), torch.flatten)
-    if about["model_type"] == "vit" or about.get("use_absolute_position_embeddings"):
-        resized = partial(_resized, side=side)
-        rules[f"{image}position"] = _Rule(("embeddings.position_embeddings",), resized)
-    if about["model_type"] == "vit" or "layernorm.weight" in tensors:
-        rules |= _copied("backbone.norm", "layernorm")
+    rules = _copied(f"{image}projection", names.projection)
+    rules[f"{image}class_token"] = _Rule((names.class_token,), torch.flatten)
+    if dense.has_position:
+        resized = partial(_resized, side=config.image_size // config.patch_size)
+        rules[f"{image}position"] = _Rule((names.position,), resized)
+    if dense.has_norm:
+        rules |= _copied("backbone.norm", names.norm)
     generator = torch.Generator().manual_seed(seed)
     expert = partial(_noisy, noise=noise, generator=generator)
     for layer in range(config.num_hidden_layers):
-        ours, theirs = f"backbone.blocks.{layer}.", f"encoder.layer.{layer}."
-        rules |= _attention_rules(ours, theirs, about, config.hidden_size)
+        ours, theirs = f"backbone.blocks.{layer}.", names.layer.format(layer)
+        rules |= _attention_rules(ours, theirs, dense, config.hidden_size)
         if layer in config.expert_layers:
-            rules |= _copied(f"{ours}norm2", f"{theirs}layernorm_after")
+            rules |= _copied(f"{ours}norm2", theirs + names.norm2)
             for index in range(config.moe.num_experts):
-                rules |= _feed_forward_rules(f"{ours}moe.experts.{index}.", theirs, expert, f", noise {noise:g}")
+                experts = f"{ours}moe.experts.{index}."
+                rules |= _feed_forward_rules(experts, theirs, names, expert, f", noise {noise:g}")
+            continue
+        if layer in config.moe_layers and config.deep_ffn == "shared":
+            rules |= _copied(f"{ours}ffn.norm", theirs + names.norm2)
+            rules |= _feed_forward_rules(f"{ours}ffn.network.", theirs, names, torch.clone)
             continue
         for modality in ("image", "text") if text_from_image else ("image",):
-            rules |= _copied(f"{ours}ffn.norm_{modality}", f"{theirs}layernorm_after")
-            rules |= _feed_forward_rules(f"{ours}ffn.{modality}.", theirs, torch.clone)
+            rules |= _copied(f"{ours}ffn.norm_{modality}", theirs + names.norm2)
+            rules |= _feed_forward_rules(f"{ours}ffn.{modality}.", theirs, names, torch.clone)
     return rules
 
 
-def _attention_rules(ours: str, theirs: str, about: dict[str, Any], width: int) -> dict[str, _Rule]:
+def _attention_rules(ours: str, theirs: str, dense: Dense, width: int) -> dict[str, _Rule]:
     """Attention, the LayerNorm before it, and both LayerScales."""
-    attention = f"{theirs}attention.attention."
-    parts = ("query", "key", "value")
-    rules = _copied(f"{ours}norm1", f"{theirs}layernorm_before")
-    rules |= _copied(f"{ours}attention.proj", f"{theirs}attention.output.dense")
-    rules[f"{ours}attention.qkv.weight"] = _Rule(tuple(f"{attention}{part}.weight" for part in parts), _stacked)
-    has_bias = about["model_type"] == "beit" or about.get("qkv_bias", True)
-    for ours_part, part in (("q", "query"), ("v", "value")):
-        rules[f"{ours}attention.{ours_part}_bias"] = (
-            _Rule((f"{attention}{part}.bias",), torch.clone)
-            if has_bias
+    names = dense.names
+    rules = _copied(f"{ours}norm1", theirs + names.norm1)
+    rules |= _copied(f"{ours}attention.proj", theirs + names.proj)
+    rules[f"{ours}attention.qkv.weight"] = _Rule(tuple(theirs + name for name in names.qkv), _stacked)
+    for part, name in (("q", names.q_bias), ("v", names.v_bias)):
+        rules[f"{ours}attention.{part}_bias"] = (
+            _Rule((theirs + name,), torch.clone)
+            if dense.has_bias
             else _Rule((), partial(torch.zeros, width), "0, the checkpoint has no bias there")
         )
-    has_scale = about["model_type"] == "beit" and about.get("layer_scale_init_value", 0.1) > 0
-    for index in (1, 2):
+    for index, name in enumerate(names.gamma, 1):
         rules[f"{ours}gamma_{index}"] = (
-            _Rule((f"{theirs}lambda_{index}",), torch.clone)
-            if has_scale
+            _Rule((theirs + name,), torch.clone)
+            if dense.has_scale
             else _Rule((), partial(torch.ones, width), "1, the checkpoint has no LayerScale")
         )
     return rules
 
 
-def _feed_forward_rules(ours: str, theirs: str, make: Callable[..., Tensor], remark: str = "") -> dict[str, _Rule]:
-    names = {"fc1": "intermediate.dense", "fc2": "output.dense"}
+def _feed_forward_rules(
+    ours: str, theirs: str, names: Names, make: Callable[..., Tensor], remark: str = ""
+) -> dict[str, _Rule]:
     return {
-        f"{ours}{layer}.{kind}": _Rule((f"{theirs}{names[layer]}.{kind}",), make, remark)
-        for layer in names
+        f"{ours}{layer}.{kind}": _Rule((f"{theirs}{name}.{kind}",), make, remark)
+        for layer, name in (("fc1", names.fc1), ("fc2", names.fc2))
         for kind in ("weight", "bias")
     }
 
@@ -194,11 +196,11 @@ def _copied(ours: str, theirs: str) -> dict[str, _Rule]:
     return {f"{ours}.{kind}": _Rule((f"{theirs}.{kind}",), torch.clone) for kind in ("weight", "bias")}
 
 
-def _make(name: str, rule: _Rule, tensors: dict[str, Tensor], folder: Path) -> Tensor:
+def _make(name: str, rule: _Rule, dense: Dense) -> Tensor:
     try:
-        return rule.make(*(tensors[source].float() for source in rule.sources))
+        return rule.make(*(dense.tensors[source].float() for source in rule.sources))
     except (RuntimeError, ValueError) as error:  # shapes that do not go together
-        raise WeightFileError(f"{folder}: {name} cannot be made of {listed(rule.sources)}: {error}") from None
+        raise WeightFileError(f"{dense.source}: {name} cannot be made of {listed(rule.sources)}: {error}") from None
 
 
 def _stacked(*parts: Tensor) -> Tensor:
@@ -215,47 +217,55 @@ def _noisy(tensor: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     return tensor + noise * tensor.std(correction=0) * drawn
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightFileError(f"{file} cannot be read ({error.strerror}): name a folder of save_pretrained") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WeightFileError(f"{file} is not JSON ({error})") from None
-    kind = about.get("model_type") if isinstance(about, dict) else None
-    if kind not in KINDS:
-        raise WeightFileError(f"{file} has model_type {kind!r}: only {' and '.join(KINDS)} are read")
-    return about
-
-
-def _check_sizes(about: dict[str, Any], config: ModelConfig, folder: Path) -> None:
-    """Compare what both configurations say."""
+def _check_sizes(dense: Dense, config: ModelConfig) -> None:
+    """Compare what the checkpoint tells with the config."""
+    sizes = dense.sizes
     problems = [
-        f"{key} {about.get(key)} where the model has {getattr(config, key)}"
-        for key in _SIZES
-        if about.get(key) != getattr(config, key)
+        f"{key} {sizes[key]} where the model has {getattr(config, key)}"
+        for key in SIZES
+        if key in sizes and sizes[key] != getattr(config, key)
     ]
-    layers = about.get("num_hidden_layers", 0)
+    layers = sizes["num_hidden_layers"]
     if layers < config.num_hidden_layers:
         problems.append(f"num_hidden_layers {layers} where the model has {config.num_hidden_layers}")
     if problems:
-        raise WeightFileError(f"{folder} has {', '.join(problems)}: take a checkpoint or a config of the same size")
+        raise WeightFileError(
+            f"{dense.source} has {', '.join(problems)}: take a checkpoint or a config of the same size"
+        )
 
 
-def _read_weights(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Tensors of the folder without the prefix of a model with a head."""
-    found = [folder / name for name in FILES if (folder / name).is_file()]
-    if not found:
-        raise WeightFileError(f"{folder} holds neither {' nor '.join(FILES)}: only checkpoints of one file are read")
-    return {name.removeprefix(prefix): tensor for name, tensor in read_tensors(found[0]).items()}
-
-
-def _notes(about: dict[str, Any], config: ModelConfig, unused: set[str]) -> list[str]:
-    unused = {name for name in unused if not name.endswith("attention.key.bias")}  # nothing is lost with those
-    notes = [f"not taken from the checkpoint: {listed(unused)}"] if unused else []
-    if (activation := about.get("hidden_act", "gelu")) != "quick_gelu":
-        notes.append(f"the checkpoint was trained with {activation}, the model computes quick_gelu")
-    if (eps := about.get("layer_norm_eps", 1e-12)) != config.layer_norm_eps:
-        notes.append(f"the checkpoint has layer_norm_eps {eps:g}, the model {config.layer_norm_eps:g}")
+def _left_out(dense: Dense, unused: set[str], depth: int) -> list[str]:
+    """Notes on the tensors that are not taken into a model of `depth` layers."""
+    deeper = "|".join(
+        re.escape(dense.names.layer.format(layer)) for layer in range(depth, dense.sizes["num_hidden_layers"])
+    )
+    patterns = dense.left_out | ({"not taken, layers beyond the model's": f"({deeper}).+"} if deeper else {})
+    notes = []
+    for note, pattern in patterns.items():
+        matching = {name for name in unused if re.fullmatch(pattern, name)}
+        unused = unused - matching
+        if note and matching:
+            notes.append(f"{note}: {listed(matching)}")
+    if unused:
+        raise WeightFileError(
+            f"{dense.source} holds {listed(unused)}, no part of {dense.kind}: take it as its authors or timm publish it"
+        )
     return notes
+
+
+def _differences(dense: Dense, config: ModelConfig) -> list[str]:
+    """Notes on what the checkpoint lacks, and on what the model computes differently."""
+    notes = []
+    if not dense.has_position:
+        notes.append("the checkpoint has no position table: that of images is drawn")
+    if not dense.has_norm:
+        notes.append("the checkpoint has no LayerNorm of every token after its last layer: the final one is drawn")
+    if "num_attention_heads" not in dense.sizes:
+        notes.append(
+            f"the checkpoint does not tell its heads: num_attention_heads {config.num_attention_heads} is ours"
+        )
+    if dense.activation != "quick_gelu":
+        notes.append(f"the checkpoint was trained with {dense.activation}, the model computes quick_gelu")
+    if dense.eps != config.layer_norm_eps:
+        notes.append(f"the checkpoint has layer_norm_eps {dense.eps:g}, the model {config.layer_norm_eps:g}")
+    return [*notes, *dense.notes]

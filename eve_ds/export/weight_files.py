@@ -16,8 +16,8 @@ from torch import Tensor
 from eve_ds.checkpoint.files import listed
 
 TORCH_SUFFIXES = {".pth", ".pt", ".bin"}
-WRAPPERS = ("model", "state_dict")
-"""Keys under which training code puts the weights beside its other state."""
+WRAPPERS = ("model", "state_dict", "module")
+"""Keys under which training code puts the weights beside its other state; `module` is DeepSpeed's."""
 
 
 class WeightFileError(ValueError):
@@ -28,8 +28,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """Name -> tensor, on the CPU and in the precision of the file, which may stay mapped into memory.
 
     Reads .safetensors, and what torch.save wrote (.pth, .pt, .bin): a dictionary of tensors, or one that has it under
-    the key `model` or `state_dict`. A pickle that refers to anything but tensors and plain data is refused before any
-    of it runs.
+    the key `model`, `state_dict` or `module`. Pickles go through torch.load(weights_only=True) alone: one that refers
+    to anything but tensors and plain data is refused, and what it refers to is not called.
 
     Raises:
         WeightFileError: no such file, a file of another kind, or values that are not dense tensors.

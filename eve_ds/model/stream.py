@@ -59,7 +59,7 @@ class Layout(NamedTuple):
         """(N, D) -> (B, S, D), zero where no token is."""
         if not self.is_whole:
             tokens = take_rows(tokens, self.places, self.token_ids)
-        return tokens.view(*self.mask.shape, -1)
+        return tokens.view(*self.mask.shape, tokens.shape[-1])
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, S, D) -> (N, D)."""
@@ -215,7 +215,7 @@ def join(
         shape = tokens.shape[:2]
         everything = torch.ones(shape, dtype=torch.bool, device=tokens.device)
         parts.append(tokens)
-        masks.append(everything if mask is None else mask.bool().view(shape[0], -1).expand(shape))
+        masks.append(everything if mask is None else mask.bool().view(shape[0], *mask.shape[1:] or (1,)).expand(shape))
         modalities.append(torch.full(shape, modality, device=tokens.device))
         present.append(modality)
     if not parts:

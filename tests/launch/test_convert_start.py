@@ -104,6 +104,49 @@ def test_a_dense_checkpoint_becomes_a_folder_that_loads(convert, dense, tmp_path
     assert torch.equal(blocks[0].ffn.text.fc1.weight, blocks[0].ffn.image.fc1.weight)
 
 
+@pytest.fixture
+def beit2(tmp_path):
+    """What the authors of BEiTv2 publish, of the model that the tests ask for; its tensors are random."""
+    shapes = {"cls_token": (1, 1, 32), "patch_embed.proj.weight": (32, 3, 8, 8), "patch_embed.proj.bias": (32,)}
+    shapes |= {"norm.weight": (32,), "norm.bias": (32,), "mask_token": (1, 1, 32)}
+    shapes |= {"rel_pos_bias.relative_position_bias_table": (15 * 15 + 3, 4)}
+    for layer in range(3):
+        of_layer = dict.fromkeys(("gamma_1", "gamma_2", "attn.q_bias", "attn.v_bias", "attn.proj.bias"), (32,))
+        of_layer |= {f"{norm}.{kind}": (32,) for norm in ("norm1", "norm2") for kind in ("weight", "bias")}
+        of_layer |= {"attn.qkv.weight": (96, 32), "attn.proj.weight": (32, 32)}
+        of_layer |= {
+            "mlp.fc1.weight": (48, 32),
+            "mlp.fc1.bias": (48,),
+            "mlp.fc2.weight": (32, 48),
+            "mlp.fc2.bias": (32,),
+        }
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in of_layer.items()}
+    torch.save({"model": {name: torch.randn(shape) for name, shape in shapes.items()}}, tmp_path / "beitv2.pth")
+    return tmp_path / "beitv2.pth"
+
+
+def test_a_beit2_file_becomes_a_folder_that_loads(convert, refused, beit2, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, _ = convert("upcycle", beit2, "--out", out, "--noise", "0", *CONFIG)
+    assert code == 0
+    assert "note        not taken, relative position biases: rel_pos_bias.relative_position_bias_table" in stdout
+    assert "note        the checkpoint has no position table: that of images is drawn" in stdout
+    published = torch.load(beit2, weights_only=True)["model"]
+    blocks = load(out)[0].backbone.blocks
+    assert torch.equal(blocks[0].attention.qkv.weight, published["blocks.0.attn.qkv.weight"])
+    assert torch.equal(blocks[1].moe.experts.fc2.weight[3], published["blocks.1.mlp.fc2.weight"])
+    assert f"{beit2} has num_attention_heads 4 where the model has 2: take a" in refused(
+        "upcycle", beit2, "--out", tmp_path / "other", *CONFIG, "model.num_attention_heads=2"
+    )
+
+
+def test_help_says_what_is_read(convert, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        convert("upcycle", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "BEiTv2: .pth file of its authors, folder of timm, or its file" in text
+
+
 def test_what_cannot_be_used_is_one_line(refused, file, dense, tmp_path):
     out = tmp_path / "out"
     assert "nowhere.pth does not exist: name a file" in refused(

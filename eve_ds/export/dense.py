@@ -1,0 +1,221 @@
+"""Dense image Transformers as others publish them: what their tensors are called, their sizes, and what they lack.
+
+ViT, BEiT   Hugging Face's folders: config.json describes model.safetensors or pytorch_model.bin.
+BEiTv2      its authors' file (microsoft/unilm, folder beit2), pre-trained or fine-tuned; timm's folder, whose
+            config.json names an architecture such as beitv2_base_patch16_224, or the file in it alone. Names are those
+            of the authors in all of these, and sizes are read from the tensors. Activation, eps of LayerNorms and the
+            normalization of pixels are those of the published code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from eve_ds.export.weight_files import WeightFileError, read_tensors
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+KINDS = {"vit": "vit.", "beit": "beit."}
+"""model_type -> prefix of its names in models with a head."""
+ARCHITECTURES = "beitv2_"
+"""How timm's names of BEiTv2 start."""
+SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "patch_size")
+
+
+class Names(NamedTuple):
+    """What a checkpoint calls its modules and tensors; names from `norm1` on come after the prefix of a layer."""
+
+    projection: str
+    class_token: str
+    position: str
+    norm: str
+    layer: str
+    """Prefix of a layer, {} for its number."""
+    norm1: str
+    norm2: str
+    qkv: tuple[str, ...]
+    """Weights of queries, keys and values: of each, or of all, stacked."""
+    q_bias: str
+    v_bias: str
+    proj: str
+    fc1: str
+    fc2: str
+    gamma: tuple[str, str]
+
+
+_HUGGING_FACE = Names(
+    projection="embeddings.patch_embeddings.projection",
+    class_token="embeddings.cls_token",
+    position="embeddings.position_embeddings",
+    norm="layernorm",
+    layer="encoder.layer.{}.",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    qkv=tuple(f"attention.attention.{part}.weight" for part in ("query", "key", "value")),
+    q_bias="attention.attention.query.bias",
+    v_bias="attention.attention.value.bias",
+    proj="attention.output.dense",
+    fc1="intermediate.dense",
+    fc2="output.dense",
+    gamma=("lambda_1", "lambda_2"),
+)
+_BEIT2 = Names(
+    projection="patch_embed.proj",
+    class_token="cls_token",
+    position="pos_embed",
+    norm="norm",
+    layer="blocks.{}.",
+    norm1="norm1",
+    norm2="norm2",
+    qkv=("attn.qkv.weight",),
+    q_bias="attn.q_bias",
+    v_bias="attn.v_bias",
+    proj="attn.proj",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+    gamma=("gamma_1", "gamma_2"),
+)
+_HUGGING_FACE_LEFT_OUT = {
+    "": r".*attention\.key\.bias",  # exact, see eve_ds.export.upcycle
+    "not taken from the checkpoint": r".*",
+}
+_BIAS_TABLE = r"(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_bias_table"
+_BEIT2_LEFT_OUT = {
+    "not taken, relative position biases": rf"{_BIAS_TABLE}|(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_index",
+    "not taken, token of masked patches": r"mask_token",
+    "not taken, heads": r"(lm_head|cls_pt_lm_head|head|fc_norm)\.(weight|bias)",
+    "not taken, second decoder of the class token": r"(cls_pt_layers\.\d+|cls_pt_norm)\..+",
+}
+
+
+class Dense(NamedTuple):
+    """A checkpoint that an EVE can start from."""
+
+    source: Path
+    kind: str
+    """What it is with its article, for messages."""
+    names: Names
+    tensors: dict[str, Tensor]
+    """In the precision of the file; names without the prefix of a model with a head."""
+    sizes: dict[str, Any]
+    """`num_hidden_layers` and SIZES under the keys of our config, without those that the checkpoint does not tell."""
+    has_position: bool
+    has_norm: bool
+    """LayerNorm after the last layer, applied to every token."""
+    has_bias: bool
+    """Of queries and values."""
+    has_scale: bool
+    activation: str
+    eps: float
+    left_out: dict[str, str]
+    """What a note says of tensors that no rule needs ("": nothing, as nothing is lost) -> pattern of their names."""
+    notes: tuple[str, ...] = ()
+    """What else the model computes differently, in sentences."""
+
+
+def read_dense(source: Path) -> Dense:
+    """Read a folder of Hugging Face or timm, or a file of BEiTv2; :func:`read_tensors` says how pickles are read.
+
+    Raises:
+        WeightFileError: it cannot be read, is of another kind, or lacks what tells its sizes.
+    """
+    if not source.is_dir():
+        return _beit2(source, read_tensors(source))
+    about = _read_config(source)
+    tensors = read_tensors(_weight_file(source))
+    return _hugging_face(source, about, tensors) if about.get("model_type") in KINDS else _beit2(source, tensors)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a kind that is read."""
+    file = folder / "config.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightFileError(
+            f"{file} cannot be read ({error.strerror}): name a folder of save_pretrained or timm, or a file of BEiTv2"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightFileError(f"{file} is not JSON ({error})") from None
+    kind, architecture = (about.get(key) if isinstance(about, dict) else None for key in ("model_type", "architecture"))
+    if kind in KINDS or (kind is None and str(architecture).startswith(ARCHITECTURES)):
+        return about
+    found = f"architecture {architecture!r}" if kind is None and architecture else f"model_type {kind!r}"
+    raise WeightFileError(f"{file} has {found}: only {', '.join(KINDS)} and timm's {ARCHITECTURES}... are read")
+
+
+def _weight_file(folder: Path) -> Path:
+    found = [folder / name for name in FILES if (folder / name).is_file()]
+    if not found:
+        raise WeightFileError(f"{folder} holds neither {' nor '.join(FILES)}: only checkpoints of one file are read")
+    return found[0]
+
+
+def _hugging_face(folder: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> Dense:
+    kind = about["model_type"]
+    tensors = {name.removeprefix(KINDS[kind]): tensor for name, tensor in tensors.items()}
+    is_beit = kind == "beit"
+    return Dense(
+        source=folder,
+        kind=f"a {kind} of its config.json",
+        names=_HUGGING_FACE,
+        tensors=tensors,
+        sizes={key: about.get(key) for key in SIZES} | {"num_hidden_layers": about.get("num_hidden_layers", 0)},
+        has_position=not is_beit or bool(about.get("use_absolute_position_embeddings")),
+        has_norm=not is_beit or "layernorm.weight" in tensors,
+        has_bias=is_beit or about.get("qkv_bias", True),
+        has_scale=is_beit and about.get("layer_scale_init_value", 0.1) > 0,
+        activation=about.get("hidden_act", "gelu"),
+        eps=about.get("layer_norm_eps", 1e-12),
+        left_out=_HUGGING_FACE_LEFT_OUT,
+    )
+
+
+def _beit2(source: Path, tensors: dict[str, Tensor]) -> Dense:
+    return Dense(
+        source=source,
+        kind="a BEiTv2",
+        names=_BEIT2,
+        tensors=tensors,
+        sizes=_beit2_sizes(source, tensors),
+        has_position="pos_embed" in tensors,
+        # Models that classify have fc_norm instead, on the average of patches: a part of their head.
+        has_norm="norm.weight" in tensors or "fc_norm.weight" not in tensors,
+        has_bias=True,
+        has_scale=True,
+        activation="gelu",
+        eps=1e-6,
+        left_out=_BEIT2_LEFT_OUT,
+        notes=("the checkpoint was trained on pixels with ImageNet's mean and deviation, the model has .5 and .5",),
+    )
+
+
+def _beit2_sizes(source: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """What the shapes tell; of heads only the bias tables (distances, heads) do."""
+    layers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
+    sizes = {
+        "hidden_size": _extent(source, tensors, "cls_token", "1, 1, width"),
+        "intermediate_size": _extent(source, tensors, "blocks.0.mlp.fc1.weight", "feed-forward width, width", axis=0),
+        "patch_size": _extent(source, tensors, "patch_embed.proj.weight", "width, 3, patch, patch"),
+        "num_hidden_layers": 1 + max(layers),
+    }
+    tables = sorted(name for name in tensors if re.fullmatch(_BIAS_TABLE, name))
+    if tables:
+        sizes["num_attention_heads"] = _extent(source, tensors, tables[0], "distances, heads")
+    return sizes
+
+
+def _extent(source: Path, tensors: dict[str, Tensor], name: str, shape: str, axis: int = -1) -> int:
+    """Length of one axis of a tensor that has as many axes as `shape` names."""
+    if name not in tensors:
+        raise WeightFileError(f"{source} lacks {name}, which a BEiTv2 has: take it as its authors or timm publish it")
+    found = tuple(tensors[name].shape)
+    if len(found) != len(shape.split(", ")):
+        raise WeightFileError(
+            f"{source} has {name} {found}, which is ({shape}) in a BEiTv2: take it as its authors or timm publish it"
+        )
+    return found[axis]
