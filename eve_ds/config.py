@@ -534,7 +534,10 @@ class Config(Section):
             _check_source(self.model.objectives, self.masking, source, f"data.sources[{number}]")
         objectives, masking = self.model.objectives, self.masking
         most = masking.text_mask_ratio if masking.max_text_mask_ratio is None else masking.max_text_mask_ratio
-        for task, key, ratio in (("mim", "patch_mask_ratio", masking.patch_mask_ratio), ("mlm", "text_mask_ratio", most)):
+        for task, key, ratio in (
+            ("mim", "patch_mask_ratio", masking.patch_mask_ratio),
+            ("mlm", "text_mask_ratio", most),
+        ):
             _require(
                 task not in objectives or ratio > 0,
                 f"masking.{key} ({ratio:g}) leaves nothing to predict for {task}: raise it, or leave {task} out of "
@@ -543,7 +546,8 @@ class Config(Section):
         if "joint" in objectives:
             both = f"masking.patch_mask_ratio ({masking.patch_mask_ratio:g}) and text_mask_ratio ({most:g})"
             _require(
-                masking.patch_mask_ratio > 0 or most > 0, f"{both} leave nothing to predict for joint: raise one of them"
+                masking.patch_mask_ratio > 0 or most > 0,
+                f"{both} leave nothing to predict for joint: raise one of them",
             )
             _require(
                 masking.patch_mask_ratio < 1 or masking.text_mask_ratio < 1,

@@ -471,7 +471,7 @@ class _Window:
     def add_step(
         self, terms: list[dict[str, Tensor]], moe: dict[str, tuple[MoEOutput, ...]], agreed: _Agreement
     ) -> None:
-        """One update: detached loss terms of its micro-batches, MoE outputs of the last by view, tokens of all ranks."""
+        """One update: loss terms of its micro-batches, detached; MoE outputs of the last by view; tokens of all ranks."""
         self.steps += 1
         self.tokens += agreed.tokens
         self.caption_tokens += agreed.caption_tokens
@@ -529,7 +529,7 @@ def _describe(terms: dict[str, Tensor], batch: Batch) -> tuple[int, str]:
 
 def denominators(batch: Batch, model: ModelConfig) -> list[float]:
     """Masked patches, masked tokens and encoder tokens of a micro-batch: the fields of Counts."""
-    samples = len(batch) if batch.image_view_ids is None else len(batch.image_view_ids)
+    samples = float(len(batch) if batch.image_view_ids is None else len(batch.image_view_ids))
     if batch.image_mask is not None and "joint" in model.objectives:
         samples = float(batch.image_mask.sum())
     masked = 0 if batch.masked_patch_ids is None else batch.masked_patch_ids.shape[1]
@@ -596,7 +596,7 @@ def _first_samples(batch: Batch, count: int) -> Batch:
         count = max(count, int(batch.image_view_ids[0]) + 1)
     in_image_view = count if batch.image_view_ids is None else int((batch.image_view_ids < count).sum())
     of_image_view = ("image_view_ids", "visible_patch_ids", "visible_patch_mask", "masked_patch_ids")
-    rows = {name: in_image_view for name in (*of_image_view, "image_view_text_mask")}
+    rows = dict.fromkeys((*of_image_view, "image_view_text_mask"), in_image_view)
     if batch.input_ids is not None and batch.masked_token_ids is not None:
         chosen = int((batch.masked_token_ids < count * batch.input_ids.shape[1]).sum())  # they are ascending
         rows |= {"masked_token_ids": chosen, "token_labels": chosen}

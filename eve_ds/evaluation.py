@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from eve_ds.data.collate import Collator
 from eve_ds.data.scene_tasks import BindingProbe, ProbeType, binding_probes
 from eve_ds.data.scenes import IMAGE_SIZE, LevelName, Scene, Scenes, word_class
 from eve_ds.distributed import all_reduce_sum
-from eve_ds.model.eve import EVEOutput
+from eve_ds.model.eve import EVE, EVEOutput
 
 WORD_CLASSES = {"color": "colour", "shape": "shape", "size": "size", "position": "position"}
 """Word class of :func:`eve_ds.data.scenes.word_class` -> key of the result."""
@@ -144,7 +144,7 @@ def samples_of(scenes: Sequence[Scene], captions: Sequence[str] | None = None) -
 
 def ask(model: nn.Module, batch: Batch) -> EVEOutput:
     """What an EVE predicts from one view: the patches and words that the batch shows, whatever its objectives."""
-    return model.predict(
+    return cast(EVE, model).predict(
         pixel_values=batch.pixel_values,
         image_mask=batch.image_mask,
         visible_patch_ids=batch.visible_patch_ids,
@@ -225,19 +225,21 @@ def _labels(batch: Batch) -> Tensor:
     return batch.token_labels
 
 
-def _tally_pixels(
-    tally: _Tally, model: nn.Module, batch: Batch, scenes: Sequence[Scene], config: ModelConfig
-) -> None:
+def _tally_pixels(tally: _Tally, model: nn.Module, batch: Batch, scenes: Sequence[Scene], config: ModelConfig) -> None:
     whole = with_whole_caption(batch)
     assert whole.pixel_values is not None
     assert whole.masked_patch_ids is not None
     foreground = torch.stack([torch.from_numpy(scene.foreground) for scene in scenes]).unsqueeze(1)
-    patches = ops.patchify(foreground.float(), config.patch_size).amax(dim=-1).to(whole.pixel_values.device) > 0  # (B, N)
+    patches = (
+        ops.patchify(foreground.float(), config.patch_size).amax(dim=-1).to(whole.pixel_values.device) > 0
+    )  # (B, N)
     chosen = patches.gather(1, whole.masked_patch_ids)
     for side, shown in (("right", whole), ("wrong", with_another_caption(whole))):
+        predictions = ask(model, shown).pixel_predictions
+        assert predictions is not None
         loss = ops.masked_pixel_loss(
             whole.pixel_values,
-            ask(model, shown).pixel_predictions,
+            predictions,
             whole.masked_patch_ids,
             config.patch_size,
             normalize=config.pixel_target == "normalized",

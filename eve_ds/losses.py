@@ -132,7 +132,8 @@ def contrastive_loss(matching: MatchingOutput, gather: Gather = only_this_rank) 
 def matching_loss(logits: Tensor) -> Tensor:
     """Cross entropy of match or not, mean over pairs and two hard negatives for each, () fp32 (ALBEF section 3.2).
 
-    `logits` are the (3 * B, 2) of :class:`eve_ds.model.matching.MatchingOutput`. Negatives were drawn from the pairs of this rank's micro-batch, so another split draws others.
+    `logits` are the (3 * B, 2) of :class:`eve_ds.model.matching.MatchingOutput`. Their negatives were drawn from the
+    pairs of this rank's micro-batch, so another split draws others.
     """
     matched = torch.arange(len(logits), device=logits.device) < len(logits) // 3
     return F.cross_entropy(logits, matched.long())

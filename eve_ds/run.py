@@ -118,7 +118,9 @@ def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> 
         before = json.loads(written.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{written} is not JSON ({error}): restore it from a checkpoint of the run") from None
-    before = parse_written_config(before, str(written)).model_dump(mode="json")  # with fields that are newer than the run
+    before = parse_written_config(before, str(written)).model_dump(
+        mode="json"
+    )  # with fields that are newer than the run
     difference = _difference(_identity(before), _identity(config.model_dump(mode="json")))
     if difference is not None:
         key, then, now = difference

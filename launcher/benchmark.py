@@ -59,7 +59,7 @@ def quality(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of all runs (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time: idle cores (%(default)s)")
-    parser.add_argument("--objectives", nargs="+", help="msm, itc_itm, itc_itm_mlm (default: all)")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, metavar="SET", help="such as mim+mlm and joint (default: all)")
     parser.add_argument("--tasks", nargs="+", help="vqa, nlvr, nlvr_words, retrieval, retrieval_words (default: all)")
     parser.add_argument("--curve", nargs="+", type=float, default=[], metavar="S", help="shorter pre-training too")
     parser.add_argument("--nlvr", type=Path, metavar="DIR", help="folder of NLVR 1.0: its statements too")
@@ -69,7 +69,7 @@ def quality(argv: list[str]) -> int:
         parser.add_argument(f"--{name}_seconds", type=float, default=seconds, metavar="S", help="(%(default)s)")
     arguments = parser.parse_args(argv)
     budget = Budget(*(getattr(arguments, f"{name}_seconds") for name in Budget._fields))
-    objectives = arguments.objectives or OBJECTIVES
+    objectives = arguments.objectives or list(OBJECTIVES)
     seeds = []
     for seed in range(arguments.seeds):
         folder = arguments.out / f"seed-{seed}"

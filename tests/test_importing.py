@@ -169,7 +169,7 @@ def test_an_image_size_of_its_own(weights, file, tmp_path):
         "backbone.image_embedding.position: 65 rows of the file became 145",
         "backbone.text_embedding.position: 40 rows of the file became 30",
     ]
-    assert model(pixel_values=torch.randn(1, 3, 96, 96)).moe[0].load_balancing_loss.isfinite()
+    assert model(pixel_values=torch.randn(1, 3, 96, 96)).moe["mim"][0].load_balancing_loss.isfinite()
 
 
 def cubic(distance):

@@ -1,6 +1,7 @@
 """The first 20 losses of eve_tiny with a fixed seed, stored, so that no refactor changes them unnoticed.
 
-`python tests/test_loss_trace.py --write` stores them anew; do that only where a change of numbers is meant.
+There is a trace of the preset as it is, and one of `joint` with the settings that eve_tiny had for it.
+`python tests/test_loss_trace.py --write NAME` stores one anew; do that only where a change of numbers is meant.
 
 Bits depend on the kernels that torch picks for a processor. On the processor model and torch version of the file the
 comparison is exact; elsewhere it has a tolerance that was measured when the file was written: how far the same 20 steps
@@ -23,9 +24,17 @@ if __name__ == "__main__":  # under pytest conftest.py has set them, before torc
 import pytest
 import torch
 
-FILE = Path(__file__).parent / "data" / "loss_trace.json"
+FOLDER = Path(__file__).parent / "data"
+TRACES = {
+    "loss_trace": [],
+    "loss_trace_joint": [
+        *("model.objectives=[joint]", "masking.predicted_patch_share=0.5", "masking.text_to_image_share=0.25"),
+        *("optimizer.warmup_steps=100", "train.train_batch_size=64"),
+    ],
+}
+"""Settings by name of the file."""
 STEPS = 20
-TERMS = ("loss", "pixel", "text", "load_balancing", "router_z", "lr")
+TERMS = ("loss", "mim", "mlm", "load_balancing", "router_z", "lr")
 FUSED = 1e-5
 """Largest relative difference that the built ops may make."""
 SAFETY = 100
@@ -43,7 +52,7 @@ def machine():
     }
 
 
-def trace(nudge=False, ops="reference"):
+def trace(name, nudge=False, ops="reference"):
     """Loss terms of each step of `pretrain` on eve_tiny in one process, ZeRO 0; every number as it is written.
 
     What is stored are the plain ops: the built ones round in another order.
@@ -67,7 +76,7 @@ def trace(nudge=False, ops="reference"):
     try:
         with tempfile.TemporaryDirectory() as folder:
             settings = [f"train.max_steps={STEPS}", "train.metrics_every=1", f"train.output_dir={folder}/run"]
-            engine.pretrain(load_config("eve_tiny", [*settings, "train.save_every_steps=null"]), None)
+            engine.pretrain(load_config("eve_tiny", [*settings, "train.save_every_steps=null", *TRACES[name]]), None)
             lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
     finally:
         engine.build_optimizer, engine.trains_on_scenes = build, has_evaluation
@@ -82,27 +91,29 @@ def largest_difference(one, other):
     ]
 
 
-def write():
-    steps = trace()
-    if trace() != steps:
+def write(name):
+    steps = trace(name)
+    if trace(name) != steps:
         raise SystemExit("two runs of the same process differ; nothing was written")
-    moved = largest_difference(steps, trace(nudge=True))
+    moved = largest_difference(steps, trace(name, nudge=True))
     tolerance = [SAFETY * max(torch.finfo(torch.float32).eps, *moved[: step + 1]) for step in range(STEPS)]
-    FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(json.dumps({**machine(), "tolerance": tolerance, "steps": steps}, indent=1) + "\n")
+    file = FOLDER / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({**machine(), "tolerance": tolerance, "steps": steps}, indent=1) + "\n")
     print(
-        f"{FILE}: {STEPS} steps, loss {steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}, tolerance {tolerance[-1]:.1e}"
+        f"{file}: {STEPS} steps, loss {steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}, tolerance {tolerance[-1]:.1e}"
     )
 
 
-def traces(rank, world_size):
-    return trace(), trace(), trace(ops="build") if shutil.which("g++") else None
+def traces(rank, world_size, name):
+    return trace(name), trace(name), trace(name, ops="build") if shutil.which("g++") else None
 
 
 @pytest.mark.timeout(400)
-def test_loss_trace_of_eve_tiny(run_ranks):
-    stored = json.loads(FILE.read_text())
-    ((found, again, fused),) = run_ranks(traces, 1, timeout=360)
+@pytest.mark.parametrize("name", TRACES)
+def test_loss_trace_of_eve_tiny(run_ranks, name):
+    stored = json.loads((FOLDER / f"{name}.json").read_text())
+    ((found, again, fused),) = run_ranks(traces, 1, name, timeout=360)
     assert found == again, "two runs of one process are equal to the last bit"
     if fused is not None:
         assert max(largest_difference(found, fused)) <= FUSED
@@ -120,6 +131,5 @@ def test_loss_trace_of_eve_tiny(run_ranks):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", required=True, help="store the trace")
-    parser.parse_args()
-    write()
+    parser.add_argument("--write", choices=TRACES, required=True, help="store this trace")
+    write(parser.parse_args().write)

@@ -20,7 +20,9 @@ def made():
         return torch.randn(shape, generator=generator)
 
     moe = tuple(MoEOutput(None, torch.tensor(1.0 + i / 4), torch.tensor(30.0 + i), None) for i in range(2))
-    output = EVEOutput(draw(BATCH, MASKED, 3 * PATCH**2), draw(TOKENS, WIDTH), draw(VOCAB, WIDTH), draw(VOCAB), {"joint": moe})
+    output = EVEOutput(
+        draw(BATCH, MASKED, 3 * PATCH**2), draw(TOKENS, WIDTH), draw(VOCAB, WIDTH), draw(VOCAB), {"joint": moe}
+    )
     inputs = {
         "pixel_values": draw(BATCH, 3, SIDE, SIDE),
         "image_mask": torch.tensor([True, False, True]),

@@ -160,7 +160,11 @@ def test_live_line_fits_eighty_columns():
 
 
 SETS = (["joint"], ["mim"], ["mlm"], ["mim", "mlm"], ["itc"], ["itc", "itm"], ["mim", "mlm", "itc", "itm"])
-CHEAP = ["masking.predicted_patch_share=0.5", "masking.language_view_patch_share=0.25", "masking.image_view_word_share=0.5"]
+CHEAP = [
+    "masking.predicted_patch_share=0.5",
+    "masking.language_view_patch_share=0.25",
+    "masking.image_view_word_share=0.5",
+]
 
 
 @pytest.mark.parametrize("decoder", ["self", "cross"])
@@ -180,9 +184,10 @@ def test_flops_are_those_that_torch_counts(objectives, masking, decoder, monkeyp
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(**batch.model_inputs()).tensors()
     # Ours leaves out the routers, and what the heads of itc and itm do with one token of each sample. It has the share
-    # of masked words of the text's tokens, of which two are never masked.
+    # of masked words of the text's tokens, of which two are never masked, and no padding, which attention has where an
+    # image view leaves words out.
     ours = pretraining_flops(config.model, config.masking, text_tokens)
-    assert ours == pytest.approx(counter.get_total_flops() / 4, rel=1e-2)
+    assert ours == pytest.approx(counter.get_total_flops() / 4, rel=2.5e-2 if masking else 1e-2)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from eve_ds.config import MaskingConfig, load_config
 from eve_ds.benchmark.quality import (
     MARKS,
     TASKS,
@@ -26,39 +27,50 @@ RECALL = {"text_retrieval": {"R@1": 0.5}, "image_retrieval": {"R@1": 0.25}}
 
 
 def test_every_task_starts_from_every_objective_and_from_nothing(tmp_path):
-    jobs = {job.name: job for job in jobs_of(3, tmp_path, Budget(100, 10, 20, 30), ("msm", "itc_itm"))}
-    starts = ("msm", "itc_itm", "none", "scratch")
+    jobs = {job.name: job for job in jobs_of(3, tmp_path, Budget(100, 10, 20, 30), ("mim+mlm", "itc+itm"))}
+    starts = ("mim+mlm", "itc+itm", "none", "scratch")
     tuned = {f"{task}-{start}" for task in TASKS for start in starts}
     tuned -= {"nlvr_words-scratch", "retrieval_words-scratch"}
-    assert set(jobs) == {"msm", "itc_itm", *tuned, "zero_shot-msm", "zero_shot-itc_itm"}
-    assert jobs["nlvr-itc_itm"].needs == "itc_itm"
+    assert set(jobs) == {"mim+mlm", "itc+itm", *tuned, "zero_shot-mim+mlm", "zero_shot-itc+itm"}
+    assert jobs["nlvr-itc+itm"].needs == "itc+itm"
     assert jobs["vqa-scratch"].needs is None
     assert "train.max_seconds=110" in jobs["vqa-scratch"].command, "all the seconds"
     assert "train.max_seconds=30" in jobs["retrieval-none"].command
     assert "task.train.question_types=[color,shape]" in jobs["vqa-none"].command
     assert {"train.max_seconds=30", "tasks/scenes_retrieval_words"} <= set(jobs["retrieval_words-none"].command)
-    assert {"train.max_seconds=20", "nlvr", "tasks/scenes_nlvr_words"} <= set(jobs["nlvr_words-msm"].command)
-    assert jobs["zero_shot-msm"].needs == "msm"
+    assert {"train.max_seconds=20", "nlvr", "tasks/scenes_nlvr_words"} <= set(jobs["nlvr_words-mim+mlm"].command)
+    assert jobs["zero_shot-mim+mlm"].needs == "mim+mlm"
     assert all(("train.seed=3" in job.command) == ("zero_shot" not in name) for name, job in jobs.items())
     # Not by steps: the slow objective would never come to the low learning rates.
-    assert all("optimizer.decay_by=seconds" in jobs[name].command for name in ("msm", "itc_itm"))
+    assert all("optimizer.decay_by=seconds" in jobs[name].command for name in ("mim+mlm", "itc+itm"))
     order = list(jobs)
-    assert max(order.index("msm"), order.index("itc_itm")) < min(order.index(name) for name in order if "-" in name)
+    assert max(order.index("mim+mlm"), order.index("itc+itm")) < min(order.index(name) for name in order if "-" in name)
+
+
+def test_variants_of_a_set_have_settings_of_their_own(tmp_path):
+    jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm.as_written", "joint"], ["vqa"])}
+    written = jobs["mim+mlm.as_written"].command
+    assert {"model.objectives=[mim,mlm]", "masking.language_view_patch_share=1", "loss.mlm_weight=1"} <= set(written)
+    settings = written[written.index("--set") + 1 :]
+    masking, paper = load_config("eve_tiny", settings).masking, MaskingConfig()
+    assert masking.model_copy(update={"text_to_image_mask_ratio": 1.0}) == paper
+    assert "model.objectives=[joint]" in jobs["joint"].command
+    assert jobs["vqa-mim+mlm.as_written"].needs == "mim+mlm.as_written"
 
 
 def test_a_curve_adds_shorter_pre_training_and_what_it_is_worth(tmp_path):
-    whole = {job.name for job in jobs_of(0, tmp_path, Budget(), ["msm"], ["vqa", "retrieval"])}
-    jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["msm"], ["vqa", "retrieval"], [50.0])}
-    assert jobs.keys() - whole == {"msm@50", "vqa-msm@50", "zero_shot-msm@50"}
-    assert {"train.max_seconds=50", "model.objective=msm"} <= set(jobs["msm@50"].command)
-    assert jobs["vqa-msm@50"].needs == jobs["zero_shot-msm@50"].needs == "msm@50"
+    whole = {job.name for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm"], ["vqa", "retrieval"])}
+    jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm"], ["vqa", "retrieval"], [50.0])}
+    assert jobs.keys() - whole == {"mim+mlm@50", "vqa-mim+mlm@50", "zero_shot-mim+mlm@50"}
+    assert {"train.max_seconds=50", "model.objectives=[mim,mlm]"} <= set(jobs["mim+mlm@50"].command)
+    assert jobs["vqa-mim+mlm@50"].needs == jobs["zero_shot-mim+mlm@50"].needs == "mim+mlm@50"
 
 
 def test_nlvr_itself_is_asked_with_and_without_images(tmp_path):
-    whole = {job.name for job in jobs_of(0, tmp_path, Budget(), ["msm", "itc_itm"], ["vqa"])}
-    jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["msm", "itc_itm"], ["vqa"], nlvr=tmp_path / "n")}
+    whole = {job.name for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm", "itc+itm"], ["vqa"])}
+    jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm", "itc+itm"], ["vqa"], nlvr=tmp_path / "n")}
     added = {name: jobs[name] for name in jobs.keys() - whole}
-    needs = {"itc_itm": "itc_itm", "msm": "msm", "none": None, "blind": "msm"}
+    needs = {"itc+itm": "itc+itm", "mim+mlm": "mim+mlm", "none": None, "blind": "mim+mlm"}
     assert {name.removeprefix("nlvr_real-"): job.needs for name, job in added.items()} == needs
     assert [name for name, job in added.items() if "task.blind=True" in job.command] == ["nlvr_real-blind"]
     for job in added.values():
@@ -119,18 +131,18 @@ def test_the_table_has_a_row_a_measure_and_a_column_a_start(tmp_path):
     for seed in range(2):
         folder = tmp_path / str(seed)
         recall = RECALL | {"text_retrieval": {"R@1": 0.5 + seed / 10}}
-        write(folder, "retrieval-msm", {"dot": recall})
+        write(folder, "retrieval-mim+mlm", {"dot": recall})
         write(folder, "nlvr-none", {"accuracy": 0.5, "consistency": 0.2})
         write(folder, "vqa-scratch", {"accuracy": 0.6, "by_type": {"color": 0.7, "shape": 0.5}})
-        (folder / "msm" / "checkpoints").mkdir(parents=True)
-        (folder / "msm" / "checkpoints" / "latest").write_text("step-00000001")
-        (folder / "itc_itm").mkdir()
-        (folder / "itc_itm" / "metrics.jsonl").write_text("")  # has just begun
-        (folder / "msm" / "metrics.jsonl").write_text(f'{{"samples": 64}}\n{{"samples": {6400 + 64 * seed}}}\n')
+        (folder / "mim+mlm" / "checkpoints").mkdir(parents=True)
+        (folder / "mim+mlm" / "checkpoints" / "latest").write_text("step-00000001")
+        (folder / "itc+itm").mkdir()
+        (folder / "itc+itm" / "metrics.jsonl").write_text("")  # has just begun
+        (folder / "mim+mlm" / "metrics.jsonl").write_text(f'{{"samples": 64}}\n{{"samples": {6400 + 64 * seed}}}\n')
     found = [figures(tmp_path / str(seed)) for seed in range(2)]
     assert found[0]["statements"] == {"none": 0.5}
     assert table(found).splitlines() == [
-        "| | random weights | msm | random weights, all the seconds |",
+        "| | random weights | mim+mlm | random weights, all the seconds |",
         "|---|---:|---:|---:|",
         "| pairs seen in pre-training |  | 6,400 to 6,464 |  |",
         "| statements | 0.500 (0.500 to 0.500) |  |  |",
@@ -144,11 +156,11 @@ def test_the_table_has_a_row_a_measure_and_a_column_a_start(tmp_path):
 
 
 def test_zero_shot_and_shorter_pre_training_have_rows_of_their_own(tmp_path):
-    write(tmp_path, "zero_shot-msm", {"dot": RECALL, "reranked": RECALL | {"image_retrieval": {"R@1": 1.0}}})
-    write(tmp_path, "retrieval_words-msm", {"dot": RECALL})
-    write(tmp_path, "nlvr_words-msm", {"accuracy": 0.75, "consistency": 0.5})
-    write(tmp_path, "zero_shot-msm@100", {"dot": RECALL | {"text_retrieval": {"R@1": 0.375}}})
-    write(tmp_path, "zero_shot-msm@50", {"dot": RECALL | {"text_retrieval": {"R@1": 0.125}}})
+    write(tmp_path, "zero_shot-mim+mlm", {"dot": RECALL, "reranked": RECALL | {"image_retrieval": {"R@1": 1.0}}})
+    write(tmp_path, "retrieval_words-mim+mlm", {"dot": RECALL})
+    write(tmp_path, "nlvr_words-mim+mlm", {"accuracy": 0.75, "consistency": 0.5})
+    write(tmp_path, "zero_shot-mim+mlm@100", {"dot": RECALL | {"text_retrieval": {"R@1": 0.375}}})
+    write(tmp_path, "zero_shot-mim+mlm@50", {"dot": RECALL | {"text_retrieval": {"R@1": 0.125}}})
     text = table([figures(tmp_path)])
     assert "| retrieval by words of texts, R@1 | 0.500 |" in text
     assert "| statements by words | 0.750 |" in text
@@ -156,30 +168,30 @@ def test_zero_shot_and_shorter_pre_training_have_rows_of_their_own(tmp_path):
     assert text.splitlines()[-4:] == [
         "| pre-training for | zero-shot retrieval of texts, R@1 | zero-shot retrieval of images, R@1 |",
         "|---|---:|---:|",
-        "| msm, 50 s | 0.125 | 0.250 |",
-        "| msm, 100 s | 0.375 | 0.250 |",
+        "| mim+mlm, 50 s | 0.125 | 0.250 |",
+        "| mim+mlm, 100 s | 0.375 | 0.250 |",
     ]
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
     seeds = [
-        {"statements": {"msm": 0.5, "none": 0.25}, "pairs seen in pre-training": {"msm@50": 640}},
-        {"statements": {"msm": 1.0}},
+        {"statements": {"mim+mlm": 0.5, "none": 0.25}, "pairs seen in pre-training": {"mim+mlm@50": 640}},
+        {"statements": {"mim+mlm": 1.0}},
     ]
     write_results(seeds, tmp_path / "new" / "quality.csv", {"device": "a CPU, two cores", "date": "2026-01-01"})
     assert read_results(tmp_path / "new" / "quality.csv") == seeds
     assert (tmp_path / "new" / "quality.csv").read_text().splitlines()[
         1
-    ] == '0,msm,statements,0.5,"a CPU, two cores",2026-01-01'
+    ] == '0,mim+mlm,statements,0.5,"a CPU, two cores",2026-01-01'
 
 
 def test_results_that_stay_keep_where_they_were_measured(tmp_path):
     file = tmp_path / "quality.csv"
-    write_results([{"statements": {"msm": 0.5, "none": 0.25}}], file, {"commit": "a", "date": "2026-01-01"})
-    write_results([{"statements": {"msm": 0.5, "none": 0.75}}, {}], file, {"commit": "b", "date": "2026-02-02"})
+    write_results([{"statements": {"mim+mlm": 0.5, "none": 0.25}}], file, {"commit": "a", "date": "2026-01-01"})
+    write_results([{"statements": {"mim+mlm": 0.5, "none": 0.75}}, {}], file, {"commit": "b", "date": "2026-02-02"})
     assert file.read_text().splitlines() == [
         "seed,start,measure,value,commit,date",
-        "0,msm,statements,0.5,a,2026-01-01",
+        "0,mim+mlm,statements,0.5,a,2026-01-01",
         "0,none,statements,0.75,b,2026-02-02",
     ]
 

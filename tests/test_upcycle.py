@@ -20,7 +20,7 @@ from eve_ds.config import load_config
 from eve_ds.export import WeightFileError, upcycle
 from eve_ds.model.embeddings import resize_positions
 from eve_ds.model.eve import EVE
-from eve_ds.model.stream import join
+from eve_ds.model.stream import PackedViews, join
 
 SIZES = {
     "hidden_size": 32,
@@ -117,7 +117,7 @@ def run_blocks(backbone, embedded):
     """States of (B, S, D) image tokens after every block, and after the final norm."""
     states, stream = [], join(embedded, None, None, None)
     for block in backbone.blocks:
-        stream = stream._replace(hidden_states=block(stream)[0])
+        stream = stream._replace(hidden_states=block(PackedViews.of([stream]))[0])
         states.append(stream.padded())
     return states, stream._replace(hidden_states=backbone.norm(stream.hidden_states)).padded()
 

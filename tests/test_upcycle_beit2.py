@@ -11,7 +11,7 @@ from eve_ds.config import load_config
 from eve_ds.export import WeightFileError, upcycle
 from eve_ds.model.embeddings import resize_positions
 from eve_ds.model.eve import EVE
-from eve_ds.model.stream import join
+from eve_ds.model.stream import PackedViews, join
 
 WIDTH, LAYERS, HEADS, FFN, PATCH, SIDE = 32, 3, 4, 48, 8, 4
 DISTANCES = (2 * SIDE - 1) ** 2 + 3
@@ -186,7 +186,7 @@ def test_blocks_compute_what_the_layers_do_without_biases(state, write):
         x = torch.randn(2, SIDE**2 + 1, WIDTH)
         stream = join(x, None, None, None)
         with torch.no_grad():
-            found = stream._replace(hidden_states=block(stream)[0]).padded()
+            found = stream._replace(hidden_states=block(PackedViews.of([stream]))[0]).padded()
         torch.testing.assert_close(found, plain_layer(state, layer, x), rtol=0, atol=TOLERANCE)
 
 

@@ -272,7 +272,7 @@ def test_sources_of_one_modality_serve_one_view():
         model()
 
 
-# --- one pass over all views against a pass for each --------------------------------------------------------------------
+# --- one pass over all views against a pass for each ------------------------------------------------------------------
 
 
 def both_ways(config, batch, double=True):
@@ -324,7 +324,9 @@ def assert_equal_ways(packed, apart, tolerance):
     for name, gradient in gradients.items():
         assert (gradient is None) == (apart[2][name] is None), name
         if gradient is not None:
-            torch.testing.assert_close(gradient, apart[2][name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradient, apart[2][name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -210,7 +210,9 @@ def test_zero_shot_by_class_tokens_has_the_features_of_pre_training(pretrained):
 
 
 def test_features_that_the_objective_does_not_teach_are_refused(pretrained, task_tree, tmp_path):
-    with pytest.raises(ConfigError, match="--features class_token: pre-training by mim, mlm does not teach it; use words"):
+    with pytest.raises(
+        ConfigError, match="--features class_token: pre-training by mim, mlm does not teach it; use words"
+    ):
         load_zero_shot(pretrained("mim+mlm"), features="class_token")
     with pytest.raises(
         ConfigError, match="--features words: pre-training by itc, itm does not teach it; use class_token"

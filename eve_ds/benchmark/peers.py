@@ -80,6 +80,7 @@ class StockMoE(nn.Module):
         networks = nn.ModuleList(FeedForward(width, intermediate) for _ in range(num_experts))
         networks.load_state_dict(moe.experts.state_dict())
         experts.deepspeed_experts = networks.to(moe.experts.fc1.weight)
+        assert moe.router.modality_embedding is not None
         self.modality_embedding = moe.router.modality_embedding
         self.layer = MOELayer(gate, experts, "ep_size_1", 1, num_experts)
 

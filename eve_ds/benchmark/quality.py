@@ -21,7 +21,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launcher"
-OBJECTIVES = ("msm", "itc_itm", "itc_itm_mlm")
+AS_WRITTEN = (
+    *("masking.max_text_mask_ratio=null", "masking.predicted_patch_share=1", "masking.text_to_image_share=0"),
+    *("masking.image_view_share=1", "masking.language_view_patch_share=1", "loss.mlm_weight=1"),
+)
+"""What the paper has where eve_tiny is cheaper."""
+JOINT = ("masking.predicted_patch_share=0.5", "masking.text_to_image_share=0.25", "optimizer.warmup_steps=100")
+"""What was found for `joint` where eve_tiny is tuned for two views."""
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "mim+mlm": (),
+    "mim+mlm.as_written": AS_WRITTEN,
+    "joint": JOINT,
+    "itc+itm": (),
+    "mlm+itc+itm": (),
+}
+"""Pre-trainings: the set of objectives, after a dot the variant, and the settings of it beside eve_tiny's."""
 TASKS = ("vqa", "nlvr", "nlvr_words", "retrieval", "retrieval_words")
 """Fine-tunes, by the names of their recipes; `words` are masked words (:mod:`eve_ds.tasks.words`)."""
 ZERO_SHOT = "zero_shot"
@@ -70,12 +84,12 @@ def jobs_of(
     seed: int,
     folder: Path,
     budget: Budget,
-    objectives: Sequence[str] = OBJECTIVES,
+    objectives: Sequence[str] = tuple(OBJECTIVES),
     tasks: Sequence[str] = TASKS,
     curve: Sequence[float] = (),
     nlvr: Path | None = None,
 ) -> list[Job]:
-    """Pre-training by each objective, then every task from each, and from random weights for its seconds and for both.
+    """Pre-training by each of OBJECTIVES, then every task from each, and from random weights for its seconds and for both.
 
     `curve`: shorter budgets of pre-training, each a run of its own; the questions and zero-shot retrieval from it.
     `nlvr`: folder of NLVR 1.0, whose statements are one more task then.
@@ -97,7 +111,9 @@ def jobs_of(
 
 
 def _pretrain(start: str, seed: int, folder: Path, seconds: float) -> Job:
-    settings = [f"model.objective={start.partition('@')[0]}", f"train.seed={seed}", f"train.max_seconds={seconds:g}"]
+    name = start.partition("@")[0]
+    tasks = name.partition(".")[0].replace("+", ",")
+    settings = [f"model.objectives=[{tasks}]", *OBJECTIVES[name], f"train.seed={seed}", f"train.max_seconds={seconds:g}"]
     # Whatever its speed, an objective ends its schedule with its budget.
     settings += ["train.max_steps=1000000", "optimizer.decay_by=seconds"]
     command = [sys.executable, str(LAUNCHERS / "pretrain.py"), "--config", "eve_tiny"]

@@ -94,7 +94,8 @@ class Batch:
         """Keyword arguments of `pretraining_losses` that predictions are compared with."""
         rows = self.image_view_ids
         pixel_values, image_mask = (
-            tensor if tensor is None or rows is None else tensor[rows] for tensor in (self.pixel_values, self.image_mask)
+            tensor if tensor is None or rows is None else tensor[rows]
+            for tensor in (self.pixel_values, self.image_mask)
         )
         return {
             "pixel_values": pixel_values,

@@ -131,7 +131,9 @@ class Collator:
         if len(rngs) < len(samples):
             fields["image_view_ids"] = torch.tensor(list(rngs), dtype=torch.int64)
         if self._has_captions and masking.image_view_word_share < 1:
-            fields["image_view_text_mask"] = self._shown_words([(tokens[row], rng) for row, rng in rngs.items()], length)
+            fields["image_view_text_mask"] = self._shown_words(
+                [(tokens[row], rng) for row, rng in rngs.items()], length
+            )
         return fields
 
     def _language_view(

@@ -80,7 +80,10 @@ def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith(PREFIX):
             continue
         stem = name.removeprefix(PREFIX)
-        if stem.endswith("moe.router.weight") and name.replace("router.weight", "router.modality_embedding") not in state:
+        if (
+            stem.endswith("moe.router.weight")
+            and name.replace("router.weight", "router.modality_embedding") not in state
+        ):
             nothing = torch.zeros(tensor.shape[1], dtype=tensor.dtype, device=tensor.device)
             layer = PREFIX + _layers(stem).removesuffix("moe.router.weight")
             official[layer + _VISION], official[layer + _TEXT] = nothing, nothing.clone()

@@ -27,10 +27,10 @@ class SelfAttention(nn.Module):
         """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).split([layout.num_tokens for layout in layouts])
-        mixed = [
-            layout.pack(attend(*layout.pad(own).chunk(3, dim=-1), self.num_heads, layout.mask))
-            for own, layout in zip(qkv, layouts, strict=True)
-        ]
+        mixed = []
+        for own, layout in zip(qkv, layouts, strict=True):
+            q, k, v = layout.pad(own).chunk(3, dim=-1)
+            mixed.append(layout.pack(attend(q, k, v, self.num_heads, layout.mask)))
         return self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
 
 

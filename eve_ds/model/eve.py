@@ -162,7 +162,7 @@ class Backbone(nn.Module):
         visible_patch_ids: Tensor | None = None,
         visible_patch_mask: Tensor | None = None,
     ) -> BackboneOutput:
-        """Encode one view: images (B, 3, H, W), text (B, L), or pairs; the arguments are the fields of :class:`View`."""
+        """Encode one view: images (B, 3, H, W), text (B, L), or pairs; arguments are the fields of :class:`View`."""
         view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
         return self.encode([view])[0]
 
@@ -320,9 +320,9 @@ class EVE(nn.Module):
         """Pixels out of the image view, words out of the language view; `joint` is both."""
         image_view, language_view = (encoded.get(name, encoded.get("joint")) for name in ("mim", "mlm"))
         pixels = hidden = None
-        if self.pixel_decoder is not None and image_view is not None:
-            if masked_patch_ids is not None and visible_patch_ids is not None:
-                pixels = self.pixel_decoder(image_view.stream, visible_patch_ids, masked_patch_ids)
+        has_patches = masked_patch_ids is not None and visible_patch_ids is not None
+        if self.pixel_decoder is not None and image_view is not None and has_patches:
+            pixels = self.pixel_decoder(image_view.stream, visible_patch_ids, masked_patch_ids)
         if self.text_head is not None and language_view is not None and masked_token_ids is not None:
             hidden = self.text_head(_text_tokens(language_view, masked_token_ids))
         bias = None if self.text_head is None else self.text_head.bias
@@ -330,9 +330,7 @@ class EVE(nn.Module):
         moe = {name: view.moe for name, view in encoded.items()}
         return EVEOutput(pixels, hidden, words, bias, moe, matching)
 
-    def _match(
-        self, heads: MatchingHeads, pairs: Pairs, encoded: dict[str, BackboneOutput]
-    ) -> MatchingOutput:
+    def _match(self, heads: MatchingHeads, pairs: Pairs, encoded: dict[str, BackboneOutput]) -> MatchingOutput:
         """Features of images and texts alone; for `itm` also pairs and hard negatives, encoded as one more view."""
         image_features = heads.image_features(encoded["itc_image"].stream.padded()[:, 0])
         text_features = heads.text_features(encoded["itc_text"].stream.padded()[:, 0])

@@ -77,8 +77,7 @@ class Pairs(NamedTuple):
 
 
 class MatchingHeads(nn.Module):
-    """Projections of the class token and of [CLS] (bias-free, D to D), a temperature; for `itm` match or not (D to 2).
-    """
+    """Projections of the class token and of [CLS] (bias-free, D to D), a temperature, and for `itm` a classifier."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -60,9 +60,7 @@ class MoEOutput(NamedTuple):
         nothing = self.hidden_states.new_empty(0)
         losses = zip(self.load_balancing_loss.unbind(), self.router_z_sum.unbind(), strict=True)
         counts = zip(*(values.unbind() for values in self.statistics), strict=True)
-        return [
-            MoEOutput(nothing, *loss, RouterStatistics(*own)) for loss, own in zip(losses, counts, strict=True)
-        ]
+        return [MoEOutput(nothing, *loss, RouterStatistics(*own)) for loss, own in zip(losses, counts, strict=True)]
 
 
 def sum_statistics(of_views: Sequence[RouterStatistics]) -> RouterStatistics:
@@ -310,7 +308,9 @@ def _statistics(
     entropy = torch.special.entr(routing.probabilities).sum(dim=1) * weight
     if view_sizes is None:
         return _counts(modality, chosen, dropped, weight, entropy)
-    views = zip(*(values.split(list(view_sizes)) for values in (modality, chosen, dropped, weight, entropy)), strict=True)
+    views = zip(
+        *(values.split(list(view_sizes)) for values in (modality, chosen, dropped, weight, entropy)), strict=True
+    )
     return RouterStatistics(*map(torch.stack, zip(*(_counts(*view) for view in views), strict=True)))
 
 

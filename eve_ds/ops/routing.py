@@ -167,9 +167,7 @@ class RouteAndDispatch(torch.autograd.Function):
         return d_x, d_weight, d_embedding, None, None, None, None, None, None, None
 
 
-def _sums_by_group(
-    routed: Sequence[Tensor], valid: Tensor | None, group_sizes: Sequence[int]
-) -> tuple[Tensor, ...]:
+def _sums_by_group(routed: Sequence[Tensor], valid: Tensor | None, group_sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """What the op `route_topk` returns, with the sums over tokens taken for each group of tokens by itself."""
     parts = list(routed)
     probabilities = routed[PROBABILITIES]
@@ -197,8 +195,7 @@ def _route_backward_by_group(
     """
     d_gates, d_probability_sum, d_z_sum = upstream
     by_token = [
-        [None] * len(group_sizes) if tensor is None else tensor.split(list(group_sizes))
-        for tensor in (d_gates, *saved)
+        [None] * len(group_sizes) if tensor is None else tensor.split(list(group_sizes)) for tensor in (d_gates, *saved)
     ]
     by_group = [[None] * len(group_sizes) if tensor is None else tensor for tensor in (d_probability_sum, d_z_sum)]
     d_logits, d_bias = zip(

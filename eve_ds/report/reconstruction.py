@@ -84,6 +84,7 @@ def reconstruct(
     words = ask(model, batch if is_joint else with_whole_image(batch))
     index = batch.masked_patch_ids.unsqueeze(-1).expand(-1, -1, true.shape[-1])
     hidden = true.gather(1, index)
+    assert pixels is not None
     predicted = pixels.float()
     if config.pixel_target == "normalized":
         mean, variance = hidden.mean(dim=-1, keepdim=True), hidden.var(dim=-1, keepdim=True)

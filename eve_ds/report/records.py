@@ -89,4 +89,4 @@ def _parse(line: str, where: str) -> Record:
         raise ReportError(f"{where} is not JSON: {error}") from None
     if not isinstance(record, dict) or not {"kind", "step", "seconds", "samples"} <= record.keys():
         raise ReportError(f"{where} is not a record with kind, step, seconds and samples")
-    return {FORMER_NAMES.get(name, name): value for name, value in record.items()}
+    return {FORMER_NAMES.get(str(name), str(name)): value for name, value in record.items()}

@@ -140,9 +140,7 @@ def seeds_table(entries: Sequence[dict[str, Any]]) -> Table:
     """
     rows = [("masked words right, its whole image / another's", *[""] * len(entries))]
     names = (*WORDS, "hidden_words")
-    rows += [
-        (f"  {LABELS.get(name, name)}", *(" / ".join(_pair(entry[name])) for entry in entries)) for name in names
-    ]
+    rows += [(f"  {LABELS.get(name, name)}", *(" / ".join(_pair(entry[name])) for entry in entries)) for name in names]
     rows.append(("the same beside a masked image", *[""] * len(entries)))
     masked = [entry["masked_image"] for entry in entries]
     rows += [(f"  {name}", *(" / ".join(_pair(words[name])) for words in masked)) for name in WORDS]
