@@ -2,7 +2,7 @@
 
 import pytest
 
-from eve_ds.config import Config, ConfigError, load_config, parse_config, presets
+from eve_ds.config import Config, ConfigError, MaskingConfig, load_config, parse_config, parse_written_config, presets
 
 
 def problem(*overrides, preset="eve_tiny"):
@@ -86,6 +86,41 @@ def test_unknown_keys_get_the_nearest_name(override, text):
             "data.sources=[{kind: scenes, reading_order_samples: 0}]",
             "data.sources.0.reading_order_samples (0): Input should be greater than or equal to 1",
         ),
+        (
+            "model.objectives=[mim, mml]",
+            "model.objectives.1 ('mml'): Input should be 'mim', 'mlm', 'itc', 'itm' or 'joint'",
+        ),
+        ("model.objectives=[]", "model.objectives ([]): List should have at least 1 item"),
+        ("model.objectives=[mlm, mim, mlm]", "objectives (mim, mlm, mlm) names mlm twice: name every task once"),
+        (
+            "model.objectives=[mlm, itm]",
+            "objectives (mlm, itm) has itm without itc, whose similarities choose the hard negatives: add itc",
+        ),
+        (
+            "model.objectives=[joint, mlm]",
+            "objectives (mlm, joint) has joint beside mim or mlm, which are the two halves of joint: leave out one side",
+        ),
+        (
+            "model={objective: msm, objectives: [mlm]}",
+            "objective ('msm') is the former name of objectives (['mlm']): leave objective out",
+        ),
+        (
+            "model={objective: clip}",
+            "objective ('clip') is the former name of objectives and must be one of msm, itc_itm, itc_itm_mlm; use "
+            "objectives",
+        ),
+        ("loss.text_weight=2", "text_weight (2) is the former name of mlm_weight (4.0): leave text_weight out"),
+        (
+            "masking={patch_mask_ratio: 0, text_to_image_mask_ratio: 1}",
+            "masking.patch_mask_ratio (0) leaves nothing to predict for mim: raise it, or leave mim out of "
+            "model.objectives",
+        ),
+        (
+            "masking={text_mask_ratio: 0}",
+            "masking.text_mask_ratio (0) leaves nothing to predict for mlm: raise it, or leave mlm out of",
+        ),
+        ("masking.image_view_share=0", "masking.image_view_share (0): Input should be greater than 0"),
+        ("masking.language_view_patch_share=0", "masking.language_view_patch_share (0): Input should be greater than 0"),
         ("optimizer.decay_by=seconds", "optimizer.decay_by ('seconds') needs train.max_seconds"),
         ("train.max_steps=0", "train.max_steps (0): Input should be greater than or equal to 1"),
         ("train.precision=fp8", "train.precision ('fp8'): Input should be 'fp32', 'bf16' or 'fp16'"),
@@ -97,6 +132,92 @@ def test_values_against_a_rule(override, text):
     found = problem(override, "train.max_seconds=null" if "seconds" in override else "train.seed=0")
     assert found.startswith("eve_tiny: ")
     assert text in found
+
+
+ONLY = "data.sources=[{{kind: scenes}}, {{kind: scenes, modalities: {}}}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ["model.objectives=[mim]", ONLY.format("text")],
+            "data.sources[1].modalities ('text') has nothing that model.objectives (mim) could predict: leave the source "
+            "out, or add mlm",
+        ),
+        (
+            ["model.objectives=[mlm]", ONLY.format("image")],
+            "data.sources[1].modalities ('image') has nothing that model.objectives (mlm) could predict: leave the "
+            "source out, or add mim",
+        ),
+        (
+            ["model.objectives=[mlm, itc]", ONLY.format("any")],
+            "model.objectives (mlm, itc) compares images with texts and needs pairs: data.sources[1].modalities is 'any'",
+        ),
+        (
+            ["masking.patch_mask_ratio=1", "masking.text_to_image_mask_ratio=1", ONLY.format("image")],
+            "masking.patch_mask_ratio (1) leaves nothing to see of data.sources[1], whose modalities are 'image': lower",
+        ),
+        (
+            ["masking.text_mask_ratio=1", "masking.max_text_mask_ratio=null", ONLY.format("text")],
+            "masking.text_mask_ratio (1) leaves nothing to see of data.sources[1], whose modalities are 'text': lower it",
+        ),
+        (
+            ["model.objectives=[joint]", "masking={patch_mask_ratio: 0, text_mask_ratio: 0}"],
+            "masking.patch_mask_ratio (0) and text_mask_ratio (0) leave nothing to predict for joint: raise one of them",
+        ),
+        (
+            ["model.objectives=[joint]", "masking={patch_mask_ratio: 1, text_mask_ratio: 1}"],
+            "masking.patch_mask_ratio (1) and text_mask_ratio (1) leave nothing to see for joint: lower one of them",
+        ),
+    ],
+)
+def test_views_that_hide_nothing_or_show_nothing(overrides, text):
+    found = problem(*overrides, "masking.max_text_mask_ratio=null" if "joint" in overrides[0] else "train.seed=0")
+    assert found.startswith("eve_tiny: ")
+    assert text in found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["masking.patch_mask_ratio=1", "masking.text_to_image_mask_ratio=1"],  # a caption to be painted
+        ["masking.text_mask_ratio=1", "masking.max_text_mask_ratio=1"],  # a picture to be described
+        ["model.objectives=[mlm]", "masking={patch_mask_ratio: 0}"],
+        [ONLY.format("image")],
+        [ONLY.format("text")],
+        ["model.objectives=[joint]", "masking={patch_mask_ratio: 0}", "masking.text_mask_ratio=1"],
+    ],
+)
+def test_views_with_something_on_both_sides(overrides):
+    load_config("eve_tiny", overrides)
+
+
+def test_objectives_of_former_configurations_are_read_with_a_line_that_says_so(caplog):
+    caplog.set_level("INFO", logger="eve_ds")
+    config = parse_config({"model": {"objective": "msm"}, "loss": {"pixel_weight": 0.5, "text_weight": 2}})
+    assert config.model.objectives == ["joint"]
+    assert (config.loss.mim_weight, config.loss.mlm_weight) == (0.5, 2.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "objective ('msm') is read as objectives (['joint'])",
+        "pixel_weight (0.5) is read as mim_weight (0.5)",
+        "text_weight (2) is read as mlm_weight (2)",
+    ]
+    assert parse_config({"model": {"objective": "itc_itm_mlm"}}).model.objectives == ["mlm", "itc", "itm"]
+    assert parse_config({}).model.objectives == ["mim", "mlm"]
+    assert parse_written_config({"model": {}}, "x").model.objectives == ["joint"], "written before the field existed"
+    assert parse_written_config({"model": {"objectives": ["mlm"]}}, "x").model.objectives == ["mlm"]
+
+
+@pytest.mark.parametrize("preset", ["eve_tiny", "eve_base", "eve_large", "eve_boxes"])
+def test_presets_pre_train_as_the_paper_does(preset):
+    config = load_config(preset)
+    assert config.model.objectives == ["mim", "mlm"]
+    if preset in ("eve_base", "eve_large"):
+        assert config.masking == MaskingConfig(), "0.75 of the patches, half of the words, whole views"
+        assert config.data.crop_scale == (0.5, 1.0)
+        assert config.train.max_steps == {"eve_base": 480_000, "eve_large": 280_000}[preset]
+        assert config.loss.mim_weight == config.loss.mlm_weight == 1.0
 
 
 def test_several_problems_are_named_together():
