@@ -59,7 +59,9 @@ def quality(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of all runs (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time: idle cores (%(default)s)")
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, metavar="SET", help="such as mim+mlm and joint (default: all)")
+    parser.add_argument(
+        "--objectives", nargs="+", choices=OBJECTIVES, metavar="SET", help="such as mim+mlm and joint (default: all)"
+    )
     parser.add_argument("--tasks", nargs="+", help="vqa, nlvr, nlvr_words, retrieval, retrieval_words (default: all)")
     parser.add_argument("--curve", nargs="+", type=float, default=[], metavar="S", help="shorter pre-training too")
     parser.add_argument("--nlvr", type=Path, metavar="DIR", help="folder of NLVR 1.0: its statements too")

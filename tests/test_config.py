@@ -120,7 +120,10 @@ def test_unknown_keys_get_the_nearest_name(override, text):
             "masking.text_mask_ratio (0) leaves nothing to predict for mlm: raise it, or leave mlm out of",
         ),
         ("masking.image_view_share=0", "masking.image_view_share (0): Input should be greater than 0"),
-        ("masking.language_view_patch_share=0", "masking.language_view_patch_share (0): Input should be greater than 0"),
+        (
+            "masking.language_view_patch_share=0",
+            "masking.language_view_patch_share (0): Input should be greater than 0",
+        ),
         ("optimizer.decay_by=seconds", "optimizer.decay_by ('seconds') needs train.max_seconds"),
         ("train.max_steps=0", "train.max_steps (0): Input should be greater than or equal to 1"),
         ("train.precision=fp8", "train.precision ('fp8'): Input should be 'fp32', 'bf16' or 'fp16'"),

@@ -68,7 +68,9 @@ def test_a_curve_adds_shorter_pre_training_and_what_it_is_worth(tmp_path):
 
 def test_nlvr_itself_is_asked_with_and_without_images(tmp_path):
     whole = {job.name for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm", "itc+itm"], ["vqa"])}
-    jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm", "itc+itm"], ["vqa"], nlvr=tmp_path / "n")}
+    jobs = {
+        job.name: job for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm", "itc+itm"], ["vqa"], nlvr=tmp_path / "n")
+    }
     added = {name: jobs[name] for name in jobs.keys() - whole}
     needs = {"itc+itm": "itc+itm", "mim+mlm": "mim+mlm", "none": None, "blind": "mim+mlm"}
     assert {name.removeprefix("nlvr_real-"): job.needs for name, job in added.items()} == needs

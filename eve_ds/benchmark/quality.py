@@ -113,7 +113,12 @@ def jobs_of(
 def _pretrain(start: str, seed: int, folder: Path, seconds: float) -> Job:
     name = start.partition("@")[0]
     tasks = name.partition(".")[0].replace("+", ",")
-    settings = [f"model.objectives=[{tasks}]", *OBJECTIVES[name], f"train.seed={seed}", f"train.max_seconds={seconds:g}"]
+    settings = [
+        f"model.objectives=[{tasks}]",
+        *OBJECTIVES[name],
+        f"train.seed={seed}",
+        f"train.max_seconds={seconds:g}",
+    ]
     # Whatever its speed, an objective ends its schedule with its budget.
     settings += ["train.max_steps=1000000", "optimizer.decay_by=seconds"]
     command = [sys.executable, str(LAUNCHERS / "pretrain.py"), "--config", "eve_tiny"]

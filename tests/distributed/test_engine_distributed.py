@@ -128,7 +128,7 @@ def records(folder, kind="train"):
 
 def trace(folder):
     """Loss terms by step; a step that was taken again after a resume counts as it was the last time."""
-    terms = ("loss", "pixel", "text", "load_balancing", "router_z", "lr")
+    terms = ("loss", "mim", "mlm", "load_balancing", "router_z", "lr")
     return {item["step"]: [item[name] for name in terms] for item in records(folder)}
 
 
@@ -264,19 +264,18 @@ def plain_step(config, weights, micro_batches):
     model.train()
     losses = []
     images = sum(len(batch) for batch in micro_batches)
+    visible, masked = (micro_batches[0].visible_patch_ids.shape[1], micro_batches[0].masked_patch_ids.shape[1])
     counts = Counts(
-        images * micro_batches[0].masked_patch_ids.shape[1],
+        images * masked,
         sum(batch.token_labels.numel() for batch in micro_batches),
-        sum(float(batch.attention_mask.sum()) for batch in micro_batches)
-        + images * (1 + micro_batches[0].visible_patch_ids.shape[1]),
+        # Captions are in both views, beside the visible patches and beside all of them.
+        2 * sum(float(batch.attention_mask.sum()) for batch in micro_batches)
+        + images * (1 + visible + 1 + visible + masked),
     )
     for batch in micro_batches:
         terms = pretraining_losses(
             model(**batch.model_inputs()),
-            pixel_values=batch.pixel_values,
-            image_mask=None,
-            masked_patch_ids=batch.masked_patch_ids,
-            token_labels=batch.token_labels,
+            **batch.targets(),
             patch_size=config.model.patch_size,
             counts=counts,
         )
@@ -355,7 +354,7 @@ def poison(*, steps, rank, how, micro=0):
     def change(step, micro_batches, trainer):
         if step not in steps or trainer.rank != rank:
             return micro_batches
-        if how == "pixel":
+        if how == "mim":
             micro_batches[micro].pixel_values[0, 0, 0, 0] = math.nan
             return micro_batches
         word = "experts" if how == "expert gradient" else "projection.weight"
@@ -420,14 +419,14 @@ def stop_cases(rank, world_size, folder):
 
 
 STOPS = [
-    (0, "pixel", "fp32", 1),
+    (0, "mim", "fp32", 1),
     (0, "expert gradient", "fp32", 2),
-    (1, "pixel", "fp32", 2),
+    (1, "mim", "fp32", 2),
     (1, "expert gradient", "fp32", 1),
-    (2, "pixel", "fp32", 1),
+    (2, "mim", "fp32", 1),
     (2, "gradient", "fp32", 2),
     (1, "gradient", "bf16", 1),
-    (2, "pixel", "bf16", 1),
+    (2, "mim", "bf16", 1),
 ]
 
 
@@ -440,8 +439,8 @@ def test_a_value_that_is_not_finite_stops_before_the_update(finished, world_size
         assert len(messages) == 1, "every rank says the same"
         (message,) = messages
         keys = results[bad][number][2]
-        if how == "pixel":
-            start = f"step 3: loss is not finite, the update was not applied; rank {bad}: pixel nan"
+        if how == "mim":
+            start = f"step 3: loss is not finite, the update was not applied; rank {bad}: mim nan"
             assert message.startswith(start), message
             assert ", ".join(keys[accumulation - 1]) in message
             assert message.count("rank ") == 1, "nobody else is blamed"
@@ -503,10 +502,10 @@ def skip_cases(rank, world_size, folder):
 
 
 SKIPS = [
-    (0, "pixel", "fp32", 2),
+    (0, "mim", "fp32", 2),
     (1, "expert gradient", "fp32", 1),
-    (1, "pixel", "fp32", 2),
-    (2, "pixel", "fp32", 2),
+    (1, "mim", "fp32", 2),
+    (2, "mim", "fp32", 2),
     (2, "gradient", "bf16", 2),
 ]
 
@@ -529,7 +528,7 @@ def test_a_skipped_step_leaves_no_trace(finished, world_size):
 def limit_of_skips(rank, world_size, folder):
     from eve_ds.run import NonFiniteError
 
-    watch = Watch(poison(steps=[2, 3, 5], rank=0, how="pixel"))
+    watch = Watch(poison(steps=[2, 3, 5], rank=0, how="mim"))
     config = config_for(folder / "run", max_steps=9, on_nonfinite="skip", max_nonfinite_skips=2)
     with pytest.raises(NonFiniteError) as caught:
         watch.run(config)
@@ -605,8 +604,10 @@ def test_what_a_run_writes(finished):
         assert record["peak_memory_bytes"] > 50e6
         tokens = record["tokens_per_second"] / record["samples_per_second"]
         assert 1 + 4 + 5 < tokens < 1 + 4 + 24, "class token, 4 visible patches and a caption"
-        assert {"loss", "pixel", "text", "load_balancing", "router_z", "lr", "grad_norm"} <= set(record)
+        assert {"loss", "mim", "mlm", "load_balancing", "router_z", "lr", "grad_norm"} <= set(record)
         assert {"moe0/entropy", "moe0/dead_experts", "moe0/image_routes/3", "moe0/text_routes/0"} <= set(record)
+        assert {"moe0/mim/entropy", "moe0/mlm/dropped_text", "moe0/mlm/image_share"} <= set(record)
+        assert "moe0/mim/image_routes/3" not in record
     evals = records(folder / "written", "eval")
     assert [record["step"] for record in evals] == [4, 7]
     assert all({"seconds", "samples", "colour", "binding", "pixel_loss"} <= set(record) for record in evals)
@@ -614,7 +615,7 @@ def test_what_a_run_writes(finished):
     assert not [text for text in peer_texts if text.startswith("step ")]
     lines = [text for text in texts if text.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["2", "4", "6"]
-    assert all(word in lines[0] for word in ("loss", "pixel", "text", "lr", "samples_per_second", "eta"))
+    assert all(word in lines[0] for word in ("loss", "mim", "mlm", "lr", "samples_per_second", "eta"))
     assert [text.split("/")[-1] for text in texts if text.startswith("saved")] == ["step-00000005", "step-00000007"]
     assert (nothing.steps, more_steps) == (7, 0), "a run that is done does nothing more"
     assert (folder / "written" / "checkpoints" / "latest").read_text().strip() == "step-00000007"
@@ -689,10 +690,10 @@ def test_losses_do_not_depend_on_ranks_or_accumulation(finished):
     for (world_size, split), run in runs.items():
         found = trace(run)
         assert sorted(found) == [1, 2, 3, 4]
-        for step, (loss, pixel, text, balance, z, lr) in expected.items():
+        for step, (loss, mim, mlm, balance, z, lr) in expected.items():
             # Each step's fp32 rounding (4e-7 of a gradient) grows over the steps before it.
             others = [found[step][term] for term in (0, 1, 2, 4, 5)]
-            assert others == pytest.approx([loss, pixel, text, z, lr], rel=2e-5), (world_size, split, step)
+            assert others == pytest.approx([loss, mim, mlm, z, lr], rel=2e-5), (world_size, split, step)
             # Balance is a product of means: over micro-steps it is the mean of their own, by design.
             assert found[step][3] == pytest.approx(balance, rel=2e-5 if split[2] == 1 else 0.2)
 

@@ -1,4 +1,4 @@
-"""Contrastive and matching objectives through the real engine: gathered features, training, resume, export."""
+"""Sets of objectives through the real engine: gathered features, training, resume, export."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ SMALL = [
     *("model.pixel_decoder.num_attention_heads=2", "model.patch_size=16", "masking.max_text_mask_ratio=null"),
     *("train.train_batch_size=8", "train.metrics_every=1", "optimizer.warmup_steps=2"),
 ]
-BASELINES = ("itc_itm", "itc_itm_mlm")
+SETS = ("itc+itm", "mim+mlm+itc+itm", "mlm+itc", "mim")
+"""Those that are resumed; `mim+mlm` is in test_engine_distributed.py."""
+CHEAP = ["masking.image_view_share=0.75", "masking.language_view_patch_share=0.5", "masking.image_view_word_share=0.5"]
 PAIRS, WIDTH = 6, 5
 pytestmark = pytest.mark.timeout(300)
 
 
-def config_for(folder, objective, *overrides):
-    settings = [f"model.objective={objective}", f"train.output_dir={folder}", *overrides]
+def config_for(folder, objectives, *overrides):
+    settings = [f"model.objectives=[{objectives.replace('+', ',')}]", f"train.output_dir={folder}", *overrides]
     return load_config("eve_tiny", settings)
 
 
@@ -34,8 +36,8 @@ def records(folder, kind="train"):
 
 def numbers(folder):
     """Loss terms by step; of a step that was taken twice, the second time."""
-    names = ("loss", "itc", "itm", "load_balancing", "router_z")
-    return {item["step"]: [item[name] for name in names] for item in records(folder)}
+    names = ("loss", "mim", "mlm", "itc", "itm", "load_balancing", "router_z")
+    return {item["step"]: [item.get(name) for name in names] for item in records(folder)}
 
 
 # --- the gather -----------------------------------------------------------------------------------------------------
@@ -85,25 +87,33 @@ def test_gradients_through_the_gather_are_those_of_one_process(run_ranks):
 # --- the engine -----------------------------------------------------------------------------------------------------
 
 
+def evaluate_few_scenes(engine):
+    evaluate = engine.evaluate_scenes
+    engine.evaluate_scenes = lambda *args, **options: evaluate(*args, num_scenes=8, batch_size=4, **options)
+
+
 def learn(rank, world_size, folder):
     from eve_ds import engine
 
+    evaluate_few_scenes(engine)
     settings = ["train.max_steps=20", "train.train_batch_size=16", "train.metrics_every=1", "optimizer.warmup_steps=5"]
-    engine.pretrain(config_for(folder, "itc_itm_mlm", "masking.max_text_mask_ratio=null", *settings), None)
+    engine.pretrain(config_for(folder, "mlm+itc+itm", "masking.max_text_mask_ratio=null", *settings), None)
 
 
 def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
     run_ranks(learn, 1, str(tmp_path), timeout=200)
     history = records(tmp_path)
     assert len(history) == 20
-    for name in ("loss", "text", "itm"):
+    for name in ("loss", "mlm", "itm"):
         first, last = ([item[name] for item in part] for part in (history[:5], history[-5:]))
         assert sum(last) < 0.97 * sum(first), name
-    assert records(tmp_path, "eval") == [], "the model has no decoder to be evaluated"
+    (evaluation,) = records(tmp_path, "eval")
+    assert {"colour", "hidden_words"} <= evaluation.keys()
+    assert "pixel_loss" not in evaluation, "the model has no decoder"
 
 
 def resume_both(rank, world_size, folder):
-    """Each baseline in one go, and in two halves; ranks share the experts."""
+    """Each set in one go, and in two halves; ranks share the experts."""
     from eve_ds import engine
     from eve_ds.parallel.moe import local_plain_state_dict
 
@@ -114,16 +124,24 @@ def resume_both(rank, world_size, folder):
             return summary
 
     engine.Trainer = Watched
+    evaluate_few_scenes(engine)
     results = []
-    for stage, objective in enumerate(BASELINES):
-        found = []
+    for number, objectives in enumerate(SETS):
+        found, stage = [], number % 3
         zero = {"zero_optimization": {"stage": stage}}
         clip = f"optimizer.clip_grad_norm={0.0 if stage == 0 else 1.0}"
-        common = [*SMALL, clip, "optimizer.decay=constant", f"parallel.ep_size={world_size}"]
+        common = [
+            *SMALL,
+            *CHEAP,
+            clip,
+            f"train.pack_views={number < 2}",
+            "optimizer.decay=constant",
+            f"parallel.ep_size={world_size}",
+        ]
         common.append(f"train.gradient_accumulation_steps={2 // world_size}")
         for name, steps in (("whole", (4,)), ("parts", (2, 4))):
             for last in steps:
-                config = config_for(f"{folder}/{objective}/{name}", objective, *common, f"train.max_steps={last}")
+                config = config_for(f"{folder}/{objectives}/{name}", objectives, *common, f"train.max_steps={last}")
                 engine.pretrain(config, zero)
         whole, _, parts = found
         results.append([name for name in whole if not torch.equal(whole[name], parts[name])])
@@ -142,17 +160,20 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one_and_exports(run_rank
     from eve_ds.report.run_report import Exported, write_report
 
     folder = runs / str(world_size)
-    assert run_ranks(resume_both, world_size, str(folder), timeout=200) == [[[], []]] * world_size
-    for objective in BASELINES:
-        whole, parts = numbers(folder / objective / "whole"), numbers(folder / objective / "parts")
+    assert run_ranks(resume_both, world_size, str(folder), timeout=280) == [[[]] * len(SETS)] * world_size
+    outputs = {"mim": {"pixel_predictions"}, "mlm": {"token_logits"}, "itm": {"matching_logits"}}
+    outputs |= {"itc": {"image_features", "text_features"}}
+    for objectives in SETS:
+        whole, parts = numbers(folder / objectives / "whole"), numbers(folder / objectives / "parts")
         assert whole == parts
         assert len({tuple(terms) for terms in whole.values()}) == 4
-        report = export(folder / objective / "parts", folder / "export" / objective, must_check=True)
-        outputs = set(report.check.outputs)
-        words = {"token_logits"} if objective == "itc_itm_mlm" else set()
-        assert outputs == {"image_features", "text_features", "matching_logits"} | words
-        exported = Exported(*load(folder / "export" / objective))
-        assert exported.config.model.objective == objective
-        written = write_report(folder / objective / "parts", folder / "report" / objective, exported)
-        assert [path.name for path in written] == ["report.md", "curves.png", "experts.png"]
-        assert "| itc |" in written[0].read_text()
+        tasks = objectives.split("+")
+        report = export(folder / objectives / "parts", folder / "export" / objectives, must_check=True)
+        assert set(report.check.outputs) == set().union(*(outputs[task] for task in tasks))
+        assert report.check.max_abs_diff == 0
+        exported = Exported(*load(folder / "export" / objectives))
+        assert exported.config.model.objectives == tasks
+        written = write_report(folder / objectives / "parts", folder / "report" / objectives, exported)
+        pictures = ["reconstructions.png"] if "mim" in tasks else []
+        assert [path.name for path in written] == ["report.md", "curves.png", *pictures, "experts.png"]
+        assert f"| {tasks[-1]} |" in written[0].read_text()

@@ -49,6 +49,13 @@ given the 8 samples in 2, 4 or 8 portions instead of at once, differs from itsel
 """
 
 
+CONTRAST_TOLERANCE = 8e-6
+"""The same for gradients and updated weights where pairs are contrasted: what it pulls at one sample it pushes at the
+others, and sums over samples nearly cancel. The plain model's gradients move by up to 4.5e-6 when every weight is moved
+by one unit in its last place, by .7e-6 to 1e-6 without contrast. Outputs have the tolerance above.
+"""
+
+
 OPS = ("reference", "build") if shutil.which("g++") else ("reference",)
 """Values of EVE_DS_OPS."""
 
@@ -186,6 +193,8 @@ def plain_model(config):
         for index, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(index)
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        if model.matching is not None:  # the initial temperature, .07, would multiply what rounding makes of features
+            model.matching.log_temperature.zero_()
     return model
 
 
@@ -404,7 +413,10 @@ def cases_of_sets(world_size):
     for number, (objectives, ep, zero) in enumerate(itertools.product(SETS, ep_sizes, (0, 1, 2))):
         alone = "itm" in objectives and world_size == 4  # each rank would have one pair, and no negative for it
         micro_steps = 1 if alone else 1 + number % 2
-        cases.append(Case(ep, zero, micro_steps, objectives=objectives, pack_views=number % 3 > 0))
+        # With small branches all features are about the same vector, and gradients of contrast small differences.
+        scale = 3.0 if "itc" in objectives else 0.1
+        packed = number % 3 > 0
+        cases.append(Case(ep, zero, micro_steps, objectives=objectives, pack_views=packed, layer_scale=scale))
     two_views = [Case(ep, zero, 2, objectives=SETS[0]) for ep in ep_sizes for zero in (0, 1, 2)]
     return cases + two_views
 
@@ -436,7 +448,8 @@ def test_a_step_of_every_set_of_objectives_equals_the_plain_model(run_ranks, wor
         cases += [Case(2, 2, 2, **CLIPPED, **two_views), Case(2, 1, activation_checkpointing=True, **two_views)]
     for case, by_kind in zip(cases, worst_differences(run_ranks, world_size, cases), strict=True):
         for kind, (difference_, what, rank) in by_kind.items():
-            assert difference_ <= TOLERANCE, f"{kind} is off by {difference_:.1e} at {what} on rank {rank} of {case}"
+            tolerance = CONTRAST_TOLERANCE if case.matches and kind in ("gradient", "weight") else TOLERANCE
+            assert difference_ <= tolerance, f"{kind} is off by {difference_:.1e} at {what} on rank {rank} of {case}"
 
 
 def capacity_reference(config, world_size, rank):
