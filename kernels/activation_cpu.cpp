@@ -14,17 +14,23 @@ namespace {
 constexpr float kSlope = 1.702f;
 
 // 1 / (1 + e^-z) by way of e^-|z|, which cannot overflow.
-EVE_INLINE Floats sigmoid(Floats z) {
-  const Floats small = exponential(z < 0.0f ? z : -z);
-  const Floats one = broadcast(1.0f);
+EVE_INLINE Part sigmoid(Part z) {
+  const Part small = exponential_part(z < 0.0f ? z : -z);
+  const Part one = broadcast_part(1.0f);
   return (z < 0.0f ? small : one) / (one + small);
 }
 
-EVE_INLINE Floats forward(Floats x) { return x * sigmoid(x * kSlope); }
+EVE_INLINE Floats forward(Floats x) {
+  return by_parts([](Part part) EVE_LAMBDA_INLINE { return part * sigmoid(part * kSlope); }, x);
+}
 
 EVE_INLINE Floats backward(Floats x, Floats d_out) {
-  const Floats s = sigmoid(x * kSlope);
-  return d_out * (s + x * kSlope * s * (1.0f - s));
+  return by_parts(
+      [](Part part, Part d_part) EVE_LAMBDA_INLINE {
+        const Part s = sigmoid(part * kSlope);
+        return d_part * (s + part * kSlope * s * (1.0f - s));
+      },
+      x, d_out);
 }
 
 template <typename T>

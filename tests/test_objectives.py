@@ -184,8 +184,11 @@ def test_a_single_pair_and_a_single_modality_are_refused():
     model = EVE(config.model)
     with pytest.raises(ValueError, match="at least two pairs"):
         model(**batch_of(config, count=1).model_inputs())
-    with pytest.raises(ValueError, match="at least two pairs"):
+    with pytest.raises(ValueError, match="need pairs of an image and a text"):
         model(input_ids=torch.ones(2, 3, dtype=torch.int64))
+    contrast = config_of(["itc"])
+    one = EVE(contrast.model)(**batch_of(contrast, count=1).model_inputs())
+    assert (one.matching.image_features.shape, one.matching.logits) == ((1, 16), None), "other ranks bring the others"
 
 
 def test_each_set_has_its_heads_and_no_others():

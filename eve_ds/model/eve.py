@@ -255,8 +255,8 @@ class EVE(nn.Module):
         With the task `joint` the image view is the only one, of all samples, and shows the masked captions.
 
         Raises:
-            ValueError: no task of the objectives has anything to predict, a text longer than the position table, or
-                for `itc` anything else than at least two pairs.
+            ValueError: no task of the objectives has anything to predict, a text longer than the position table, for
+                `itc` anything else than pairs, or for `itm` a single one.
         """
         whole = View(pixel_values, input_ids, attention_mask, image_mask)
         masked = whole if masked_input_ids is None else whole._replace(input_ids=masked_input_ids)

@@ -57,10 +57,10 @@ class Pairs(NamedTuple):
         """Masks may be None for all True.
 
         Raises:
-            ValueError: no images or no texts, or a single pair, for which there is no negative.
+            ValueError: no images or no texts.
         """
-        if pixel_values is None or input_ids is None or len(input_ids) < 2:
-            raise ValueError("contrastive and matching losses need at least two pairs of an image and a text")
+        if pixel_values is None or input_ids is None:
+            raise ValueError("contrastive and matching losses need pairs of an image and a text")
         if image_mask is None:
             image_mask = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
         if attention_mask is None:
@@ -114,7 +114,12 @@ def draw_hard_negatives(image_features: Tensor, text_features: Tensor, temperatu
 
     Returns:
         image_ids (B,) int64: an image for every text; text_ids (B,) int64: a text for every image.
+
+    Raises:
+        ValueError: a single pair, for which there is no negative.
     """
+    if len(image_features) < 2:
+        raise ValueError("hard negatives need at least two pairs of an image and a text")
     logits = (image_features @ text_features.t() / temperature).fill_diagonal_(-math.inf)
     text_ids = torch.multinomial(logits.softmax(dim=1), 1).squeeze(1)
     image_ids = torch.multinomial(logits.softmax(dim=0).t(), 1).squeeze(1)
