@@ -471,7 +471,7 @@ class _Window:
     def add_step(
         self, terms: list[dict[str, Tensor]], moe: dict[str, tuple[MoEOutput, ...]], agreed: _Agreement
     ) -> None:
-        """One update: loss terms of its micro-batches, detached; MoE outputs of the last by view; tokens of all ranks."""
+        """One update: loss terms of its micro-batches, detached; MoE outputs of the last by view; tokens."""
         self.steps += 1
         self.tokens += agreed.tokens
         self.caption_tokens += agreed.caption_tokens

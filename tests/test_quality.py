@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.config import MaskingConfig, load_config
 from eve_ds.benchmark.quality import (
     MARKS,
     TASKS,
@@ -20,6 +19,7 @@ from eve_ds.benchmark.quality import (
     table,
     write_results,
 )
+from eve_ds.config import MaskingConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

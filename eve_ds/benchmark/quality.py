@@ -89,7 +89,7 @@ def jobs_of(
     curve: Sequence[float] = (),
     nlvr: Path | None = None,
 ) -> list[Job]:
-    """Pre-training by each of OBJECTIVES, then every task from each, and from random weights for its seconds and for both.
+    """Pre-training by each set, then every task from each, and from random weights for its seconds and for both.
 
     `curve`: shorter budgets of pre-training, each a run of its own; the questions and zero-shot retrieval from it.
     `nlvr`: folder of NLVR 1.0, whose statements are one more task then.

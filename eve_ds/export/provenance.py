@@ -71,7 +71,7 @@ def model_card(report: ExportReport, config: Config, state: dict[str, Any], eval
     lines = [
         f"# {config.name}",
         "",
-        "EVE (Chen et al., AAAI 2024), pre-trained by masked signal modelling with eve_ds.",
+        "EVE (Chen et al., AAAI 2024), pre-trained by masked signal modeling with eve_ds.",
         "",
         "| | |",
         "|---|---|",

@@ -9,7 +9,9 @@ probability stays as it is. Profiles:
 - `default`: the embedding moves the router only, experts see the token; padding is not routed; evaluation is
   noise-free and dropless, so an output never depends on what else is in the batch.
 - `official`, the released behaviour: experts too see token + embedding, padding is routed and takes capacity,
-  capacity (and the noise of the second choice, if switched on) acts at evaluation as in training.
+  capacity (and the noise of the second choice, if switched on) acts at evaluation as in training. It reproduces what
+  the released fine-tuning uses. It does not reproduce the released code's path for a part of the patches (`ids_keep`),
+  which loses their positions and routes text as if it were image: there, patches keep their places here.
 """
 
 from __future__ import annotations
