@@ -220,6 +220,12 @@ def test_features_that_the_objective_does_not_teach_are_refused(pretrained, task
         load_zero_shot(pretrained("itc+itm"), features="words")
     (task, *_), _ = load_zero_shot(pretrained("mlm+itc+itm"), features="words", limit=4)
     assert task.template is not None
+    with pytest.raises(ConfigError, match="pre-training by mim does not teach retrieval: fine-tune the model first"):
+        load_zero_shot(pretrained("mim"))
+    with pytest.raises(ConfigError, match="--rerank 4: pre-training without itm does not teach it; use --rerank 0"):
+        load_zero_shot(pretrained("mlm+itc"), rerank=4)
+    (task, *_), _ = load_zero_shot(pretrained("mim+itc"), limit=4)
+    assert task.template is None
     task = Retrieval(parse_config(task_tree("retrieval")))
     weights = {name: torch.zeros_like(weight) for name, weight in task.model().state_dict().items()}
     save_task_model(tmp_path / "tuned", task, task.config, load_tokenizer("scenes"), weights, {})

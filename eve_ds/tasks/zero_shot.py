@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from eve_ds.checkpoint.files import CheckpointError
@@ -93,16 +94,20 @@ def _features(config: ModelConfig, asked: str | None) -> str:
 
 
 def _weights(model: nn.Module, folder: Path, config: ModelConfig, names: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors of the task's model, out of the pre-trained one."""
+    """The tensors of the task's model, out of the pre-trained one; a head that it lacks is not asked, and is 0."""
+    shapes = model_shapes(config)
     try:
-        read = weight_reader(folder, model_shapes(config))
+        read = weight_reader(folder, shapes)
     except CheckpointError as error:
         raise ConfigError(f"--model {error}") from None
     weights = {}
     for name, unset in model.state_dict().items():
         own = next((own for own in names if name.startswith(own)), "")
+        source = names.get(own, "") + name.removeprefix(own)
         if name == "head.log_temperature" and own == "":
             weights[name] = unset  # of words, which count as they are
+        elif source in shapes:
+            weights[name] = read(source).float().contiguous().clone()
         else:
-            weights[name] = read(names.get(own, "") + name.removeprefix(own)).float().contiguous().clone()
+            weights[name] = torch.zeros_like(unset)
     return weights

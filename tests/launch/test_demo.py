@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launcher" / "demo.py"
 SEED = 3
 PROBES = ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
-SIDES = {name: {"right", "wrong"} for name in ("colour", "shape", "size", "position", "pixel_loss")}
+SIDES = {name: {"right", "wrong"} for name in ("colour", "shape", "size", "position", "hidden_words", "pixel_loss")}
 SIDES |= {name: {"target", "distractor"} for name in PROBES}
 LIMIT = 800.0
 """Seconds a demo of 20 steps may take; on an idle machine it is about one minute."""
