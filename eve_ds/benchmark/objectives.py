@@ -35,6 +35,7 @@ class Side(NamedTuple):
 
     objectives: list[Objective]
     masking: MaskingConfig = PAPER
+    pack_views: bool = True
 
 
 OURS = {
@@ -47,6 +48,7 @@ PEERS = {
     "mlm + itc + itm + mim": Side(["mim", "mlm", "itc", "itm"]),
     "itc + itm": Side(["itc", "itm"]),
     "joint": Side(["joint"]),
+    "mim + mlm, a pass each": Side(["mim", "mlm"], pack_views=False),
 }
 """Table 1 of the paper has the first three; its fourth, tokens of another model as targets of `mim`, is not here."""
 
@@ -93,8 +95,8 @@ class Objectives:
                 for name, side in self.sides.items()
             }
         backbone = next(iter(self.models.values())).backbone
-        for model in self.models.values():
-            model.backbone = backbone
+        for name, model in self.models.items():
+            model.backbone, model.pack_views = backbone, self.sides[name].pack_views
         everything = nn.ModuleList(self.models.values()).to_empty(device=device()).train()
         _draw(everything)
         # One for all: it passes over what has no gradient, and moments of the backbone are held once.

@@ -331,7 +331,7 @@ class EVE(nn.Module):
         return EVEOutput(pixels, hidden, words, bias, moe, matching)
 
     def _match(self, heads: MatchingHeads, pairs: Pairs, encoded: dict[str, BackboneOutput]) -> MatchingOutput:
-        """Features of images and texts alone; for `itm` also pairs and hard negatives, encoded as one more view."""
+        """Features of images and texts alone; for `itm` also pairs and hard negatives, a view that `encoded` gains."""
         image_features = heads.image_features(encoded["itc_image"].stream.padded()[:, 0])
         text_features = heads.text_features(encoded["itc_text"].stream.padded()[:, 0])
         temperature = heads.temperature()
