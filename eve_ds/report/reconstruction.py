@@ -116,7 +116,7 @@ def note_on(config: ModelConfig) -> str:
         if "joint" in config.objectives
         else "patches were predicted beside the whole caption, words beside the whole image."
     )
-    shade = " Predicted patches are shown with the true patch's mean and deviation."
+    shade = "\nPredicted patches are shown with the true patch's mean and deviation."
     return f"Patches and words in boxes were hidden; {shown}{shade if config.pixel_target == 'normalized' else ''}"
 
 
