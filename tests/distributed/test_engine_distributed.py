@@ -603,7 +603,8 @@ def test_what_a_run_writes(finished):
         assert record["samples_per_second"] == pytest.approx(made / spent, rel=2e-3 / spent)
         assert record["peak_memory_bytes"] > 50e6
         tokens = record["tokens_per_second"] / record["samples_per_second"]
-        assert 1 + 4 + 5 < tokens < 1 + 4 + 24, "class token, 4 visible patches and a caption"
+        views = 1 + 4 + 1 + 16  # class token and 4 visible patches, class token and all patches
+        assert views + 2 * 5 < tokens < views + 2 * 24, "and the caption in both"
         assert {"loss", "mim", "mlm", "load_balancing", "router_z", "lr", "grad_norm"} <= set(record)
         assert {"moe0/entropy", "moe0/dead_experts", "moe0/image_routes/3", "moe0/text_routes/0"} <= set(record)
         assert {"moe0/mim/entropy", "moe0/mlm/dropped_text", "moe0/mlm/image_share"} <= set(record)
