@@ -61,6 +61,8 @@ from eve_ds.run import (
 
 CHECK_SAMPLES = 2
 """Samples of a rank whose outputs are recorded at a save."""
+EVALUATED_SCENES = 256
+"""Scenes of an evaluation within a run, a quarter of what `launcher/evaluate.py scenes` takes."""
 
 
 class Summary(NamedTuple):
@@ -368,8 +370,14 @@ class Trainer:
     def _evaluate(self) -> None:
         if not trains_on_scenes(self.config):
             return
+        share = 2 * self.world_size
         result = evaluate_scenes(
-            self.engine.module, self.config, self.tokenizer, rank=self.rank, world_size=self.world_size
+            self.engine.module,
+            self.config,
+            self.tokenizer,
+            num_scenes=math.ceil(EVALUATED_SCENES / share) * share,
+            rank=self.rank,
+            world_size=self.world_size,
         )
         self.metrics.write("eval", **self._stamp(), **result)
         gaps = [f"{key} {value['right']:.3f}/{value['wrong']:.3f}" for key, value in result.items() if "right" in value]

@@ -98,7 +98,7 @@ class Watch:
 
         def evaluate_few(*args, **options):
             self.evaluations += 1
-            return evaluate(*args, num_scenes=8, batch_size=4, **options)
+            return evaluate(*args, **options | {"num_scenes": 8, "batch_size": 4})
 
         engine.Trainer, engine.evaluate_scenes = WatchedTrainer, evaluate_few
         try:

@@ -89,7 +89,7 @@ def test_gradients_through_the_gather_are_those_of_one_process(run_ranks):
 
 def evaluate_few_scenes(engine):
     evaluate = engine.evaluate_scenes
-    engine.evaluate_scenes = lambda *args, **options: evaluate(*args, num_scenes=8, batch_size=4, **options)
+    engine.evaluate_scenes = lambda *args, **options: evaluate(*args, **options | {"num_scenes": 8, "batch_size": 4})
 
 
 def learn(rank, world_size, folder):
