@@ -31,7 +31,6 @@ def make_config(*sources, batch=16, num_workers=0, seed=0):
     return parse_config(
         {
             "model": {"image_size": 64, "patch_size": 16, "vocab_size": 256},
-            "masking": {"text_mask_ratio": 0.0},
             "data": {"sources": list(sources), "num_workers": num_workers, "shuffle_buffer": 7},
             "train": {"train_batch_size": batch, "seed": seed},
         }
