@@ -220,9 +220,10 @@ def test_scenes_and_probes_keep_random_order_whatever_training_has(result, scene
     monkeypatch.setattr(evaluation, "samples_of", lambda chunk: seen.extend(chunk) or samples_of(chunk))
     model = Oracle([*scenes[0], *scenes[1]], tokenizer)
     assert evaluate_scenes(model, config, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH) == result[0]
-    once = {id(scene): scene for scene in seen}.values()  # probes are asked beside whole and masked images
-    assert [scene.caption for scene in once] == [scene.caption for scene in (*scenes[0], *scenes[1])]
-    pairs = [scene.objects for scene in once if len(scene.objects) == 2]
+    chunks = [scenes[1][start : start + BATCH] for start in range(0, len(scenes[1]), BATCH)]
+    probed = [scene for chunk in chunks for scene in 2 * chunk]  # beside the whole image, and beside a masked one
+    assert [scene.caption for scene in seen] == [scene.caption for scene in (*scenes[0], *probed)]
+    pairs = [scene.objects for scene in seen if len(scene.objects) == 2]
     in_order = sum((first.row, first.column) < (second.row, second.column) for first, second in pairs)
     assert 0.35 < in_order / len(pairs) < 0.65
 
