@@ -121,17 +121,24 @@ class Objectives:
         return gflop * self.batch / FEW_PAIRS
 
     def megabytes(self, name: str) -> float | None:
-        """MB of memory that one more pair needs at the peak of forward and backward, weights and gradients aside."""
+        """MB of memory that one more pair needs at the peak of forward and backward, weights and gradients aside.
+
+        Gradients are there before: otherwise the peak of few pairs is at the end, when all gradients are.
+        """
         more, fewer = FEW_PAIRS + self.batch, FEW_PAIRS
-        peaks = [peak_megabytes(partial(self._gradients, name, self._batches(size)[name])) for size in (more, fewer)]
+        peaks = [
+            peak_megabytes(partial(self._gradients, name, self._batches(size)[name], keep=True))
+            for size in (more, fewer)
+        ]
+        self.optimizer.zero_grad()
         return None if peaks[0] is None or peaks[1] is None else (peaks[0] - peaks[1]) / (more - fewer)
 
     def _batches(self, size: int) -> dict[str, Inputs]:
         return {name: _inputs(self.config, side.masking, size) for name, side in self.sides.items()}
 
-    def _gradients(self, name: str, inputs: Inputs) -> None:
+    def _gradients(self, name: str, inputs: Inputs, keep: bool = False) -> None:
         self._backward(name, inputs)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not keep)
 
     def _backward(self, name: str, inputs: Inputs) -> None:
         terms = pretraining_losses(
