@@ -541,11 +541,16 @@ def test_bad_input_is_refused_before_memory_is_touched(call, expected):
     assert expected in str(caught.value)
 
 
+def forget_what_was_loaded():
+    build._loaded.cache_clear()
+    build._problem_of_loading.cache_clear()
+
+
 def test_a_compiler_that_is_missing_falls_back_with_one_warning(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("EVE_DS_CACHE", str(tmp_path))
-    build._loaded.cache_clear()
+    forget_what_was_loaded()
     try:
         monkeypatch.setenv("EVE_DS_OPS", "build")
         with pytest.raises(build.OpsBuildError, match=r"no C\+\+ compiler found .*apt install g\+\+"):
@@ -558,7 +563,26 @@ def test_a_compiler_that_is_missing_falls_back_with_one_warning(monkeypatch, tmp
         with pytest.raises(build.OpsBuildError, match=r"EVE_DS_OPS \(fast\) must be one of auto, build, reference"):
             build.use_built(torch.zeros(1))
     finally:
-        build._loaded.cache_clear()
+        forget_what_was_loaded()
+
+
+def test_a_build_that_failed_is_not_tried_again(monkeypatch):
+    tried = []
+
+    def fail(device_type):
+        tried.append(device_type)
+        raise build.OpsBuildError("no compiler found")
+
+    monkeypatch.setattr(build, "build", fail)
+    monkeypatch.setenv("EVE_DS_OPS", "build")
+    forget_what_was_loaded()
+    try:
+        for _ in range(3):
+            with pytest.raises(build.OpsBuildError, match="no compiler found"):
+                build.use_built(torch.zeros(1))
+    finally:
+        forget_what_was_loaded()
+    assert tried == ["cpu"]
 
 
 def test_a_compiler_that_fails_says_why(monkeypatch, tmp_path):

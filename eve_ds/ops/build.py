@@ -92,17 +92,23 @@ def _wanted_and_loaded(device_type: str) -> bool:
 def _loaded(device_type: str, chosen: str) -> bool:
     if chosen == "reference":
         return False
+    problem = _problem_of_loading(device_type)
+    if problem is None:
+        return True
+    if chosen == "build":
+        raise OpsBuildError(problem)
+    get_logger().warning("%s: the plain torch ops are used, which are slower (EVE_DS_OPS=reference to say so)", problem)
+    return False
+
+
+@cache
+def _problem_of_loading(device_type: str) -> str | None:
+    """Why the ops cannot be had; None once they are loaded. Tried once: a build that fails may take a minute."""
     try:
-        library = build(device_type)
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(build(device_type)))
     except (OpsBuildError, OSError) as error:
-        if chosen == "build":
-            raise OpsBuildError(str(error)) from None
-        get_logger().warning(
-            "%s: the plain torch ops are used, which are slower (EVE_DS_OPS=reference to say so)", error
-        )
-        return False
-    return True
+        return str(error)
+    return None
 
 
 def build(device_type: str) -> Path:
@@ -158,8 +164,8 @@ def _cuda_jobs() -> tuple[list[Job], tuple[str, ...]]:
         raise OpsBuildError("no nvcc and g++ found to build the fused ops for CUDA: install the CUDA toolkit")
     jobs = [Job(source, (nvcc, *CUDA_FLAGS, "-c", str(KERNELS / source))) for source in CUDA_SOURCES]
     jobs.append(_binding(compiler, "binding_cuda.cpp"))
-    runtime = Path(nvcc).resolve().parent.parent / "lib64"
-    return jobs, (*_link(compiler, "torch_cpu"), "-ltorch_cuda", f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt")
+    # nvcc knows where its own runtime lies; beside it the toolkit may have `lib` or `lib64`, or be elsewhere.
+    return jobs, (*_link(nvcc, "torch_cpu", "torch_cuda"), "-cudart", "static")
 
 
 def _binding(compiler: str, source: str) -> Job:
@@ -167,8 +173,9 @@ def _binding(compiler: str, source: str) -> Job:
     return Job(source, (compiler, "-std=c++20", "-O2", "-fPIC", TORCH_VERSION, *includes, "-c", str(KERNELS / source)))
 
 
-def _link(compiler: str, library: str) -> tuple[str, ...]:
-    return (compiler, "-shared", f"-L{LIBRARIES}", f"-l{library}", "-lc10", "-Wl,--no-as-needed")
+def _link(compiler: str, *libraries: str) -> tuple[str, ...]:
+    names = (f"-l{library}" for library in (*libraries, "c10"))
+    return (compiler, "-shared", "-Xlinker", "--no-as-needed", f"-L{LIBRARIES}", *names)
 
 
 def _digest(jobs: list[Job], link: tuple[str, ...]) -> str:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from eve_ds.ops import build
+
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 SOURCES = ("routing_cuda.cu", "masked_loss_cuda.cu")
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -76,3 +78,16 @@ def test_binding_compiles_without_the_cuda_toolkit(tmp_path: Path) -> None:
     headers = Path(torch.__file__).parent / "include"
     output = ["-c", str(KERNELS / "binding_cuda.cpp"), "-o", str(tmp_path / "binding.o")]
     run(["g++", "-std=c++20", "-fPIC", TORCH_VERSION, f"-I{headers}", *output])
+
+
+def test_the_library_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an empty library in place of torch's own for CUDA, which a torch for CPUs lacks."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc to link with")
+    stub = tmp_path / "stub.cpp"
+    stub.touch()
+    run(["g++", "-shared", str(stub), "-o", str(tmp_path / "libtorch_cuda.so")])
+    monkeypatch.setenv("LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setenv("EVE_DS_CACHE", str(tmp_path / "cache"))
+    library = build.build("cuda")
+    assert "NEEDED               libtorch_cuda.so" in run(["objdump", "-p", str(library)])
