@@ -16,13 +16,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from eve_ds.checkpoint.manifest import installed_version
 
 Run = Callable[[], object]
 COLUMNS = (
@@ -205,7 +206,7 @@ def provenance() -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "torch": torch.__version__,
-        "deepspeed": _version("deepspeed"),
+        "deepspeed": installed_version("deepspeed"),
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
@@ -213,13 +214,6 @@ def provenance() -> dict[str, str]:
 
 def _rounded(row: Measure) -> dict[str, object]:
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row._asdict().items()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 def _processor() -> str:

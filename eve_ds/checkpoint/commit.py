@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,7 +201,8 @@ class Saver:
         numbers = manifest.read_json(pending.folder / manifest.STATE)
         content = {
             **{name: numbers[name] for name in ("step", "samples", "topology")},
-            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "versions": {name: manifest.installed_version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         manifest.write_manifest(pending.folder, content, records)

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ _NAME = re.compile(r"step-(\d{8,})")
 def name_of(step: int) -> str:
     """Folder name of the checkpoint after `step` updates."""
     return f"step-{step:08d}"
+
+
+def installed_version(package: str) -> str:
+    """Version of a package; `absent` where none is installed, as eve_ds is not when it runs from a checkout's folder."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def write_manifest(folder: Path, content: dict[str, Any], files: dict[str, FileRecord]) -> None:

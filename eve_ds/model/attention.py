@@ -30,7 +30,7 @@ class SelfAttention(nn.Module):
         mixed = []
         for own, layout in zip(qkv, layouts, strict=True):
             q, k, v = layout.pad(own).chunk(3, dim=-1)
-            mixed.append(layout.pack(attend(q, k, v, self.num_heads, layout.mask)))
+            mixed.append(layout.pack(attend(q, k, v, self.num_heads, layout.key_mask)))
         return self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
 
 
@@ -47,7 +47,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, memory: Tensor, layout: Layout) -> Tensor:
         """(B, Q, D), tokens (N, M) and their layout over the same B samples -> (B, Q, D)."""
         k, v = layout.pad(self.key_value(memory)).chunk(2, dim=-1)
-        return self.proj(attend(self.query(x), k, v, self.num_heads, layout.mask))
+        return self.proj(attend(self.query(x), k, v, self.num_heads, layout.key_mask))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:

@@ -30,12 +30,12 @@ class ImageEmbedding(nn.Module):
         """
         batch = pixel_values.shape[0]
         pixel_values = pixel_values.to(self.projection.weight.dtype)  # batches are fp32, weights may not be
-        patches = F.unfold(pixel_values, self.patch_size, stride=self.patch_size).transpose(1, 2)  # (B, N, 3 * P * P)
+        patches = _patches(pixel_values, self.patch_size)
         position = self.position[1:].expand(batch, -1, -1)
         if visible_patch_ids is not None:
             patches = _take(patches, visible_patch_ids)
             position = self.position[1:][visible_patch_ids]
-        # Projecting the unfolded patches is the convolution, on visible patches only.
+        # Projecting patches is the convolution, on visible patches only.
         patches = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
         first = (self.class_token + self.position[0]).expand(batch, 1, -1)
         return torch.cat([first, patches + position], dim=1) + self.modality
@@ -93,6 +93,15 @@ def cut_positions(position: Tensor, length: int) -> Tensor:
     if length > position.shape[0]:
         raise ValueError(f"a text position table of {position.shape[0]} rows cannot serve text_positions ({length})")
     return position[:length]
+
+
+def _patches(pixel_values: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, N, 3 * P * P), row by row; values of a patch in the order of a convolution's weight.
+
+    One copy; `F.unfold` launches a kernel for every image on CUDA.
+    """
+    grid = pixel_values.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, P, columns, P)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:

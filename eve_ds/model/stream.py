@@ -55,6 +55,11 @@ class Layout(NamedTuple):
         """Whether there is a token at every position."""
         return self.num_tokens == self.places.numel()
 
+    @property
+    def key_mask(self) -> Tensor | None:
+        """`mask`, or None where every position may be looked at: attention without a mask has faster kernels."""
+        return None if self.is_whole and self.real is None else self.mask
+
     def pad(self, tokens: Tensor) -> Tensor:
         """(N, D) -> (B, S, D), zero where no token is."""
         if not self.is_whole:
