@@ -36,7 +36,7 @@ def name_of(step: int) -> str:
 
 
 def installed_version(package: str) -> str:
-    """Version of a package; `absent` where none is installed, as eve_ds is not when it runs from a checkout's folder."""
+    """Version of a package, or `absent`: eve_ds is not installed where it runs from a checkout."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
