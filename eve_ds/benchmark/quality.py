@@ -31,6 +31,7 @@ JOINT = ("masking.predicted_patch_share=0.5", "masking.text_to_image_share=0.25"
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "mim+mlm": (),
     "mim+mlm.as_written": AS_WRITTEN,
+    "mim+mlm.raw": ("model.pixel_target=raw",),
     "joint": JOINT,
     "itc+itm": (),
     "mlm+itc+itm": (),
