@@ -83,9 +83,12 @@ def use_built(x: torch.Tensor) -> bool:
     return x.dtype in DTYPES.get(x.device.type, ()) and _wanted_and_loaded(x.device.type)
 
 
-@torch.compiler.assume_constant_result
 def _wanted_and_loaded(device_type: str) -> bool:
     return _loaded(device_type, mode())
+
+
+# What `torch.compiler.assume_constant_result` does, which imports the compiler: 1.5 s of every start.
+_wanted_and_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
