@@ -98,7 +98,7 @@ class Objectives:
         for name, model in self.models.items():
             model.backbone, model.pack_views = backbone, self.sides[name].pack_views
         everything = nn.ModuleList(self.models.values()).to_empty(device=device()).train()
-        _draw(everything)
+        draw_weights(everything)
         # One for all: it passes over what has no gradient, and moments of the backbone are held once.
         self.optimizer = torch.optim.AdamW(everything.parameters(), lr=1e-4, fused=True)
         self.inputs = self._batches(batch)
@@ -134,7 +134,7 @@ class Objectives:
         return None if peaks[0] is None or peaks[1] is None else (peaks[0] - peaks[1]) / (more - fewer)
 
     def _batches(self, size: int) -> dict[str, Inputs]:
-        return {name: _inputs(self.config, side.masking, size) for name, side in self.sides.items()}
+        return {name: random_inputs(self.config, side.masking, size) for name, side in self.sides.items()}
 
     def _gradients(self, name: str, inputs: Inputs, keep: bool = False) -> None:
         self._backward(name, inputs)
@@ -154,7 +154,7 @@ class Objectives:
 
 
 @torch.no_grad()
-def _draw(module: nn.Module) -> None:
+def draw_weights(module: nn.Module) -> None:
     """Any weights: drawing those of EVE-Base as training does takes a minute."""
     for parameter in module.parameters():
         parameter.uniform_(-0.03, 0.03)
@@ -163,7 +163,7 @@ def _draw(module: nn.Module) -> None:
             child.reset_parameters()
 
 
-def _inputs(config: Config, masking: MaskingConfig, size: int) -> Inputs:
+def random_inputs(config: Config, masking: MaskingConfig, size: int) -> Inputs:
     """Random pairs with masks for every task; half of the words are masked."""
     model = config.model
     masked = num_masked_patches(model.num_patches, masking.patch_mask_ratio)

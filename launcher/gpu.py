@@ -1,0 +1,283 @@
+"""All there is to know about a GPU machine, in one call of at most eight minutes.
+
+    python launcher/gpu.py --out runs/gpu                    where the package is installed
+    python launcher/gpu.py --out runs/gpu --wheels wheels    on a machine without network: see `make gpu-wheels`
+    python launcher/gpu.py --out runs/gpu --dry-run          every part on the CPU, small, in about two minutes
+
+Needs torch 2.11 or newer for CUDA, nvcc, g++ and pytest. Every part has its own time limit, and its rows are on the
+disk as they come, so that a cut loses least. Writes OUT/rows.jsonl, OUT/<device>-<date>.json and OUT/table.md.
+Exit codes: 0 all parts ran, 1 one failed or ran out of time, 2 something is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The repository root holds a folder `kernels`, the name of a package that transformers looks for.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "launcher")]
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+PACKAGES = ("deepspeed", "pydantic", "webdataset", "transformers", "safetensors", "yaml", "PIL", "pytest")
+SITE = "EVE_DS_GPU_SITE"
+"""Set in the second start of this script, to the folder that the wheels were unpacked into."""
+FILTER = "kernel_substring=eve_ds"
+"""Of compute-sanitizer: our kernels only. That it matches is shown by the planted error."""
+PLANTED = """
+namespace eve_ds { __global__ void planted(int* x) { x[threadIdx.x + 1024] = 1; } }
+int main() {
+  int* x;
+  cudaMalloc(&x, 4);
+  eve_ds::planted<<<1, 32>>>(x);
+  return cudaDeviceSynchronize() != cudaSuccess;
+}
+"""
+FOUND = 9
+"""Exit code of compute-sanitizer where it found something."""
+FEW = "shape1 or 70-48-501-32 or 28-7-5"
+"""Tests that run under a sanitizer, which is slow."""
+RUNS = ("tiny", "base")
+"""Folders of the training runs."""
+SCENES = ("data.sources=[{kind: scenes, level: easy}]", "data.tokenizer=scenes", "model.vocab_size=1000")
+
+
+class Part(NamedTuple):
+    """One command with its time limit; `expected` is its exit code where all is well."""
+
+    name: str
+    seconds: float
+    command: list[str]
+    environment: dict[str, str] = {}  # noqa: RUF012 - never changed
+    expected: int = 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder to write (%(default)s)")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of the wheels that the machine lacks")
+    parser.add_argument("--dry-run", action="store_true", help="every part on the CPU with eve_tiny")
+    parser.add_argument("--seconds", type=float, default=470.0, help="no part goes on after so many (%(default)s)")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, by their names")
+    return parser
+
+
+def main() -> int:
+    """Run all parts; see the exit codes above."""
+    arguments = build_parser().parse_args()
+    started = time.monotonic()
+    site = os.environ.get(SITE)
+    if site is None and (problem := _prepare(arguments.wheels)):
+        print(f"gpu: {problem}", file=sys.stderr)
+        return 2
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    rows = out / "rows.jsonl"
+    rows.unlink(missing_ok=True)
+    for run in RUNS:
+        shutil.rmtree(out / run, ignore_errors=True)
+    parts = dry_parts(rows, out) if arguments.dry_run else gpu_parts(rows, out)
+    if unknown := sorted(set(arguments.parts or ()) - {part.name for part in parts}):
+        names = ", ".join(part.name for part in parts)
+        print(f"gpu: --parts ({', '.join(unknown)}) must be among {names}", file=sys.stderr)
+        return 2
+    outcomes: dict[str, str] = {}
+    for part in parts:
+        if arguments.parts and part.name not in arguments.parts:
+            continue
+        left = arguments.seconds - (time.monotonic() - started)
+        outcomes[part.name] = run_part(part, min(part.seconds, left), out) if left > 1 else "not run: no time left"
+        print(f"{time.monotonic() - started:6.1f} s  {part.name}: {outcomes[part.name]}", flush=True)
+        write_document(rows, outcomes, out)
+        if part.name == "build" and outcomes["build"] != "ok":
+            break  # nothing below would measure what it says
+    print((out / "table.md").read_text(encoding="utf-8"))
+    return int(any(outcome != "ok" for outcome in outcomes.values()))
+
+
+def _prepare(wheels: Path | None) -> str | None:
+    """What is missing, or None; with wheels, start again with them on the path, which does not return."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if wheels is None:
+        if importlib.util.find_spec("eve_ds") is None:
+            missing.append("eve_ds")
+        if missing:
+            way_out = "pip install -e . here, or collect `make gpu-wheels` elsewhere and name --wheels"
+            return f"packages ({', '.join(missing)}) are missing: {way_out}"
+        return None
+    files = sorted(str(file) for file in wheels.glob("*.whl"))
+    if not files:
+        return f"--wheels ({wheels}) holds no wheel: collect them with `make gpu-wheels`"
+    site = Path(tempfile.mkdtemp(prefix="eve_ds_gpu_"))
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--target",
+        str(site),
+    ]
+    if subprocess.run([*install, *files], check=False).returncode:
+        return f"the wheels of {wheels} cannot be installed: see above"
+    (site / "eve_ds").symlink_to(ROOT / "eve_ds")
+    os.environ |= {SITE: str(site), "PYTHONPATH": str(site)}
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def _module(rows: Path, *arguments: str) -> list[str]:
+    # -P: the folder `kernels` of the repository root must not be on the path.
+    return [sys.executable, "-P", "-m", "eve_ds.benchmark.gpu", *arguments, "--rows", str(rows)]
+
+
+def _tests(*arguments: str) -> list[str]:
+    # Without conftest.py, which asks DeepSpeed for the CPU.
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *arguments]
+    return [*command, str(ROOT / "tests/kernels/test_ops_on_a_gpu.py")]
+
+
+def _training(config: str, run: Path, *settings: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "launcher/pretrain.py"), "--config", config]
+    command += ["--deepspeed_config", str(ROOT / "ds_configs/zero1_bf16.json"), "--output_dir", str(run)]
+    return [*command, "--resume", "none", "--set", *settings]
+
+
+def gpu_parts(rows: Path, out: Path) -> list[Part]:
+    """In the order that loses least where time ends."""
+    planted, program = out / "planted.cu", out / "planted"
+    planted.write_text(PLANTED, encoding="utf-8")
+    sanitizer = ["compute-sanitizer", "--kernel-name", FILTER, "--error-exitcode", str(FOUND)]
+    # The caching allocator hides whatever stays within one of its blocks.
+    exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    plain = [
+        sys.executable,
+        "-c",
+        f"import subprocess as s; s.run(['nvcc', '-o', {str(program)!r}, {str(planted)!r}], check=True)",
+    ]
+    return [
+        Part("facts", 30, _module(rows, "facts")),
+        Part("build", 90, _module(rows, "build")),
+        Part("tests", 60, _tests()),
+        Part("step", 50, _module(rows, "step", "--batch", "256", "--profiled")),
+        Part("step 512", 40, _module(rows, "step", "--batch", "512")),
+        Part("routing", 40, _module(rows, "routing")),
+        Part("layers", 40, _module(rows, "layers")),
+        Part("train eve_tiny", 60, _training("eve_tiny", out / "tiny", "train.max_steps=200")),
+        Part(
+            "train eve_base",
+            60,
+            _training("eve_base", out / "base", *SCENES, "train.train_batch_size=128", "train.max_steps=20"),
+        ),
+        Part("planted error, compiled", 20, plain),
+        Part("planted error, found", 15, [*sanitizer, "--tool", "memcheck", str(program)], expected=FOUND),
+        *(
+            Part(tool, 40, [*sanitizer, "--tool", tool, *_tests("-k", FEW)], exact)
+            for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
+        ),
+        Part("step, compiled", 120, _module(rows, "step", "--batch", "256", "--compiled")),
+    ]
+
+
+def dry_parts(rows: Path, out: Path) -> list[Part]:
+    """The same on a CPU with small shapes; sanitizers need a GPU."""
+    tiny = ("step", "--preset", "eve_tiny", "--batch", "2")
+    return [
+        Part("facts", 60, _module(rows, "facts")),
+        Part("build", 240, _module(rows, "build")),
+        Part("tests", 60, _tests()),
+        Part("step", 60, _module(rows, *tiny, "--profiled")),
+        Part("routing", 60, _module(rows, "routing", "--tokens", "64")),
+        Part("layers", 60, _module(rows, "layers", "--tokens", "32")),
+        Part(
+            "train eve_tiny", 120, _training("eve_tiny", out / "tiny", "train.max_steps=2", "train.train_batch_size=8")
+        ),
+    ]
+
+
+def run_part(part: Part, seconds: float, out: Path) -> str:
+    """`ok`, or in one line what went wrong; what the part printed is in OUT/<name>.log."""
+    log = out / f"{part.name.replace(' ', '_').replace(',', '')}.log"
+    cuda = shutil.which("nvidia-smi") is not None
+    environment = os.environ | {"DS_ACCELERATOR": "cuda" if cuda else "cpu", "EVE_DS_OPS": "build", **part.environment}
+    environment.setdefault("OMP_NUM_THREADS", "4" if cuda else "1")
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            code = subprocess.run(
+                part.command,
+                env=environment,
+                cwd=out,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s, see {log}"
+        except OSError as error:
+            return f"{part.command[0]} cannot be run ({error.strerror})"
+    return "ok" if code == part.expected else f"exit code {code} instead of {part.expected}, see {log}"
+
+
+def write_document(rows: Path, outcomes: dict[str, str], out: Path) -> None:
+    """OUT/<device>-<date>.json and OUT/table.md of what is known by now."""
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.is_file() else []
+    found += [{"part": f"train {run.name}", **_last_training(run)} for run in map(out.joinpath, RUNS) if run.is_dir()]
+    about = next((row for row in found if row["what"] == "device"), {"name": "unknown"})
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    name = f"{about['name'].lower().replace(' ', '-').removeprefix('nvidia-')}-{date}.json"
+    document = {"date": date, "commit": _commit(), "parts": outcomes}
+    head = json.dumps(document, indent=1)[1:-2]
+    body = ",\n".join(f"  {json.dumps(row)}" for row in found)
+    (out / name).write_text(f'{{{head},\n "rows": [\n{body}\n ]\n}}\n', encoding="utf-8")
+    (out / "table.md").write_text(table(found, outcomes), encoding="utf-8")
+
+
+def table(rows: Sequence[dict[str, Any]], outcomes: dict[str, str]) -> str:
+    """Markdown: what failed, then a row for every figure."""
+    lines = [f"- {name}: {outcome}" for name, outcome in outcomes.items() if outcome != "ok"]
+    lines += [""] if lines else []
+    lines += ["| part | what | figures |", "|---|---|---|"]
+    for row in rows:
+        if row["what"] != "kernel":
+            figures = ", ".join(f"{key} {_text(value)}" for key, value in row.items() if key not in ("part", "what"))
+            lines.append(f"| {row['part']} | {row['what']} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _last_training(run: Path) -> dict[str, Any]:
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    keys = ("step", "loss", "samples_per_second", "mfu")
+    return {"what": "engine", **({key: records[-1][key] for key in keys if key in records[-1]} if records else {})}
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

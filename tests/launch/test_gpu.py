@@ -1,0 +1,90 @@
+"""The command for a GPU machine: every part on the CPU, and what it does where a part fails, hangs or has no time."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "launcher" / "gpu.py"
+SPEC = importlib.util.spec_from_file_location("gpu_program", PROGRAM)
+assert SPEC is not None and SPEC.loader is not None  # noqa: PT018
+gpu = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(gpu)
+
+
+def run(*arguments):
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.timeout(300)
+def test_dry_run_measures_every_part(tmp_path):
+    parts = ["facts", "build", "tests", "step", "routing", "layers"]
+    done = run("--out", tmp_path, "--dry-run", "--parts", *parts)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("cpu-*.json")
+    document = json.loads(file.read_text())
+    assert document["parts"] == dict.fromkeys(parts, "ok")
+    named = {(row["part"], row["what"]) for row in document["rows"]}
+    assert {
+        *(("facts", "copy"), ("facts", "matrix product"), ("build", "build"), ("step", "step"), ("step", "kernel")),
+        *(("routing", name) for name in ("route", "dispatch", "combine", "combine, backward")),
+        *(("layers", name) for name in ("linear cross entropy, as it is", "attention, plain, masked")),
+    } <= named
+    step = next(row for row in document["rows"] if row["what"] == "step")
+    assert step["pairs_s"] == pytest.approx(step["batch"] / step["ms"] * 1e3, rel=1e-3)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + sum(row["what"] != "kernel" for row in document["rows"])
+
+
+def test_parts_of_a_gpu_have_time_for_each_other(tmp_path):
+    parts = gpu.gpu_parts(tmp_path / "rows.jsonl", tmp_path)
+    assert len({part.name for part in parts}) == len(parts)
+    sanitizers = [part for part in parts if part.environment]
+    assert [part.name for part in sanitizers] == ["memcheck", "racecheck", "synccheck", "initcheck"]
+    assert all(part.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for part in sanitizers)
+    assert all("kernel_substring=eve_ds" in part.command for part in sanitizers)
+    assert [part.name for part in parts if part.expected] == ["planted error, found"]
+
+
+def test_part_that_fails_or_hangs_says_so_in_one_line(tmp_path):
+    python = [sys.executable, "-c"]
+    outcome = gpu.run_part(gpu.Part("fails", 30, [*python, "print('why'); raise SystemExit(3)"]), 30, tmp_path)
+    assert outcome == f"exit code 3 instead of 0, see {tmp_path / 'fails.log'}"
+    assert (tmp_path / "fails.log").read_text() == "why\n"
+    outcome = gpu.run_part(gpu.Part("hangs", 1, [*python, "import time; time.sleep(60)"]), 1, tmp_path)
+    assert outcome == f"stopped after 1 s, see {tmp_path / 'hangs.log'}"
+    assert gpu.run_part(gpu.Part("finds", 30, [*python, "raise SystemExit(9)"], expected=9), 30, tmp_path) == "ok"
+    assert gpu.run_part(gpu.Part("lacks", 30, ["no-such-tool"]), 30, tmp_path) == (
+        "no-such-tool cannot be run (No such file or directory)"
+    )
+
+
+def test_no_part_starts_after_the_time(tmp_path):
+    done = run("--out", tmp_path, "--dry-run", "--seconds", "0", "--parts", "facts", "tests")
+    assert done.returncode == 1
+    (file,) = tmp_path.glob("unknown-*.json")
+    assert json.loads(file.read_text())["parts"] == dict.fromkeys(["facts", "tests"], "not run: no time left")
+
+
+def test_bad_input_is_one_line(tmp_path):
+    done = run("--out", tmp_path, "--wheels", tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"gpu: --wheels ({tmp_path}) holds no wheel: collect them with `make gpu-wheels`\n",
+    )
+    done = run("--out", tmp_path, "--dry-run", "--parts", "speed")
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu: --parts (speed) must be among facts, build, tests, step, ")
+    done = subprocess.run(  # -I -S: neither the environment's packages nor the current folder
+        [sys.executable, "-I", "-S", str(PROGRAM)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu: packages (deepspeed, pydantic, ")
+    assert done.stderr.endswith(
+        "eve_ds) are missing: pip install -e . here, or collect `make gpu-wheels` elsewhere and name --wheels\n"
+    )
