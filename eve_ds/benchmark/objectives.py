@@ -25,7 +25,7 @@ Inputs = dict[str, Tensor]
 PAPER = MaskingConfig()
 CHEAP = MaskingConfig(language_view_patch_share=0.5, predicted_patch_share=0.25)
 """Half of the patches in the language view (FLIP), a quarter of the masked patches predicted (CrossMAE)."""
-BATCHES = {"eve_tiny": 32, "eve_base": 4}
+BATCHES = {"eve_tiny": 32, "eve_base": 2}
 FEW_PAIRS = 2
 """Pairs of the smaller batch that memory is measured at."""
 
