@@ -22,7 +22,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "metrics": {"config", "distributed", "data"},
     "evaluation": {"config", "distributed", "ops", "data", "model"},
     "report": {"config", "ops", "data", "model", "losses", "evaluation"},
-    "benchmark": {"config", "ops", "data", "model", "losses"},
+    "benchmark": {"config", "ops", "data", "model", "losses", "metrics", "checkpoint"},
     "run": {"config", "distributed"},
     "engine": {
         "run",
