@@ -23,6 +23,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -88,6 +89,8 @@ def main() -> int:
     rows.unlink(missing_ok=True)
     for run in RUNS:
         shutil.rmtree(out / run, ignore_errors=True)
+    if arguments.dry_run:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     parts = dry_parts(rows, out) if arguments.dry_run else gpu_parts(rows, out)
     if unknown := sorted(set(arguments.parts or ()) - {part.name for part in parts}):
         names = ", ".join(part.name for part in parts)
@@ -164,11 +167,6 @@ def gpu_parts(rows: Path, out: Path) -> list[Part]:
     sanitizer = ["compute-sanitizer", "--kernel-name", FILTER, "--error-exitcode", str(FOUND)]
     # The caching allocator hides whatever stays within one of its blocks.
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    plain = [
-        sys.executable,
-        "-c",
-        f"import subprocess as s; s.run(['nvcc', '-o', {str(program)!r}, {str(planted)!r}], check=True)",
-    ]
     return [
         Part("facts", 30, _module(rows, "facts")),
         Part("build", 90, _module(rows, "build")),
@@ -183,7 +181,7 @@ def gpu_parts(rows: Path, out: Path) -> list[Part]:
             60,
             _training("eve_base", out / "base", *SCENES, "train.train_batch_size=128", "train.max_steps=20"),
         ),
-        Part("planted error, compiled", 20, plain),
+        Part("planted error, compiled", 20, ["nvcc", "-o", str(program), str(planted)]),
         Part("planted error, found", 15, [*sanitizer, "--tool", "memcheck", str(program)], expected=FOUND),
         *(
             Part(tool, 40, [*sanitizer, "--tool", tool, *_tests("-k", FEW)], exact)
@@ -212,24 +210,21 @@ def dry_parts(rows: Path, out: Path) -> list[Part]:
 def run_part(part: Part, seconds: float, out: Path) -> str:
     """`ok`, or in one line what went wrong; what the part printed is in OUT/<name>.log."""
     log = out / f"{part.name.replace(' ', '_').replace(',', '')}.log"
-    cuda = shutil.which("nvidia-smi") is not None
-    environment = os.environ | {"DS_ACCELERATOR": "cuda" if cuda else "cpu", "EVE_DS_OPS": "build", **part.environment}
-    environment.setdefault("OMP_NUM_THREADS", "4" if cuda else "1")
+    environment = {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cuda"} | os.environ | part.environment
+    environment["EVE_DS_OPS"] = "build"
     with log.open("w", encoding="utf-8") as file:
         try:
-            code = subprocess.run(
-                part.command,
-                env=environment,
-                cwd=out,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return f"stopped after {seconds:.0f} s, see {log}"
+            process = subprocess.Popen(
+                part.command, env=environment, cwd=out, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
         except OSError as error:
             return f"{part.command[0]} cannot be run ({error.strerror})"
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would keep the GPU busy
+            process.wait()
+            return f"stopped after {seconds:.0f} s, see {log}"
     return "ok" if code == part.expected else f"exit code {code} instead of {part.expected}, see {log}"
 
 
@@ -240,10 +235,8 @@ def write_document(rows: Path, outcomes: dict[str, str], out: Path) -> None:
     about = next((row for row in found if row["what"] == "device"), {"name": "unknown"})
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     name = f"{about['name'].lower().replace(' ', '-').removeprefix('nvidia-')}-{date}.json"
-    document = {"date": date, "commit": _commit(), "parts": outcomes}
-    head = json.dumps(document, indent=1)[1:-2]
-    body = ",\n".join(f"  {json.dumps(row)}" for row in found)
-    (out / name).write_text(f'{{{head},\n "rows": [\n{body}\n ]\n}}\n', encoding="utf-8")
+    document = {"date": date, "commit": _commit(), "parts": outcomes, "rows": found}
+    (out / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(found, outcomes), encoding="utf-8")
 
 

@@ -28,9 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from eve_ds import ops
 from eve_ds.benchmark.measures import REAL_TOKENS, device
-from eve_ds.benchmark.objectives import draw_weights, random_inputs
+from eve_ds.benchmark.objectives import backward, draw_weights, random_inputs
 from eve_ds.config import load_config
-from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.metrics import peak_flops, pretraining_flops
 from eve_ds.model.eve import EVE
 from eve_ds.ops.build import build, use_built
@@ -141,23 +140,11 @@ class Step:
         draw_weights(model)
         self.model = model.to(torch.bfloat16).train()
         self.inputs = random_inputs(self.config, self.config.masking, batch)
-        self.labels = self.inputs["input_ids"].flatten()[self.inputs["masked_token_ids"]]
-        patches, tokens = self.inputs["masked_patch_ids"].numel(), self.labels.numel()
-        self.counts = Counts(float(patches), float(tokens), float(batch * self.config.model.num_patches))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def step(self) -> None:
         """One step."""
-        terms = pretraining_losses(
-            self.model(**self.inputs),
-            pixel_values=self.inputs["pixel_values"],
-            image_mask=None,
-            masked_patch_ids=self.inputs["masked_patch_ids"],
-            token_labels=self.labels,
-            patch_size=self.config.model.patch_size,
-            counts=self.counts,
-        )
-        total_loss(terms, self.config.loss).backward()
+        backward(self.model, self.config, self.inputs)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

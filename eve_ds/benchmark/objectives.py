@@ -105,7 +105,7 @@ class Objectives:
 
     def step(self, name: str) -> None:
         """One step of a set."""
-        self._backward(name, self.inputs[name])
+        backward(self.models[name], self.config, self.inputs[name])
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -137,20 +137,22 @@ class Objectives:
         return {name: random_inputs(self.config, side.masking, size) for name, side in self.sides.items()}
 
     def _gradients(self, name: str, inputs: Inputs, keep: bool = False) -> None:
-        self._backward(name, inputs)
+        backward(self.models[name], self.config, inputs)
         self.optimizer.zero_grad(set_to_none=not keep)
 
-    def _backward(self, name: str, inputs: Inputs) -> None:
-        terms = pretraining_losses(
-            self.models[name](**inputs),
-            pixel_values=inputs["pixel_values"],
-            image_mask=None,
-            masked_patch_ids=inputs["masked_patch_ids"],
-            token_labels=inputs["input_ids"].flatten()[inputs["masked_token_ids"]],
-            patch_size=self.config.model.patch_size,
-            counts=Counts(1000.0, 100.0, 1000.0),
-        )
-        total_loss(terms, self.config.loss).backward()
+
+def backward(model: EVE, config: Config, inputs: Inputs) -> None:
+    """Loss and gradients of what :func:`random_inputs` gives; the denominators are any."""
+    terms = pretraining_losses(
+        model(**inputs),
+        pixel_values=inputs["pixel_values"],
+        image_mask=None,
+        masked_patch_ids=inputs["masked_patch_ids"],
+        token_labels=inputs["input_ids"].flatten()[inputs["masked_token_ids"]],
+        patch_size=config.model.patch_size,
+        counts=Counts(1000.0, 100.0, 1000.0),
+    )
+    total_loss(terms, config.loss).backward()
 
 
 @torch.no_grad()

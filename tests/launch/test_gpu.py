@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,8 +57,11 @@ def test_part_that_fails_or_hangs_says_so_in_one_line(tmp_path):
     outcome = gpu.run_part(gpu.Part("fails", 30, [*python, "print('why'); raise SystemExit(3)"]), 30, tmp_path)
     assert outcome == f"exit code 3 instead of 0, see {tmp_path / 'fails.log'}"
     assert (tmp_path / "fails.log").read_text() == "why\n"
-    outcome = gpu.run_part(gpu.Part("hangs", 1, [*python, "import time; time.sleep(60)"]), 1, tmp_path)
-    assert outcome == f"stopped after 1 s, see {tmp_path / 'hangs.log'}"
+    hangs = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); import time; time.sleep(60)"
+    outcome = gpu.run_part(gpu.Part("hangs", 2, [*python, hangs]), 2, tmp_path)
+    assert outcome == f"stopped after 2 s, see {tmp_path / 'hangs.log'}"
+    child = int((tmp_path / "hangs.log").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     assert gpu.run_part(gpu.Part("finds", 30, [*python, "raise SystemExit(9)"], expected=9), 30, tmp_path) == "ok"
     assert gpu.run_part(gpu.Part("lacks", 30, ["no-such-tool"]), 30, tmp_path) == (
         "no-such-tool cannot be run (No such file or directory)"
