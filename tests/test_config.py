@@ -200,6 +200,7 @@ def test_objectives_of_former_configurations_are_read_with_a_line_that_says_so(c
     caplog.set_level("INFO", logger="eve_ds")
     config = parse_config({"model": {"objective": "msm"}, "loss": {"pixel_weight": 0.5, "text_weight": 2}})
     assert config.model.objectives == ["joint"]
+    assert config.model.pixel_target == "normalized", "what it had before raw pixels became the default"
     assert (config.loss.mim_weight, config.loss.mlm_weight) == (0.5, 2.0)
     assert [record.getMessage() for record in caplog.records] == [
         "objective ('msm') is read as objectives (['joint'])",
@@ -208,8 +209,22 @@ def test_objectives_of_former_configurations_are_read_with_a_line_that_says_so(c
     ]
     assert parse_config({"model": {"objective": "itc_itm_mlm"}}).model.objectives == ["mlm", "itc", "itm"]
     assert parse_config({}).model.objectives == ["mim", "mlm"]
-    assert parse_written_config({"model": {}}, "x").model.objectives == ["joint"], "written before the field existed"
-    assert parse_written_config({"model": {"objectives": ["mlm"]}}, "x").model.objectives == ["mlm"]
+    raw = parse_config({"model": {"objective": "msm", "pixel_target": "raw"}, "loss": {}}).model.pixel_target
+    assert raw == "raw", "what is said stays"
+
+
+@pytest.mark.parametrize(
+    ("written", "objectives", "pixel_target"),
+    [
+        ({}, ["joint"], "normalized"),
+        ({"objective": "itc_itm"}, ["itc", "itm"], "normalized"),
+        ({"objectives": ["mlm"]}, ["mlm"], "normalized"),
+        ({"objectives": ["mim"], "pixel_target": "raw"}, ["mim"], "raw"),
+    ],
+)
+def test_written_configs_from_before_a_field_existed_are_read_as_what_they_were(written, objectives, pixel_target):
+    model = parse_written_config({"model": written}, "x").model
+    assert (model.objectives, model.pixel_target) == (objectives, pixel_target)
 
 
 @pytest.mark.parametrize("preset", ["eve_tiny", "eve_base", "eve_large", "eve_boxes"])

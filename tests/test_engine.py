@@ -280,9 +280,19 @@ def refused_folder(run, resume="auto"):
 def test_a_run_from_before_a_field_existed_has_its_default(tmp_path):
     run = of_run(tmp_path)
     tree = run.model_dump(mode="json")
-    del tree["loss"]["itc_weight"], tree["model"]["pixel_target"]
+    del tree["loss"]["itc_weight"]
     (tmp_path / "config.json").write_text(json.dumps(tree))
     check_output_dir(run, "auto")
+
+
+def test_a_run_from_before_targets_of_pixels_could_be_set_goes_on_with_normalized_ones(tmp_path):
+    run = of_run(tmp_path)
+    tree = run.model_dump(mode="json")
+    del tree["model"]["pixel_target"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert "pixel_target" in refused_folder(run)
+    model = run.model.model_copy(update={"pixel_target": "normalized"})
+    check_output_dir(run.model_copy(update={"model": model}), "auto")
 
 
 @pytest.mark.parametrize(

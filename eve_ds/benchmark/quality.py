@@ -26,12 +26,15 @@ AS_WRITTEN = (
     *("masking.image_view_share=1", "masking.language_view_patch_share=1", "loss.mlm_weight=1"),
 )
 """What the paper has where eve_tiny is cheaper."""
-JOINT = ("masking.predicted_patch_share=0.5", "masking.text_to_image_share=0.25", "optimizer.warmup_steps=100")
+JOINT = (
+    *("masking.predicted_patch_share=0.5", "masking.text_to_image_share=0.25", "optimizer.warmup_steps=100"),
+    "model.pixel_target=normalized",
+)
 """What was found for `joint` where eve_tiny is tuned for two views."""
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "mim+mlm": (),
     "mim+mlm.as_written": AS_WRITTEN,
-    "mim+mlm.raw": ("model.pixel_target=raw",),
+    "mim+mlm.normalized": ("model.pixel_target=normalized",),
     "joint": JOINT,
     "itc+itm": (),
     "mlm+itc+itm": (),
