@@ -327,9 +327,35 @@ Tensor masked_pixel_loss_backward(
   return d_predictions;
 }
 
+// The activation, or with `d_out_in` the gradient of its input.
+template <typename Device>
+Tensor quick_gelu_pass(const Tensor& x_in, const Optional& d_out_in) {
+  const Device device(x_in);
+  const Tensor x = dense(x_in);
+  const Optional d_out = dense(d_out_in);
+  const Dtype dtype = device.dtype_of(x, "x");
+  STD_TORCH_CHECK(!d_out.has_value() || d_out->numel() == x.numel(), "d_out has the wrong shape");
+  STD_TORCH_CHECK(!d_out.has_value() || d_out->scalar_type() == x.scalar_type(), "d_out has another dtype than x");
+  const Tensor out = torch::stable::empty_like(x);
+  device.run(QuickGelu{x.const_data_ptr(), pointer<void>(d_out), x.numel(), out.mutable_data_ptr()}, dtype);
+  return out;
+}
+
+template <typename Device>
+Tensor quick_gelu(const Tensor& x) {
+  return quick_gelu_pass<Device>(x, std::nullopt);
+}
+
+template <typename Device>
+Tensor quick_gelu_backward(const Tensor& d_out, const Tensor& x) {
+  return quick_gelu_pass<Device>(x, d_out);
+}
+
 // What a binding says for its key in STABLE_TORCH_LIBRARY_IMPL.
 template <typename Device, typename Library>
 void register_ops(Library& library) {
+  library.impl("quick_gelu", TORCH_BOX(&quick_gelu<Device>));
+  library.impl("quick_gelu_backward", TORCH_BOX(&quick_gelu_backward<Device>));
   library.impl("route_topk", TORCH_BOX(&route_topk<Device>));
   library.impl("route_topk_backward", TORCH_BOX(&route_topk_backward<Device>));
   library.impl("moe_dispatch", TORCH_BOX(&moe_dispatch<Device>));

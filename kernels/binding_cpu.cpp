@@ -152,33 +152,18 @@ class CpuDevice {
              [&](int64_t first, int64_t end) { kernels().losses->pixel_loss_backward(args, dtype, first, end); });
   }
 
+  void run(const QuickGelu& args, Dtype dtype) const {
+    parallel(args.count, 1 << 14,
+             [&](int64_t first, int64_t end) { kernels().activations->quick_gelu(args, dtype, first, end); });
+  }
+
  private:
   static void check_patch_size(const PixelLoss& args) {
     STD_TORCH_CHECK(args.patch_size <= kMaxPatchSize, "patch_size must be at most ", kMaxPatchSize, " on CPU");
   }
 };
 
-Tensor quick_gelu_pass(const Tensor& x_in, const Tensor* d_out_in) {
-  const Tensor x = dense(x_in);
-  const Optional d_out = d_out_in == nullptr ? std::nullopt : Optional(dense(*d_out_in));
-  STD_TORCH_CHECK(!d_out.has_value() || d_out->numel() == x.numel(), "d_out has the wrong shape");
-  const Tensor out = torch::stable::empty_like(x);
-  const QuickGelu args{x.const_data_ptr(), pointer<void>(d_out), x.numel(), out.mutable_data_ptr()};
-  const Dtype dtype = CpuDevice(x).dtype_of(x, "x");
-  parallel(args.count, 1 << 14,
-           [&](int64_t first, int64_t end) { kernels().activations->quick_gelu(args, dtype, first, end); });
-  return out;
-}
-
-Tensor quick_gelu(const Tensor& x) { return quick_gelu_pass(x, nullptr); }
-
-Tensor quick_gelu_backward(const Tensor& d_out, const Tensor& x) { return quick_gelu_pass(x, &d_out); }
-
 }  // namespace
 }  // namespace eve_ds
 
-STABLE_TORCH_LIBRARY_IMPL(eve_ds, CPU, m) {
-  eve_ds::register_ops<eve_ds::CpuDevice>(m);
-  m.impl("quick_gelu", TORCH_BOX(&eve_ds::quick_gelu));
-  m.impl("quick_gelu_backward", TORCH_BOX(&eve_ds::quick_gelu_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(eve_ds, CPU, m) { eve_ds::register_ops<eve_ds::CpuDevice>(m); }

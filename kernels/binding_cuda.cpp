@@ -46,6 +46,7 @@ class CudaDevice {
   void run(const PixelLossBackward& args, Dtype dtype) const {
     check_launch(launch_pixel_loss_backward(args, dtype, stream_));
   }
+  void run(const QuickGelu& args, Dtype dtype) const { check_launch(launch_quick_gelu(args, dtype, stream_)); }
 
  private:
   static void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "launch of a CUDA kernel: ", error); }

@@ -17,6 +17,7 @@ const char* launch_combine_backward(const CombineBackward& args, Dtype dtype, vo
 const char* launch_cross_entropy(const CrossEntropy& args, Dtype dtype, void* stream);
 const char* launch_pixel_loss(const PixelLoss& args, Dtype dtype, void* stream);
 const char* launch_pixel_loss_backward(const PixelLossBackward& args, Dtype dtype, void* stream);
+const char* launch_quick_gelu(const QuickGelu& args, Dtype dtype, void* stream);
 
 }  // namespace eve_ds
 

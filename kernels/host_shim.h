@@ -217,6 +217,7 @@ struct alignas(16) uint4 {
 inline uint4 __ldca(const uint4* from) { return *from; }
 inline void __stwb(uint4* to, uint4 value) { *to = value; }
 
+inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int atomicAdd(int* to, int value) { return std::exchange(*to, *to + value); }
 

@@ -42,7 +42,7 @@ CUDA_FLAGS = (
     *("-std=c++20", "-O3", "-Xcompiler", "-fPIC"),
     *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
 )
-CUDA_SOURCES = ("routing_cuda.cu", "masked_loss_cuda.cu")
+CUDA_SOURCES = ("routing_cuda.cu", "masked_loss_cuda.cu", "activation_cuda.cu")
 
 
 DTYPES = {

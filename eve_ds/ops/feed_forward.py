@@ -18,8 +18,8 @@ from eve_ds.ops.schema import LIBRARY
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x); see :func:`eve_ds.ops.reference.quick_gelu`, which CUDA has too."""
-    return torch.ops.eve_ds.quick_gelu(x) if x.device.type == "cpu" and use_built(x) else reference.quick_gelu(x)
+    """x * sigmoid(1.702 x); see :func:`eve_ds.ops.reference.quick_gelu`."""
+    return torch.ops.eve_ds.quick_gelu(x) if use_built(x) else reference.quick_gelu(x)
 
 
 def grouped_feed_forward(

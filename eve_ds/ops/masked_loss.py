@@ -16,7 +16,10 @@ from eve_ds.ops.build import use_built
 from eve_ds.ops.schema import LIBRARY
 
 SMALL_BYTES, CHUNK_BYTES = 2**24, 3 * 2**25
-"""Logits of 16 MiB are computed at once, others in two or more pieces of at most 96 MiB: few rows multiply slowly."""
+"""Logits of 16 MiB are computed at once on a CPU, others in two or more pieces of at most 96 MiB: few rows multiply
+slowly."""
+CUDA_CHUNK_BYTES = 2**30
+"""Pieces on a GPU, where few rows are slower still: twice the speed of 96 MiB on an H200 (kernels/README.md)."""
 MOST_ROUNDED = 4
 """So many chunks may be added to a gradient in the weight's own dtype; each rounds the sum once."""
 SLICE_ROWS = 4096
@@ -28,25 +31,27 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross entropy of a vocabulary projection; see :func:`eve_ds.ops.reference.linear_cross_entropy`.
 
-    Gradients are formed with the loss, `chunk` rows at a time (None: see `CHUNK_BYTES`), so the (N, V)
-    logits are never all there; backward multiplies them by its upstream gradient in place and runs once.
+    Gradients are formed with the loss, `chunk` rows at a time (None: see `CHUNK_BYTES` and
+    `CUDA_CHUNK_BYTES`), so that many logits are never all there; backward multiplies the gradients by its upstream
+    gradient in place and runs once.
     """
     if not use_built(hidden):
         return reference.linear_cross_entropy(hidden, weight, bias, target)
     if chunk is None:
-        chunk = _chunk_rows(hidden.shape[0], weight.shape[0] * hidden.element_size())
+        chunk = _chunk_rows(hidden.shape[0], weight.shape[0] * hidden.element_size(), hidden.device)
     learns = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
     return torch.ops.eve_ds.linear_cross_entropy(hidden, weight, bias, target, chunk, learns)[0]
 
 
-def _chunk_rows(rows: int, row_bytes: int) -> int:
+def _chunk_rows(rows: int, row_bytes: int, on: torch.device) -> int:
     """Rows of equal pieces, rounded up to a multiple of 64."""
     total = rows * row_bytes
-    if total <= SMALL_BYTES:
+    at_once, largest = (CUDA_CHUNK_BYTES,) * 2 if on.type == "cuda" else (SMALL_BYTES, CHUNK_BYTES)
+    if total <= at_once:
         return max(rows, 1)
-    pieces = max(math.ceil(total / CHUNK_BYTES), 2)
+    pieces = max(math.ceil(total / largest), 2)
     return math.ceil(rows / pieces / 64) * 64
 
 

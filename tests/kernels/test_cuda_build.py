@@ -14,7 +14,6 @@ import torch
 from eve_ds.ops import build
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-SOURCES = ("routing_cuda.cu", "masked_loss_cuda.cu")
 ARCHITECTURES = ("sm_80", "sm_90")
 MAX_REGISTERS = 64
 """A multiprocessor has 65,536: enough for one block of 1,024 threads, the largest there is."""
@@ -57,7 +56,7 @@ def run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", build.CUDA_SOURCES)
 def test_kernels_keep_to_their_registers(source: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:

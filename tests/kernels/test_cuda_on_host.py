@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from eve_ds.ops import reference
+from eve_ds.ops.build import CUDA_SOURCES
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-SOURCES = ("routing_cuda.cu", "masked_loss_cuda.cu")
 FLAGS = (
     *("-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-DEVE_HOST_SHIM"),
     # A misaligned wide load or an index past a shared array ends the program, as it would on a GPU.
@@ -69,6 +69,7 @@ const char* pixel_loss(const PixelLoss& args, Dtype dtype) { return launch_pixel
 const char* pixel_loss_backward(const PixelLossBackward& args, Dtype dtype) {
   return launch_pixel_loss_backward(args, dtype, nullptr);
 }
+const char* quick_gelu(const QuickGelu& args, Dtype dtype) { return launch_quick_gelu(args, dtype, nullptr); }
 }
 """
 
@@ -77,7 +78,7 @@ def build_for_host(sources: Path, folder: Path) -> Path:
     """Compile the .cu files of a folder with g++ into a library with the functions of `ENTRY_POINTS`."""
     entry_points, library = folder / "entry_points.cpp", folder / "kernels.so"
     entry_points.write_text(ENTRY_POINTS)
-    inputs = ["-x", "c++", str(entry_points), *(str(sources / name) for name in SOURCES)]
+    inputs = ["-x", "c++", str(entry_points), *(str(sources / name) for name in CUDA_SOURCES)]
     command = ["g++", *FLAGS, f"-I{sources}", *inputs, "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -597,6 +598,32 @@ def test_pixel_loss(
     backward = kernels.in_every_order(lambda: pixel_loss_backward(kernels, case, ours, d_losses))
     tolerances = {"rtol": ROUNDING[dtype], "atol": 2e-5}
     torch.testing.assert_close(backward.d_predictions, wide.grad.to(dtype), **tolerances)
+
+
+# ---- Activation ----
+
+
+def quick_gelu(kernels: Kernels, x: torch.Tensor, d_out: torch.Tensor | None) -> SimpleNamespace:
+    out = kernels.blank(x.numel(), dtype=x.dtype)
+    kernels.call("quick_gelu", "QuickGelu", x.dtype, x=x, d_out=d_out, count=x.numel(), out=out)
+    return SimpleNamespace(out=out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("count", "offset"), [(0, 0), (1, 0), (1000, 0), (4096, 0), (4096, 1), (4099, 0)])
+def test_quick_gelu(kernels: Kernels, count: int, offset: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(10)
+    x = (torch.randn(count + offset, generator=generator) * 4).to(dtype)[offset:]
+    x[:4] = torch.tensor([0.0, 200.0, -200.0, float("nan")])[:count]
+    d_out = torch.randn(count, generator=generator).to(dtype)
+    wide = x.double().requires_grad_()
+    expected = reference.quick_gelu(wide)
+    expected.backward(d_out.double())
+    tolerances = {"rtol": ROUNDING[dtype], "atol": SMALLEST[dtype], "equal_nan": True}
+    ours = kernels.in_every_order(lambda: quick_gelu(kernels, x, None))
+    torch.testing.assert_close(ours.out, expected.detach().to(dtype), **tolerances)
+    backward = kernels.in_every_order(lambda: quick_gelu(kernels, x, d_out))
+    torch.testing.assert_close(backward.out, wide.grad.to(dtype), **tolerances)
 
 
 # ---- The harness itself ----

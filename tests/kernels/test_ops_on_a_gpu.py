@@ -101,6 +101,26 @@ def test_masked_pixel_loss(dtype, batch, size, patch, masked, normalize):
     close(predictions.grad, predictions_64.grad, dtype, scale=10.0)
 
 
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize(("count", "offset"), [(0, 0), (1, 0), (4096, 0), (4096, 1), (4099, 0), (3_000_000, 0)])
+def test_quick_gelu(dtype, count, offset):
+    torch.manual_seed(4)
+    x, x_64 = pair(torch.randn(count + offset) * 4, dtype)
+    ours, expected = ops.quick_gelu(x[offset:]), reference.quick_gelu(x_64[offset:])
+    close(ours, expected, dtype)
+    upstream = torch.randn(count).to(dtype)
+    ours.backward(upstream.cuda())
+    expected.backward(upstream.double())
+    close(x.grad, x_64.grad, dtype)
+
+
+def test_quick_gelu_of_what_no_exponential_holds():
+    x = torch.tensor([0.0, 200.0, -200.0], device="cuda", requires_grad=True)
+    ops.quick_gelu(x).sum().backward()
+    assert ops.quick_gelu(x).tolist() == [0.0, 200.0, 0.0]
+    assert x.grad.tolist() == [0.5, 1.0, 0.0]
+
+
 def test_runs_repeat_bit_for_bit():
     torch.manual_seed(3)
     logits, x = torch.randn(4096, 32, device="cuda"), torch.randn(4096, 768, device="cuda").bfloat16()
