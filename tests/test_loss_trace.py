@@ -29,7 +29,8 @@ TRACES = {
     "loss_trace": [],
     "loss_trace_joint": [
         *("model.objectives=[joint]", "masking.predicted_patch_share=0.5", "masking.text_to_image_share=0.25"),
-        *("optimizer.warmup_steps=100", "train.train_batch_size=64"),
+        *("optimizer.warmup_steps=100", "optimizer.lr=0.002", "train.train_batch_size=64"),
+        "model.pixel_target=normalized",
     ],
 }
 """Settings by name of the file."""

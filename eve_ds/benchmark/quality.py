@@ -28,7 +28,7 @@ AS_WRITTEN = (
 """What the paper has where eve_tiny is cheaper."""
 JOINT = (
     *("masking.predicted_patch_share=0.5", "masking.text_to_image_share=0.25", "optimizer.warmup_steps=100"),
-    "model.pixel_target=normalized",
+    *("optimizer.lr=2e-3", "model.pixel_target=normalized"),
 )
 """What was found for `joint` where eve_tiny is tuned for two views."""
 OBJECTIVES: dict[str, tuple[str, ...]] = {
