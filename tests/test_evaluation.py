@@ -49,7 +49,7 @@ class Oracle(nn.Module):
     """Knows every scene by its image: says the words and paints the pixels of the caption that belongs to the image.
 
     Words: as the image's caption has them, whatever else the text says. Pixels: right where the visible text is that
-    of the image, otherwise all zero, whose squared error to normalised pixels is that of guessing the mean.
+    of the image, otherwise all zero, whose squared error is the mean square of the pixels.
     """
 
     def __init__(self, scenes, tokenizer):
@@ -77,16 +77,15 @@ class Oracle(nn.Module):
         pixels = None if masked_patch_ids is None else torch.zeros(*masked_patch_ids.shape, 192)
         for row, scene in enumerate(known if pixels is not None else ()):
             if input_ids[row][attention_mask[row]].tolist() == self.captions[scene]:
-                pixels[row] = normalized_patches(pixel_values[row])[masked_patch_ids[row]]
+                pixels[row] = patches_of(pixel_values[row])[masked_patch_ids[row]]
         return EVEOutput(pixels, logits, torch.eye(self.vocabulary), torch.zeros(self.vocabulary), {})
 
     def _look(self, image):
         return int((self.images - image).abs().flatten(1).amax(dim=1).argmin())
 
 
-def normalized_patches(image):
-    patches = ops.patchify(image[None], 8)[0]
-    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+def patches_of(image):
+    return ops.patchify(image[None], 8)[0]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,7 @@ def test_foreground_pixels_with_the_right_and_with_another_caption(result, scene
         chunk = scenes[0][start : start + BATCH]
         batch = collate(samples_of(chunk))
         for row, scene in enumerate(chunk):
-            patches = normalized_patches(batch.pixel_values[row])
+            patches = patches_of(batch.pixel_values[row])
             for patch in batch.masked_patch_ids[row].tolist():
                 top, left = 8 * (patch // 8), 8 * (patch % 8)
                 if scene.foreground[top : top + 8, left : left + 8].any():
@@ -256,7 +255,7 @@ def test_a_real_model_goes_through(tokenizer):
         one = config.model_copy(update={"model": config.model.model_copy(update={"objectives": objectives})})
         found = evaluate_scenes(EVE(one.model), one, tokenizer, num_scenes=8, batch_size=8)
         assert set(found) == asked, "captions of level hard name no positions to probe by"
-        assert "pixel_loss" not in found or 0.5 < found["pixel_loss"]["right"] < 5
+        assert "pixel_loss" not in found or 0.2 < found["pixel_loss"]["right"] < 5
 
 
 def test_batches_that_show_something_else(scenes, tokenizer):

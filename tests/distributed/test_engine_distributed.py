@@ -278,6 +278,7 @@ def plain_step(config, weights, micro_batches):
             **batch.targets(),
             patch_size=config.model.patch_size,
             counts=counts,
+            normalize_pixels=False,
         )
         terms["load_balancing"] = terms["load_balancing"] / len(micro_batches)
         losses.append(total_loss(terms, config.loss))
