@@ -105,9 +105,8 @@ def main() -> int:
         left = arguments.seconds - (time.monotonic() - started)
         outcomes[part.name] = run_part(part, min(part.seconds, left), out) if left > 1 else "not run: no time left"
         print(f"{time.monotonic() - started:6.1f} s  {part.name}: {outcomes[part.name]}", flush=True)
-        if (
-            outcomes[part.name] != "ok" and (log := log_of(part, out)).is_file()
-        ):  # what is seen is often all that is kept
+        log = log_of(part, out)
+        if outcomes[part.name] != "ok" and log.is_file():  # the output is often all that is kept
             print(*log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_A_FAILURE:], sep="\n")
         write_document(rows, outcomes, out)
         if part.name == "build" and outcomes["build"] != "ok":

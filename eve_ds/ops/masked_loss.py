@@ -31,8 +31,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross entropy of a vocabulary projection; see :func:`eve_ds.ops.reference.linear_cross_entropy`.
 
-    Gradients are formed with the loss, `chunk` rows at a time (None: see `CHUNK_BYTES` and
-    `CUDA_CHUNK_BYTES`), so that many logits are never all there; backward multiplies the gradients by its upstream
+    Gradients are formed with the loss, `chunk` rows at a time (None: see `CHUNK_BYTES` and `CUDA_CHUNK_BYTES`), so
+    that (N, V) logits larger than a chunk are never held whole. Backward multiplies these gradients by its upstream
     gradient in place and runs once.
     """
     if not use_built(hidden):
