@@ -125,8 +125,13 @@ def test_stopped_and_killed_fine_tuning_goes_on(pretrained, launch, tmp_path):
 
 
 def committed(run):
-    """Step of the newest checkpoint, 0 without any."""
-    return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")), default=0)
+    """Step of the checkpoint that `latest` names, 0 without any.
+
+    A kill between the renaming of a folder and the replacement of `latest` leaves a folder that the run does not go on
+    from.
+    """
+    latest = run / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step-")) if latest.is_file() else 0
 
 
 def test_published_nlvr_from_files_to_its_csv(launch, tmp_path):
