@@ -48,7 +48,7 @@ def pretraining_losses(
     token_labels: Tensor | None,
     patch_size: int,
     counts: Counts,
-    normalize_pixels: bool = True,
+    normalize_pixels: bool,
     gather: Gather = only_this_rank,
 ) -> dict[str, Tensor]:
     """Loss terms by name, each () fp32; a term whose modality is absent is absent.

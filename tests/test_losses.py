@@ -29,6 +29,7 @@ def made():
         "masked_patch_ids": torch.tensor([[0, 5, 6, 15], [1, 2, 3, 4], [3, 7, 8, 12]]),
         "token_labels": torch.tensor([0, 3, 10, 7, 3]),
         "patch_size": PATCH,
+        "normalize_pixels": True,
     }
     return output, inputs
 
@@ -49,6 +50,7 @@ def pixel_sum_by_loops(output, inputs):
             mean = sum(values) / len(values)
             variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
             targets = [(value - mean) / math.sqrt(variance + 1e-6) for value in values]
+            targets = targets if inputs["normalize_pixels"] else values
             guesses = output.pixel_predictions[row, place].tolist()
             total += sum((guess - target) ** 2 for guess, target in zip(guesses, targets, strict=True)) / len(values)
     return total
@@ -65,8 +67,10 @@ def text_sum_by_loops(output, inputs):
     return total
 
 
-def test_terms_equal_loops():
+@pytest.mark.parametrize("normalize_pixels", [True, False])
+def test_terms_equal_loops(normalize_pixels):
     output, inputs = made()
+    inputs["normalize_pixels"] = normalize_pixels
     terms = pretraining_losses(output, **inputs, counts=Counts(8, 5, 40))
     assert set(terms) == {"mim", "mlm", "load_balancing", "router_z"}
     assert float(terms["mim"]) == pytest.approx(pixel_sum_by_loops(output, inputs) / 8, rel=1e-6)
@@ -122,10 +126,10 @@ def test_any_split_of_the_batch_has_the_mean_of_the_whole():
         arguments = {
             name: value[tokens if name == "token_labels" else rows]
             for name, value in inputs.items()
-            if name != "patch_size"
+            if isinstance(value, torch.Tensor)
         }
         # Two micro-steps are averaged, so each divides by half of the totals.
-        parts.append(pretraining_losses(share, **arguments, patch_size=PATCH, counts=Counts(8 / 2, 5 / 2, 40 / 2)))
+        parts.append(pretraining_losses(share, **inputs | arguments, counts=Counts(8 / 2, 5 / 2, 40 / 2)))
     for name in ("mim", "mlm"):
         assert float(sum(part[name] for part in parts) / 2) == pytest.approx(float(whole[name]), rel=1e-6)
 

@@ -107,6 +107,7 @@ def test_terms_and_weights():
         **batch.targets(),
         patch_size=8,
         counts=Counts(0, len(batch.token_labels), 100),
+        normalize_pixels=False,
     )
     assert set(terms) == {"mlm", "itc", "itm", "load_balancing", "router_z"}
     assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())

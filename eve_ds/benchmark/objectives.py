@@ -151,6 +151,7 @@ def backward(model: EVE, config: Config, inputs: Inputs) -> None:
         token_labels=inputs["input_ids"].flatten()[inputs["masked_token_ids"]],
         patch_size=config.model.patch_size,
         counts=Counts(1000.0, 100.0, 1000.0),
+        normalize_pixels=config.model.pixel_target == "normalized",
     )
     total_loss(terms, config.loss).backward()
 

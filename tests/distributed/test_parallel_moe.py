@@ -166,6 +166,7 @@ def loss_of(output, inputs, labels, share, gather=None):
         token_labels=labels,
         patch_size=CONFIG.patch_size,
         counts=global_counts(share, output.matching is not None),
+        normalize_pixels=False,
         gather=gather or only_this_rank,
     )
     return total_loss(terms, WEIGHTS)
