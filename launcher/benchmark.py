@@ -27,6 +27,7 @@ import argparse
 
 from eve_ds.benchmark.quality import (
     OBJECTIVES,
+    PRICES,
     TASKS,
     Budget,
     figures,
@@ -60,9 +61,13 @@ def quality(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time: idle cores (%(default)s)")
     parser.add_argument(
-        "--objectives", nargs="+", choices=OBJECTIVES, metavar="SET", help="such as mim+mlm and joint (default: all)"
+        "--objectives",
+        nargs="+",
+        choices=OBJECTIVES | PRICES,
+        metavar="SET",
+        help=f"default: {' '.join(OBJECTIVES)}; with one mask otherwise: {' '.join(PRICES)}",
     )
-    parser.add_argument("--tasks", nargs="+", help="vqa, nlvr, nlvr_words, retrieval, retrieval_words (default: all)")
+    parser.add_argument("--tasks", nargs="*", help="vqa, nlvr, nlvr_words, retrieval, retrieval_words (default: all)")
     parser.add_argument("--curve", nargs="+", type=float, default=[], metavar="S", help="shorter pre-training too")
     parser.add_argument("--nlvr", type=Path, metavar="DIR", help="folder of NLVR 1.0: its statements too")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write every figure into this CSV file")
@@ -76,7 +81,7 @@ def quality(argv: list[str]) -> int:
     for seed in range(arguments.seeds):
         folder = arguments.out / f"seed-{seed}"
         try:
-            tasks = arguments.tasks or TASKS
+            tasks = TASKS if arguments.tasks is None else arguments.tasks
             jobs = jobs_of(seed, folder, budget, objectives, tasks, arguments.curve, arguments.nlvr)
             run_jobs(jobs, folder, arguments.jobs)
         except RuntimeError as error:

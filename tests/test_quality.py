@@ -8,6 +8,7 @@ import pytest
 
 from eve_ds.benchmark.quality import (
     MARKS,
+    PRICES,
     TASKS,
     Budget,
     Job,
@@ -56,6 +57,45 @@ def test_variants_of_a_set_have_settings_of_their_own(tmp_path):
     assert masking.model_copy(update={"text_to_image_mask_ratio": 1.0}) == paper
     assert "model.objectives=[joint]" in jobs["joint"].command
     assert jobs["vqa-mim+mlm.as_written"].needs == "mim+mlm.as_written"
+
+
+def test_a_price_is_one_mask_otherwise(tmp_path):
+    ours, paper = load_config("eve_tiny").masking, MaskingConfig()
+    for start in PRICES:
+        (command, zero_shot) = (job.command for job in jobs_of(0, tmp_path, Budget(), [start], []))
+        assert str(tmp_path / start) in zero_shot
+        masking = load_config("eve_tiny", command[command.index("--set") + 1 :]).masking
+        setting = start.partition(".")[2].partition("=")[0]
+        changed = {name for name, value in masking if value != getattr(ours, name)}
+        assert changed == {setting}
+        cheaper = getattr(ours, setting) < getattr(paper, setting)
+        assert (getattr(masking, setting) == getattr(paper, setting)) == cheaper
+
+
+def test_words_of_pre_training_stand_beside_those_of_another_picture(tmp_path):
+    answers = {"right": 0.75, "wrong": 0.25}
+    kinds = dict.fromkeys(("colour", "shape", "size", "position"), answers)
+    last = {"samples": 640, "hidden_words": answers, "masked_image": kinds | {"colour": {"right": 0.5, "wrong": 0.1}}}
+    last |= kinds | {"pixel_loss": {"right": 0.3, "wrong": 0.4}, "binding": {}}
+    for seed in range(2):
+        for start in ("mim+mlm", "mim+mlm.image_view_share=1"):
+            folder = tmp_path / str(seed) / start
+            (folder / "checkpoints").mkdir(parents=True)
+            (folder / "checkpoints" / "latest").write_text("step-00000010")
+            last["shape"] = {"right": 0.5 + seed / 4, "wrong": 0.25 + seed / 4}
+            (folder / "metrics.jsonl").write_text(f'{{"loss": 1.0}}\n{json.dumps(last)}\n')
+    found = [figures(tmp_path / str(seed)) for seed in range(2)]
+    assert found[0]["words of color, a quarter of the patches, another's picture"] == dict.fromkeys(
+        ("mim+mlm", "mim+mlm.image_view_share=1"), 0.1
+    )
+    main, prices = table(found).split("\n\n")
+    assert main.splitlines()[0] == "| | mim+mlm |"
+    assert prices.splitlines()[0] == "| | mim+mlm | image_view_share=1 |"
+    for text in (main, prices):
+        assert "| words of color | 0.750 (0.750 to 0.750) / 0.250 |" in text
+        assert "| words of shape | 0.625 (0.500 to 0.750) / 0.375 |" in text
+        assert "| masked object pixels: error lower with the own caption by | 0.250 (0.250 to 0.250) |" in text
+        assert "another" not in text
 
 
 def test_a_curve_adds_shorter_pre_training_and_what_it_is_worth(tmp_path):

@@ -40,6 +40,18 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "mlm+itc+itm": (),
 }
 """Pre-trainings: the set of objectives, after a dot the variant, and the settings of it beside eve_tiny's."""
+PRICES: dict[str, tuple[str, ...]] = {
+    f"mim+mlm.{setting}": (f"masking.{setting}",)
+    for setting in (
+        *("language_view_patch_share=1", "predicted_patch_share=1", "image_view_share=1"),
+        "image_view_word_share=0.5",
+    )
+}
+"""Pre-trainings with one of eve_tiny's cheaper masks as the paper has it, and one with a mask that is cheaper still."""
+WORDS = {"colour": "color", "shape": "shape", "size": "size", "position": "position"}
+"""Kinds of words that pre-training is asked for, by their keys in `metrics.jsonl`."""
+ANOTHER = ", another's picture"
+"""What the name of a measure ends with where the model had the picture of another scene."""
 TASKS = ("vqa", "nlvr", "nlvr_words", "retrieval", "retrieval_words")
 """Fine-tunes, by the names of their recipes; `words` are masked words (:mod:`eve_ds.tasks.words`)."""
 ZERO_SHOT = "zero_shot"
@@ -119,7 +131,7 @@ def _pretrain(start: str, seed: int, folder: Path, seconds: float) -> Job:
     tasks = name.partition(".")[0].replace("+", ",")
     settings = [
         f"model.objectives=[{tasks}]",
-        *OBJECTIVES[name],
+        *(OBJECTIVES | PRICES)[name],
         f"train.seed={seed}",
         f"train.max_seconds={seconds:g}",
     ]
@@ -194,7 +206,8 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for file in sorted(folder.glob(f"*/{PRETRAINED}")):  # others are under way, or fine-tuning
         run = file.parents[1]
-        found.setdefault("pairs seen in pre-training", {})[run.name] = _last_record(run / "metrics.jsonl")["samples"]
+        for name, value in _figures_of_pretraining(run / "metrics.jsonl").items():
+            found.setdefault(name, {})[run.name] = value
     for file in sorted(folder.glob(f"*/{RESULT}")):
         task, _, start = file.parents[2].name.partition("-")
         metrics = json.loads(file.read_text(encoding="utf-8"))
@@ -203,9 +216,20 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _last_record(metrics: Path) -> dict[str, Any]:
+def _figures_of_pretraining(metrics: Path) -> dict[str, float]:
+    """What it saw, and what it got right of hidden words and by how much a caption helped with hidden pixels."""
     *_, last = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
-    return last
+    found = {"pairs seen in pre-training": last["samples"]}
+    if "pixel_loss" not in last:  # a source without such questions
+        return found
+    asked = {f"words of {title}": last[kind] for kind, title in WORDS.items()}
+    asked["all words of captions hidden whole"] = last["hidden_words"]
+    asked |= {f"words of {WORDS[kind]}, a quarter of the patches": last["masked_image"][kind] for kind in WORDS}
+    for name, answers in asked.items():
+        found |= {name: round(answers["right"], 4), name + ANOTHER: round(answers["wrong"], 4)}
+    error = last["pixel_loss"]
+    found["masked object pixels: error lower with the own caption by"] = round(1 - error["right"] / error["wrong"], 4)
+    return found
 
 
 def _figures_of(task: str, metrics: dict[str, Any]) -> dict[str, float]:
@@ -231,25 +255,39 @@ def _figures_of(task: str, metrics: dict[str, Any]) -> dict[str, float]:
 def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
     """Markdown: a row a measure, a column a start; mean over seeds and, of several, the lowest and highest.
 
-    Below it, where shorter pre-training was measured too, a row a budget.
+    What was asked with another's picture as well has its mean after a stroke. Below, where they were measured, the
+    same for :data:`PRICES`, and for shorter pre-training a row a budget.
     """
     measures = list(dict.fromkeys(name for seed in seeds for name in seed))
     found = {start for seed in seeds for row in seed.values() for start in row}
     starts = [start for start in ("none", *OBJECTIVES, "scratch", BLIND) if start in found]
     titles = {"none": "random weights", "scratch": "random weights, all the seconds", BLIND: "text alone"}
-    lines = [f"| | {' | '.join(titles.get(start, start) for start in starts)} |", f"|---|{'---:|' * len(starts)}"]
-    for measure in measures:
-        lines.append(f"| {measure} | {' | '.join(_over_seeds(seeds, measure, start) for start in starts)} |")
+    lines = _by_measure(seeds, measures, {start: titles.get(start, start) for start in starts})
+    prices = {start: start.partition(".")[2] for start in PRICES if start in found}
+    if prices:
+        rows = [name for name in measures if any(start in seed.get(name, {}) for seed in seeds for start in prices)]
+        lines += ["", *_by_measure(seeds, rows, {"mim+mlm": "mim+mlm"} | prices)]
     shorter = {start for start in found if "@" in start}
     if shorter:
         by_budget = sorted(shorter, key=lambda start: (float(start.partition("@")[2]), start))
         rows = [name for name in measures if any(start in s.get(name, {}) for s in seeds for start in shorter)]
+        rows = [name for name in rows if not name.endswith(ANOTHER)]
         lines += ["", f"| pre-training for | {' | '.join(rows)} |", f"|---|{'---:|' * len(rows)}"]
         for start in by_budget:
             objective, _, seconds = start.partition("@")
             cells = " | ".join(_over_seeds(seeds, measure, start) for measure in rows)
             lines.append(f"| {objective}, {seconds} s | {cells} |")
     return "\n".join(lines)
+
+
+def _by_measure(
+    seeds: Sequence[dict[str, dict[str, float]]], measures: Sequence[str], titles: dict[str, str]
+) -> list[str]:
+    lines = [f"| | {' | '.join(titles.values())} |", f"|---|{'---:|' * len(titles)}"]
+    for measure in measures:
+        if not measure.endswith(ANOTHER):
+            lines.append(f"| {measure} | {' | '.join(_over_seeds(seeds, measure, start) for start in titles)} |")
+    return lines
 
 
 def write_results(seeds: Sequence[dict[str, dict[str, float]]], file: Path, about: dict[str, str]) -> None:
@@ -294,8 +332,13 @@ def put_into(page: Path, text: str) -> None:
 
 
 def _over_seeds(seeds: Sequence[dict[str, dict[str, float]]], measure: str, start: str) -> str:
-    values = [seed[measure][start] for seed in seeds if start in seed.get(measure, {})]
-    return _cell(values) if values else ""
+    def found(name: str) -> list[float]:
+        return [seed[name][start] for seed in seeds if start in seed.get(name, {})]
+
+    values, beside_another = found(measure), found(measure + ANOTHER)
+    if not values:
+        return ""
+    return _cell(values) + (f" / {statistics.mean(beside_another):.3f}" if beside_another else "")
 
 
 def _cell(values: Sequence[float]) -> str:
