@@ -7,6 +7,7 @@ the DeepSpeed JSON; where both speak of one thing see :func:`eve_ds.parallel.set
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 from importlib import resources
 from pathlib import Path
@@ -39,11 +40,19 @@ def _renamed(tree: Any, old: str, new: str, value: Any = None) -> Any:
     if not isinstance(tree, dict) or old not in tree:
         return tree
     if new in tree:
-        raise ValueError(f"{old} ({tree[old]!r}) is the former name of {new} ({tree[new]!r}): leave {old} out")
+        raise ValueError(
+            f"{old} ({tree[old]!r}) is the former name of {new} ({tree[new]!r}): write {new} alone, with its value"
+        )
     rest = {key: item for key, item in tree.items() if key != old}
     rest[new] = tree[old] if value is None else value
-    logging.getLogger("eve_ds").info("%s (%r) is read as %s (%r)", old, tree[old], new, rest[new])
+    _say_once(f"{old} ({tree[old]!r}) is read as {new} ({rest[new]!r})")
     return rest
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """A run reads its own configuration several times."""
+    logging.getLogger("eve_ds").info(line)
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -140,7 +149,7 @@ class ModelConfig(Section):
     @classmethod
     def _read_former_objective(cls, tree: Any) -> Any:
         former = tree.get("objective") if isinstance(tree, dict) else None
-        if former is not None and former not in FORMER_OBJECTIVES:
+        if former is not None and (not isinstance(former, str) or former not in FORMER_OBJECTIVES):
             raise ValueError(
                 f"objective ({former!r}) is the former name of objectives and must be one of "
                 f"{', '.join(FORMER_OBJECTIVES)}; use objectives"
@@ -179,6 +188,15 @@ class ModelConfig(Section):
         _require(
             self.moe.top_k <= self.moe.num_experts,
             f"moe.top_k ({self.moe.top_k}) must not exceed moe.num_experts ({self.moe.num_experts})",
+        )
+        _require(
+            self.text_length >= 3,
+            f"text_length ({self.text_length}) must be at least 3: [CLS], a word and [SEP]",
+        )
+        _require(
+            not self.predicts_pixels or self.num_patches > 1,
+            f"image_size ({self.image_size}) and patch_size ({self.patch_size}) make a single patch, which cannot be "
+            "seen and predicted: make patch_size smaller, or leave mim and joint out of objectives",
         )
         _require(
             self.text_length <= self.text_positions,
@@ -232,7 +250,7 @@ class MaskingConfig(Section):
     predicted_patch_share: Share = 1.0
     """Share of the masked patches that is predicted, drawn anew for each sample (CrossMAE); the rest costs nothing."""
     text_mask_ratio: Fraction = 0.5
-    """Share of the words that is hidden, `mlm` and `joint`."""
+    """Share of the words that is hidden, `mlm` and `joint`. A caption without an image keeps a word if it has two."""
     max_text_mask_ratio: Fraction | None = None
     """If set, each sample draws its ratio uniformly between `text_mask_ratio` and this."""
     text_to_image_share: Fraction = 0.0
@@ -250,6 +268,11 @@ class MaskingConfig(Section):
     """Share of chosen tokens replaced by a random token instead of [MASK] (BERT: 0.1)."""
     keep_token_share: Fraction = 0.0
     """Share of chosen tokens left as they are, and still predicted (BERT: 0.1)."""
+
+    @property
+    def most_words_masked(self) -> float:
+        """The highest share of words that is hidden of a caption."""
+        return self.text_mask_ratio if self.max_text_mask_ratio is None else self.max_text_mask_ratio
 
     @model_validator(mode="after")
     def _check(self) -> MaskingConfig:
@@ -534,30 +557,39 @@ class Config(Section):
         return self
 
     def _check_views(self) -> None:
-        """Every source serves some task, and every view hides something and sees something."""
-        for number, source in enumerate(self.data.sources):
-            _check_source(self.model.objectives, self.masking, source, f"data.sources[{number}]")
+        """Every source serves some task, every task can be served, and every view hides and sees something."""
         objectives, masking = self.model.objectives, self.masking
-        most = masking.text_mask_ratio if masking.max_text_mask_ratio is None else masking.max_text_mask_ratio
+        weights = {name: getattr(self.loss, f"{name}_weight") for name in objectives if name != "joint"}
+        if "joint" in objectives:
+            weights |= {"mim": self.loss.mim_weight, "mlm": self.loss.mlm_weight}
+        _require(
+            any(weights.values()),
+            f"loss weights of {', '.join(objectives)} ({', '.join(f'{name}_weight' for name in weights)}) are all 0: "
+            "raise one of them",
+        )
         for task, key, ratio in (
             ("mim", "patch_mask_ratio", masking.patch_mask_ratio),
-            ("mlm", "text_mask_ratio", most),
+            ("mlm", "text_mask_ratio", masking.most_words_masked),
         ):
             _require(
                 task not in objectives or ratio > 0,
                 f"masking.{key} ({ratio:g}) leaves nothing to predict for {task}: raise it, or leave {task} out of "
                 "model.objectives",
             )
-        if "joint" in objectives:
-            both = f"masking.patch_mask_ratio ({masking.patch_mask_ratio:g}) and text_mask_ratio ({most:g})"
-            _require(
-                masking.patch_mask_ratio > 0 or most > 0,
-                f"{both} leave nothing to predict for joint: raise one of them",
-            )
-            _require(
-                masking.patch_mask_ratio < 1 or masking.text_mask_ratio < 1,
-                f"{both} leave nothing to see for joint: lower one of them",
-            )
+        both = f"masking.patch_mask_ratio ({masking.patch_mask_ratio:g}) and text_mask_ratio"
+        _require(
+            "joint" not in objectives or masking.patch_mask_ratio < 1 or masking.text_mask_ratio < 1,
+            f"{both} ({masking.text_mask_ratio:g}) leave nothing to see for joint: lower one of them",
+        )
+        for number, source in enumerate(self.data.sources):
+            _check_source(objectives, masking, source, f"data.sources[{number}]")
+
+    @property
+    def tasks_without_source(self) -> list[str]:
+        """Tasks that no source has a picture or a caption for; what only they train stays as it was drawn."""
+        kinds = {source.modalities for source in self.data.sources}
+        lacking = {"mim": {"text"}, "mlm": {"image"}}
+        return [task for task in self.model.objectives if kinds <= lacking.get(task, set())]
 
 
 def _check_source(objectives: list[Objective], masking: MaskingConfig, source: SourceConfig, where: str) -> None:
@@ -573,12 +605,22 @@ def _check_source(objectives: list[Objective], masking: MaskingConfig, source: S
             f"{where}.modalities ('{kind}') has nothing that model.objectives ({names}) could predict: leave the "
             f"source out, or add {'mlm' if task == 'mim' else 'mim'}",
         )
-    hidden = {"image": masking.patch_mask_ratio, "text": masking.text_mask_ratio}
-    key = {"image": "patch_mask_ratio", "text": "text_mask_ratio"}
-    _require(
-        kind not in hidden or hidden[kind] < 1,
-        f"masking.{key.get(kind)} (1) leaves nothing to see of {where}, whose modalities are '{kind}': lower it",
-    )
+    if "joint" in objectives:
+        most, share = masking.most_words_masked, masking.text_to_image_share
+        words = kind != "image" and most > 0 and (kind != "pair" or share < 1)
+        _require(
+            words or (kind != "text" and masking.patch_mask_ratio > 0),
+            f"masking.patch_mask_ratio ({masking.patch_mask_ratio:g}), text_mask_ratio ({most:g}) and "
+            f"text_to_image_share ({share:g}) leave nothing to predict of {where} ('{kind}') for joint: raise a ratio",
+        )
+    for alone, key, ratio in (
+        ("image", "patch_mask_ratio", masking.patch_mask_ratio),
+        ("text", "text_mask_ratio", masking.text_mask_ratio),
+    ):
+        _require(
+            kind not in (alone, "any") or ratio < 1,
+            f"masking.{key} ({ratio:g}) leaves nothing to see of {where}, whose modalities are '{kind}': lower it",
+        )
 
 
 def presets() -> list[str]:

@@ -98,6 +98,9 @@ def pretrain(
     config, deepspeed_config = resolve_deepspeed_config(
         {} if deepspeed_config is None else deepspeed_config, config, info.world_size
     )
+    for task in config.tasks_without_source:
+        lacking = {"mim": "images", "mlm": "captions"}[task]
+        get_logger().info("model.objectives: %s is not trained, as no source has %s", task, lacking)
     lock = FolderLock(config.train.output_dir)
     on_rank_zero(partial(check_output_dir, config, resume))
     on_rank_zero(lock.acquire)

@@ -59,8 +59,8 @@ def pretraining_losses(
             masked_patch_ids: (B_i, N_masked) int64.
         token_labels: (M,) int64.
         patch_size: pixels of a patch's side.
-        counts: denominators. With R ranks and A micro-steps whose gradients are averaged, pass the totals divided by
-            R * A.
+        counts: denominators, 0 where there is nothing to predict. With R ranks and A micro-steps whose gradients are
+            averaged, pass the totals divided by R * A, which may be less than 1.
         normalize_pixels: compare pixels normalized by patch instead of raw ones.
         gather: the contrastive loss compares with the pairs of all ranks that this gives.
 
@@ -75,12 +75,12 @@ def pretraining_losses(
         )
         if image_mask is not None:
             per_patch = per_patch * image_mask.unsqueeze(1)
-        terms["mim"] = per_patch.sum() / max(counts.masked_patches, 1.0)
+        terms["mim"] = per_patch.sum() / (counts.masked_patches or 1.0)
     if output.token_hidden is not None and token_labels is not None:
         total = ops.linear_cross_entropy(
             output.token_hidden, output.vocabulary_weight, output.vocabulary_bias, token_labels
         )
-        terms["mlm"] = total / max(counts.masked_tokens, 1.0)
+        terms["mlm"] = total / (counts.masked_tokens or 1.0)
     if output.matching is not None:
         terms["itc"] = contrastive_loss(output.matching, gather)
         if output.matching.logits is not None:
@@ -91,12 +91,14 @@ def pretraining_losses(
 def view_router_losses(moe: Mapping[str, Sequence[MoEOutput]], tokens: float) -> dict[str, Tensor]:
     """Load-balancing and z loss over the views of a step, each () fp32; nothing where there is no layer.
 
-    Each view is balanced for itself, and the views are averaged. `tokens` are those of all views.
+    Each view is balanced for itself, and the views that have tokens are averaged: without tokens the loss is 0, with
+    any it is above. `tokens` are those of all views.
     """
     by_view = [router_losses(layers, tokens) for layers in moe.values() if layers]
     if not by_view:
         return {}
-    balance = torch.stack([terms["load_balancing"] for terms in by_view]).mean()
+    balances = torch.stack([terms["load_balancing"] for terms in by_view])
+    balance = balances.sum() / (balances.detach() > 0).sum().clamp(min=1)
     return {"load_balancing": balance, "router_z": torch.stack([terms["router_z"] for terms in by_view]).sum()}
 
 
@@ -111,7 +113,7 @@ def router_losses(moe: Sequence[MoEOutput], tokens: float) -> dict[str, Tensor]:
         return {}
     balance = torch.stack([layer.load_balancing_loss for layer in moe]).mean()
     z_sum = torch.stack([layer.router_z_sum for layer in moe]).mean()
-    return {"load_balancing": balance, "router_z": z_sum / max(tokens, 1.0)}
+    return {"load_balancing": balance, "router_z": z_sum / (tokens or 1.0)}
 
 
 def contrastive_loss(matching: MatchingOutput, gather: Gather = only_this_rank) -> Tensor:

@@ -36,6 +36,7 @@ from eve_ds.checkpoint.files import listed
 from eve_ds.checkpoint.universal import write_universal
 from eve_ds.checkpoint.weights import find_checkpoint
 from eve_ds.config import ConfigError, load_config
+from eve_ds.distributed import get_logger
 from eve_ds.export import (
     CheckpointError,
     ExportError,
@@ -63,6 +64,7 @@ def main() -> int:
         "import": import_command,
         "upcycle": upcycle_command,
     }
+    get_logger()  # shows what reading the configuration has to say
     name = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in commands else ""
     command = commands.get(name, export_command)
     description = inspect.cleandoc((command.__doc__ if name else __doc__) or "")

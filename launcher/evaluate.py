@@ -216,9 +216,10 @@ def main() -> int:
 
     from rich.console import Console
 
-    from eve_ds.distributed import LaunchError
+    from eve_ds.distributed import LaunchError, get_logger
     from eve_ds.export import ExportError
 
+    get_logger()  # shows what reading the configuration has to say
     try:
         tables = arguments.run(arguments)
     except (ConfigError, ExportError, LaunchError) as error:

@@ -35,6 +35,7 @@ EXIT_BAD_INPUT, EXIT_NONFINITE, EXIT_STOPPED, EXIT_NOT_SAVED = 2, 3, 4, 5
 def main() -> int:
     """Parse the command line and fine-tune; see EXIT_CODES."""
     arguments = build_parser().parse_args()
+    get_logger()  # shows what reading the configuration has to say
     try:
         config = read_config(arguments)
         deepspeed_config = _read_json(arguments.deepspeed_config)

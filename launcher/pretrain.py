@@ -28,6 +28,7 @@ EXIT_BAD_INPUT, EXIT_NONFINITE, EXIT_STOPPED, EXIT_NOT_SAVED = 2, 3, 4, 5
 def main() -> int:
     """Parse the command line and train; see EXIT_CODES."""
     arguments = _parser().parse_args()
+    get_logger()  # shows what reading the configuration has to say
     try:
         config = load_config(arguments.config, _overrides(arguments))
         deepspeed_config = _read_json(arguments.deepspeed_config)

@@ -19,6 +19,7 @@ import json
 from typing import Any
 
 from eve_ds.config import ConfigError
+from eve_ds.distributed import get_logger
 from eve_ds.export import ExportError, load
 from eve_ds.report.records import ReportError
 from eve_ds.report.run_report import Exported, write_report
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--evaluation", type=Path, metavar="FILE", help="what `evaluate.py scenes --json FILE` wrote")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/report)")
     arguments = parser.parse_args()
+    get_logger()  # shows what reading the configuration has to say
     out = arguments.out or arguments.run / "report"
     try:
         evaluation = None if arguments.evaluation is None else read_json(arguments.evaluation)

@@ -102,6 +102,13 @@ def test_missing_image_is_zero_and_marked():
     assert batch.visible_patch_ids.shape == (3, 4)
 
 
+def test_a_caption_without_an_image_keeps_a_word():
+    batch = collate([Sample("a", 0, None, CAPTIONS[0]), *pairs()], text_mask_ratio=0.99)
+    words = batch.attention_mask.sum(1) - 2
+    hidden = torch.bincount(batch.masked_token_ids // batch.input_ids.shape[1])
+    assert hidden.tolist() == [words[0] - 1, words[1], words[2]]
+
+
 def test_missing_caption_is_an_empty_row():
     batch = collate([Sample("a", 0, image(), None), *pairs()])
     assert not batch.attention_mask[0].any()

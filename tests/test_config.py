@@ -2,6 +2,7 @@
 
 import pytest
 
+from eve_ds import config as config_module
 from eve_ds.config import Config, ConfigError, MaskingConfig, load_config, parse_config, parse_written_config, presets
 
 
@@ -102,14 +103,27 @@ def test_unknown_keys_get_the_nearest_name(override, text):
         ),
         (
             "model={objective: msm, objectives: [mlm]}",
-            "objective ('msm') is the former name of objectives (['mlm']): leave objective out",
+            "objective ('msm') is the former name of objectives (['mlm']): write objectives alone, with its value",
         ),
         (
             "model={objective: clip}",
             "objective ('clip') is the former name of objectives and must be one of msm, itc_itm, itc_itm_mlm; use "
             "objectives",
         ),
-        ("loss.text_weight=2", "text_weight (2) is the former name of mlm_weight (4.0): leave text_weight out"),
+        (
+            "model={objective: [mim, mlm]}",
+            "objective (['mim', 'mlm']) is the former name of objectives and must be one of msm, itc_itm,",
+        ),
+        (
+            "loss.text_weight=2",
+            "text_weight (2) is the former name of mlm_weight (4.0): write mlm_weight alone, with its value",
+        ),
+        (
+            "loss={mim_weight: 0, mlm_weight: 0}",
+            "loss weights of mim, mlm (mim_weight, mlm_weight) are all 0: raise one of them",
+        ),
+        ("model.text_length=2", "text_length (2) must be at least 3: [CLS], a word and [SEP]"),
+        ("model.patch_size=64", "image_size (64) and patch_size (64) make a single patch, which cannot be seen and"),
         (
             "masking={patch_mask_ratio: 0, text_to_image_mask_ratio: 1}",
             "masking.patch_mask_ratio (0) leaves nothing to predict for mim: raise it, or leave mim out of "
@@ -162,12 +176,30 @@ ONLY = "data.sources=[{{kind: scenes}}, {{kind: scenes, modalities: {}}}]"
             "masking.patch_mask_ratio (1) leaves nothing to see of data.sources[1], whose modalities are 'image'",
         ),
         (
+            ["masking.patch_mask_ratio=1", "masking.text_to_image_mask_ratio=1", ONLY.format("any")],
+            "masking.patch_mask_ratio (1) leaves nothing to see of data.sources[1], whose modalities are 'any'",
+        ),
+        (
             ["masking.text_mask_ratio=1", "masking.max_text_mask_ratio=null", ONLY.format("text")],
             "masking.text_mask_ratio (1) leaves nothing to see of data.sources[1], whose modalities are 'text'",
         ),
         (
             ["model.objectives=[joint]", "masking={patch_mask_ratio: 0, text_mask_ratio: 0}"],
-            "masking.patch_mask_ratio (0) and text_mask_ratio (0) leave nothing to predict for joint: raise one",
+            "masking.patch_mask_ratio (0), text_mask_ratio (0) and text_to_image_share (0) leave nothing to predict of "
+            "data.sources[0] ('pair') for joint: raise a ratio",
+        ),
+        (
+            ["model.objectives=[joint]", "masking={patch_mask_ratio: 0}", ONLY.format("image")],
+            "leave nothing to predict of data.sources[1] ('image') for joint: raise a ratio",
+        ),
+        (
+            ["model.objectives=[joint]", "masking={text_mask_ratio: 0}", ONLY.format("text")],
+            "leave nothing to predict of data.sources[1] ('text') for joint: raise a ratio",
+        ),
+        (
+            ["model.objectives=[joint]", "masking={patch_mask_ratio: 0, text_to_image_share: 1}"],
+            "masking.patch_mask_ratio (0), text_mask_ratio (0.5) and text_to_image_share (1) leave nothing to predict "
+            "of data.sources[0] ('pair') for joint: raise a ratio",
         ),
         (
             ["model.objectives=[joint]", "masking={patch_mask_ratio: 1, text_mask_ratio: 1}"],
@@ -198,6 +230,7 @@ def test_views_with_something_on_both_sides(overrides):
 
 def test_objectives_of_former_configurations_are_read_with_a_line_that_says_so(caplog):
     caplog.set_level("INFO", logger="eve_ds")
+    config_module._say_once.cache_clear()
     config = parse_config({"model": {"objective": "msm"}, "loss": {"pixel_weight": 0.5, "text_weight": 2}})
     assert config.model.objectives == ["joint"]
     assert config.model.pixel_target == "normalized", "what it had before raw pixels became the default"
@@ -225,6 +258,23 @@ def test_objectives_of_former_configurations_are_read_with_a_line_that_says_so(c
 def test_written_configs_from_before_a_field_existed_are_read_as_what_they_were(written, objectives, pixel_target):
     model = parse_written_config({"model": written}, "x").model
     assert (model.objectives, model.pixel_target) == (objectives, pixel_target)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "kinds", "lacking"),
+    [
+        ("mim, mlm", ["pair"], []),
+        ("mim, mlm", ["image"], ["mlm"]),
+        ("mim, mlm", ["text"], ["mim"]),
+        ("mim, mlm", ["image", "text"], []),
+        ("mim, mlm", ["any"], []),
+        ("joint", ["image"], []),
+    ],
+)
+def test_tasks_that_no_source_serves(objectives, kinds, lacking):
+    sources = ", ".join(f"{{kind: scenes, modalities: {kind}}}" for kind in kinds)
+    config = load_config("eve_tiny", [f"model.objectives=[{objectives}]", f"data.sources=[{sources}]"])
+    assert config.tasks_without_source == lacking
 
 
 @pytest.mark.parametrize("preset", ["eve_tiny", "eve_base", "eve_large", "eve_boxes"])

@@ -80,6 +80,15 @@ def test_terms_equal_loops(normalize_pixels):
     assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
 
 
+def test_denominators_below_one_are_used_as_they_are():
+    """Few predictions over many ranks and micro-steps: 3 masked words in 64 micro-steps are 3 / 64 for each."""
+    output, inputs = made()
+    terms = pretraining_losses(output, **inputs, counts=Counts(1 / 64, 3 / 64, 1 / 4))
+    assert float(terms["mim"]) == pytest.approx(64 * pixel_sum_by_loops(output, inputs), rel=1e-6)
+    assert float(terms["mlm"]) == pytest.approx(64 / 3 * text_sum_by_loops(output, inputs), rel=1e-6)
+    assert float(terms["router_z"]) == pytest.approx(4 * (30 + 31) / 2)
+
+
 def test_every_sample_has_an_image_without_a_mask():
     output, inputs = made()
     everyone = pretraining_losses(output, **inputs | {"image_mask": None}, counts=Counts(12, 5, 40))

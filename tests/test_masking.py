@@ -70,6 +70,14 @@ def test_every_patch_is_masked_equally_often():
     assert np.abs(counts / 4000 - 0.75).max() < 4 * np.sqrt(0.75 * 0.25 / 4000)
 
 
+@given(length=st.integers(2, 40), ratio=st.floats(0.0, 1.0))
+def test_one_of_several_tokens_stays_where_there_is_nothing_else(length, ratio):
+    most = masked(length, ratio)[1].positions.tolist()
+    fewer = masked(length, ratio, show_one=True)[1].positions.tolist()
+    assert len(fewer) == min(len(most), max(length - 3, 1))
+    assert set(fewer) <= set(most)
+
+
 @given(length=st.integers(2, 40), ratio=st.floats(0.0, 0.99), key=st.text(max_size=5))
 def test_tokens_are_masked_by_exact_count_and_never_special_ones(length, ratio, key):
     token_ids, result = masked(length, ratio, key)

@@ -252,6 +252,9 @@ def test_views_are_balanced_each_for_itself_and_their_statistics_add_up():
     assert total.routes.tolist() == [[7.0] * 4] * 2
     assert total.entropy_sum == 7.0
     assert view_router_losses({"mim": ()}, tokens=10) == {}
+    views["itc_text"] = (made(0.0, 0.0, 0.0),) * 2
+    assert float(view_router_losses(views, tokens=10)["load_balancing"]) == pytest.approx((1.5 + 3.5) / 2)
+    assert float(view_router_losses({"mim": views["itc_text"]}, tokens=0)["load_balancing"]) == 0
 
 
 def test_scenes_are_not_asked_of_a_model_without_a_decoder():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from eve_ds.checkpoint.commit import _emptied
 from eve_ds.config import parse_config
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
@@ -438,3 +439,13 @@ def test_without_modality_embedding_the_router_sees_the_token_alone():
     assert torch.equal(one.statistics.routes, other.statistics.routes.flip(0))
     embedded = model_of(config_of()).backbone.blocks[1].moe
     assert not torch.equal(embedded(x, ids).hidden_states, embedded(x, 1 - ids).hidden_states)
+
+
+@pytest.mark.parametrize("objectives", SETS)
+def test_what_other_ranks_bring_to_the_check_batch_routes_no_token(objectives):
+    config = config_of(objectives, CHEAP if "joint" not in objectives else None)
+    model = model_of(config).eval()
+    inputs = in_fp64(batch_of(config)).model_inputs()
+    layers = [layer for view in model(**_emptied(inputs)).moe.values() for layer in view]
+    assert layers
+    assert sum(float(layer.statistics.tokens.sum()) for layer in layers) == 0

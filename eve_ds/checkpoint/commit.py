@@ -377,6 +377,8 @@ def _emptied(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         emptied["image_mask"] = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
     if (input_ids := inputs["input_ids"]) is not None:
         emptied["attention_mask"] = torch.zeros_like(input_ids, dtype=torch.bool)
+    if (shown_words := inputs["image_view_text_mask"]) is not None:
+        emptied["image_view_text_mask"] = torch.zeros_like(shown_words)
     if (masked_token_ids := inputs["masked_token_ids"]) is not None:
         emptied["masked_token_ids"] = masked_token_ids[:0]
     return emptied

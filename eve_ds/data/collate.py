@@ -112,7 +112,9 @@ class Collator:
         rngs = [sample_rng(self._seed, sample.epoch, sample.key) for sample in samples]
         text_to_image = [self._is_text_to_image(sample, rng) for sample, rng in zip(samples, rngs, strict=True)]
         fields = self._patch_masks(rngs, text_to_image) if self._has_images else {}
-        return fields | (self._token_masks(tokens, length, rngs, text_to_image) if self._has_captions else {})
+        if not self._has_captions:
+            return fields
+        return fields | self._token_masks(samples, tokens, length, rngs, text_to_image)
 
     def _image_view(
         self, samples: Sequence[Sample], tokens: Sequence[NDArray[np.int64]], length: int
@@ -146,7 +148,7 @@ class Collator:
         if self._has_images and share < 1:
             patches = np.stack([choose_patches(self._num_patches, share, rng) for rng in rngs])
             fields["language_patch_ids"] = torch.from_numpy(patches)
-        return fields | self._token_masks(tokens, length, rngs, [False] * len(samples))
+        return fields | self._token_masks(samples, tokens, length, rngs, [False] * len(samples))
 
     def _is_text_to_image(self, sample: Sample, rng: Generator) -> bool:
         share = self._masking.text_to_image_share
@@ -186,14 +188,15 @@ class Collator:
 
     def _token_masks(
         self,
+        samples: Sequence[Sample],
         tokens: Sequence[NDArray[np.int64]],
         length: int,
         rngs: Sequence[Generator],
         text_to_image: Sequence[bool],
     ) -> dict[str, Tensor | None]:
         masked = [
-            self._mask(token_ids, 0.0 if stays_whole else self._text_mask_ratio(rng), rng)
-            for token_ids, rng, stays_whole in zip(tokens, rngs, text_to_image, strict=True)
+            self._mask(token_ids, 0.0 if stays_whole else self._text_mask_ratio(rng), rng, sample.image is None)
+            for sample, token_ids, rng, stays_whole in zip(samples, tokens, rngs, text_to_image, strict=True)
         ]
         places = [item.positions + row * length for row, item in enumerate(masked)]
         return {
@@ -202,7 +205,7 @@ class Collator:
             "token_labels": torch.from_numpy(np.concatenate([item.labels for item in masked])),
         }
 
-    def _mask(self, token_ids: NDArray[np.int64], ratio: float, rng: Generator) -> MaskedTokens:
+    def _mask(self, token_ids: NDArray[np.int64], ratio: float, rng: Generator, alone: bool) -> MaskedTokens:
         maskable = np.zeros(len(token_ids), dtype=np.bool_)
         maskable[1:-1] = True  # all but [CLS] and [SEP]
         return mask_tokens(
@@ -214,6 +217,7 @@ class Collator:
             random_token_ids=self._random_ids,
             random_share=self._masking.random_token_share,
             keep_share=self._masking.keep_token_share,
+            show_one=alone,
         )
 
     def _text_mask_ratio(self, rng: Generator) -> float:

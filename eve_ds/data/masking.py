@@ -110,8 +110,11 @@ def mask_tokens(
     random_token_ids: NDArray[np.int64] | None = None,
     random_share: float = 0.0,
     keep_share: float = 0.0,
+    show_one: bool = False,
 ) -> MaskedTokens:
     """Choose exactly round(ratio * n) of the n maskable tokens, and at least one if there is any and ratio > 0.
+
+    With `show_one` at most n - 1 of several are chosen, as there is nothing else to see.
 
     A chosen token becomes [MASK], or with probability `random_share` a token drawn from `random_token_ids`, or with
     probability `keep_share` stays as it is (BERT: 0.1 and 0.1); it is predicted in all three cases.
@@ -124,6 +127,8 @@ def mask_tokens(
     count = round(ratio * len(candidates))
     if count == 0 and ratio > 0 and len(candidates) > 0:
         count = 1
+    if show_one and len(candidates) > 1:
+        count = min(count, len(candidates) - 1)
     positions = rng.permutation(candidates)[:count]
     positions.sort()
     labels = token_ids[positions]

@@ -1,7 +1,7 @@
-"""Decoders of masked signal modelling: pixels of masked patches, and masked words.
+"""Decoders of masked signal modeling: pixels of masked patches, and masked words.
 
-The released files hold no decoder, so both follow common practice: a light Transformer as in masked autoencoders, and
-BERT's head tied to the word embedding.
+The released files hold no decoder. The paper (Methods) has MAE's asymmetric one for pixels, and two layers with a
+softmax for words; that the second is tied to the word embedding, with BERT's LayerNorm before it, is our choice.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class Backbone(nn.Module):
         return self.encode([view])[0]
 
     def encode(self, views: Sequence[View]) -> list[BackboneOutput]:
-        """Encode views in one pass: what a view gives does not depend on the others, only rounding does.
+        """Encode views in one pass: but for rounding and random draws, what a view gives does not depend on the others.
 
         Matrix products run once over the tokens of all views; attention and the statistics of routers keep the views
         apart, and where experts have a capacity each view has its own.

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from eve_ds import config as config_module
+
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "pretrain.py"
 TINY = [
     "model.hidden_size=16",
@@ -165,6 +167,18 @@ def test_processes_exit_with_code_2(tmp_path, free_port):
     for stderr in outputs:
         assert "Traceback" not in stderr
         assert len([line for line in stderr.splitlines() if " ERROR " in line]) == 1
+
+
+def test_a_former_name_is_said_on_the_command_line(tmp_path, capsys, monkeypatch):
+    config_module._say_once.cache_clear()
+    file = tmp_path / "old.yaml"
+    file.write_text("base: eve_tiny\nmodel: {objective: msm}\ntrain: {max_steps: 0}\n")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(file), "--output_dir", str(tmp_path / "run")])
+    assert load_launcher().main() == 2
+    said, refused = capsys.readouterr().err.splitlines()
+    assert said.endswith("INFO objective ('msm') is read as objectives (['joint'])")
+    assert "ERROR" in refused
+    assert "train.max_steps (0)" in refused
 
 
 def test_ops_that_cannot_be_built_stop_before_anything_is_written(tmp_path):
