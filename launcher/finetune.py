@@ -5,8 +5,8 @@
     --task retrieval   images by caption, captions by image
 
 `--init` is an export, a run, a checkpoint, a fine-tuned model, a file of released weights (then `--model` names its
-preset), or none. `--data` is `scenes` (generated, the default), `scenes:hard`, `boxes` (generated, for nlvr), or files in one of the known
-formats.
+preset), or none. `--data` is `scenes` (generated, the default), `scenes:hard`, `boxes` (generated, for nlvr), or files
+in one of the known formats.
 Also under deepspeed, torchrun, srun and mpirun.
 """
 
