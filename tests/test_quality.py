@@ -76,14 +76,16 @@ def test_words_of_pre_training_stand_beside_those_of_another_picture(tmp_path):
     answers = {"right": 0.75, "wrong": 0.25}
     kinds = dict.fromkeys(("colour", "shape", "size", "position"), answers)
     last = {"samples": 640, "hidden_words": answers, "masked_image": kinds | {"colour": {"right": 0.5, "wrong": 0.1}}}
-    last |= kinds | {"pixel_loss": {"right": 0.3, "wrong": 0.4}, "binding": {}}
+    last |= kinds | {"kind": "eval", "pixel_loss": {"right": 0.3, "wrong": 0.4}, "binding": {}}
     for seed in range(2):
         for start in ("mim+mlm", "mim+mlm.image_view_share=1"):
             folder = tmp_path / str(seed) / start
             (folder / "checkpoints").mkdir(parents=True)
             (folder / "checkpoints" / "latest").write_text("step-00000010")
             last["shape"] = {"right": 0.5 + seed / 4, "wrong": 0.25 + seed / 4}
-            (folder / "metrics.jsonl").write_text(f'{{"loss": 1.0}}\n{json.dumps(last)}\n')
+            earlier = last | {"samples": 320, "size": dict.fromkeys(answers, 0.0)}
+            saved = {"kind": "save", "samples": 640}
+            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (earlier, last, saved)))
     found = [figures(tmp_path / str(seed)) for seed in range(2)]
     assert found[0]["words of color, a quarter of the patches, another's picture"] == dict.fromkeys(
         ("mim+mlm", "mim+mlm.image_view_share=1"), 0.1
@@ -96,6 +98,8 @@ def test_words_of_pre_training_stand_beside_those_of_another_picture(tmp_path):
         assert "| words of shape | 0.625 (0.500 to 0.750) / 0.375 |" in text
         assert "| masked object pixels: error lower with the own caption by | 0.250 (0.250 to 0.250) |" in text
         assert "another" not in text
+        assert "| words of size | 0.750 (0.750 to 0.750) / 0.250 |" in text
+        assert "| pairs seen in pre-training | 640 |" in text
 
 
 def test_a_curve_adds_shorter_pre_training_and_what_it_is_worth(tmp_path):

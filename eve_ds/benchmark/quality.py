@@ -218,10 +218,12 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
 
 def _figures_of_pretraining(metrics: Path) -> dict[str, float]:
     """What it saw, and what it got right of hidden words and by how much a caption helped with hidden pixels."""
-    *_, last = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
-    found = {"pairs seen in pre-training": last["samples"]}
-    if "pixel_loss" not in last:  # a source without such questions
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found = {"pairs seen in pre-training": records[-1]["samples"]}
+    evaluations = [record for record in records if record.get("kind") == "eval"]
+    if not evaluations:
         return found
+    last = evaluations[-1]
     asked = {f"words of {title}": last[kind] for kind, title in WORDS.items()}
     asked["all words of captions hidden whole"] = last["hidden_words"]
     asked |= {f"words of {WORDS[kind]}, a quarter of the patches": last["masked_image"][kind] for kind in WORDS}
