@@ -25,6 +25,13 @@ Inputs = dict[str, Tensor]
 PAPER = MaskingConfig()
 CHEAP = MaskingConfig(language_view_patch_share=0.5, predicted_patch_share=0.25)
 """Half of the patches in the language view (FLIP), a quarter of the masked patches predicted (CrossMAE)."""
+CHEAPER = {
+    "language_view_patch_share": 0.5,
+    "predicted_patch_share": 0.25,
+    "image_view_share": 0.5,
+    "image_view_word_share": 0.5,
+}
+"""Of :class:`eve_ds.config.MaskingConfig`."""
 BATCHES = {"eve_tiny": 32, "eve_base": 2}
 FEW_PAIRS = 2
 """Pairs of the smaller batch that memory is measured at."""
@@ -49,8 +56,12 @@ PEERS = {
     "itc + itm": Side(["itc", "itm"]),
     "joint": Side(["joint"]),
     "mim + mlm, a pass each": Side(["mim", "mlm"], pack_views=False),
+} | {
+    f"mim + mlm, {name} {share:g}": Side(["mim", "mlm"], MaskingConfig.model_validate({name: share}))
+    for name, share in CHEAPER.items()
 }
-"""Table 1 of the paper has the first three; its fourth, tokens of another model as targets of `mim`, is not here."""
+"""Table 1 of the paper has the first three; its fourth, tokens of another model as targets of `mim`, is not here. The
+last have one cheaper mask each."""
 
 
 def objectives(seconds: float) -> Rows:
@@ -143,9 +154,10 @@ class Objectives:
 
 def backward(model: EVE, config: Config, inputs: Inputs) -> None:
     """Loss and gradients of what :func:`random_inputs` gives; the denominators are any."""
+    pixel_values = inputs["pixel_values"]
     terms = pretraining_losses(
         model(**inputs),
-        pixel_values=inputs["pixel_values"],
+        pixel_values=pixel_values[inputs["image_view_ids"]] if "image_view_ids" in inputs else pixel_values,
         image_mask=None,
         masked_patch_ids=inputs["masked_patch_ids"],
         token_labels=inputs["input_ids"].flatten()[inputs["masked_token_ids"]],
@@ -173,16 +185,23 @@ def random_inputs(config: Config, masking: MaskingConfig, size: int) -> Inputs:
     order, seen = (torch.stack([torch.randperm(model.num_patches) for _ in range(size)]) for _ in range(2))
     length = model.text_length
     positions = torch.arange(size).unsqueeze(1) * length + torch.arange(1, 1 + REAL_TOKENS // 2)
-    words = torch.randint(5, model.vocab_size, (size, length))
+    tokens = torch.randint(5, model.vocab_size, (size, length))
     inputs = {
         "pixel_values": torch.randn(size, 3, model.image_size, model.image_size),
-        "input_ids": words,
+        "input_ids": tokens,
         "attention_mask": (torch.arange(length) < REAL_TOKENS).expand(size, -1).contiguous(),
-        "masked_input_ids": words,
+        "masked_input_ids": tokens,
         "masked_token_ids": positions.flatten(),
         "visible_patch_ids": order[:, masked:].sort().values,
         "masked_patch_ids": order[:, : num_chosen(masked, masking.predicted_patch_share)].sort().values,
     }
+    if masking.image_view_share < 1:
+        shown = round(size * masking.image_view_share)
+        inputs["image_view_ids"] = torch.arange(shown)
+        inputs |= {name: inputs[name][:shown] for name in ("visible_patch_ids", "masked_patch_ids")}
+    if masking.image_view_word_share < 1:
+        words = 2 + num_chosen(REAL_TOKENS - 2, masking.image_view_word_share)
+        inputs["image_view_text_mask"] = (torch.arange(length) < words).expand(size, -1).contiguous()
     if masking.language_view_patch_share < 1:
         kept = num_chosen(model.num_patches, masking.language_view_patch_share)
         inputs["language_patch_ids"] = seen[:, :kept].sort().values
