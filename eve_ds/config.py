@@ -40,9 +40,7 @@ def _renamed(tree: Any, old: str, new: str, value: Any = None) -> Any:
     if not isinstance(tree, dict) or old not in tree:
         return tree
     if new in tree:
-        raise ValueError(
-            f"{old} ({tree[old]!r}) is the former name of {new} ({tree[new]!r}): write {new} alone, with its value"
-        )
+        raise ValueError(f"{old} ({tree[old]!r}) is the former name of {new} ({tree[new]!r}): write {new} in its place")
     rest = {key: item for key, item in tree.items() if key != old}
     rest[new] = tree[old] if value is None else value
     _say_once(f"{old} ({tree[old]!r}) is read as {new} ({rest[new]!r})")
@@ -231,6 +229,11 @@ class ModelConfig(Section):
     def predicts_pixels(self) -> bool:
         """Whether some task predicts masked patches."""
         return bool({"mim", "joint"} & set(self.objectives))
+
+    @property
+    def normalizes_pixels(self) -> bool:
+        """Whether the target of pixels is normalized by patch."""
+        return self.pixel_target == "normalized"
 
     @property
     def predicts_words(self) -> bool:

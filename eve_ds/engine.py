@@ -258,7 +258,7 @@ class Trainer:
                 **batch.targets(),
                 patch_size=self.config.model.patch_size,
                 counts=agreed.counts,
-                normalize_pixels=self.config.model.pixel_target == "normalized",
+                normalize_pixels=self.config.model.normalizes_pixels,
                 gather=gather_rows,
             )
             loss = total_loss(terms, self.config.loss)

@@ -103,7 +103,7 @@ def test_unknown_keys_get_the_nearest_name(override, text):
         ),
         (
             "model={objective: msm, objectives: [mlm]}",
-            "objective ('msm') is the former name of objectives (['mlm']): write objectives alone, with its value",
+            "objective ('msm') is the former name of objectives (['mlm']): write objectives in its place",
         ),
         (
             "model={objective: clip}",
@@ -116,7 +116,7 @@ def test_unknown_keys_get_the_nearest_name(override, text):
         ),
         (
             "loss.text_weight=2",
-            "text_weight (2) is the former name of mlm_weight (4.0): write mlm_weight alone, with its value",
+            "text_weight (2) is the former name of mlm_weight (4.0): write mlm_weight in its place",
         ),
         (
             "loss={mim_weight: 0, mlm_weight: 0}",

@@ -333,7 +333,7 @@ class BothForms:
             token_labels=self.labels,
             patch_size=self.config.model.patch_size,
             counts=Counts(1000.0, 100.0, 1000.0),
-            normalize_pixels=self.config.model.pixel_target == "normalized",
+            normalize_pixels=self.config.model.normalizes_pixels,
         )
         total_loss(terms, self.config.loss).backward()
         optimizer = self.optimizers[stock]

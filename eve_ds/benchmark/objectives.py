@@ -31,7 +31,7 @@ CHEAPER = {
     "image_view_share": 0.5,
     "image_view_word_share": 0.5,
 }
-"""Of :class:`eve_ds.config.MaskingConfig`."""
+"""Shares of :class:`eve_ds.config.MaskingConfig` that are timed one at a time."""
 BATCHES = {"eve_tiny": 32, "eve_base": 2}
 FEW_PAIRS = 2
 """Pairs of the smaller batch that memory is measured at."""
@@ -163,7 +163,7 @@ def backward(model: EVE, config: Config, inputs: Inputs) -> None:
         token_labels=inputs["input_ids"].flatten()[inputs["masked_token_ids"]],
         patch_size=config.model.patch_size,
         counts=Counts(1000.0, 100.0, 1000.0),
-        normalize_pixels=config.model.pixel_target == "normalized",
+        normalize_pixels=config.model.normalizes_pixels,
     )
     total_loss(terms, config.loss).backward()
 

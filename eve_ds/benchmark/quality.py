@@ -260,7 +260,7 @@ def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
     What was asked with another's picture as well has its mean after a stroke. Below, where they were measured, the
     same for :data:`PRICES`, and for shorter pre-training a row a budget.
     """
-    measures = list(dict.fromkeys(name for seed in seeds for name in seed))
+    measures = [name for name in dict.fromkeys(key for seed in seeds for key in seed) if not name.endswith(ANOTHER)]
     found = {start for seed in seeds for row in seed.values() for start in row}
     starts = [start for start in ("none", *OBJECTIVES, "scratch", BLIND) if start in found]
     titles = {"none": "random weights", "scratch": "random weights, all the seconds", BLIND: "text alone"}
@@ -273,7 +273,6 @@ def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
     if shorter:
         by_budget = sorted(shorter, key=lambda start: (float(start.partition("@")[2]), start))
         rows = [name for name in measures if any(start in s.get(name, {}) for s in seeds for start in shorter)]
-        rows = [name for name in rows if not name.endswith(ANOTHER)]
         lines += ["", f"| pre-training for | {' | '.join(rows)} |", f"|---|{'---:|' * len(rows)}"]
         for start in by_budget:
             objective, _, seconds = start.partition("@")
@@ -287,8 +286,7 @@ def _by_measure(
 ) -> list[str]:
     lines = [f"| | {' | '.join(titles.values())} |", f"|---|{'---:|' * len(titles)}"]
     for measure in measures:
-        if not measure.endswith(ANOTHER):
-            lines.append(f"| {measure} | {' | '.join(_over_seeds(seeds, measure, start) for start in titles)} |")
+        lines.append(f"| {measure} | {' | '.join(_over_seeds(seeds, measure, start) for start in titles)} |")
     return lines
 
 

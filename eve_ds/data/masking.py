@@ -114,7 +114,7 @@ def mask_tokens(
 ) -> MaskedTokens:
     """Choose exactly round(ratio * n) of the n maskable tokens, and at least one if there is any and ratio > 0.
 
-    With `show_one` at most n - 1 of several are chosen, as there is nothing else to see.
+    With `show_one`, one of several tokens is never chosen: for a caption beside which the model sees no image.
 
     A chosen token becomes [MASK], or with probability `random_share` a token drawn from `random_token_ids`, or with
     probability `keep_share` stays as it is (BERT: 0.1 and 0.1); it is predicted in all three cases.
