@@ -107,28 +107,26 @@ def main() -> int:
     arguments = build_parser().parse_args()
     import torch
 
-    from eve_ds.benchmark.harness import Absent, Measure, append_results, json_line
+    from eve_ds.benchmark.harness import Absent, append_results, json_line
     from eve_ds.benchmark.measures import MEASURES
     from eve_ds.benchmark.objectives import objectives
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    rows: list[Measure] = []
     measures = MEASURES | {"objectives": objectives}
     for name in arguments.measure:
         for found in measures[name](QUICK_SECONDS if arguments.quick else SECONDS):
             if isinstance(found, Absent):
                 print(f"absent: {found.peer} for {found.measure}: {found.reason}", file=sys.stderr)
                 continue
-            rows += found
             for row in found:
                 print(json_line(row) if arguments.json else text_line(row), flush=True)
-    try:
-        append_results(rows, arguments.results)
-    except OSError as error:
-        print(f"benchmark: {arguments.results} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
+            try:  # as they come: a run of many minutes may be cut
+                append_results(found, arguments.results)
+            except OSError as error:
+                print(f"benchmark: {arguments.results} cannot be written: {error.strerror}", file=sys.stderr)
+                return 2
     return 0
 
 
