@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -171,6 +172,7 @@ def test_processes_exit_with_code_2(tmp_path, free_port):
 
 def test_a_former_name_is_said_on_the_command_line(tmp_path, capsys, monkeypatch):
     config_module._say_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("eve_ds"), "handlers", [])  # other tests may have left the launcher's
     file = tmp_path / "old.yaml"
     file.write_text("base: eve_tiny\nmodel: {objective: msm}\ntrain: {max_steps: 0}\n")
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(file), "--output_dir", str(tmp_path / "run")])
