@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from eve_ds.views import Layout
 
 
 @dataclass(frozen=True)
@@ -71,22 +75,22 @@ class Batch:
     """(M,) int64, ascending flat indices into B * L of the tokens to predict; M may be 0."""
     token_labels: Tensor | None = None
     """(M,) int64, the original tokens."""
+    layouts: dict[str, Layout] | None = None
+    """View -> where its tokens stand. None: as the masks say, for which the host would wait for an accelerator."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU can overlap with computation."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]
+        return self._with_each(Tensor.pin_memory)
 
-    def model_inputs(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of `EVE.forward`: every tensor but the labels."""
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of `EVE.forward`: everything but keys and labels."""
         names = [field.name for field in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in names if name not in ("keys", "token_labels")}
 
@@ -104,6 +108,10 @@ class Batch:
             "token_labels": self.token_labels,
         }
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.layouts is not None:
+            changed["layouts"] = {view: layout.with_each(change) for view, layout in self.layouts.items()}
+        return dataclasses.replace(self, **changed)
