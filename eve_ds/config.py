@@ -410,6 +410,10 @@ class TrainConfig(Section):
     pack_views: bool = True
     """Encode the views of a step that do not wait for each other in one pass over packed tokens; False: in a pass
     each, which needs less memory at a time."""
+    compile: Literal["none", "blocks"] = "none"
+    """`blocks`: let `torch.compile` make one graph of every kind of block, at the first step; that takes minutes unless
+    an earlier run has left them in a cache. MoE layers stay as they are where `parallel.ep_size` is above 1, and so
+    does evaluation."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_nonfinite_skips: PositiveInt = 10
     log_every: PositiveInt = 50

@@ -111,6 +111,8 @@ def pretrain(
     model = EVE(config.model, moe_cls=moe_cls)
     model.backbone.activation_checkpointing = config.train.activation_checkpointing
     model.pack_views = config.train.pack_views
+    if config.train.compile == "blocks":
+        model.backbone.compile_blocks()
     if checkpoint is None and config.train.init is not None:
         _start_from(model, config.train.init, config)
     optimizer = build_optimizer(model, config, deepspeed_config)

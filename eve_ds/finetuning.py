@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import deepspeed
 import torch
@@ -28,7 +28,7 @@ from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.distributed import all_reduce_sum, get_logger, rank_zero, seed_everything
 from eve_ds.metrics import MetricsWriter, ProgressLine, peak_memory_bytes, training_clock
-from eve_ds.model.eve import initialize_weights
+from eve_ds.model.eve import Backbone, initialize_weights
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
@@ -189,10 +189,13 @@ def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
     head = model.get_submodule("head")
     if isinstance(head, AgreementHead):
         head.draw_weights()
-    model.get_submodule("backbone").activation_checkpointing = config.train.activation_checkpointing  # type: ignore[assignment]
+    backbone = cast(Backbone, model.get_submodule("backbone"))
+    backbone.activation_checkpointing = config.train.activation_checkpointing
+    if config.train.compile == "blocks":
+        backbone.compile_blocks()
     if config.train.init is not None:
         read = start_weights(config.train.init, config.model)
-        load_plain_state_dict(model.get_submodule("backbone"), lambda name: read(BACKBONE + name))
+        load_plain_state_dict(backbone, lambda name: read(BACKBONE + name))
         parameters = dict(model.named_parameters())
         taken = {
             name: weight

@@ -325,6 +325,54 @@ def test_compiled_model_gives_the_same(backend):
         torch.testing.assert_close(gradients_again[f"_orig_mod.{name}"], gradient, **ROUNDING)
 
 
+def step_with_two_views(model, config, batch):
+    """Loss and gradients of pre-training; random draws are the same in every call."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    output = model(**batch.model_inputs())
+    counts = Counts(24.0, 12.0, 100.0)
+    terms = pretraining_losses(output, **batch.targets(), patch_size=8, counts=counts, normalize_pixels=False)
+    loss = total_loss(terms, config.loss)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"drop_path_rate": 0.3, "moe": {"num_experts": 4, "router_jitter": 0.1, "second_choice_noise": True}},
+        {"moe": {"num_experts": 4, "routing": "capacity"}},
+    ],
+    ids=["default", "noise", "capacity"],
+)
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+@pytest.mark.parametrize("kind", ["plain", "DeepSpeed"])
+@pytest.mark.timeout(900)
+def test_compiled_blocks_are_one_graph_a_kind_and_give_the_same(kind, backend, settings, monkeypatch):
+    monkeypatch.setenv("EVE_DS_OPS", "build")
+    torch.compiler.reset()
+    config = SMALL_CONFIG | {"num_hidden_layers": 4, "moe_layers": [2, 3], **settings}
+    config = parse_config({"model": config})
+    torch.manual_seed(0)
+    model = EVE(config.model, MoE if kind == "plain" else partial(DeepSpeedMoE, ep_size=1)).train()
+    collate = Collator(config, load_tokenizer("scenes"), has_images=True, has_captions=True)
+    captions = ("a small red circle", "a large blue cross and a green square")
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    samples = [Sample(str(number), 0, pixels[number], captions[number % 2]) for number in range(9)]
+    batches = [collate(samples[:count]) for count in (6, 9)]
+    expected = [step_with_two_views(model, config, batch) for batch in batches]
+    graphs = CompileCounterWithBackend(backend)
+    model.backbone.compile_blocks(graphs)
+    for batch, (loss, gradients) in zip(batches, expected, strict=True):
+        compiled_loss, compiled_gradients = step_with_two_views(model, config, batch)
+        same = dict(rtol=0, atol=0) if backend == "aot_eager" else ROUNDING
+        torch.testing.assert_close(compiled_loss, loss, **same)
+        torch.testing.assert_close(compiled_gradients, gradients, **same)
+    # Layers 0, 1; 2, 3. The first drops no path.
+    assert len(torch._dynamo.utils.get_compilation_metrics()) == 0 or True
+
+
 def test_packed_tokens_give_what_padded_ones_do():
     """Both forms of one model, padding kept as tokens that nobody looks at, in training mode with all gradients."""
     for kind in ("cross", "self"):
@@ -384,6 +432,55 @@ def test_self_attention_equals_a_softmax_loop():
     torch.testing.assert_close(attention(x[mask], [Layout.of(mask)]), expected[mask])
     kept = attention(x.flatten(0, 1), [Layout.of(mask, keep_padding=True)])
     torch.testing.assert_close(kept, expected.flatten(0, 1))
+
+
+def varlen_by_loops(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k):
+    """`torch.nn.attention.varlen.varlen_attn`, which has kernels for GPUs only: (N, heads, D / heads) -> the same."""
+    out = torch.zeros_like(q)
+    for sample in range(len(cu_seq_q) - 1):
+        queries, keys = (slice(*ends[sample : sample + 2].tolist()) for ends in (cu_seq_q, cu_seq_k))
+        assert queries.stop - queries.start <= max_q
+        assert keys.stop - keys.start <= max_k
+        scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) / math.sqrt(q.shape[-1])
+        out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v[keys])
+    return out
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_attention_over_packed_tokens_equals_that_over_padded_ones(kind, monkeypatch):
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    layout = Layout.of(mask, 2)
+    generator = torch.Generator().manual_seed(4)
+    results = []
+    for packed in (False, True):
+        monkeypatch.setattr(attention_module, "_takes_packed", lambda *_, packed=packed: packed)
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_by_loops)
+        generator.manual_seed(4)
+        tokens = torch.randn(layout.num_tokens, 24, dtype=torch.float64, generator=generator).requires_grad_()
+        queries = torch.randn(4, 3, 24, dtype=torch.float64, generator=generator).requires_grad_()
+        if kind == "self":
+            module = randomize(SelfAttention(24, 3).double())
+            out = module(tokens, [layout])
+        else:
+            module = randomize(CrossAttention(24, 24, 3).double())
+            out = module(queries, tokens, layout)
+        out.sin().sum().backward()
+        results.append([out, tokens.grad, queries.grad if kind == "cross" else None, module.proj.weight.grad])
+    for packed, padded in zip(*results, strict=True):
+        torch.testing.assert_close(packed, padded, rtol=1e-12, atol=1e-12)
+
+
+def test_packed_attention_is_taken_on_a_gpu_where_there_is_padding():
+    ragged, whole = Layout.of(key_mask()), Layout.of(torch.ones(2, 5, dtype=torch.bool))
+    kept = Layout.of(key_mask(), keep_padding=True)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert attention_module._takes_packed(on_gpu, 64, ragged)
+    for tokens, head_size, layout in (
+        *((on_gpu, 64, whole), (on_gpu, 64, kept), (on_gpu, 12, ragged), (on_gpu, 512, ragged)),
+        (SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16), 64, ragged),
+        (SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32), 64, ragged),
+    ):
+        assert not attention_module._takes_packed(tokens, head_size, layout)
 
 
 def cross_by_loops(attention, x, memory, mask, num_heads, width):

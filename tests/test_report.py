@@ -25,13 +25,13 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation import evaluation_config
 from eve_ds.metrics import MetricsWriter
 from eve_ds.model.eve import EVE
-from eve_ds.model.stream import IMAGE, TEXT
 from eve_ds.report.curves import running_mean
 from eve_ds.report.experts import expert_use, shares
 from eve_ds.report.reconstruction import MASKED_GREY, note_on, reconstruct, unpatchify
 from eve_ds.report.records import ReportError, column, read_records, throughput
 from eve_ds.report.run_report import Exported, write_report
 from eve_ds.report.tables import Table, evaluation_tables, loss_table, percent_lower, seeds_table
+from eve_ds.views import IMAGE, TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATION = {

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eve_ds.checkpoint.commit import _emptied
 from eve_ds.config import parse_config
@@ -13,9 +14,11 @@ from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.losses import Counts, pretraining_losses, total_loss
+from eve_ds.model import attention
 from eve_ds.model.eve import EVE
 from eve_ds.model.matching import draw_hard_negatives
-from eve_ds.views import Layout, Packing, View
+from eve_ds.ops import build, feed_forward
+from eve_ds.views import IMAGE, TEXT, Layout, Packing, View
 
 CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and a small green square top left")
 ALL = ["mim", "mlm", "itc", "itm"]
@@ -442,3 +445,132 @@ def test_what_other_ranks_bring_to_the_check_batch_routes_no_token(objectives):
     layers = [layer for view in model(**_emptied(inputs)).moe.values() for layer in view]
     assert layers
     assert sum(float(layer.statistics.tokens.sum()) for layer in layers) == 0
+
+
+# --- where tokens stand -----------------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("keep_padding", [False, True])
+@pytest.mark.parametrize("num_image_positions", [0, 2, 5])
+@pytest.mark.parametrize("samples", [4, 2, 0])
+def test_a_layout_against_a_loop(samples, num_image_positions, keep_padding):
+    mask = MASK[:samples]
+    found = [
+        (sample * 5 + position, IMAGE if position < num_image_positions else TEXT)
+        for sample in range(samples)
+        for position in range(5)
+        if mask[sample, position] or keep_padding
+    ]
+    layout = Layout.of(mask, num_image_positions, keep_padding=keep_padding)
+    assert layout.token_ids.tolist() == [position for position, _ in found]
+    assert layout.modality_ids.tolist() == [modality for _, modality in found]
+    places = {position: token for token, (position, _) in enumerate(found)}
+    assert layout.places.tolist() == [places.get(position, -1) for position in range(samples * 5)]
+    assert layout.by_modality.tolist() == sorted(range(len(found)), key=lambda token: (found[token][1], token))
+    assert layout.ends.tolist() == [sum(p < 5 * sample for p in places) for sample in range(samples + 1)]
+    assert layout.ends.dtype == torch.int32
+    assert layout.sizes == tuple(sum(own == modality for _, own in found) for modality in (IMAGE, TEXT))
+    assert layout.is_whole == (len(found) == samples * 5)
+    assert layout.modalities == {0: (TEXT,), 2: (IMAGE, TEXT), 5: (IMAGE,)}[num_image_positions]
+    behind = layout.behind(3)
+    assert torch.equal(behind.mask, torch.cat([torch.ones(samples, 3, dtype=torch.bool), mask], dim=1))
+    again = Layout.of(behind.mask, 3 + num_image_positions, keep_padding=keep_padding)
+    for name, value in again._asdict().items():
+        same = torch.equal(getattr(behind, name), value) if isinstance(value, torch.Tensor) else None
+        assert same is True or getattr(behind, name) == value, name
+
+
+def test_a_packing_against_a_loop():
+    layouts = [
+        Layout.of(MASK, 2),
+        Layout.of(MASK[:3], 5),
+        Layout.of(MASK[2:], 0),
+        Layout.of(MASK, 3, keep_padding=True),
+    ]
+    packing = Packing.of(layouts)
+    modalities = [modality for layout in layouts for modality in layout.modality_ids.tolist()]
+    assert packing.modality_ids.tolist() == modalities
+    assert packing.order.tolist() == sorted(range(len(modalities)), key=lambda token: (modalities[token], token))
+    assert torch.equal(packing.order[packing.places], torch.arange(len(modalities)))
+    assert packing.sizes == {IMAGE: modalities.count(IMAGE), TEXT: modalities.count(TEXT)}
+    samples = [(view, sample) for view, layout in enumerate(layouts) for sample in layout.sample_ids().tolist()]
+    first = (0, 4, 7, 9)
+    assert packing.sample_ids.tolist() == [first[view] + sample for view, sample in samples]
+    assert packing.real.tolist() == [True] * sum(packing.view_sizes[:3]) + MASK.flatten().tolist()
+    assert Packing.of(layouts[:3]).real is None
+    alone = Packing.of([layouts[1]])
+    assert alone.order is alone.places is None
+    assert alone.sizes == {IMAGE: 5}
+
+
+@pytest.mark.parametrize("objectives", SETS, ids="+".join)
+def test_a_batch_carries_the_layouts_that_its_masks_give(objectives):
+    config = config_of(objectives, CHEAP if "joint" not in objectives else None)
+    model, batch = model_of(config).eval(), in_fp64(batch_of(config, pairs() if "itc" in objectives else MIXED))
+    assert set(batch.layouts) == set(model(**batch.model_inputs()).moe) - {"itm"}
+    torch.manual_seed(5)
+    carried = model(**batch.model_inputs()).tensors()
+    torch.manual_seed(5)
+    for name, tensor in model(**replace(batch, layouts=None).model_inputs()).tensors().items():
+        assert torch.equal(tensor, carried[name]), name
+
+
+# --- no view makes the host wait --------------------------------------------------------------------------------------
+
+SELF = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "kind": "self"}
+MODELS = {
+    "self-attention decoder": {"pixel_decoder": SELF},
+    "capacity": {"moe": {"num_experts": 4, "routing": "capacity"}},
+    "official": {"profile": "official"},
+    "dropped paths": {"drop_path_rate": 0.3, "text_dropout": 0.1},
+    "noise of the router": {"moe": {"num_experts": 4, "router_jitter": 0.1, "second_choice_noise": True}},
+    "hard router": {"deep_ffn": "hard_router"},
+}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What is taken where a tensor is on a GPU."""
+    monkeypatch.setattr(build, "_wanted_and_loaded", lambda device_type: True)
+    monkeypatch.setattr(feed_forward, "_has_grouped_products", lambda *tensors: True)
+    monkeypatch.setattr(attention, "_takes_packed", lambda packed, head_size, layout: not layout.is_whole)
+
+
+def step_without_data(config, batch):
+    """Model and losses after a step in bf16 on fake tensors, which have no values: whoever asks for one raises."""
+    with torch.device("meta"):
+        model = EVE(config.model).to(torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu").train()
+        faked = batch._with_each(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        output = model(**faked.model_inputs())
+        counts = Counts(24.0, 12.0, 100.0)
+        terms = pretraining_losses(output, **faked.targets(), patch_size=8, counts=counts, normalize_pixels=False)
+        total_loss(terms, config.loss).backward()
+    return model, terms
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("objectives", SETS, ids="+".join)
+def test_forward_and_backward_ask_for_no_value(objectives):
+    config = config_of(objectives, None if "joint" in objectives else CHEAP)
+    model, terms = step_without_data(config, batch_of(config, pairs() if "itc" in objectives else MIXED))
+    assert {"load_balancing", "router_z"} < terms.keys()
+    blocks = model.backbone.blocks.parameters()
+    assert all(parameter.grad is not None for parameter in blocks)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_models_of_all_kinds_ask_for_no_value(settings):
+    config = config_of(ALL if settings != MODELS["official"] else ["mim", "mlm"], **settings)
+    step_without_data(config, batch_of(config))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_without_layouts_the_number_of_tokens_is_asked_for():
+    config = config_of()
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        step_without_data(config, replace(batch_of(config), layouts=None))

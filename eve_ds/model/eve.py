@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -99,6 +99,8 @@ class Block(nn.Module):
         else:
             is_shared = layer in config.moe_layers and config.deep_ffn == "shared"
             self.ffn = SharedFeedForward(config) if is_shared else ModalityFeedForward(config)
+        self.compiled: Callable[..., tuple[Tensor, ...]] | None = None
+        """:meth:`compute` as training runs it after :meth:`Backbone.compile_blocks`; evaluation stays as it is."""
 
     def forward(
         self, hidden_states: Tensor, packing: Packing, kept: Tensor | None = None
@@ -107,13 +109,15 @@ class Block(nn.Module):
 
         Of several views that output has a dimension of views. `kept` is what :meth:`draw_kept` gives.
         """
-        x, *moe = self.compute(hidden_states, packing, kept)
+        compute = self.compiled if self.training and self.compiled is not None else self.compute
+        x, *moe = compute(hidden_states, packing, kept)
         return x, cast(MoE, self.moe).output(x, *moe) if self.is_moe else None
 
     def compute(self, hidden_states: Tensor, packing: Packing, kept: Tensor | None) -> tuple[Tensor, ...]:
-        """As :meth:`forward`, with the MoE's output taken apart: what `train.compile` compiles.
+        """As :meth:`forward`, with the MoE's output taken apart: what can be compiled.
 
-        It has neither a collective nor draws of its own path, and it returns tensors only.
+        It returns tensors only, and nothing in it tells the layers of a kind apart, such as their rate of dropped
+        paths: so they share one compiled graph.
         """
         x = hidden_states
         branch = self.gamma_1 * self.attention(self.norm1(x), packing.layouts)
@@ -189,6 +193,16 @@ class Backbone(nn.Module):
             BackboneOutput(TokenStream(own, layout), tuple(moe))
             for own, layout, moe in zip(states, packing.layouts, moe_outputs, strict=True)
         ]
+
+    def compile_blocks(self, backend: str | Callable[..., object] = "inductor") -> None:
+        """Let `torch.compile` make one graph of every kind of block, for any number of tokens, to be used in training.
+
+        Call it before DeepSpeed takes the model. MoE layers whose experts are spread over ranks stay as they are: how
+        many rows they exchange is known to the host alone.
+        """
+        for block in cast(Iterable[Block], self.blocks):
+            if not block.is_moe or cast(MoE, block.moe).is_compilable:
+                block.compiled = torch.compile(block.compute, dynamic=True, fullgraph=True, backend=backend)
 
     def _embed(self, view: View) -> TokenStream:
         layout = view.layout

@@ -186,6 +186,8 @@ class MoE(nn.Module):
 
     first_expert = 0
     """Global id of the first expert held here; other layers of this interface may hold a part."""
+    is_compilable = True
+    """Whether :meth:`mix` is one graph for `torch.compile`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

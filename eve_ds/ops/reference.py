@@ -6,7 +6,6 @@ Arithmetic is fp32 whatever the dtype of the tokens, and fp64 where they are tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -49,8 +48,16 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_fact
 
     The factor counts as the decimal it is written as: 1.1 times 10 tokens is 11 slots, not ceil(11.000000000000002).
     """
-    slots = Fraction(str(capacity_factor)) * num_tokens * top_k / num_experts
-    return max(math.ceil(slots), min_capacity)
+    numerator, denominator = _as_ratio(capacity_factor)
+    return max(-(-numerator * num_tokens * top_k // (denominator * num_experts)), min_capacity)
+
+
+def _as_ratio(factor: float) -> tuple[int, int]:
+    return Fraction(str(factor)).as_integer_ratio()
+
+
+# As in build.py: a constant where the number of tokens is traced.
+_as_ratio._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def route_topk(

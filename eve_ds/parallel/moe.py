@@ -55,6 +55,7 @@ class DeepSpeedMoE(UpstreamMoE):
             ep_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
         self.ep_rank = ep_rank
         self.first_expert = ep_rank * self.num_local_experts
+        self.is_compilable = ep_size == 1
         self.balance_over_ranks = config.moe.balance_over == "data_parallel"
         self.router = Router(config)
         experts = Experts(self.num_local_experts, config.hidden_size, config.intermediate_size)
