@@ -31,6 +31,8 @@ class CudaDevice {
   // Not checked: to look at ids the host would have to wait for the GPU. One out of range reads or writes other memory.
   void check_ids(const Tensor&, const char*, int64_t, int64_t) const {}
 
+  void check_ends(const Tensor&, int64_t) const {}  // likewise
+
   void run(const Route& args) const { check_launch(launch_route(args, stream_)); }
   void run(const RouteBackward& args) const { check_launch(launch_route_backward(args, stream_)); }
   void run(const Dispatch& args, Dtype dtype) const { check_launch(launch_dispatch(args, dtype, stream_)); }
@@ -47,6 +49,10 @@ class CudaDevice {
     check_launch(launch_pixel_loss_backward(args, dtype, stream_));
   }
   void run(const QuickGelu& args, Dtype dtype) const { check_launch(launch_quick_gelu(args, dtype, stream_)); }
+  void run(const GroupedBias& args, Dtype dtype) const { check_launch(launch_grouped_bias(args, dtype, stream_)); }
+  void run(const GroupedBiasBackward& args, Dtype dtype) const {
+    check_launch(launch_grouped_bias_backward(args, dtype, stream_));
+  }
 
  private:
   static void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "launch of a CUDA kernel: ", error); }

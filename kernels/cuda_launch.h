@@ -18,6 +18,8 @@ const char* launch_cross_entropy(const CrossEntropy& args, Dtype dtype, void* st
 const char* launch_pixel_loss(const PixelLoss& args, Dtype dtype, void* stream);
 const char* launch_pixel_loss_backward(const PixelLossBackward& args, Dtype dtype, void* stream);
 const char* launch_quick_gelu(const QuickGelu& args, Dtype dtype, void* stream);
+const char* launch_grouped_bias(const GroupedBias& args, Dtype dtype, void* stream);
+const char* launch_grouped_bias_backward(const GroupedBiasBackward& args, Dtype dtype, void* stream);
 
 }  // namespace eve_ds
 

@@ -31,7 +31,7 @@ FLAGS = (
 )
 ORDERS = ("forward", "reverse", "shuffled")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in arguments.h
-CHUNK_TOKENS = 256
+CHUNK_TOKENS, CHUNK_ROWS = 256, 128
 GUARD = 64
 """Values after each output that nobody may touch."""
 
@@ -70,6 +70,10 @@ const char* pixel_loss_backward(const PixelLossBackward& args, Dtype dtype) {
   return launch_pixel_loss_backward(args, dtype, nullptr);
 }
 const char* quick_gelu(const QuickGelu& args, Dtype dtype) { return launch_quick_gelu(args, dtype, nullptr); }
+const char* grouped_bias(const GroupedBias& args, Dtype dtype) { return launch_grouped_bias(args, dtype, nullptr); }
+const char* grouped_bias_backward(const GroupedBiasBackward& args, Dtype dtype) {
+  return launch_grouped_bias_backward(args, dtype, nullptr);
+}
 }
 """
 
@@ -624,6 +628,92 @@ def test_quick_gelu(kernels: Kernels, count: int, offset: int, dtype: torch.dtyp
     torch.testing.assert_close(ours.out, expected.detach().to(dtype), **tolerances)
     backward = kernels.in_every_order(lambda: quick_gelu(kernels, x, d_out))
     torch.testing.assert_close(backward.out, wide.grad.to(dtype), **tolerances)
+
+
+GROUPS = {  # rows of each expert, and rows of nobody after them
+    "empty experts": ((0, 5, 0, 130, 0, 300, 1, 0), 7),
+    "chunks that end with experts": ((128, 256, 0, 128), 128),
+    "all to one expert": ((0, 0, 300), 0),
+    "rows of nobody": ((0, 0), 20),
+    "no row": ((0, 0, 0), 0),
+    "many experts": ((1,) * 700, 3),
+}
+GROUPED_CASES = [
+    *((group, "prime") for group in GROUPS),
+    ("empty experts", "vectors"),
+    ("empty experts", "not aligned"),
+]
+
+
+def grouped_bias(
+    kernels: Kernels, x: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor, *, activate: bool, in_place: bool
+) -> SimpleNamespace:
+    out = kernels.blank(*x.shape, dtype=x.dtype)
+    if in_place:
+        x = out.copy_(x)
+    sizes = {"rows": x.shape[0], "width": x.shape[1], "experts": len(ends)}
+    kernels.call("grouped_bias", "GroupedBias", x.dtype, x=x, bias=bias, ends=ends, activate=activate, out=out, **sizes)
+    return SimpleNamespace(out=out)
+
+
+def grouped_bias_backward(
+    kernels: Kernels, d_out: torch.Tensor, x: torch.Tensor | None, bias: torch.Tensor | None, ends: torch.Tensor
+) -> SimpleNamespace:
+    (rows, width), experts = d_out.shape, len(ends)
+    d_x, d_bias = kernels.blank(rows, width, dtype=d_out.dtype), kernels.blank(experts, width, dtype=d_out.dtype)
+    kernels.call(
+        "grouped_bias_backward",
+        "GroupedBiasBackward",
+        d_out.dtype,
+        d_out=d_out,
+        x=x,
+        bias=bias,
+        ends=ends,
+        rows=rows,
+        width=width,
+        experts=experts,
+        d_x=None if x is None else d_x,
+        d_bias=d_bias,
+        piece_sums=kernels.blank(-(-rows // CHUNK_ROWS) + experts, width),
+    )
+    return SimpleNamespace(d_bias=d_bias) if x is None else SimpleNamespace(d_x=d_x, d_bias=d_bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "width"), GROUPED_CASES)
+def test_grouped_bias(kernels: Kernels, group: str, width: str, dtype: torch.dtype) -> None:
+    (sizes, nobody), (columns, aligned) = GROUPS[group], WIDTHS[width]
+    filled, experts = sum(sizes), len(sizes)
+    x = random_rows(filled + nobody, columns, dtype, 1, aligned=aligned)
+    d_out = random_rows(filled + nobody, columns, dtype, 2, aligned=aligned)
+    bias = random_rows(experts, columns, dtype, 3, aligned=aligned)
+    x[filled:], d_out[filled:] = float("nan"), float("nan")  # whatever a product left there
+    ends = torch.tensor(sizes).cumsum(0).int()
+    wide_x, wide_bias = x.double().requires_grad_(), bias.double().requires_grad_()
+
+    plain = reference.grouped_bias(wide_x, wide_bias, ends)
+    ours = kernels.in_every_order(lambda: grouped_bias(kernels, x, bias, ends, activate=False, in_place=True))
+    assert_rows_close(ours.out, plain)
+    cleared = kernels.in_every_order(lambda: grouped_bias(kernels, x, None, ends, activate=False, in_place=True))
+    assert torch.equal(cleared.out, torch.cat([x[:filled], torch.zeros_like(x[filled:])]))
+
+    expected = reference.quick_gelu(plain)
+    ours = kernels.in_every_order(lambda: grouped_bias(kernels, x, bias, ends, activate=True, in_place=False))
+    assert_rows_close(ours.out, expected)
+    upstream = d_out.double()
+    (plain[:filled] * upstream[:filled]).sum().backward(retain_graph=True)
+    only_bias = kernels.in_every_order(lambda: grouped_bias_backward(kernels, d_out, None, None, ends))
+    assert_sums_close(only_bias.d_bias, wide_bias.grad)
+    wide_x.grad, wide_bias.grad = None, None
+    (expected[:filled] * upstream[:filled]).sum().backward()
+    both = kernels.in_every_order(lambda: grouped_bias_backward(kernels, d_out, x, bias, ends))
+    assert_rows_close(both.d_x, wide_x.grad)
+    assert_sums_close(both.d_bias, wide_bias.grad)
+
+
+def assert_sums_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Of a few hundred terms of size 1 that may cancel."""
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=ROUNDING[ours.dtype], atol=2e-5)
 
 
 # ---- The harness itself ----
