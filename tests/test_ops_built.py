@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from eve_ds import ops
 from eve_ds.ops import build, reference
+from eve_ds.ops import routing as routing_ops
 from eve_ds.ops.feed_forward import grouped_products
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
@@ -440,6 +441,38 @@ def test_grouped_bias(dtype, width, sizes, nobody):
     assert_close(d_bias, expected[1], dtype, scale=20.0)
     expected = torch.autograd.grad((plain[:filled] * upstream).sum(), wide_bias)
     assert_close(op.grouped_bias_backward(d_out, ends), expected[0], dtype, scale=20.0)
+
+
+def test_router_that_multiplies_short_numbers(monkeypatch):
+    """What CUDA does, with a product that stands for the one that the CPU lacks: same logits, rounded gradients."""
+    dtype, generator = torch.bfloat16, torch.Generator().manual_seed(13)
+    x, weight, embedding = (torch.randn(count, 40, generator=generator).to(dtype) for count in (300, 8, 2))
+    modality = torch.randint(0, 2, (300,), generator=generator)
+    upstream = torch.randn(8, generator=generator)
+    widened = []
+
+    def product(a, b, out_dtype):
+        assert (a.dtype, b.dtype, out_dtype) == (dtype, dtype, torch.float32)
+        widened.append(a.shape)
+        return a.float() @ b.float()
+
+    results = []
+    for short in (False, True):
+        monkeypatch.setattr(routing_ops, "_multiplies_short", lambda x, weight, short=short: short)
+        leaves = [leaf(each, dtype) for each in (x, weight, embedding)]
+        with monkeypatch.context() as patch:
+            if short:
+                patch.setattr(torch, "mm", product)
+            rows, routed = ops.route_and_dispatch(*leaves, modality, top_k=2, capacity=-1)
+            ((routed.probability_sum * upstream).sum() + rows.float().square().sum()).backward()
+        results.append([rows, *routed, *(each.grad for each in leaves)])
+    assert widened == [(300, 40), (8, 300)]
+    *outputs, d_x, d_weight, d_embedding = zip(*results, strict=True)
+    for one, other in (*outputs, d_x, d_embedding):
+        assert torch.equal(one, other)
+    wide, short = d_weight
+    assert short.dtype == dtype
+    assert float((short.double() - wide.double()).norm() / wide.double().norm()) < 2 * torch.finfo(dtype).eps
 
 
 def test_inputs_need_not_be_contiguous():
