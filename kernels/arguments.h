@@ -10,7 +10,7 @@ namespace eve_ds {
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Tokens are worked on in chunks of this many. Sums over tokens are taken within a chunk in token order and then over
-// chunks in order, so a result depends neither on the number of threads nor on who was first.
+// chunks in an order that is fixed too, so a result depends neither on the number of threads nor on who was first.
 constexpr int64_t kChunkTokens = 256;
 constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxTopK = 16;
@@ -82,7 +82,7 @@ struct DispatchBackward {
   int64_t tokens, top_k, width, modalities;
   void* d_x;               // (T, D)
   float* d_embedding;      // (M, D) or null
-  float* chunk_d_embedding;  // (C, M, D) workspace, or null
+  float* chunk_d_embedding;  // (C, M, D) workspace, or null; the device says how many tokens are a chunk here
 };
 
 struct Combine {

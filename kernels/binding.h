@@ -4,6 +4,7 @@
 //   Dtype dtype_of(tensor, name)       refuses dtypes that the device has no kernels for;
 //   void check_ids(ids, name, lowest, end)  ids index memory: one out of range must not be followed;
 //   void check_ends(ends, rows)         nor may ends of rows that do not ascend, or end past the rows;
+//   int64_t embedding_chunks(tokens)    how many sums of tokens the gradient of an embedding is made of;
 //   void run(args) or run(args, dtype) for every struct of arguments.h.
 #pragma once
 
@@ -202,7 +203,7 @@ std::tuple<Tensor, Tensor> moe_dispatch_backward(
   const Dtype dtype = device.dtype_of(d_rows, "d_rows");
   const Tensor d_x = make(d_rows, {tokens, width}, d_rows.scalar_type());
   const Tensor d_embedding = make(d_rows, {modalities, width}, ScalarType::Float);
-  const Tensor chunk_sums = make(d_rows, {num_chunks(tokens), modalities, width}, ScalarType::Float);
+  const Tensor chunk_sums = make(d_rows, {device.embedding_chunks(tokens), modalities, width}, ScalarType::Float);
   const DispatchBackward args{d_rows.const_data_ptr(), pointer<int64_t>(slots), pointer<int64_t>(modality_ids), tokens,
                               top_k, width, modalities, d_x.mutable_data_ptr(),
                               modalities ? writable<float>(d_embedding) : nullptr,

@@ -105,6 +105,8 @@ class CpuDevice {
     STD_TORCH_CHECK(ascend && end[0] >= 0 && end[ends.numel() - 1] <= rows, "ends must ascend from 0 to ", rows);
   }
 
+  int64_t embedding_chunks(int64_t tokens) const { return num_chunks(tokens); }
+
   void run(const Route& args) const {
     const int64_t chunks = num_chunks(args.tokens);
     std::fill(args.source, args.source + args.rows, int64_t{-1});

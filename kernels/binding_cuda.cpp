@@ -33,6 +33,8 @@ class CudaDevice {
 
   void check_ends(const Tensor&, int64_t) const {}  // likewise
 
+  int64_t embedding_chunks(int64_t tokens) const { return num_embedding_chunks(tokens); }
+
   void run(const Route& args) const { check_launch(launch_route(args, stream_)); }
   void run(const RouteBackward& args) const { check_launch(launch_route_backward(args, stream_)); }
   void run(const Dispatch& args, Dtype dtype) const { check_launch(launch_dispatch(args, dtype, stream_)); }

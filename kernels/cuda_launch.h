@@ -6,6 +6,12 @@
 
 namespace eve_ds {
 
+// A block of the backward pass of dispatch adds up so many tokens for the embedding's gradient: fewer than kChunkTokens,
+// or a GPU would have fewer blocks than it can run.
+constexpr int64_t kEmbeddingTokens = 32;
+
+inline int64_t num_embedding_chunks(int64_t tokens) { return (tokens + kEmbeddingTokens - 1) / kEmbeddingTokens; }
+
 // Each queues its kernels on the CUDA stream and returns at once: null, or the text of the error of a launch. Pointers
 // are to memory of the device that is current. Ids are not checked.
 const char* launch_route(const Route& args, void* stream);

@@ -168,6 +168,8 @@ def routing(tokens: Sequence[int]) -> Iterator[Row]:
             "sort, index, index_add": 2 * token * (1 + TOP_K),
             "router's product, fp32": token,
             "router's product, bf16 to fp32": token,
+            "router's weight gradient, fp32": token,
+            "router's weight gradient, bf16 to fp32": token,
         }
         for name, bytes_moved in moved.items():
             timing = graph_time([side.runs()[name] for side in sides])
@@ -216,7 +218,9 @@ class RoutedTokens:
             "route, dispatch, combine": self._layer,
             "sort, index, index_add": self._plain,
             "router's product, fp32": lambda: self.x.float() @ self.router.t(),
-            "router's product, bf16 to fp32": self._short_product,
+            "router's product, bf16 to fp32": partial(self._short_product, self.x, self.router_bf16.t()),
+            "router's weight gradient, fp32": lambda: self.logits.t() @ self.x.float(),
+            "router's weight gradient, bf16 to fp32": lambda: self._short_product(self.logits.bfloat16().t(), self.x),
         }
         return runs
 
@@ -232,10 +236,11 @@ class RoutedTokens:
         weighed = self.x[token] * self.gates.flatten()[order].unsqueeze(1).to(self.x.dtype)
         torch.zeros_like(self.x).index_add_(0, token, weighed)
 
-    def _short_product(self) -> Tensor:
-        if self.x.device.type == "cpu":  # which has no product of bf16 into fp32
-            return self.x @ self.router_bf16.t()
-        return torch.mm(self.x, self.router_bf16.t(), out_dtype=torch.float32)
+    @staticmethod
+    def _short_product(a: Tensor, b: Tensor) -> Tensor:
+        if a.device.type == "cpu":  # which has no product of bf16 into fp32
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def layers(tokens: Sequence[int]) -> Iterator[Row]:

@@ -31,7 +31,7 @@ FLAGS = (
 )
 ORDERS = ("forward", "reverse", "shuffled")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in arguments.h
-CHUNK_TOKENS, CHUNK_ROWS = 256, 128
+CHUNK_TOKENS, CHUNK_ROWS, EMBEDDING_TOKENS = 256, 128, 32
 GUARD = 64
 """Values after each output that nobody may touch."""
 
@@ -296,6 +296,7 @@ ROUTING_CASES = {
     "most experts and choices": routing_case(7, 1024, 16, -1, modalities=2),
     "half a thousand experts": routing_case(40, 521, 2, 1, modalities=2, noise=True),
     "many chunks and choices": routing_case(520, 17, 16, -1, noise=True),
+    "more chunks than lanes": routing_case(8300, 3, 1, -1, modalities=2),
     "no token": routing_case(0, 4, 2, 3, modalities=2),
     "no token, dropless": routing_case(0, 4, 2, -1, modalities=2),
 }
@@ -393,7 +394,7 @@ def dispatch_backward(
 ) -> SimpleNamespace:
     (tokens, top_k), width = slots.shape, d_rows.shape[1]
     d_x, d_embedding = kernels.blank(tokens, width, dtype=d_rows.dtype), kernels.blank(modalities, width)
-    chunk_sums = kernels.blank(num_chunks(tokens), modalities, width)
+    chunk_sums = kernels.blank(-(-tokens // EMBEDDING_TOKENS), modalities, width)
     kernels.call(
         "dispatch_backward",
         "DispatchBackward",
@@ -504,6 +505,16 @@ def test_rows(kernels: Kernels, routed: str, width: str, dtype: torch.dtype) -> 
     ours = kernels.in_every_order(lambda: combine_backward(kernels, d_out, expert_rows, slots, gates, source))
     assert_rows_close(ours.d_rows, wide_rows.grad)
     torch.testing.assert_close(ours.d_gates, wide_gates.grad.float(), rtol=1e-5, atol=2e-5)
+
+
+def test_the_embedding_gradient_of_more_chunks_than_lanes(kernels: Kernels) -> None:
+    tokens, generator = 33 * EMBEDDING_TOKENS + 5, torch.Generator().manual_seed(4)
+    slots = torch.randperm(tokens, generator=generator).unsqueeze(1)
+    ids = torch.randint(3, (tokens,), generator=generator)
+    d_rows = random_rows(tokens, 8, torch.float32, 5)
+    ours = kernels.in_every_order(lambda: dispatch_backward(kernels, d_rows, slots, 3, ids))
+    theirs = torch.zeros(3, 8, dtype=torch.float64).index_add_(0, ids, d_rows.double()[slots[:, 0]])
+    torch.testing.assert_close(ours.d_embedding, theirs.float(), rtol=1e-5, atol=2e-5)
 
 
 # ---- Losses ----
@@ -631,7 +642,7 @@ def test_quick_gelu(kernels: Kernels, count: int, offset: int, dtype: torch.dtyp
 
 
 GROUPS = {  # rows of each expert, and rows of nobody after them
-    "empty experts": ((0, 5, 0, 130, 0, 300, 1, 0), 7),
+    "empty experts": ((0, 5, 0, 130, 0, 301, 1, 0), 7),
     "chunks that end with experts": ((128, 256, 0, 128), 128),
     "all to one expert": ((0, 0, 300), 0),
     "rows of nobody": ((0, 0), 20),
