@@ -10,6 +10,7 @@ namespace eve_ds {
 constexpr int kChunkThreads = 1024;                // of a block that works on a chunk
 constexpr int kPlaceWarps = kChunkTokens / kWarp;  // placing takes a thread per token of a chunk
 constexpr int kRowWarps = 8;                       // of a block of the kernels that take a warp per token or row
+constexpr int kModalities = 2;                     // whose embeddings' gradients a block adds up
 constexpr float kSmallestGateSum = 1.1920929e-07f;
 static_assert(kMaxTopK <= kWarp, "one lane per choice works on the gates");
 
@@ -481,7 +482,7 @@ __global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_backward_kernel
 // its consecutive tokens for each modality, then the block the warps in order.
 template <typename T, int N, int K>
 __global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_backward_embedding_kernel(const DispatchBackward args) {
-  constexpr int kModalities = 2, kTokens = kEmbeddingTokens / kRowWarps;
+  constexpr int kTokens = kEmbeddingTokens / kRowWarps;
   static_assert(kWarp * N <= kRowWarps * kWarp, "a thread per column adds up the warps");
   __shared__ float partial[kModalities][kRowWarps][kWarp * N];
   const int64_t chunk = blockIdx.x, first_column = static_cast<int64_t>(blockIdx.y) * kWarp * N;

@@ -36,7 +36,7 @@ const char* launch_dispatch_backward_embedding(const DispatchBackward& args, Dty
   const char* error = with_row_type(dtype, aligned, [&](auto row) {
     using Row = decltype(row);
     const unsigned columns = blocks_for(args.width, kWarp * Row::kValues);
-    const dim3 grid(as_blocks(chunks), columns, blocks_for(args.modalities, 2));
+    const dim3 grid(as_blocks(chunks), columns, blocks_for(args.modalities, kModalities));
     return with_choices(args.top_k, [&](auto choices) {
       const auto kernel = dispatch_backward_embedding_kernel<typename Row::Value, Row::kValues, choices()>;
       return launch(kernel, grid, kRowThreads, stream, args);

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,6 +74,12 @@ const char* quick_gelu(const QuickGelu& args, Dtype dtype) { return launch_quick
 const char* grouped_bias(const GroupedBias& args, Dtype dtype) { return launch_grouped_bias(args, dtype, nullptr); }
 const char* grouped_bias_backward(const GroupedBiasBackward& args, Dtype dtype) {
   return launch_grouped_bias_backward(args, dtype, nullptr);
+}
+const char* check_ids(const int64_t* ids, int64_t count, int64_t lowest, int64_t end) {
+  return launch_check_ids("source", ids, count, lowest, end, nullptr);
+}
+const char* check_ends(const int32_t* ends, int64_t experts, int64_t rows) {
+  return launch_check_ends(ends, experts, rows, nullptr);
 }
 }
 """
@@ -510,10 +517,10 @@ def test_rows(kernels: Kernels, routed: str, width: str, dtype: torch.dtype) -> 
 def test_the_embedding_gradient_of_more_chunks_than_lanes(kernels: Kernels) -> None:
     tokens, generator = 33 * EMBEDDING_TOKENS + 5, torch.Generator().manual_seed(4)
     slots = torch.randperm(tokens, generator=generator).unsqueeze(1)
-    ids = torch.randint(3, (tokens,), generator=generator)
+    ids = torch.randint(5, (tokens,), generator=generator)
     d_rows = random_rows(tokens, 8, torch.float32, 5)
-    ours = kernels.in_every_order(lambda: dispatch_backward(kernels, d_rows, slots, 3, ids))
-    theirs = torch.zeros(3, 8, dtype=torch.float64).index_add_(0, ids, d_rows.double()[slots[:, 0]])
+    ours = kernels.in_every_order(lambda: dispatch_backward(kernels, d_rows, slots, 5, ids))
+    theirs = torch.zeros(5, 8, dtype=torch.float64).index_add_(0, ids, d_rows.double()[slots[:, 0]])
     torch.testing.assert_close(ours.d_embedding, theirs.float(), rtol=1e-5, atol=2e-5)
 
 
@@ -725,6 +732,46 @@ def test_grouped_bias(kernels: Kernels, group: str, width: str, dtype: torch.dty
 def assert_sums_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Of a few hundred terms of size 1 that may cancel."""
     torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=ROUNDING[ours.dtype], atol=2e-5)
+
+
+# ---- Ids ----
+
+
+CHECK = """
+import ctypes, sys
+library, check, *numbers = sys.argv[1:]
+given, limits = (numbers[: numbers.index("/")], numbers[numbers.index("/") + 1 :])
+kind = ctypes.c_int64 if check == "check_ids" else ctypes.c_int32
+ids = (kind * len(given))(*map(int, given))
+getattr(ctypes.CDLL(library), check)(ids, ctypes.c_int64(len(given)), *(ctypes.c_int64(int(each)) for each in limits))
+"""
+
+
+@pytest.mark.parametrize(
+    ("check", "ids", "limits", "message"),
+    [
+        ("check_ids", (0, -1, 11), (-1, 12), None),
+        ("check_ids", (*range(300), 12), (0, 300), None),
+        ("check_ids", (0, 12, -1), (-1, 12), "source[1] is 12, which must be at least -1 and below 12"),
+        (
+            "check_ids",
+            (*(0 for _ in range(300)), -1),
+            (0, 12),
+            "source[300] is -1, which must be at least 0 and below 12",
+        ),
+        ("check_ends", (0, 0, 5, 9), (9,), None),
+        ("check_ends", (0, 5, 4), (9,), "ends[2] is 4, which must be at least 5 and below 10"),
+        ("check_ends", (-1, 5), (9,), "ends[0] is -1, which must be at least 0 and below 10"),
+        ("check_ends", (4, 10), (9,), "ends[1] is 10, which must be at least 4 and below 10"),
+    ],
+)
+def test_bad_ids_end_the_program(
+    kernels: Kernels, check: str, ids: tuple[int, ...], limits: tuple[int, ...], message: str | None
+) -> None:
+    command = [sys.executable, "-c", CHECK, kernels.library._name, check, *map(str, ids), "/", *map(str, limits)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == ("" if message is None else f"eve_ds: {message}\n")
+    assert done.returncode == (0 if message is None else -signal.SIGABRT)
 
 
 # ---- The harness itself ----
