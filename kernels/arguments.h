@@ -10,12 +10,19 @@ namespace eve_ds {
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Tokens are worked on in chunks of this many. Sums over tokens are taken within a chunk in token order and then over
-// chunks in order, so a result depends neither on the number of threads nor on who was first.
+// chunks in an order that is fixed too, so a result depends neither on the number of threads nor on who was first.
 constexpr int64_t kChunkTokens = 256;
 constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxTopK = 16;
 
 inline int64_t num_chunks(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
+
+// Rows that are ordered by expert are added up in chunks of this many, cut where an expert ends. The piece of chunk c
+// that belongs to expert e has number c + e: going from one piece to the next, c or e or both grow.
+constexpr int64_t kChunkRows = 128;
+
+inline int64_t num_row_chunks(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
+inline int64_t num_pieces(int64_t rows, int64_t experts) { return num_row_chunks(rows) + experts; }
 
 // T tokens, E experts, K choices, R rows of the expert buffer, M modalities, C chunks.
 struct Route {
@@ -75,7 +82,7 @@ struct DispatchBackward {
   int64_t tokens, top_k, width, modalities;
   void* d_x;               // (T, D)
   float* d_embedding;      // (M, D) or null
-  float* chunk_d_embedding;  // (C, M, D) workspace, or null
+  float* chunk_d_embedding;  // (C, M, D) workspace, or null; the device says how many tokens are a chunk here
 };
 
 struct Combine {
@@ -128,6 +135,27 @@ struct QuickGelu {
   const void* d_out;  // (count,) upstream gradient, or null for the forward
   int64_t count;
   void* out;  // (count,) the activation, or the gradient of x
+};
+
+// Rows of expert e go from ends[e - 1] (or 0) to ends[e]; those past the last end belong to nobody.
+struct GroupedBias {
+  const void* x;        // (R, F)
+  const void* bias;     // (E, F) or null: nothing is added
+  const int32_t* ends;  // (E,)
+  int64_t rows, width, experts;
+  bool activate;  // by quick_gelu, once the bias is added
+  void* out;      // (R, F), zeros in rows of nobody; may be x where nothing is activated
+};
+
+struct GroupedBiasBackward {
+  const void* d_out;    // (R, F)
+  const void* x;        // (R, F), or null where nothing was activated
+  const void* bias;     // (E, F), or null like x
+  const int32_t* ends;  // (E,)
+  int64_t rows, width, experts;
+  void* d_x;          // (R, F), zeros in rows of nobody, or null like x
+  void* d_bias;       // (E, F)
+  float* piece_sums;  // (num_pieces, F) workspace
 };
 
 }  // namespace eve_ds

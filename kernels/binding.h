@@ -3,6 +3,8 @@
 //   explicit Device(const Tensor& on)  made first: what follows happens on the device of that tensor;
 //   Dtype dtype_of(tensor, name)       refuses dtypes that the device has no kernels for;
 //   void check_ids(ids, name, lowest, end)  ids index memory: one out of range must not be followed;
+//   void check_ends(ends, rows)         nor may ends of rows that do not ascend, or end past the rows;
+//   int64_t embedding_chunks(tokens)    how many sums of tokens the gradient of an embedding is made of;
 //   void run(args) or run(args, dtype) for every struct of arguments.h.
 #pragma once
 
@@ -201,7 +203,7 @@ std::tuple<Tensor, Tensor> moe_dispatch_backward(
   const Dtype dtype = device.dtype_of(d_rows, "d_rows");
   const Tensor d_x = make(d_rows, {tokens, width}, d_rows.scalar_type());
   const Tensor d_embedding = make(d_rows, {modalities, width}, ScalarType::Float);
-  const Tensor chunk_sums = make(d_rows, {num_chunks(tokens), modalities, width}, ScalarType::Float);
+  const Tensor chunk_sums = make(d_rows, {device.embedding_chunks(tokens), modalities, width}, ScalarType::Float);
   const DispatchBackward args{d_rows.const_data_ptr(), pointer<int64_t>(slots), pointer<int64_t>(modality_ids), tokens,
                               top_k, width, modalities, d_x.mutable_data_ptr(),
                               modalities ? writable<float>(d_embedding) : nullptr,
@@ -351,11 +353,89 @@ Tensor quick_gelu_backward(const Tensor& d_out, const Tensor& x) {
   return quick_gelu_pass<Device>(x, d_out);
 }
 
+// Rows (R, F) and where those of each expert end (E,).
+template <typename Device>
+void check_grouped(const Device& device, const Tensor& rows, const char* name, const Tensor& ends) {
+  STD_TORCH_CHECK(rows.dim() == 2, name, " must be (R, F)");
+  check(ends, "ends", rows, ScalarType::Int, {ends.numel()});
+  const int64_t experts = ends.numel();
+  STD_TORCH_CHECK(experts >= 1 && experts <= kMaxExperts, "experts (", experts, ") must be 1 to ", kMaxExperts);
+  device.check_ends(ends, rows.size(0));
+}
+
+template <typename Device>
+Tensor grouped_bias_quick_gelu(const Tensor& x_in, const Tensor& bias_in, const Tensor& ends_in) {
+  const Device device(x_in);
+  const Tensor x = dense(x_in), bias = dense(bias_in), ends = dense(ends_in);
+  check_grouped(device, x, "x", ends);
+  const int64_t rows = x.size(0), width = x.size(1), experts = ends.numel();
+  check(bias, "bias", x, x.scalar_type(), {experts, width});
+  const Dtype dtype = device.dtype_of(x, "x");
+  const Tensor out = make(x, {rows, width}, x.scalar_type());
+  device.run(GroupedBias{x.const_data_ptr(), bias.const_data_ptr(), pointer<int32_t>(ends), rows, width, experts, true,
+                         out.mutable_data_ptr()},
+             dtype);
+  return out;
+}
+
+template <typename Device>
+void grouped_bias_(const Tensor& x, const Optional& bias_in, const Tensor& ends_in) {
+  const Device device(x);
+  const Optional bias = dense(bias_in);
+  const Tensor ends = dense(ends_in);
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
+  check_grouped(device, x, "x", ends);
+  const int64_t rows = x.size(0), width = x.size(1), experts = ends.numel();
+  check(bias, "bias", x, x.scalar_type(), {experts, width});
+  const Dtype dtype = device.dtype_of(x, "x");
+  device.run(GroupedBias{x.const_data_ptr(), pointer<void>(bias), pointer<int32_t>(ends), rows, width, experts, false,
+                         x.mutable_data_ptr()},
+             dtype);
+}
+
+// The gradients of x and bias; without x, which was not activated then, that of the bias only.
+template <typename Device>
+std::tuple<Optional, Tensor> grouped_bias_gradients(
+    const Tensor& d_out_in, const Optional& x_in, const Optional& bias_in, const Tensor& ends_in) {
+  const Device device(d_out_in);
+  const Tensor d_out = dense(d_out_in), ends = dense(ends_in);
+  const Optional x = dense(x_in), bias = dense(bias_in);
+  check_grouped(device, d_out, "d_out", ends);
+  const int64_t rows = d_out.size(0), width = d_out.size(1), experts = ends.numel();
+  check(x, "x", d_out, d_out.scalar_type(), {rows, width});
+  check(bias, "bias", d_out, d_out.scalar_type(), {experts, width});
+  const Dtype dtype = device.dtype_of(d_out, "d_out");
+  const Optional d_x = x.has_value() ? Optional(make(d_out, {rows, width}, d_out.scalar_type())) : std::nullopt;
+  const Tensor d_bias = make(d_out, {experts, width}, d_out.scalar_type());
+  const Tensor sums = make(d_out, {num_pieces(rows, experts), width}, ScalarType::Float);
+  device.run(GroupedBiasBackward{d_out.const_data_ptr(), pointer<void>(x), pointer<void>(bias), pointer<int32_t>(ends),
+                                 rows, width, experts, d_x.has_value() ? d_x->mutable_data_ptr() : nullptr,
+                                 d_bias.mutable_data_ptr(), writable<float>(sums)},
+             dtype);
+  return {d_x, d_bias};
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> grouped_bias_quick_gelu_backward(
+    const Tensor& d_out, const Tensor& x, const Tensor& bias, const Tensor& ends) {
+  const auto [d_x, d_bias] = grouped_bias_gradients<Device>(d_out, x, bias, ends);
+  return {*d_x, d_bias};
+}
+
+template <typename Device>
+Tensor grouped_bias_backward(const Tensor& d_out, const Tensor& ends) {
+  return std::get<1>(grouped_bias_gradients<Device>(d_out, std::nullopt, std::nullopt, ends));
+}
+
 // What a binding says for its key in STABLE_TORCH_LIBRARY_IMPL.
 template <typename Device, typename Library>
 void register_ops(Library& library) {
   library.impl("quick_gelu", TORCH_BOX(&quick_gelu<Device>));
   library.impl("quick_gelu_backward", TORCH_BOX(&quick_gelu_backward<Device>));
+  library.impl("grouped_bias_quick_gelu", TORCH_BOX(&grouped_bias_quick_gelu<Device>));
+  library.impl("grouped_bias_quick_gelu_backward", TORCH_BOX(&grouped_bias_quick_gelu_backward<Device>));
+  library.impl("grouped_bias_", TORCH_BOX(&grouped_bias_<Device>));
+  library.impl("grouped_bias_backward", TORCH_BOX(&grouped_bias_backward<Device>));
   library.impl("route_topk", TORCH_BOX(&route_topk<Device>));
   library.impl("route_topk_backward", TORCH_BOX(&route_topk_backward<Device>));
   library.impl("moe_dispatch", TORCH_BOX(&moe_dispatch<Device>));

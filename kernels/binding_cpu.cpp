@@ -99,6 +99,14 @@ class CpuDevice {
     STD_TORCH_CHECK(inside, name, " must be at least ", lowest, " and below ", end);
   }
 
+  void check_ends(const Tensor& ends, int64_t rows) const {
+    const int32_t* end = pointer<int32_t>(ends);
+    const bool ascend = std::is_sorted(end, end + ends.numel());
+    STD_TORCH_CHECK(ascend && end[0] >= 0 && end[ends.numel() - 1] <= rows, "ends must ascend from 0 to ", rows);
+  }
+
+  int64_t embedding_chunks(int64_t tokens) const { return num_chunks(tokens); }
+
   void run(const Route& args) const {
     const int64_t chunks = num_chunks(args.tokens);
     std::fill(args.source, args.source + args.rows, int64_t{-1});
@@ -155,6 +163,19 @@ class CpuDevice {
   void run(const QuickGelu& args, Dtype dtype) const {
     parallel(args.count, 1 << 14,
              [&](int64_t first, int64_t end) { kernels().activations->quick_gelu(args, dtype, first, end); });
+  }
+
+  void run(const GroupedBias& args, Dtype dtype) const {
+    parallel(args.rows, 16,
+             [&](int64_t first, int64_t end) { kernels().activations->grouped_bias(args, dtype, first, end); });
+  }
+
+  void run(const GroupedBiasBackward& args, Dtype dtype) const {
+    parallel(num_row_chunks(args.rows), 1, [&](int64_t first, int64_t end) {
+      kernels().activations->grouped_bias_backward(args, dtype, first, end);
+    });
+    parallel(args.experts, 1,
+             [&](int64_t first, int64_t end) { kernels().activations->add_pieces(args, dtype, first, end); });
   }
 
  private:

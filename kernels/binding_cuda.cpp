@@ -7,6 +7,9 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
+#include <string>
+
 #include "binding.h"
 #include "cuda_launch.h"
 
@@ -28,8 +31,17 @@ class CudaDevice {
     return Dtype::kFloat32;
   }
 
-  // Not checked: to look at ids the host would have to wait for the GPU. One out of range reads or writes other memory.
-  void check_ids(const Tensor&, const char*, int64_t, int64_t) const {}
+  // By default not checked: to look at ids the host would have to wait for the GPU. One out of range reads or writes
+  // other memory. With EVE_DS_CHECK=1 the GPU looks itself.
+  void check_ids(const Tensor& ids, const char* name, int64_t lowest, int64_t end) const {
+    if (is_checking()) check_launch(launch_check_ids(name, pointer<int64_t>(ids), ids.numel(), lowest, end, stream_));
+  }
+
+  void check_ends(const Tensor& ends, int64_t rows) const {
+    if (is_checking()) check_launch(launch_check_ends(pointer<int32_t>(ends), ends.numel(), rows, stream_));
+  }
+
+  int64_t embedding_chunks(int64_t tokens) const { return num_embedding_chunks(tokens); }
 
   void run(const Route& args) const { check_launch(launch_route(args, stream_)); }
   void run(const RouteBackward& args) const { check_launch(launch_route_backward(args, stream_)); }
@@ -47,8 +59,19 @@ class CudaDevice {
     check_launch(launch_pixel_loss_backward(args, dtype, stream_));
   }
   void run(const QuickGelu& args, Dtype dtype) const { check_launch(launch_quick_gelu(args, dtype, stream_)); }
+  void run(const GroupedBias& args, Dtype dtype) const { check_launch(launch_grouped_bias(args, dtype, stream_)); }
+  void run(const GroupedBiasBackward& args, Dtype dtype) const {
+    check_launch(launch_grouped_bias_backward(args, dtype, stream_));
+  }
 
  private:
+  static bool is_checking() {
+    static const char* const chosen = std::getenv("EVE_DS_CHECK");
+    const std::string word = chosen == nullptr ? "" : chosen;
+    STD_TORCH_CHECK(word.empty() || word == "0" || word == "1", "EVE_DS_CHECK (", word, ") must be 0 or 1");
+    return word == "1";
+  }
+
   static void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "launch of a CUDA kernel: ", error); }
 
   torch::stable::accelerator::DeviceGuard guard_;

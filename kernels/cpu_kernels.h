@@ -32,6 +32,12 @@ struct LossKernels {
 
 struct ActivationKernels {
   void (*quick_gelu)(const QuickGelu&, Dtype, int64_t first, int64_t end);
+  // Rows.
+  void (*grouped_bias)(const GroupedBias&, Dtype, int64_t first, int64_t end);
+  // Chunks of rows: d_x, and the sum of each piece.
+  void (*grouped_bias_backward)(const GroupedBiasBackward&, Dtype, int64_t first_chunk, int64_t end_chunk);
+  // Experts, once all pieces are added up: d_bias.
+  void (*add_pieces)(const GroupedBiasBackward&, Dtype, int64_t first, int64_t end);
 };
 
 #define EVE_DECLARE_KERNELS(isa)                     \

@@ -6,8 +6,14 @@
 
 namespace eve_ds {
 
+// A block of the backward pass of dispatch adds up so many tokens for the embedding's gradient: fewer than kChunkTokens,
+// or a GPU would have fewer blocks than it can run.
+constexpr int64_t kEmbeddingTokens = 32;
+
+inline int64_t num_embedding_chunks(int64_t tokens) { return (tokens + kEmbeddingTokens - 1) / kEmbeddingTokens; }
+
 // Each queues its kernels on the CUDA stream and returns at once: null, or the text of the error of a launch. Pointers
-// are to memory of the device that is current. Ids are not checked.
+// are to memory of the device that is current. Ids are followed as they are: see below.
 const char* launch_route(const Route& args, void* stream);
 const char* launch_route_backward(const RouteBackward& args, void* stream);
 const char* launch_dispatch(const Dispatch& args, Dtype dtype, void* stream);
@@ -18,6 +24,14 @@ const char* launch_cross_entropy(const CrossEntropy& args, Dtype dtype, void* st
 const char* launch_pixel_loss(const PixelLoss& args, Dtype dtype, void* stream);
 const char* launch_pixel_loss_backward(const PixelLossBackward& args, Dtype dtype, void* stream);
 const char* launch_quick_gelu(const QuickGelu& args, Dtype dtype, void* stream);
+const char* launch_grouped_bias(const GroupedBias& args, Dtype dtype, void* stream);
+const char* launch_grouped_bias_backward(const GroupedBiasBackward& args, Dtype dtype, void* stream);
+
+// Each ends the program, with a message that names the argument, where one of the ids is not in [lowest, end), or ends
+// of rows do not ascend from 0 to `rows`.
+const char* launch_check_ids(
+    const char* argument, const int64_t* ids, int64_t count, int64_t lowest, int64_t end, void* stream);
+const char* launch_check_ends(const int32_t* ends, int64_t experts, int64_t rows, void* stream);
 
 }  // namespace eve_ds
 

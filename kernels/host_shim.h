@@ -3,7 +3,7 @@
 // another. A kernel whose result depends on who goes on first is wrong, so there are three orders: forward and in
 // reverse, where a warp goes as far as it can before the next one starts, and shuffled, where all threads go on from
 // wait to wait. Stops the program where a GPU would hang, refuse or be undefined: a partial mask, threads that wait in
-// different places, a wait that nobody ends, a grid or block that is too large. Needs -fno-strict-aliasing. Does not
+// different places, a wait that nobody ends, a grid or block that is too large, a trap. Needs -fno-strict-aliasing. Does not
 // see races that none of the orders shows, and says nothing about speed.
 #pragma once
 
@@ -216,6 +216,11 @@ struct alignas(16) uint4 {
 
 inline uint4 __ldca(const uint4* from) { return *from; }
 inline void __stwb(uint4* to, uint4 value) { *to = value; }
+
+[[noreturn]] inline void __trap() {
+  std::fflush(nullptr);
+  std::abort();
+}
 
 inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }

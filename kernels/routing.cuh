@@ -10,6 +10,7 @@ namespace eve_ds {
 constexpr int kChunkThreads = 1024;                // of a block that works on a chunk
 constexpr int kPlaceWarps = kChunkTokens / kWarp;  // placing takes a thread per token of a chunk
 constexpr int kRowWarps = 8;                       // of a block of the kernels that take a warp per token or row
+constexpr int kModalities = 2;                     // whose embeddings' gradients a block adds up
 constexpr float kSmallestGateSum = 1.1920929e-07f;
 static_assert(kMaxTopK <= kWarp, "one lane per choice works on the gates");
 
@@ -50,19 +51,26 @@ __device__ void sum_chunk(const float* matrix, int columns, TokenRange chunk, co
   }
 }
 
-// Adds up chunk sums (C, n) in order into (n,).
+// Adds up chunk sums (C, n) into (n,): a block per 32 columns, of which warp w takes every 32nd chunk from w on, and then
+// a warp per column the sums of the warps as a tree.
 __global__ void __launch_bounds__(kChunkThreads, 1)
     add_chunks_kernel(const float* sums, int64_t chunks, int64_t count, float* total) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= count) return;
+  constexpr int kWarps = kChunkThreads / kWarp;
+  static_assert(kWarps == kWarp, "a warp per column adds up one sum of each warp");
+  __shared__ float per_warp[kWarps][kWarp + 1];  // one more, so that a column lies in different banks
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarp, mine = first + lane_id();
   float value = 0.0f;
-  for (int64_t c = 0; c < chunks; ++c) value += sums[c * count + i];
-  total[i] = value;
+  for (int64_t c = warp_id(); c < chunks && mine < count; c += kWarps) value += sums[c * count + mine];
+  per_warp[warp_id()][lane_id()] = value;
+  __syncthreads();
+  const float column = warp_sum(per_warp[lane_id()][warp_id()]);
+  if (lane_id() == 0 && first + warp_id() < count) total[first + warp_id()] = column;
 }
 
 // ---- Choose: softmax, experts, and the sums of a chunk ----
 
-// Scores of one token per warp. With many experts a block has fewer warps, each with more tokens to work on.
+// Scores of one token per warp at least, of all its tokens where there are few experts. With many experts a block has
+// fewer warps, each with more tokens to work on.
 constexpr int kBlockScores = 8192;
 
 // Larger scores have larger keys, NaN the largest as in torch's argmax; -0 and +0 share one.
@@ -105,16 +113,34 @@ __device__ __forceinline__ void write_softmax(const Route& route, int64_t token,
   if (lane_id() == 0) route.log_sum_exp[token] = largest + logf(total);
 }
 
-// By one warp; a lane reads and writes scores of its own experts only. `counts` is that of this chunk and choice 0;
-// those of the next choice are `choice_stride` further on.
+// Logits of `count` tokens with the biases of their modalities, by one warp, each lane those of its own experts. What
+// several tokens need is on the way together, or each would wait for memory in its turn.
+__device__ __forceinline__ void load_scores(const Route& route, int64_t first, int count, float* scores) {
+  constexpr int kTogether = 8;
+  const int experts = static_cast<int>(route.experts);
+  for (int t = 0; t < count; t += kTogether)
+    for (int e = lane_id(); e < experts; e += kWarp) {
+      float values[kTogether] = {};
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        if (t + i < count) values[i] = route.logits[(first + t + i) * experts + e];
+      if (route.modality_bias != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+          if (t + i < count) values[i] += route.modality_bias[route.modality_ids[first + t + i] * experts + e];
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        if (t + i < count) scores[(t + i) * experts + e] = values[i];
+    }
+}
+
+// By one warp, once the scores of the token are loaded; a lane reads and writes those of its own experts only. `counts`
+// is that of this chunk and choice 0; those of the next choice are `choice_stride` further on.
 __device__ __forceinline__ void choose_experts(
     const Route& route, int64_t token, float* scores, int32_t* counts, int64_t choice_stride) {
   const int experts = static_cast<int>(route.experts), top_k = static_cast<int>(route.top_k);
   const bool valid = route.valid == nullptr || route.valid[token];
-  const float* bias = nullptr;
-  if (route.modality_bias != nullptr) bias = route.modality_bias + route.modality_ids[token] * experts;
-  for (int e = lane_id(); e < experts; e += kWarp)
-    scores[e] = route.logits[token * experts + e] + (bias != nullptr ? bias[e] : 0.0f);
   Best best = warp_argmax(scores, experts);
   write_softmax(route, token, scores, best.score);
   for (int k = 0;; ++k) {
@@ -155,8 +181,14 @@ __global__ void __launch_bounds__(kChunkThreads, 1) choose_kernel(const Route ro
     for (int64_t e = threadIdx.x; e < experts; e += blockDim.x) counts[k * chunks * experts + e] = 0;
   __syncthreads();
   const TokenRange share = warp_share(chunk);
-  float* scores = block_scores + warp_id() * experts;
-  for (int64_t t = share.first; t < share.end; ++t) choose_experts(route, t, scores, counts, chunks * experts);
+  const int64_t together = kBlockScores / (blockDim.x / kWarp) / experts;
+  float* scores = block_scores + warp_id() * together * experts;
+  for (int64_t first = share.first; first < share.end; first += together) {
+    const int count = static_cast<int>(min(together, share.end - first));
+    load_scores(route, first, count, scores);
+    for (int i = 0; i < count; ++i)
+      choose_experts(route, first + i, scores + i * experts, counts, chunks * experts);
+  }
   float* sums = route.chunk_sums + chunk_id * (experts + 1);
   const auto valid = [&](int64_t t) { return route.valid == nullptr || route.valid[t]; };
   sum_chunk(route.probabilities, static_cast<int>(experts), chunk, valid, sums);
@@ -200,7 +232,7 @@ __device__ int32_t count_routes(const Route& route, int64_t chunks, int64_t expe
   return routes;
 }
 
-// One block, a warp per expert. Rows of an expert go to first choices in token order, then to second choices, and so
+// One block, a warp per expert, and per column of the sums of chunks, which it adds up as a tree. Rows of an expert go to first choices in token order, then to second choices, and so
 // on. Fills counts, first_choices, probability_sum and z_sum, and turns chunk_counts into first rows.
 __global__ void __launch_bounds__(kChunkThreads, 1) number_rows_kernel(const Route route, int64_t chunks) {
   __shared__ int32_t starts[kMaxExperts];  // first row of each expert; before, its number of routes
@@ -214,10 +246,11 @@ __global__ void __launch_bounds__(kChunkThreads, 1) number_rows_kernel(const Rou
   __syncthreads();
   for (int64_t e = warp_id(); e < experts; e += kChunkThreads / kWarp)
     number_in_place(route.chunk_counts + e, route.top_k * chunks, experts, starts[e]);
-  for (int64_t e = threadIdx.x; e <= experts; e += kChunkThreads) {
+  for (int64_t e = warp_id(); e <= experts; e += kChunkThreads / kWarp) {
     float total = 0.0f;
-    for (int64_t c = 0; c < chunks; ++c) total += route.chunk_sums[c * (experts + 1) + e];
-    *(e < experts ? route.probability_sum + e : route.z_sum) = total;
+    for (int64_t c = lane_id(); c < chunks; c += kWarp) total += route.chunk_sums[c * (experts + 1) + e];
+    total = warp_sum(total);
+    if (lane_id() == 0) *(e < experts ? route.probability_sum + e : route.z_sum) = total;
   }
 }
 
@@ -331,16 +364,17 @@ __device__ __forceinline__ void write_d_logits(const RouteBackward& route, int64
   }
 }
 
-// A block per (chunk, modality) takes the tokens of that modality, or all where no bias wants a gradient.
+// A block per chunk. What a modality's tokens add to its bias is read again from d_logits, which are in the cache.
 __global__ void __launch_bounds__(kChunkThreads, 1) route_backward_kernel(const RouteBackward route) {
-  const int64_t chunk_id = blockIdx.x, modality = blockIdx.y;
+  const int64_t chunk_id = blockIdx.x;
   const TokenRange chunk = chunk_of(chunk_id, route.tokens), share = warp_share(chunk);
-  const auto mine = [&](int64_t t) { return route.chunk_d_bias == nullptr || route.modality_ids[t] == modality; };
-  for (int64_t t = share.first; t < share.end; ++t)
-    if (mine(t)) write_d_logits(route, t);
+  for (int64_t t = share.first; t < share.end; ++t) write_d_logits(route, t);
   if (route.chunk_d_bias == nullptr) return;
-  float* sums = route.chunk_d_bias + (chunk_id * route.modalities + modality) * route.experts;
-  sum_chunk(route.d_logits, static_cast<int>(route.experts), chunk, mine, sums);
+  for (int64_t modality = 0; modality < route.modalities; ++modality) {
+    const auto mine = [&](int64_t t) { return route.modality_ids[t] == modality; };
+    float* sums = route.chunk_d_bias + (chunk_id * route.modalities + modality) * route.experts;
+    sum_chunk(route.d_logits, static_cast<int>(route.experts), chunk, mine, sums);
+  }
 }
 
 // ---- Dispatch ----
@@ -368,62 +402,121 @@ __global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_kernel(const Di
   }
 }
 
-// A block per (chunk, 32 N columns, modality) takes the tokens of that modality, or all where no embedding wants a
-// gradient. A warp adds up its consecutive tokens, then the block the warps in order.
-template <typename T, int N>
-__global__ void __launch_bounds__(kChunkThreads, 1) dispatch_backward_kernel(const DispatchBackward args) {
-  constexpr int kWarps = kChunkThreads / kWarp;
-  __shared__ float partial[kWarps][kWarp * N];
-  const int64_t chunk_id = blockIdx.x, first_column = blockIdx.y * kWarp * N, modality = blockIdx.z;
-  const int64_t width = args.width, d = first_column + lane_id() * N;
-  const bool wanted = args.chunk_d_embedding != nullptr;
-  const TokenRange share = warp_share(chunk_of(chunk_id, args.tokens));
-  float sums[N] = {};
-  for (int64_t t = share.first; t < share.end && d < width; ++t) {
-    if (wanted && args.modality_ids[t] != modality) continue;
-    float total[N] = {}, values[N];
-    for (int64_t k = 0; k < args.top_k; ++k) {
-      const int64_t slot = args.slots[t * args.top_k + k];
-      if (slot < 0) continue;
-      load<N>(static_cast<const T*>(args.d_rows) + slot * width + d, values);
+// ---- Sums of a token's rows: combine, and the backward pass of dispatch ----
+
+// Rows of a token: K of them, whose numbers are read once and stay in registers, or with K = 0 as many as there are.
+template <int K>
+struct Slots {
+  int64_t values[K];
+
+  __device__ __forceinline__ Slots(const int64_t* slots, int64_t token, int64_t) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) total[i] += values[i];
-    }
-    store<N>(static_cast<T*>(args.d_x) + t * width + d, total);
-#pragma unroll
-    for (int i = 0; i < N; ++i) sums[i] += total[i];
+    for (int k = 0; k < K; ++k) values[k] = slots[token * K + k];
   }
-  if (!wanted) return;
+  __device__ __forceinline__ int count() const { return K; }
+  __device__ __forceinline__ int64_t operator[](int k) const { return values[k]; }
+};
+
+template <>
+struct Slots<0> {
+  const int64_t* values;
+  int number;
+
+  __device__ __forceinline__ Slots(const int64_t* slots, int64_t token, int64_t top_k)
+      : values(slots + token * top_k), number(static_cast<int>(top_k)) {}
+  __device__ __forceinline__ int count() const { return number; }
+  __device__ __forceinline__ int64_t operator[](int k) const { return values[k]; }
+};
+
+// Adds column d of a token's rows, each times its gate, to `total` in order. All K are on the way together.
+template <typename T, int N, int K, typename Gate>
+__device__ __forceinline__ void add_rows(
+    const Slots<K>& slots, const Gate& gate, const void* rows, int64_t width, int64_t d, float (&total)[N]) {
+  constexpr int kTogether = K > 0 ? K : 1;
+  for (int first = 0; first < slots.count(); first += kTogether) {
+    float values[kTogether][N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) partial[warp_id()][lane_id() * N + i] = sums[i];
-  __syncthreads();
-  const int64_t column = first_column + threadIdx.x;
-  if (threadIdx.x >= kWarp * N || column >= width) return;
-  float total = 0.0f;
-  for (int w = 0; w < kWarps; ++w) total += partial[w][threadIdx.x];
-  args.chunk_d_embedding[(chunk_id * args.modalities + modality) * width + column] = total;
+    for (int k = 0; k < kTogether; ++k)
+      if (slots[first + k] >= 0) load<N>(static_cast<const T*>(rows) + slots[first + k] * width + d, values[k]);
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (slots[first + k] < 0) continue;
+#pragma unroll
+      for (int i = 0; i < N; ++i) total[i] += gate(first + k) * values[k][i];
+    }
+  }
 }
 
-// ---- Combine ----
-
 // A warp per token.
-template <typename T, int N>
+template <typename T, int N, int K>
 __global__ void __launch_bounds__(kRowWarps * kWarp, 4) combine_kernel(const Combine args) {
   const int64_t token = global_warp_id(), width = args.width;
   if (token >= args.tokens) return;
-  const int64_t* slots = args.slots + token * args.top_k;
+  const Slots<K> slots(args.slots, token, args.top_k);
   const float* gates = args.gates + token * args.top_k;
-  for (int64_t d = lane_id() * N; d < width; d += kWarp * N) {
-    float total[N] = {}, values[N];
-    for (int64_t k = 0; k < args.top_k; ++k) {
-      if (slots[k] < 0) continue;
-      load<N>(static_cast<const T*>(args.rows) + slots[k] * width + d, values);
+  float kept[K > 0 ? K : 1];
 #pragma unroll
-      for (int i = 0; i < N; ++i) total[i] += gates[k] * values[i];
-    }
+  for (int k = 0; k < K; ++k) kept[k] = gates[k];
+  const auto gate = [&](int k) { return K > 0 ? kept[k] : gates[k]; };
+  for (int64_t d = lane_id() * N; d < width; d += kWarp * N) {
+    float total[N] = {};
+    add_rows<T, N, K>(slots, gate, args.rows, width, d, total);
     store<N>(static_cast<T*>(args.out) + token * width + d, total);
   }
 }
+
+// A warp per token, where no embedding wants a gradient.
+template <typename T, int N, int K>
+__global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_backward_kernel(const DispatchBackward args) {
+  const int64_t token = global_warp_id(), width = args.width;
+  if (token >= args.tokens) return;
+  const Slots<K> slots(args.slots, token, args.top_k);
+  for (int64_t d = lane_id() * N; d < width; d += kWarp * N) {
+    float total[N] = {};
+    add_rows<T, N, K>(slots, [](int) { return 1.0f; }, args.d_rows, width, d, total);
+    store<N>(static_cast<T*>(args.d_x) + token * width + d, total);
+  }
+}
+
+// A block per (kEmbeddingTokens tokens, 32 N columns, kModalities modalities) takes the tokens of those. A warp adds up
+// its consecutive tokens for each modality, then the block the warps in order.
+template <typename T, int N, int K>
+__global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_backward_embedding_kernel(const DispatchBackward args) {
+  constexpr int kTokens = kEmbeddingTokens / kRowWarps;
+  static_assert(kWarp * N <= kRowWarps * kWarp, "a thread per column adds up the warps");
+  __shared__ float partial[kModalities][kRowWarps][kWarp * N];
+  const int64_t chunk = blockIdx.x, first_column = static_cast<int64_t>(blockIdx.y) * kWarp * N;
+  const int64_t width = args.width, d = first_column + lane_id() * N;
+  const int64_t first_modality = static_cast<int64_t>(blockIdx.z) * kModalities;
+  const int64_t first = chunk * kEmbeddingTokens + warp_id() * kTokens, end = min(first + kTokens, args.tokens);
+  float sums[kModalities][N] = {};
+  for (int64_t t = first; t < end && d < width; ++t) {
+    const int64_t modality = args.modality_ids[t] - first_modality;
+    const Slots<K> slots(args.slots, t, args.top_k);
+    if (modality < 0 || modality >= kModalities) continue;
+    float total[N] = {};
+    add_rows<T, N, K>(slots, [](int) { return 1.0f; }, args.d_rows, width, d, total);
+    store<N>(static_cast<T*>(args.d_x) + t * width + d, total);
+#pragma unroll
+    for (int m = 0; m < kModalities; ++m)
+#pragma unroll
+      for (int i = 0; i < N; ++i) sums[m][i] += modality == m ? total[i] : 0.0f;
+  }
+#pragma unroll
+  for (int m = 0; m < kModalities; ++m)
+#pragma unroll
+    for (int i = 0; i < N; ++i) partial[m][warp_id()][lane_id() * N + i] = sums[m][i];
+  __syncthreads();
+  const int64_t column = first_column + threadIdx.x;
+  if (threadIdx.x >= kWarp * N || column >= width) return;
+  for (int m = 0; m < kModalities && first_modality + m < args.modalities; ++m) {
+    float total = 0.0f;
+    for (int w = 0; w < kRowWarps; ++w) total += partial[m][w][threadIdx.x];
+    args.chunk_d_embedding[(chunk * args.modalities + first_modality + m) * width + column] = total;
+  }
+}
+
+// ---- Backward of combine ----
 
 // Scales the gradient of a token into one of its rows and returns this lane's part of their dot product.
 template <typename T, int N>

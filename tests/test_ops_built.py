@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from eve_ds import ops
 from eve_ds.ops import build, reference
+from eve_ds.ops import routing as routing_ops
 from eve_ds.ops.feed_forward import grouped_products
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
@@ -367,12 +369,25 @@ def one_by_one(rows, sizes, *parameters):
     return torch.stack([*out, *(row * 0 for row in rows[len(owners) :])]) + nothing if len(rows) else rows * 1 + nothing
 
 
+def products_of_torch(*arguments):
+    """Grouped products where the ops between them are not built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVE_DS_OPS", "reference")
+        return grouped_products(*arguments)
+
+
+FORMS = {
+    "built": ops.grouped_feed_forward,
+    "plain": reference.grouped_feed_forward,
+    "products": grouped_products,
+    "products of torch": products_of_torch,
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(5, 0, 7, 1), (0, 0, 0, 0), (13, 0, 0, 0)])
 @pytest.mark.parametrize("empty", [0, 3])
-@pytest.mark.parametrize(
-    "form", [ops.grouped_feed_forward, reference.grouped_feed_forward, grouped_products], ids=["built", "plain", "mm"]
-)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_grouped_feed_forward(dtype, sizes, empty, form):
     generator = torch.Generator().manual_seed(11)
 
@@ -394,6 +409,70 @@ def test_grouped_feed_forward(dtype, sizes, empty, form):
         # bf16: hidden states, activations and their gradients are rounded on the way, each to 8 bits.
         error = float((ours.double() - expected).norm() / expected.norm().clamp(min=1e-6))
         assert error < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 37])
+@pytest.mark.parametrize(
+    ("sizes", "nobody"), [((0, 5, 0, 130, 300, 1, 0), 7), ((128, 256), 128), ((0, 0, 300), 0), ((0, 0), 9), ((0,), 0)]
+)
+def test_grouped_bias(dtype, width, sizes, nobody):
+    generator = torch.Generator().manual_seed(12)
+    filled, ends = sum(sizes), torch.tensor(sizes).cumsum(0).int()
+    x, d_out, bias = (
+        torch.randn(count, width, generator=generator).to(dtype)
+        for count in (filled + nobody, filled + nobody, len(sizes))
+    )
+    x[filled:], d_out[filled:] = float("nan"), float("nan")  # whatever a product left there
+    op = torch.ops.eve_ds
+    wide_x, wide_bias = leaf(x, torch.float64), leaf(bias, torch.float64)
+    plain = reference.grouped_bias(wide_x, wide_bias, ends)
+    activated = reference.quick_gelu(plain)
+    shifted, cleared = x.clone(), x.clone()
+    op.grouped_bias_(shifted, bias, ends)
+    assert_close(shifted, plain, dtype)
+    op.grouped_bias_(cleared, None, ends)
+    assert torch.equal(cleared, torch.cat([x[:filled], torch.zeros_like(x[filled:])]))
+    assert_close(op.grouped_bias_quick_gelu(x, bias, ends), activated, dtype)
+    d_x, d_bias = op.grouped_bias_quick_gelu_backward(d_out, x, bias, ends)
+    upstream = d_out[:filled].double()
+    expected = torch.autograd.grad((activated[:filled] * upstream).sum(), [wide_x, wide_bias], retain_graph=True)
+    assert_close(d_x, expected[0], dtype)
+    assert_close(d_bias, expected[1], dtype, scale=20.0)
+    expected = torch.autograd.grad((plain[:filled] * upstream).sum(), wide_bias)
+    assert_close(op.grouped_bias_backward(d_out, ends), expected[0], dtype, scale=20.0)
+
+
+def test_router_that_multiplies_short_numbers(monkeypatch):
+    """What CUDA does, with a product that stands for the one that the CPU lacks: same logits, rounded gradients."""
+    dtype, generator = torch.bfloat16, torch.Generator().manual_seed(13)
+    x, weight, embedding = (torch.randn(count, 40, generator=generator).to(dtype) for count in (300, 8, 2))
+    modality = torch.randint(0, 2, (300,), generator=generator)
+    upstream = torch.randn(8, generator=generator)
+    widened = []
+
+    def product(a, b, out_dtype):
+        assert (a.dtype, b.dtype, out_dtype) == (dtype, dtype, torch.float32)
+        widened.append(a.shape)
+        return a.float() @ b.float()
+
+    results = []
+    for short in (False, True):
+        monkeypatch.setattr(routing_ops, "_multiplies_short", lambda x, weight, short=short: short)
+        leaves = [leaf(each, dtype) for each in (x, weight, embedding)]
+        with monkeypatch.context() as patch:
+            if short:
+                patch.setattr(torch, "mm", product)
+            rows, routed = ops.route_and_dispatch(*leaves, modality, top_k=2, capacity=-1)
+            ((routed.probability_sum * upstream).sum() + rows.float().square().sum()).backward()
+        results.append([rows, *routed, *(each.grad for each in leaves)])
+    assert widened == [(300, 40), (8, 300)]
+    *outputs, d_x, d_weight, d_embedding = zip(*results, strict=True)
+    for one, other in (*outputs, d_x, d_embedding):
+        assert torch.equal(one, other)
+    wide, short = d_weight
+    assert short.dtype == dtype
+    assert float((short.double() - wide.double()).norm() / wide.double().norm()) < 2 * torch.finfo(dtype).eps
 
 
 def test_inputs_need_not_be_contiguous():
@@ -428,7 +507,11 @@ def every_output():
     row_losses = torch.ops.eve_ds.cross_entropy_inplace_(scratch, None, torch.arange(64))
     activated = torch.ops.eve_ds.quick_gelu(scratch)
     d_scratch = torch.ops.eve_ds.quick_gelu_backward(activated, scratch)
+    ends, shift = torch.tensor([0, 3, 30, 60], dtype=torch.int32), torch.randn(4, 999, generator=generator)
+    grouped = torch.ops.eve_ds.grouped_bias_quick_gelu(scratch, shift, ends)
+    d_grouped = torch.ops.eve_ds.grouped_bias_quick_gelu_backward(activated, scratch, shift, ends)
     gradients = [tensor.grad for tensor in (x, embedding, logits, weight, predictions)]
+    gradients += [grouped, *d_grouped]
     return [rows, out, *routing, losses, raw, scratch, row_losses, activated, d_scratch, *gradients]
 
 
@@ -488,11 +571,22 @@ def test_opcheck():
         pixels, some = torch.rand(count, 3, 8, 8), predictions[:count].detach().requires_grad_()
         opcheck(torch.ops.eve_ds.masked_pixel_loss, (pixels, some, ids[:count], 4, 1e-6, normalize))
     opcheck(torch.ops.eve_ds.quick_gelu, (torch.randn(20, generator=generator, requires_grad=True),))
+    without_autograd = ("test_schema", "test_faketensor")
+    ends, shift = torch.tensor([0, 11, 30], dtype=torch.int32), torch.randn(3, 6, generator=generator)
+    hidden, d_hidden = rows.detach(), torch.randn(40, 6, generator=generator)
+    for name, arguments in (
+        ("grouped_bias_quick_gelu", (hidden, shift, ends)),
+        ("grouped_bias_quick_gelu_backward", (d_hidden, hidden, shift, ends)),
+        ("grouped_bias_", (hidden.clone(), shift, ends)),
+        ("grouped_bias_", (hidden.clone(), None, ends)),
+        ("grouped_bias_backward", (d_hidden, ends)),
+    ):
+        opcheck(getattr(torch.ops.eve_ds, name), arguments, test_utils=without_autograd)
     target = torch.arange(5)
     opcheck(
         torch.ops.eve_ds.cross_entropy_inplace_,
         (torch.randn(5, 9), None, target),
-        test_utils=("test_schema", "test_faketensor"),
+        test_utils=without_autograd,
     )
     hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
     opcheck(
@@ -532,6 +626,13 @@ def ids(*values):
         (
             lambda: ops.masked_pixel_loss(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 47), ids([0]), 4),
             "predictions has the wrong shape",
+        ),
+        *(
+            (
+                partial(torch.ops.eve_ds.grouped_bias_, torch.zeros(3, 4), None, torch.tensor(ends, dtype=torch.int32)),
+                "ends must ascend from 0 to 3",
+            )
+            for ends in ([2, 1], [-1, 1], [1, 4])
         ),
     ],
 )

@@ -168,6 +168,8 @@ def routing(tokens: Sequence[int]) -> Iterator[Row]:
             "sort, index, index_add": 2 * token * (1 + TOP_K),
             "router's product, fp32": token,
             "router's product, bf16 to fp32": token,
+            "router's weight gradient, fp32": token,
+            "router's weight gradient, bf16 to fp32": token,
         }
         for name, bytes_moved in moved.items():
             timing = graph_time([side.runs()[name] for side in sides])
@@ -216,7 +218,9 @@ class RoutedTokens:
             "route, dispatch, combine": self._layer,
             "sort, index, index_add": self._plain,
             "router's product, fp32": lambda: self.x.float() @ self.router.t(),
-            "router's product, bf16 to fp32": self._short_product,
+            "router's product, bf16 to fp32": partial(self._short_product, self.x, self.router_bf16.t()),
+            "router's weight gradient, fp32": lambda: self.logits.t() @ self.x.float(),
+            "router's weight gradient, bf16 to fp32": lambda: self._short_product(self.logits.bfloat16().t(), self.x),
         }
         return runs
 
@@ -232,10 +236,11 @@ class RoutedTokens:
         weighed = self.x[token] * self.gates.flatten()[order].unsqueeze(1).to(self.x.dtype)
         torch.zeros_like(self.x).index_add_(0, token, weighed)
 
-    def _short_product(self) -> Tensor:
-        if self.x.device.type == "cpu":  # which has no product of bf16 into fp32
-            return self.x @ self.router_bf16.t()
-        return torch.mm(self.x, self.router_bf16.t(), out_dtype=torch.float32)
+    @staticmethod
+    def _short_product(a: Tensor, b: Tensor) -> Tensor:
+        if a.device.type == "cpu":  # which has no product of bf16 into fp32
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def layers(tokens: Sequence[int]) -> Iterator[Row]:
@@ -263,15 +268,14 @@ def _experts(tokens: int) -> Iterator[Row]:
     for weight in weights.values():
         weight.requires_grad_()
 
-    def both() -> None:
-        out = ops.grouped_feed_forward(x, routed.sizes, **weights)
-        torch.autograd.grad(out, [x, *weights.values()], out)
-
     flop = 4 * rows * WIDTH * hidden
     plain_x, plain_weight = routed.rows, weights["fc1"].detach()[0]
     if torch.cuda.is_available():  # on a CPU the ops read the sizes, which a row of zeros cannot show
+        both = partial(_experts_both, x, routed.sizes, weights)
         yield _flop_row("experts, forward + backward", tokens, both, 3 * flop)
+        yield from _experts_one_by_one(tokens, routed, weights, 3 * flop)
     yield _flop_row("a plain product of as many rows", tokens, lambda: plain_x @ plain_weight.t(), flop / 2)
+    yield from _between_products(tokens, routed, weights)
     hidden_states = _normal(rows, hidden).requires_grad_()
     upstream = torch.randn_like(hidden_states)
     for name, activation in (
@@ -282,6 +286,48 @@ def _experts(tokens: int) -> Iterator[Row]:
         timing = graph_time([run])
         speed = 5 * hidden_states.numel() * 2 / timing.median / 1e6
         yield {"what": f"{name}, forward + backward", "tokens": tokens, **_microseconds(timing), "tb_s": speed}
+
+
+def _experts_both(x: Tensor, sizes: Tensor, weights: dict[str, Tensor]) -> None:
+    out = ops.grouped_feed_forward(x, sizes, **weights)
+    torch.autograd.grad(out, [x, *weights.values()], out)
+
+
+def _experts_one_by_one(tokens: int, routed: RoutedTokens, weights: dict[str, Tensor], flop: float) -> Iterator[Row]:
+    """fp16 and fp32, for which the host waits, so that no graph records them: the host's clock."""
+    for dtype in (torch.float16, torch.float32):
+        x = routed.rows.to(dtype).requires_grad_()
+        mine = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
+        both = partial(_experts_both, x, routed.sizes, mine)
+        both()
+        spent = _step_time(both, 5)[0] * 1e3
+        what = f"experts in {str(dtype).removeprefix('torch.')}, forward + backward, by the host's clock"
+        yield {"what": what, "tokens": tokens, "us": spent, "tflop_s": flop / spent / 1e6}
+
+
+def _between_products(tokens: int, routed: RoutedTokens, weights: dict[str, Tensor]) -> Iterator[Row]:
+    """A grouped product, and the ops that follow grouped products, with the bytes that these must move."""
+    op, ends = torch.ops.eve_ds, routed.sizes.cumsum(0, dtype=torch.int32)
+    fc1, fc1_bias, fc2_bias = (weights[name].detach() for name in ("fc1", "fc1_bias", "fc2_bias"))
+    product = partial(F.grouped_mm, routed.rows, fc1.transpose(1, 2), offs=ends)
+    yield _flop_row("a grouped product", tokens, product, 2 * len(routed.rows) * fc1[0].numel())
+    hidden, out = _normal(len(routed.rows), fc1.shape[1]), torch.empty_like(routed.rows)
+    d_hidden = torch.randn_like(hidden)
+    runs: dict[str, tuple[Run, int]] = {
+        "experts' bias and quick_gelu": (
+            partial(op.grouped_bias_quick_gelu, hidden, fc1_bias, ends),
+            2 * hidden.nbytes,
+        ),
+        "experts' bias and quick_gelu, backward": (
+            partial(op.grouped_bias_quick_gelu_backward, d_hidden, hidden, fc1_bias, ends),
+            3 * hidden.nbytes,
+        ),
+        "experts' bias in place": (partial(op.grouped_bias_, out, fc2_bias, ends), 2 * out.nbytes),
+        "experts' bias, backward": (partial(op.grouped_bias_backward, out, ends), out.nbytes),
+    }
+    for name, (run, moved) in runs.items():
+        timing = graph_time([run])
+        yield {"what": name, "tokens": tokens, **_microseconds(timing), "tb_s": moved / timing.median / 1e6}
 
 
 def _gradient(function: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> None:

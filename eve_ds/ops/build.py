@@ -4,6 +4,10 @@
 warning, `build` makes every problem fatal, `reference` never builds. A library is kept in `EVE_DS_CACHE` (default
 `~/.cache/eve_ds`) under a name made of sources, flags and versions; processes that start together wait for the one that
 builds.
+
+The ops check ids on the CPU before they touch memory. On CUDA they do not, since the host would have to wait: a wrong
+id reads or writes other memory. `EVE_DS_CHECK=1` has the GPU check the ids of every op before it runs; a bad one ends
+the program with a line such as `eve_ds: slots[7] is 12, which must be at least -1 and below 12`.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ CUDA_FLAGS = (
     *("-std=c++20", "-O3", "-Xcompiler", "-fPIC"),
     *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
 )
-CUDA_SOURCES = ("routing_cuda.cu", "masked_loss_cuda.cu", "activation_cuda.cu")
+CUDA_SOURCES = ("routing_cuda.cu", "masked_loss_cuda.cu", "activation_cuda.cu", "check_cuda.cu")
 
 
 DTYPES = {

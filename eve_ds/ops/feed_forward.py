@@ -27,48 +27,81 @@ def grouped_feed_forward(
 ) -> Tensor:
     """All experts on their rows; see :func:`eve_ds.ops.reference.grouped_feed_forward`.
 
-    On the CPU one matrix product per expert, written where its result belongs, and one activation for all: nothing is
-    cut apart and put together again. In bf16 on CUDA grouped products, for which the host need not know the sizes.
+    In bf16 on a GPU with grouped products :func:`grouped_products`, for which the host need not know the sizes.
+    Elsewhere one matrix product per expert, written where its result belongs, and one activation for all: nothing is
+    cut apart and put together again. On a GPU (fp32, fp16, or one older than sm_90) the host waits for the sizes then,
+    once in a forward pass and never in a backward pass.
     """
     if _has_grouped_products(rows, fc1):
         return grouped_products(rows, sizes, fc1, fc1_bias, fc2, fc2_bias)
-    if rows.device.type != "cpu" or not use_built(rows):
+    if not use_built(rows):
         return reference.grouped_feed_forward(rows, sizes, fc1, fc1_bias, fc2, fc2_bias)
     return GroupedFeedForward.apply(rows, tuple(sizes.tolist()), fc1, fc1_bias, fc2, fc2_bias)
 
 
 def _has_grouped_products(rows: Tensor, fc1: Tensor) -> bool:
-    """Where `F.grouped_mm` has a kernel of its own: bf16 from sm_80 on, rows of whole 16 bytes.
+    """Where `F.grouped_mm` has a kernel of its own: bf16 from sm_90 on, rows of whole 16 bytes.
 
-    On the CPU it is a loop over the experts with copies, slower than ours: see the log of kernels/README.md.
+    Elsewhere it is a loop over the experts for which the host waits in each of six products; on the CPU with copies,
+    slower than ours: see the log of kernels/README.md.
     """
     return (
         rows.device.type == "cuda"
         and rows.dtype == fc1.dtype == torch.bfloat16
+        and len(rows) > 0
         and all(size % 8 == 0 for size in fc1.shape[1:])
         and mode() != "reference"
-        and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
     )
 
 
 def grouped_products(
     rows: Tensor, sizes: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
 ) -> Tensor:
-    """As :func:`grouped_feed_forward` on `F.grouped_mm`; sizes stay on the device.
+    """As :func:`grouped_feed_forward` on `F.grouped_mm`; sizes stay on the device and nothing waits for them.
 
-    Grouped products leave rows of no expert as they find them, in forward and backward: those are set to zero wherever
-    they would enter a sum.
+    Between the products one pass over the hidden states forward and one backward, by built ops, or several where those
+    are not to be had.
     """
-    ends = sizes.cumsum(0)
-    expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True).unsqueeze(1)  # (R, 1)
-    member = (expert == torch.arange(len(sizes), device=rows.device)).to(rows.dtype)  # (R, E) 0 or 1
-    filled, offsets = expert < len(sizes), ends.to(torch.int32)
+    ends = sizes.cumsum(0, dtype=torch.int32)
+    if use_built(rows):
+        return GroupedProducts.apply(rows, ends, fc1, fc1_bias, fc2, fc2_bias)
+    hidden = reference.grouped_linear(rows, ends, fc1, fc1_bias)
+    return reference.grouped_linear(quick_gelu(hidden), ends, fc2, fc2_bias)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        product = F.grouped_mm(x.where(filled, 0), weight.transpose(1, 2), offs=offsets)
-        return torch.addmm(product.where(filled, 0), member, bias)
 
-    return linear(quick_gelu(linear(rows, fc1, fc1_bias)), fc2, fc2_bias)
+class GroupedProducts(torch.autograd.Function):
+    """rows and the experts' parameters -> rows.
+
+    Grouped products leave rows of nobody as they find them. The ops between them write zeros there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, ends: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
+    ) -> Tensor:
+        """Arguments as in :func:`grouped_feed_forward`, and `ends` (E,) int32, where the rows of each expert end."""
+        rows = rows.contiguous()
+        product = F.grouped_mm(rows, fc1.transpose(1, 2), offs=ends)
+        activated = torch.ops.eve_ds.grouped_bias_quick_gelu(product, fc1_bias, ends)
+        out = F.grouped_mm(activated, fc2.transpose(1, 2), offs=ends)
+        torch.ops.eve_ds.grouped_bias_(out, fc2_bias, ends)
+        ctx.save_for_backward(rows, ends, product, activated, fc1, fc1_bias, fc2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the rows and of every parameter, by the same products as autograd's of `F.grouped_mm`."""
+        rows, ends, product, activated, fc1, fc1_bias, fc2 = ctx.saved_tensors
+        ops = torch.ops.eve_ds
+        d_out = d_out.contiguous()
+        d_activated = F.grouped_mm(d_out, fc2, offs=ends)
+        d_hidden, d_fc1_bias = ops.grouped_bias_quick_gelu_backward(d_activated, product, fc1_bias, ends)
+        d_rows = F.grouped_mm(d_hidden, fc1, offs=ends)
+        ops.grouped_bias_(d_rows, None, ends)
+        d_fc1 = F.grouped_mm(d_hidden.t(), rows, offs=ends)
+        d_fc2 = F.grouped_mm(d_out.t(), activated, offs=ends)
+        return d_rows, None, d_fc1, d_fc1_bias, d_fc2, ops.grouped_bias_backward(d_out, ends)
 
 
 class GroupedFeedForward(torch.autograd.Function):

@@ -327,3 +327,25 @@ def grouped_feed_forward(
         for chunk, (w1, b1, w2, b2) in zip(chunks, parameters, strict=True)
     ]
     return torch.cat([*done, torch.zeros_like(empty)])
+
+
+def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Linear layer e on the rows of expert e: (R, D) -> (R, F), with zeros, and without gradient, in rows of nobody.
+
+    Args:
+        x: rows in the order of their experts.
+        ends: (E,) int32, where the rows of each expert end; rows past the last end belong to nobody.
+        weight, bias: (E, F, D), (E, F).
+    """
+    expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True).unsqueeze(1)  # (R, 1)
+    member = (expert == torch.arange(len(ends), device=x.device)).to(x.dtype)  # (R, E) 0 or 1
+    filled = expert < len(ends)
+    product = F.grouped_mm(x.where(filled, 0), weight.transpose(1, 2), offs=ends)
+    return torch.addmm(product.where(filled, 0), member, bias)
+
+
+def grouped_bias(x: Tensor, bias: Tensor, ends: Tensor) -> Tensor:
+    """Add each expert's bias (E, F) to its rows: (R, F) -> (R, F), zeros in rows of nobody; `ends` as above."""
+    expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    shifted = widen(x) + widen(bias)[expert.clamp(max=len(ends) - 1)]
+    return shifted.where((expert < len(ends)).unsqueeze(1), 0).to(x.dtype)

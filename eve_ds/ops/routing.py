@@ -85,7 +85,8 @@ def route_and_dispatch(
 ) -> tuple[Tensor, Routing]:
     """Router, routing and dispatch; see :func:`eve_ds.ops.reference.route_and_dispatch`.
 
-    One autograd node: the gradient through the router is added to the one through the rows where that lies.
+    One autograd node: the gradient through the router is added to the one through the rows where that lies. On CUDA the
+    router multiplies bf16 or fp16 as they are, into fp32.
     """
     if not use_built(x):
         return reference.route_and_dispatch(
@@ -126,7 +127,11 @@ class RouteAndDispatch(torch.autograd.Function):
         """Arguments as in :func:`route_and_dispatch`."""
         ops = torch.ops.eve_ds
         router, embedding = weight.float(), modality_embedding.float()
-        logits, bias = x.float() @ router.t(), embedding @ router.t()
+        if _multiplies_short(x, weight):
+            logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
+        else:
+            logits = x.float() @ router.t()
+        bias = embedding @ router.t()
         routed = ops.route_topk(logits, bias, modality_ids, valid, noise, top_k, capacity)
         if group_sizes is not None:
             routed = _sums_by_group(routed, valid, group_sizes)
@@ -161,10 +166,25 @@ class RouteAndDispatch(torch.autograd.Function):
             )
             if ctx.embed_rows:
                 d_embedding += through_rows
-        d_x.addmm_(d_logits.to(x.dtype), weight.to(x.dtype))
-        d_weight = d_logits.t() @ x.float() + d_bias.t() @ embedding
+        d_logits_short = d_logits.to(x.dtype)
+        d_x.addmm_(d_logits_short, weight.to(x.dtype))
+        if _multiplies_short(x, weight):
+            d_weight = torch.mm(d_logits_short.t(), x, out_dtype=torch.float32)
+        else:
+            d_weight = d_logits.t() @ x.float()
+        d_weight += d_bias.t() @ embedding
         d_weight, d_embedding = d_weight.to(weight.dtype), d_embedding.to(modality_embedding.dtype)
         return d_x, d_weight, d_embedding, None, None, None, None, None, None, None
+
+
+def _multiplies_short(x: Tensor, weight: Tensor) -> bool:
+    """Whether the router multiplies in the dtype of both, bf16 or fp16, with products and sums in fp32.
+
+    Products of two such numbers are exact in fp32, so that logits are those of widened factors but for the order of the
+    sums. The gradient of the logits is rounded for the gradient of the weight as it is for that of x. On CUDA only: the
+    CPU has no such product.
+    """
+    return x.device.type == "cuda" and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _sums_by_group(routed: Sequence[Tensor], valid: Tensor | None, group_sizes: Sequence[int]) -> tuple[Tensor, ...]:

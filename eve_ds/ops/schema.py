@@ -2,6 +2,11 @@
 
 T tokens, E experts, K choices, R rows of the expert buffer, M modalities; see `reference.py` for what the ops mean.
 Outputs that exist for the backward only: `log_sum_exp` (T,), `mean` and `scale` (B, N), 0 and 1 for raw pixels.
+
+The ops `grouped_*` are steps of :class:`eve_ds.ops.feed_forward.GroupedProducts` without autograd of their own. Their
+rows (R, F) are ordered by expert, `bias` (E, F) has their dtype, and `ends` (E,) int32 is where the rows of each expert
+end; rows past the last end belong to nobody: zeros are written there, and what is read there does not matter.
+`grouped_bias_` without a bias only writes those zeros. CPU: fp32 and bf16; CUDA also fp16.
 """
 
 from __future__ import annotations
@@ -36,6 +41,10 @@ SCHEMAS = (
     "Tensor mean, Tensor scale, int patch_size) -> Tensor",
     "quick_gelu(Tensor x) -> Tensor",
     "quick_gelu_backward(Tensor d_out, Tensor x) -> Tensor",
+    "grouped_bias_quick_gelu(Tensor x, Tensor bias, Tensor ends) -> Tensor",
+    "grouped_bias_quick_gelu_backward(Tensor d_out, Tensor x, Tensor bias, Tensor ends) -> (Tensor d_x, Tensor d_bias)",
+    "grouped_bias_(Tensor(a!) x, Tensor? bias, Tensor ends) -> ()",
+    "grouped_bias_backward(Tensor d_out, Tensor ends) -> Tensor",
 )
 for schema in SCHEMAS:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -168,3 +177,23 @@ def _quick_gelu(x: Tensor) -> Tensor:
 @_fake("quick_gelu_backward")
 def _quick_gelu_backward(d_out: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+@_fake("grouped_bias_quick_gelu")
+def _grouped_bias_quick_gelu(x: Tensor, bias: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("grouped_bias_quick_gelu_backward")
+def _grouped_bias_quick_gelu_backward(d_out: Tensor, x: Tensor, bias: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return d_out.new_empty(d_out.shape), bias.new_empty(bias.shape)
+
+
+@_fake("grouped_bias_")
+def _grouped_bias_(x: Tensor, bias: Tensor | None, ends: Tensor) -> None:
+    return None
+
+
+@_fake("grouped_bias_backward")
+def _grouped_bias_backward(d_out: Tensor, ends: Tensor) -> Tensor:
+    return d_out.new_empty(ends.shape[0], d_out.shape[1])

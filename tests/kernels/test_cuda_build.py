@@ -67,7 +67,8 @@ def test_kernels_keep_to_their_registers(source: str, tmp_path: Path) -> None:
     kernels = parse(report)
     assert len(kernels) == report.count("Compiling entry function")
     assert {each.architecture for each in kernels} == set(ARCHITECTURES)
-    assert [each for each in kernels if each.spills or each.stack] == []
+    assert [each for each in kernels if each.spills] == []
+    assert [each for each in kernels if each.stack and "check_" not in each.kernel] == []  # those print, from a stack
     assert [each for each in kernels if each.registers > MAX_REGISTERS] == []
 
 

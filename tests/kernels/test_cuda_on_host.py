@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ FLAGS = (
 )
 ORDERS = ("forward", "reverse", "shuffled")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in arguments.h
-CHUNK_TOKENS = 256
+CHUNK_TOKENS, CHUNK_ROWS, EMBEDDING_TOKENS = 256, 128, 32
 GUARD = 64
 """Values after each output that nobody may touch."""
 
@@ -70,6 +71,16 @@ const char* pixel_loss_backward(const PixelLossBackward& args, Dtype dtype) {
   return launch_pixel_loss_backward(args, dtype, nullptr);
 }
 const char* quick_gelu(const QuickGelu& args, Dtype dtype) { return launch_quick_gelu(args, dtype, nullptr); }
+const char* grouped_bias(const GroupedBias& args, Dtype dtype) { return launch_grouped_bias(args, dtype, nullptr); }
+const char* grouped_bias_backward(const GroupedBiasBackward& args, Dtype dtype) {
+  return launch_grouped_bias_backward(args, dtype, nullptr);
+}
+const char* check_ids(const int64_t* ids, int64_t count, int64_t lowest, int64_t end) {
+  return launch_check_ids("source", ids, count, lowest, end, nullptr);
+}
+const char* check_ends(const int32_t* ends, int64_t experts, int64_t rows) {
+  return launch_check_ends(ends, experts, rows, nullptr);
+}
 }
 """
 
@@ -292,6 +303,7 @@ ROUTING_CASES = {
     "most experts and choices": routing_case(7, 1024, 16, -1, modalities=2),
     "half a thousand experts": routing_case(40, 521, 2, 1, modalities=2, noise=True),
     "many chunks and choices": routing_case(520, 17, 16, -1, noise=True),
+    "more chunks than lanes": routing_case(8300, 3, 1, -1, modalities=2),
     "no token": routing_case(0, 4, 2, 3, modalities=2),
     "no token, dropless": routing_case(0, 4, 2, -1, modalities=2),
 }
@@ -389,7 +401,7 @@ def dispatch_backward(
 ) -> SimpleNamespace:
     (tokens, top_k), width = slots.shape, d_rows.shape[1]
     d_x, d_embedding = kernels.blank(tokens, width, dtype=d_rows.dtype), kernels.blank(modalities, width)
-    chunk_sums = kernels.blank(num_chunks(tokens), modalities, width)
+    chunk_sums = kernels.blank(-(-tokens // EMBEDDING_TOKENS), modalities, width)
     kernels.call(
         "dispatch_backward",
         "DispatchBackward",
@@ -500,6 +512,16 @@ def test_rows(kernels: Kernels, routed: str, width: str, dtype: torch.dtype) -> 
     ours = kernels.in_every_order(lambda: combine_backward(kernels, d_out, expert_rows, slots, gates, source))
     assert_rows_close(ours.d_rows, wide_rows.grad)
     torch.testing.assert_close(ours.d_gates, wide_gates.grad.float(), rtol=1e-5, atol=2e-5)
+
+
+def test_the_embedding_gradient_of_more_chunks_than_lanes(kernels: Kernels) -> None:
+    tokens, generator = 33 * EMBEDDING_TOKENS + 5, torch.Generator().manual_seed(4)
+    slots = torch.randperm(tokens, generator=generator).unsqueeze(1)
+    ids = torch.randint(5, (tokens,), generator=generator)
+    d_rows = random_rows(tokens, 8, torch.float32, 5)
+    ours = kernels.in_every_order(lambda: dispatch_backward(kernels, d_rows, slots, 5, ids))
+    theirs = torch.zeros(5, 8, dtype=torch.float64).index_add_(0, ids, d_rows.double()[slots[:, 0]])
+    torch.testing.assert_close(ours.d_embedding, theirs.float(), rtol=1e-5, atol=2e-5)
 
 
 # ---- Losses ----
@@ -624,6 +646,132 @@ def test_quick_gelu(kernels: Kernels, count: int, offset: int, dtype: torch.dtyp
     torch.testing.assert_close(ours.out, expected.detach().to(dtype), **tolerances)
     backward = kernels.in_every_order(lambda: quick_gelu(kernels, x, d_out))
     torch.testing.assert_close(backward.out, wide.grad.to(dtype), **tolerances)
+
+
+GROUPS = {  # rows of each expert, and rows of nobody after them
+    "empty experts": ((0, 5, 0, 130, 0, 301, 1, 0), 7),
+    "chunks that end with experts": ((128, 256, 0, 128), 128),
+    "all to one expert": ((0, 0, 300), 0),
+    "rows of nobody": ((0, 0), 20),
+    "no row": ((0, 0, 0), 0),
+    "many experts": ((1,) * 700, 3),
+}
+GROUPED_CASES = [
+    *((group, "prime") for group in GROUPS),
+    ("empty experts", "vectors"),
+    ("empty experts", "not aligned"),
+]
+
+
+def grouped_bias(
+    kernels: Kernels, x: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor, *, activate: bool, in_place: bool
+) -> SimpleNamespace:
+    out = kernels.blank(*x.shape, dtype=x.dtype)
+    if in_place:
+        x = out.copy_(x)
+    sizes = {"rows": x.shape[0], "width": x.shape[1], "experts": len(ends)}
+    kernels.call("grouped_bias", "GroupedBias", x.dtype, x=x, bias=bias, ends=ends, activate=activate, out=out, **sizes)
+    return SimpleNamespace(out=out)
+
+
+def grouped_bias_backward(
+    kernels: Kernels, d_out: torch.Tensor, x: torch.Tensor | None, bias: torch.Tensor | None, ends: torch.Tensor
+) -> SimpleNamespace:
+    (rows, width), experts = d_out.shape, len(ends)
+    d_x, d_bias = kernels.blank(rows, width, dtype=d_out.dtype), kernels.blank(experts, width, dtype=d_out.dtype)
+    kernels.call(
+        "grouped_bias_backward",
+        "GroupedBiasBackward",
+        d_out.dtype,
+        d_out=d_out,
+        x=x,
+        bias=bias,
+        ends=ends,
+        rows=rows,
+        width=width,
+        experts=experts,
+        d_x=None if x is None else d_x,
+        d_bias=d_bias,
+        piece_sums=kernels.blank(-(-rows // CHUNK_ROWS) + experts, width),
+    )
+    return SimpleNamespace(d_bias=d_bias) if x is None else SimpleNamespace(d_x=d_x, d_bias=d_bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "width"), GROUPED_CASES)
+def test_grouped_bias(kernels: Kernels, group: str, width: str, dtype: torch.dtype) -> None:
+    (sizes, nobody), (columns, aligned) = GROUPS[group], WIDTHS[width]
+    filled, experts = sum(sizes), len(sizes)
+    x = random_rows(filled + nobody, columns, dtype, 1, aligned=aligned)
+    d_out = random_rows(filled + nobody, columns, dtype, 2, aligned=aligned)
+    bias = random_rows(experts, columns, dtype, 3, aligned=aligned)
+    x[filled:], d_out[filled:] = float("nan"), float("nan")  # whatever a product left there
+    ends = torch.tensor(sizes).cumsum(0).int()
+    wide_x, wide_bias = x.double().requires_grad_(), bias.double().requires_grad_()
+
+    plain = reference.grouped_bias(wide_x, wide_bias, ends)
+    ours = kernels.in_every_order(lambda: grouped_bias(kernels, x, bias, ends, activate=False, in_place=True))
+    assert_rows_close(ours.out, plain)
+    cleared = kernels.in_every_order(lambda: grouped_bias(kernels, x, None, ends, activate=False, in_place=True))
+    assert torch.equal(cleared.out, torch.cat([x[:filled], torch.zeros_like(x[filled:])]))
+
+    expected = reference.quick_gelu(plain)
+    ours = kernels.in_every_order(lambda: grouped_bias(kernels, x, bias, ends, activate=True, in_place=False))
+    assert_rows_close(ours.out, expected)
+    upstream = d_out.double()
+    (plain[:filled] * upstream[:filled]).sum().backward(retain_graph=True)
+    only_bias = kernels.in_every_order(lambda: grouped_bias_backward(kernels, d_out, None, None, ends))
+    assert_sums_close(only_bias.d_bias, wide_bias.grad)
+    wide_x.grad, wide_bias.grad = None, None
+    (expected[:filled] * upstream[:filled]).sum().backward()
+    both = kernels.in_every_order(lambda: grouped_bias_backward(kernels, d_out, x, bias, ends))
+    assert_rows_close(both.d_x, wide_x.grad)
+    assert_sums_close(both.d_bias, wide_bias.grad)
+
+
+def assert_sums_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Of a few hundred terms of size 1 that may cancel."""
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=ROUNDING[ours.dtype], atol=2e-5)
+
+
+# ---- Ids ----
+
+
+CHECK = """
+import ctypes, sys
+library, check, *numbers = sys.argv[1:]
+given, limits = (numbers[: numbers.index("/")], numbers[numbers.index("/") + 1 :])
+kind = ctypes.c_int64 if check == "check_ids" else ctypes.c_int32
+ids = (kind * len(given))(*map(int, given))
+getattr(ctypes.CDLL(library), check)(ids, ctypes.c_int64(len(given)), *(ctypes.c_int64(int(each)) for each in limits))
+"""
+
+
+@pytest.mark.parametrize(
+    ("check", "ids", "limits", "message"),
+    [
+        ("check_ids", (0, -1, 11), (-1, 12), None),
+        ("check_ids", (*range(300), 12), (0, 300), None),
+        ("check_ids", (0, 12, -1), (-1, 12), "source[1] is 12, which must be at least -1 and below 12"),
+        (
+            "check_ids",
+            (*(0 for _ in range(300)), -1),
+            (0, 12),
+            "source[300] is -1, which must be at least 0 and below 12",
+        ),
+        ("check_ends", (0, 0, 5, 9), (9,), None),
+        ("check_ends", (0, 5, 4), (9,), "ends[2] is 4, which must be at least 5 and below 10"),
+        ("check_ends", (-1, 5), (9,), "ends[0] is -1, which must be at least 0 and below 10"),
+        ("check_ends", (4, 10), (9,), "ends[1] is 10, which must be at least 4 and below 10"),
+    ],
+)
+def test_bad_ids_end_the_program(
+    kernels: Kernels, check: str, ids: tuple[int, ...], limits: tuple[int, ...], message: str | None
+) -> None:
+    command = [sys.executable, "-c", CHECK, kernels.library._name, check, *map(str, ids), "/", *map(str, limits)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == ("" if message is None else f"eve_ds: {message}\n")
+    assert done.returncode == (0 if message is None else -signal.SIGABRT)
 
 
 # ---- The harness itself ----

@@ -3,10 +3,15 @@
 Tolerances are those of `tests/test_ops_built.py`; fp16 is rounded to 11 bits.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from eve_ds import ops
+from eve_ds.model.stream import take_rows
 from eve_ds.ops import build, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -134,3 +139,207 @@ def test_runs_repeat_bit_for_bit():
         results.append([*routing, rows, out, leaf.grad])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- Experts ----
+
+GROUPS = [((50, 0, 130, 1, 0), 7), ((0, 0, 300, 0, 0), 0), ((0, 0, 0, 0, 0), 9), ((0, 0, 0, 0, 0), 0)]
+"""Rows of each expert, and rows of nobody after them."""
+
+
+def experts(sizes, nobody, dtype):
+    """Arguments of `grouped_feed_forward` and an upstream gradient, as leaves of both devices."""
+    generator = torch.Generator().manual_seed(5)
+    rows, count, width, hidden = sum(sizes) + nobody, len(sizes), 64, 136
+    x, upstream = (torch.randn(rows, width, generator=generator) * 0.5 for _ in range(2))
+    x[sum(sizes) :], upstream[sum(sizes) :] = float("nan"), float("nan")  # what is there does not matter
+    shapes = ((count, hidden, width), (count, hidden), (count, width, hidden), (count, width))
+    parameters = [torch.randn(shape, generator=generator) * 0.2 for shape in shapes]
+    ours, expected = zip(*(pair(each, dtype) for each in (x, *parameters)), strict=True)
+    return ours, expected, upstream.to(dtype)
+
+
+def relative_error(mine, wanted):
+    return float((mine.detach().double().cpu() - wanted).norm() / wanted.norm().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize(("sizes", "nobody"), GROUPS)
+def test_grouped_feed_forward(dtype, sizes, nobody):
+    ours, expected, upstream = experts(sizes, nobody, dtype)
+    filled, counts = sum(sizes), torch.tensor(sizes)
+    out = ops.grouped_feed_forward(ours[0], counts.cuda(), *ours[1:])
+    products = dtype == torch.bfloat16 and filled + nobody > 0 and torch.cuda.get_device_capability() >= (9, 0)
+    assert type(out.grad_fn).__name__ == ("GroupedProductsBackward" if products else "GroupedFeedForwardBackward")
+    out_64 = reference.grouped_feed_forward(expected[0], counts, *expected[1:])
+    assert out[filled:].eq(0).all()
+    out.backward(upstream.cuda())
+    (out_64[:filled] * upstream[:filled].double()).sum().backward()
+    # Hidden states, activations and their gradients are rounded on the way.
+    allowed = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert relative_error(out[:filled], out_64[:filled].detach()) < allowed
+    assert ours[0].grad[filled:].eq(0).all()
+    assert relative_error(ours[0].grad[:filled], expected[0].grad[:filled]) < allowed
+    for mine, wanted in zip(ours[1:], expected[1:], strict=True):
+        assert mine.grad.dtype == dtype
+        assert relative_error(mine.grad, wanted.grad) < allowed
+        for expert, size in enumerate(sizes):
+            assert size or mine.grad[expert].eq(0).all(), "an expert without rows"
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("width", [136, 37])
+@pytest.mark.parametrize(("sizes", "nobody"), GROUPS)
+def test_steps_between_grouped_products(dtype, width, sizes, nobody):
+    generator = torch.Generator().manual_seed(6)
+    filled, ends = sum(sizes), torch.tensor(sizes).cumsum(0).int()
+    x, bias = torch.randn(filled + nobody, width, generator=generator), torch.randn(len(sizes), width)
+    d_out = torch.randn(filled + nobody, width, generator=generator).to(dtype)
+    x[filled:], d_out[filled:] = float("nan"), float("nan")
+    (mine, wide), (mine_bias, wide_bias) = pair(x, dtype), pair(bias, dtype)
+    arguments = (mine.detach(), mine_bias.detach(), ends.cuda())
+    plain = reference.grouped_bias(wide, wide_bias, ends)
+    expected = reference.quick_gelu(plain)
+    op = torch.ops.eve_ds
+    close(op.grouped_bias_quick_gelu(*arguments), expected.detach(), dtype)
+    shifted = mine.detach().clone()
+    op.grouped_bias_(shifted, *arguments[1:])
+    close(shifted, plain.detach(), dtype)
+    upstream = d_out[:filled].double()
+    wanted = torch.autograd.grad((expected[:filled] * upstream).sum(), [wide, wide_bias], retain_graph=True)
+    d_x, d_bias = op.grouped_bias_quick_gelu_backward(d_out.cuda(), *arguments)
+    close(d_x, wanted[0], dtype)
+    close(d_bias, wanted[1], dtype, scale=20.0)
+    wanted = torch.autograd.grad((plain[:filled] * upstream).sum(), wide_bias)
+    close(op.grouped_bias_backward(d_out.cuda(), arguments[2]), wanted[0], dtype, scale=20.0)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="no grouped products"
+)
+def test_experts_in_bf16_do_not_wait():
+    ours, _, upstream = experts(*GROUPS[0], torch.bfloat16)
+    counts, upstream = torch.tensor(GROUPS[0][0]).cuda(), upstream.cuda()
+    ops.grouped_feed_forward(ours[0], counts, *ours[1:]).backward(upstream)  # what the first call sets up may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.grouped_feed_forward(ours[0], counts, *ours[1:]).backward(upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- The router ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_multiplies_short_numbers(dtype):
+    torch.manual_seed(7)
+    # Numbers of few bits, so that logits and choices are the same however they are added up.
+    x, x_64 = pair(torch.randint(-8, 9, (600, 64)) / 8, dtype)
+    weight, weight_64 = pair(torch.randint(-8, 9, (16, 64)) / 16, dtype)
+    embedding, embedding_64 = pair(torch.randint(-8, 9, (2, 64)) / 8, dtype)
+    modality, upstream = torch.randint(0, 2, (600,)), torch.randn(600, 16)
+    ids = (modality.cuda(), modality)
+    options = {"top_k": 2, "capacity": -1}
+    rows, ours = ops.route_and_dispatch(x, weight, embedding, ids[0], **options)
+    rows_64, expected = reference.route_and_dispatch(x_64, weight_64, embedding_64, ids[1], **options)
+    assert torch.equal(ours.expert_ids.cpu(), expected.expert_ids)
+    assert torch.equal(rows.double().cpu(), rows_64)
+    for routing, up in ((ours, upstream.cuda()), (expected, upstream.double())):
+        ((routing.gates * up[:, :2]).sum() + (routing.probability_sum * up[0]).sum() + routing.z_sum / 50).backward()
+    allowed = {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    for mine, wanted in ((x, x_64), (weight, weight_64), (embedding, embedding_64)):
+        assert mine.grad.dtype == dtype
+        assert relative_error(mine.grad, wanted.grad) < allowed
+
+
+# ---- Streams, both kinds of them, and addresses ----
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+def test_packed_stream(dtype):
+    """Tokens that a padded batch takes from a stream, and back."""
+    torch.manual_seed(8)
+    mask = torch.rand(5, 33) > 0.3
+    token_ids = mask.flatten().nonzero().squeeze(1)
+    places = torch.full((mask.numel(),), -1)
+    places[token_ids] = torch.arange(len(token_ids))
+    tokens, tokens_64 = pair(torch.randn(len(token_ids), 40), dtype)
+    padded = take_rows(tokens, places.cuda(), token_ids.cuda())
+    expected = tokens_64.new_zeros(mask.numel(), 40).index_copy(0, token_ids, tokens_64)
+    assert torch.equal(padded.double().cpu(), expected)
+    packed = take_rows(padded, token_ids.cuda(), places.cuda())
+    assert torch.equal(packed, tokens)
+    upstream, back = torch.randn(mask.numel(), 40).to(dtype), torch.randn(len(token_ids), 40).to(dtype)
+    torch.autograd.backward([padded, packed], [upstream.cuda(), back.cuda()])
+    close(tokens.grad, upstream.double()[token_ids] + back.double(), dtype)
+
+
+def every_output(dtype=torch.bfloat16, offset=0):
+    """Outputs and gradients of the ops on fixed inputs that start `offset` values past an aligned address."""
+    generator = torch.Generator().manual_seed(9)
+
+    def draw(*shape, dtype=dtype):
+        values = torch.randn(torch.Size(shape).numel(), generator=generator)
+        placed = torch.empty(len(values) + offset, dtype=dtype, device="cuda")[offset:]
+        return placed.copy_(values).view(shape).requires_grad_()
+
+    logits, x, upstream = draw(600, 16, dtype=torch.float32), draw(600, 64), draw(600, 64).detach()
+    routing = ops.route_topk(logits, top_k=2, capacity=-1)
+    rows = draw(1200, 64)
+    dispatched = ops.moe_dispatch(x, routing.slots, routing.source)
+    combined = ops.moe_combine(rows, routing.slots, routing.gates.detach(), routing.source)
+    hidden = draw(300, 64)
+    activated = ops.quick_gelu(hidden)
+    torch.autograd.backward(
+        [dispatched, combined, activated], [rows.detach(), upstream, activated.detach()], inputs=[x, rows, hidden]
+    )
+    scores = draw(64, 512).detach()
+    losses = torch.ops.eve_ds.cross_entropy_inplace_(scores, None, torch.arange(64, device="cuda"))
+    exact = [dispatched, combined, activated, x.grad, rows.grad, hidden.grad, *routing]
+    return [each.detach().clone() for each in exact], [scores.clone(), losses]
+
+
+def test_bits_do_not_depend_on_the_stream():
+    exact, sums = every_output()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        others = every_output()
+    stream.synchronize()
+    for one, other in zip([*exact, *sums], [*others[0], *others[1]], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+def test_odd_addresses(dtype):
+    """Rows that no wide load can read: the same bits where nothing is added up in another order."""
+    (exact, sums), (exact_odd, sums_odd) = every_output(dtype), every_output(dtype, offset=1)
+    for one, other in zip(exact, exact_odd, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(sums, sums_odd, strict=True):
+        torch.testing.assert_close(one, other, rtol=RELATIVE[one.dtype], atol=2e-6)
+
+
+# ---- Ids ----
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(None, None), (5, "eve_ds: source[2] is 5, which must be at least -1 and below 5")],
+)
+def test_bad_ids_end_the_program_on_request(bad, message):
+    """In a process of its own, which cannot use the GPU afterwards."""
+    code = (
+        "import sys, torch; from eve_ds import ops; "
+        "x, slots = torch.zeros(5, 8, device='cuda'), torch.zeros(5, 1, dtype=torch.int64, device='cuda'); "
+        "ops.moe_dispatch(x, slots, torch.tensor([0, -1, int(sys.argv[1])], device='cuda')); torch.cuda.synchronize()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(4 if bad is None else bad)],
+        env=os.environ | {"EVE_DS_CHECK": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) == (bad is None), done.stderr
+    assert message is None or message in done.stdout
