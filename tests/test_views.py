@@ -2,10 +2,12 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eve_ds.checkpoint.commit import _emptied
@@ -17,7 +19,9 @@ from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.model import attention
 from eve_ds.model.eve import EVE
 from eve_ds.model.matching import draw_hard_negatives
+from eve_ds.model.moe import MoE
 from eve_ds.ops import build, feed_forward
+from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.views import IMAGE, TEXT, Layout, Packing, View
 
 CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and a small green square top left")
@@ -574,3 +578,47 @@ def test_without_layouts_the_number_of_tokens_is_asked_for():
     config = config_of()
     with pytest.raises(Exception, match="_local_scalar_dense"):
         step_without_data(config, replace(batch_of(config), layouts=None))
+
+
+# --- compiled blocks --------------------------------------------------------------------------------------------------
+
+NOISE = {"drop_path_rate": 0.3, "moe": {"num_experts": 4, "router_jitter": 0.1, "second_choice_noise": True}}
+CAPACITY = {"moe": {"num_experts": 4, "routing": "capacity"}}
+
+
+def gradients_of(model, config, batch):
+    model.zero_grad()
+    _, terms = losses_of(model, config, batch)
+    loss = total_loss(terms, config.loss)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("moe_cls", "settings", "graphs"),
+    [(MoE, NOISE, 3), (partial(DeepSpeedMoE, ep_size=1), CAPACITY, 2)],
+    ids=["noise", "DeepSpeed, capacity"],
+)
+def test_compiled_blocks_share_a_graph_and_give_the_same(moe_cls, settings, graphs, monkeypatch):
+    monkeypatch.setenv("EVE_DS_OPS", "build")
+    torch.compiler.reset()
+    config = config_of(num_hidden_layers=5, moe_layers=[3, 4], **settings)
+    torch.manual_seed(0)
+    model = EVE(config.model, moe_cls).train()
+    batches = [batch_of(config, pairs(count)) for count in (4, 6)]
+    expected = [gradients_of(model, config, batch) for batch in batches]
+    counters.clear()
+    model.backbone.compile_blocks("aot_eager")
+    for batch, gradients in zip(batches, expected, strict=True):
+        for name, gradient in gradients_of(model, config, batch).items():
+            assert torch.equal(gradient, gradients[name]), name
+    model.eval()(**batches[0].model_inputs())
+    # One a kind of block, and one for the first layer where only that drops no path; evaluation is not compiled.
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_blocks_whose_experts_are_spread_over_ranks_are_not_compiled():
+    model = EVE(config_of().model, partial(DeepSpeedMoE, ep_size=2, ep_rank=0))
+    model.backbone.compile_blocks("eager")
+    assert [block.compiled is not None for block in model.backbone.blocks] == [True, False, False]

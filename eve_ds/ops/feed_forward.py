@@ -36,7 +36,7 @@ def grouped_feed_forward(
         return grouped_products(rows, sizes, fc1, fc1_bias, fc2, fc2_bias)
     if not use_built(rows):
         return reference.grouped_feed_forward(rows, sizes, fc1, fc1_bias, fc2, fc2_bias)
-    return GroupedFeedForward.apply(rows, tuple(sizes.tolist()), fc1, fc1_bias, fc2, fc2_bias)
+    return torch.ops.eve_ds.grouped_feed_forward(rows, sizes, fc1, fc1_bias, fc2, fc2_bias)[0]
 
 
 def _has_grouped_products(rows: Tensor, fc1: Tensor) -> bool:
@@ -104,45 +104,45 @@ class GroupedProducts(torch.autograd.Function):
         return d_rows, None, d_fc1, d_fc1_bias, d_fc2, ops.grouped_bias_backward(d_out, ends)
 
 
-class GroupedFeedForward(torch.autograd.Function):
-    """rows and the experts' parameters -> rows."""
+def _grouped_feed_forward(
+    rows: Tensor, sizes: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op: outputs (R, D); for the backward hidden and activated states (R, F), and the sizes on the host."""
+    on_host = sizes.to("cpu", copy=True)  # the host waits for a GPU here
+    spans, end = _spans(on_host)
+    hidden = rows.new_empty(rows.shape[0], fc1.shape[1])
+    out = torch.empty_like(rows)
+    for span, weight, bias in zip(spans, fc1, fc1_bias, strict=True):
+        torch.addmm(bias, rows[span], weight.t(), out=hidden[span])
+    hidden[end:] = 0
+    activated = torch.ops.eve_ds.quick_gelu(hidden)
+    for span, weight, bias in zip(spans, fc2, fc2_bias, strict=True):
+        torch.addmm(bias, activated[span], weight.t(), out=out[span])
+    out[end:] = 0
+    return out, hidden, activated, on_host
 
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, sizes: tuple[int, ...], fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
-    ) -> Tensor:
-        """Arguments as in :func:`grouped_feed_forward`, `sizes` on the host."""
-        spans = _spans(sizes)
-        hidden = rows.new_empty(rows.shape[0], fc1.shape[1])
-        out = torch.empty_like(rows)
-        for span, weight, bias in zip(spans, fc1, fc1_bias, strict=True):
-            torch.addmm(bias, rows[span], weight.t(), out=hidden[span])
-        hidden[sum(sizes) :] = 0
-        activated = torch.ops.eve_ds.quick_gelu(hidden)
-        for span, weight, bias in zip(spans, fc2, fc2_bias, strict=True):
-            torch.addmm(bias, activated[span], weight.t(), out=out[span])
-        out[sum(sizes) :] = 0
-        ctx.save_for_backward(rows, hidden, activated, fc1, fc2)
-        ctx.spans = spans
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the rows and of every parameter."""
-        rows, hidden, activated, fc1, fc2 = ctx.saved_tensors
-        end = ctx.spans[-1].stop
-        d_activated = torch.empty_like(hidden)
-        d_activated[end:] = 0
-        for span, weight in zip(ctx.spans, fc2, strict=True):
-            torch.mm(d_out[span], weight, out=d_activated[span])
-        d_hidden = torch.ops.eve_ds.quick_gelu_backward(d_activated, hidden)
-        d_rows = torch.empty_like(rows)
-        d_rows[end:] = 0
-        for span, weight in zip(ctx.spans, fc1, strict=True):
-            torch.mm(d_hidden[span], weight, out=d_rows[span])
-        d_fc1, d_fc1_bias = _parameter_gradients(ctx.spans, d_hidden, rows)
-        d_fc2, d_fc2_bias = _parameter_gradients(ctx.spans, d_out, activated)
-        return d_rows, None, d_fc1, d_fc1_bias, d_fc2, d_fc2_bias
+def _grouped_feed_forward_backward(
+    d_out: Tensor, sizes: Tensor, rows: Tensor, hidden: Tensor, activated: Tensor, fc1: Tensor, fc2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op: gradients of the rows and of every parameter."""
+    spans, end = _spans(sizes)
+    d_activated = torch.empty_like(hidden)
+    d_activated[end:] = 0
+    for span, weight in zip(spans, fc2, strict=True):
+        torch.mm(d_out[span], weight, out=d_activated[span])
+    d_hidden = torch.ops.eve_ds.quick_gelu_backward(d_activated, hidden)
+    d_rows = torch.empty_like(rows)
+    d_rows[end:] = 0
+    for span, weight in zip(spans, fc1, strict=True):
+        torch.mm(d_hidden[span], weight, out=d_rows[span])
+    d_fc1, d_fc1_bias = _parameter_gradients(spans, d_hidden, rows)
+    d_fc2, d_fc2_bias = _parameter_gradients(spans, d_out, activated)
+    return d_rows, d_fc1, d_fc1_bias, d_fc2, d_fc2_bias
+
+
+LIBRARY.impl("grouped_feed_forward", _grouped_feed_forward, "CompositeExplicitAutograd")
+LIBRARY.impl("grouped_feed_forward_backward", _grouped_feed_forward_backward, "CompositeExplicitAutograd")
 
 
 def _parameter_gradients(spans: list[slice], d_out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,10 +155,26 @@ def _parameter_gradients(spans: list[slice], d_out: Tensor, x: Tensor) -> tuple[
     return weight, bias
 
 
-def _spans(sizes: tuple[int, ...]) -> list[slice]:
-    """The rows of each expert."""
-    ends = list(accumulate(sizes))
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+def _spans(sizes: Tensor) -> tuple[list[slice], int]:
+    """The rows of each expert, and where the last one's end."""
+    filled = sizes.tolist()
+    ends = list(accumulate(filled))
+    return [slice(end - size, end) for size, end in zip(filled, ends, strict=True)], ends[-1]
+
+
+def _grouped_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    rows, _, fc1, _, fc2, _ = inputs
+    _, hidden, activated, sizes = output
+    ctx.save_for_backward(sizes, rows, hidden, activated, fc1, fc2)
+    ctx.mark_non_differentiable(hidden, activated, sizes)
+    ctx.set_materialize_grads(False)
+
+
+def _grouped_backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 6
+    d_rows, *d_parameters = torch.ops.eve_ds.grouped_feed_forward_backward(d_out, *ctx.saved_tensors)
+    return d_rows, None, *d_parameters
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -169,4 +185,7 @@ def _backward(ctx: Any, d_out: Tensor) -> Tensor:
     return torch.ops.eve_ds.quick_gelu_backward(d_out, *ctx.saved_tensors)
 
 
+torch.library.register_autograd(
+    "eve_ds::grouped_feed_forward", _grouped_backward, setup_context=_grouped_setup, lib=LIBRARY
+)
 torch.library.register_autograd("eve_ds::quick_gelu", _backward, setup_context=_setup, lib=LIBRARY)

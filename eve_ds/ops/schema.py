@@ -39,6 +39,10 @@ SCHEMAS = (
     "bool normalize) -> (Tensor losses, Tensor mean, Tensor scale)",
     "masked_pixel_loss_backward(Tensor d_losses, Tensor pixel_values, Tensor predictions, Tensor masked_patch_ids, "
     "Tensor mean, Tensor scale, int patch_size) -> Tensor",
+    "grouped_feed_forward(Tensor rows, Tensor sizes, Tensor fc1, Tensor fc1_bias, Tensor fc2, Tensor fc2_bias) "
+    "-> (Tensor out, Tensor hidden, Tensor activated, Tensor sizes_on_host)",
+    "grouped_feed_forward_backward(Tensor d_out, Tensor sizes, Tensor rows, Tensor hidden, Tensor activated, "
+    "Tensor fc1, Tensor fc2) -> (Tensor d_rows, Tensor d_fc1, Tensor d_fc1_bias, Tensor d_fc2, Tensor d_fc2_bias)",
     "quick_gelu(Tensor x) -> Tensor",
     "quick_gelu_backward(Tensor d_out, Tensor x) -> Tensor",
     "grouped_bias_quick_gelu(Tensor x, Tensor bias, Tensor ends) -> Tensor",
@@ -167,6 +171,22 @@ def _masked_pixel_loss_backward(
     patch_size: int,
 ) -> Tensor:
     return predictions.new_empty(predictions.shape)
+
+
+@_fake("grouped_feed_forward")
+def _grouped_feed_forward(
+    rows: Tensor, sizes: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = rows.new_empty(rows.shape[0], fc1.shape[1])
+    return torch.empty_like(rows), hidden, torch.empty_like(hidden), torch.empty_like(sizes, device="cpu")
+
+
+@_fake("grouped_feed_forward_backward")
+def _grouped_feed_forward_backward(
+    d_out: Tensor, sizes: Tensor, rows: Tensor, hidden: Tensor, activated: Tensor, fc1: Tensor, fc2: Tensor
+) -> tuple[Tensor, ...]:
+    biases = (fc1.new_empty(weight.shape[:2]) for weight in (fc1, fc2))
+    return torch.empty_like(rows), torch.empty_like(fc1), next(biases), torch.empty_like(fc2), next(biases)
 
 
 @_fake("quick_gelu")
