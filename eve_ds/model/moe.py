@@ -88,6 +88,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config.moe
         self.official = config.profile == "official"
+        self.capacity_share = ops.capacity_share(config.moe.num_experts, config.moe.top_k, config.moe.capacity_factor)
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
         shape = (2, config.hidden_size)
         self.modality_embedding = nn.Parameter(torch.empty(shape)) if config.moe.modality_embedding else None
@@ -169,10 +170,7 @@ class Router(nn.Module):
     def _capacity(self, num_tokens: int) -> int:
         if self.dropless:
             return -1
-        config = self.config
-        return ops.expert_capacity(
-            num_tokens, config.num_experts, config.top_k, config.capacity_factor, config.min_capacity
-        )
+        return ops.slots_of_share(num_tokens, self.capacity_share, self.config.min_capacity)
 
     def _second_choice_noise(self, x: Tensor) -> Tensor | None:
         if not self.config.second_choice_noise or not (self.training or self.official):

@@ -48,16 +48,18 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_fact
 
     The factor counts as the decimal it is written as: 1.1 times 10 tokens is 11 slots, not ceil(11.000000000000002).
     """
-    numerator, denominator = _as_ratio(capacity_factor)
-    return max(-(-numerator * num_tokens * top_k // (denominator * num_experts)), min_capacity)
+    return slots_of_share(num_tokens, capacity_share(num_experts, top_k, capacity_factor), min_capacity)
 
 
-def _as_ratio(factor: float) -> tuple[int, int]:
-    return Fraction(str(factor)).as_integer_ratio()
+def capacity_share(num_experts: int, top_k: int, capacity_factor: float) -> tuple[int, int]:
+    """Slots per expert and token, as numerator and denominator; for :func:`slots_of_share`."""
+    share = Fraction(str(capacity_factor)) * top_k / num_experts
+    return share.numerator, share.denominator
 
 
-# As in build.py: a constant where the number of tokens is traced.
-_as_ratio._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def slots_of_share(num_tokens: int, share: tuple[int, int], min_capacity: int) -> int:
+    """As :func:`expert_capacity`, in whole numbers only, which a compiler traces for any number of tokens."""
+    return max(-(-share[0] * num_tokens // share[1]), min_capacity)
 
 
 def route_topk(

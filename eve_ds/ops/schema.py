@@ -21,7 +21,7 @@ LIBRARY = torch.library.Library("eve_ds", "DEF")
 
 SCHEMAS = (
     "route_topk(Tensor logits, Tensor? modality_bias, Tensor? modality_ids, Tensor? valid, Tensor? noise, int top_k, "
-    "int capacity) -> (Tensor gates, Tensor expert_ids, Tensor slots, Tensor source, Tensor counts, "
+    "SymInt capacity) -> (Tensor gates, Tensor expert_ids, Tensor slots, Tensor source, Tensor counts, "
     "Tensor probabilities, Tensor first_choices, Tensor probability_sum, Tensor log_sum_exp, Tensor z_sum)",
     "route_topk_backward(Tensor? d_gates, Tensor? d_probability_sum, Tensor? d_z_sum, Tensor probabilities, "
     "Tensor log_sum_exp, Tensor expert_ids, Tensor slots, Tensor gates, Tensor? valid, Tensor? modality_ids, "
