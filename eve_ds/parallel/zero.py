@@ -109,7 +109,7 @@ class FlatGradients:
         self.buffers: list[tuple[Tensor, Any]] = []
         """With the process group of each."""
         self.partitions: dict[int, GradPartitionBufferGroup] = {}
-        """Number of a parameter group -> what this rank updates of it, in the form that DeepSpeed has for such slices."""
+        """Number of a parameter group -> what this rank updates of it, as DeepSpeed has it for such slices."""
         groups = optimizer.real_dp_process_group
         for process_group in dict.fromkeys(groups):
             members = [number for number, group in enumerate(groups) if group is process_group]
