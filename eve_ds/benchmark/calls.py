@@ -23,7 +23,7 @@ from eve_ds.data.batch import Batch
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.engine import build_optimizer, denominators
-from eve_ds.losses import Counts, pretraining_losses, total_loss
+from eve_ds.losses import Counts, only_this_rank, pretraining_losses, total_loss
 from eve_ds.model.eve import EVE
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.settings import resolve_deepspeed_config
@@ -82,6 +82,7 @@ class EngineStep:
             patch_size=self.config.model.patch_size,
             counts=Counts(*denominators(self.batch, self.config.model)),
             normalize_pixels=self.config.model.normalizes_pixels,
+            gather=only_this_rank,
         )
         loss = poison_if_nonfinite(total_loss(terms, self.config.loss))
         marks.append(clock())

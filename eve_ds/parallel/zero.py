@@ -133,13 +133,13 @@ class FlatGradients:
 
     def fill(self) -> None:
         """Copy the gradients of all parameters; where there is none it counts as 0."""
-        gradients = [parameter.grad for parameter in self.parameters]
-        found = [(view, gradient) for view, gradient in zip(self.views, gradients, strict=True) if gradient is not None]
-        if len(found) < len(gradients):
+        pairs = zip(self.views, (parameter.grad for parameter in self.parameters), strict=True)
+        found = [(view, gradient) for view, gradient in pairs if gradient is not None]
+        if len(found) < len(self.views):
             for buffer, _ in self.buffers:
                 buffer.zero_()
         if found:
-            torch._foreach_copy_(*map(list, zip(*found, strict=True)))
+            torch._foreach_copy_([view for view, _ in found], [gradient for _, gradient in found])
 
     def average(self, num_ranks: int) -> None:
         """Sum over the ranks of each process group, divided by the number of all data-parallel ranks."""
