@@ -98,8 +98,8 @@ def _reduces_after_backward(optimizer: DeepSpeedZeroOptimizer) -> bool:
 class FlatGradients:
     """Gradients of all parameters that a rank computes, in one buffer for each process group they are averaged over.
 
-    A buffer is as large as the weights in it, in their precision, and is kept between steps; DeepSpeed's bucket, which
-    has `reduce_bucket_size` elements, is not made.
+    A buffer is as large as the weights in it, in their precision, and is kept between steps. DeepSpeed's bucket of
+    `reduce_bucket_size` elements and its copy of this rank's gradients are not made.
     """
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
@@ -114,7 +114,7 @@ class FlatGradients:
         for process_group in dict.fromkeys(groups):
             members = [number for number, group in enumerate(groups) if group is process_group]
             sizes = [optimizer.bit16_groups_flat[number].numel() for number in members]
-            buffer = torch.zeros_like(optimizer.bit16_groups_flat[members[0]][:1]).new_zeros(sum(sizes))
+            buffer = optimizer.bit16_groups_flat[members[0]].new_zeros(sum(sizes))
             self.buffers.append((buffer, process_group))
             for number, flat in zip(members, buffer.split(sizes), strict=True):
                 self._add(optimizer, number, flat)
