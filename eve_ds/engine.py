@@ -47,6 +47,7 @@ from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
+from eve_ds.parallel.zero import initialize_engine
 from eve_ds.run import (
     MOST_NAMED,
     CheckedAdamW,
@@ -116,9 +117,7 @@ def pretrain(
     if checkpoint is None and config.train.init is not None:
         _start_from(model, config.train.init, config)
     optimizer = build_optimizer(model, config, deepspeed_config)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
-    )
+    engine = initialize_engine(model, optimizer, deepspeed_config)
     use_built(next(model.parameters()))  # compiled here, if at all, and not while the first step is timed
     with lock, Trainer(config, engine, optimizer, tokenizer) as trainer:
         if checkpoint is not None:

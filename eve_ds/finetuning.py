@@ -34,6 +34,7 @@ from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
+from eve_ds.parallel.zero import initialize_engine
 from eve_ds.run import (
     MOST_NAMED,
     CheckedAdamW,
@@ -111,9 +112,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
     model = task.model(partial(DeepSpeedMoE, ep_size=config.parallel.ep_size))
     prepare_weights(model, config, task)
     optimizer = build_optimizer(model, config, deepspeed_config)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
-    )
+    engine = initialize_engine(model, optimizer, deepspeed_config)
     if frozen(config):
         # Only now: DeepSpeed refuses a model with experts whose optimiser has none.
         model.get_submodule("backbone").requires_grad_(False)

@@ -1,6 +1,6 @@
 """Measure the project's parts beside what others offer for the same work.
 
-    python launcher/benchmark.py routing            also: moe, losses, step, objectives, data, or several
+    python launcher/benchmark.py routing            also: moe, losses, step, objectives, calls, data, or several
     python launcher/benchmark.py routing losses --quick --json
     python launcher/benchmark.py quality --seeds 3 --jobs 2     pre-training, then fine-tuning, on scenes
 
@@ -39,7 +39,7 @@ from eve_ds.benchmark.quality import (
 )
 
 RESULTS = ROOT / "kernels" / "bench" / "results.csv"
-NAMES = ("routing", "moe", "losses", "step", "objectives", "data")
+NAMES = ("routing", "moe", "losses", "step", "objectives", "calls", "data")
 SECONDS, QUICK_SECONDS = 8.0, 0.3
 """Of each comparison; at least three rounds are run."""
 
@@ -107,6 +107,7 @@ def main() -> int:
     arguments = build_parser().parse_args()
     import torch
 
+    from eve_ds.benchmark.calls import calls
     from eve_ds.benchmark.harness import Absent, append_results, json_line
     from eve_ds.benchmark.measures import MEASURES
     from eve_ds.benchmark.objectives import objectives
@@ -114,7 +115,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    measures = MEASURES | {"objectives": objectives}
+    measures = MEASURES | {"objectives": objectives, "calls": calls}
     for name in arguments.measure:
         for found in measures[name](QUICK_SECONDS if arguments.quick else SECONDS):
             if isinstance(found, Absent):
@@ -138,6 +139,8 @@ def text_line(row) -> str:  # noqa: ANN001 - a Measure, which is imported late
     )
     if row.ours_gflop is not None:
         line += f"   {row.ours_gflop:.4g} / {row.peer_gflop:.4g} GFLOP, x{row.peer_gflop / row.ours_gflop:.2f}"
+    if row.ours_calls is not None:
+        line += f"   {row.ours_calls} / {row.peer_calls} calls"
     return line if row.ours_mb is None else f"{line}   {row.ours_mb:.0f} / {row.peer_mb:.0f} MB"
 
 

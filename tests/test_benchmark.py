@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from eve_ds.benchmark import measures, objectives, peers
+from eve_ds.benchmark import calls, measures, objectives, peers
 from eve_ds.benchmark.harness import COLUMNS, append_results, compare, json_line
 from eve_ds.config import ModelConfig, MoEConfig, load_config
 from eve_ds.metrics import pretraining_flops
 from eve_ds.model.moe import MoE
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_CALLS = 2500
+"""Operators that the host may call in a step of eve_tiny at ZeRO 1 in bf16."""
 
 
 def burn(milliseconds):
@@ -159,6 +161,25 @@ def test_sides_share_the_backbone_and_each_step_trains_its_own_part():
         sides.step(name)
         unchanged = [key for key, value in model.state_dict().items() if torch.equal(value, before[key])]
         assert unchanged == [], name
+
+
+def calls_of_both_engines(rank, world_size):
+    rows = calls.compare_calls(calls.tiny_config(calls.BATCH), 0.0)
+    return [(row.measure, row.dtype, row.ours_calls, row.peer_calls, row.ours_ms, json_line(row)) for row in rows]
+
+
+def test_a_step_at_zero_1_makes_few_host_calls(run_ranks):
+    (rows,) = run_ranks(calls_of_both_engines, 1)
+    assert [measure.rpartition(", ")[2] for measure, *_ in rows] == ["forward", "backward", "step", "whole"]
+    assert {dtype for _, dtype, *_ in rows} == {"bfloat16"}
+    (forward, backward, step, whole), (*of_parts, of_whole) = ([row[side] for row in rows] for side in (2, 3))
+    assert whole == forward + backward + step
+    assert whole < MOST_CALLS
+    assert step < 150, "the update has no call for each parameter"
+    assert of_parts[0] == forward, "both engines have the same model"
+    assert of_whole == sum(of_parts) > 2 * whole
+    assert all(milliseconds > 0 for *_, milliseconds, _ in rows)
+    assert json.loads(rows[-1][-1])["ours_calls"] == whole
 
 
 @pytest.mark.timeout(240)

@@ -23,7 +23,10 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "metrics": {"config", "distributed", "data"},
     "evaluation": {"config", "distributed", "ops", "data", "model"},
     "report": {"config", "ops", "data", "model", "losses", "evaluation", "views"},
-    "benchmark": {"config", "ops", "data", "model", "losses", "metrics", "checkpoint"},
+    "benchmark": {
+        *("config", "ops", "data", "model", "losses", "metrics", "checkpoint"),
+        *("parallel", "run", "engine"),
+    },
     "run": {"config", "distributed"},
     "engine": {
         "run",

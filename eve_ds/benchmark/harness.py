@@ -29,6 +29,7 @@ Run = Callable[[], object]
 COLUMNS = (
     *("measure", "dtype", "shape", "peer", "ours_ms", "peer_ms", "ratio", "ours_spread", "peer_spread"),
     *("ours_mb", "peer_mb", "repeats", "device", "torch", "deepspeed", "commit", "date", "ours_gflop", "peer_gflop"),
+    *("ours_calls", "peer_calls"),
 )
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt."""
@@ -55,6 +56,9 @@ class Measure(NamedTuple):
     ours_gflop: float | None = None
     """Floating point operations of matrix products and attention, 10^9, where they were counted."""
     peer_gflop: float | None = None
+    ours_calls: int | None = None
+    """Operators called by the host, where they were counted."""
+    peer_calls: int | None = None
 
 
 class Absent(NamedTuple):
@@ -197,8 +201,9 @@ def append_results(rows: list[Measure], file: Path) -> None:
 def json_line(row: Measure) -> str:
     """A row as one line of JSON."""
     keys = ("measure", "dtype", "shape", "peer", "ours_ms", "peer_ms", "ratio", "ours_mb", "peer_mb")
-    counted = () if row.ours_gflop is None else ("ours_gflop", "peer_gflop")
-    return json.dumps({key: _rounded(row)[key] for key in (*keys, *counted)})
+    counted = ("ours_gflop", "peer_gflop", "ours_calls", "peer_calls")
+    values = _rounded(row)
+    return json.dumps({key: values[key] for key in (*keys, *counted) if key in keys or values[key] is not None})
 
 
 def provenance() -> dict[str, str]:

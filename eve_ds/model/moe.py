@@ -319,23 +319,27 @@ def moe_output(hidden_states: Tensor, balance: Tensor, z_sum: Tensor, *statistic
 def _statistics(
     routing: ops.Routing, modality_ids: Tensor, routed: Tensor, view_sizes: Sequence[int] | None
 ) -> RouterStatistics:
-    num_experts = routing.probabilities.shape[1]
-    weight = routed.float()
-    chosen = F.one_hot(routing.expert_ids, num_experts).sum(dim=1).float() * weight.unsqueeze(1)  # (T, E)
-    modality = F.one_hot(modality_ids, 2).float()  # (T, 2)
-    dropped = (routing.slots < 0).sum(dim=1).float() * weight
-    entropy = torch.special.entr(routing.probabilities).sum(dim=1) * weight
+    """Sums over tokens by view and modality, as one product: counts are exact, and the host makes few calls."""
+    num_tokens, num_experts = routing.probabilities.shape
+    # Columns: routes by expert, dropped routes, tokens, entropy.
+    figures = routing.probabilities.new_zeros(num_tokens, num_experts + 3, dtype=torch.float32)
+    figures.scatter_(1, routing.expert_ids, 1.0)
+    entropy = torch.special.entr(routing.probabilities).sum(dim=1)
+    dropped = (routing.slots < 0).sum(dim=1)
+    figures[:, num_experts:] = torch.stack([dropped, torch.ones_like(entropy), entropy], dim=1)
+    group_ids, num_groups = modality_ids, 2
+    if view_sizes is not None:
+        of_views = modality_ids.split(list(view_sizes))
+        group_ids = torch.cat([ids + 2 * view for view, ids in enumerate(of_views)])
+        num_groups *= len(of_views)
+    membership = figures.new_zeros(num_tokens, num_groups)
+    membership.scatter_(1, group_ids.unsqueeze(1), routed.to(figures.dtype).unsqueeze(1))
+    sums = (membership.t() @ figures).unflatten(0, (-1, 2))
     if view_sizes is None:
-        return _counts(modality, chosen, dropped, weight, entropy)
-    views = zip(
-        *(values.split(list(view_sizes)) for values in (modality, chosen, dropped, weight, entropy)), strict=True
-    )
-    return RouterStatistics(*map(torch.stack, zip(*(_counts(*view) for view in views), strict=True)))
-
-
-def _counts(modality: Tensor, chosen: Tensor, dropped: Tensor, weight: Tensor, entropy: Tensor) -> RouterStatistics:
-    """(T, 2), (T, E), (T,), (T,), (T,) -> sums over tokens."""
-    return RouterStatistics(modality.t() @ chosen, modality.t() @ dropped, modality.t() @ weight, entropy.sum())
+        sums = sums.squeeze(0)
+    routes, by_modality = sums.split([num_experts, 3], dim=-1)
+    dropped, tokens, entropy = by_modality.unbind(dim=-1)
+    return RouterStatistics(routes, dropped, tokens, entropy.sum(dim=-1))
 
 
 def router_metrics(statistics: RouterStatistics) -> dict[str, float]:

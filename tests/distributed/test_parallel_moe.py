@@ -249,11 +249,10 @@ def every_portion(outputs, part, own):
 
 
 def engine_for(case, world_size):
-    import deepspeed
-
     from eve_ds.model.eve import EVE
     from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
     from eve_ds.parallel.optimizer import optimizer_parameter_groups
+    from eve_ds.parallel.zero import initialize_engine
 
     os.environ["EVE_DS_OPS"] = case.ops
     model = EVE(case.config(), functools.partial(DeepSpeedMoE, ep_size=case.ep_size))
@@ -267,8 +266,7 @@ def engine_for(case, world_size):
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": case.clip,
     }
-    optimizer = adamw(optimizer_parameter_groups(model, WEIGHT_DECAY))
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    return initialize_engine(model, adamw(optimizer_parameter_groups(model, WEIGHT_DECAY)), settings)
 
 
 def difference(ours, expected):

@@ -1,0 +1,153 @@
+"""Host calls of one optimizer step of the engine, against the same with DeepSpeed's own ZeRO optimizer.
+
+A call is an operator that reaches the dispatcher, however little it computes. Where the accelerator has less to do than
+the host has to call, these decide how long a step takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eve_ds.benchmark.harness import Measure, measured
+from eve_ds.benchmark.measures import Rows, device
+from eve_ds.benchmark.peers import join_group_of_one
+from eve_ds.config import Config, load_config
+from eve_ds.data.batch import Batch
+from eve_ds.data.pipeline import build_loader
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.engine import build_optimizer, denominators
+from eve_ds.losses import Counts, only_this_rank, pretraining_losses, total_loss
+from eve_ds.model.eve import EVE
+from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.settings import resolve_deepspeed_config
+from eve_ds.parallel.zero import initialize_engine
+from eve_ds.run import poison_if_nonfinite
+
+BATCH = 2
+"""Pairs of a step: few, so that time is the host's and not that of the products."""
+ZERO_1 = {"zero_optimization": {"stage": 1, "contiguous_gradients": True, "reduce_scatter": True}}
+"""Of ds_configs/zero1_bf16.json what is not the default."""
+PARTS = ("forward", "backward", "step")
+"""Of an optimizer step; the losses are part of the forward."""
+
+
+class CallCounter(TorchDispatchMode):
+    """Counts the operators that are called while it is entered, those of the backward included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+class EngineStep:
+    """An engine with a model of its own, and the same batch for every step."""
+
+    def __init__(self, config: Config, ours: bool, zero: dict[str, Any] = ZERO_1) -> None:
+        """One micro-batch a step; `ours` False: what `deepspeed.initialize` returns as it is."""
+        join_group_of_one()
+        torch.manual_seed(0)
+        self.config, settings = resolve_deepspeed_config(zero, config, world_size=1)
+        model = EVE(self.config.model, moe_cls=partial(DeepSpeedMoE, ep_size=1))
+        optimizer = build_optimizer(model, self.config, settings)
+        initialize = initialize_engine if ours else _deepspeed_engine
+        self.engine = initialize(model, optimizer, settings)
+        self.batch = self._batch().to(self.engine.device)
+
+    def _batch(self) -> Batch:
+        tokenizer = load_tokenizer(self.config.data.tokenizer)
+        size = self.config.train.train_batch_size
+        loader = build_loader(self.config, tokenizer, rank=0, world_size=1, micro_batch_size=size)
+        batch = next(loader)
+        loader.close()
+        return batch
+
+    def run(self, clock: Callable[[], float]) -> dict[str, float]:
+        """One step; how far the clock moved during each of `PARTS`."""
+        marks = [clock()]
+        output = self.engine(**self.batch.model_inputs())
+        terms = pretraining_losses(
+            output,
+            **self.batch.targets(),
+            patch_size=self.config.model.patch_size,
+            counts=Counts(*denominators(self.batch, self.config.model)),
+            normalize_pixels=self.config.model.normalizes_pixels,
+            gather=only_this_rank,
+        )
+        loss = poison_if_nonfinite(total_loss(terms, self.config.loss))
+        marks.append(clock())
+        self.engine.backward(loss)
+        marks.append(clock())
+        self.engine.step()
+        marks.append(clock())
+        return {part: after - before for part, before, after in zip(PARTS, marks, marks[1:], strict=False)}
+
+    def count(self) -> dict[str, int]:
+        """Calls of one step by part."""
+        with CallCounter() as counter:
+            return {part: int(calls) for part, calls in self.run(lambda: counter.calls).items()}
+
+
+def _deepspeed_engine(model: EVE, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def calls(seconds: float) -> Rows:
+    """A step of eve_tiny at ZeRO 1 in bf16, by part and whole: calls, and the time that the host spends."""
+    yield compare_calls(tiny_config(BATCH), seconds)
+
+
+def tiny_config(batch: int) -> Config:
+    """eve_tiny in bf16, one micro-batch of so many samples a step."""
+    return load_config("eve_tiny", [f"train.train_batch_size={batch}", "train.precision=bf16", "data.num_workers=0"])
+
+
+def compare_calls(config: Config, seconds: float) -> list[Measure]:
+    """Rows of both engines, timed in turn for about `seconds`, at least three rounds after one to warm up."""
+    sides = {name: EngineStep(config, ours=name == "ours") for name in ("ours", "deepspeed")}
+    for side in sides.values():
+        side.run(_host_milliseconds)
+    counts = {name: _with_whole(side.count()) for name, side in sides.items()}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline or len(times["ours"]) < 3:
+        for name, side in sides.items():
+            times[name].append(_with_whole(side.run(_host_milliseconds)))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+    shape = f"ZeRO 1, batch {config.train.train_batch_size}, {_num_tensors(sides['ours'])} weight tensors"
+    dtype = next(sides["ours"].engine.module.parameters()).dtype
+    return [
+        measured(
+            f"host of the engine, {config.name}, {part}",
+            dtype,
+            shape,
+            "deepspeed's own optimizer",
+            [spent[part] for spent in times["ours"]],
+            [spent[part] for spent in times["deepspeed"]],
+        )._replace(ours_calls=counts["ours"][part], peer_calls=counts["deepspeed"][part])
+        for part in (*PARTS, "whole")
+    ]
+
+
+def _with_whole(of_parts: dict[str, Any]) -> dict[str, Any]:
+    return {**of_parts, "whole": sum(of_parts.values())}
+
+
+def _num_tensors(side: EngineStep) -> int:
+    return len(list(side.engine.module.parameters()))
+
+
+def _host_milliseconds() -> float:
+    """CPU time of the process; beside an accelerator, whose driver has threads of its own, time on the wall."""
+    return (time.process_time() if device().type == "cpu" else time.perf_counter()) * 1e3

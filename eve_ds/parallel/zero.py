@@ -1,0 +1,227 @@
+"""DeepSpeed's ZeRO 1 and 2 with far fewer host calls a step, and the same results.
+
+DeepSpeed handles gradients tensor by tensor: bucket, average, check, norm, flatten, and views of the new weights are
+some 35 calls a tensor and step. With hundreds of tensors the host is busy with them for longer than the accelerator is
+with the model. What is overridden here follows `deepspeed/runtime/zero/stage_1_and_2.py` of `FOLLOWED`:
+
+- ZeRO 1 copies all gradients into flat buffers that lie as the flat weights do. The partition that this rank updates
+  is a slice of them. Sums over ranks are of the same numbers, so only where they are of more than two ranks may the
+  last bit differ.
+- Whether a gradient is not finite is told by the norm alone, as sums over ranks carry what is not finite to all.
+- Weights that are views of the flat ones already are not made so again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
+from deepspeed.runtime.zero.utils import get_norm_dtype
+from torch import Tensor, nn
+
+from eve_ds.distributed import get_logger
+
+FOLLOWED = "0.19.8"
+"""Version of DeepSpeed whose methods are replaced."""
+
+
+def initialize_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any]
+) -> DeepSpeedEngine:
+    """`deepspeed.initialize`, and fewer host calls where the engine allows it.
+
+    Args:
+        model: with the experts of this rank.
+        optimizer: over the groups of :func:`eve_ds.parallel.optimizer.optimizer_parameter_groups`.
+        deepspeed_config: as :func:`eve_ds.parallel.settings.resolve_deepspeed_config` returns it.
+    """
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
+    )
+    lower_host_calls(engine)
+    return engine
+
+
+def lower_host_calls(engine: DeepSpeedEngine) -> bool:
+    """Replace methods of the engine's ZeRO optimizer; whether that was done.
+
+    Nothing is replaced at ZeRO 0, with offload to the CPU, a model-parallel group, or another optimizer than AdamW, nor
+    with another version of DeepSpeed than `FOLLOWED`, which is logged.
+    """
+    optimizer = engine.optimizer
+    if type(optimizer) is not DeepSpeedZeroOptimizer or not _is_plain(optimizer):
+        return False
+    if deepspeed.__version__.partition("+")[0] != FOLLOWED:
+        get_logger().warning(
+            "DeepSpeed %s is not %s, whose methods are replaced by faster ones: its own are used",
+            deepspeed.__version__,
+            FOLLOWED,
+        )
+        return False
+    optimizer.__class__ = FewerCallsOptimizer
+    optimizer.flat_gradients = FlatGradients(optimizer) if _reduces_after_backward(optimizer) else None
+    if optimizer.flat_gradients is not None:
+        for hook in optimizer._grad_acc_hooks:  # they would fill DeepSpeed's own buckets
+            hook.remove()
+    return True
+
+
+def _is_plain(optimizer: DeepSpeedZeroOptimizer) -> bool:
+    """Whether norms are of all gradients of a rank's partition, and those what the update is made of."""
+    return (
+        isinstance(optimizer.optimizer, torch.optim.AdamW)
+        and optimizer.compute_grad_norm
+        and optimizer.model_parallel_world_size == 1
+        and not (optimizer.cpu_offload or optimizer.zenflow or optimizer.torch_autocast_gradscaler)
+    )
+
+
+def _reduces_after_backward(optimizer: DeepSpeedZeroOptimizer) -> bool:
+    """Whether gradients are averaged once, after the last backward, in the precision that they have: ZeRO 1."""
+    dtypes = {optimizer.gradient_accumulation_dtype, optimizer.communication_data_type, *optimizer.ipg_buckets}
+    return (
+        not (optimizer.partition_gradients or optimizer.overlap_comm)
+        and optimizer.contiguous_gradients
+        and optimizer.reduce_scatter
+        and optimizer.use_multi_rank_bucket_allreduce
+        and dtypes == {optimizer.dtype}
+        and optimizer.sequence_parallel_size == 1
+        and optimizer.autoep_folding_tp_group is None
+    )
+
+
+class FlatGradients:
+    """Gradients of all parameters that a rank computes, in one buffer for each process group they are averaged over.
+
+    A buffer is as large as the weights in it, in their precision, and is kept between steps. DeepSpeed's bucket of
+    `reduce_bucket_size` elements and its copy of this rank's gradients are not made.
+    """
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        self.parameters: list[nn.Parameter] = []
+        self.views: list[Tensor] = []
+        """Where the gradient of each parameter belongs, in its shape."""
+        self.buffers: list[tuple[Tensor, Any]] = []
+        """With the process group of each."""
+        self.partitions: dict[int, GradPartitionBufferGroup] = {}
+        """Number of a parameter group -> what this rank updates of it, as DeepSpeed has it for such slices."""
+        groups = optimizer.real_dp_process_group
+        for process_group in dict.fromkeys(groups):
+            members = [number for number, group in enumerate(groups) if group is process_group]
+            sizes = [optimizer.bit16_groups_flat[number].numel() for number in members]
+            buffer = optimizer.bit16_groups_flat[members[0]].new_zeros(sum(sizes))
+            self.buffers.append((buffer, process_group))
+            for number, flat in zip(members, buffer.split(sizes), strict=True):
+                self._add(optimizer, number, flat)
+
+    def _add(self, optimizer: DeepSpeedZeroOptimizer, number: int, flat: Tensor) -> None:
+        """A parameter group, whose gradients lie in `flat` as its weights in DeepSpeed's flat weights."""
+        parameters = optimizer.round_robin_bit16_groups[number]
+        for parameter, offset in zip(parameters, optimizer.round_robin_bit16_offsets[number], strict=True):
+            self.parameters.append(parameter)
+            self.views.append(flat.narrow(0, offset, parameter.numel()).view(parameter.shape))
+        partition = optimizer._build_compact_grad_partition_buffer(number)
+        size = partition.flat_partition.numel()
+        partition.flat_partition = flat.narrow(0, dist.get_rank(optimizer.real_dp_process_group[number]) * size, size)
+        partition.move_flat_partition(flat.device)  # makes its views anew
+        self.partitions[number] = partition
+
+    def fill(self) -> None:
+        """Copy the gradients of all parameters; where there is none it counts as 0."""
+        pairs = zip(self.views, (parameter.grad for parameter in self.parameters), strict=True)
+        found = [(view, gradient) for view, gradient in pairs if gradient is not None]
+        if len(found) < len(self.views):
+            for buffer, _ in self.buffers:
+                buffer.zero_()
+        if found:
+            torch._foreach_copy_([view for view, _ in found], [gradient for _, gradient in found])
+
+    def average(self, num_ranks: int) -> None:
+        """Sum over the ranks of each process group, divided by the number of all data-parallel ranks."""
+        for buffer, process_group in self.buffers:
+            if num_ranks > 1:
+                buffer.div_(num_ranks)
+            if dist.get_world_size(process_group) > 1:
+                dist.all_reduce(buffer, group=process_group)
+
+
+class FewerCallsOptimizer(DeepSpeedZeroOptimizer):
+    """DeepSpeed's ZeRO 1 or 2 optimizer whose host calls do not grow with the number of parameters.
+
+    Made from one of DeepSpeed's by :func:`lower_host_calls`. At ZeRO 2 gradients are reduced during the backward as
+    DeepSpeed does it; the norm, the check and the update are ours.
+    """
+
+    flat_gradients: FlatGradients | None
+    """None: gradients are reduced as DeepSpeed does it."""
+    _scale: tuple[Tensor | None, Tensor | float] = (None, 1.0)
+    """A norm, and what gradients are multiplied by for it."""
+
+    @torch.no_grad()
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Average gradients over ranks after the last backward of a step, and keep what this rank updates."""
+        if self.flat_gradients is None:
+            super().reduce_gradients(pipeline_parallel)
+            return
+        self.flat_gradients.fill()
+        self.flat_gradients.average(dist.get_world_size(self.dp_process_group) if self.gradient_average else 1)
+        self.averaged_gradients.update(self.flat_gradients.partitions)
+        self._clear_param_grad_only()
+        self._epilogue_ran_this_backward = True
+
+    def should_refresh_expected_hook_count(self) -> bool:
+        """Whether to count the parameters in the graph: not where the end of the backward is told by autograd."""
+        return not self.queue_post_backward_callback() and super().should_refresh_expected_hook_count()
+
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """Leave the finding to the norm, by which :meth:`step` sets `overflow` where it is not finite."""
+        self.overflow = False
+
+    @torch.no_grad()
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """() fp32 norm of all gradients of all ranks, times the loss scale; inf where one is not finite."""
+        groups = [self._pieces(number) for number in range(len(self.bit16_groups))]
+        pieces = [piece for group in groups for piece in group]
+        squares = torch.stack(torch._foreach_norm(pieces, 2, dtype=get_norm_dtype())).square()
+        sums = torch.stack([own.sum() for own in squares.split([len(group) for group in groups])]).float()
+        if dist.get_world_size(self.dp_process_group) > 1:
+            dist.all_reduce(sums, group=self.dp_process_group)
+        return torch.linalg.vector_norm(sums.sqrt()).nan_to_num(nan=math.inf, posinf=math.inf)
+
+    def _pieces(self, number: int) -> list[Tensor]:
+        """The averaged gradients of a parameter group: one tensor if they lie in one."""
+        flat = self._get_preflattened_grad_partition(number)
+        return self.averaged_gradients[number] if flat is None else [flat]
+
+    def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
+        """Multiply gradients in place by what takes the loss scale away and clips them.
+
+        Args:
+            grad_groups_flat: gradients of this rank's partition of a parameter group.
+            total_norm: () finite, of all groups; :meth:`step` gives the same tensor for each, so what follows from it
+                is computed once, and the host does not wait for it.
+        """
+        if self.clip_grad == 0.0 and self.loss_scale == 1.0:
+            return
+        if self._scale[0] is not total_norm:
+            scale = self.loss_scale
+            if self.clip_grad > 0:
+                scale = ((total_norm / self.loss_scale + 1e-6) / self.clip_grad).clamp(min=1.0) * self.loss_scale
+            self._scale = total_norm, 1.0 / scale
+        for gradient in grad_groups_flat:
+            gradient.mul_(self._scale[1])
+
+    def _update_model_bit16_weights(self, group_index: int) -> None:
+        """Make the weights of a group views of its flat weights, unless they are."""
+        flat = self.bit16_groups_flat[group_index]
+        start, size = flat.data_ptr(), flat.element_size()
+        places = zip(
+            self.round_robin_bit16_groups[group_index], self.round_robin_bit16_offsets[group_index], strict=True
+        )
+        if any(parameter.data_ptr() != start + offset * size for parameter, offset in places):
+            super()._update_model_bit16_weights(group_index)
