@@ -602,7 +602,6 @@ def _first_samples(batch: Batch, count: int) -> Batch:
 
     Flat indices into the text stay right, as rows keep their length.
     """
-    fields = batch.model_inputs() | {"token_labels": batch.token_labels}
     if batch.image_view_ids is not None and len(batch.image_view_ids):
         count = max(count, int(batch.image_view_ids[0]) + 1)
     in_image_view = count if batch.image_view_ids is None else int((batch.image_view_ids < count).sum())
@@ -611,5 +610,5 @@ def _first_samples(batch: Batch, count: int) -> Batch:
     if batch.input_ids is not None and batch.masked_token_ids is not None:
         chosen = int((batch.masked_token_ids < count * batch.input_ids.shape[1]).sum())  # they are ascending
         rows |= {"masked_token_ids": chosen, "token_labels": chosen}
-    kept = {name: None if value is None else value[: rows.get(name, count)] for name, value in fields.items()}
-    return Batch(keys=batch.keys[:count], **kept)
+    kept = {name: tensor[: rows.get(name, count)] for name, tensor in batch.tensors().items()}
+    return Batch(keys=batch.keys[:count], **kept)  # type: ignore[arg-type]

@@ -384,7 +384,7 @@ def test_image_only_and_text_only_sources_mix(tmp_path):
         images = batch.image_mask if batch.image_mask is not None else torch.ones(16, dtype=torch.bool)
         captions = batch.attention_mask.any(1)
         seen.update(zip(images.tolist(), captions.tolist(), strict=True))
-        assert (batch.pixel_values.flatten(1).abs().sum(1) > 0).tolist() == images.tolist()
+        assert (batch.normalized_pixels.flatten(1).abs().sum(1) > 0).tolist() == images.tolist()
     assert set(seen) == {(True, True), (True, False), (False, True)}
     assert all(count / 960 == pytest.approx(1 / 3, abs=0.06) for count in seen.values())
     assert not run.loader.skipped
@@ -425,7 +425,7 @@ def test_scenes_are_those_of_the_generator():
     for row, key in enumerate(batch.keys):
         scene = scenes[int(key.rpartition("-")[2])]
         expected = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 127.5 - 1
-        torch.testing.assert_close(batch.pixel_values[row], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch.normalized_pixels[row], expected, rtol=0, atol=1e-6)
         assert batch.attention_mask[row].sum() == len(load_tokenizer("scenes")(scene.caption)["input_ids"])
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from eve_ds.data.pixels import normalized
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Batch:
     keys: list[str]
     """One per sample, as in the shard."""
     pixel_values: Tensor | None = None
-    """(B, 3, H, W) float32, normalized to mean = std = 0.5; zeros where `image_mask` is False. None: no source of the
-    mixture has images."""
+    """(B, 3, H, W) uint8, a quarter of the bytes of what a model takes (:attr:`normalized_pixels`), or floats that are
+    normalized already. None: no source of the mixture has images."""
     image_mask: Tensor | None = None
     """(B,) bool, True = the sample has an image. None: every sample has one."""
     input_ids: Tensor | None = None
@@ -75,27 +78,44 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @cached_property
+    def normalized_pixels(self) -> Tensor | None:
+        """(B, 3, H, W) float32, or the dtype of floats that were given, with mean = std = 0.5.
+
+        Zeros where `image_mask` is False; None without `pixel_values`. Computed once, where the batch is.
+        """
+        if self.pixel_values is None:
+            return None
+        pixels = normalized(self.pixel_values)
+        return pixels if self.image_mask is None else pixels.masked_fill(~self.image_mask[:, None, None, None], 0.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by the name of its field."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()}
         return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU can overlap with computation."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
         return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]
 
     def model_inputs(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of `EVE.forward`: every tensor but the labels."""
+        """Keyword arguments of `EVE.forward`: every tensor but the labels, pixels normalized."""
         names = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in names if name not in ("keys", "token_labels")}
+        inputs = {name: getattr(self, name) for name in names if name not in ("keys", "token_labels")}
+        return inputs | {"pixel_values": self.normalized_pixels}
 
     def targets(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of `pretraining_losses` that predictions are compared with."""
+        """Keyword arguments of `pretraining_losses` that predictions are compared with, pixels normalized."""
         rows = self.image_view_ids
         pixel_values, image_mask = (
             tensor if tensor is None or rows is None else tensor[rows]
-            for tensor in (self.pixel_values, self.image_mask)
+            for tensor in (self.normalized_pixels, self.image_mask)
         )
         return {
             "pixel_values": pixel_values,
@@ -103,7 +123,3 @@ class Batch:
             "masked_patch_ids": self.masked_patch_ids,
             "token_labels": self.token_labels,
         }
-
-    def _tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
