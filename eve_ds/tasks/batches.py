@@ -230,8 +230,12 @@ def training_batches(
     rank: int,
     world_size: int,
     micro_batch_size: int,
+    pin_memory: bool = False,
 ) -> Iterator[TaskBatch]:
     """Endless micro-batches of one rank from optimiser step number `step` on.
+
+    Args:
+        pin_memory: put them into page-locked memory, from which copies to a GPU can overlap with computation.
 
     Raises:
         BadSample: too many unusable examples in a row.
@@ -243,6 +247,7 @@ def training_batches(
         batch_sampler=order,
         num_workers=config.data.num_workers,
         collate_fn=_Stack(collate),
+        pin_memory=pin_memory,
         persistent_workers=config.data.num_workers > 0,
     )
     return iter(loader)
