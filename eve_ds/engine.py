@@ -481,7 +481,7 @@ class Trainer:
             state=positions,
             pin_memory=self.engine.device.type == "cuda",
         )
-        self.position = self.loader.state_dict()
+        self.position = self.loader.state_dict()  # of finished steps: the loader itself is a step ahead
 
     def _set_learning_rate(self) -> None:
         lr = learning_rate(self.config, self.step, self.seconds)
