@@ -7,6 +7,7 @@ next step, agrees with the other ranks on what its losses are averaged over, and
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -594,47 +595,16 @@ def denominators(batch: Batch, model: ModelConfig) -> list[float]:
 
 
 def encoder_tokens(batch: Batch, model: ModelConfig) -> dict[str, float]:
-    """Tokens that enter the encoder, class tokens included, by view.
+    """Tokens that enter the encoder, class tokens included, by task.
 
     In `itm` a negative caption counts as the one it stands for, as it is not drawn yet when tokens are counted.
     """
-    images = 0.0
-    if batch.pixel_values is not None:
-        images = float(len(batch) if batch.image_mask is None else batch.image_mask.sum())
-    text, whole = caption_tokens(batch), images * (1 + model.num_patches)
-    tokens = {"itc": whole + text, "itm": 3 * (whole + text)}
-    if "joint" in model.objectives:
-        tokens["joint"] = _shown_image_tokens(batch, batch.image_mask) + text
-    if "mim" in model.objectives and batch.pixel_values is not None:
-        tokens["mim"] = _shown_image_tokens(batch, None) + _shown_words(batch)
-    if "mlm" in model.objectives and batch.attention_mask is not None:
-        pairs = batch.attention_mask.any(dim=1)
-        if batch.image_mask is not None:
-            pairs = pairs & batch.image_mask
-        patches = model.num_patches if batch.language_patch_ids is None else batch.language_patch_ids.shape[1]
-        with_image = 0.0 if batch.pixel_values is None else float(pairs.sum())
-        tokens["mlm"] = with_image * (1 + patches) + text
-    return {view: count for view, count in tokens.items() if view in model.objectives}
-
-
-def _shown_image_tokens(batch: Batch, image_mask: Tensor | None) -> float:
-    """Class tokens and visible patches of the image view; `image_mask` (B_i,) False = no image."""
-    if batch.visible_patch_ids is None:
-        return 0.0
-    shown = batch.visible_patch_mask
-    if shown is None:
-        shown = torch.ones_like(batch.visible_patch_ids, dtype=torch.bool)
-    if image_mask is not None:
-        shown = shown[image_mask]
-    return float(shown.sum()) + len(shown)
-
-
-def _shown_words(batch: Batch) -> float:
-    """Text tokens of the image view."""
-    shown = batch.image_view_text_mask
-    if shown is None and batch.attention_mask is not None:
-        shown = batch.attention_mask if batch.image_view_ids is None else batch.attention_mask[batch.image_view_ids]
-    return 0.0 if shown is None else float(shown.sum())
+    tokens = {view: float(layout.mask.sum()) for view, layout in (batch.layouts or {}).items()}
+    if "itc" in model.objectives:
+        tokens["itc"] = tokens.pop("itc_image") + tokens.pop("itc_text")
+    if "itm" in model.objectives:
+        tokens["itm"] = 3 * tokens["itc"]
+    return tokens
 
 
 def caption_tokens(batch: Batch) -> float:
@@ -643,7 +613,7 @@ def caption_tokens(batch: Batch) -> float:
 
 
 def _first_samples(batch: Batch, count: int) -> Batch:
-    """The batch cut to its first samples, up to one with an image view if there is any.
+    """The batch cut to its first samples, up to one with an image view if there is any, without its layouts.
 
     Flat indices into the text stay right, as rows keep their length.
     """
@@ -655,5 +625,7 @@ def _first_samples(batch: Batch, count: int) -> Batch:
     if batch.input_ids is not None and batch.masked_token_ids is not None:
         chosen = int((batch.masked_token_ids < count * batch.input_ids.shape[1]).sum())  # they are ascending
         rows |= {"masked_token_ids": chosen, "token_labels": chosen}
-    kept = {name: tensor[: rows.get(name, count)] for name, tensor in batch.tensors().items()}
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    kept: dict[str, Any] = {name: tensor[: rows.get(name, count)] for name, tensor in tensors.items()}
     return Batch(keys=batch.keys[:count], **kept)

@@ -103,7 +103,17 @@ def test_pixels_are_normalized_once_for_inputs_and_targets_and_travel_as_bytes()
     assert torch.equal(copied.normalized_pixels, batch.normalized_pixels)
     image_bytes = 3 * 32 * 32
     assert batch.pixel_values.nbytes == 2 * image_bytes
-    assert sum(tensor.nbytes for tensor in batch.tensors().values()) < 2 * image_bytes + 2048
+    assert not any(tensor.is_floating_point() for tensor in batch.tensors())
+
+
+def test_tensors_are_all_that_a_batch_has():
+    batch = collate(pairs())
+    assert batch.normalized_pixels is not None
+    own = [value for name, value in vars(batch).items() if name != "normalized_pixels"]
+    own += [value for layout in batch.layouts.values() for value in layout]
+    expected = {id(value) for value in own if isinstance(value, torch.Tensor)}
+    assert {id(tensor) for tensor in batch.tensors()} == expected
+    assert len(batch.tensors()) == len(expected) == 8 + 6
 
 
 def test_pixels_that_are_normalized_already_are_taken_as_they_are():

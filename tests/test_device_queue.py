@@ -67,7 +67,7 @@ class FakeBatch:
     name: str
 
     def tensors(self):
-        return {"pixels": FakeTensor(self.calls, f"{self.name}.pixels"), "ids": FakeTensor(self.calls, self.name)}
+        return [FakeTensor(self.calls, f"{self.name}.pixels"), FakeTensor(self.calls, f"{self.name}.ids")]
 
     def to(self, device, non_blocking=False):
         self.calls.append(f"{self.name} to {device} on {self.calls.current}, non_blocking {non_blocking}")
@@ -100,7 +100,7 @@ def test_on_cuda_copies_run_on_a_stream_of_their_own_and_only_the_user_waits(cal
         assert calls == [
             f"main of cuda:1 waits for event {event}",
             f"moved {name}.pixels used on main of cuda:1",
-            f"moved {name} used on main of cuda:1",
+            f"moved {name}.ids used on main of cuda:1",
         ]
 
 

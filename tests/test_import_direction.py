@@ -11,9 +11,10 @@ PACKAGE = Path(eve_ds.__file__).parent
 MAY_IMPORT = {  # part: other parts of eve_ds
     "config": set(),
     "distributed": set(),
+    "views": set(),
     "ops": {"distributed"},
-    "data": {"config", "distributed"},
-    "model": {"config", "ops"},
+    "data": {"config", "distributed", "views"},
+    "model": {"config", "ops", "views"},
     "losses": {"config", "ops", "model"},
     "parallel": {"config", "distributed", "ops", "model", "losses"},
     "checkpoint": {"config", "distributed", "model"},
@@ -21,7 +22,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "tasks": {"config", "data", "distributed", "model", "losses", "checkpoint", "export"},
     "metrics": {"config", "distributed", "data"},
     "evaluation": {"config", "distributed", "ops", "data", "model"},
-    "report": {"config", "ops", "data", "model", "losses", "evaluation"},
+    "report": {"config", "ops", "data", "model", "losses", "evaluation", "views"},
     "benchmark": {"config", "ops", "data", "model", "losses", "metrics", "checkpoint"},
     "run": {"config", "distributed"},
     "engine": {

@@ -12,7 +12,8 @@ from eve_ds.config import ModelConfig, MoEConfig, PixelDecoderConfig, load_confi
 from eve_ds.model.attention import CrossAttention, SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.eve import EVE, Block
-from eve_ds.model.stream import Layout, PackedViews, join
+from eve_ds.model.stream import join
+from eve_ds.views import Layout, Packing
 
 SMALL = ModelConfig(
     objectives=["joint"],  # one view; those of the other tasks are in test_views.py
@@ -276,18 +277,29 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     blocks = EVE(config).backbone.blocks
     assert [block.drop_path_rate for block in blocks] == pytest.approx([0.0, 0.2, 0.4])
     torch.manual_seed(0)
-    branch = torch.ones(40_000, 3)
-    layout = Layout.of(torch.tensor([[True, True, False]]).expand(20_000, -1))
-    dropped = blocks[2].train()._drop_path(branch, [layout])
-    per_sample = dropped.view(20_000, -1)
-    assert (per_sample == per_sample[:, :1]).all(), "a sample is dropped as a whole"
-    values = dropped.unique()
-    assert values[0] == 0
-    assert values[-1] == pytest.approx(1 / 0.6)
+    packing = Packing.of([Layout.of(torch.tensor([[True, True, False]]).expand(20_000, -1))] * 2)
+    kept = blocks[2].train().draw_kept(packing, torch.float32)
+    per_sample = kept.view(2, 40_000, 2)
+    assert (per_sample == per_sample[..., :1]).all(), "a sample is dropped as a whole"
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.6])
     # Four standard deviations of a mean over 20,000 draws of variance 0.4 / 0.6.
-    assert float(dropped.mean()) == pytest.approx(1.0, abs=4 * math.sqrt(0.4 / 0.6 / 20_000))
-    assert blocks[2].eval()._drop_path(branch, [layout]) is branch
-    assert blocks[0].train()._drop_path(branch, [layout]) is branch
+    means = per_sample.view(4, 20_000, 2).mean(dim=(1, 2))  # attention and feed-forward of both views
+    assert means.tolist() == pytest.approx([1.0] * 4, abs=4 * math.sqrt(0.4 / 0.6 / 20_000))
+    assert blocks[2].eval().draw_kept(packing, torch.float32) is None
+    assert blocks[0].train().draw_kept(packing, torch.float32) is None
+
+
+def test_a_dropped_branch_adds_nothing_and_a_kept_one_is_scaled():
+    block = randomize(EVE(SMALL).backbone.blocks[0].double())
+    mask = key_mask()
+    x = torch.randn(int(mask.sum()), 32, dtype=torch.float64)
+    packing = Packing.of([Layout.of(mask, 2)])
+    nothing, twice = torch.zeros(len(x), 1).double(), torch.full((len(x), 1), 2.0).double()
+    assert torch.equal(block(x, packing, torch.stack([nothing, nothing]))[0], x)
+    attended = x + block.gamma_1 * block.attention(block.norm1(x), packing.layouts)
+    expected = attended + 2 * block.gamma_2 * block.ffn(attended, packing)
+    torch.testing.assert_close(block(x, packing, torch.stack([nothing + 1, twice]))[0], expected)
+    torch.testing.assert_close(block(x, packing, torch.stack([twice, nothing]))[0], 2 * attended - x)
 
 
 INDUCTOR = pytest.param(
@@ -369,8 +381,8 @@ def test_self_attention_equals_a_softmax_loop():
     mixed = attention_by_loops(q.detach(), k.detach(), v.detach(), 3, key_mask())
     expected = mixed @ attention.proj.weight.T + attention.proj.bias
     mask = key_mask()
-    torch.testing.assert_close(attention(x[mask], Layout.of(mask)), expected[mask])
-    kept = attention(x.flatten(0, 1), Layout.of(mask, keep_padding=True))
+    torch.testing.assert_close(attention(x[mask], [Layout.of(mask)]), expected[mask])
+    kept = attention(x.flatten(0, 1), [Layout.of(mask, keep_padding=True)])
     torch.testing.assert_close(kept, expected.flatten(0, 1))
 
 
@@ -417,7 +429,7 @@ def decoder_inputs():
     mask[1, 6:] = False
     visible = torch.tensor([[0, 3, 7, 9], [1, 2, 14, 15]])
     masked = torch.tensor([[1, 5], [0, 8]])
-    return join(hidden[:, :5], hidden[:, 5:], None, mask[:, 5:]), hidden, mask, visible, masked
+    return join(hidden[:, :5], hidden[:, 5:], Layout.of(mask, 5)), hidden, mask, visible, masked
 
 
 def test_cross_decoder_equals_loops():
@@ -468,7 +480,7 @@ def test_shallow_block_is_the_formula():
     block = randomize(Block(SMALL.model_copy(update={"moe_layers": []}), 0, None).double())
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     mask = key_mask()  # two image tokens, three words
-    out, moe = block(PackedViews.of([join(x[:, :2], x[:, 2:], mask[:, :2], mask[:, 2:])]))
+    out, moe = block(x[mask], Packing.of([Layout.of(mask, 2)]))
     h = x + block.gamma_1 * self_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), key_mask(), 4)
     image = ffn_by_hand(layer_norm_by_hand(h[:, :2], block.ffn.norm_image), block.ffn.image)
     text = ffn_by_hand(layer_norm_by_hand(h[:, 2:], block.ffn.norm_text), block.ffn.text)

@@ -20,7 +20,7 @@ from eve_ds.config import load_config
 from eve_ds.export import WeightFileError, upcycle
 from eve_ds.model.embeddings import resize_positions
 from eve_ds.model.eve import EVE
-from eve_ds.model.stream import PackedViews, join
+from eve_ds.views import Layout, Packing
 
 SIZES = {
     "hidden_size": 32,
@@ -115,11 +115,13 @@ def model_of(config, upcycled):
 
 def run_blocks(backbone, embedded):
     """States of (B, S, D) image tokens after every block, and after the final norm."""
-    states, stream = [], join(embedded, None, None, None)
+    shape = embedded.shape[:2]
+    packing = Packing.of([Layout.of(torch.ones(shape, dtype=torch.bool), shape[1])])
+    states, x = [], embedded.flatten(0, 1)
     for block in backbone.blocks:
-        stream = stream._replace(hidden_states=block(PackedViews.of([stream]))[0])
-        states.append(stream.padded())
-    return states, stream._replace(hidden_states=backbone.norm(stream.hidden_states)).padded()
+        x, _ = block(x, packing)
+        states.append(x.view_as(embedded))
+    return states, backbone.norm(x).view_as(embedded)
 
 
 def assert_close(found, expected):

@@ -11,7 +11,7 @@ from eve_ds.config import load_config
 from eve_ds.export import WeightFileError, upcycle
 from eve_ds.model.embeddings import resize_positions
 from eve_ds.model.eve import EVE
-from eve_ds.model.stream import PackedViews, join
+from eve_ds.views import Layout, Packing
 
 WIDTH, LAYERS, HEADS, FFN, PATCH, SIDE = 32, 3, 4, 48, 8, 4
 DISTANCES = (2 * SIDE - 1) ** 2 + 3
@@ -184,9 +184,9 @@ def test_blocks_compute_what_the_layers_do_without_biases(state, write):
     model.load_state_dict(upcycle(write(state), config, noise=0.0).weights)
     for layer, block in enumerate(model.backbone.blocks):
         x = torch.randn(2, SIDE**2 + 1, WIDTH)
-        stream = join(x, None, None, None)
+        packing = Packing.of([Layout.of(torch.ones(x.shape[:2], dtype=torch.bool), x.shape[1])])
         with torch.no_grad():
-            found = stream._replace(hidden_states=block(PackedViews.of([stream]))[0]).padded()
+            found = block(x.flatten(0, 1), packing)[0].view_as(x)
         torch.testing.assert_close(found, plain_layer(state, layer, x), rtol=0, atol=TOLERANCE)
 
 

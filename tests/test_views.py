@@ -13,8 +13,9 @@ from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.losses import Counts, pretraining_losses, total_loss
-from eve_ds.model.eve import EVE, View
+from eve_ds.model.eve import EVE
 from eve_ds.model.matching import draw_hard_negatives
+from eve_ds.views import Layout, Packing, View
 
 CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and a small green square top left")
 ALL = ["mim", "mlm", "itc", "itm"]
@@ -389,7 +390,7 @@ def test_views_of_different_numbers_of_samples_share_a_pass():
         (alone,) = model.backbone.encode([view])
         torch.testing.assert_close(packed.stream.padded(), alone.stream.padded(), **EXACT)
         assert packed.num_image_tokens == alone.num_image_tokens
-        assert torch.equal(packed.stream.modality_ids, alone.stream.modality_ids)
+        assert torch.equal(packed.stream.layout.modality_ids, alone.stream.layout.modality_ids)
 
 
 # --- feed-forward part of the deep layers -----------------------------------------------------------------------------
@@ -416,16 +417,8 @@ def test_the_hard_router_sends_a_token_by_its_modality_and_the_shared_network_do
         block, batch = model_of(config).backbone.blocks[1], in_fp64(batch_of(config))
         x = torch.randn(4, 16, dtype=torch.float64).repeat(2, 1)
 
-        class ByModality:
-            sizes = {0: 4, 1: 4}  # noqa: RUF012 - four image tokens, then the same four as text tokens
-
-            @staticmethod
-            def sort(tokens):
-                return tokens
-
-            restore = sort
-
-        out = block.ffn(x, ByModality)
+        # Of one sample: four image tokens, then the same four as text tokens.
+        out = block.ffn(x, Packing.of([Layout.of(torch.ones(1, 8, dtype=torch.bool), num_image_positions=4)]))
         assert torch.allclose(out[:4], out[4:], rtol=0, atol=1e-12) is same
         assert batch is not None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -84,12 +85,25 @@ class StockMoE(nn.Module):
         self.modality_embedding = moe.router.modality_embedding
         self.layer = MOELayer(gate, experts, "ep_size_1", 1, num_experts)
 
-    def forward(self, hidden_states: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
-        """As :meth:`eve_ds.model.moe.MoE.forward`, without router statistics and z loss, which this layer lacks."""
-        mixed = self.layer(hidden_states + self.modality_embedding[modality_ids], None)
-        nothing = mixed.new_zeros((), dtype=torch.float32)
+    def mix(
+        self,
+        hidden_states: Tensor,
+        modality_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        view_sizes: Sequence[int] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`eve_ds.model.moe.MoE.mix` of a single view; arguments of :meth:`output`."""
+        return self.layer(hidden_states + self.modality_embedding[modality_ids], None), self.layer.l_aux
+
+    def output(self, hidden_states: Tensor, load_balancing_loss: Tensor) -> MoEOutput:
+        """MoEOutput without router statistics and z loss, which this layer lacks."""
+        nothing = hidden_states.new_zeros((), dtype=torch.float32)
         statistics = RouterStatistics(nothing, nothing, nothing, nothing)
-        return MoEOutput(mixed, self.layer.l_aux, nothing, statistics)
+        return MoEOutput(hidden_states, load_balancing_loss, nothing, statistics)
+
+    def forward(self, hidden_states: Tensor, modality_ids: Tensor) -> MoEOutput:
+        """As :meth:`eve_ds.model.moe.MoE.forward` of a single view."""
+        return self.output(*self.mix(hidden_states, modality_ids))
 
 
 def megatron_permutation() -> ModuleType | None:

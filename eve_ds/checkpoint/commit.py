@@ -56,7 +56,7 @@ class Content(NamedTuple):
     """JSON-able counters of the run, equal on every rank."""
     position: dict[str, Any]
     """JSON-able position of this rank's data loader."""
-    check_inputs: dict[str, Tensor | None] | None
+    check_inputs: dict[str, Any] | None
     """A few samples of this rank, as the model takes them; those of rank 0 are stored with the model's outputs, so that
     whoever reads the weights can tell whether they are the same model. None stores none."""
 
@@ -349,7 +349,7 @@ def load(
 
 
 @torch.no_grad()
-def _check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None]) -> bytes | None:
+def _check_batch(model: torch.nn.Module, inputs: dict[str, Any]) -> bytes | None:
     """Inputs and outputs of one forward in evaluation mode, as a safetensors file; collective, None but on rank 0.
 
     Weights are copied for that forward: in DeepSpeed's flat buffers they lie at any address, and products of matrices
@@ -367,12 +367,12 @@ def _check_batch(model: torch.nn.Module, inputs: dict[str, Tensor | None]) -> by
     return save(tensors, {"device": output.vocabulary_weight.device.type})
 
 
-def _emptied(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+def _emptied(inputs: dict[str, Any]) -> dict[str, Any]:
     """Samples that hold nothing to route: experts then see rank 0's tokens alone, as where the weights are read.
 
     A product of matrices with other rows beside ours is rounded in another way.
     """
-    emptied = dict(inputs)
+    emptied = inputs | {"layouts": None}
     if (pixel_values := inputs["pixel_values"]) is not None:
         emptied["image_mask"] = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
     if (input_ids := inputs["input_ids"]) is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eve_ds.data.pixels import normalized
+from eve_ds.views import Layout
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Batch:
     """(M,) int64, ascending flat indices into B * L of the tokens to predict; M may be 0."""
     token_labels: Tensor | None = None
     """(M,) int64, the original tokens."""
+    layouts: dict[str, Layout] | None = None
+    """View -> where its tokens stand. None: as the masks say, for which the host would wait for an accelerator."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -89,23 +94,22 @@ class Batch:
         pixels = normalized(self.pixel_values)
         return pixels if self.image_mask is None else pixels.masked_fill(~self.image_mask[:, None, None, None], 0.0)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by the name of its field."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that travels, those of layouts included."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        values += [value for layout in (self.layouts or {}).values() for value in layout]
+        return [value for value in values if isinstance(value, Tensor)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()}
-        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU can overlap with computation."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
-        return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]
+        return self._with_each(Tensor.pin_memory)
 
-    def model_inputs(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of `EVE.forward`: every tensor but the labels, pixels normalized."""
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of `EVE.forward`: everything but keys and labels, pixels normalized."""
         names = [field.name for field in dataclasses.fields(self)]
         inputs = {name: getattr(self, name) for name in names if name not in ("keys", "token_labels")}
         return inputs | {"pixel_values": self.normalized_pixels}
@@ -123,3 +127,11 @@ class Batch:
             "masked_patch_ids": self.masked_patch_ids,
             "token_labels": self.token_labels,
         }
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.layouts is not None:
+            changed["layouts"] = {view: layout.with_each(change) for view, layout in self.layouts.items()}
+        return dataclasses.replace(self, **changed)

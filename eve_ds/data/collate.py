@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,10 @@ from eve_ds.data.masking import (
     sample_rng,
 )
 from eve_ds.data.transforms import channels_first
+from eve_ds.views import Layout, views_of
+
+NO_LAYOUT = ("masked_patch_ids", "masked_token_ids", "token_labels")
+"""Fields of a batch that no view's layout depends on."""
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
@@ -57,6 +62,7 @@ class Collator:
         self._image_size, self._num_patches = config.model.image_size, config.model.num_patches
         self._masking, self._seed = config.masking, config.train.seed
         self._objectives = config.model.objectives
+        self._keep_padding = config.model.profile == "official"
         self._captions = CaptionEncoder(tokenizer, config.model.text_length)
         special = set(tokenizer.all_special_ids)
         ids = sorted(set(tokenizer.get_vocab().values()) - special)
@@ -78,7 +84,16 @@ class Collator:
             fields |= self._image_view(samples, tokens, length)
         if "mlm" in self._objectives and self._has_captions:
             fields |= self._language_view(samples, tokens, length)
-        return Batch(keys=[sample.key for sample in samples], **fields)
+        keys = [sample.key for sample in samples]
+        return Batch(keys=keys, **fields, layouts=self._layouts(fields))
+
+    def _layouts(self, fields: dict[str, Tensor | None]) -> dict[str, Layout]:
+        """Where the tokens of every view stand; counted here, as on an accelerator the host would have to wait."""
+        inputs: dict[str, Any] = {name: value for name, value in fields.items() if name not in NO_LAYOUT}
+        if (pixel_values := fields.get("pixel_values")) is not None:
+            inputs["pixel_values"] = pixel_values[:, :0]  # views of a part of the samples copy theirs
+        views = views_of(self._objectives, **inputs)
+        return {name: view.layout_of(self._num_patches, self._keep_padding) for name, view in views.items()}
 
     def _pixels(self, samples: Sequence[Sample]) -> dict[str, Tensor | None]:
         present = np.array([sample.image is not None for sample in samples])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 class Movable(Protocol):
     """A batch of any kind."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name."""
+    def tensors(self) -> Iterable[Tensor]:
+        """Every tensor of it."""
 
     def to(self: B, device: torch.device, non_blocking: bool = False) -> B:
         """The same batch with every tensor on `device`."""
@@ -52,6 +53,6 @@ class DeviceQueue(Generic[B]):
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
-            for tensor in batch.tensors().values():
+            for tensor in batch.tensors():
                 tensor.record_stream(stream)  # else its memory could go to the next copy while it is still read here
         return batch

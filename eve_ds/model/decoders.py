@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from eve_ds.config import ModelConfig
 from eve_ds.model.attention import CrossAttention, SelfAttention
 from eve_ds.model.feed_forward import FeedForward
-from eve_ds.model.stream import Layout, TokenStream
+from eve_ds.model.stream import TokenStream, pack, pad
+from eve_ds.views import Layout
 
 
 class PixelDecoder(nn.Module):
@@ -45,18 +46,19 @@ class PixelDecoder(nn.Module):
             for block in self.blocks:
                 queries = block(queries, memory, stream.layout)
             return self.pixels(self.norm(queries))
-        tokens, layout = self._join(queries, stream.layout.pad(memory), stream.layout.mask, visible_patch_ids)
+        tokens, layout = self._join(queries, pad(memory, stream.layout), stream.layout, visible_patch_ids)
         for block in self.blocks:
             tokens = block(tokens, None, layout)
-        return self.pixels(self.norm(layout.pad(tokens)[:, : masked_patch_ids.shape[1]]))
+        return self.pixels(self.norm(pad(tokens, layout)[:, : masked_patch_ids.shape[1]]))
 
-    def _join(self, queries: Tensor, memory: Tensor, mask: Tensor, visible_patch_ids: Tensor) -> tuple[Tensor, Layout]:
+    def _join(
+        self, queries: Tensor, memory: Tensor, layout: Layout, visible_patch_ids: Tensor
+    ) -> tuple[Tensor, Layout]:
         """Mask tokens first, then the stream, whose patches (after the class token) get the decoder's positions."""
-        batch, num_visible = visible_patch_ids.shape
+        num_visible = visible_patch_ids.shape[1]
         position = F.pad(self.position[visible_patch_ids], (0, 0, 1, memory.shape[1] - num_visible - 1))
-        seen = torch.ones(batch, queries.shape[1], dtype=torch.bool, device=mask.device)
-        layout = Layout.of(torch.cat([seen, mask], dim=1))
-        return layout.pack(torch.cat([queries, memory + position], dim=1)), layout
+        layout = layout.behind(queries.shape[1])
+        return pack(torch.cat([queries, memory + position], dim=1), layout), layout
 
 
 class DecoderBlock(nn.Module):
@@ -76,7 +78,7 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor, memory: Tensor | None, layout: Layout) -> Tensor:
         """Same shape out: tokens (N, W) with their layout, or (B, Q, W) that look at `memory` tokens and theirs."""
         h = self.norm1(x)
-        x = x + (self.attention(h, layout) if memory is None else self.attention(h, memory, layout))
+        x = x + (self.attention(h, [layout]) if memory is None else self.attention(h, memory, layout))
         return x + self.ffn(self.norm2(x))
 
 

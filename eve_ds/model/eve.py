@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,27 +25,11 @@ from eve_ds.model.experts import StackedLinear
 from eve_ds.model.feed_forward import ModalityFeedForward, SharedFeedForward
 from eve_ds.model.matching import MatchingHeads, MatchingOutput, Pairs, draw_hard_negatives
 from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
-from eve_ds.model.stream import Layout, PackedViews, TokenStream, join
+from eve_ds.model.stream import TokenStream, join
+from eve_ds.views import Layout, Packing, View, joined, views_of
 
 MoEFactory = Callable[[ModelConfig], nn.Module]
 """Makes the MoE of one layer; its forward has the signature of :meth:`eve_ds.model.moe.MoE.forward`."""
-
-
-class View(NamedTuple):
-    """What the encoder gets of B samples: images, texts, or both, whole or in part."""
-
-    pixel_values: Tensor | None = None
-    """(B, 3, H, W) normalized to mean = std = 0.5."""
-    input_ids: Tensor | None = None
-    """(B, L) int64."""
-    attention_mask: Tensor | None = None
-    """(B, L) bool, True = a token of the view; None = all are."""
-    image_mask: Tensor | None = None
-    """(B,) bool, False = no image token of this sample is in the view; None = all samples have an image."""
-    visible_patch_ids: Tensor | None = None
-    """(B, N_visible) int64 patches that are in the view; None = all."""
-    visible_patch_mask: Tensor | None = None
-    """(B, N_visible) bool, False = not this one after all; None = all of them."""
 
 
 class BackboneOutput(NamedTuple):
@@ -53,10 +37,13 @@ class BackboneOutput(NamedTuple):
 
     stream: TokenStream
     """After the final LayerNorm; `stream.padded()` lays it out by sample."""
-    num_image_tokens: int
-    """Positions of a sample that image tokens may take, class token included; 0 without images."""
     moe: tuple[MoEOutput, ...]
     """One per MoE layer, shallow to deep, of this view; their `hidden_states` are internal."""
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions of a sample that image tokens may take, class token included; 0 without images."""
+        return self.stream.layout.num_image_positions
 
 
 class EVEOutput(NamedTuple):
@@ -113,30 +100,46 @@ class Block(nn.Module):
             is_shared = layer in config.moe_layers and config.deep_ffn == "shared"
             self.ffn = SharedFeedForward(config) if is_shared else ModalityFeedForward(config)
 
-    def forward(self, views: PackedViews) -> tuple[Tensor, MoEOutput | None]:
+    def forward(
+        self, hidden_states: Tensor, packing: Packing, kept: Tensor | None = None
+    ) -> tuple[Tensor, MoEOutput | None]:
         """Tokens (N, D) of one or several views -> (N, D) and, in a deep layer, the MoE's output.
 
-        Of several views that output has a dimension of views.
+        Of several views that output has a dimension of views. `kept` is what :meth:`draw_kept` gives.
         """
-        layouts = views.layouts
-        x = views.hidden_states
-        x = x + self._drop_path(self.gamma_1 * self.attention(self.norm1(x), *layouts), layouts)
-        if not self.is_moe:
-            return x + self._drop_path(self.gamma_2 * self.ffn(x, views.by_modality), layouts), None
-        tokens = (self.norm2(x), views.modality_ids, views.real)
-        moe: MoEOutput = self.moe(*tokens) if len(layouts) == 1 else self.moe(*tokens, views.view_sizes)
-        return x + self._drop_path(self.gamma_2 * moe.hidden_states, layouts), moe
+        x, *moe = self.compute(hidden_states, packing, kept)
+        return x, cast(MoE, self.moe).output(x, *moe) if self.is_moe else None
 
-    def _drop_path(self, branch: Tensor, layouts: Sequence[Layout]) -> Tensor:
-        """Drop a residual branch for whole samples of a view (stochastic depth)."""
+    def compute(self, hidden_states: Tensor, packing: Packing, kept: Tensor | None) -> tuple[Tensor, ...]:
+        """As :meth:`forward`, with the MoE's output taken apart: what `train.compile` compiles.
+
+        It has neither a collective nor draws of its own path, and it returns tensors only.
+        """
+        x = hidden_states
+        branch = self.gamma_1 * self.attention(self.norm1(x), packing.layouts)
+        x = x + (branch if kept is None else branch * kept[0])
+        if self.is_moe:
+            view_sizes = None if len(packing.layouts) == 1 else packing.view_sizes
+            branch, *moe = cast(MoE, self.moe).mix(self.norm2(x), packing.modality_ids, packing.real, view_sizes)
+        else:
+            branch, moe = self.ffn(x, packing), []
+        branch = self.gamma_2 * branch
+        return x + (branch if kept is None else branch * kept[1]), *moe
+
+    def draw_kept(self, packing: Packing, dtype: torch.dtype) -> Tensor | None:
+        """Draw which residual branches are dropped for which samples of a view (stochastic depth).
+
+        Returns:
+            (2, N, 1): 0 where a token's branch, attention or feed-forward, is dropped, else the factor that keeps the
+            mean; None: none is dropped.
+        """
         if not self.training or self.drop_path_rate == 0.0:
-            return branch
+            return None
         keep = 1.0 - self.drop_path_rate
-        kept = [
-            (branch.new_empty(layout.mask.shape[0], 1).bernoulli_(keep) / keep)[layout.sample_ids()]
-            for layout in layouts
-        ]
-        return branch * torch.cat(kept)
+        device = packing.modality_ids.device
+        sizes = 2 * [layout.mask.shape[0] for layout in packing.layouts]
+        drawn = [torch.empty(size, 1, dtype=dtype, device=device).bernoulli_(keep) / keep for size in sizes]
+        return torch.cat(drawn).unflatten(0, (2, -1))[:, packing.sample_ids]
 
 
 class Backbone(nn.Module):
@@ -172,37 +175,35 @@ class Backbone(nn.Module):
         Matrix products run once over the tokens of all views; attention and the statistics of routers keep the views
         apart, and where experts have a capacity each view has its own.
         """
-        packed = PackedViews.of([self._embed(view) for view in views])
+        streams = [self._embed(view) for view in views]
+        packing = Packing.of([stream.layout for stream in streams])
+        x = joined([stream.hidden_states for stream in streams])
         moe_outputs: list[list[MoEOutput]] = [[] for _ in views]
         for block in self.blocks:
-            hidden_states, moe = self._run(block, packed)
-            packed = packed._replace(hidden_states=hidden_states)
+            x, moe = self._run(cast(Block, block), x, packing)
             if moe is not None:
                 for own, output in zip(moe_outputs, [moe] if len(views) == 1 else moe.by_view(), strict=True):
                     own.append(output)
-        packed = packed._replace(hidden_states=self.norm(packed.hidden_states))
+        states = self.norm(x).split(packing.view_sizes)
         return [
-            BackboneOutput(stream, self._num_image_tokens(view), tuple(moe))
-            for stream, view, moe in zip(packed.split(), views, moe_outputs, strict=True)
+            BackboneOutput(TokenStream(own, layout), tuple(moe))
+            for own, layout, moe in zip(states, packing.layouts, moe_outputs, strict=True)
         ]
 
     def _embed(self, view: View) -> TokenStream:
+        layout = view.layout
+        if layout is None:
+            layout = view.layout_of(len(self.image_embedding.position) - 1, self.keep_padding)
         image = None if view.pixel_values is None else self.image_embedding(view.pixel_values, view.visible_patch_ids)
         text = None if view.input_ids is None else self.text_embedding(view.input_ids)
-        image_token_mask = _image_token_mask(view.image_mask, view.visible_patch_mask)
-        stream = join(image, text, image_token_mask, view.attention_mask, self.keep_padding)
+        stream = join(image, text, layout)
         return stream._replace(hidden_states=self.pre_norm(stream.hidden_states))
 
-    def _num_image_tokens(self, view: View) -> int:
-        if view.pixel_values is None:
-            return 0
-        ids = view.visible_patch_ids
-        return len(self.image_embedding.position) if ids is None else 1 + ids.shape[1]
-
-    def _run(self, block: nn.Module, views: PackedViews) -> tuple[Tensor, MoEOutput | None]:
+    def _run(self, block: Block, x: Tensor, packing: Packing) -> tuple[Tensor, MoEOutput | None]:
+        kept = block.draw_kept(packing, x.dtype)
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, views, use_reentrant=False)
-        return block(views)
+            return checkpoint(block, x, packing, kept, use_reentrant=False)
+        return block(x, packing, kept)
 
 
 class EVE(nn.Module):
@@ -235,6 +236,7 @@ class EVE(nn.Module):
         image_view_ids: Tensor | None = None,
         image_view_text_mask: Tensor | None = None,
         language_patch_ids: Tensor | None = None,
+        layouts: Mapping[str, Layout] | None = None,
     ) -> EVEOutput:
         """Predict in each view what is hidden in it; a task for which the batch has nothing is passed over.
 
@@ -251,6 +253,8 @@ class EVE(nn.Module):
             image_view_ids: (B_i,) int64 samples of the image view, all with an image; None = all samples.
             image_view_text_mask: (B_i, L) bool tokens that the image view shows; None = `attention_mask`'s.
             language_patch_ids: (B, N) int64 patches that the language view shows; None = all.
+            layouts: where the tokens of each view stand, as the collator counted them; a view that is not there is laid
+                out by its masks, for which the host waits for an accelerator.
 
         With the task `joint` the image view is the only one, of all samples, and shows the masked captions.
 
@@ -258,24 +262,23 @@ class EVE(nn.Module):
             ValueError: no task of the objectives has anything to predict, a text longer than the position table, for
                 `itc` anything else than pairs, or for `itm` a single one.
         """
-        whole = View(pixel_values, input_ids, attention_mask, image_mask)
-        masked = whole if masked_input_ids is None else whole._replace(input_ids=masked_input_ids)
-        patches = {"visible_patch_ids": visible_patch_ids, "visible_patch_mask": visible_patch_mask}
-        views: dict[str, View] = {}
-        if "joint" in self.config.objectives:
-            views["joint"] = masked._replace(**patches)
-        if "mim" in self.config.objectives and pixel_values is not None:
-            view = _samples_of(whole, image_view_ids)
-            if image_view_text_mask is not None:
-                view = view._replace(attention_mask=image_view_text_mask)
-            views["mim"] = view._replace(**patches)
-        if "mlm" in self.config.objectives and input_ids is not None:
-            views["mlm"] = _with_captions(masked)._replace(visible_patch_ids=language_patch_ids)
         pairs = None
         if self.matching is not None:
             pairs = Pairs.of(pixel_values, image_mask, input_ids, attention_mask)
-            views["itc_image"] = View(pairs.pixel_values, image_mask=pairs.image_mask)
-            views["itc_text"] = View(input_ids=pairs.input_ids, attention_mask=pairs.attention_mask)
+        views = views_of(
+            self.config.objectives,
+            pixel_values=pixel_values,
+            image_mask=image_mask,
+            visible_patch_ids=visible_patch_ids,
+            visible_patch_mask=visible_patch_mask,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            masked_input_ids=masked_input_ids,
+            image_view_ids=image_view_ids,
+            image_view_text_mask=image_view_text_mask,
+            language_patch_ids=language_patch_ids,
+            layouts=layouts,
+        )
         encoded = self.encode(views)
         matching = None
         if self.matching is not None and pairs is not None:
@@ -337,35 +340,14 @@ class EVE(nn.Module):
         temperature = heads.temperature()
         logits = None
         if heads.classifier is not None:
-            joined = pairs.with_negatives(*draw_hard_negatives(image_features, text_features, temperature))
-            view = View(joined.pixel_values, joined.input_ids, joined.attention_mask, joined.image_mask)
-            encoded["itm"] = self.backbone.encode([view])[0]
+            mixed = pairs.with_negatives(*draw_hard_negatives(image_features, text_features, temperature))
+            view = View(mixed.pixel_values, mixed.input_ids, mixed.attention_mask, mixed.image_mask)
+            # Padding is kept: how many words the negatives have is known to the device alone.
+            layout = view.layout_of(self.config.num_patches, keep_padding=True)
+            encoded["itm"] = self.backbone.encode([view._replace(layout=layout)])[0]
             states = encoded["itm"].stream.padded()[:, encoded["itm"].num_image_tokens]
             logits = heads.classifier(states).float()
         return MatchingOutput(image_features, text_features, temperature, logits)
-
-
-def _samples_of(view: View, rows: Tensor | None) -> View:
-    """The samples `rows` (B_i,) of a view; None = all."""
-    if rows is None:
-        return view
-    return View(*(None if tensor is None else tensor[rows] for tensor in view))
-
-
-def _with_captions(view: View) -> View:
-    """The view without images that have no caption beside them: nothing would be predicted from them."""
-    if view.pixel_values is None or view.attention_mask is None:
-        return view
-    captioned = view.attention_mask.any(dim=1)
-    return view._replace(image_mask=captioned if view.image_mask is None else captioned & view.image_mask)
-
-
-def _image_token_mask(image_mask: Tensor | None, visible_patch_mask: Tensor | None) -> Tensor | None:
-    """(B,), (B, N_visible) -> (B, 1 + N_visible) with the class token first, or (B,) or None where that says it all."""
-    if visible_patch_mask is None:
-        return image_mask
-    mask = F.pad(visible_patch_mask, (1, 0), value=True)
-    return mask if image_mask is None else mask & image_mask.unsqueeze(1)
 
 
 def _text_tokens(encoded: BackboneOutput, ids: Tensor) -> Tensor:

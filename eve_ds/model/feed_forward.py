@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from eve_ds import ops
 from eve_ds.config import ModelConfig
-from eve_ds.model.stream import IMAGE, TEXT, ModalityOrder
+from eve_ds.model.stream import restore_order, sort_by_modality
+from eve_ds.views import IMAGE, TEXT, Packing, joined
 
 
 class FeedForward(nn.Module):
@@ -38,15 +38,15 @@ class ModalityFeedForward(nn.Module):
         self.image = FeedForward(width, config.intermediate_size)
         self.text = FeedForward(width, config.intermediate_size)
 
-    def forward(self, x: Tensor, by_modality: ModalityOrder) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """(N, D) -> (N, D)."""
         branches = {IMAGE: (self.norm_image, self.image), TEXT: (self.norm_text, self.text)}
-        rows = by_modality.sort(x).split(list(by_modality.sizes.values()))
+        rows = sort_by_modality(x, packing).split(list(packing.sizes.values()))
         done = []
-        for modality, own in zip(by_modality.sizes, rows, strict=True):
+        for modality, own in zip(packing.sizes, rows, strict=True):
             norm, network = branches[modality]
             done.append(network(norm(own)))
-        return by_modality.restore(torch.cat(done))
+        return restore_order(joined(done), packing)
 
 
 class SharedFeedForward(nn.Module):
@@ -57,6 +57,6 @@ class SharedFeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.network = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, by_modality: ModalityOrder) -> Tensor:
-        """(N, D) -> (N, D); the order by modality is not looked at."""
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """(N, D) -> (N, D); where tokens stand is not looked at."""
         return self.network(self.norm(x))

@@ -121,6 +121,11 @@ def draw_hard_negatives(image_features: Tensor, text_features: Tensor, temperatu
     if len(image_features) < 2:
         raise ValueError("hard negatives need at least two pairs of an image and a text")
     logits = (image_features @ text_features.t() / temperature).fill_diagonal_(-math.inf)
-    text_ids = torch.multinomial(logits.softmax(dim=1), 1).squeeze(1)
-    image_ids = torch.multinomial(logits.softmax(dim=0).t(), 1).squeeze(1)
+    text_ids = _draw(logits.softmax(dim=1))
+    image_ids = _draw(logits.softmax(dim=0).t())
     return image_ids, text_ids
+
+
+def _draw(probabilities: Tensor) -> Tensor:
+    """(B, N) -> (B,) int64, one of N by its probability, as `torch.multinomial`, which makes the host wait."""
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=1)

@@ -27,7 +27,7 @@ from eve_ds import ops
 from eve_ds.config import ModelConfig
 from eve_ds.model.experts import Experts
 from eve_ds.model.naming import is_stacked, plain_names
-from eve_ds.model.stream import IMAGE, TEXT
+from eve_ds.views import IMAGE, TEXT
 
 
 class RouterStatistics(NamedTuple):
@@ -203,9 +203,21 @@ class MoE(nn.Module):
 
         `view_sizes` are the tokens of V views that stand one after the other; None: they are of one view.
         """
-        return mix_experts(
-            self.router, hidden_states, modality_ids, attention_mask, self.experts, view_sizes=view_sizes
-        )
+        return self.output(*self.mix(hidden_states, modality_ids, attention_mask, view_sizes))
+
+    def mix(
+        self,
+        hidden_states: Tensor,
+        modality_ids: Tensor,
+        attention_mask: Tensor | None,
+        view_sizes: Sequence[int] | None,
+    ) -> tuple[Tensor, ...]:
+        """What :func:`mix_experts` gives for arguments as those of :meth:`forward`."""
+        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.experts, view_sizes)
+
+    def output(self, *mixed: Tensor) -> MoEOutput:
+        """MoEOutput of what :meth:`mix` gave."""
+        return moe_output(*mixed)
 
 
 def _itself(parameter: nn.Parameter) -> Tensor:
@@ -241,31 +253,33 @@ def mix_experts(
     modality_ids: Tensor,
     attention_mask: Tensor | None,
     apply_experts: Callable[[Tensor, Tensor], Tensor],
-    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     view_sizes: Sequence[int] | None = None,
-) -> MoEOutput:
+) -> tuple[Tensor, ...]:
     """Route, dispatch, run the experts wherever they live, combine: what every MoE layer does.
 
-    Views are balanced each for itself. Where experts have a capacity, each view has its own, and so its own pass.
+    Where experts have a capacity, each view has its own, and so its own pass.
 
     Args:
         router: chooses experts.
         hidden_states, modality_ids, attention_mask: (..., D), (...) int64, (...) bool or None where all are tokens.
         apply_experts: maps the expert buffer (R, D) and the (E,) int64 rows of each expert in it to the (R, D) outputs.
-        sum_over_ranks: sums a tensor over the ranks whose tokens are balanced together; None: this rank's tokens only.
-        view_sizes: tokens of V views that stand one after the other; None: they are of one view, and the output has no
+        view_sizes: tokens of V views that stand one after the other; None: they are of one view, and no result has the
             dimension of views.
+
+    Returns:
+        Arguments of :func:`moe_output`: tensors only, and without a collective, so that all of it can be compiled.
     """
     x, ids = hidden_states.flatten(0, -2), modality_ids.flatten()
     valid = None if attention_mask is None else attention_mask.flatten()
     if view_sizes is None or router.packs_views:
-        output = _mix(router, x, ids, valid, apply_experts, sum_over_ranks, view_sizes)
+        mixed, *sums = _mix(router, x, ids, valid, apply_experts, view_sizes)
     else:
         sizes = list(view_sizes)
         no_masks = [None] * len(sizes)
         views = zip(x.split(sizes), ids.split(sizes), no_masks if valid is None else valid.split(sizes), strict=True)
-        output = _stacked([_mix(router, *view, apply_experts, sum_over_ranks) for view in views])
-    return output._replace(hidden_states=output.hidden_states.view_as(hidden_states))
+        parts, *of_views = zip(*(_mix(router, *view, apply_experts) for view in views), strict=True)
+        mixed, sums = torch.cat(parts), [torch.stack(values) for values in of_views]
+    return mixed.view_as(hidden_states), *sums
 
 
 def _mix(
@@ -274,28 +288,31 @@ def _mix(
     modality_ids: Tensor,
     valid: Tensor | None,
     apply_experts: Callable[[Tensor, Tensor], Tensor],
-    sum_over_ranks: Callable[[Tensor], Tensor] | None,
     view_sizes: Sequence[int] | None = None,
-) -> MoEOutput:
+) -> tuple[Tensor, ...]:
     """One routing of tokens (T, D)."""
     routed = router(x, modality_ids, valid, view_sizes)
     routing = routed.routing
     rows = apply_experts(routed.rows, router.rows_per_expert(routing))
     mixed = ops.moe_combine(rows, routing.slots, routing.gates, routing.source)
-    num_experts = routing.counts.numel()
-    sums = torch.cat([routing.first_choices, routing.probability_sum, routed.num_tokens.unsqueeze(-1)], dim=-1)
-    if sum_over_ranks is not None:
-        sums = sum_over_ranks(sums)
-    first_choices, probability_sum, num_tokens = sums.split([num_experts, num_experts, 1], dim=-1)
-    balance = ops.load_balancing_loss(first_choices, probability_sum, num_tokens.squeeze(-1))
-    return MoEOutput(mixed, balance, routing.z_sum, routed.statistics)
+    balance = torch.cat([routing.first_choices, routing.probability_sum, routed.num_tokens.unsqueeze(-1)], dim=-1)
+    return mixed, balance, routing.z_sum, *routed.statistics
 
 
-def _stacked(views: Sequence[MoEOutput]) -> MoEOutput:
-    """Outputs of one view each -> one over all of them."""
-    hidden_states, balance, z_sum, statistics = zip(*views, strict=True)
-    counts = RouterStatistics(*map(torch.stack, zip(*statistics, strict=True)))
-    return MoEOutput(torch.cat(hidden_states), torch.stack(balance), torch.stack(z_sum), counts)
+def moe_output(hidden_states: Tensor, balance: Tensor, z_sum: Tensor, *statistics: Tensor) -> MoEOutput:
+    """MoEOutput of the parts that :func:`mix_experts` gives; views are balanced each for itself.
+
+    Args:
+        hidden_states: as in MoEOutput.
+        balance: (2 E + 1) or (V, 2 E + 1) fp32 sums over the tokens that are balanced together, of this rank or of
+            several: first choices and probabilities by expert, and how many tokens there are.
+        z_sum: as in MoEOutput.
+        statistics: fields of RouterStatistics.
+    """
+    num_experts = balance.shape[-1] // 2
+    first_choices, probability_sum, num_tokens = balance.split([num_experts, num_experts, 1], dim=-1)
+    loss = ops.load_balancing_loss(first_choices, probability_sum, num_tokens.squeeze(-1))
+    return MoEOutput(hidden_states, loss, z_sum, RouterStatistics(*statistics))
 
 
 @torch.no_grad()

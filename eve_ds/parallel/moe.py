@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from eve_ds.config import ConfigError, ModelConfig
 from eve_ds.model.experts import Experts
-from eve_ds.model.moe import MoEOutput, Router, mix_experts, plain_named_tensors
+from eve_ds.model.moe import MoEOutput, Router, mix_experts, moe_output, plain_named_tensors
 
 
 class DeepSpeedMoE(UpstreamMoE):
@@ -85,16 +85,23 @@ class DeepSpeedMoE(UpstreamMoE):
         view_sizes: Sequence[int] | None = None,
     ) -> MoEOutput:
         """(..., D), (...) int64, (...) bool or None -> MoEOutput, as :meth:`eve_ds.model.moe.MoE.forward`."""
-        over_ranks = self.training and self.balance_over_ranks and dist.is_initialized()
-        return mix_experts(
-            self.router,
-            hidden_states,
-            modality_ids,
-            attention_mask,
-            self.deepspeed_moe,
-            _sum_over_data_parallel if over_ranks else None,
-            view_sizes,
-        )
+        return self.output(*self.mix(hidden_states, modality_ids, attention_mask, view_sizes))
+
+    def mix(
+        self,
+        hidden_states: Tensor,
+        modality_ids: Tensor,
+        attention_mask: Tensor | None,
+        view_sizes: Sequence[int] | None,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`eve_ds.model.moe.MoE.mix`; a collective of the expert-parallel group."""
+        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.deepspeed_moe, view_sizes)
+
+    def output(self, hidden_states: Tensor, balance: Tensor, *others: Tensor) -> MoEOutput:
+        """As :meth:`eve_ds.model.moe.MoE.output`; where ranks are balanced together, a collective of all of them."""
+        if self.training and self.balance_over_ranks and dist.is_initialized():
+            balance = _sum_over_data_parallel(balance)
+        return moe_output(hidden_states, balance, *others)
 
 
 class ShardedExperts(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from eve_ds.data.batch import Batch
 from eve_ds.model.moe import RouterStatistics, router_metrics, sum_statistics
-from eve_ds.model.stream import IMAGE, TEXT
 from eve_ds.report.style import FAINT, IMAGE_COLOR, INK, TEXT_COLOR, save, tidy
+from eve_ds.views import IMAGE, TEXT
 
 
 @torch.no_grad()

@@ -56,24 +56,27 @@ class TaskBatch:
         """(B, I, 3, H, W) float32, or the dtype of floats that were given, with mean = std = 0.5; computed once."""
         return normalized(self.pixel_values)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by the name of its field."""
-        names = ("pixel_values", "input_ids", "attention_mask", "targets")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that travels."""
+        return list(self._fields().values())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TaskBatch:
         """The same batch with every tensor on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()}
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._fields().items()}
         return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
 
     def pin_memory(self) -> TaskBatch:
         """The same batch in page-locked memory, from which copies to a GPU can overlap with computation."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
+        pinned = {name: tensor.pin_memory() for name, tensor in self._fields().items()}
         return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a task's model, pixels normalized."""
-        return self.tensors() | {"pixel_values": self.normalized_pixels}
+        return self._fields() | {"pixel_values": self.normalized_pixels}
+
+    def _fields(self) -> dict[str, Tensor]:
+        names = ("pixel_values", "input_ids", "attention_mask", "targets")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class ImageReader:

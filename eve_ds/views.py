@@ -1,0 +1,311 @@
+"""What the encoder sees of a batch: its views, and where their tokens stand.
+
+A view is what one task shows of the samples, such as a masked image beside a whole caption. Its tokens form a stream
+without padding. A batch is collated with the layout of every view, since only the host can count tokens without making
+an accelerator wait; whoever has no layouts gets the same ones from the masks. Only torch is needed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMAGE, TEXT = 0, 1
+"""Modality ids."""
+
+
+class Layout(NamedTuple):
+    """Where N tokens stand among B samples of S positions, of which those of images come first."""
+
+    mask: Tensor
+    """(B, S) bool, True = a real token."""
+    token_ids: Tensor
+    """(N,) int64, ascending: position of each token among the B * S."""
+    places: Tensor
+    """(B * S,) int64: the token at each position, -1 = none."""
+    modality_ids: Tensor
+    """(N,) int64, IMAGE or TEXT."""
+    by_modality: Tensor
+    """(N,) int64: the tokens of images, then those of texts, each ascending."""
+    ends: Tensor
+    """(B + 1,) int32: the first token of each sample, and N; what attention over packed samples takes."""
+    sizes: tuple[int, int]
+    """Tokens of images and of texts."""
+    num_image_positions: int
+    """Positions of a sample that image tokens may take."""
+    keeps_padding: bool
+    """Whether positions that `mask` leaves out are tokens too."""
+
+    @classmethod
+    def of(
+        cls,
+        mask: Tensor,
+        num_image_positions: int = 0,
+        *,
+        keep_padding: bool = False,
+        sizes: tuple[int, int] | None = None,
+    ) -> Layout:
+        """Layout of the tokens that (B, S) bool `mask` calls real, or of all positions with `keep_padding`.
+
+        Args:
+            mask: True = a real token.
+            num_image_positions: how many of the first positions are those of images.
+            keep_padding: keep what the mask leaves out as tokens that attention does not look at.
+            sizes: real tokens of images and of texts; None: they are counted, for which the host waits where the mask
+                is on an accelerator.
+        """
+        batch, length = mask.shape
+        is_image = torch.arange(length, device=mask.device) < num_image_positions
+        present = torch.ones_like(mask) if keep_padding else mask
+        if keep_padding:
+            sizes = (batch * num_image_positions, batch * (length - num_image_positions))
+        elif sizes is None:
+            in_image, in_all = torch.stack([(mask & is_image).sum(), mask.sum()]).tolist()
+            sizes = (in_image, in_all - in_image)
+        real = present.flatten()
+        places = torch.where(real, real.cumsum(0) - 1, -1)
+        token_ids = _inverse(places, sum(sizes))
+        modality_ids = torch.where(is_image, IMAGE, TEXT)[token_ids % length] if length else token_ids
+        is_text = modality_ids == TEXT
+        rank = torch.where(is_text, sizes[IMAGE] + is_text.cumsum(0) - 1, (~is_text).cumsum(0) - 1)
+        ends = F.pad(present.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        return cls(
+            mask=mask,
+            token_ids=token_ids,
+            places=places,
+            modality_ids=modality_ids,
+            by_modality=_inverse(rank, sum(sizes)),
+            ends=ends,
+            sizes=sizes,
+            num_image_positions=num_image_positions,
+            keeps_padding=keep_padding,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.token_ids.shape[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is a token at every position."""
+        return self.num_tokens == self.places.shape[0]
+
+    @property
+    def modalities(self) -> tuple[int, ...]:
+        """Modalities that may be among the tokens, ascending."""
+        have = (self.num_image_positions > 0, self.num_image_positions < self.mask.shape[1])
+        return tuple(modality for modality in (IMAGE, TEXT) if have[modality])
+
+    @property
+    def real(self) -> Tensor | None:
+        """(N,) bool, False = padding that was kept; None: there is none."""
+        return self.mask.flatten() if self.keeps_padding else None
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        """`mask`, or None where every position may be looked at: attention without a mask has faster kernels."""
+        return None if self.is_whole and not self.keeps_padding else self.mask
+
+    def sample_ids(self) -> Tensor:
+        """(N,) int64 sample of each token."""
+        return self.token_ids // self.mask.shape[1]
+
+    def behind(self, count: int) -> Layout:
+        """Layout of the same samples, each with `count` more tokens before its own; they count as those of images."""
+        added = self.mask.new_ones(self.mask.shape[0], count)
+        return Layout.of(
+            torch.cat([added, self.mask], dim=1),
+            count + self.num_image_positions,
+            keep_padding=self.keeps_padding,
+            sizes=(self.sizes[IMAGE] + added.numel(), self.sizes[TEXT]),
+        )
+
+    def with_each(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        """The same with every tensor changed, such as moved to a device."""
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in self._asdict().items() if isinstance(value, Tensor)
+        }
+        return self._replace(**changed)
+
+
+def _inverse(places: Tensor, count: int) -> Tensor:
+    """(count,) int64: where in (P,) `places` each of 0 .. count - 1 stands; -1 stands for nothing."""
+    positions = torch.arange(places.shape[0], device=places.device)
+    spare = places.new_empty(count + 1)  # the last one takes what stands for nothing
+    return spare.scatter_(0, torch.where(places < 0, count, places), positions)[:count]
+
+
+class View(NamedTuple):
+    """What the encoder gets of B samples: images, texts, or both, whole or in part."""
+
+    pixel_values: Tensor | None = None
+    """(B, 3, H, W) normalized to mean = std = 0.5."""
+    input_ids: Tensor | None = None
+    """(B, L) int64."""
+    attention_mask: Tensor | None = None
+    """(B, L) bool, True = a token of the view; None = all are."""
+    image_mask: Tensor | None = None
+    """(B,) bool, False = no image token of this sample is in the view; None = all samples have an image."""
+    visible_patch_ids: Tensor | None = None
+    """(B, N_visible) int64 patches that are in the view; None = all."""
+    visible_patch_mask: Tensor | None = None
+    """(B, N_visible) bool, False = not this one after all; None = all of them."""
+    layout: Layout | None = None
+    """Where the tokens stand; None = as the masks say."""
+
+    def layout_of(self, num_patches: int, keep_padding: bool = False) -> Layout:
+        """Layout of the view where an image has `num_patches`, the class token not counted.
+
+        Raises:
+            ValueError: neither images nor texts.
+        """
+        images = self._image_token_mask(num_patches)
+        texts = None
+        if self.input_ids is not None:
+            everything = torch.ones_like(self.input_ids, dtype=torch.bool)
+            texts = everything if self.attention_mask is None else self.attention_mask.bool()
+        masks = [mask for mask in (images, texts) if mask is not None]
+        if not masks:
+            raise ValueError("a batch needs pixel_values or input_ids; both are None")
+        num_image_positions = 0 if images is None else images.shape[1]
+        return Layout.of(torch.cat(masks, dim=1), num_image_positions, keep_padding=keep_padding)
+
+    def _image_token_mask(self, num_patches: int) -> Tensor | None:
+        """(B, 1 + N) with the class token first; None without images."""
+        if self.pixel_values is None:
+            return None
+        shown = num_patches if self.visible_patch_ids is None else self.visible_patch_ids.shape[1]
+        shape = (self.pixel_values.shape[0], 1 + shown)
+        if self.visible_patch_mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=self.pixel_values.device)
+        else:
+            mask = F.pad(self.visible_patch_mask, (1, 0), value=True)
+        return mask if self.image_mask is None else mask & self.image_mask.bool().unsqueeze(1)
+
+
+def views_of(
+    objectives: Collection[str],
+    *,
+    pixel_values: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    visible_patch_ids: Tensor | None = None,
+    visible_patch_mask: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    masked_input_ids: Tensor | None = None,
+    image_view_ids: Tensor | None = None,
+    image_view_text_mask: Tensor | None = None,
+    language_patch_ids: Tensor | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> dict[str, View]:
+    """The views of a batch that objectives ask for, by name; arguments as those of `eve_ds.model.eve.EVE.forward`.
+
+    `itc_image` and `itc_text` are those of `itc`. The view of `itm` is not here: its negatives are drawn from
+    similarities of these.
+    """
+    whole = View(pixel_values, input_ids, attention_mask, image_mask)
+    masked = whole if masked_input_ids is None else whole._replace(input_ids=masked_input_ids)
+    views: dict[str, View] = {}
+    if "joint" in objectives:
+        views["joint"] = masked._replace(visible_patch_ids=visible_patch_ids, visible_patch_mask=visible_patch_mask)
+    if "mim" in objectives and pixel_values is not None:
+        view = _samples_of(whole, image_view_ids)
+        if image_view_text_mask is not None:
+            view = view._replace(attention_mask=image_view_text_mask)
+        views["mim"] = view._replace(visible_patch_ids=visible_patch_ids, visible_patch_mask=visible_patch_mask)
+    if "mlm" in objectives and input_ids is not None:
+        views["mlm"] = _with_captions(masked)._replace(visible_patch_ids=language_patch_ids)
+    if "itc" in objectives and pixel_values is not None and input_ids is not None:
+        views["itc_image"] = View(pixel_values, image_mask=image_mask)
+        views["itc_text"] = View(input_ids=input_ids, attention_mask=attention_mask)
+    found = {} if layouts is None else layouts
+    return {name: view._replace(layout=found.get(name)) for name, view in views.items()}
+
+
+def _samples_of(view: View, rows: Tensor | None) -> View:
+    """The samples `rows` (B_i,) of a view; None = all."""
+    if rows is None:
+        return view
+    chosen: dict[str, Any] = {name: value[rows] for name, value in view._asdict().items() if isinstance(value, Tensor)}
+    return View(**chosen)
+
+
+def _with_captions(view: View) -> View:
+    """The view without images that have no caption beside them: nothing would be predicted from them."""
+    if view.pixel_values is None or view.attention_mask is None:
+        return view
+    captioned = view.attention_mask.any(dim=1)
+    return view._replace(image_mask=captioned if view.image_mask is None else captioned & view.image_mask)
+
+
+class Packing(NamedTuple):
+    """How the tokens of several views stand one after the other, and how they are sorted by modality."""
+
+    layouts: tuple[Layout, ...]
+    """One per view, counting its own tokens from 0."""
+    modality_ids: Tensor
+    """(N,) int64, IMAGE or TEXT."""
+    sample_ids: Tensor
+    """(N,) int64, counting the samples of all views."""
+    order: Tensor | None
+    """(N,) int64 tokens, those of images first; None: they are of one modality."""
+    places: Tensor | None
+    """(N,) int64 where each token went."""
+    sizes: dict[int, int]
+    """Number of tokens by modality; one that the views cannot have is absent."""
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout]) -> Packing:
+        """At least one layout; the host waits for nothing."""
+        present = sorted({modality for layout in layouts for modality in layout.modalities})
+        sizes = {modality: sum(layout.sizes[modality] for layout in layouts) for modality in present}
+        samples = [layout.sample_ids() for layout in layouts]
+        for number in range(1, len(layouts)):
+            samples[number] = samples[number] + sum(layout.mask.shape[0] for layout in layouts[:number])
+        order = _order_by_modality(layouts) if len(present) > 1 else None
+        return cls(
+            layouts=tuple(layouts),
+            modality_ids=joined([layout.modality_ids for layout in layouts]),
+            sample_ids=joined(samples),
+            order=order,
+            places=None if order is None else _inverse(order, order.shape[0]),
+            sizes=sizes,
+        )
+
+    @property
+    def view_sizes(self) -> list[int]:
+        """Tokens of each view."""
+        return [layout.num_tokens for layout in self.layouts]
+
+    @property
+    def real(self) -> Tensor | None:
+        """(N,) bool, False = padding that was kept; None: there is none."""
+        if not any(layout.keeps_padding for layout in self.layouts):
+            return None
+        return joined(
+            [
+                layout.token_ids.new_ones(layout.num_tokens, dtype=torch.bool) if layout.real is None else layout.real
+                for layout in self.layouts
+            ]
+        )
+
+
+def _order_by_modality(layouts: Sequence[Layout]) -> Tensor:
+    """(N,) int64: the image tokens of all views, then their text tokens."""
+    images, texts, before = [], [], 0
+    for layout in layouts:
+        tokens = layout.by_modality + before if before else layout.by_modality
+        images.append(tokens[: layout.sizes[IMAGE]])
+        texts.append(tokens[layout.sizes[IMAGE] :])
+        before += layout.num_tokens
+    return torch.cat([*images, *texts])
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one after the other, without a copy where there is one."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
