@@ -1,11 +1,13 @@
 """Pre-training: DeepSpeed engine around EVE, and one readable loop.
 
-`pretrain` builds the parts and runs `Trainer.run`; a step fetches the micro-batches it is made of, agrees with the
-other ranks on what losses are averaged over, accumulates gradients and updates.
+`pretrain` builds the parts and runs `Trainer.run`; a step agrees with the other ranks on what happens after it,
+accumulates gradients over its micro-batches and updates. While a device computes them, the host fetches those of the
+next step, agrees with the other ranks on what its losses are averaged over, and begins to copy them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from eve_ds.checkpoint.manifest import name_of
 from eve_ds.checkpoint.weights import weight_reader
 from eve_ds.config import Config, ConfigError, ModelConfig
 from eve_ds.data.batch import Batch
+from eve_ds.data.device_queue import DeviceQueue
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
@@ -125,15 +128,28 @@ def pretrain(
         return trainer.run()
 
 
-class _Agreement(NamedTuple):
-    """What all ranks know alike before they compute a step."""
+class _StepData(NamedTuple):
+    """What a step is computed on; its copies are in the device's queue."""
 
+    micro_batches: list[Batch]
+    """Of this rank, on the host; none where `problem` is not None."""
+    problem: Exception | None
+    """Why this rank has no data."""
+    position: dict[str, Any]
+    """Of this rank's loader just after them."""
+    num_failed: float
+    """Ranks without data; this and all below is known to all ranks alike."""
     counts: Counts
     """Denominators of the losses."""
     tokens: float
     """That enter the encoder in the step, on all ranks, in all views."""
     caption_tokens: float
     """Of the step's captions, on all ranks, each counted once."""
+
+
+class _Agreement(NamedTuple):
+    """What all ranks know alike before they compute a step."""
+
     done: bool
     """It is the last one."""
     save_due: bool
@@ -179,6 +195,8 @@ class Trainer:
         self.host_group = dist.new_group(backend="gloo")
         self.saver = commit.Saver(config, tokenizer, self.host_group)
         self.window = _Window()
+        self.queue: DeviceQueue[Batch] = DeviceQueue(engine.device)
+        self.next_data: _StepData | None = None
         self._open_loader(None)
         # Last, so that a run which could not be built leaves nothing in the folder that would claim it.
         on_rank_zero(partial(_write_config, config))
@@ -245,66 +263,94 @@ class Trainer:
 
         Randomness is a function of (seed, step, rank).
         """
-        micro_batches, problem = self._fetch()
-        agreed = self._agree(micro_batches, problem)
-        self.last_batch = micro_batches[-1]
+        data = self._take_data()
+        agreed = self._agree()
         self._set_learning_rate()
         seed_everything((self.config.train.seed * 1_000_003 + self.step) % 2**43, self.rank)
         computed = []
-        for host_batch in micro_batches:
-            batch = host_batch.to(self.engine.device)
+        for _ in data.micro_batches:
+            batch = self.queue.get()
             output = self.engine(**batch.model_inputs())
             terms = pretraining_losses(
                 output,
                 **batch.targets(),
                 patch_size=self.config.model.patch_size,
-                counts=agreed.counts,
+                counts=data.counts,
                 normalize_pixels=self.config.model.normalizes_pixels,
                 gather=gather_rows,
             )
             loss = total_loss(terms, self.config.loss)
             self.engine.backward(poison_if_nonfinite(loss))
+            if self.engine.is_gradient_accumulation_boundary() and not (agreed.done or agreed.stop):
+                self.next_data = self._prepare()  # now the device has work; the update makes the host wait for it
             self.engine.step()
             computed.append({name: term.detach() for name, term in {"loss": loss, **terms}.items()})
         self.step += 1
         self.samples += self.engine.train_batch_size()
+        self.last_batch, self.position = data.micro_batches[-1], data.position
         if self._updated():
-            self.window.add_step(computed, output.moe, agreed)
+            self.window.add_step(computed, output.moe, data)
         else:
-            self._handle_nonfinite(computed, micro_batches)
+            self._handle_nonfinite(computed, data.micro_batches)
         return agreed
 
-    def _fetch(self) -> tuple[list[Batch], UnusableData | None]:
-        """The micro-batches of one step, or why this rank cannot have them."""
-        try:
-            return [next(self.loader) for _ in range(self.engine.gradient_accumulation_steps())], None
-        except UnusableData as error:
-            return [], error
-
-    def _agree(self, micro_batches: list[Batch], problem: UnusableData | None) -> _Agreement:
-        """Sum over ranks what losses are averaged over, and decide together what happens after the step.
+    def _take_data(self) -> _StepData:
+        """What the step that begins is computed on; the first one of a start fetches it now.
 
         Raises:
             UnusableData: on every rank, if any of them has no data.
         """
+        data, self.next_data = self.next_data or self._prepare(), None
+        problem = data.problem
+        if problem is not None and not isinstance(problem, UnusableData):
+            raise problem
+        if data.num_failed:
+            raise UnusableData("; ".join(self._gather(None if problem is None else f"rank {self.rank}: {problem}")))
+        return data
+
+    def _prepare(self) -> _StepData:
+        """Fetch what a step is made of, begin its copies, and sum over ranks what losses are averaged over.
+
+        Whatever goes wrong is raised at that step: the one under way is still finished, and saved where that is due.
+        """
+        micro_batches, problem = self._fetch()
+        for batch in micro_batches:
+            self.queue.put(batch)
         own = [(*denominators(batch, self.config.model), caption_tokens(batch)) for batch in micro_batches]
         local = torch.tensor([[0.0] * 4, *own], dtype=torch.float64).sum(dim=0)
-        clocks = torch.tensor([self.seconds, time.monotonic() - self.saved_at], dtype=torch.float64)
-        flags = [problem is not None, self.saver.written, self.stop.requested]
-        numbers = torch.cat([local, clocks * (self.rank == 0), torch.tensor(flags, dtype=torch.float64)])
+        numbers = torch.tensor([*local.tolist(), problem is not None], dtype=torch.float64)
         dist.all_reduce(numbers, group=self.host_group)
-        *totals, captions, self.seconds, since_save, num_failed, num_written, num_stopped = numbers.tolist()
-        if num_failed:
-            raise UnusableData("; ".join(self._gather(None if problem is None else f"rank {self.rank}: {problem}")))
+        *totals, captions, num_failed = numbers.tolist()
+        share = self.world_size * self.engine.gradient_accumulation_steps()
+        return _StepData(
+            micro_batches=micro_batches,
+            problem=problem,
+            position=self.loader.state_dict(),
+            num_failed=num_failed,
+            counts=Counts(*(total / share for total in totals)),
+            tokens=totals[2],
+            caption_tokens=captions,
+        )
+
+    def _fetch(self) -> tuple[list[Batch], Exception | None]:
+        """The micro-batches of one step, or why this rank cannot have them."""
+        try:
+            return [next(self.loader) for _ in range(self.engine.gradient_accumulation_steps())], None
+        except Exception as error:
+            return [], error
+
+    def _agree(self) -> _Agreement:
+        """Decide with the other ranks what happens after the step that begins, by the clock of rank 0."""
+        clocks = [self.seconds, time.monotonic() - self.saved_at] if self.rank == 0 else [0.0, 0.0]
+        flags = [self.saver.written, self.stop.requested]
+        numbers = torch.tensor([*clocks, *flags], dtype=torch.float64)
+        dist.all_reduce(numbers, group=self.host_group)
+        self.seconds, since_save, num_written, num_stopped = numbers.tolist()
         train = self.config.train
         next_step = self.step + 1
         save_due = bool(train.save_every_steps and next_step % train.save_every_steps == 0)
         save_due |= bool(train.save_every_minutes and since_save >= 60 * train.save_every_minutes)
-        share = self.world_size * self.engine.gradient_accumulation_steps()
         return _Agreement(
-            counts=Counts(*(total / share for total in totals)),
-            tokens=totals[2],
-            caption_tokens=captions,
             done=next_step >= train.max_steps or self._out_of_time(),
             save_due=save_due,
             save_written=num_written == self.world_size,
@@ -364,7 +410,7 @@ class Trainer:
         if peak is not None:
             flops = 3 * samples * self._forward_flops() / elapsed
             numbers["model_flops_utilisation"] = flops / (peak * self.world_size)
-        skipped = {f"skipped/{reason}": count for reason, count in self.loader.skipped.items()}
+        skipped = {f"skipped/{reason}": count for reason, count in self.position["skipped"].items()}
         self.metrics.write("train", **self._stamp(), **numbers, **skipped)
         if self.engine.monitor.enabled and rank_zero():
             self.engine.monitor.write_events([(f"train/{k}", v, self.samples) for k, v in numbers.items()])
@@ -393,7 +439,7 @@ class Trainer:
         content = commit.Content(
             step=self.step,
             numbers={"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite_skips},
-            position=self.loader.state_dict(),
+            position=self.position,
             check_inputs=_first_samples(self.last_batch, CHECK_SAMPLES).to(self.engine.device).model_inputs(),
         )
         self.saver.begin(self.engine, content)
@@ -435,7 +481,9 @@ class Trainer:
             world_size=self.world_size,
             micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
             state=positions,
+            pin_memory=self.engine.device.type == "cuda",
         )
+        self.position = self.loader.state_dict()  # of finished steps: the loader itself is a step ahead
 
     def _set_learning_rate(self) -> None:
         lr = learning_rate(self.config, self.step, self.seconds)
@@ -480,13 +528,11 @@ class _Window:
         self._terms: list[dict[str, Tensor]] = []
         self._moe: dict[str, tuple[RouterStatistics, ...]] = {}
 
-    def add_step(
-        self, terms: list[dict[str, Tensor]], moe: dict[str, tuple[MoEOutput, ...]], agreed: _Agreement
-    ) -> None:
+    def add_step(self, terms: list[dict[str, Tensor]], moe: dict[str, tuple[MoEOutput, ...]], data: _StepData) -> None:
         """One update: loss terms of its micro-batches, detached; MoE outputs of the last by view; tokens."""
         self.steps += 1
-        self.tokens += agreed.tokens
-        self.caption_tokens += agreed.caption_tokens
+        self.tokens += data.tokens
+        self.caption_tokens += data.caption_tokens
         self._terms += terms
         self._moe = {view: tuple(layer.statistics for layer in layers) for view, layers in moe.items()}
 
@@ -572,7 +618,6 @@ def _first_samples(batch: Batch, count: int) -> Batch:
 
     Flat indices into the text stay right, as rows keep their length.
     """
-    fields = batch.model_inputs() | {"token_labels": batch.token_labels, "layouts": None}
     if batch.image_view_ids is not None and len(batch.image_view_ids):
         count = max(count, int(batch.image_view_ids[0]) + 1)
     in_image_view = count if batch.image_view_ids is None else int((batch.image_view_ids < count).sum())
@@ -581,5 +626,7 @@ def _first_samples(batch: Batch, count: int) -> Batch:
     if batch.input_ids is not None and batch.masked_token_ids is not None:
         chosen = int((batch.masked_token_ids < count * batch.input_ids.shape[1]).sum())  # they are ascending
         rows |= {"masked_token_ids": chosen, "token_labels": chosen}
-    kept = {name: None if value is None else value[: rows.get(name, count)] for name, value in fields.items()}
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    kept: dict[str, Any] = {name: tensor[: rows.get(name, count)] for name, tensor in tensors.items()}
     return Batch(keys=batch.keys[:count], **kept)

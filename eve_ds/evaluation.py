@@ -145,7 +145,7 @@ def samples_of(scenes: Sequence[Scene], captions: Sequence[str] | None = None) -
 def ask(model: nn.Module, batch: Batch) -> EVEOutput:
     """What an EVE predicts from one view: the patches and words that the batch shows, whatever its objectives."""
     return cast(EVE, model).predict(
-        pixel_values=batch.pixel_values,
+        pixel_values=batch.normalized_pixels,
         image_mask=batch.image_mask,
         visible_patch_ids=batch.visible_patch_ids,
         visible_patch_mask=batch.visible_patch_mask,
@@ -227,18 +227,17 @@ def _labels(batch: Batch) -> Tensor:
 
 def _tally_pixels(tally: _Tally, model: nn.Module, batch: Batch, scenes: Sequence[Scene], config: ModelConfig) -> None:
     whole = with_whole_caption(batch)
-    assert whole.pixel_values is not None
+    pixels = whole.normalized_pixels
+    assert pixels is not None
     assert whole.masked_patch_ids is not None
     foreground = torch.stack([torch.from_numpy(scene.foreground) for scene in scenes]).unsqueeze(1)
-    patches = (
-        ops.patchify(foreground.float(), config.patch_size).amax(dim=-1).to(whole.pixel_values.device) > 0
-    )  # (B, N)
+    patches = ops.patchify(foreground.float(), config.patch_size).amax(dim=-1).to(pixels.device) > 0  # (B, N)
     chosen = patches.gather(1, whole.masked_patch_ids)
     for side, shown in (("right", whole), ("wrong", with_another_caption(whole))):
         predictions = ask(model, shown).pixel_predictions
         assert predictions is not None
         loss = ops.masked_pixel_loss(
-            whole.pixel_values,
+            pixels,
             predictions,
             whole.masked_patch_ids,
             config.patch_size,

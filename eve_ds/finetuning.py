@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from eve_ds.checkpoint import commit, manifest, state
 from eve_ds.checkpoint.files import PieceReader, write_pieces
 from eve_ds.config import Config, ConfigError, LossConfig, TaskConfig
+from eve_ds.data.device_queue import DeviceQueue
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.distributed import all_reduce_sum, get_logger, rank_zero, seed_everything
@@ -130,6 +131,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+            pin_memory=engine.device.type == "cuda",
         )
         return finetuner.run(batches)
 
@@ -289,6 +291,8 @@ class Finetuner:
         self.stop, self.saved_at = stop, time.monotonic()
         self.host_group = dist.new_group(backend="gloo")
         self.saver = commit.Saver(config, tokenizer, self.host_group)
+        self.queue: DeviceQueue[TaskBatch] = DeviceQueue(engine.device)
+        self.next_data: list[TaskBatch] | Exception | None = None
         self.skipped: Counter[str] = Counter()
         self.terms: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.clock = training_clock(engine.device)
@@ -337,18 +341,20 @@ class Finetuner:
 
     def _train_step(self, batches: Any) -> None:
         """One optimiser update; randomness is a function of (seed, step, rank)."""
+        micro_batches = self._take_data(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.seconds) * group["lr_scale"]
         seed_everything((self.config.train.seed * 1_000_003 + self.step) % 2**43, dist.get_rank())
         computed: list[tuple[TaskBatch, Tensor]] = []
-        for _ in range(self.engine.gradient_accumulation_steps()):
-            host_batch: TaskBatch = next(batches)
+        for host_batch in micro_batches:
             self.skipped += host_batch.skipped
-            batch = host_batch.to(self.engine.device)
+            batch = self.queue.get()
             terms = self.task.losses(self.engine(**batch.model_inputs()), batch)
             weighted = [self.weights[name] * term for name, term in terms.items() if self.weights[name] > 0]
             loss = torch.stack(weighted).sum()
             self.engine.backward(poison_if_nonfinite(loss))
+            if self.engine.is_gradient_accumulation_boundary() and self.step + 1 < self.config.train.max_steps:
+                self.next_data = self._fetch(batches)  # now the device has work; the update makes the host wait for it
             self.engine.step()
             computed.append((host_batch, loss.detach()))
             for name, term in {"loss": loss, **terms}.items():
@@ -357,6 +363,23 @@ class Finetuner:
         self.samples += self.engine.train_batch_size()
         if not self.engine.was_step_applied() or getattr(self.optimizer, "overflow", False):
             self._handle_nonfinite(computed)
+
+    def _take_data(self, batches: Any) -> list[TaskBatch]:
+        """The micro-batches of the step that begins; what kept them from being fetched is raised now."""
+        data, self.next_data = self.next_data or self._fetch(batches), None
+        if isinstance(data, Exception):
+            raise data
+        return data
+
+    def _fetch(self, batches: Any) -> list[TaskBatch] | Exception:
+        """The micro-batches of one step, their copies under way, or why this rank cannot have them."""
+        try:
+            micro_batches = [next(batches) for _ in range(self.engine.gradient_accumulation_steps())]
+        except Exception as error:
+            return error
+        for batch in micro_batches:
+            self.queue.put(batch)
+        return micro_batches
 
     def _handle_nonfinite(self, computed: list[tuple[TaskBatch, Tensor]]) -> None:
         """Stop, or count the skip; collective. Weights and optimiser are as they were."""

@@ -1,6 +1,8 @@
 """Batches of complete and of incomplete samples."""
 
 import inspect
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def test_pairs_have_every_field():
     assert batch.keys == ["k0", "k1"]
     assert len(batch) == 2
     assert batch.pixel_values.shape == (2, 3, 32, 32)
-    assert batch.pixel_values.dtype == torch.float32
+    assert batch.pixel_values.dtype == torch.uint8
     assert batch.image_mask is None
     assert batch.visible_patch_ids.shape == (2, 4)
     assert batch.masked_patch_ids.shape == (2, 12)
@@ -77,7 +79,50 @@ def test_first_last_and_padding_tokens_are_never_masked():
 
 def test_pixels_are_those_of_the_image():
     expected = torch.from_numpy(image(1)).permute(2, 0, 1).float() / 127.5 - 1
-    torch.testing.assert_close(collate(pairs()).pixel_values[1], expected, rtol=0, atol=1e-6)
+    batch = collate(pairs())
+    torch.testing.assert_close(batch.normalized_pixels[1], expected, rtol=0, atol=1e-6)
+    assert torch.equal(batch.pixel_values[1], torch.from_numpy(image(1)).permute(2, 0, 1))
+
+
+def test_pixels_are_to_the_bit_those_of_normalizing_before_the_batch():
+    """Every byte, with and without a gap: a run goes on with the numbers that it was begun with."""
+    every = np.arange(256, dtype=np.uint8).repeat(12).reshape(32, 32, 3)
+    samples = [Sample("a", 0, every, CAPTIONS[0]), Sample("b", 0, None, CAPTIONS[1]), *pairs()]
+    before = [torch.from_numpy(s.image).permute(2, 0, 1).contiguous().float() for s in samples if s.image is not None]
+    before = [pixels.mul_(2 / 255).sub_(1) for pixels in before]
+    assert torch.equal(collate([samples[0], *samples[2:]]).normalized_pixels, torch.stack(before))
+    with_gap = torch.stack([before[0], torch.zeros(3, 32, 32), *before[1:]])
+    assert torch.equal(collate(samples).normalized_pixels, with_gap)
+
+
+def test_pixels_are_normalized_once_for_inputs_and_targets_and_travel_as_bytes():
+    batch = collate(pairs())
+    assert batch.model_inputs()["pixel_values"] is batch.targets()["pixel_values"] is batch.normalized_pixels
+    copied = pickle.loads(pickle.dumps(collate(pairs())))
+    assert copied.pixel_values.dtype == torch.uint8
+    assert torch.equal(copied.normalized_pixels, batch.normalized_pixels)
+    image_bytes = 3 * 32 * 32
+    assert batch.pixel_values.nbytes == 2 * image_bytes
+    assert not any(tensor.is_floating_point() for tensor in batch.tensors())
+
+
+def test_tensors_are_all_that_a_batch_has():
+    batch = collate(pairs())
+    assert batch.normalized_pixels is not None
+    own = [value for name, value in vars(batch).items() if name != "normalized_pixels"]
+    own += [value for layout in batch.layouts.values() for value in layout]
+    expected = {id(value) for value in own if isinstance(value, torch.Tensor)}
+    assert {id(tensor) for tensor in batch.tensors()} == expected
+    assert len(batch.tensors()) == len(expected) == 8 + 6
+
+
+def test_pixels_that_are_normalized_already_are_taken_as_they_are():
+    batch = collate([*pairs(), Sample("a", 0, None, CAPTIONS[0])])
+    given = torch.full((3, 3, 32, 32), 7.0, dtype=torch.float64)
+    pixels = replace(batch, pixel_values=given).normalized_pixels
+    assert pixels.dtype == torch.float64
+    assert pixels.flatten(1).unique(dim=1).flatten().tolist() == [7, 7, 0]
+    assert (given == 7).all()
 
 
 def test_masks_do_not_depend_on_the_rest_of_the_batch():
@@ -97,8 +142,8 @@ def test_masks_change_with_the_epoch():
 def test_missing_image_is_zero_and_marked():
     batch = collate([Sample("a", 0, None, CAPTIONS[0]), *pairs()])
     assert batch.image_mask.tolist() == [False, True, True]
-    assert batch.pixel_values[0].abs().max() == 0
-    torch.testing.assert_close(batch.pixel_values[1:], collate(pairs()).pixel_values)
+    assert batch.normalized_pixels[0].abs().max() == 0
+    torch.testing.assert_close(batch.normalized_pixels[1:], collate(pairs()).normalized_pixels)
     assert batch.visible_patch_ids.shape == (3, 4)
 
 

@@ -149,7 +149,7 @@ def test_foreground_pixels_with_the_right_and_with_another_caption(result, scene
         chunk = scenes[0][start : start + BATCH]
         batch = collate(samples_of(chunk))
         for row, scene in enumerate(chunk):
-            patches = patches_of(batch.pixel_values[row])
+            patches = patches_of(batch.normalized_pixels[row])
             for patch in batch.masked_patch_ids[row].tolist():
                 top, left = 8 * (patch // 8), 8 * (patch % 8)
                 if scene.foreground[top : top + 8, left : left + 8].any():

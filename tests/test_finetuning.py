@@ -3,9 +3,12 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
 
 from eve_ds.config import ConfigError, load_config, parse_config, presets
 from eve_ds.data.batch import BadSample
@@ -199,6 +202,25 @@ def test_an_example_without_a_usable_image_is_replaced_and_counted(task_tree, tm
     assert batch.skipped == {"missing image": 1}
     with pytest.raises(BadSample, match="missing image"):
         next(batches(config, VQA(config, ["red"]), [examples[3]] * 8))
+
+
+def test_images_travel_as_bytes_and_are_normalized_once(task_tree, monkeypatch):
+    config, examples = parse_config(task_tree("vqa")), scenes(8)
+    task = VQA(config, ["red"])
+    examples = [replace(e, images=(np.full((64, 64, 3), 30 * i, np.uint8),)) for i, e in enumerate(examples)]
+    batch = next(batches(config, task, examples))
+    assert batch.pixel_values.dtype == torch.uint8
+    assert batch.pixel_values.shape == (8, 1, 3, 64, 64)
+    assert sorted(batch.pixel_values.flatten(1)[:, 0].tolist()) == [30 * i for i in range(8)]
+    before = batch.pixel_values.float().mul_(2 / 255).sub_(1)
+    assert torch.equal(batch.normalized_pixels, before)
+    assert batch.model_inputs()["pixel_values"] is batch.normalized_pixels
+    moved = batch.to("meta")
+    assert [tensor.device.type for tensor in moved.tensors()] == ["meta"] * 4
+    assert [example.key for example in moved.examples] == [example.key for example in batch.examples]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    pinned = torch_pinned(batch)
+    assert all(torch.equal(*both) for both in zip(pinned.tensors(), [t + 1 for t in batch.tensors()], strict=True))
 
 
 # --- saved models -----------------------------------------------------------------------------------------------------

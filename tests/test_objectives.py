@@ -158,7 +158,7 @@ def test_output_is_that_of_the_passes_one_by_one(objectives):
     torch.manual_seed(1)
     output = model(**batch.model_inputs())
     torch.manual_seed(1)
-    pixels, words, mask = batch.pixel_values, batch.input_ids, batch.attention_mask
+    pixels, words, mask = batch.normalized_pixels, batch.input_ids, batch.attention_mask
     image = heads.image_projection(backbone(pixels).stream.padded()[:, 0])
     text = heads.text_projection(backbone(input_ids=words, attention_mask=mask).stream.padded()[:, 0])
     image, text = image / image.norm(dim=1, keepdim=True), text / text.norm(dim=1, keepdim=True)
@@ -275,7 +275,7 @@ def test_the_transformers_model_has_the_same_weights_and_encodes_the_same(object
     model, batch = EVE(config.model).eval(), batch_of(config)
     other = EveModel(EveConfig(**config.model.model_dump(mode="json"))).eval()
     other.load_state_dict(model.state_dict())
-    states = other(batch.pixel_values, batch.input_ids, batch.attention_mask).last_hidden_state
+    states = other(batch.normalized_pixels, batch.input_ids, batch.attention_mask).last_hidden_state
     torch.testing.assert_close(
-        states, model.backbone(batch.pixel_values, batch.input_ids, batch.attention_mask).stream.padded()
+        states, model.backbone(batch.normalized_pixels, batch.input_ids, batch.attention_mask).stream.padded()
     )

@@ -14,14 +14,16 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
 
 from eve_ds.config import ConfigError, parse_config
+from eve_ds.data import pipeline, transforms
 from eve_ds.data import shards as shards_module
-from eve_ds.data import transforms
+from eve_ds.data.batch import Batch
 from eve_ds.data.boxes import Boxes
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
-from eve_ds.data.pipeline import build_loader
+from eve_ds.data.pipeline import Delivery, build_loader
 from eve_ds.data.scenes import Scenes
 from eve_ds.data.sources import UnusableData, open_sources
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
@@ -384,7 +386,7 @@ def test_image_only_and_text_only_sources_mix(tmp_path):
         images = batch.image_mask if batch.image_mask is not None else torch.ones(16, dtype=torch.bool)
         captions = batch.attention_mask.any(1)
         seen.update(zip(images.tolist(), captions.tolist(), strict=True))
-        assert (batch.pixel_values.flatten(1).abs().sum(1) > 0).tolist() == images.tolist()
+        assert (batch.normalized_pixels.flatten(1).abs().sum(1) > 0).tolist() == images.tolist()
     assert set(seen) == {(True, True), (True, False), (False, True)}
     assert all(count / 960 == pytest.approx(1 / 3, abs=0.06) for count in seen.values())
     assert not run.loader.skipped
@@ -425,7 +427,7 @@ def test_scenes_are_those_of_the_generator():
     for row, key in enumerate(batch.keys):
         scene = scenes[int(key.rpartition("-")[2])]
         expected = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 127.5 - 1
-        torch.testing.assert_close(batch.pixel_values[row], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch.normalized_pixels[row], expected, rtol=0, atol=1e-6)
         assert batch.attention_mask[row].sum() == len(load_tokenizer("scenes")(scene.caption)["input_ids"])
 
 
@@ -447,6 +449,41 @@ def test_worker_processes_may_be_started_in_any_way(tmp_path, start_method):
     source = write_shards(tmp_path, [48])
     run = Run(make_config(source, num_workers=1), start_method=start_method)
     assert run.keys(6) == Run(make_config(source)).keys(6)
+
+
+def test_batches_are_page_locked_where_that_is_asked_for(tmp_path, monkeypatch):
+    """By this process where it reads samples, else by torch, which has no such memory here: what it is told counts."""
+    source = write_shards(tmp_path, [16])
+    pinned = []
+
+    def pin(batch):
+        pinned.append(batch.keys)
+        return batch
+
+    monkeypatch.setattr(Batch, "pin_memory", pin)
+    plain = Run(make_config(source)).keys(4)
+    assert not pinned
+    assert Run(make_config(source), pin_memory=True).keys(4) == pinned == plain
+    told, delivery = [], Delivery(Run(make_config(source)).take(1)[0], 4, [])
+    monkeypatch.setattr(pipeline, "DataLoader", lambda *_, **options: told.append(options["pin_memory"]) or [delivery])
+    for pin_memory in (True, False):
+        Run(make_config(source, num_workers=1), pin_memory=pin_memory).take(1)
+    assert told == [True, False]
+    assert torch_pinned(delivery) == delivery
+    assert pinned[4:] == [delivery.batch.keys]
+    failed = Delivery(None, 4, [], "a.tar is damaged")
+    assert torch_pinned(failed) == failed
+
+
+def test_a_state_stays_that_of_its_moment(tmp_path):
+    """A run keeps it while it fetches the batches of the next step."""
+    run = Run(make_config(write_shards(tmp_path, [16])))
+    run.take(1)
+    state = run.loader.state_dict()
+    then = json.dumps(state)
+    run.loader.skipped["unreadable image"] += 1
+    run.take(2)
+    assert json.dumps(state) == then != json.dumps(run.loader.state_dict())
 
 
 def test_close_ends_the_workers_and_the_stream(tmp_path):
@@ -556,7 +593,7 @@ def test_as_fast_as_a_bare_webdataset_loop(tmp_path):
         shards = str(tmp_path / "shard-{000000..000001}.tar")
         stream = iter(wds.WebDataset(shards, shardshuffle=2).shuffle(1000).map(decode))
         while images := [image for image, _ in islice(stream, 20)]:
-            yield transforms.normalize(np.stack(images))
+            yield transforms.channels_first(np.stack(images))
 
     def decode(sample):
         image = transforms.open_image(sample["jpg"])

@@ -141,7 +141,7 @@ class Oracle(nn.Module):
 
     def __init__(self, batch, answer=None, normalized=False):
         super().__init__()
-        patches = ops.patchify(batch.pixel_values, 8)
+        patches = ops.patchify(batch.normalized_pixels, 8)
         index = batch.masked_patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
         self.pixels = patches.gather(1, index)
         if normalized:

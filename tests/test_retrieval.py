@@ -116,7 +116,7 @@ def test_candidates_are_those_of_a_loop_over_all_pairs(task_tree):
                 pair = (next(e for e in examples if key == f"image:{e.group}" or key == f"text:{e.key}"), other)
                 image, text = pair if key.startswith("image") else pair[::-1]
                 batch = collate([text], [np.stack(image.images)])
-                pixels = batch.pixel_values.squeeze(1)
+                pixels = batch.normalized_pixels.squeeze(1)
                 dot = model.image_features(pixels) @ model.text_features(batch.input_ids, batch.attention_mask).t()
                 match = model.match_logits(pixels, batch.input_ids, batch.attention_mask)
                 scores[other.key if key.startswith("image") else other.group] = (float(dot), float(match))

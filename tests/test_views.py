@@ -71,7 +71,8 @@ def model_of(config, seed=0):
 
 
 def in_fp64(batch):
-    return replace(batch, pixel_values=None if batch.pixel_values is None else batch.pixel_values.double())
+    pixels = batch.normalized_pixels
+    return replace(batch, pixel_values=None if pixels is None else pixels.double())
 
 
 def losses_of(model, config, batch):

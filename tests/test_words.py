@@ -116,7 +116,7 @@ def test_contrast_of_words_reaches_every_weight_of_the_head(pretrained, task_tre
     batch = TaskBatch(examples, torch.randn(4, 1, 3, 64, 64), *encoded(CAPTIONS), task.targets(examples))
     output = model.train()(**batch.model_inputs())
     with torch.no_grad():
-        scores = model.image_features(batch.pixel_values.squeeze(1)) @ model.text_features(*encoded(CAPTIONS)).t()
+        scores = model.image_features(batch.normalized_pixels.squeeze(1)) @ model.text_features(*encoded(CAPTIONS)).t()
     torch.testing.assert_close(output.image_logits, scores)
     torch.testing.assert_close(output.text_logits, scores.t())
     terms = task.losses(output, batch)
@@ -180,7 +180,7 @@ def test_zero_shot_by_words_ranks_by_likelihood_over_that_of_other_images(pretra
     examples = list(examples)
     collate = TaskCollator(config, tokenizer)
     records = {r["key"]: r for r in task.predict(model, examples, task.queries(examples), collate, batch_size=4)}
-    pixels = collate(examples, [example.images[0][None] for example in examples]).pixel_values.squeeze(1)
+    pixels = collate(examples, [example.images[0][None] for example in examples]).normalized_pixels.squeeze(1)
     table = torch.zeros(6, 6, dtype=torch.float64)
     for column, example in enumerate(examples):
         ids = torch.from_numpy(encoder.encode(example.text))

@@ -28,7 +28,7 @@ from eve_ds.data.masking import num_chosen
 from eve_ds.data.pipeline import Loader, build_loader
 from eve_ds.data.shard_writer import WriterOptions, write_shards
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.data.transforms import TrainTransform, normalize
+from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.model.eve import EVE
 from eve_ds.model.experts import Experts
@@ -368,13 +368,13 @@ def _take_batches(loader: Loader, batches: int) -> None:
 
 
 def _bare_webdataset(files: list[str], config: Config, batch: int) -> None:
-    """Decode, crop, normalise and stack; nothing of tokens, masks, checks or position."""
+    """Decode, crop and stack; nothing of tokens, masks, checks or position."""
     transform = TrainTransform(config.model.image_size, config.data.crop_scale, config.data.horizontal_flip, seed=0)
     images = []
     for sample in webdataset.WebDataset(files, shardshuffle=False, empty_check=False):
         images.append(transform(sample["png"], sample["txt"].decode(), 0, sample["__key__"]))
         if len(images) == batch:
-            normalize(np.stack(images))
+            channels_first(np.stack(images))
             images.clear()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eve_ds.data.pixels import normalized
 from eve_ds.views import Layout
 
 
@@ -49,8 +51,8 @@ class Batch:
     keys: list[str]
     """One per sample, as in the shard."""
     pixel_values: Tensor | None = None
-    """(B, 3, H, W) float32, normalized to mean = std = 0.5; zeros where `image_mask` is False. None: no source of the
-    mixture has images."""
+    """(B, 3, H, W) uint8, a quarter of the bytes of what a model takes (:attr:`normalized_pixels`), or floats that are
+    normalized already. None: no source of the mixture has images."""
     image_mask: Tensor | None = None
     """(B,) bool, True = the sample has an image. None: every sample has one."""
     input_ids: Tensor | None = None
@@ -81,6 +83,23 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @cached_property
+    def normalized_pixels(self) -> Tensor | None:
+        """(B, 3, H, W) float32, or the dtype of floats that were given, with mean = std = 0.5.
+
+        Zeros where `image_mask` is False; None without `pixel_values`. Computed once, where the batch is.
+        """
+        if self.pixel_values is None:
+            return None
+        pixels = normalized(self.pixel_values)
+        return pixels if self.image_mask is None else pixels.masked_fill(~self.image_mask[:, None, None, None], 0.0)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that travels, those of layouts included."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        values += [value for layout in (self.layouts or {}).values() for value in layout]
+        return [value for value in values if isinstance(value, Tensor)]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -90,16 +109,17 @@ class Batch:
         return self._with_each(Tensor.pin_memory)
 
     def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments of `EVE.forward`: everything but keys and labels."""
+        """Keyword arguments of `EVE.forward`: everything but keys and labels, pixels normalized."""
         names = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in names if name not in ("keys", "token_labels")}
+        inputs = {name: getattr(self, name) for name in names if name not in ("keys", "token_labels")}
+        return inputs | {"pixel_values": self.normalized_pixels}
 
     def targets(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of `pretraining_losses` that predictions are compared with."""
+        """Keyword arguments of `pretraining_losses` that predictions are compared with, pixels normalized."""
         rows = self.image_view_ids
         pixel_values, image_mask = (
             tensor if tensor is None or rows is None else tensor[rows]
-            for tensor in (self.pixel_values, self.image_mask)
+            for tensor in (self.normalized_pixels, self.image_mask)
         )
         return {
             "pixel_values": pixel_values,

@@ -1,4 +1,4 @@
-"""Samples to a masked batch: stack, normalise, tokenise, mask."""
+"""Samples to a masked batch: stack, tokenize, mask."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from eve_ds.data.masking import (
     num_masked_patches,
     sample_rng,
 )
-from eve_ds.data.transforms import normalize
+from eve_ds.data.transforms import channels_first
 from eve_ds.views import Layout, views_of
 
 NO_LAYOUT = ("masked_patch_ids", "masked_token_ids", "token_labels")
@@ -98,13 +98,13 @@ class Collator:
     def _pixels(self, samples: Sequence[Sample]) -> dict[str, Tensor | None]:
         present = np.array([sample.image is not None for sample in samples])
         images = [sample.image for sample in samples if sample.image is not None]
-        pixel_values = normalize(np.stack(images)) if images else None
+        pixel_values = channels_first(np.stack(images)) if images else None
         if not present.all():
             pixel_values = self._with_gaps(pixel_values, present)
         return {"pixel_values": pixel_values, "image_mask": None if present.all() else torch.from_numpy(present)}
 
     def _with_gaps(self, pixel_values: Tensor | None, present: NDArray[np.bool_]) -> Tensor:
-        padded = torch.zeros(len(present), 3, self._image_size, self._image_size)
+        padded = torch.zeros(len(present), 3, self._image_size, self._image_size, dtype=torch.uint8)
         if pixel_values is not None:
             padded[torch.from_numpy(present)] = pixel_values
         return padded

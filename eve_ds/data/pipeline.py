@@ -9,7 +9,6 @@ and decodes nothing that was served before.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -52,6 +51,10 @@ class Delivery(NamedTuple):
     skipped: list[Skipped]
     error: str | None = None
     """Why it gave up; raised by the loader, without the traceback that crossing a process would wrap around it."""
+
+    def pin_memory(self) -> Delivery:
+        """The same with the batch in page-locked memory; torch's loader looks for this name."""
+        return self if self.batch is None else self._replace(batch=self.batch.pin_memory())
 
 
 def worker_places(order: StreamOrder, position: Position) -> Iterator[tuple[int, Place]]:
@@ -101,15 +104,18 @@ def fill_batches(
         yield Delivery(None, consumed, skipped, str(error))
 
 
-def _deliveries(pipeline: DataPipeline, num_workers: int, start_method: str | None) -> Iterator[Delivery]:
+def _deliveries(
+    pipeline: DataPipeline, num_workers: int, start_method: str | None, pin_memory: bool
+) -> Iterator[Delivery]:
     if num_workers == 0:
-        return iter(pipeline)
+        return map(Delivery.pin_memory, pipeline) if pin_memory else iter(pipeline)
     loader = DataLoader(
         pipeline,
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_unchanged,  # type: ignore[arg-type]
         multiprocessing_context=start_method,
+        pin_memory=pin_memory,  # in a thread of this process
         generator=torch.Generator(),  # else it draws from torch's default generator, which the model's noise uses
     )
     return iter(loader)
@@ -137,6 +143,7 @@ class Loader:
         *,
         num_workers: int,
         start_method: str | None,
+        pin_memory: bool,
         max_bad_share: float,
     ) -> None:
         self.skipped: Counter[str] = Counter()
@@ -144,7 +151,9 @@ class Loader:
         self.samples_per_epoch = sum(sum(source.shard_sizes) for source in sources)
         self._sources = sources
         self._position, self._identity, self._max_bad_share = position, identity, max_bad_share
-        self._start: Callable[[], Iterator[Delivery]] = partial(_deliveries, pipeline, num_workers, start_method)
+        self._start: Callable[[], Iterator[Delivery]] = partial(
+            _deliveries, pipeline, num_workers, start_method, pin_memory
+        )
         self._stream: Iterator[Delivery] | None = None
         self._last_skipped = Skipped("", "before this start")
         self._closed = False
@@ -195,7 +204,7 @@ class Loader:
         return {
             "version": STATE_VERSION,
             **self._identity,
-            "position": dataclasses.asdict(self._position),
+            "position": dict(vars(self._position)),
             "num_samples": self.num_samples,
             "skipped": dict(self.skipped),
         }
@@ -217,6 +226,7 @@ def build_loader(
     micro_batch_size: int,
     state: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     start_method: str | None = None,
+    pin_memory: bool = False,
 ) -> Loader:
     """The batches of one rank, from the start or from a saved position.
 
@@ -228,6 +238,7 @@ def build_loader(
             The list may come from another number of ranks, or of samples per batch: what they had not served is dealt
             anew, nothing twice and nothing lost. The number of workers may always change.
         start_method: how worker processes start: "fork", "spawn", "forkserver"; None for Python's default.
+        pin_memory: put batches into page-locked memory, from which copies to a GPU can overlap with computation.
 
     Raises:
         ConfigError: shards that are missing or empty, a tokenizer larger than the model's vocabulary, or a position of
@@ -264,6 +275,7 @@ def build_loader(
         identity,
         num_workers=config.data.num_workers,
         start_method=start_method,
+        pin_memory=pin_memory,
         max_bad_share=share,
     )
     _restore_counts(loader, states, rank, world_size)

@@ -1,4 +1,4 @@
-"""Image bytes to the model's pixels: decode, random resized crop, flip, normalise."""
+"""Image bytes to the model's pixels: decode, random resized crop, flip, normalize."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eve_ds.data.batch import BadSample
 from eve_ds.data.masking import sample_rng
+from eve_ds.data.pixels import normalized
 
 MAX_PIXELS = 89_478_485
 """Pillow's own bound: a quarter of a gigabyte as RGB. Larger images are refused before they are decoded."""
@@ -145,7 +146,11 @@ class TrainTransform:
         return pixels[:, ::-1] if flips else pixels
 
 
+def channels_first(images: NDArray[np.uint8]) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) uint8."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
 def normalize(images: NDArray[np.uint8]) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32 with mean = std = 0.5, that is 0..255 to -1..1."""
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # while it is a quarter of the bytes
-    return channels_first.to(torch.float32).mul_(2 / 255).sub_(1)
+    return normalized(channels_first(images))

@@ -69,10 +69,11 @@ def reconstruct(
     Raises:
         ValueError: hidden patches that are not to be predicted; they would look as if they had been seen.
     """
-    assert batch.pixel_values is not None
+    pixel_values = batch.normalized_pixels
+    assert pixel_values is not None
     assert batch.visible_patch_ids is not None
     assert batch.masked_patch_ids is not None
-    true = ops.patchify(batch.pixel_values, config.patch_size)  # (B, N, P * P * 3)
+    true = ops.patchify(pixel_values, config.patch_size)  # (B, N, P * P * 3)
     unseen = true.shape[1] - batch.visible_patch_ids.shape[1]
     if batch.masked_patch_ids.shape[1] != unseen:
         raise ValueError(
@@ -91,7 +92,7 @@ def reconstruct(
         predicted = predicted * (variance + eps).sqrt() + mean
     grey = torch.full_like(hidden, 2 * MASKED_GREY - 1)
     versions = [true, true.scatter(1, index, grey), true.scatter(1, index, predicted)]
-    side = batch.pixel_values.shape[-1]
+    side = pixel_values.shape[-1]
     original, masked, filled = (
         (unpatchify(patches, config.patch_size, side).permute(0, 2, 3, 1) * 0.5 + 0.5).clamp(0, 1).cpu()
         for patches in versions

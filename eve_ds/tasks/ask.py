@@ -82,7 +82,7 @@ def rank(loaded: TaskModel, image: Path, captions: Sequence[str]) -> list[Match]
     if not captions:
         raise ConfigError("there are 0 captions to rank: give at least one")
     batch = _batch(loaded, [image], captions, 1)
-    pixels = batch.pixel_values.squeeze(1)
+    pixels = batch.normalized_pixels.squeeze(1)
     similarity = model.text_features(batch.input_ids, batch.attention_mask) @ model.image_features(pixels[:1])[0]
     match: list[float | None] = [None] * len(captions)
     if isinstance(model, RetrievalModel) and model.matching:

@@ -1,4 +1,4 @@
-"""Examples to batches: read and augment images, tokenise, stack; and the order in which training sees them."""
+"""Examples to batches: read and augment images, tokenize, stack; and the order in which training sees them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ from eve_ds.config import Config, TaskConfig
 from eve_ds.data.batch import BadSample
 from eve_ds.data.collate import CaptionEncoder, check_vocabulary
 from eve_ds.data.masking import sample_rng
-from eve_ds.data.transforms import TrainTransform, normalize
+from eve_ds.data.pixels import normalized
+from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.tasks.augment import color_jitter, rand_augment
 from eve_ds.tasks.examples import Example, ImageSource
 
@@ -36,7 +38,7 @@ class TaskBatch:
     examples: list[Example]
     """Without their pixels where they came from a loader process."""
     pixel_values: Tensor
-    """(B, I, 3, H, W) float32, normalised to mean = std = 0.5."""
+    """(B, I, 3, H, W) uint8, or floats that are normalized already."""
     input_ids: Tensor
     """(B, L) int64."""
     attention_mask: Tensor
@@ -49,13 +51,30 @@ class TaskBatch:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def to(self, device: torch.device | str) -> TaskBatch:
+    @cached_property
+    def normalized_pixels(self) -> Tensor:
+        """(B, I, 3, H, W) float32, or the dtype of floats that were given, with mean = std = 0.5; computed once."""
+        return normalized(self.pixel_values)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that travels."""
+        return list(self._fields().values())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TaskBatch:
         """The same batch with every tensor on `device`."""
-        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.model_inputs().items()}
-        return dataclasses.replace(self, **tensors)  # type: ignore[arg-type]
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._fields().items()}
+        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> TaskBatch:
+        """The same batch in page-locked memory, from which copies to a GPU can overlap with computation."""
+        pinned = {name: tensor.pin_memory() for name, tensor in self._fields().items()}
+        return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of a task's model."""
+        """Keyword arguments of a task's model, pixels normalized."""
+        return self._fields() | {"pixel_values": self.normalized_pixels}
+
+    def _fields(self) -> dict[str, Tensor]:
         names = ("pixel_values", "input_ids", "attention_mask", "targets")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -134,7 +153,7 @@ class TaskCollator:
     ) -> TaskBatch:
         """One batch of examples and their (I, H, W, 3) images."""
         stacked = np.stack(images)  # (B, I, H, W, 3)
-        pixels = normalize(stacked.reshape(-1, *stacked.shape[2:]))
+        pixels = channels_first(stacked.reshape(-1, *stacked.shape[2:]))
         input_ids, mask = self.encode([example.text for example in examples])
         return TaskBatch(
             examples=list(examples),
@@ -214,8 +233,12 @@ def training_batches(
     rank: int,
     world_size: int,
     micro_batch_size: int,
+    pin_memory: bool = False,
 ) -> Iterator[TaskBatch]:
     """Endless micro-batches of one rank from optimiser step number `step` on.
+
+    Args:
+        pin_memory: put them into page-locked memory, from which copies to a GPU can overlap with computation.
 
     Raises:
         BadSample: too many unusable examples in a row.
@@ -227,6 +250,7 @@ def training_batches(
         batch_sampler=order,
         num_workers=config.data.num_workers,
         collate_fn=_Stack(collate),
+        pin_memory=pin_memory,
         persistent_workers=config.data.num_workers > 0,
     )
     return iter(loader)

@@ -230,7 +230,7 @@ class _Gallery:
                 found[group] = error.reason
         for chunk in _chunks(readable, self.batch_size):
             batch = self.collate([self.first[group] for group in chunk], [self._pixels(group) for group in chunk])
-            features = self.model.image_features(batch.pixel_values.squeeze(1).to(self.device))
+            features = self.model.image_features(batch.to(self.device).normalized_pixels.squeeze(1))
             found |= dict(zip(chunk, features.cpu(), strict=True))
         return found
 
@@ -254,7 +254,7 @@ class _Gallery:
         for chunk in _chunks(pairs, self.batch_size):
             examples = [self.text_of[caption][1] for _, caption in chunk]
             batch = self.collate(examples, [self._pixels(group) for group, _ in chunk]).to(self.device)
-            pixels = batch.pixel_values.squeeze(1)
+            pixels = batch.normalized_pixels.squeeze(1)
             scores.append(self.model.match_logits(pixels, batch.input_ids, batch.attention_mask).cpu())
         return torch.cat(scores)
 

@@ -46,11 +46,11 @@ def pretrain(config, at=None, resume="auto"):
     from eve_ds.distributed import get_logger
 
     class Trainer(engine.Trainer):
-        def _fetch(self):
+        def _take_data(self):
             action = (at or {}).get(self.step + 1)
             if action is not None:
                 action(self)
-            return super()._fetch()
+            return super()._take_data()
 
     lines = []
     handler = logging.Handler()

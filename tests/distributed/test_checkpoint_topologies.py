@@ -71,12 +71,12 @@ def train(config, deepspeed_config, look=None, resume="auto"):
     from eve_ds import engine
 
     class Trainer(engine.Trainer):
-        def _fetch(self):
+        def _take_data(self):
             nonlocal look
             if look is not None:
                 look, call = None, look
                 call(self.engine)
-            return super()._fetch()
+            return super()._take_data()
 
     original, evaluates = engine.Trainer, engine.trains_on_scenes
     engine.Trainer, engine.trains_on_scenes = Trainer, lambda config: False

@@ -1,8 +1,7 @@
 """The training loop through the real DeepSpeed engine on one and on two ranks, on a model of a few thousand parameters.
 
 One start of one process and one of two run everything (JOBS at the end); the tests look at what they found. Whatever a
-test wants to see inside a run, it finds by watching: the trainer, and every step's micro-batches as they leave the
-loader.
+test wants to see inside a run, it finds by watching: the trainer, and every step's micro-batches as the step begins.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ import json
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -63,12 +64,13 @@ class Watch:
     """Runs `pretrain` with a small evaluation, and sees or changes what passes by.
 
     Args:
-        change: called with (number of the step, its micro-batches, trainer) as they leave the loader; returns the
+        change: called with (number of the step, its micro-batches, trainer) as the step begins; returns the
             micro-batches to train on. May raise.
+        fetch: called with (micro-batches of the step to come, trainer) as they leave the loader; returns others.
     """
 
-    def __init__(self, change=None):
-        self.change = change
+    def __init__(self, change=None, fetch=None):
+        self.change, self.fetch = change, fetch
         self.trainer = None
         self.steps = []
         self.evaluations = 0
@@ -85,13 +87,17 @@ class Watch:
 
             def _fetch(self):
                 micro_batches, problem = super()._fetch()
+                return (micro_batches if watch.fetch is None else watch.fetch(micro_batches, self)), problem
+
+            def _take_data(self):
+                data = super()._take_data()
                 if watch.change is not None:
-                    try:
-                        micro_batches = watch.change(self.step + 1, micro_batches, self)
-                    except engine.UnusableData as error:
-                        return [], error
-                watch.steps.append(micro_batches)
-                return micro_batches, problem
+                    data = data._replace(micro_batches=watch.change(self.step + 1, data.micro_batches, self))
+                    self.queue = engine.DeviceQueue(self.engine.device)
+                    for batch in data.micro_batches:
+                        self.queue.put(batch)
+                watch.steps.append(data.micro_batches)
+                return data
 
         evaluate = engine.evaluate_scenes
         original = engine.Trainer
@@ -356,8 +362,10 @@ def poison(*, steps, rank, how, micro=0):
         if step not in steps or trainer.rank != rank:
             return micro_batches
         if how == "mim":
-            micro_batches[micro].pixel_values[0, 0, 0, 0] = math.nan
-            return micro_batches
+            pixels = micro_batches[micro].normalized_pixels.clone()
+            pixels[0, 0, 0, 0] = math.nan
+            spoiled = replace(micro_batches[micro], pixel_values=pixels)
+            return [*micro_batches[:micro], spoiled, *micro_batches[micro + 1 :]]
         word = "experts" if how == "expert gradient" else "projection.weight"
         parameter = next(p for name, p in trainer.engine.module.named_parameters() if word in name)
         value = math.inf if how == "expert gradient" else math.nan
@@ -464,12 +472,12 @@ def test_a_value_that_is_not_finite_stops_before_the_update(finished, world_size
 def leave_out(bad):
     """The same stream without the batches of some steps."""
 
-    def change(step, micro_batches, trainer):
+    def fetch(micro_batches, trainer):
         while trainer.loader.num_samples // sum(map(len, micro_batches)) in bad:
             micro_batches = [next(trainer.loader) for _ in micro_batches]
         return micro_batches
 
-    return change
+    return fetch
 
 
 def skip_cases(rank, world_size, folder):
@@ -491,7 +499,7 @@ def skip_cases(rank, world_size, folder):
         engine = watch.trainer.engine
         counters = (engine.global_steps, engine.skipped_steps, engine.micro_steps, watch.trainer.nonfinite_skips)
         weights = watch.weights()
-        clean = Watch(leave_out(bad))
+        clean = Watch(fetch=leave_out(bad))
         clean.run(config_for(f"{run}-clean", max_steps=4, **common), zero(stage))
         expected = clean.weights()
         unequal = [name for name, value in expected.items() if not torch.equal(value, weights[name])]
@@ -703,25 +711,105 @@ def test_losses_do_not_depend_on_ranks_or_accumulation(finished):
 # --- data that gives out ----------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def loader_that_fails(error, at, calls=None):
+    """Every loader raises `error` instead of its batch number `at`, and counts a bad sample with each before it."""
+    from eve_ds.data.pipeline import Loader
+
+    original, count = Loader.__next__, 0
+
+    def following(self):
+        nonlocal count
+        count += 1
+        if calls is not None:
+            calls.append("fetch")
+        if count == at:
+            raise error
+        self.skipped["bad"] += 1
+        return original(self)
+
+    with mock.patch.object(Loader, "__next__", following):
+        yield
+
+
 def data_gives_out(rank, world_size, folder):
+    """Message, then steps of a run whose data would give out after its last step."""
     from eve_ds.data.sources import UnusableData
 
-    def give_out(step, micro_batches, trainer):
-        if step == 2 and trainer.rank == 1:
-            raise UnusableData("shard a.tar, key 7: truncated")
+    error = UnusableData("shard a.tar, key 7: truncated")
+    config = config_for(folder / "second", ep_size=2, save_every_steps=1)
+    with pytest.raises(UnusableData) as caught, loader_that_fails(error, at=2 if rank == 1 else None):
+        Watch().run(config, zero(1))
+    with loader_that_fails(error, at=4 if rank == 1 else None):
+        summary = Watch().run(config_for(folder / "fourth", ep_size=2), zero(1))
+    return str(caught.value), summary.steps
+
+
+def test_data_that_gives_out_on_one_rank_ends_all_at_the_step_that_would_have_used_it(finished):
+    folder, results = finished(data_gives_out, 2)
+    assert results == [("rank 1: shard a.tar, key 7: truncated", 3)] * 2
+    assert sorted(trace(folder / "second")) == [1]
+    assert [record["checkpoint"] for record in records(folder / "second", "save")] == ["step-00000001"]
+
+
+# --- data that is fetched ahead ---------------------------------------------------------------------------------------
+
+
+def fetched_ahead(rank, world_size, folder):
+    """What runs call, in order: one to its end, one that is asked to stop in step 2, one whose loader breaks."""
+    from deepspeed import DeepSpeedEngine
+
+    def recorded(name, original):
+        def call(self, *args, **options):
+            calls.append(name)
+            return original(self, *args, **options)
+
+        return mock.patch.object(DeepSpeedEngine, name, call)
+
+    def stop(step, micro_batches, trainer):
+        trainer.stop.requested = step == 2
         return micro_batches
 
-    with pytest.raises(UnusableData) as caught:
-        Watch(give_out).run(config_for(folder / "run", ep_size=2), zero(1))
-    return str(caught.value)
+    found = {}
+    for name, change, broken in (("whole", None, 7), ("stopped", stop, 5), ("broken", None, 5)):
+        calls = []
+        config = config_for(folder / name, gradient_accumulation_steps=2, save_every_steps=1)
+        with (
+            recorded("backward", DeepSpeedEngine.backward),
+            recorded("step", DeepSpeedEngine.step),
+            loader_that_fails(RuntimeError("worker died"), at=broken, calls=calls),
+            pytest.raises(RuntimeError, match="worker died") if name == "broken" else contextlib.nullcontext(),
+        ):
+            Watch(change).run(config, zero(1))
+        found[name] = calls
+    return found
 
 
-def test_data_that_gives_out_on_one_rank_ends_all(finished):
-    assert finished(data_gives_out, 2)[1] == ["rank 1: shard a.tar, key 7: truncated"] * 2
+def test_the_next_step_is_fetched_while_the_device_computes_the_last_gradient(finished):
+    _, (calls,) = finished(fetched_ahead, 1)
+    fetch = ["fetch", "fetch"]
+    step, last_step = ["backward", "step", "backward", *fetch, "step"], ["backward", "step", "backward", "step"]
+    assert calls["whole"] == [*fetch, *step, *step, *last_step]
+    assert calls["stopped"] == [*fetch, *step, *last_step], "a step that is to be the last fetches nothing"
+    broken = [*step[:-2], "step"]  # the first of two micro-batches is not to be had
+    assert calls["broken"] == [*fetch, *step, *broken]
+
+
+def test_what_is_fetched_ahead_belongs_to_no_earlier_step(finished):
+    """Neither in its metrics nor in its checkpoint, and an error of the loader does not keep it from being saved."""
+    folder, _ = finished(fetched_ahead, 1)
+    for name, steps in (("whole", 3), ("stopped", 2), ("broken", 2)):
+        run = folder / name
+        assert [record["skipped/bad"] for record in records(run)] == [2 * step for step in range(1, steps + 1)]
+        for step in range(1, steps + 1):
+            checkpoint = run / "checkpoints" / f"step-{step:08d}"
+            position = json.loads((checkpoint / "rank-00000.json").read_text())["position"]
+            assert position["num_samples"] == 8 * step
+            assert position["skipped"] == {"bad": 2 * step}
 
 
 JOBS = {
-    1: [resume_cases, plain_step_cases, stop_cases, skip_cases, limit_of_skips, traces_for],
+    1: [resume_cases, plain_step_cases, stop_cases, skip_cases, limit_of_skips, traces_for, fetched_ahead],
     2: [
         resume_cases,
         stop_cases,

@@ -162,6 +162,64 @@ def test_a_run_that_a_signal_stops_goes_on_to_the_same_weights(run_ranks, task_t
     assert not (tmp_path / "cut" / "checkpoints").exists(), "nothing is left that the folder could go on from"
 
 
+def fetched_ahead(rank, world_size, tree, folder):
+    """What two runs call, in order: one whose data ends after its last step, one whose data ends in its third."""
+    from pathlib import Path
+    from unittest import mock
+
+    from deepspeed import DeepSpeedEngine
+
+    from eve_ds import finetuning
+    from eve_ds.config import parse_config
+    from eve_ds.data.batch import BadSample
+
+    def recorded(name, original):
+        def call(self, *args, **options):
+            calls.append(name)
+            return original(self, *args, **options)
+
+        return mock.patch.object(DeepSpeedEngine, name, call)
+
+    def failing(*args, original=finetuning.training_batches, **options):
+        batches = original(*args, **options)
+        while True:
+            calls.append("fetch")
+            if calls.count("fetch") > last:
+                raise BadSample("missing image")
+            yield next(batches)
+
+    found = []
+    for last in (6, 5):
+        calls, out = [], Path(folder, str(last))
+        config = parse_config(tree | {"train": {**tree["train"], "output_dir": out}})
+        error = None
+        with (
+            mock.patch.object(finetuning, "training_batches", failing),
+            recorded("backward", DeepSpeedEngine.backward),
+            recorded("step", DeepSpeedEngine.step),
+        ):
+            try:
+                finetuning.finetune(config)
+            except BadSample as raised:
+                error = str(raised)
+        found.append((calls, error, [record["step"] for record in _records(out) if record["kind"] == "train"]))
+    return found
+
+
+def test_the_next_step_is_fetched_while_the_device_computes_the_last_gradient(run_ranks, task_tree, tmp_path):
+    tree = task_tree("vqa")
+    tree["train"]["gradient_accumulation_steps"] = 2
+    (((calls, error, steps), (broken_calls, broken_error, broken_steps)),) = run_ranks(
+        fetched_ahead, 1, tree, str(tmp_path)
+    )
+    fetch = ["fetch", "fetch"]
+    step, last_step = ["backward", "step", "backward", *fetch, "step"], ["backward", "step", "backward", "step"]
+    assert calls == [*fetch, *step, *step, *last_step]
+    assert (error, steps) == (None, [1, 2, 3])
+    assert broken_calls == [*fetch, *step, *step]
+    assert (broken_error, broken_steps) == ("missing image", [1, 2]), "the step before is finished"
+
+
 def _records(folder):
     with open(f"{folder}/metrics.jsonl") as file:
         return [json.loads(line) for line in file]
