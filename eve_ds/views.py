@@ -173,7 +173,10 @@ class View(NamedTuple):
         if not masks:
             raise ValueError("a batch needs pixel_values or input_ids; both are None")
         num_image_positions = 0 if images is None else images.shape[1]
-        return Layout.of(torch.cat(masks, dim=1), num_image_positions, keep_padding=keep_padding)
+        sizes = None
+        if self.image_mask is self.visible_patch_mask is self.attention_mask is None:  # by shapes alone
+            sizes = (0 if images is None else images.numel(), 0 if texts is None else texts.numel())
+        return Layout.of(torch.cat(masks, dim=1), num_image_positions, keep_padding=keep_padding, sizes=sizes)
 
     def _image_token_mask(self, num_patches: int) -> Tensor | None:
         """(B, 1 + N) with the class token first; None without images."""
@@ -227,6 +230,24 @@ def views_of(
     return {name: view._replace(layout=found.get(name)) for name, view in views.items()}
 
 
+def layouts_of(
+    objectives: Collection[str], fields: Mapping[str, Tensor | None], num_patches: int, keep_padding: bool = False
+) -> dict[str, Layout]:
+    """Where the tokens of the views of a batch stand, by view.
+
+    Args:
+        objectives: whose views.
+        fields: arguments of `eve_ds.model.eve.EVE.forward` by name, and others.
+        num_patches: of a whole image.
+        keep_padding: see :meth:`Layout.of`.
+    """
+    inputs: dict[str, Any] = {name: fields[name] for name in WITH_TOKENS if name in fields}
+    if (pixel_values := fields.get("pixel_values")) is not None:
+        inputs["pixel_values"] = pixel_values[:, :0]  # views of a part of the samples copy theirs
+    views = views_of(objectives, **inputs)
+    return {name: view.layout_of(num_patches, keep_padding) for name, view in views.items()}
+
+
 def _samples_of(view: View, rows: Tensor | None) -> View:
     """The samples `rows` (B_i,) of a view; None = all."""
     if rows is None:
@@ -241,6 +262,13 @@ def _with_captions(view: View) -> View:
         return view
     captioned = view.attention_mask.any(dim=1)
     return view._replace(image_mask=captioned if view.image_mask is None else captioned & view.image_mask)
+
+
+WITH_TOKENS = (
+    *("image_mask", "visible_patch_ids", "visible_patch_mask", "input_ids", "attention_mask"),
+    *("image_view_ids", "image_view_text_mask", "language_patch_ids"),
+)
+"""Fields of a batch, besides pixels, that say which tokens a view has."""
 
 
 class Packing(NamedTuple):

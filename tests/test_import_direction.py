@@ -25,7 +25,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "report": {"config", "ops", "data", "model", "losses", "evaluation", "views"},
     "benchmark": {
         *("config", "ops", "data", "model", "losses", "metrics", "checkpoint"),
-        *("parallel", "run", "engine"),
+        *("parallel", "run", "engine", "views"),
     },
     "run": {"config", "distributed"},
     "engine": {

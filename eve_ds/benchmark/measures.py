@@ -35,6 +35,7 @@ from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
 from eve_ds.ops import reference
 from eve_ds.ops.feed_forward import grouped_products
+from eve_ds.views import layouts_of
 
 TOKENS, WIDTH, EXPERTS = 4096, 768, 32
 DTYPES = (torch.float32, torch.bfloat16)
@@ -289,6 +290,7 @@ class BothForms:
         self.layers = [(block, block.moe, StockMoE(cast(MoE, block.moe), factor).train()) for block in blocks]
         self.optimizers = [self._optimizer(stock) for stock in (False, True)]
         self.inputs, self.labels = self._batch(batch)
+        self.layouts = layouts_of(config.model.objectives, self.inputs, config.model.num_patches)
 
     def _place(self, stock: bool) -> None:
         for block, ours, theirs in self.layers:
@@ -324,7 +326,7 @@ class BothForms:
         self.model.backbone.keep_padding = stock
         self.model.pack_views = not stock  # DeepSpeed's layer takes the tokens of one view
         self._place(stock)
-        output = self.model(**self.inputs)
+        output = self.model(**self.inputs, layouts=None if stock else self.layouts)
         terms = pretraining_losses(
             output,
             pixel_values=self.inputs["pixel_values"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from eve_ds.config import Config, MaskingConfig, Objective, load_config
 from eve_ds.data.masking import num_chosen, num_masked_patches
 from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.model.eve import EVE
+from eve_ds.views import layouts_of
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 """Arguments of `EVE.forward`."""
 PAPER = MaskingConfig()
 CHEAP = MaskingConfig(language_view_patch_share=0.5, predicted_patch_share=0.25)
@@ -205,4 +206,10 @@ def random_inputs(config: Config, masking: MaskingConfig, size: int) -> Inputs:
     if masking.language_view_patch_share < 1:
         kept = num_chosen(model.num_patches, masking.language_view_patch_share)
         inputs["language_patch_ids"] = seen[:, :kept].sort().values
-    return {name: tensor.to(device()) for name, tensor in inputs.items()}
+    layouts = layouts_of(("joint", "mim", "mlm", "itc"), inputs, model.num_patches)
+    moved: Inputs = {name: _moved(tensor) for name, tensor in inputs.items()}
+    return moved | {"layouts": {name: layout.with_each(_moved) for name, layout in layouts.items()}}
+
+
+def _moved(tensor: Tensor) -> Tensor:
+    return tensor.to(device())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +27,7 @@ from eve_ds.data.masking import (
     sample_rng,
 )
 from eve_ds.data.transforms import channels_first
-from eve_ds.views import Layout, views_of
-
-NO_LAYOUT = ("masked_patch_ids", "masked_token_ids", "token_labels")
-"""Fields of a batch that no view's layout depends on."""
+from eve_ds.views import Layout, layouts_of
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
@@ -89,11 +85,7 @@ class Collator:
 
     def _layouts(self, fields: dict[str, Tensor | None]) -> dict[str, Layout]:
         """Where the tokens of every view stand; counted here, as on an accelerator the host would have to wait."""
-        inputs: dict[str, Any] = {name: value for name, value in fields.items() if name not in NO_LAYOUT}
-        if (pixel_values := fields.get("pixel_values")) is not None:
-            inputs["pixel_values"] = pixel_values[:, :0]  # views of a part of the samples copy theirs
-        views = views_of(self._objectives, **inputs)
-        return {name: view.layout_of(self._num_patches, self._keep_padding) for name, view in views.items()}
+        return layouts_of(self._objectives, fields, self._num_patches, self._keep_padding)
 
     def _pixels(self, samples: Sequence[Sample]) -> dict[str, Tensor | None]:
         present = np.array([sample.image is not None for sample in samples])
