@@ -19,21 +19,33 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
 import socket
 import subprocess
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from eve_ds.config import Config, ConfigError, load_config
 
-PRESET, DEEPSPEED_CONFIG, RANKS = "eve_tiny", "ds_configs/zero1_ep2_cpu.json", 2
+PRESET = "eve_tiny"
 BUDGET = ("train.max_steps=1000000", "train.max_seconds=175", "optimizer.decay_by=seconds")
 """Time instead of the preset's number of steps: a slower machine learns less, but goes through the whole schedule."""
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 STOP_SECONDS = 20.0
 """What an interrupted step gets to end its own processes."""
+
+
+class Machine(NamedTuple):
+    """How a run starts here."""
+
+    ranks: int
+    deepspeed_config: str
+    environment: dict[str, str]
+
+
+CPU = Machine(2, "ds_configs/zero1_ep2_cpu.json", {"DS_ACCELERATOR": "cpu"})
 
 
 class StepFailed(RuntimeError):
@@ -120,9 +132,10 @@ def train(run: Path, config: Config, settings: list[str]) -> None:
     program = Path(sys.executable).with_name("deepspeed")
     if not program.is_file():
         raise ConfigError(f"{program} does not exist: install the package into the environment of {sys.executable}")
+    machine = this_machine(config.train.train_batch_size)
     command = [
-        *(str(program), "--num_accelerators", str(RANKS), "--master_port", str(free_port())),
-        *("launcher/pretrain.py", "--config", PRESET, "--deepspeed_config", DEEPSPEED_CONFIG),
+        *(str(program), "--num_accelerators", str(machine.ranks), "--master_port", str(free_port())),
+        *("launcher/pretrain.py", "--config", PRESET, "--deepspeed_config", machine.deepspeed_config),
         *("--set", *settings, "--output_dir", shown(run)),
     ]
     run_step(command, run)
@@ -185,16 +198,26 @@ def run_step(command: list[str], run: Path) -> None:
 
 
 def environment(run: Path) -> dict[str, str]:
-    """One thread per rank, extensions in the run's own folder, and the CPU where there are fewer GPUs than ranks."""
+    """One thread per rank, extensions in the run's own folder, and the accelerator of this machine."""
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         # A killed DeepSpeed build leaves a lock in the shared cache of extensions that a later one waits for.
         "TORCH_EXTENSIONS_DIR": str(run / "extensions"),
     }
-    if "DS_ACCELERATOR" not in env and num_gpus() < RANKS:
-        env["DS_ACCELERATOR"] = "cpu"
-    return env
+    return this_machine().environment | env
+
+
+def this_machine(train_batch_size: int = 1) -> Machine:
+    """One rank on each GPU, in bf16; two ranks on the CPU where there is none.
+
+    Of the GPUs as many are taken as the largest common divisor of their number and the batch says. A `DS_ACCELERATOR`
+    that is set decides.
+    """
+    gpus = num_gpus() if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
+    if gpus == 0:
+        return CPU
+    return Machine(math.gcd(gpus, train_batch_size), "ds_configs/zero1_bf16.json", {})
 
 
 def num_gpus() -> int:

@@ -41,8 +41,6 @@ EXPERTS, TOP_K, WIDTH, VOCABULARY = 32, 2, 768, 64_000
 TOKENS = (4096, 16384, 65536)
 BEYOND_CACHE = 4e8
 """Bytes of the inputs that take turns."""
-COMPILED_GRAPHS = 64
-"""Blocks share their code and differ in their rate of dropped paths, so that each is compiled for itself."""
 
 
 class Timing(NamedTuple):
@@ -97,9 +95,7 @@ def step(preset: str, batch: int, compiled: bool, profiled: bool) -> Iterator[Ro
     """A training step of two views in bf16: forward, backward and AdamW, without DeepSpeed."""
     training = Step(preset, batch)
     if compiled:
-        torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
-        for block in training.model.backbone.blocks:
-            block.compile(dynamic=True, fullgraph=True)
+        training.model.backbone.compile_blocks()
     started = time.perf_counter()
     training.step()
     _synchronize()

@@ -188,19 +188,31 @@ def test_exit_code_of_a_step(demo, tmp_path, code, exit_code, message):
     assert raised.value.exit_code == exit_code
 
 
-def test_a_step_gets_one_thread_and_the_cpu_where_no_two_gpus_answer(demo, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("gpus", "chosen", "ranks", "config", "accelerator"),
+    [
+        (0, None, 2, "zero1_ep2_cpu.json", "cpu"),
+        (1, None, 1, "zero1_bf16.json", None),
+        (8, None, 8, "zero1_bf16.json", None),
+        (6, None, 2, "zero1_bf16.json", None),  # of a batch of 64
+        (8, "cuda", 8, "zero1_bf16.json", "cuda"),
+        (8, "cpu", 2, "zero1_ep2_cpu.json", "cpu"),
+        (0, "cuda", 2, "zero1_ep2_cpu.json", "cuda"),
+    ],
+)
+def test_a_run_takes_the_gpus_that_there_are(demo, tmp_path, monkeypatch, gpus, chosen, ranks, config, accelerator):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if chosen:
+        monkeypatch.setenv("DS_ACCELERATOR", chosen)
     fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'GPU 0: some name (UUID: x)'\necho 'GPU 1: some name (UUID: y)'\n")
+    lines = "".join(f"echo 'GPU {number}: some name (UUID: {number})'\n" for number in range(gpus))
+    fake.write_text(f"#!/bin/sh\n{lines or 'echo NVIDIA-SMI has failed; exit 9'}\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert "DS_ACCELERATOR" not in demo["environment"](tmp_path)
-    fake.write_text("#!/bin/sh\necho 'GPU 0: some name (UUID: x)'\n")
+    machine = demo["this_machine"](64)
+    assert (machine.ranks, machine.deepspeed_config) == (ranks, f"ds_configs/{config}")
     env = demo["environment"](tmp_path)
-    assert env["DS_ACCELERATOR"] == "cpu"
-    fake.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
-    env = demo["environment"](tmp_path)
-    assert env["DS_ACCELERATOR"] == "cpu"
+    assert env.get("DS_ACCELERATOR") == accelerator
     assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) == ("1", "PASSIVE")
     assert env["TORCH_EXTENSIONS_DIR"].startswith(str(tmp_path))
 
