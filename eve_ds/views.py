@@ -37,8 +37,10 @@ class Layout(NamedTuple):
     """Tokens of images and of texts."""
     num_image_positions: int
     """Positions of a sample that image tokens may take."""
+    longest: int
+    """Tokens of the sample that has most, or more than that."""
     keeps_padding: bool
-    """Whether positions that `mask` leaves out are tokens too."""
+    """Whether positions that `mask` leaves out are tokens too, some or all of them."""
 
     @classmethod
     def of(
@@ -47,42 +49,50 @@ class Layout(NamedTuple):
         num_image_positions: int = 0,
         *,
         keep_padding: bool = False,
+        present: Tensor | None = None,
         sizes: tuple[int, int] | None = None,
+        longest: int | None = None,
     ) -> Layout:
-        """Layout of the tokens that (B, S) bool `mask` calls real, or of all positions with `keep_padding`.
+        """Layout of the tokens that (B, S) bool `mask` calls real, or of more positions.
 
         Args:
             mask: True = a real token.
             num_image_positions: how many of the first positions are those of images.
-            keep_padding: keep what the mask leaves out as tokens that attention does not look at.
-            sizes: real tokens of images and of texts; None: they are counted, for which the host waits where the mask
-                is on an accelerator.
+            keep_padding: keep all of what the mask leaves out as tokens that attention does not look at.
+            present: (B, S) bool, True = keep this one; all that are real, and others.
+            sizes: tokens of images and of texts; None: they are counted, for which the host waits where the mask is on
+                an accelerator.
+            longest: see there; None: S, unless tokens are counted.
         """
         batch, length = mask.shape
-        is_image = torch.arange(length, device=mask.device) < num_image_positions
-        present = torch.ones_like(mask) if keep_padding else mask
         if keep_padding:
+            present = torch.ones_like(mask)
             sizes = (batch * num_image_positions, batch * (length - num_image_positions))
-        elif sizes is None:
-            in_image, in_all = torch.stack([(mask & is_image).sum(), mask.sum()]).tolist()
+        keeps_padding, present = present is not None, mask if present is None else present
+        is_image = torch.arange(length, device=mask.device) < num_image_positions
+        starts = F.pad(present.sum(1).cumsum(0), (1, 0))
+        if sizes is None:
+            in_image, in_all, longest = torch.stack(
+                [(present & is_image).sum(), starts[-1], F.pad(starts.diff(), (1, 0)).max()]
+            ).tolist()
             sizes = (in_image, in_all - in_image)
-        real = present.flatten()
-        places = torch.where(real, real.cumsum(0) - 1, -1)
+        kept = present.flatten()
+        places = torch.where(kept, kept.cumsum(0) - 1, -1)
         token_ids = _inverse(places, sum(sizes))
         modality_ids = torch.where(is_image, IMAGE, TEXT)[token_ids % length] if length else token_ids
         is_text = modality_ids == TEXT
         rank = torch.where(is_text, sizes[IMAGE] + is_text.cumsum(0) - 1, (~is_text).cumsum(0) - 1)
-        ends = F.pad(present.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         return cls(
             mask=mask,
             token_ids=token_ids,
             places=places,
             modality_ids=modality_ids,
             by_modality=_inverse(rank, sum(sizes)),
-            ends=ends,
+            ends=starts.to(torch.int32),
             sizes=sizes,
             num_image_positions=num_image_positions,
-            keeps_padding=keep_padding,
+            longest=length if longest is None else longest,
+            keeps_padding=keeps_padding,
         )
 
     @property
@@ -104,7 +114,7 @@ class Layout(NamedTuple):
     @property
     def real(self) -> Tensor | None:
         """(N,) bool, False = padding that was kept; None: there is none."""
-        return self.mask.flatten() if self.keeps_padding else None
+        return self.mask.flatten().index_select(0, self.token_ids) if self.keeps_padding else None
 
     @property
     def key_mask(self) -> Tensor | None:
@@ -118,11 +128,13 @@ class Layout(NamedTuple):
     def behind(self, count: int) -> Layout:
         """Layout of the same samples, each with `count` more tokens before its own; they count as those of images."""
         added = self.mask.new_ones(self.mask.shape[0], count)
+        kept = (self.places >= 0).view_as(self.mask)
         return Layout.of(
             torch.cat([added, self.mask], dim=1),
             count + self.num_image_positions,
-            keep_padding=self.keeps_padding,
+            present=torch.cat([added, kept], dim=1) if self.keeps_padding else None,
             sizes=(self.sizes[IMAGE] + added.numel(), self.sizes[TEXT]),
+            longest=count + self.longest,
         )
 
     def with_each(self, change: Callable[[Tensor], Tensor]) -> Layout:

@@ -18,7 +18,7 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.model import attention
 from eve_ds.model.eve import EVE
-from eve_ds.model.matching import draw_hard_negatives
+from eve_ds.model.matching import Pairs, draw_hard_negatives, layout_of_negatives
 from eve_ds.model.moe import MoE
 from eve_ds.ops import build, feed_forward
 from eve_ds.parallel.moe import DeepSpeedMoE
@@ -457,18 +457,20 @@ def test_what_other_ranks_bring_to_the_check_batch_routes_no_token(objectives):
 MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
 
 
-@pytest.mark.parametrize("keep_padding", [False, True])
+@pytest.mark.parametrize("padding", ["none", "some", "all"])
 @pytest.mark.parametrize("num_image_positions", [0, 2, 5])
 @pytest.mark.parametrize("samples", [4, 2, 0])
-def test_a_layout_against_a_loop(samples, num_image_positions, keep_padding):
+def test_a_layout_against_a_loop(samples, num_image_positions, padding):
     mask = MASK[:samples]
+    present = {"none": mask, "some": mask | (torch.arange(5) % 4 == 1), "all": torch.ones_like(mask)}[padding]
+    options = {"none": {}, "some": {"present": present}, "all": {"keep_padding": True}}[padding]
     found = [
         (sample * 5 + position, IMAGE if position < num_image_positions else TEXT)
         for sample in range(samples)
         for position in range(5)
-        if mask[sample, position] or keep_padding
+        if present[sample, position]
     ]
-    layout = Layout.of(mask, num_image_positions, keep_padding=keep_padding)
+    layout = Layout.of(mask, num_image_positions, **options)
     assert layout.token_ids.tolist() == [position for position, _ in found]
     assert layout.modality_ids.tolist() == [modality for _, modality in found]
     places = {position: token for token, (position, _) in enumerate(found)}
@@ -478,11 +480,18 @@ def test_a_layout_against_a_loop(samples, num_image_positions, keep_padding):
     assert layout.ends.dtype == torch.int32
     assert layout.sizes == tuple(sum(own == modality for _, own in found) for modality in (IMAGE, TEXT))
     assert layout.is_whole == (len(found) == samples * 5)
+    assert layout.longest == (5 if padding == "all" else max(layout.ends.diff().tolist(), default=0))
+    real = [bool(mask.flatten()[position]) for position, _ in found]
+    assert layout.real is None if padding == "none" else layout.real.tolist() == real
     assert layout.modalities == {0: (TEXT,), 2: (IMAGE, TEXT), 5: (IMAGE,)}[num_image_positions]
     behind = layout.behind(3)
     assert torch.equal(behind.mask, torch.cat([torch.ones(samples, 3, dtype=torch.bool), mask], dim=1))
-    again = Layout.of(behind.mask, 3 + num_image_positions, keep_padding=keep_padding)
+    if padding == "some":
+        options = {"present": torch.cat([behind.mask[:, :3], present], dim=1)}
+    again = Layout.of(behind.mask, 3 + num_image_positions, **options)
     for name, value in again._asdict().items():
+        if name == "longest" and not samples:
+            continue  # of none, both are right
         same = torch.equal(getattr(behind, name), value) if isinstance(value, torch.Tensor) else None
         assert same is True or getattr(behind, name) == value, name
 
@@ -520,6 +529,26 @@ def test_a_batch_carries_the_layouts_that_its_masks_give(objectives):
     torch.manual_seed(5)
     for name, tensor in model(**replace(batch, layouts=None).model_inputs()).tensors().items():
         assert torch.equal(tensor, carried[name]), name
+
+
+def test_drawn_captions_get_as_many_places_as_the_longest_has(monkeypatch):
+    config = config_of(ALL)
+    model, batch = model_of(config).eval(), in_fp64(batch_of(config))
+    lengths = batch.attention_mask.sum(dim=1)
+    output, _ = losses_of(model, config, batch)
+    layout = layout_of_negatives(
+        Pairs.of(batch.pixel_values, None, batch.input_ids, batch.attention_mask).with_negatives(
+            torch.arange(6).roll(1), torch.arange(6).roll(2)
+        ),
+        batch.layouts["itc_text"],
+        17,
+        keep_padding=False,
+    )
+    assert layout.sizes == (18 * 17, int(2 * lengths.sum() + 6 * lengths.max()))
+    assert layout.num_tokens == sum(layout.sizes) == int(layout.ends[-1])
+    monkeypatch.setattr(model.backbone, "keep_padding", True)  # all of it, and the other views as they were
+    padded, _ = losses_of(model, config, batch)
+    torch.testing.assert_close(output.matching.logits, padded.matching.logits, **EXACT)
 
 
 # --- no view makes the host wait --------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def attend(queries: Tensor | None, packed: Tensor, num_heads: int, layout: Layou
 def _takes_packed(packed: Tensor, head_size: int, layout: Layout) -> bool:
     """Where `varlen_attn` has kernels. Without padding SDPA is faster: .8 against 1.2 ms for 256 x 213 on an H200."""
     has_kernel = packed.device.type == "cuda" and packed.dtype in (torch.bfloat16, torch.float16)
-    return has_kernel and head_size % 8 == 0 and head_size <= 256 and not layout.is_whole
+    return has_kernel and head_size % 8 == 0 and head_size <= 256 and not (layout.is_whole or layout.keeps_padding)
 
 
 def _attend_packed(queries: Tensor | None, packed: Tensor, num_heads: int, head_size: int, layout: Layout) -> Tensor:
@@ -88,12 +88,11 @@ def _attend_packed(queries: Tensor | None, packed: Tensor, num_heads: int, head_
     from torch.nn.attention.varlen import varlen_attn  # which imports the compiler: more than a second of every start
 
     *own, k, v = packed.unflatten(-1, (-1, num_heads, head_size)).unbind(1)  # (N, heads, D / heads)
-    longest = layout.mask.shape[1]
     if queries is None:
-        q, ends, most = own[0], layout.ends, longest
+        q, ends, most = own[0], layout.ends, layout.longest
     else:
         batch, most = queries.shape[:2]
         q = queries.view(batch * most, num_heads, head_size)
         ends = torch.arange(0, batch * most + 1, most, dtype=torch.int32, device=queries.device)
-    mixed = cast(Tensor, varlen_attn(q, k, v, ends, layout.ends, most, longest)).flatten(1)
+    mixed = cast(Tensor, varlen_attn(q, k, v, ends, layout.ends, most, layout.longest)).flatten(1)
     return mixed if queries is None else mixed.view_as(queries)

@@ -23,7 +23,13 @@ from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.experts import StackedLinear
 from eve_ds.model.feed_forward import ModalityFeedForward, SharedFeedForward
-from eve_ds.model.matching import MatchingHeads, MatchingOutput, Pairs, draw_hard_negatives
+from eve_ds.model.matching import (
+    MatchingHeads,
+    MatchingOutput,
+    Pairs,
+    draw_hard_negatives,
+    layout_of_negatives,
+)
 from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
 from eve_ds.model.stream import TokenStream, join
 from eve_ds.views import Layout, Packing, View, joined, views_of
@@ -356,8 +362,8 @@ class EVE(nn.Module):
         if heads.classifier is not None:
             mixed = pairs.with_negatives(*draw_hard_negatives(image_features, text_features, temperature))
             view = View(mixed.pixel_values, mixed.input_ids, mixed.attention_mask, mixed.image_mask)
-            # Padding is kept: how many words the negatives have is known to the device alone.
-            layout = view.layout_of(self.config.num_patches, keep_padding=True)
+            texts, images = encoded["itc_text"].stream.layout, encoded["itc_image"].num_image_tokens
+            layout = layout_of_negatives(mixed, texts, images, self.backbone.keep_padding)
             encoded["itm"] = self.backbone.encode([view._replace(layout=layout)])[0]
             states = encoded["itm"].stream.padded()[:, encoded["itm"].num_image_tokens]
             logits = heads.classifier(states).float()

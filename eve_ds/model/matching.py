@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import ModelConfig
+from eve_ds.views import TEXT, Layout
 
 INITIAL_TEMPERATURE, LOWEST_TEMPERATURE = 0.07, 0.01
 """CLIP (Radford et al., 2021) section 2.5: similarities are multiplied by at most 100."""
@@ -74,6 +75,29 @@ class Pairs(NamedTuple):
         return Pairs(
             self.pixel_values[images], self.image_mask[images], self.input_ids[texts], self.attention_mask[texts]
         )
+
+
+def layout_of_negatives(pairs: Pairs, texts: Layout, num_image_positions: int, keep_padding: bool) -> Layout:
+    """Where the tokens of the 3 * B rows of :meth:`Pairs.with_negatives` stand; the host waits for nothing.
+
+    How many words the drawn texts have is known to the device alone: each gets as many places as the longest text has.
+
+    Args:
+        pairs: those rows.
+        texts: layout of the B texts by themselves.
+        num_image_positions: class token and patches of an image.
+        keep_padding: see :meth:`eve_ds.views.Layout.of`.
+    """
+    batch, length = texts.mask.shape
+    images = torch.ones(3 * batch, num_image_positions, dtype=torch.bool, device=texts.mask.device)
+    drawn = (torch.arange(length, device=texts.mask.device) < texts.longest).expand(batch, -1)
+    mask = torch.cat([images & pairs.image_mask.unsqueeze(1), pairs.attention_mask.bool()], dim=1)
+    present = torch.cat([images, torch.cat([texts.mask, texts.mask, drawn])], dim=1)
+    sizes = (images.numel(), 2 * texts.sizes[TEXT] + batch * texts.longest)
+    if keep_padding:
+        return Layout.of(mask, num_image_positions, keep_padding=True)
+    longest = num_image_positions + texts.longest
+    return Layout.of(mask, num_image_positions, present=present, sizes=sizes, longest=longest)
 
 
 class MatchingHeads(nn.Module):
