@@ -164,7 +164,7 @@ def test_sides_share_the_backbone_and_each_step_trains_its_own_part():
 
 
 def calls_of_both_engines(rank, world_size):
-    rows = calls.compare_calls(calls.tiny_config(calls.BATCH), 0.0)
+    rows = calls.compare_calls(calls.step_config("eve_tiny", calls.BATCH), 0.0)
     return [(row.measure, row.dtype, row.ours_calls, row.peer_calls, row.ours_ms, json_line(row)) for row in rows]
 
 

@@ -104,12 +104,13 @@ def _deepspeed_engine(model: EVE, optimizer: torch.optim.Optimizer, settings: di
 
 def calls(seconds: float) -> Rows:
     """A step of eve_tiny at ZeRO 1 in bf16, by part and whole: calls, and the time that the host spends."""
-    yield compare_calls(tiny_config(BATCH), seconds)
+    yield compare_calls(step_config("eve_tiny", BATCH), seconds)
 
 
-def tiny_config(batch: int) -> Config:
-    """eve_tiny in bf16, one micro-batch of so many samples a step."""
-    return load_config("eve_tiny", [f"train.train_batch_size={batch}", "train.precision=bf16", "data.num_workers=0"])
+def step_config(preset: str, batch: int) -> Config:
+    """A preset in bf16 on generated scenes, one micro-batch of so many samples a step."""
+    data = ("data.sources=[{kind: scenes, level: easy}]", "data.tokenizer=scenes", "data.num_workers=0")
+    return load_config(preset, [f"train.train_batch_size={batch}", "train.precision=bf16", *data])
 
 
 def compare_calls(config: Config, seconds: float) -> list[Measure]:

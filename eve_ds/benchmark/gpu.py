@@ -31,8 +31,10 @@ from eve_ds.benchmark.measures import REAL_TOKENS, device
 from eve_ds.benchmark.objectives import backward, draw_weights, random_inputs
 from eve_ds.config import load_config
 from eve_ds.metrics import peak_flops, pretraining_flops
+from eve_ds.model.attention import attend
 from eve_ds.model.eve import EVE
 from eve_ds.ops.build import build, use_built
+from eve_ds.views import Layout
 
 Row = dict[str, Any]
 """`part` and `what`, and the figures."""
@@ -143,6 +145,21 @@ class Step:
         backward(self.model, self.config, self.inputs)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def engine(preset: str, batch: int) -> Iterator[Row]:
+    """Host calls and milliseconds of a step of the DeepSpeed engine at ZeRO 1, against DeepSpeed's own optimizer."""
+    from eve_ds.benchmark.calls import compare_calls, step_config  # which import DeepSpeed
+
+    for row in compare_calls(step_config(preset, batch), 10.0 if torch.cuda.is_available() else 0.0):
+        yield {
+            "what": row.measure,
+            "batch": batch,
+            "host_ms": row.ours_ms,
+            "calls": row.ours_calls,
+            "deepspeed_host_ms": row.peer_ms,
+            "deepspeed_calls": row.peer_calls,
+        }
 
 
 def routing(tokens: Sequence[int]) -> Iterator[Row]:
@@ -387,6 +404,14 @@ def _attention(batch: int, length: int) -> Iterator[Row]:
     for name, backend in backends.items() if torch.cuda.is_available() else (("plain", SDPBackend.MATH),):
         for how, key_mask in (("masked", mask), ("without a mask", None)):
             yield _flop_row(f"attention, {name}, {how}", batch * length, partial(run, backend, key_mask), flop)
+    layout = Layout.of(mask[:, 0, 0])
+    packed = _normal(layout.num_tokens, 3 * heads * width).requires_grad_()
+    mixed = _normal(layout.num_tokens, heads * width)
+
+    def of_the_model() -> None:
+        torch.autograd.grad(attend(None, packed, heads, layout), packed, mixed)
+
+    yield _flop_row("attention of the model, padding left out", layout.num_tokens, of_the_model, flop)
 
 
 def _flop_row(name: str, tokens: int, run: Run, flop: float) -> Row:
@@ -488,7 +513,7 @@ def _synchronize() -> None:
 def main() -> None:
     """Run one part and write its rows, each as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("facts", "build", "step", "routing", "layers"))
+    parser.add_argument("part", choices=("facts", "build", "step", "routing", "layers", "engine"))
     parser.add_argument("--rows", type=Path, required=True, metavar="FILE", help="lines of JSON are appended")
     parser.add_argument("--preset", default="eve_base")
     parser.add_argument("--batch", type=int, default=256)
@@ -502,6 +527,7 @@ def main() -> None:
         "step": partial(step, arguments.preset, arguments.batch, arguments.compiled, arguments.profiled),
         "routing": partial(routing, arguments.tokens),
         "layers": partial(layers, arguments.tokens),
+        "engine": partial(engine, arguments.preset, arguments.batch),
     }
     for row in parts[arguments.part]():
         line = json.dumps({"part": arguments.part, **_rounded(row)})
