@@ -158,9 +158,11 @@ def spoil(number, fields):
 
 
 def same(first, second):
-    for name, value in vars(first).items():
-        other = getattr(second, name)
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+    assert first.keys == second.keys
+    assert [name for name, value in vars(first).items() if value is None] == [
+        name for name, value in vars(second).items() if value is None
+    ]
+    assert all(torch.equal(*tensors) for tensors in zip(first.tensors(), second.tensors(), strict=True))
 
 
 @pytest.mark.parametrize(("num_workers", "stop"), [(0, 0), (0, 1), (0, 9), (0, 17), (2, 1), (2, 17)])
