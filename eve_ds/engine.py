@@ -44,7 +44,7 @@ from eve_ds.metrics import (
     training_clock,
 )
 from eve_ds.model.eve import EVE, model_shapes
-from eve_ds.model.moe import MoEOutput, RouterStatistics, router_metrics, sum_statistics
+from eve_ds.model.moe import MoEOutput, RouterStatistics, on_host, router_metrics, sum_statistics
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
 from eve_ds.parallel.optimizer import optimizer_parameter_groups
@@ -545,7 +545,9 @@ class _Window:
         values = torch.stack([torch.stack([terms[name] for name in names]) for terms in self._terms]).mean(dim=0)
         dist.all_reduce(values)
         numbers = dict(zip(names, (values / world_size).tolist(), strict=True))
-        for layer, of_views in enumerate(zip(*self._moe.values(), strict=True)):
+        counted = iter(on_host([own for layers in self._moe.values() for own in layers]))
+        by_view = {view: [next(counted) for _ in layers] for view, layers in self._moe.items()}
+        for layer, of_views in enumerate(zip(*by_view.values(), strict=True)):
             numbers |= {f"moe{layer}/{name}": value for name, value in router_metrics(sum_statistics(of_views)).items()}
             for view, own in zip(self._moe, of_views, strict=True) if len(of_views) > 1 else ():
                 figures = {name: value for name, value in router_metrics(own).items() if "routes/" not in name}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eve_ds.config import ModelConfig, MoEConfig
-from eve_ds.model.moe import MoE, RouterStatistics, router_metrics
+from eve_ds.model.moe import MoE, RouterStatistics, on_host, router_metrics
 
 WIDTH, EXPERTS = 16, 4
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
@@ -262,6 +262,18 @@ def test_router_metrics():
         **{f"image_routes/{expert}": routes for expert, routes in enumerate([6, 2, 0, 0])},
         **{f"text_routes/{expert}": routes for expert, routes in enumerate([1, 3, 0, 0])},
     }
+
+
+def test_statistics_of_all_layers_come_to_the_host_in_one_copy(monkeypatch):
+    copies, copy = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor) or copy(tensor))
+    layers = [RouterStatistics(torch.rand(2, 4), torch.rand(2), torch.rand(2), torch.rand(())) for _ in range(3)]
+    for found, expected in zip(on_host(layers), layers, strict=True):
+        for mine, wanted in zip(found, expected, strict=True):
+            assert torch.equal(mine, wanted)
+            assert mine.shape == wanted.shape
+    assert len(copies) == 1
+    assert on_host([]) == []
 
 
 def test_router_metrics_of_no_token_are_finite():

@@ -342,6 +342,14 @@ def _statistics(
     return RouterStatistics(routes, dropped, tokens, entropy.sum(dim=-1))
 
 
+def on_host(statistics: Sequence[RouterStatistics]) -> list[RouterStatistics]:
+    """The same in the host's memory, by one copy of all: each copy makes the host wait for an accelerator."""
+    fields = [field for own in statistics for field in own]
+    flat = torch.cat([field.flatten() for field in fields]).cpu() if fields else torch.empty(0)
+    parts = iter(flat.split([field.numel() for field in fields]))
+    return [RouterStatistics(*(next(parts).view_as(field) for field in own)) for own in statistics]
+
+
 def router_metrics(statistics: RouterStatistics) -> dict[str, float]:
     """Readable figures of one MoE layer, from statistics of one forward or summed over ranks and steps.
 
