@@ -10,6 +10,7 @@ and the arithmetic of :mod:`eve_ds.model.moe`. Rows of the expert buffer travel 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,20 @@ from torch import Tensor, nn
 from eve_ds.config import ConfigError, ModelConfig
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoEOutput, Router, mix_experts, moe_output, plain_named_tensors
+
+Sizes = list[list[int]]
+"""Rows to send [to rank][its expert], or to receive [from rank][expert of this rank]."""
+_HOST_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+"""Of expert-parallel groups, which DeepSpeed keeps as long as the process lives."""
+
+
+def _host_group(group: dist.ProcessGroup, ep_size: int) -> dist.ProcessGroup:
+    """Over gloo, the same consecutive ranks; the first call for a group is a collective of all ranks."""
+    if ep_size == 1 or dist.get_backend(group) == "gloo":
+        return group
+    if group not in _HOST_GROUPS:
+        _HOST_GROUPS[group], _ = dist.new_subgroups(ep_size, backend="gloo")
+    return _HOST_GROUPS[group]
 
 
 class DeepSpeedMoE(UpstreamMoE):
@@ -96,7 +111,8 @@ class DeepSpeedMoE(UpstreamMoE):
         view_sizes: Sequence[int] | None,
     ) -> tuple[Tensor, ...]:
         """As :meth:`eve_ds.model.moe.MoE.mix`; a collective of the expert-parallel group."""
-        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.deepspeed_moe, view_sizes)
+        experts = partial(self.deepspeed_moe, has_slots=not self.router.dropless)
+        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, experts, view_sizes)
 
     def output(self, hidden_states: Tensor, balance: Tensor, *others: Tensor) -> MoEOutput:
         """As :meth:`eve_ds.model.moe.MoE.output`; where ranks are balanced together, a collective of all of them."""
@@ -113,36 +129,54 @@ class ShardedExperts(nn.Module):
         self.experts = nn.ModuleDict({"deepspeed_experts": experts})
         self.ep_size = ep_size
         self.ep_group: dist.ProcessGroup | None = None
+        self.host_group: dist.ProcessGroup | None = None
+        """The same ranks, for numbers that the hosts know."""
 
     def _set_ep_group(self, group: dist.ProcessGroup) -> None:  # the name upstream's MoE calls
         self.ep_group = group
+        self.host_group = _host_group(group, self.ep_size)
 
-    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
-        """Expert buffer (R, D) and (E,) int64 rows of each expert in it -> (R, D) outputs."""
+    def forward(self, rows: Tensor, rows_per_expert: Tensor, has_slots: bool = False) -> Tensor:
+        """Expert buffer (R, D) and (E,) int64 rows of each expert in it -> (R, D) outputs.
+
+        With `has_slots` every expert has as many rows as any other: the host knows how many this rank sends, and asks
+        the hosts of the others. Else it waits for the device.
+        """
         experts = self.experts["deepspeed_experts"]
         if self.ep_size == 1:
             return experts(rows, rows_per_expert)
-        send, receive = self._exchange_sizes(rows_per_expert)
-        sent, received = [sum(row) for row in send], [sum(row) for row in receive]
-        by_source = ExchangeRows.apply(rows, sent, received, sum(received), self.ep_group)
-        per_expert = [list(sources) for sources in zip(*receive, strict=True)]
-        by_expert = transpose_blocks(by_source, receive)
-        done = experts(by_expert, rows_per_expert.new_tensor([sum(sources) for sources in per_expert]))
-        by_source = transpose_blocks(done, per_expert)
-        return ExchangeRows.apply(by_source, received, sent, rows.shape[0], self.ep_group)
-
-    def _exchange_sizes(self, rows_per_expert: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """(E,) int64 -> rows to send [to rank][its expert] and to receive [from rank][expert of this rank]."""
         if self.ep_group is None:
             raise RuntimeError(
                 f"experts are spread over {self.ep_size} ranks, but there is no expert-parallel group yet: "
                 "pass the model to deepspeed.initialize first, or call set_deepspeed_parallelism() on its MoE layers"
             )
+        exchange = self._exchange_slots if has_slots else self._exchange_sizes
+        send, receive, own_sizes = exchange(rows_per_expert, rows.shape[0])
+        sent, received = [sum(row) for row in send], [sum(row) for row in receive]
+        by_source = ExchangeRows.apply(rows, sent, received, sum(received), self.ep_group)
+        per_expert = [list(sources) for sources in zip(*receive, strict=True)]
+        done = experts(transpose_blocks(by_source, receive), own_sizes)
+        by_source = transpose_blocks(done, per_expert)
+        return ExchangeRows.apply(by_source, received, sent, rows.shape[0], self.ep_group)
+
+    def _exchange_sizes(self, rows_per_expert: Tensor, num_rows: int) -> tuple[Sizes, Sizes, Tensor]:
+        """(E,) int64 rows of each expert -> those to send and to receive, and (E / ep,) int64 those of this rank's."""
         sizes = rows_per_expert.new_empty(2, self.ep_size, rows_per_expert.numel() // self.ep_size)
         sizes[0] = rows_per_expert.view_as(sizes[0])
         dist.all_to_all_single(sizes[1], sizes[0], group=self.ep_group)
         send, receive = sizes.tolist()  # the one time that the host waits for the device
-        return send, receive
+        return send, receive, sizes[1].sum(dim=0)
+
+    def _exchange_slots(self, rows_per_expert: Tensor, num_rows: int) -> tuple[Sizes, Sizes, Tensor]:
+        """As :meth:`_exchange_sizes` where every expert has the same share of the `num_rows`."""
+        num_experts = rows_per_expert.numel()
+        slots = torch.empty(self.ep_size, dtype=torch.int64)
+        dist.all_gather_into_tensor(slots, torch.tensor([num_rows // num_experts]), group=self.host_group)
+        of_rank: list[int] = slots.tolist()
+        num_local = num_experts // self.ep_size
+        send = [[num_rows // num_experts] * num_local] * self.ep_size
+        receive = [[own] * num_local for own in of_rank]
+        return send, receive, rows_per_expert.new_full((num_local,), sum(of_rank))
 
 
 def transpose_blocks(rows: Tensor, sizes: list[list[int]]) -> Tensor:
