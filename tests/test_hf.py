@@ -325,7 +325,7 @@ def test_captions_become_what_the_collator_makes_of_them(exported):
     batch = collate([Sample(str(i), 0, np.asarray(image), text) for i, (image, text) in enumerate(samples)])
     found = processor(images=images, text=CAPTIONS, return_tensors="pt")
     names = ("pixel_values", "input_ids", "attention_mask")
-    assert_same(dict(found), {name: getattr(batch, name) for name in names})
+    assert_same(dict(found), {name: batch.model_inputs()[name] for name in names})
     assert found["input_ids"].shape == (3, CONFIG.model.text_length)
     assert torch.equal(processor(text="blue")["input_ids"], processor(text=["blue"])["input_ids"])
 
