@@ -70,3 +70,5 @@ def test_imports_point_one_way(file):
         for library, parts in ONLY_IN.items():
             inside = name == library or name.startswith(f"{library}.")
             assert not inside or part in parts, f"eve_ds.{part} must not import {name}"
+            if inside and library == "deepspeed" and part == "benchmark":
+                assert file.name == "peers.py", f"{file.name} must not import {name}: peers.py measures others"

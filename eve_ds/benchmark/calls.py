@@ -11,13 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eve_ds.benchmark.harness import Measure, measured
 from eve_ds.benchmark.measures import Rows, device
-from eve_ds.benchmark.peers import join_group_of_one
+from eve_ds.benchmark.peers import join_group_of_one, stock_engine
 from eve_ds.config import Config, load_config
 from eve_ds.data.batch import Batch
 from eve_ds.data.pipeline import build_loader
@@ -60,7 +59,7 @@ class EngineStep:
         self.config, settings = resolve_deepspeed_config(zero, config, world_size=1)
         model = EVE(self.config.model, moe_cls=partial(DeepSpeedMoE, ep_size=1))
         optimizer = build_optimizer(model, self.config, settings)
-        initialize = initialize_engine if ours else _deepspeed_engine
+        initialize = initialize_engine if ours else stock_engine
         self.engine = initialize(model, optimizer, settings)
         self.batch = self._batch().to(self.engine.device)
 
@@ -96,10 +95,6 @@ class EngineStep:
         """Calls of one step by part."""
         with CallCounter() as counter:
             return {part: int(calls) for part, calls in self.run(lambda: counter.calls).items()}
-
-
-def _deepspeed_engine(model: EVE, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
 
 def calls(seconds: float) -> Rows:

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,13 @@ class StockMoE(nn.Module):
     def forward(self, hidden_states: Tensor, modality_ids: Tensor) -> MoEOutput:
         """As :meth:`eve_ds.model.moe.MoE.forward` of a single view."""
         return self.output(*self.mix(hidden_states, modality_ids))
+
+
+def stock_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """What `deepspeed.initialize` returns, with DeepSpeed's own ZeRO optimizer."""
+    import deepspeed
+
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
 
 def megatron_permutation() -> ModuleType | None:
