@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from eve_ds import ops
+from eve_ds.model import attention
 from eve_ds.model.stream import take_rows
 from eve_ds.ops import build, reference
+from eve_ds.views import Layout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -273,6 +275,28 @@ def test_packed_stream(dtype):
     upstream, back = torch.randn(mask.numel(), 40).to(dtype), torch.randn(len(token_ids), 40).to(dtype)
     torch.autograd.backward([padded, packed], [upstream.cuda(), back.cuda()])
     close(tokens.grad, upstream.double()[token_ids] + back.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_attention_over_packed_tokens(dtype, kind):
+    """Against padded tokens in fp64; flash attention rounds probabilities to the dtype too, backward twice as often."""
+    torch.manual_seed(7)
+    mask = torch.rand(9, 70) > 0.3
+    mask[3] = False
+    layout = Layout.of(mask)
+    packed, packed_64 = pair(torch.randn(layout.num_tokens, (3 if kind == "self" else 2) * 128), dtype)
+    queries, queries_64 = pair(torch.randn(9, 13, 128), dtype) if kind == "cross" else (None, None)
+    assert attention._takes_packed(packed, 64, layout) == (dtype != torch.float32)
+    ours = attention.attend(queries, packed, 2, layout.with_each(torch.Tensor.cuda))
+    expected = attention.attend(queries_64, packed_64, 2, layout)
+    upstream = torch.randn(expected.shape).to(dtype)
+    ours.backward(upstream.cuda())
+    expected.backward(upstream.double())
+    assert relative_error(ours, expected.detach()) < RELATIVE[dtype]
+    assert relative_error(packed.grad, packed_64.grad) < 2 * RELATIVE[dtype]
+    if kind == "cross":
+        assert relative_error(queries.grad, queries_64.grad) < 2 * RELATIVE[dtype]
 
 
 def every_output(dtype=torch.bfloat16, offset=0):
