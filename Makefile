@@ -4,7 +4,7 @@
 # make gpu     on a machine with a GPU: build, tests, sanitizers, speed, in eight minutes; WHEELS=DIR without network
 # make gpu-wheels  collects that folder: what a machine with torch, transformers and pytest still lacks
 # make lint    ruff (rules and format), mypy, codespell
-# Another interpreter: make PYTHON=python3.12 ...    Single tests: make test TESTS="tests/test_config.py -k nearest"
+# Another interpreter: make PYTHON=python3.12 ...    Single tests: make test TESTS="tests/config -k nearest"
 
 PYTHON ?= python3
 TESTS ?=

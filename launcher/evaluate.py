@@ -90,7 +90,7 @@ def _add_examples(command: argparse.ArgumentParser) -> None:
 
 def evaluate_scenes(arguments: argparse.Namespace) -> list[Table]:
     """Masked words, pixels and binding."""
-    from eve_ds import evaluation
+    from eve_ds.evaluation import scenes as evaluation
     from eve_ds.export import load
     from eve_ds.report.tables import evaluation_tables
 
@@ -106,11 +106,11 @@ def evaluate_scenes(arguments: argparse.Namespace) -> list[Table]:
 def evaluate_task(arguments: argparse.Namespace) -> list[Table]:
     """Predictions and metrics of a fine-tuned model."""
     from eve_ds.distributed import rank_zero
+    from eve_ds.evaluation.predictions import evaluate, read_predictions
     from eve_ds.report.tables import metrics_table
     from eve_ds.tasks.batches import TaskCollator
     from eve_ds.tasks.formats import load_examples
     from eve_ds.tasks.nlvr import write_published_csv
-    from eve_ds.tasks.prediction import evaluate, read_predictions
     from eve_ds.tasks.recipes import evaluated_on
     from eve_ds.tasks.saved import load_task_model
 
@@ -136,10 +136,10 @@ def evaluate_task(arguments: argparse.Namespace) -> list[Table]:
 def evaluate_zero_shot(arguments: argparse.Namespace) -> list[Table]:
     """Predictions and metrics of a pre-trained model that ranks captions and images."""
     from eve_ds.distributed import rank_zero
+    from eve_ds.evaluation.predictions import evaluate
+    from eve_ds.evaluation.zero_shot import load_zero_shot
     from eve_ds.report.tables import metrics_table
     from eve_ds.tasks.batches import TaskCollator
-    from eve_ds.tasks.prediction import evaluate
-    from eve_ds.tasks.zero_shot import load_zero_shot
 
     if arguments.rerank < 0:
         raise ConfigError(f"--rerank ({arguments.rerank}) must be 0 or more")
@@ -180,8 +180,8 @@ def _begin(arguments: argparse.Namespace) -> str:
 
 def ask_questions(arguments: argparse.Namespace) -> list[Table]:
     """The best answers to each question."""
+    from eve_ds.evaluation.ask import ask
     from eve_ds.report.tables import Table
-    from eve_ds.tasks.ask import ask
     from eve_ds.tasks.saved import load_task_model
 
     found = ask(load_task_model(arguments.model), arguments.image, arguments.questions, arguments.top)
@@ -191,8 +191,8 @@ def ask_questions(arguments: argparse.Namespace) -> list[Table]:
 
 def rank_captions(arguments: argparse.Namespace) -> list[Table]:
     """Captions, the best one first."""
+    from eve_ds.evaluation.ask import rank
     from eve_ds.report.tables import Table
-    from eve_ds.tasks.ask import rank
     from eve_ds.tasks.saved import load_task_model
 
     found = rank(load_task_model(arguments.model), arguments.image, arguments.captions)

@@ -43,9 +43,9 @@ def main() -> int:
         from eve_ds.checkpoint.commit import SaveError
         from eve_ds.checkpoint.files import CheckpointError
         from eve_ds.data.sources import UnusableData
-        from eve_ds.finetuning import finetune
         from eve_ds.ops.build import OpsBuildError
-        from eve_ds.run import NonFiniteError
+        from eve_ds.training.finetune import finetune
+        from eve_ds.training.nonfinite import NonFiniteError
 
         try:
             summary = finetune(config, deepspeed_config)

@@ -34,9 +34,9 @@ def main() -> int:
         deepspeed_config = _read_json(arguments.deepspeed_config)
         from eve_ds.checkpoint.commit import SaveError
         from eve_ds.data.sources import UnusableData
-        from eve_ds.engine import pretrain
         from eve_ds.ops.build import OpsBuildError
-        from eve_ds.run import NonFiniteError
+        from eve_ds.training.nonfinite import NonFiniteError
+        from eve_ds.training.pretrain import pretrain
 
         resume = arguments.resume if arguments.resume in {"auto", "none"} else Path(arguments.resume)
         try:

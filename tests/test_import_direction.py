@@ -15,33 +15,25 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "ops": {"distributed"},
     "data": {"config", "distributed", "views"},
     "model": {"config", "ops", "views"},
-    "losses": {"config", "ops", "model"},
-    "parallel": {"config", "distributed", "ops", "model", "losses"},
+    "objectives": {"config", "ops", "views", "model"},
+    "parallel": {"config", "distributed", "ops", "model", "objectives"},
     "checkpoint": {"config", "distributed", "model"},
-    "export": {"checkpoint", "config", "data", "distributed", "model", "losses"},
-    "tasks": {"config", "data", "distributed", "model", "losses", "checkpoint", "export"},
-    "metrics": {"config", "distributed", "data"},
-    "evaluation": {"config", "distributed", "ops", "data", "model"},
-    "report": {"config", "ops", "data", "model", "losses", "evaluation", "views"},
+    "export": {"checkpoint", "config", "data", "distributed", "model", "objectives"},
+    "tasks": {"config", "data", "distributed", "model", "objectives", "checkpoint", "export"},
+    "evaluation": {"config", "distributed", "ops", "data", "model", "objectives", "checkpoint", "tasks"},
+    "report": {"config", "ops", "data", "model", "objectives", "evaluation", "views"},
+    "training": {
+        *("config", "distributed", "ops", "data", "model", "objectives", "parallel", "checkpoint"),
+        *("tasks", "evaluation", "report"),
+    },
     "benchmark": {
-        *("config", "ops", "data", "model", "losses", "metrics", "checkpoint"),
-        *("parallel", "run", "engine", "views"),
-    },
-    "run": {"config", "distributed"},
-    "engine": {
-        "run",
-        *("config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint"),
-        *("metrics", "evaluation", "report"),
-    },
-    "finetuning": {
-        *("config", "distributed", "ops", "data", "model", "losses", "parallel", "checkpoint"),
-        *("metrics", "run", "tasks"),
+        *("config", "ops", "data", "model", "objectives", "checkpoint", "parallel", "training", "views"),
     },
 }
 ONLY_IN = {  # library: parts that may import it
-    "deepspeed": {"parallel", "engine", "finetuning", "checkpoint", "benchmark"},
+    "deepspeed": {"parallel", "training", "checkpoint", "benchmark"},
     "megatron": {"parallel"},
-    "torch.distributed": {"distributed", "parallel", "run", "engine", "finetuning", "checkpoint", "benchmark"},
+    "torch.distributed": {"distributed", "parallel", "training", "checkpoint", "benchmark"},
     "launcher": set(),
 }
 

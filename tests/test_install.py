@@ -44,7 +44,7 @@ def test_wheel_is_pure_python_with_presets_and_tokenizer(unpacked):
         if path.suffix in {".py", ".yaml", ".json"}
     }
     assert {name for name in files if ".dist-info/" not in name} == package
-    assert {"eve_ds/configs/eve_tiny.yaml", "eve_ds/data/scenes_tokenizer.json"} <= package
+    assert {"eve_ds/configs/eve_tiny.yaml", "eve_ds/data/synthetic/scenes_tokenizer.json"} <= package
 
 
 def test_import_alone_is_light_and_works_from_the_wheel(unpacked):

@@ -16,11 +16,11 @@ from eve_ds.config import parse_config
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.model import attention
 from eve_ds.model.eve import EVE
 from eve_ds.model.matching import Pairs, draw_hard_negatives, layout_of_negatives
 from eve_ds.model.moe import MoE
+from eve_ds.objectives.losses import Counts, pretraining_losses, total_loss
 from eve_ds.ops import build, feed_forward
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.views import IMAGE, TEXT, Layout, Packing, View

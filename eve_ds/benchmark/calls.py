@@ -21,13 +21,13 @@ from eve_ds.config import Config, load_config
 from eve_ds.data.batch import Batch
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.engine import build_optimizer, denominators
-from eve_ds.losses import Counts, only_this_rank, pretraining_losses, total_loss
 from eve_ds.model.eve import EVE
+from eve_ds.objectives.losses import Counts, only_this_rank, pretraining_losses, total_loss
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.zero import initialize_engine
-from eve_ds.run import poison_if_nonfinite
+from eve_ds.training.nonfinite import poison_if_nonfinite
+from eve_ds.training.pretrain import build_optimizer, denominators
 
 BATCH = 2
 """Pairs of a step: few, so that time is the host's and not that of the products."""

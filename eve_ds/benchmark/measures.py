@@ -29,10 +29,10 @@ from eve_ds.data.pipeline import Loader, build_loader
 from eve_ds.data.shard_writer import WriterOptions, write_shards
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.transforms import TrainTransform, channels_first
-from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.model.eve import EVE
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
+from eve_ds.objectives.losses import Counts, pretraining_losses, total_loss
 from eve_ds.ops import reference
 from eve_ds.ops.feed_forward import grouped_products
 from eve_ds.views import layouts_of

@@ -17,8 +17,8 @@ from eve_ds.benchmark.harness import Absent, Measure, Run, count_gflop, interlea
 from eve_ds.benchmark.measures import REAL_TOKENS, Rows, device, is_quick
 from eve_ds.config import Config, MaskingConfig, Objective, load_config
 from eve_ds.data.masking import num_chosen, num_masked_patches
-from eve_ds.losses import Counts, pretraining_losses, total_loss
 from eve_ds.model.eve import EVE
+from eve_ds.objectives.losses import Counts, pretraining_losses, total_loss
 from eve_ds.views import layouts_of
 
 Inputs = dict[str, Any]

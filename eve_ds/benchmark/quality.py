@@ -66,7 +66,8 @@ PRETRAINED = "checkpoints/latest"
 RESULT = "evaluation/*/metrics.json"
 COLOUR_AND_SHAPE = ("task.train.question_types=[color,shape]", "task.val.question_types=[color,shape]")
 UNBOUND = {"color": 0.5625, "shape": 0.625}
-"""Accuracy of naming the attribute of any one of two objects (:func:`eve_ds.data.scene_tasks.unbound_accuracy`)."""
+"""Accuracy of naming the attribute of any one of two objects
+(:func:`eve_ds.data.synthetic.scene_tasks.unbound_accuracy`)."""
 
 
 class Budget(NamedTuple):

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from eve_ds.config import Config, ConfigError, SourceConfig
 from eve_ds.data.batch import BadSample, Sample
-from eve_ds.data.boxes import Boxes, BoxScene
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
-from eve_ds.data.scenes import Scene, Scenes
 from eve_ds.data.shards import ShardFile, find_shards
+from eve_ds.data.synthetic.boxes import Boxes, BoxScene
+from eve_ds.data.synthetic.scenes import Scene, Scenes
 from eve_ds.data.transforms import TrainTransform
 
 GENERATED_PER_SHARD = 1000

@@ -41,7 +41,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
     """
     path = Path(name_or_path)
     if str(name_or_path) in SHIPPED:
-        resource = resources.files("eve_ds") / "data" / f"{name_or_path}_tokenizer.json"
+        resource = resources.files("eve_ds") / "data" / "synthetic" / f"{name_or_path}_tokenizer.json"
         tokenizer = _wrap(Tokenizer.from_str(resource.read_text(encoding="utf-8")))
     elif path.suffix == ".json":
         tokenizer = _wrap(_read_tokenizer_file(path))

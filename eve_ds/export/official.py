@@ -1,7 +1,7 @@
 """Names of the released EVE backbone, to and from ours.
 
 The released files prefix everything with `backbone.`, as we do. Shapes of EVE-Base are in
-`tests/test_official.py`. Spelling mistakes of the original (`pre_layrnorm`, `mlp_imag`) are theirs.
+`tests/export/test_official.py`. Spelling mistakes of the original (`pre_layrnorm`, `mlp_imag`) are theirs.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def initialize_engine(
 
     Args:
         model: with the experts of this rank.
-        optimizer: over the groups of :func:`eve_ds.parallel.optimizer.optimizer_parameter_groups`.
+        optimizer: over the groups of :func:`eve_ds.training.optimizer.optimizer_parameter_groups`.
         deepspeed_config: as :func:`eve_ds.parallel.settings.resolve_deepspeed_config` returns it.
     """
     engine, *_ = deepspeed.initialize(

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from eve_ds import ops
 from eve_ds.config import ModelConfig
 from eve_ds.data.batch import Batch
-from eve_ds.evaluation import ask, with_whole_caption, with_whole_image
+from eve_ds.evaluation.scenes import ask, with_whole_caption, with_whole_image
 from eve_ds.report.style import FAINT, INK, RIGHT_COLOR, WRONG_COLOR, save
 
 MASKED_GREY = 0.62

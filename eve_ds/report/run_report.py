@@ -14,8 +14,8 @@ from eve_ds.config import Config
 from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.pipeline import build_loader
-from eve_ds.data.scenes import Scenes
-from eve_ds.evaluation import evaluation_config
+from eve_ds.data.synthetic.scenes import Scenes
+from eve_ds.evaluation.scenes import evaluation_config
 from eve_ds.report.curves import plot_curves
 from eve_ds.report.experts import expert_use, plot_expert_use
 from eve_ds.report.reconstruction import note_on, plot_reconstructions, reconstruct
@@ -43,7 +43,7 @@ def write_report(
         run: output folder of a run, finished or not.
         out: folder to write to.
         exported: of the run; without it there are curves and figures of training only.
-        evaluation: of :func:`eve_ds.evaluation.evaluate_scenes`; None takes the run's last one, if it has any.
+        evaluation: of :func:`eve_ds.evaluation.scenes.evaluate_scenes`; None takes the run's last one, if it has any.
 
     Raises:
         ReportError: the run has no usable `metrics.jsonl`.

@@ -63,7 +63,7 @@ def _figure(value: float | None) -> str:
 
 
 def evaluation_tables(result: dict[str, Any]) -> list[Table]:
-    """What :func:`eve_ds.evaluation.evaluate_scenes` returned: words, pixels and, where asked, binding.
+    """What :func:`eve_ds.evaluation.scenes.evaluate_scenes` returned: words, pixels and, where asked, binding.
 
     Evaluations of earlier versions, which asked words beside masked images only, have no `masked_image`.
     """
@@ -135,8 +135,9 @@ def seeds_table(entries: Sequence[dict[str, Any]]) -> Table:
     """One column for each seed: what it learnt, what it took.
 
     Args:
-        entries: what :func:`eve_ds.evaluation.evaluate_scenes` returned of a model that predicts words and pixels, with
-            `seed`, `train_seconds`, `steps`, `samples_per_second`, `peak_memory_bytes` and `export_max_abs_diff`.
+        entries: what :func:`eve_ds.evaluation.scenes.evaluate_scenes` returned of a model that predicts words and
+            pixels, with `seed`, `train_seconds`, `steps`, `samples_per_second`, `peak_memory_bytes` and
+            `export_max_abs_diff`.
     """
     rows = [("masked words right, its whole image / another's", *[""] * len(entries))]
     names = (*WORDS, "hidden_words")

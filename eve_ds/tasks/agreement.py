@@ -9,10 +9,10 @@ image and text. For word j of the statement and place n of the hidden caption,
     a_j = log sum over n of p(word_j at n)
     b_j = log sum over n of p(word_j at n) p(word_j+1 at n+1)
 
-Where captions were statements too (:mod:`eve_ds.data.boxes`), more can be asked for: `task.word_passes` adds the
-likelihood c_j of word_j beside the other words of the statement itself. Where captions describe a picture place by
-place, `task.read_states` has the head read the states at the hidden words too. A small Transformer over the statement
-reads a, b and c of each image beside the words, which say what must agree, and the states as tokens of their own.
+Where captions were statements too (:mod:`eve_ds.data.synthetic.boxes`), more can be asked for: `task.word_passes`
+adds the likelihood c_j of word_j beside the other words of the statement itself. Where captions describe a picture
+place by place, `task.read_states` has the head read the states at the hidden words too. A small Transformer over the
+statement reads a, b and c of each image beside the words, which say what must agree, and the states as tokens.
 """
 
 from __future__ import annotations

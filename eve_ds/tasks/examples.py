@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eve_ds.config import ExamplesConfig
-from eve_ds.data.boxes import BoxStatements
-from eve_ds.data.scene_tasks import QUESTION_TYPES, Questions, Statements, answers, retrieval_set
-from eve_ds.data.scenes import LevelName, Scene, Scenes, Split, check_split
+from eve_ds.data.synthetic.boxes import BoxStatements
+from eve_ds.data.synthetic.scene_tasks import QUESTION_TYPES, Questions, Statements, answers, retrieval_set
+from eve_ds.data.synthetic.scenes import LevelName, Scene, Scenes, Split, check_split
 
 ImageSource = Path | bytes | NDArray[np.uint8]
 """A file, an encoded image, or (H, W, 3) uint8 pixels."""

@@ -21,9 +21,9 @@ from eve_ds.data.batch import BadSample
 from eve_ds.data.collate import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.distributed import gather_objects, place
-from eve_ds.losses import router_losses
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
+from eve_ds.objectives.losses import router_losses
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.pair_models import IGNORED, PairScorer, RetrievalModel, RetrievalOutput

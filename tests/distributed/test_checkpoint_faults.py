@@ -41,9 +41,9 @@ def config_of(folder, *settings):
 
 def pretrain(config, at=None, resume="auto"):
     """Train; `at` maps a step to what this rank does before it. Returns (summary or error, log)."""
-    from eve_ds import engine
     from eve_ds.checkpoint.commit import SaveError
     from eve_ds.distributed import get_logger
+    from eve_ds.training import pretrain as engine
 
     class Trainer(engine.Trainer):
         def _take_data(self):

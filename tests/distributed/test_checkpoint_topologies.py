@@ -68,7 +68,7 @@ def settings(folder, topology, *, precision="fp32", steps=STEPS):
 
 def train(config, deepspeed_config, look=None, resume="auto"):
     """Pre-train; `look(engine)` is called after the first step's data is there and before it is computed."""
-    from eve_ds import engine
+    from eve_ds.training import pretrain as engine
 
     class Trainer(engine.Trainer):
         def _take_data(self):

@@ -76,7 +76,7 @@ class Watch:
         self.evaluations = 0
 
     def run(self, config, deepspeed_config=None, resume="auto"):
-        from eve_ds import engine
+        from eve_ds.training import pretrain as engine
 
         watch = self
 
@@ -262,8 +262,8 @@ def decays(name):
 
 def plain_step(config, weights, micro_batches):
     """Weights and gradient norm after one AdamW step of the plain model on all samples at once, in torch alone."""
-    from eve_ds.losses import Counts, pretraining_losses, total_loss
     from eve_ds.model.eve import EVE
+    from eve_ds.objectives.losses import Counts, pretraining_losses, total_loss
 
     model = EVE(config.model)
     model.load_state_dict(weights)
@@ -392,7 +392,7 @@ def then(*changes):
 def stop_cases(rank, world_size, folder):
     """Message, whether the weights are those before the bad step, and the newest checkpoint, for each case."""
     from eve_ds.checkpoint.manifest import committed
-    from eve_ds.run import NonFiniteError
+    from eve_ds.training.nonfinite import NonFiniteError
 
     found = []
     for number, (stage, how, precision, accumulation) in enumerate(STOPS):
@@ -535,7 +535,7 @@ def test_a_skipped_step_leaves_no_trace(finished, world_size):
 
 
 def limit_of_skips(rank, world_size, folder):
-    from eve_ds.run import NonFiniteError
+    from eve_ds.training.nonfinite import NonFiniteError
 
     watch = Watch(poison(steps=[2, 3, 5], rank=0, how="mim"))
     config = config_for(folder / "run", max_steps=9, on_nonfinite="skip", max_nonfinite_skips=2)

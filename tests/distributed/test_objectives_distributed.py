@@ -50,8 +50,8 @@ def features():
 
 def contrastive_gradients(rows, gather):
     """Loss, and gradients with respect to the rows of both features and the temperature's logarithm."""
-    from eve_ds.losses import contrastive_loss
     from eve_ds.model.matching import MatchingOutput
+    from eve_ds.objectives.losses import contrastive_loss
 
     leaves = [part[rows].clone().requires_grad_() for part in features()]
     leaves.append(torch.tensor(math.log(0.07), dtype=torch.float64, requires_grad=True))
@@ -70,7 +70,7 @@ def gathered(rank, world_size):
 
 
 def test_gradients_through_the_gather_are_those_of_one_process(run_ranks):
-    from eve_ds.losses import only_this_rank
+    from eve_ds.objectives.losses import only_this_rank
 
     world_size = 2
     loss, (images, texts, temperature) = contrastive_gradients(slice(None), only_this_rank)
@@ -93,7 +93,7 @@ def evaluate_few_scenes(engine):
 
 
 def learn(rank, world_size, folder):
-    from eve_ds import engine
+    from eve_ds.training import pretrain as engine
 
     evaluate_few_scenes(engine)
     settings = ["train.max_steps=20", "train.train_batch_size=16", "train.metrics_every=1", "optimizer.warmup_steps=5"]
@@ -114,8 +114,8 @@ def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
 
 def resume_both(rank, world_size, folder):
     """Each set in one go, and in two halves; ranks share the experts."""
-    from eve_ds import engine
     from eve_ds.parallel.moe import local_plain_state_dict
+    from eve_ds.training import pretrain as engine
 
     class Watched(engine.Trainer):
         def run(self):

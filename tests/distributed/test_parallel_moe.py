@@ -146,7 +146,7 @@ def collate(chosen, config):
 
 def global_counts(share, pairs):
     """Denominators of the losses over all samples, divided by `share` = ranks * micro-steps."""
-    from eve_ds.losses import Counts
+    from eve_ds.objectives.losses import Counts
 
     images = sum(sample["has_image"] for sample in samples(pairs))
     patches = images * (CONFIG.num_patches - NUM_VISIBLE)
@@ -156,7 +156,7 @@ def global_counts(share, pairs):
 
 
 def loss_of(output, inputs, labels, share, gather=None):
-    from eve_ds.losses import only_this_rank, pretraining_losses, total_loss
+    from eve_ds.objectives.losses import only_this_rank, pretraining_losses, total_loss
 
     shown = inputs["image_view_ids"]
     terms = pretraining_losses(
@@ -252,8 +252,8 @@ def every_portion(outputs, part, own):
 def engine_for(case, world_size):
     from eve_ds.model.eve import EVE
     from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
-    from eve_ds.parallel.optimizer import optimizer_parameter_groups
     from eve_ds.parallel.zero import initialize_engine
+    from eve_ds.training.optimizer import optimizer_parameter_groups
 
     os.environ["EVE_DS_OPS"] = case.ops
     model = EVE(case.config(), functools.partial(DeepSpeedMoE, ep_size=case.ep_size))

@@ -52,8 +52,8 @@ def engine_of(case, ours):
 
     from eve_ds.model.eve import EVE
     from eve_ds.parallel.moe import DeepSpeedMoE
-    from eve_ds.parallel.optimizer import optimizer_parameter_groups
     from eve_ds.parallel.zero import lower_host_calls
+    from eve_ds.training.optimizer import optimizer_parameter_groups
 
     torch.manual_seed(3)
     model = EVE(CONFIG, functools.partial(DeepSpeedMoE, ep_size=case.ep_size))

@@ -63,7 +63,7 @@ def finetune_and_read(rank, world_size, trees, deepspeed_config, folders):
     from pathlib import Path
 
     from eve_ds.config import parse_config
-    from eve_ds.finetuning import finetune
+    from eve_ds.training.finetune import finetune
 
     return [
         finetune(parse_config(tree | {"train": {**tree["train"], "output_dir": Path(folder)}}), deepspeed_config)[:2]
@@ -132,7 +132,7 @@ def stopped_and_resumed(rank, world_size, tree, folder, stop_at):
     from unittest import mock
 
     from eve_ds.config import parse_config
-    from eve_ds.finetuning import Finetuner, finetune
+    from eve_ds.training.finetune import Finetuner, finetune
 
     config = parse_config(tree | {"train": {**tree["train"], "output_dir": Path(folder)}})
     step = Finetuner._train_step
@@ -169,9 +169,9 @@ def fetched_ahead(rank, world_size, tree, folder):
 
     from deepspeed import DeepSpeedEngine
 
-    from eve_ds import finetuning
     from eve_ds.config import parse_config
     from eve_ds.data.batch import BadSample
+    from eve_ds.training import finetune as finetuning
 
     def recorded(name, original):
         def call(self, *args, **options):
@@ -233,9 +233,9 @@ def _keys(file):
 def evaluated(rank, world_size, model, out, batch_size):
     from pathlib import Path
 
+    from eve_ds.evaluation.predictions import evaluate
     from eve_ds.tasks.batches import TaskCollator
     from eve_ds.tasks.formats import load_examples
-    from eve_ds.tasks.prediction import evaluate
     from eve_ds.tasks.saved import load_task_model
 
     loaded = load_task_model(model)
@@ -268,8 +268,8 @@ def refused(rank, world_size, tree, folder):
     from pathlib import Path
 
     from eve_ds.config import ConfigError, parse_config
-    from eve_ds.finetuning import finetune
-    from eve_ds.run import NonFiniteError
+    from eve_ds.training.finetune import finetune
+    from eve_ds.training.nonfinite import NonFiniteError
 
     def attempt(**changes):
         train = {**tree["train"], "output_dir": Path(folder), **changes.pop("train", {})}

@@ -1,6 +1,6 @@
 """The built ops on a GPU against the reference in fp64 on the CPU; skipped where there is none.
 
-Tolerances are those of `tests/test_ops_built.py`; fp16 is rounded to 11 bits.
+Tolerances are those of `tests/ops/test_built.py`; fp16 is rounded to 11 bits.
 """
 
 import os

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds import config as config_module
+from eve_ds.config import section
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "pretrain.py"
 TINY = [
@@ -171,7 +171,7 @@ def test_processes_exit_with_code_2(tmp_path, free_port):
 
 
 def test_a_former_name_is_said_on_the_command_line(tmp_path, capsys, monkeypatch):
-    config_module._say_once.cache_clear()
+    section._say_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("eve_ds"), "handlers", [])  # other tests may have left the launcher's
     file = tmp_path / "old.yaml"
     file.write_text("base: eve_tiny\nmodel: {objective: msm}\ntrain: {max_steps: 0}\n")

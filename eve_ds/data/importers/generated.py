@@ -11,7 +11,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from eve_ds.data.importers.candidate import Candidate, InlineBytes
-from eve_ds.data.scenes import Scenes
+from eve_ds.data.synthetic.scenes import Scenes
 
 Level = Literal["easy", "hard"]
 

@@ -1,0 +1,138 @@
+"""Configurations from presets, files and overrides, with one line for each problem."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from eve_ds.config.data import SourceConfig
+from eve_ds.config.model import FORMER_PIXEL_TARGET
+from eve_ds.config.section import ConfigError
+from eve_ds.config.tasks import TaskConfig
+from eve_ds.config.tree import Config
+
+
+def presets() -> list[str]:
+    """Names of the presets shipped in `eve_ds/configs`, recipes of tasks as `tasks/NAME`."""
+    folder = resources.files("eve_ds") / "configs"
+    found = [("", item) for item in folder.iterdir()] + [("tasks/", item) for item in (folder / "tasks").iterdir()]
+    return sorted(prefix + item.name.removesuffix(".yaml") for prefix, item in found if item.name.endswith(".yaml"))
+
+
+def load_config(preset_or_path: str, overrides: list[str] | None = None, under: dict[str, Any] | None = None) -> Config:
+    """Read a preset by name or a YAML file by path, apply `section.key=value` overrides, validate.
+
+    A file may name a preset to start from under the key `base`. Values of overrides are parsed as YAML. What neither
+    says is taken from the tree `under`.
+
+    Raises:
+        ConfigError: unknown preset, unreadable file, unknown key (with the nearest name), or a value against a rule.
+    """
+    tree = _merge(under or {}, _read_tree(preset_or_path))
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(tree, preset_or_path)
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+    """Validate a nested dictionary; raises :class:`ConfigError` with one line per problem."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_problem(item, where) for item in error.errors())) from None
+
+
+def parse_written_config(tree: dict[str, Any], where: str) -> Config:
+    """As :func:`parse_config`, for a tree that a run has written, of this version or an earlier one."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if isinstance(model, dict):
+        former: dict[str, Any] = {"pixel_target": FORMER_PIXEL_TARGET}
+        if "objectives" not in model:
+            former["objective"] = "msm"  # the only one before the field existed
+        tree = tree | {"model": former | model}
+    return parse_config(tree, where)
+
+
+def _read_tree(preset_or_path: str) -> dict[str, Any]:
+    path = Path(preset_or_path)
+    if path.suffix in {".yaml", ".yml", ".json"} or path.is_file():
+        if not path.is_file():
+            raise ConfigError(f"config file {preset_or_path} does not exist")
+        text = _read_text(path)
+    elif preset_or_path in presets():
+        text = (resources.files("eve_ds") / "configs" / f"{preset_or_path}.yaml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"config '{preset_or_path}' is neither a file nor a preset{_nearest(preset_or_path, presets())}; "
+            f"presets: {', '.join(presets())}"
+        )
+    tree = _parse_yaml(text, f"config {preset_or_path}") or {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {preset_or_path} must be a mapping of sections, not a {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(_read_tree(base), tree)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override '{override}' must have the form section.key=value")
+    *sections, key = path.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
+    tree[key] = _parse_yaml(text, f"override '{override}'")
+
+
+def _problem(error: Any, where: str) -> str:
+    location = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        return f"{where}: unknown key '{'.'.join(location)}'{_nearest(location[-1], known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {'.'.join(location)} ({error['input']!r}): {message}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        if part.isdigit():
+            continue
+        field = section.model_fields[part].annotation
+        section = {"sources": SourceConfig, "task": TaskConfig}.get(part, field)
+    return list(section.model_fields)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,112 @@
+"""The whole configuration, and the rules between its sections."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from eve_ds.config.data import DataConfig, MaskingConfig, SourceConfig
+from eve_ds.config.model import ModelConfig, Objective
+from eve_ds.config.section import Section, require
+from eve_ds.config.tasks import TaskConfig
+from eve_ds.config.train import LossConfig, OptimizerConfig, ParallelConfig, TrainConfig
+
+
+class Config(Section):
+    """The whole tree; `model_dump_json` of it travels with every checkpoint and export."""
+
+    name: str = "eve"
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    task: TaskConfig | None = None
+    """Of fine-tuning and of a fine-tuned model; None in pre-training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        require(
+            self.parallel.ep_size == 0 or self.model.moe.num_experts % self.parallel.ep_size == 0,
+            f"model.moe.num_experts ({self.model.moe.num_experts}) must be divisible by "
+            f"parallel.ep_size ({self.parallel.ep_size})",
+        )
+        require(
+            self.optimizer.decay_by == "steps" or self.train.max_seconds is not None,
+            "optimizer.decay_by ('seconds') needs train.max_seconds",
+        )
+        if self.task is not None and self.task.name == "nlvr" and self.task.features == "words":
+            require(
+                self.task.hidden_words + 2 <= self.model.text_positions,
+                f"task.hidden_words ({self.task.hidden_words}) and two special tokens must not exceed "
+                f"model.text_positions ({self.model.text_positions})",
+            )
+        self._check_views()
+        return self
+
+    def _check_views(self) -> None:
+        """Every source serves some task, every task can be served, and every view hides and sees something."""
+        objectives, masking = self.model.objectives, self.masking
+        weights = {name: getattr(self.loss, f"{name}_weight") for name in objectives if name != "joint"}
+        if "joint" in objectives:
+            weights |= {"mim": self.loss.mim_weight, "mlm": self.loss.mlm_weight}
+        require(
+            any(weights.values()),
+            f"loss weights of {', '.join(objectives)} ({', '.join(f'{name}_weight' for name in weights)}) are all 0: "
+            "raise one of them",
+        )
+        for task, key, ratio in (
+            ("mim", "patch_mask_ratio", masking.patch_mask_ratio),
+            ("mlm", "text_mask_ratio", masking.most_words_masked),
+        ):
+            require(
+                task not in objectives or ratio > 0,
+                f"masking.{key} ({ratio:g}) leaves nothing to predict for {task}: raise it, or leave {task} out of "
+                "model.objectives",
+            )
+        both = f"masking.patch_mask_ratio ({masking.patch_mask_ratio:g}) and text_mask_ratio"
+        require(
+            "joint" not in objectives or masking.patch_mask_ratio < 1 or masking.text_mask_ratio < 1,
+            f"{both} ({masking.text_mask_ratio:g}) leave nothing to see for joint: lower one of them",
+        )
+        for number, source in enumerate(self.data.sources):
+            _check_source(objectives, masking, source, f"data.sources[{number}]")
+
+    @property
+    def tasks_without_source(self) -> list[str]:
+        """Tasks that no source has a picture or a caption for; what only they train stays as it was drawn."""
+        kinds = {source.modalities for source in self.data.sources}
+        lacking = {"mim": {"text"}, "mlm": {"image"}}
+        return [task for task in self.model.objectives if kinds <= lacking.get(task, set())]
+
+
+def _check_source(objectives: list[Objective], masking: MaskingConfig, source: SourceConfig, where: str) -> None:
+    """Raise ValueError where a source serves no task, a task lacks what it compares, or a view sees nothing."""
+    kind, names = source.modalities, ", ".join(objectives)
+    require(
+        kind == "pair" or not {"itc", "itm"} & set(objectives),
+        f"model.objectives ({names}) compares images with texts and needs pairs: {where}.modalities is '{kind}'",
+    )
+    for only, task in (("text", "mim"), ("image", "mlm")):
+        require(
+            kind != only or objectives != [task],
+            f"{where}.modalities ('{kind}') has nothing that model.objectives ({names}) could predict: leave the "
+            f"source out, or add {'mlm' if task == 'mim' else 'mim'}",
+        )
+    if "joint" in objectives:
+        most, share = masking.most_words_masked, masking.text_to_image_share
+        words = kind != "image" and most > 0 and (kind != "pair" or share < 1)
+        require(
+            words or (kind != "text" and masking.patch_mask_ratio > 0),
+            f"masking.patch_mask_ratio ({masking.patch_mask_ratio:g}), text_mask_ratio ({most:g}) and "
+            f"text_to_image_share ({share:g}) leave nothing to predict of {where} ('{kind}') for joint: raise a ratio",
+        )
+    for alone, key, ratio in (
+        ("image", "patch_mask_ratio", masking.patch_mask_ratio),
+        ("text", "text_mask_ratio", masking.text_mask_ratio),
+    ):
+        require(
+            kind not in (alone, "any") or ratio < 1,
+            f"masking.{key} ({ratio:g}) leaves nothing to see of {where}, whose modalities are '{kind}': lower it",
+        )

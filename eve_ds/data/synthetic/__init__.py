@@ -1,0 +1,1 @@
+"""Generated scenes, and questions, statements and probes about them."""

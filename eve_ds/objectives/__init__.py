@@ -1,0 +1,1 @@
+"""What pre-training predicts, and the losses of it."""

@@ -1,0 +1,70 @@
+"""AdamW and its parameter groups: what decays and what does not; dense and expert parameters apart, as DeepSpeed
+needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from torch import nn
+
+EMBEDDINGS = {"position", "modality", "modality_embedding", "class_token", "mask_token"}
+"""Last parts of the names of embeddings that are plain parameters."""
+
+
+def optimizer_parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] | None = None
+) -> list[dict[str, Any]]:
+    """Groups for AdamW: matrices decay; biases, norms, LayerScale and embeddings do not.
+
+    Expert parameters get groups of their own, which carry `moe: True` and, as `name`, the process group that their
+    gradients are averaged over; DeepSpeed cuts them where they exceed a size, so there may be several of one name.
+
+    Args:
+        model: plain or DeepSpeed.
+        weight_decay: of matrices.
+        lr_scale: from the name of a parameter to the factor of its learning rate, which its group carries as
+            `lr_scale`; None: 1 for all.
+    """
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            embedding = isinstance(module, nn.Embedding) or name in EMBEDDINGS
+            bias = name.endswith("bias")  # those of stacked experts have two dimensions
+            decays = not (embedding or bias or parameter.ndim < 2)
+            scale = 1.0 if lr_scale is None else lr_scale(f"{prefix}.{name}" if prefix else name)
+            group = groups.setdefault((decays, scale), _empty_group(decays, weight_decay, scale))
+            group["params"].append(parameter)
+    # Decaying ones first, as checkpoints have them.
+    ordered = [groups[key] for key in sorted(groups, key=lambda key: (not key[0], -key[1]))]
+    return split_params_into_different_moe_groups_for_optimizer(ordered)
+
+
+def _empty_group(decays: bool, weight_decay: float, scale: float) -> dict[str, Any]:
+    name = "decay" if decays else "no_decay"
+    return {
+        "name": name if scale == 1 else f"{name} x {scale:g}",
+        "params": [],
+        "weight_decay": weight_decay if decays else 0.0,
+        "lr_scale": scale,
+    }
+
+
+class CheckedAdamW(torch.optim.AdamW):
+    """AdamW that refuses an update with a non-finite gradient on any rank, as ZeRO's optimisers do.
+
+    DeepSpeed at ZeRO 0 in fp32 would apply it. `overflow` is the attribute its engine looks for.
+    """
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        """Update unless a gradient of any rank is not finite; then change nothing and set `overflow`."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().int()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        self.overflow = not bool(finite)
+        return None if self.overflow else super().step(closure)

@@ -1,0 +1,146 @@
+"""What a run says while it runs: metrics.jsonl (every number, the contract), one progress line, throughput."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from eve_ds.distributed import get_logger, rank_zero
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `metrics.jsonl`; rank 0 only, other ranks write nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = _open_after_last_line(folder / "metrics.jsonl") if rank_zero() else None
+
+    def write(self, kind: str, *, step: int, seconds: float, samples: int, **numbers: Any) -> None:
+        """One record; `kind` is `train`, `eval`, `save` or `event`, `seconds` of training, `samples` of the run.
+
+        A number that is not finite is written as null, which JSON has and NaN it has not.
+        """
+        if self._file is not None:
+            record = {"kind": kind, "step": step, "seconds": round(seconds, 3), "samples": samples, **numbers}
+            self._file.write(json.dumps(_finite_or_none(record), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _open_after_last_line(path: Path) -> TextIO:
+    """Open for appending; a line that a killed writer left unfinished is cut off, else the next one would join it."""
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        if whole[2]:
+            os.truncate(path, len(whole[0]) + len(whole[1]))
+    return path.open("a", encoding="utf-8")
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class ProgressLine:
+    """A live line on a terminal, otherwise one plain log line every `log_every` steps; rank 0 only.
+
+    Args:
+        log_every: steps between plain lines.
+        done: share of the run that was done before it was resumed; the time left is judged by what comes after.
+    """
+
+    def __init__(self, log_every: int, done: float = 0.0) -> None:
+        self._log_every, self._done = log_every, done
+        self._live = rank_zero() and sys.stderr.isatty()
+        # The numbers come last: on a narrow terminal the line is cut there.
+        columns = (
+            TaskProgressColumn(table_column=Column(min_width=4)),
+            TextColumn("eta"),
+            TimeRemainingColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        )
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, expand=True) if self._live else None
+        self._task = self._progress.add_task("starting", total=1.0) if self._progress else None
+        if self._progress and self._task is not None:
+            self._progress.reset(self._task, start=True, completed=done)  # type: ignore[arg-type]  # a share, not a count
+        self._started = time.monotonic()
+
+    def __enter__(self) -> ProgressLine:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def update(self, step: int, fraction: float, numbers: dict[str, float]) -> None:
+        """Show the newest numbers; `fraction` of the run is done."""
+        if not rank_zero():
+            return
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=fraction, description=_live_line(step, numbers))
+        elif step % self._log_every == 0:
+            elapsed = time.monotonic() - self._started
+            left = elapsed * (1 - fraction) / max(fraction - self._done, 1e-6)
+            get_logger().info("%s  eta %.0f s", _plain_line(step, numbers), left)
+
+
+PLAIN = ("loss", "mim", "mlm", "itc", "itm", "load_balancing", "lr", "samples_per_second")
+
+LIVE = {
+    "loss": "loss {:.3g}",
+    "mim": "mim {:.3g}",
+    "mlm": "mlm {:.3g}",
+    "itc": "itc {:.3g}",
+    "itm": "itm {:.3g}",
+    "lr": "lr {:.2g}",
+    "samples_per_second": "{:.4g}/s",
+    "load_balancing": "balance {:.3g}",
+}
+"""What a progress line shows of a record; the live one fits 80 columns, but for the balance."""
+
+
+def _plain_line(step: int, numbers: dict[str, float]) -> str:
+    return f"step {step}  " + "  ".join(f"{name} {numbers[name]:.4g}" for name in PLAIN if name in numbers)
+
+
+def _live_line(step: int, numbers: dict[str, float]) -> str:
+    return f"step {step} " + " ".join(text.format(numbers[name]) for name, text in LIVE.items() if name in numbers)
+
+
+def training_clock(device: torch.device) -> Callable[[], float]:
+    """The clock that training time is read from, in seconds.
+
+    On a CPU it is the time that the training thread computes: on cores that others share, wall time measures the
+    others. It stands still while the thread waits for other ranks, or for samples. An accelerator has the wall's.
+    """
+    return time.thread_time if device.type == "cpu" else time.perf_counter
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this process so far: allocated on the accelerator, or resident on the host without one."""
+    if torch.cuda.is_initialized():  # not where a CUDA device is present but DS_ACCELERATOR asks for the CPU
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,127 @@
+"""The output folder of a run: its lock, and whether it belongs to this run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from eve_ds.config import Config, ConfigError, parse_written_config
+from eve_ds.distributed import broadcast_object, rank_zero
+
+IDENTITY = ("model", "masking", "data", "loss", "task")
+"""Sections that may not change within one output folder, and neither may `train.seed`."""
+
+NO_IDENTITY = {"data": {"num_workers", "max_bad_share"}}
+"""Keys of them that may."""
+
+
+class FolderLock:
+    """At most one run writes into a folder; the lock ends with the process that holds it, however that ends.
+
+    A lock of the process, not of the open file: worker processes, which outlive a killed rank by seconds, must not
+    keep it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        self._file: TextIO | None = None
+
+    def acquire(self) -> None:
+        """Take it; raises ConfigError where another process has it."""
+        file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise ConfigError(
+                f"train.output_dir ({self.path.parent}) is being written by another run ({owner}): wait for its end, "
+                "or name another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> None:
+    """Create the output folder, or check that it can be written and belongs to this run.
+
+    Raises:
+        ConfigError: the folder cannot be written, holds another run, or holds a run although `resume` is `none`.
+    """
+    folder = config.train.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # permission bits say little about root, quotas, read-only mounts
+    except OSError as error:
+        raise ConfigError(
+            f"train.output_dir ({folder}) cannot be written: {error.strerror}; name another folder or change its "
+            "permissions"
+        ) from None
+    written = folder / "config.json"
+    if not written.is_file():
+        return
+    if resume == "none":
+        raise ConfigError(f"train.output_dir ({folder}) holds a run: use --resume auto, or name another folder")
+    try:
+        before = json.loads(written.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{written} is not JSON ({error}): restore it from a checkpoint of the run") from None
+    before = parse_written_config(before, str(written)).model_dump(
+        mode="json"
+    )  # with fields that are newer than the run
+    difference = _difference(_identity(before), _identity(config.model_dump(mode="json")))
+    if difference is not None:
+        key, then, now = difference
+        raise ConfigError(
+            f"train.output_dir ({folder}) is the folder of another run: its {key} is {then!r}, this run's is {now!r}; "
+            "name another folder"
+        )
+
+
+def _identity(tree: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run this run, by dotted key."""
+    identity = {"train.seed": tree.get("train", {}).get("seed")}
+    for section in IDENTITY:
+        identity |= {
+            f"{section}.{key}": value
+            for key, value in (tree.get(section) or {}).items()
+            if key not in NO_IDENTITY.get(section, ())
+        }
+    return identity
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """First key that differs, and both values."""
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
+def on_rank_zero(action: Callable[[], None]) -> None:
+    """Run it on rank 0; what it finds wrong with the configuration or the disk is raised on every rank."""
+    problem: str | None = None
+    if rank_zero():
+        try:
+            action()
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError(problem)

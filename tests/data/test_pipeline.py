@@ -1,0 +1,617 @@
+"""The loader: every sample once, exact positions, bad samples, mixtures, and its speed."""
+
+import io
+import json
+import logging
+import os
+import tarfile
+import time
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
+
+from eve_ds.config import ConfigError, parse_config
+from eve_ds.data import pipeline, transforms
+from eve_ds.data import shards as shards_module
+from eve_ds.data.batch import Batch
+from eve_ds.data.masking import sample_rng
+from eve_ds.data.order import Place
+from eve_ds.data.pipeline import Delivery, build_loader
+from eve_ds.data.sources import UnusableData, open_sources
+from eve_ds.data.synthetic.boxes import Boxes
+from eve_ds.data.synthetic.scenes import Scenes
+from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from eve_ds.data.transforms import TrainTransform
+
+CAPTION = "a small red circle"
+
+
+def jpeg(seed, width=40, height=30, quality=75):
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize((width, height)).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+JPEGS = [jpeg(seed) for seed in range(8)]
+
+
+def write_shards(folder, counts, change=None, index=True):
+    """Shards of pairs, written by webdataset; `change(number, fields)` may spoil the sample of that running number."""
+    folder.mkdir(exist_ok=True)
+    entries, number = [], 0
+    for shard, count in enumerate(counts):
+        path = folder / f"shard-{shard:06d}.tar"
+        with wds.TarWriter(str(path)) as writer:
+            for _ in range(count):
+                fields = {"jpg": JPEGS[number % len(JPEGS)], "txt": CAPTION.encode()}
+                writer.write({"__key__": f"{number:06d}"} | (change(number, fields) if change else fields))
+                number += 1
+        entries.append({"name": path.name, "samples": count, "bytes": path.stat().st_size, "sha256": "-"})
+    if index:
+        (folder / "index.json").write_text(json.dumps({"version": 1, "shards": entries}))
+    return {"kind": "shards", "shards": str(folder)}
+
+
+def keys_of(total):
+    return [f"{number:06d}" for number in range(total)]
+
+
+def make_config(*sources, batch=16, num_workers=0, seed=0, **data):
+    return parse_config(
+        {
+            "model": {"image_size": 32, "patch_size": 8, "vocab_size": 256},
+            "data": {"sources": list(sources), "num_workers": num_workers, "shuffle_buffer": 7, **data},
+            "train": {"train_batch_size": batch, "seed": seed},
+        }
+    )
+
+
+class Run:
+    """A loader that is closed at the end of the test; `take` returns batches, `keys` their keys."""
+
+    opened: list
+
+    def __init__(self, config, rank=0, world_size=1, batch=4, state=None, **options):
+        self.loader = build_loader(
+            config,
+            load_tokenizer("scenes"),
+            rank=rank,
+            world_size=world_size,
+            micro_batch_size=batch,
+            state=state,
+            **options,
+        )
+        self.opened.append(self.loader)
+
+    def take(self, count):
+        return list(islice(self.loader, count))
+
+    def keys(self, count):
+        return [batch.keys for batch in self.take(count)]
+
+    def state(self):
+        return json.loads(json.dumps(self.loader.state_dict()))
+
+
+@pytest.fixture(autouse=True)
+def _close_loaders():
+    Run.opened = []
+    yield
+    for loader in Run.opened:
+        loader.close()
+
+
+def flat(batches):
+    return [key for batch in batches for key in batch]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_sample_comes_once_per_epoch(tmp_path, world_size, num_workers):
+    """48 samples in uneven shards, one of them alone; fewer shards than ranks x workers for most combinations."""
+    config = make_config(write_shards(tmp_path, [20, 1, 27]), num_workers=num_workers)
+    epochs = 2
+    batches = [Run(config, rank, world_size, batch=4 // world_size).keys(12 * epochs) for rank in range(world_size)]
+    for epoch in range(epochs):
+        seen = [key for rank in batches for key in flat(rank[12 * epoch : 12 * (epoch + 1)])]
+        assert Counter(seen) == Counter(keys_of(48))
+    assert flat(batches[0][:12]) != flat(batches[0][12:]), "both epochs have the same order"
+
+
+def test_worker_count_does_not_change_the_order(tmp_path):
+    source = write_shards(tmp_path, [20, 1, 27])
+    expected = Run(make_config(source)).keys(20)
+    for num_workers in (1, 2):
+        assert Run(make_config(source, num_workers=num_workers)).keys(20) == expected
+
+
+def test_world_size_does_not_change_the_global_batch(tmp_path):
+    config = make_config(write_shards(tmp_path, [20, 1, 27]))
+    alone = Run(config, batch=16).keys(6)
+    four = [Run(config, rank, 4, batch=4).keys(6) for rank in range(4)]
+    assert [sorted(batch) for batch in alone] == [sorted(flat(parts)) for parts in zip(*four, strict=True)]
+
+
+def test_one_shard_serves_many_ranks_and_workers(tmp_path):
+    config = make_config(write_shards(tmp_path, [64]), num_workers=2, batch=64)
+    seen = [key for rank in range(8) for key in flat(Run(config, rank, 8, batch=4).keys(2))]
+    assert Counter(seen) == Counter(keys_of(64))
+
+
+def test_without_an_index_the_order_is_the_same(tmp_path, caplog):
+    with_index = Run(make_config(write_shards(tmp_path, [20, 1, 27]))).keys(12)
+    (tmp_path / "index.json").unlink()
+    assert Run(make_config({"kind": "shards", "shards": str(tmp_path)})).keys(12) == with_index
+    assert caplog.text.count("have no entry in an index.json") == 1
+
+
+def spoil(number, fields):
+    """One sample in nine cannot be used."""
+    return fields | {"jpg": fields["jpg"][:300]} if number % 9 == 4 else fields
+
+
+def same(first, second):
+    assert first.keys == second.keys
+    assert [name for name, value in vars(first).items() if value is None] == [
+        name for name, value in vars(second).items() if value is None
+    ]
+    assert all(torch.equal(*tensors) for tensors in zip(first.tensors(), second.tensors(), strict=True))
+
+
+@pytest.mark.parametrize(("num_workers", "stop"), [(0, 0), (0, 1), (0, 9), (0, 17), (2, 1), (2, 17)])
+def test_resumed_run_goes_on_with_the_same_batches(tmp_path, num_workers, stop):
+    """A rank of two, bad samples on the way, over the end of an epoch; keys, pixels, masks and counts are compared."""
+    config = make_config(
+        write_shards(tmp_path, [20, 1, 27], spoil),
+        {"kind": "scenes", "num_samples": 30},
+        num_workers=num_workers,
+        max_bad_share=1.0,
+        crop_scale=[0.3, 1.0],
+        horizontal_flip=0.5,
+    )
+    whole = Run(config, 1, 2)
+    expected = whole.take(24)
+    first = Run(config, 1, 2)
+    head = first.take(stop)
+    state = first.state()
+    first.loader.close()
+    rest = Run(config, 1, 2, state=state)
+    for batch, other in zip(expected, head + rest.take(24 - stop), strict=True):
+        same(batch, other)
+    assert rest.loader.skipped == whole.loader.skipped
+    assert rest.loader.num_samples == whole.loader.num_samples == 24 * 4
+    assert rest.state()["position"] == whole.state()["position"]
+
+
+@pytest.mark.parametrize("kind", ["scenes", "boxes"])
+def test_generated_samples_are_those_of_their_data_set(kind):
+    config = make_config({"kind": kind, "num_samples": 30, "seed": 5})
+    data_set = Scenes("easy", 5) if kind == "scenes" else Boxes(5)
+    source = open_sources(config)[0]
+    transform = TrainTransform(config.model.image_size, (1.0, 1.0), 0.0, 0)
+    for number in (0, 29):
+        sample = source.read(Place(source=0, epoch=0, shard=0, number=number, slot=number))
+        assert sample.caption == data_set[number].caption
+        assert np.array_equal(sample.image, transform(data_set[number].image, None, 0, sample.key))
+        assert sample.key == f"{'scenes-easy' if kind == 'scenes' else 'boxes'}-5-{number:08d}"
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (2, 1)])
+def test_another_worker_count_finishes_the_same_epoch(tmp_path, before, after):
+    source = write_shards(tmp_path, [20, 1, 27])
+    first = Run(make_config(source, num_workers=before))
+    seen = flat(first.keys(5))
+    seen += flat(Run(make_config(source, num_workers=after), state=first.state()).keys(7))
+    assert Counter(seen) == Counter(keys_of(48))
+
+
+@pytest.mark.parametrize(("old", "new"), [((2, 4), (1, 8)), ((1, 4), (4, 1)), ((2, 4), (3, 2))])
+def test_another_world_size_finishes_the_same_epoch(tmp_path, old, new):
+    source = write_shards(tmp_path, [20, 1, 27], spoil)
+    good = [key for number, key in enumerate(keys_of(48)) if number % 9 != 4]
+    config = make_config(source, max_bad_share=1.0)
+    runs = [Run(config, rank, old[0], batch=old[1]) for rank in range(old[0])]
+    seen = [key for run in runs for key in flat(run.keys(2))]
+    states = [run.state() for run in runs]
+    resumed = [Run(config, rank, new[0], batch=new[1], state=states) for rank in range(new[0])]
+    assert sum(run.loader.num_samples for run in resumed) == len(seen)
+    left = len(good) - len(seen)
+    per_rank = -(-left // (new[0] * new[1])) + 2
+    seen += [key for run in resumed for key in flat(run.keys(per_rank))]
+    counts = Counter(seen)
+    assert set(counts) == set(good)
+    assert max(counts.values()) <= 2
+    assert counts.total() - len(good) == sum(count - 1 for count in counts.values())
+
+
+def test_states_of_all_ranks_also_serve_the_same_world(tmp_path):
+    config = make_config(write_shards(tmp_path, [48]))
+    runs = [Run(config, rank, 2) for rank in range(2)]
+    for run in runs:
+        run.take(3)
+    states = [run.state() for run in runs]
+    for rank, run in enumerate(runs):
+        assert Run(config, rank, 2, state=states).keys(4) == run.keys(4)
+
+
+def test_resuming_reads_and_decodes_nothing_that_was_served(tmp_path, monkeypatch):
+    config = make_config(write_shards(tmp_path, [16] * 10))
+    first = Run(config)
+    first.take(38)
+    state = first.state()
+    opened, read, decoded = [], [], []
+    open_shard, read_sample, resize = shards_module.ShardFile.__init__, shards_module.ShardFile.read, transforms.resize
+    monkeypatch.setattr(
+        shards_module.ShardFile, "__init__", lambda self, path: opened.append(path) or open_shard(self, path)
+    )
+    monkeypatch.setattr(
+        shards_module.ShardFile, "read", lambda self, number: read.append(number) or read_sample(self, number)
+    )
+    monkeypatch.setattr(transforms, "resize", lambda *args: decoded.append(1) or resize(*args))
+    resumed = Run(config, state=state)
+    assert opened == read == decoded == []
+    resumed.take(2)
+    assert len(read) == len(decoded) == 8
+    assert len(set(opened)) <= 8
+
+
+def test_a_rank_opens_the_shards_of_its_lanes_only(tmp_path, monkeypatch):
+    config = make_config(write_shards(tmp_path, [16] * 16), batch=16, shuffle_buffer=16)
+    opened = [set(), set()]
+    original = shards_module.ShardFile.__init__
+    for rank in range(2):
+
+        def counted(self, path, seen=opened[rank]):
+            seen.add(path)
+            original(self, path)
+
+        monkeypatch.setattr(shards_module.ShardFile, "__init__", counted)
+        Run(config, rank, 2, batch=8).take(16)
+    assert len(opened[0]) == len(opened[1]) == 8
+    assert opened[0].isdisjoint(opened[1])
+
+
+BAD_SAMPLES = {
+    "truncated image": lambda fields: fields | {"jpg": fields["jpg"][:300]},
+    "unreadable image": lambda fields: fields | {"jpg": b"<html>404</html>"},
+    "zero-size image": lambda fields: fields | {"jpg": b""},
+    "decompression bomb": lambda fields: {"png": bomb(), "txt": fields["txt"]},
+    "missing caption": lambda fields: {"jpg": fields["jpg"]},
+    "missing image": lambda fields: {"txt": fields["txt"]},
+    "non-UTF-8 caption": lambda fields: fields | {"txt": b"\xe9t\xe9"},
+}
+
+
+def bomb():
+    buffer = io.BytesIO()
+    Image.new("1", (12_000, 8_000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples_are_skipped_counted_and_logged(tmp_path, num_workers, caplog):
+    reasons = list(BAD_SAMPLES)
+
+    def change(number, fields):
+        return BAD_SAMPLES[reasons[number]](fields) if number < len(reasons) else fields
+
+    source = write_shards(tmp_path, [30, 19], change)
+    with tarfile.open(tmp_path / "shard-000001.tar") as tar:
+        broken = [member for member in tar if member.name.startswith("000040.")]
+    with open(tmp_path / "shard-000001.tar", "r+b") as file:
+        for member in broken:
+            file.seek(member.offset)
+            file.write(b"\xff" * (member.offset_data - member.offset))
+    run = Run(make_config(source, num_workers=num_workers, max_bad_share=1.0))
+    good = [key for key in keys_of(49)[len(reasons) :] if key != "000040"]
+    assert set(flat(run.keys(15))) == set(good)
+    assert set(run.loader.skipped) == {*reasons, "broken tar entry"}
+    assert run.loader.num_samples == 60
+    for number, reason in enumerate(reasons):
+        assert f"skipped 1 samples so far for '{reason}'; shard {tmp_path}/shard-000000.tar" in caplog.text
+        assert f"key {number:06d}: {reason}" in caplog.text
+    assert "shard-000001.tar, sample 18: broken tar entry (only 18 samples can be found" in caplog.text
+
+
+def test_empty_caption_counts_as_missing(tmp_path):
+    run = Run(make_config(write_shards(tmp_path, [8], lambda n, f: f | {"txt": b" \n"} if n == 3 else f)))
+    assert "000003" not in flat(run.keys(2))
+    assert run.loader.skipped == {"missing caption": 1}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run(tmp_path, num_workers):
+    """1 % of the first 1,000 is 10: the eleventh bad sample is one too many."""
+    config = make_config(write_shards(tmp_path, [27, 27], spoil), num_workers=num_workers)
+    run = Run(config)
+    with pytest.raises(UnusableData) as caught:
+        run.take(100)
+    assert run.loader.num_samples == pytest.approx(11 * 8, abs=12)
+    text = str(caught.value)
+    assert text.startswith("11 of ")
+    assert (
+        "cannot be used, more than data.max_bad_share (0.01) allows; truncated image 11; the last one: shard " in text
+    )
+    assert "shard-00000" in text
+    assert ", key 0000" in text
+
+
+def test_few_bad_samples_do_not_stop_a_run(tmp_path):
+    run = Run(make_config(write_shards(tmp_path, [27, 27], spoil), max_bad_share=0.12))
+    run.take(300)
+    assert run.loader.skipped.total() / (run.loader.skipped.total() + 1200) == pytest.approx(1 / 9, abs=0.005)
+
+
+def test_data_without_any_good_sample_stops_the_run(tmp_path):
+    source = write_shards(tmp_path, [10], lambda number, fields: {"jpg": fields["jpg"]})
+    with pytest.raises(UnusableData, match=r"1000 of 1000 samples cannot be used, more than .* missing caption 1000"):
+        Run(make_config(source, max_bad_share=0.5)).take(1)
+    with pytest.raises(UnusableData, match="1000 samples cannot be used between two batches; missing caption 1000"):
+        Run(make_config(source, max_bad_share=1.0)).take(1)
+
+
+def test_a_shard_that_disappears_is_skipped(tmp_path):
+    run = Run(make_config(write_shards(tmp_path, [4, 4]), max_bad_share=1.0))
+    (tmp_path / "shard-000001.tar").unlink()
+    assert Counter(flat(run.keys(1))) == Counter(keys_of(4))
+    run.take(2)
+    assert run.loader.skipped["unreadable shard"] >= 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_more_samples_than_the_index_says_stop_the_run(tmp_path, num_workers):
+    source = write_shards(tmp_path, [8])
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["shards"][0]["samples"] = 6
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        UnusableData, match=r"shard-000000\.tar holds 8 samples, its index says 6: write the index again"
+    ):
+        Run(make_config(source)).take(1)
+
+
+def test_image_only_and_text_only_sources_mix(tmp_path):
+    pair = write_shards(tmp_path / "pair", [20])
+    image = write_shards(tmp_path / "image", [20], lambda number, fields: {"jpg": fields["jpg"]})
+    text = write_shards(tmp_path / "text", [20], lambda number, fields: {"txt": fields["txt"]})
+    run = Run(make_config(pair, image | {"modalities": "image"}, text | {"modalities": "text"}), batch=16)
+    seen = Counter()
+    for batch in run.take(60):
+        images = batch.image_mask if batch.image_mask is not None else torch.ones(16, dtype=torch.bool)
+        captions = batch.attention_mask.any(1)
+        seen.update(zip(images.tolist(), captions.tolist(), strict=True))
+        assert (batch.normalized_pixels.flatten(1).abs().sum(1) > 0).tolist() == images.tolist()
+    assert set(seen) == {(True, True), (True, False), (False, True)}
+    assert all(count / 960 == pytest.approx(1 / 3, abs=0.06) for count in seen.values())
+    assert not run.loader.skipped
+
+
+@pytest.mark.parametrize(("modalities", "absent"), [("image", "input_ids"), ("text", "pixel_values")])
+def test_one_modality_alone_leaves_the_other_out(tmp_path, modalities, absent):
+    for source in (write_shards(tmp_path, [20]), {"kind": "scenes"}):
+        batch = Run(make_config(source | {"modalities": modalities})).take(1)[0]
+        assert getattr(batch, absent) is None
+
+
+def test_any_takes_what_a_sample_has(tmp_path):
+    def change(number, fields):
+        return {0: fields, 1: {"jpg": fields["jpg"]}, 2: {"txt": fields["txt"]}, 3: {"json": b"{}"}}[number % 4]
+
+    run = Run(make_config(write_shards(tmp_path, [40], change) | {"modalities": "any"}, max_bad_share=1.0))
+    batch = run.take(1)[0]
+    for row, key in enumerate(batch.keys):
+        expected = {0: (True, True), 1: (True, False), 2: (False, True)}[int(key) % 4]
+        assert (bool(batch.image_mask[row]), bool(batch.attention_mask[row].any())) == expected
+    run.take(10)
+    assert set(run.loader.skipped) == {"empty sample"}
+
+
+def test_mixture_of_scenes_and_shards_meets_its_weights(tmp_path):
+    config = make_config(write_shards(tmp_path, [20]) | {"weight": 1}, {"kind": "scenes", "weight": 3}, batch=64)
+    keys = flat(Run(config, batch=64).keys(64))
+    assert sum(key.startswith("scenes-easy-0-") for key in keys) / len(keys) == pytest.approx(0.75, abs=0.027)
+
+
+def test_scenes_are_those_of_the_generator():
+    from eve_ds.data.synthetic.scenes import Scenes
+
+    config = parse_config({"model": {"image_size": 64, "patch_size": 8}, "train": {"train_batch_size": 8}})
+    batch = Run(config, batch=8).take(1)[0]
+    scenes = Scenes("easy", 0, "train")
+    for row, key in enumerate(batch.keys):
+        scene = scenes[int(key.rpartition("-")[2])]
+        expected = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 127.5 - 1
+        torch.testing.assert_close(batch.normalized_pixels[row], expected, rtol=0, atol=1e-6)
+        assert batch.attention_mask[row].sum() == len(load_tokenizer("scenes")(scene.caption)["input_ids"])
+
+
+def test_masks_are_the_same_at_every_world_size_and_worker_count(tmp_path):
+    source = write_shards(tmp_path, [16])
+
+    def masks(batches):
+        return {key: mask.tolist() for b in batches for key, mask in zip(b.keys, b.masked_patch_ids, strict=True)}
+
+    alone = masks(Run(make_config(source), batch=16).take(1))
+    config = make_config(source, num_workers=2)
+    many = masks(batch for rank in range(2) for batch in Run(config, rank, 2, batch=2).take(4))
+    assert alone == many
+    assert len(alone) == 16
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_worker_processes_may_be_started_in_any_way(tmp_path, start_method):
+    source = write_shards(tmp_path, [48])
+    run = Run(make_config(source, num_workers=1), start_method=start_method)
+    assert run.keys(6) == Run(make_config(source)).keys(6)
+
+
+def test_batches_are_page_locked_where_that_is_asked_for(tmp_path, monkeypatch):
+    """By this process where it reads samples, else by torch, which has no such memory here: what it is told counts."""
+    source = write_shards(tmp_path, [16])
+    pinned = []
+
+    def pin(batch):
+        pinned.append(batch.keys)
+        return batch
+
+    monkeypatch.setattr(Batch, "pin_memory", pin)
+    plain = Run(make_config(source)).keys(4)
+    assert not pinned
+    assert Run(make_config(source), pin_memory=True).keys(4) == pinned == plain
+    told, delivery = [], Delivery(Run(make_config(source)).take(1)[0], 4, [])
+    monkeypatch.setattr(pipeline, "DataLoader", lambda *_, **options: told.append(options["pin_memory"]) or [delivery])
+    for pin_memory in (True, False):
+        Run(make_config(source, num_workers=1), pin_memory=pin_memory).take(1)
+    assert told == [True, False]
+    assert torch_pinned(delivery) == delivery
+    assert pinned[4:] == [delivery.batch.keys]
+    failed = Delivery(None, 4, [], "a.tar is damaged")
+    assert torch_pinned(failed) == failed
+
+
+def test_a_state_stays_that_of_its_moment(tmp_path):
+    """A run keeps it while it fetches the batches of the next step."""
+    run = Run(make_config(write_shards(tmp_path, [16])))
+    run.take(1)
+    state = run.loader.state_dict()
+    then = json.dumps(state)
+    run.loader.skipped["unreadable image"] += 1
+    run.take(2)
+    assert json.dumps(state) == then != json.dumps(run.loader.state_dict())
+
+
+def test_close_ends_the_workers_and_the_stream(tmp_path):
+    others = _children()  # processes that Python keeps for itself
+    run = Run(make_config(write_shards(tmp_path, [48]), num_workers=2))
+    run.take(3)
+    assert len(_children() - others) == 2
+    run.loader.close()
+    assert _children() <= others
+    assert run.take(1) == []
+
+
+def _children():
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return set(file.read().split())
+
+
+def test_global_random_state_is_left_alone(tmp_path):
+    source = write_shards(tmp_path, [16])
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    Run(make_config(source, num_workers=1)).take(2)
+    assert torch.rand(1) == expected
+
+
+def test_tokenizer_larger_than_the_vocabulary_is_refused():
+    tokenizer = train_tokenizer([chr(0x4E00 + number) for number in range(600)], 700)
+    with pytest.raises(ConfigError, match=r"vocabulary of 605 tokens, larger than model\.vocab_size \(256\)"):
+        build_loader(make_config({"kind": "scenes"}), tokenizer, rank=0, world_size=1, micro_batch_size=2)
+
+
+def test_missing_and_empty_shards_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"shard .*000000\.tar does not exist \(2 of 2 shards are missing\)"):
+        Run(make_config({"kind": "shards", "shards": f"{tmp_path}/{{000000..000001}}.tar"}))
+    with pytest.raises(ConfigError, match=r"shard-000001\.tar is empty"):
+        Run(make_config(write_shards(tmp_path, [3, 0])))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"train\.seed \(1\) differs from the saved data position's \(0\)"),
+        ({"shuffle_buffer": 9}, r"data\.shuffle_buffer \(9\) differs from the saved data position's \(7\)"),
+    ],
+)
+def test_position_of_another_order_is_refused(tmp_path, change, message):
+    source = write_shards(tmp_path, [48])
+    state = Run(make_config(source)).state()
+    with pytest.raises(ConfigError, match=message):
+        Run(make_config(source, **change), state=state)
+
+
+def test_position_of_other_data_is_refused(tmp_path):
+    state = Run(make_config(write_shards(tmp_path / "a", [48]))).state()
+    with pytest.raises(ConfigError, match=r"data\.sources \(\['1 shards, 47 samples.*differs"):
+        Run(make_config(write_shards(tmp_path / "b", [47])), state=state)
+    with pytest.raises(ConfigError, match=r"data\.sources\.weight \(\[2\.0\]\) differs"):
+        Run(make_config(write_shards(tmp_path / "c", [48]) | {"weight": 2.0}), state=state)
+    assert Run(make_config(write_shards(tmp_path / "d", [48])), state=state).keys(1), "the same data elsewhere"
+
+
+def test_position_of_one_rank_is_not_enough_for_another_world(tmp_path):
+    config = make_config(write_shards(tmp_path, [48]))
+    state = Run(config, 1, 2).state()
+    with pytest.raises(
+        ConfigError, match=r"saved on 2 ranks with 4 samples per batch, this run has 1 with 4: give the"
+    ):
+        Run(config, state=state)
+    with pytest.raises(ConfigError, match="data position has version 7, only 1 can be read"):
+        Run(config, 1, 2, state=state | {"version": 7})
+
+
+def test_another_batch_size_keeps_the_order_that_was_begun(tmp_path):
+    source = write_shards(tmp_path, [96])
+    first = Run(make_config(source, batch=16), batch=16)
+    seen = flat(first.keys(2))
+    seen += flat(Run(make_config(source, batch=32), batch=32, state=[first.state()]).keys(2))
+    assert Counter(seen) == Counter(keys_of(96))
+
+
+def test_as_fast_as_a_bare_webdataset_loop(tmp_path):
+    """Samples per CPU-second against webdataset with the same decode and crop: one thread, interleaved.
+
+    A round is an epoch of photograph-like JPEGs, 320 x 240 to 224 pixels, and opens the shards anew. Crops have the
+    same area, so that rounds are the same work and the best of them counts: whatever else runs on the machine can only
+    slow a round down. The loader also tokenises and masks.
+    """
+    torch.set_num_threads(1)
+    photos = [jpeg(seed, 320, 240, quality=90) for seed in range(4)]
+    source = write_shards(tmp_path, [50, 50], lambda number, fields: fields | {"jpg": photos[number % 4]})
+    config = parse_config(
+        {
+            "model": {"image_size": 224, "patch_size": 16, "vocab_size": 256},
+            "data": {"sources": [source], "crop_scale": [0.5, 0.5]},
+            "train": {"train_batch_size": 20},
+        }
+    )
+    loader = Run(config, batch=20).loader
+
+    def ours():
+        for shards in loader._sources:
+            shards.close()
+        yield from islice(loader, 5)
+
+    def bare():
+        shards = str(tmp_path / "shard-{000000..000001}.tar")
+        stream = iter(wds.WebDataset(shards, shardshuffle=2).shuffle(1000).map(decode))
+        while images := [image for image, _ in islice(stream, 20)]:
+            yield transforms.channels_first(np.stack(images))
+
+    def decode(sample):
+        image = transforms.open_image(sample["jpg"])
+        box = transforms.crop_box(*image.size, config.data.crop_scale, sample_rng(0, 0, sample["__key__"]))
+        return transforms.resize(image, box, 224), sample["txt"].decode()
+
+    rounds = [(cpu_seconds(ours), cpu_seconds(bare)) for _ in range(12)]
+    best_ours, best_bare = (min(times) for times in zip(*rounds, strict=True))
+    logging.getLogger("eve_ds").info(
+        "loader %.0f, bare webdataset %.0f samples per CPU-second", 100 / best_ours, 100 / best_bare
+    )
+    assert best_bare / best_ours >= 0.9
+
+
+def cpu_seconds(one_epoch):
+    start = time.process_time()
+    for _ in one_epoch():  # both hold a batch while they make the next: fresh memory for 12 MB takes time, too
+        pass
+    return time.process_time() - start

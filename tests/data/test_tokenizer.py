@@ -1,0 +1,180 @@
+import json
+import random
+import re
+from collections import Counter
+from importlib import resources
+from itertools import pairwise
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from eve_ds.config import ConfigError
+from eve_ds.data.synthetic.boxes import boxes_corpus, vocabulary
+from eve_ds.data.synthetic.scene_tasks import Questions, Statements, scenes_corpus
+from eve_ds.data.synthetic.scenes import Scenes
+from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
+
+CAPTIONS = [
+    "A man rides a brown horse, slowly.",
+    "Two horses ride across a field in the rain",
+    "the Café's brown dog; the rain...",
+    "a riding man and a raining field",
+]
+
+
+@pytest.fixture(scope="module")
+def scenes_tokenizer():
+    return load_tokenizer("scenes")
+
+
+def test_special_tokens_have_the_first_ids(scenes_tokenizer):
+    for tokenizer in (scenes_tokenizer, train_tokenizer(CAPTIONS, 200)):
+        assert tokenizer.pad_token_id == 0
+        assert tokenizer.unk_token_id == 1
+        assert tokenizer.cls_token_id == 2
+        assert tokenizer.sep_token_id == 3
+        assert tokenizer.mask_token_id == 4
+        assert sorted(tokenizer.all_special_ids) == [0, 1, 2, 3, 4]
+
+
+def test_scenes_tokenizer_has_one_token_per_word(scenes_tokenizer):
+    assert len(scenes_tokenizer) <= 256
+    texts = [text for level in ("easy", "hard") for index in range(1500) for text in texts_of(level, index)]
+    words = {word for text in texts for word in text.replace("?", " ?").split()}
+    assert len(words) > 50
+    for word in words:
+        assert scenes_tokenizer.tokenize(word) == [word]
+    for text in texts[:300]:
+        expected = ["[CLS]", *text.replace("?", " ?").split(), "[SEP]"]
+        assert scenes_tokenizer.convert_ids_to_tokens(scenes_tokenizer(text).input_ids) == expected
+
+
+def texts_of(level, index):
+    question = Questions(level, split="val")[index]
+    return [
+        Scenes(level, split="val")[index].caption,
+        question.question,
+        question.answer,
+        Statements(level)[index].text,
+    ]
+
+
+def test_boxes_tokenizer_has_one_token_per_word_and_letters_for_others():
+    tokenizer = load_tokenizer("boxes")
+    assert all(tokenizer.tokenize(word) == [word] for word in vocabulary())
+    typed = tokenizer("There are attleast 2 towers, which's bigg.")["input_ids"]
+    assert tokenizer.unk_token_id not in typed
+
+
+@pytest.mark.parametrize(("name", "corpus", "size"), [("scenes", scenes_corpus, 256), ("boxes", boxes_corpus, 512)])
+def test_shipped_tokenizer_is_what_training_gives(name, corpus, size):
+    trained = train_tokenizer(corpus(), size)
+    shipped = (resources.files("eve_ds") / "data" / "synthetic" / f"{name}_tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(trained.backend_tokenizer.to_str()) == json.loads(shipped)
+
+
+def test_training_depends_on_the_captions_only():
+    shuffled = CAPTIONS * 3
+    random.Random(0).shuffle(shuffled)
+    first = train_tokenizer(CAPTIONS * 3, 120).backend_tokenizer.to_str()
+    for _ in range(5):
+        assert train_tokenizer(iter(shuffled), 120).backend_tokenizer.to_str() == first
+
+
+@pytest.mark.parametrize(
+    "text", ["low " * 5 + "lower " * 2 + "newest " * 6 + "widest " * 3, " ".join(CAPTIONS).lower()]
+)
+def test_every_merge_is_of_the_most_frequent_pair(text):
+    """Replays the merges on pairs counted independently; among equally frequent pairs any may come first."""
+    counts = Counter(re.findall(r"\w+|[^\w\s]", text))
+    words = {word: [word[0], *("##" + char for char in word[1:])] for word in counts}
+    model = json.loads(train_tokenizer([text], 1000).backend_tokenizer.to_str())["model"]
+    for merge in map(tuple, model["merges"]):
+        pairs = Counter()
+        for word, pieces in words.items():
+            for pair in pairwise(pieces):
+                pairs[pair] += counts[word]
+        assert pairs[merge] == max(pairs.values())
+        for pieces in words.values():
+            for i in range(len(pieces) - 2, -1, -1):
+                if tuple(pieces[i : i + 2]) == merge:
+                    pieces[i : i + 2] = [pieces[i] + pieces[i + 1].removeprefix("##")]
+    assert all(pieces == [word] for word, pieces in words.items())
+
+
+def test_text_survives_up_to_case_and_width():
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    for caption in CAPTIONS[1], CAPTIONS[3], "rain dog Horse field", "brown \N{FULLWIDTH LATIN SMALL LETTER A} man":
+        expected = caption.lower().replace("\N{FULLWIDTH LATIN SMALL LETTER A}", "a")
+        assert tokenizer.decode(tokenizer(caption).input_ids, skip_special_tokens=True) == expected
+    assert tokenizer.tokenize("dog, cafe") == ["dog", ",", *tokenizer.tokenize("cafe")]
+
+
+def test_unseen_characters_become_unknown_and_unseen_words_pieces(scenes_tokenizer):
+    assert scenes_tokenizer.unk_token_id in scenes_tokenizer("a \N{SNOWMAN} circle").input_ids
+    pieces = scenes_tokenizer.tokenize("starling")
+    assert len(pieces) > 1
+    assert "".join(piece.removeprefix("##") for piece in pieces) == "starling"
+
+
+def test_mask_token_in_text_is_the_mask(scenes_tokenizer):
+    ids = scenes_tokenizer("a [MASK] circle").input_ids
+    assert ids[2] == scenes_tokenizer.mask_token_id
+
+
+def test_saved_folder_and_file_load_the_same(tmp_path):
+    tokenizer = train_tokenizer(CAPTIONS, 150)
+    tokenizer.save_pretrained(tmp_path / "folder")
+    tokenizer.backend_tokenizer.save(str(tmp_path / "alone.json"))
+    for path in (tmp_path / "folder", str(tmp_path / "folder"), tmp_path / "alone.json"):
+        loaded = load_tokenizer(path)
+        assert loaded(CAPTIONS).input_ids == tokenizer(CAPTIONS).input_ids
+        assert loaded.mask_token_id == tokenizer.mask_token_id
+
+
+def test_training_refuses_nothing_and_too_small_a_vocabulary():
+    with pytest.raises(ConfigError, match="captions to train the tokenizer on are empty"):
+        train_tokenizer(["", "  "], 100)
+    with pytest.raises(ConfigError, match=r"vocab_size \(20\) must be at least \d+: the special tokens and the"):
+        train_tokenizer(CAPTIONS, 20)
+    least = len(train_tokenizer(["ab"], 100)) - 1  # specials, a, b, ##b and, merged, ab
+    assert len(train_tokenizer(["ab"], least)) == least
+    with pytest.raises(ConfigError, match=rf"vocab_size \({least - 1}\) must be at least {least}"):
+        train_tokenizer(["ab"], least - 1)
+
+
+def test_rare_characters_beyond_the_alphabet_are_unknown(monkeypatch):
+    monkeypatch.setattr("eve_ds.data.tokenizer.MAX_ALPHABET", 2)
+    tokenizer = train_tokenizer(["aab", "ab", "abz"], 100)
+    assert "[UNK]" in tokenizer.tokenize("z")
+    assert tokenizer.tokenize("ab") == ["ab"]
+
+
+def test_unusable_tokenizers_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"tokenizer file .*absent\.json cannot be read"):
+        load_tokenizer(tmp_path / "absent.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer file .*broken\.json cannot be read"):
+        load_tokenizer(tmp_path / "broken.json")
+    with pytest.raises(ConfigError, match=r"tokenizer folder .*nowhere does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"tokenizer '.*empty' is not 'scenes' or 'boxes', a tokenizer\.json"):
+        load_tokenizer(tmp_path / "empty")
+    plain = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    plain.save(str(tmp_path / "plain.json"))
+    with pytest.raises(ConfigError, match=r"plain\.json has no \[PAD\], \[CLS\], \[SEP\], \[MASK\]; give the folder"):
+        load_tokenizer(tmp_path / "plain.json")
+
+
+def test_tokenizers_without_mask_or_template_are_refused(tmp_path):
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=plain, **specials).save_pretrained(tmp_path / "no_mask")
+    with pytest.raises(ConfigError, match="has no mask_token; masked signal modelling needs all of them"):
+        load_tokenizer(tmp_path / "no_mask")
+    PreTrainedTokenizerFast(tokenizer_object=plain, **specials, mask_token="[MASK]").save_pretrained(tmp_path / "bare")
+    with pytest.raises(ConfigError, match=r"does not put \[CLS\] before and \[SEP\] after a text"):
+        load_tokenizer(tmp_path / "bare")

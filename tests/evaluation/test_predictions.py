@@ -1,0 +1,122 @@
+"""Evaluation: every query once, the same answers whatever the batch size, completed after a kill."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eve_ds.config import ConfigError, parse_config
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.evaluation.predictions import evaluate, read_predictions
+from eve_ds.model.eve import initialize_weights
+from eve_ds.tasks.batches import TaskCollator
+from eve_ds.tasks.examples import Example
+from eve_ds.tasks.formats import load_examples
+from eve_ds.tasks.task import new_task
+
+
+class Prepared:
+    """A task with a drawn model and twenty examples of scenes."""
+
+    def __init__(self, tree):
+        self.config = parse_config(tree)
+        self.examples = load_examples(self.config, "val")
+        self.task = new_task(self.config, self.examples)
+        self.model = self.task.model()
+        initialize_weights(self.model, self.config.model, seed=3)
+
+    def evaluate(self, out, *, batch_size=8, examples=None, weights="w"):
+        return evaluate(
+            self.task,
+            self.model,
+            self.examples if examples is None else examples,
+            TaskCollator(self.config, load_tokenizer("scenes")),
+            out=out,
+            weights=weights,
+            batch_size=batch_size,
+        )
+
+
+@pytest.mark.parametrize("name", ["vqa", "nlvr", "retrieval"])
+def test_predictions_do_not_depend_on_the_batch_size(tmp_path, task_tree, name):
+    prepared = Prepared(task_tree(name))
+    results = [prepared.evaluate(tmp_path / str(size), batch_size=size) for size in (1, 7, 64)]
+    assert results[0] == results[1] == results[2]
+    written = [(tmp_path / str(size) / "predictions.jsonl").read_text() for size in (1, 7, 64)]
+    keys = [json.loads(line)["key"] for line in written[0].splitlines()]
+    assert keys == prepared.task.queries(prepared.examples)
+    if name == "retrieval":
+        assert written[0] == written[1] == written[2]
+    else:  # scores are written to five decimals, the last of which may be rounded either way
+        for one, other in zip(*(read_predictions(tmp_path / str(size)).values() for size in (1, 64)), strict=True):
+            assert one["answer"] == other["answer"]
+            for field in one.keys() - {"key", "answer"}:
+                assert one[field] == pytest.approx(other[field], abs=2e-5)
+
+
+def test_a_killed_evaluation_is_completed(tmp_path, task_tree, monkeypatch):
+    prepared = Prepared(task_tree("vqa"))
+    whole = prepared.evaluate(tmp_path / "whole")
+    expected = (tmp_path / "whole" / "predictions.jsonl").read_text()
+    # As two killed ranks leave it: some lines each, one of them half written.
+    lines = expected.splitlines(keepends=True)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "evaluation.json").write_text((tmp_path / "whole" / "evaluation.json").read_text())
+    (broken / "predictions.part-00000.jsonl").write_text(lines[0] + lines[2] + lines[4][:9])
+    (broken / "predictions.part-00001.jsonl").write_text(lines[1])
+    asked = []
+    predict = prepared.task.predict
+    monkeypatch.setattr(
+        prepared.task,
+        "predict",
+        lambda model, examples, todo, *rest: asked.extend(todo) or predict(model, examples, todo, *rest),
+    )
+    assert prepared.evaluate(broken) == whole
+    assert asked == [json.loads(line)["key"] for line in [lines[3], *lines[4:]]]
+    assert (broken / "predictions.jsonl").read_text() == expected
+    assert sorted(path.name for path in broken.iterdir()) == ["evaluation.json", "metrics.json", "predictions.jsonl"]
+    assert prepared.evaluate(broken) == whole  # nothing is left to do
+    assert (broken / "predictions.jsonl").read_text() == expected
+
+
+def test_predictions_of_another_model_or_of_other_data_are_not_mixed(tmp_path, task_tree):
+    prepared = Prepared(task_tree("vqa"))
+    prepared.evaluate(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds predictions of other weights \(w, now v\): name another folder"):
+        prepared.evaluate(tmp_path, weights="v")
+    with pytest.raises(
+        ConfigError, match=r"holds predictions of other examples \(scenes vqa easy 0 val 20, now 5 exam"
+    ):
+        prepared.evaluate(tmp_path, examples=prepared.examples[:5])
+
+
+def test_a_missing_image_is_counted_and_not_a_wrong_answer(tmp_path, task_tree):
+    prepared = Prepared(task_tree("vqa"))
+    examples = [*prepared.examples[:6], Example("x", (tmp_path / "gone.png",), "what?", "", ("red",))]
+    examples.append(Example("y", (b"no image",), "what?", "", ("red",)))
+    metrics = prepared.evaluate(tmp_path / "out", examples=examples)
+    assert metrics["num_examples"] == 6
+    assert {key: value for key, value in metrics.items() if key.startswith("skipped")} == {
+        "skipped/missing image": 1,
+        "skipped/unreadable image": 1,
+    }
+    assert read_predictions(tmp_path / "out")["x"] == {"key": "x", "skipped": "missing image"}
+
+
+def test_retrieval_leaves_out_an_image_that_cannot_be_read_with_its_captions(tmp_path, task_tree):
+    prepared = Prepared(task_tree("retrieval"))
+    examples = [*prepared.examples[:6], Example("x", (tmp_path / "gone.png",), "a red circle", "gone")]
+    metrics = prepared.evaluate(tmp_path / "out", examples=examples)
+    assert metrics["num_examples"] == 12
+    assert metrics["skipped/missing image"] == 1
+    assert metrics["skipped/image of the caption could not be read"] == 1
+    assert all("x" not in record.get("dot", []) for record in read_predictions(tmp_path / "out").values())
+
+
+def test_two_examples_of_one_key_are_refused(tmp_path, task_tree):
+    prepared = Prepared(task_tree("vqa"))
+    image = np.zeros((8, 8, 3), np.uint8)
+    examples = [Example("7", (image,), "what?", "", ("red",)), Example("7", (image,), "who?", "", ("red",))]
+    with pytest.raises(ConfigError, match="key '7' belongs to 2 examples: keys must be unique"):
+        prepared.evaluate(tmp_path, examples=examples)

@@ -1,0 +1,42 @@
+"""The shipped DeepSpeed files hold nothing but DeepSpeed's keys and fit our configuration."""
+
+import json
+from pathlib import Path
+
+import deepspeed.runtime.config as deepspeed_config
+import pytest
+
+from eve_ds.config import load_config
+from eve_ds.parallel.settings import resolve_deepspeed_config
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+FILES = sorted(FOLDER.glob("*.json"))
+
+
+def test_folder_is_found():
+    assert "zero1_ep2_cpu" in [file.stem for file in FILES]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_resolves_and_deepspeed_takes_it(file):
+    overrides = ["optimizer.clip_grad_norm=0"] if file.stem == "zero0" else []
+    settings = load_config("eve_tiny", [*overrides, "train.train_batch_size=64"])
+    config, resolved = resolve_deepspeed_config(json.loads(file.read_text()), settings, world_size=2)
+    parsed = deepspeed_config.DeepSpeedConfig(resolved | {"train_batch_size": 32})  # this process is a world of one
+    zero = parsed.zero_config
+    assert str(int(zero.stage)) == file.stem[len("zero")]
+    assert zero.contiguous_gradients
+    assert zero.reduce_scatter, "MoE gradients are wrong without it"
+    assert parsed.bfloat16_config.enabled == ("bf16" in file.stem or "offload" in file.stem)
+    assert config.train.precision == ("bf16" if parsed.bfloat16_config.enabled else "fp32")
+    assert (zero.offload_optimizer is not None) == ("offload" in file.stem)
+    assert parsed.monitor_config.tensorboard.enabled == parsed.monitor_config.csv_monitor.enabled
+    assert parsed.monitor_config.csv_monitor.enabled == ("monitors" in file.stem)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_key_is_one_that_deepspeed_reads(file):
+    constants = {value for value in vars(deepspeed_config).values() if isinstance(value, str)}
+    known = constants | {"zero_optimization", "tensorboard", "csv_monitor", "zero_allow_untested_optimizer"}
+    unknown = set(json.loads(file.read_text())) - known
+    assert not unknown

@@ -1,0 +1,207 @@
+"""What of eve_ds.parallel needs one process only: initial draws, names, parameter groups, refusals."""
+
+import functools
+
+import pytest
+import torch
+
+from eve_ds.config import ConfigError, ModelConfig, MoEConfig, PixelDecoderConfig
+from eve_ds.model.eve import EVE
+from eve_ds.parallel.moe import (
+    DeepSpeedMoE,
+    UpstreamMoE,
+    load_plain_state_dict,
+    local_plain_state_dict,
+    transpose_blocks,
+)
+from eve_ds.parallel.topology import check_topology
+from eve_ds.training.optimizer import optimizer_parameter_groups
+
+CONFIG = ModelConfig(
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=24,
+    moe_layers=[1, 2],
+    moe=MoEConfig(num_experts=8),
+    image_size=16,
+    patch_size=8,
+    vocab_size=11,
+    text_positions=6,
+    text_length=6,
+    pixel_decoder=PixelDecoderConfig(num_layers=1, hidden_size=8, num_attention_heads=2),
+)
+TOPOLOGY = {"world_size": 4, "num_experts": 8, "ep_size": 2, "zero_stage": 1, "clip_grad_norm": 1.0}
+
+
+def eve(moe_cls=None, seed=0):
+    torch.manual_seed(seed)
+    return EVE(CONFIG) if moe_cls is None else EVE(CONFIG, moe_cls)
+
+
+def part(ep_size, ep_rank, seed=0):
+    """What rank `ep_rank` of an expert-parallel group holds."""
+    return eve(functools.partial(DeepSpeedMoE, ep_size=ep_size, ep_rank=ep_rank), seed)
+
+
+def test_parts_of_all_ranks_are_the_plain_model_of_the_same_seed():
+    plain = eve().state_dict()
+    for ep_size in (1, 2, 4, 8):
+        seen = set()
+        for ep_rank in range(ep_size):
+            held = local_plain_state_dict(part(ep_size, ep_rank))
+            assert all(torch.equal(tensor, plain[name]) for name, tensor in held.items())
+            assert len([name for name in held if ".moe.experts." in name]) == 2 * 4 * 8 // ep_size
+            seen |= held.keys()
+        assert seen == plain.keys()
+
+
+def test_experts_are_drawn_separately():
+    weights = [
+        tensor for name, tensor in part(2, 1).state_dict().items() if name.endswith("fc1.weight") and "expert" in name
+    ]
+    assert len(weights) == 8
+    for index, weight in enumerate(weights):
+        assert all(not torch.equal(weight, other) for other in weights[:index])
+
+
+def test_another_seed_draws_other_weights():
+    one, other = (eve(seed=seed).state_dict() for seed in (0, 1))
+    same = {name for name in one if torch.equal(one[name], other[name])}
+    assert all("bias" in name or "norm" in name or "gamma" in name for name in same)
+
+
+def test_engine_and_checkpoints_find_the_layer_by_class_and_names():
+    model = part(4, 1)
+    layers = [module for module in model.modules() if isinstance(module, UpstreamMoE)]
+    assert [(layer.num_experts, layer.num_local_experts, layer.ep_size) for layer in layers] == [(8, 2, 4)] * 2
+    names = list(model.state_dict())
+    assert "backbone.blocks.1.moe.deepspeed_moe.experts.deepspeed_experts.1.fc1.weight" in names
+    assert len([name for name in names if "deepspeed_experts" in name]) == 2 * 2 * 4
+    assert "backbone.blocks.1.moe.router.modality_embedding" in names
+    assert not [name for name in names if ".gate." in name]
+    marked = {name for name, parameter in model.named_parameters() if getattr(parameter, "allreduce", True) is False}
+    assert marked == {name for name, _ in model.named_parameters() if "deepspeed_experts" in name}
+    assert len(marked) == 2 * 4
+    assert {parameter.group_name for name, parameter in model.named_parameters() if name in marked} == {"ep_size_4"}
+
+
+def test_plain_weights_load_into_a_part():
+    plain, model = eve(seed=1), part(2, 1)
+    load_plain_state_dict(model, plain.state_dict().__getitem__)
+    wanted = plain.state_dict()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in local_plain_state_dict(model).items())
+    state = plain.state_dict()
+    del state["backbone.blocks.2.moe.experts.6.fc2.bias"]
+    with pytest.raises(KeyError, match=r"blocks\.2\.moe\.experts\.6\.fc2\.bias"):
+        load_plain_state_dict(model, state.__getitem__)
+
+
+def test_layer_on_one_rank_needs_no_process_group():
+    torch.manual_seed(2)
+    batch = {"input_ids": torch.randint(5, 11, (2, 6)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    expected, ours = (model.eval().backbone(**batch).moe[1].hidden_states for model in (eve(), part(1, 0)))
+    assert torch.equal(ours, expected)
+
+
+def test_experts_of_other_ranks_without_a_group_are_an_error_that_says_what_to_do():
+    layer = DeepSpeedMoE(CONFIG, ep_size=2, ep_rank=1)
+    for parameter in layer.parameters():
+        torch.nn.init.zeros_(parameter)
+    arguments = torch.zeros(1, 3, 16), torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"spread over 2 ranks.*pass the model to deepspeed\.initialize first"):
+        layer(*arguments)
+
+
+def test_experts_that_cannot_be_shared_out_are_refused():
+    with pytest.raises(ConfigError, match=r"num_experts \(8\) must be divisible by parallel\.ep_size \(3\)"):
+        DeepSpeedMoE(CONFIG, ep_size=3)
+
+
+def test_transposed_blocks_are_in_the_other_order_and_back():
+    rows = torch.arange(10).unsqueeze(1)
+    sizes = [[1, 0, 2], [3, 4, 0]]  # blocks 0 | | 1 2 and 3 4 5 | 6 7 8 9 |
+    ours = transpose_blocks(rows, sizes)
+    assert ours.flatten().tolist() == [0, 3, 4, 5, 6, 7, 8, 9, 1, 2]
+    assert torch.equal(transpose_blocks(ours, [[1, 3], [0, 4], [2, 0]]), rows)
+
+
+def group_names(model, weight_decay=0.05):
+    """Group of every parameter by its name: (decays, name of the group)."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in optimizer_parameter_groups(model, weight_decay):
+        assert group["weight_decay"] in (0.0, weight_decay)
+        for parameter in group["params"]:
+            assert id(parameter) in names
+            assert names[id(parameter)] not in found
+            found[names[id(parameter)]] = (group["weight_decay"] > 0, group["name"])
+    assert len(found) == len(names)
+    return found
+
+
+def test_matrices_decay_and_biases_norms_scales_and_embeddings_do_not():
+    found = group_names(part(1, 0))
+    kept = {name for name, (decays, _) in found.items() if decays}
+    assert kept == {
+        name
+        for name in found
+        if name.endswith((".fc1.weight", ".fc2.weight", ".qkv.weight", ".proj.weight", ".projection.weight"))
+        or name.endswith((".router.weight", "memory.weight", ".pixels.weight", ".dense.weight"))
+    }
+    for name in ("text_embedding.word.weight", "image_embedding.position", "blocks.0.gamma_1", "norm.weight"):
+        assert f"backbone.{name}" in found.keys() - kept
+    assert "backbone.blocks.1.moe.router.modality_embedding" in found.keys() - kept
+
+
+def test_expert_parameters_have_groups_named_after_their_process_group():
+    found = group_names(part(4, 3))
+    for name, (_, group) in found.items():
+        assert (group == "ep_size_4") == ("deepspeed_experts" in name)
+    moe = [group for group in optimizer_parameter_groups(part(4, 3), 0.05) if group.get("moe")]
+    assert [(group["name"], group["weight_decay"]) for group in moe] == [("ep_size_4", 0.05), ("ep_size_4", 0.0)]
+
+
+def test_plain_model_has_two_groups():
+    groups = optimizer_parameter_groups(eve(), 0.05)
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [("decay", 0.05), ("no_decay", 0.0)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"ep_size": 1},
+        {"ep_size": 4, "zero_stage": 2},
+        {"zero_stage": 0, "clip_grad_norm": 0.0},
+        {"zero_stage": 0, "ep_size": 1},
+    ],
+)
+def test_sound_topologies_pass(change):
+    check_topology(**TOPOLOGY | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"num_experts": 6, "ep_size": 4},
+            r"model\.moe\.num_experts \(6\) must be divisible by parallel\.ep_size \(4\).*take one of 1, 2 as ep_size",
+        ),
+        (
+            {"world_size": 6, "ep_size": 4},
+            r"number of ranks \(6\) must be divisible by parallel\.ep_size \(4\).*start a multiple of 4 ranks, or "
+            r"take one of 1, 2 as ep_size",
+        ),
+        ({"zero_stage": 3}, r"zero_optimization\.stage \(3\) must be below 3.*use stage 1 or 2"),
+        (
+            {"zero_stage": 0},
+            r"clip_grad_norm \(1\) cannot be used with zero_optimization\.stage 0 and parallel\.ep_size \(2\).*"
+            r"average of the ranks' gradient norms.*use stage 1 or 2, where it is, or clip_grad_norm=0",
+        ),
+        ({"data_before_expert": True}, r"use_data_before_expert_parallelism \(true\) must be left out"),
+    ],
+)
+def test_topologies_that_fail_or_compute_something_else_are_refused(change, text):
+    with pytest.raises(ConfigError, match=text):
+        check_topology(**TOPOLOGY | change)

@@ -1,0 +1,419 @@
+"""Reports: records of a run, what pictures are made of, tables, and the files of a whole report."""
+
+import json
+import math
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from eve_ds import ops
+from eve_ds.config import load_config
+from eve_ds.data.batch import Sample
+from eve_ds.data.collate import Collator
+from eve_ds.data.importers import GeneratedScenes
+from eve_ds.data.shard_writer import WriterOptions, write_shards
+from eve_ds.data.synthetic.scenes import Scenes
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.evaluation.scenes import evaluation_config
+from eve_ds.model.eve import EVE
+from eve_ds.report.curves import running_mean
+from eve_ds.report.experts import expert_use, shares
+from eve_ds.report.reconstruction import MASKED_GREY, note_on, reconstruct, unpatchify
+from eve_ds.report.records import ReportError, column, read_records, throughput
+from eve_ds.report.run_report import Exported, write_report
+from eve_ds.report.tables import Table, evaluation_tables, loss_table, percent_lower, seeds_table
+from eve_ds.training.progress import MetricsWriter
+from eve_ds.views import IMAGE, TEXT
+
+ROOT = Path(__file__).resolve().parents[2]
+EVALUATION = {
+    **{name: {"right": 0.75, "wrong": 0.25} for name in ("colour", "shape", "size", "position")},
+    "hidden_words": {"right": 0.8, "wrong": 0.3},
+    "masked_image": {name: {"right": 0.65, "wrong": 0.25} for name in ("colour", "shape", "size", "position")},
+    "pixel_loss": {"right": 0.18, "wrong": 0.2},
+    "binding": {
+        name: {"target": 0.5, "distractor": 0.25}
+        for name in ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
+    },
+}
+
+
+def record(kind, step, **numbers):
+    return {"kind": kind, "step": step, "seconds": step / 2, "samples": 8 * step, **numbers}
+
+
+def write_records(folder, records, end="\n"):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + end)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------- records
+
+
+def test_a_run_that_went_back_to_a_checkpoint_is_read_as_one(tmp_path):
+    before = [record("train", step, loss=1.0) for step in (10, 20, 30)] + [record("eval", 30), record("train", 40)]
+    after = [record("train", step, loss=0.5) for step in (30, 40, 50)] + [record("eval", 50)]
+    history = read_records(write_records(tmp_path, before + after))
+    assert [(item["kind"], item["step"]) for item in history] == [
+        *[("train", step) for step in (10, 20, 30, 40, 50)],
+        ("eval", 50),
+    ]
+    assert [item["loss"] for item in history[:5]] == [1.0, 1.0, 0.5, 0.5, 0.5]
+
+
+def test_records_of_one_step_are_kept_side_by_side(tmp_path):
+    records = [record("event", 5, message="a"), record("event", 5, message="b"), record("train", 5), record("eval", 5)]
+    assert read_records(write_records(tmp_path, records)) == records
+
+
+def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
+    write_records(tmp_path, [record("train", 1), record("train", 2)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    assert [item["step"] for item in read_records(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "metrics.jsonl does not exist: .* is not the output folder of a run that has begun to train"),
+        ("", "metrics.jsonl holds no whole record"),
+        ("{]\n", r"metrics.jsonl:1 is not JSON"),
+        ('{"step": 1}\n', r"metrics.jsonl:1 is not a record with kind, step, seconds and samples"),
+    ],
+)
+def test_what_is_no_history_is_refused(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ReportError, match=message):
+        read_records(tmp_path)
+
+
+def test_throughput_of_the_whole_run():
+    records = [record("train", 10, peak_memory_bytes=7), record("train", 20, peak_memory_bytes=5), record("eval", 20)]
+    expected = {"train_seconds": 10.0, "steps": 20, "samples_per_second": 16.0, "peak_memory_bytes": 7}
+    assert throughput(records) == expected
+    with pytest.raises(ReportError, match="no training record"):
+        throughput(records[2:])
+
+
+def test_missing_and_null_are_nan():
+    assert np.isnan(column([{"a": None}, {}], "a")).all()
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 20])
+def test_running_mean(window):
+    values = np.random.default_rng(0).normal(size=12)
+    values[[3, 7]] = np.nan
+    around = [values[max(i - window, 0) : i + window + 1] for i in range(12)]
+    expected = [np.nan if np.isnan(part).all() else np.nanmean(part) for part in around]
+    np.testing.assert_allclose(running_mean(values, window), expected)
+
+
+# ------------------------------------------------------------------------------------------------ reconstructions
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = load_config("eve_tiny", ["model.num_hidden_layers=2", "model.moe_layers=[0, 1]", "model.hidden_size=32"])
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    return config, tokenizer, Collator(evaluation_config(config), tokenizer, has_images=True, has_captions=True)
+
+
+def scene_batch(parts, count=3, **changes):
+    scenes = [Scenes("easy", split="val")[index] for index in range(count)]
+    samples = [Sample(f"s{i}", 0, scene.image, scene.caption) for i, scene in enumerate(scenes)]
+    samples = [replace(sample, **changes) if i == 1 else sample for i, sample in enumerate(samples)]
+    return scenes, parts[2](samples)
+
+
+class Oracle(nn.Module):
+    """Predicts the pixels that are there, and for every word `answer` or, without one, the word that is there."""
+
+    def __init__(self, batch, answer=None, normalized=False):
+        super().__init__()
+        patches = ops.patchify(batch.normalized_pixels, 8)
+        index = batch.masked_patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+        self.pixels = patches.gather(1, index)
+        if normalized:
+            mean, variance = self.pixels.mean(-1, keepdim=True), self.pixels.var(-1, keepdim=True)
+            self.pixels = (self.pixels - mean) / (variance + 1e-6).sqrt()
+        said = batch.token_labels if answer is None else torch.full_like(batch.token_labels, answer)
+        self.logits = nn.functional.one_hot(said, 256).float()
+        self.shown = []
+
+    def predict(self, **shown):
+        self.shown.append(shown)
+        return SimpleNamespace(
+            pixel_predictions=self.pixels, token_hidden=self.logits, token_logits=lambda: self.logits, moe={}
+        )
+
+
+def test_unpatchify_is_the_inverse_of_patchify():
+    images = torch.randn(2, 3, 24, 24)
+    assert torch.equal(unpatchify(ops.patchify(images, 8), 8, 24), images)
+
+
+@pytest.mark.parametrize("target", ["raw", "normalized"])
+def test_a_perfect_model_gives_the_original_back(parts, target):
+    scenes, batch = scene_batch(parts)
+    config = parts[0].model.model_copy(update={"pixel_target": target})
+    examples = reconstruct(Oracle(batch, normalized=target == "normalized"), batch, parts[1], config)
+    for scene, example, hidden in zip(scenes, examples, batch.masked_patch_ids, strict=True):
+        original = torch.from_numpy(scene.image) / 255
+        torch.testing.assert_close(example.original, original, atol=1e-5, rtol=0)
+        torch.testing.assert_close(example.reconstructed, original, atol=1e-5, rtol=0)
+        grey = torch.zeros(8, 8, dtype=torch.bool).flatten().scatter(0, hidden, True).view(8, 8)
+        grey = grey.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        torch.testing.assert_close(example.masked[~grey], original[~grey], atol=1e-5, rtol=0)
+        torch.testing.assert_close(example.masked[grey], torch.full((48 * 64, 3), MASKED_GREY), atol=1e-5, rtol=0)
+
+
+def test_patches_and_words_are_predicted_in_the_views_of_the_training(parts):
+    _, batch = scene_batch(parts)
+    model, config = Oracle(batch), parts[0].model
+    reconstruct(model, batch, parts[1], config)
+    pixels, words = model.shown
+    assert pixels["input_ids"] is batch.input_ids
+    assert pixels["visible_patch_ids"] is batch.visible_patch_ids
+    assert words["input_ids"] is batch.masked_input_ids
+    assert words["visible_patch_ids"] is None
+    assert "beside the whole caption" in note_on(config)
+    model.shown.clear()
+    joint = config.model_copy(update={"objectives": ["joint"]})
+    reconstruct(model, batch, parts[1], joint)
+    for shown in model.shown:
+        assert shown["input_ids"] is batch.masked_input_ids
+        assert shown["visible_patch_ids"] is batch.visible_patch_ids
+    assert note_on(joint).endswith("both were predicted at once from what was left.")
+
+
+def test_a_hidden_patch_that_nobody_predicts_is_not_passed_off_as_seen(parts):
+    _, batch = scene_batch(parts)
+    part = replace(batch, masked_patch_ids=batch.masked_patch_ids[:, ::2])
+    with pytest.raises(ValueError, match=r"patches to predict \(24\) must be all hidden ones \(48\)"):
+        reconstruct(Oracle(batch), part, parts[1], parts[0].model)
+
+
+def test_words_are_those_of_the_caption_with_what_was_put_in_their_place(parts):
+    scenes, batch = scene_batch(parts)
+    tokenizer = parts[1]
+    wrong = tokenizer.convert_tokens_to_ids("ring")
+    right = reconstruct(Oracle(batch), batch, tokenizer, parts[0].model)
+    mistaken = reconstruct(Oracle(batch, wrong), batch, tokenizer, parts[0].model)
+    for scene, good, bad in zip(scenes, right, mistaken, strict=True):
+        assert [word.text for word in good.words] == scene.caption.split()
+        assert [word.text for word in bad.words] == scene.caption.split()
+        assert all(word.prediction in (None, word.text) for word in good.words)
+        assert [word.prediction is None for word in good.words] == [word.prediction is None for word in bad.words]
+        assert {word.prediction for word in bad.words} == {None, "ring"}
+    masked = sum(word.prediction is not None for example in right for word in example.words)
+    assert masked == batch.token_labels.numel()
+
+
+def test_samples_without_a_caption_or_an_image(parts):
+    scenes, batch = scene_batch(parts, caption=None)
+    examples = reconstruct(Oracle(batch), batch, parts[1], parts[0].model)
+    assert [len(example.words) for example in examples] == [len(scenes[0].caption.split()), 0, 5 + 1]
+    scenes, batch = scene_batch(parts, image=None)
+    examples = reconstruct(Oracle(batch), batch, parts[1], parts[0].model)
+    assert [" ".join(word.text for word in example.words) for example in examples] == [
+        scenes[0].caption,
+        scenes[2].caption,
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- experts
+
+
+def test_expert_use_adds_up_batches(parts):
+    torch.manual_seed(0)
+    model = EVE(parts[0].model).eval()
+    _, batch = scene_batch(parts, 5)
+    once, twice = expert_use(model, [batch]), expert_use(model, iter([batch, batch]))
+    assert len(once) == 2
+    for single, double in zip(once, twice, strict=True):
+        assert torch.equal(double.routes, 2 * single.routes)
+        assert double.entropy_sum == pytest.approx(2 * float(single.entropy_sum))
+        assert single.tokens[IMAGE] == 5 * (1 + 16) + 5 * (1 + 64)  # of the image view and of the language view
+        assert single.tokens[TEXT] == 2 * batch.attention_mask.sum()
+        torch.testing.assert_close(shares(single).sum(dim=1), torch.ones(2))
+    with pytest.raises(ValueError, match="at least one batch"):
+        expert_use(model, [])
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def test_markdown_of_a_table():
+    table = Table("Title", ("a", "b"), [("x", "1"), ("y", "2")])
+    assert table.to_markdown() == "**Title**\n\n| a | b |\n| --- | ---: |\n| x | 1 |\n| y | 2 |\n"
+
+
+def test_tables_of_an_evaluation():
+    words, masked, pixels, binding = evaluation_tables(EVALUATION)
+    assert words.title == "Masked words predicted right beside the whole image"
+    assert words.rows[0] == ("colour", "0.750", "0.250", "+0.500")
+    assert words.rows[-1] == ("all words of hidden captions", "0.800", "0.300", "+0.500")
+    assert masked.title == "Masked words predicted right beside a masked image"
+    assert masked.rows[0] == ("colour", "0.650", "0.250", "+0.400")
+    assert len(masked.rows) == 4
+    assert pixels.rows == [("squared error", "0.1800", "0.2000", "10.0 %")]
+    assert binding.rows[0] == ("position -> colour", "0.500", "0.250", "+0.250")
+    hard = {name: value for name, value in EVALUATION.items() if name != "binding"}
+    assert len(evaluation_tables(hard)) == 3
+    earlier = {name: value for name, value in EVALUATION.items() if name not in ("masked_image", "hidden_words")}
+    words, _, _ = evaluation_tables(earlier)
+    assert words.title == "Masked words predicted right beside a masked image"
+    assert len(words.rows) == 4
+    assert [table.title for table in evaluation_tables({"pixel_loss": EVALUATION["pixel_loss"]})] == [pixels.title]
+    assert percent_lower({"right": 0.22, "wrong": 0.2}) == "-10.0 %"
+
+
+def test_one_column_for_each_seed():
+    costs = {"train_seconds": 9.0, "steps": 1200, "samples_per_second": 8.0, "peak_memory_bytes": 2**30}
+    entries = [
+        {"seed": seed, **EVALUATION, **costs, "export_max_abs_diff": diff} for seed, diff in ((0, 1e-7), (4, None))
+    ]
+    table = seeds_table(entries)
+    rows = {row[0].strip(): row[1:] for row in reversed(table.rows)}  # of two rows of one name the first
+    assert table.columns == ("", "seed 0", "seed 4")
+    assert rows["colour"] == ("0.750 / 0.250",) * 2
+    assert [row[1] for row in table.rows if row[0].strip() == "colour"] == ["0.750 / 0.250", "0.650 / 0.250"]
+    assert rows["lower by"] == ("10.0 %",) * 2
+    assert rows["position -> colour"] == ("0.500 / 0.250",) * 2
+    assert rows["peak memory of a rank"] == ("1,024 MiB",) * 2
+    assert rows["export: largest difference"] == ("1.0e-07", "not checked")
+    assert all(len(row) == 3 for row in table.rows)
+
+
+def test_losses_that_a_run_has_not_are_left_out():
+    table = loss_table([record("train", 10, loss=3.0, mlm=2.0), record("train", 20, loss=1.0, mlm=0.5)])
+    assert table.columns == ("term", "steps to 10", "steps 11 to 20", "change")
+    assert table.rows == [("loss", "3.0000", "1.0000", "-2.0000"), ("mlm", "2.0000", "0.5000", "-1.5000")]
+
+
+# --------------------------------------------------------------------------------------------------- whole reports
+
+
+def write_run(folder, config, steps=30):
+    folder.mkdir()
+    (folder / "config.json").write_text(config.model_dump_json())
+    writer = MetricsWriter(folder)
+    for step in range(10, steps + 1, 10):
+        writer.write(
+            "train",
+            **{"step": step, "seconds": step / 2, "samples": 8 * step, "loss": 9 / step, "mim": 1 / step},
+            **{"mlm": 8 / step, "load_balancing": 1.0, "lr": 1e-3, "peak_memory_bytes": 2**20},
+            **({"skipped/unreadable image": 3} if step == steps else {}),
+        )
+        writer.write("eval", step=step, seconds=step / 2, samples=8 * step, **EVALUATION)
+    writer.write("event", step=steps, seconds=1.0, samples=1, event="nonfinite", message="something happened")
+    writer.close()
+    return folder
+
+
+def is_drawn(path):
+    """A picture has a size, and more on it than one colour."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return min(pixels.shape[:2]) > 200 and pixels.std() > 10
+
+
+def test_report_of_a_run_on_scenes(tmp_path, parts):
+    config, tokenizer, _ = parts
+    run = write_run(tmp_path / "run", config)
+    torch.manual_seed(0)
+    exported = Exported(EVE(config.model).eval(), config, tokenizer)
+    report, *pictures = write_report(run, tmp_path / "report", exported, EVALUATION)
+    assert [path.name for path in pictures] == ["curves.png", "reconstructions.png", "experts.png"]
+    assert all(is_drawn(path) for path in pictures)
+    text = report.read_text()
+    assert all(f"]({path.name})" in text for path in pictures)
+    assert "| samples skipped: unreadable image | 3 |" in text
+    assert "- step 30: something happened" in text
+    assert "| colour | 0.750 | 0.250 | +0.500 |" in text
+    assert "| samples/s | 16.0 |" in text
+    # The first validation scene is on the grid, in its place and colours.
+    grid = np.asarray(Image.open(pictures[1]).convert("RGB")).reshape(-1, 3)
+    color = Scenes("easy", split="val")[0].image[0, 0]
+    assert (np.abs(grid.astype(int) - color).max(axis=1) <= 2).sum() > 1000
+
+
+def test_report_without_a_model_is_of_the_training_alone(tmp_path, parts):
+    run = write_run(tmp_path / "run", parts[0])
+    written = write_report(run, tmp_path / "report")
+    assert [path.name for path in written] == ["report.md", "curves.png"]
+    assert "| colour | 0.750 | 0.250 | +0.500 |" in written[0].read_text()  # of the run's own last evaluation
+
+
+def test_report_of_a_run_on_shards_shows_its_own_data(tmp_path, parts):
+    write_shards(GeneratedScenes(80), tmp_path / "shards", WriterOptions(samples_per_shard=40))
+    source = {"kind": "shards", "shards": str(tmp_path / "shards")}
+    config = load_config("eve_tiny", [f"data.sources={json.dumps([source])}", "data.num_workers=2"])
+    run = write_run(tmp_path / "run", config)
+    torch.manual_seed(0)
+    _, _, grid, _ = write_report(run, tmp_path / "report", Exported(EVE(config.model).eval(), config, parts[1]))
+    assert is_drawn(grid)
+
+
+def test_loss_terms_of_earlier_runs_have_their_names_of_today(tmp_path):
+    folder = write_records(tmp_path, [record("train", 10, loss=3.0, pixel=1.0, text=2.0)])
+    assert read_records(folder)[0] == record("train", 10, loss=3.0, mim=1.0, mlm=2.0)
+
+
+def test_curves_pass_over_what_was_not_finite(tmp_path):
+    records = [record("train", step, loss=1.0, mim=math.nan if step == 2 else 0.5, lr=1.0) for step in range(1, 60)]
+    for item in records:
+        item |= {"peak_memory_bytes": 1}
+    written = write_report(write_records(tmp_path / "run", records), tmp_path / "report")
+    assert is_drawn(written[1])
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def report(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        code = runpy.run_path(str(ROOT / "launcher" / "report.py"))["main"]()
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_command_line_writes_beside_the_run(report, tmp_path, parts):
+    run = write_run(tmp_path / "run", parts[0])
+    code, output = report(run)
+    assert code == 0
+    assert output.out.split() == [str(run / "report" / name) for name in ("report.md", "curves.png")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "report: nowhere/metrics.jsonl does not exist: nowhere is not the output folder of a run"),
+        (["nowhere", "--model", "elsewhere"], "report: elsewhere is not an export, it lacks"),
+        (["nowhere", "--evaluation", "missing.json"], "report: --evaluation missing.json cannot be read: No such file"),
+        (["nowhere", "--evaluation", "broken.json"], "report: --evaluation broken.json is not JSON"),
+        (["nowhere", "--evaluation", "other.json"], "report: --evaluation other.json is not what `evaluate.py scenes"),
+    ],
+)
+def test_command_line_says_in_one_line_what_is_wrong(report, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text("{")
+    Path("other.json").write_text("{}")
+    code, output = report(*arguments)
+    assert code == 2
+    assert output.err.startswith(message)
+    assert output.err.count("\n") == 1

@@ -1,0 +1,279 @@
+"""What fine-tuning starts from, learns at which rate, and saves; recipes and batches."""
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
+
+from eve_ds.config import ConfigError, load_config, parse_config, presets
+from eve_ds.data.batch import BadSample
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.evaluation.ask import ask, rank
+from eve_ds.export import ExportError
+from eve_ds.export.official import write_official
+from eve_ds.export.start import DRAWN, draw_weights, write_start
+from eve_ds.model.embeddings import resize_positions
+from eve_ds.tasks.batches import TaskCollator, training_batches
+from eve_ds.tasks.examples import Example
+from eve_ds.tasks.recipes import task_config
+from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.saved import load_task_model, save_task_model, start_weights
+from eve_ds.tasks.vqa import VQA
+from eve_ds.training.finetune import build_optimizer, lr_scale, prepare_weights, with_schedule
+
+POSITIONS = "backbone.image_embedding.position"
+
+
+@pytest.fixture
+def export(tmp_path, task_tree):
+    """An exported folder of a pre-trained model, as convert.py writes it."""
+    tree = task_tree("vqa")
+    config = parse_config({key: value for key, value in tree.items() if key != "task"})
+    weights = draw_weights(config)
+    folder = tmp_path / "export"
+    write_start(
+        folder, config, load_tokenizer("scenes"), weights, source="x", origins=dict.fromkeys(weights, DRAWN), notes=[]
+    )
+    return folder, config, weights
+
+
+def save(task, folder, seed=0):
+    model = task.model()
+    torch.manual_seed(seed)
+    prepare_weights(model, task.config, task)
+    save_task_model(folder, task, task.config, load_tokenizer("scenes"), model.state_dict(), {"step": 1})
+    return model.eval()
+
+
+# --- start ------------------------------------------------------------------------------------------------------------
+
+
+def test_backbone_of_an_export_with_positions_of_a_larger_image(export):
+    folder, config, weights = export
+    model = config.model.model_copy(update={"image_size": 96})
+    read = start_weights(folder, model)
+    assert torch.equal(read(POSITIONS), resize_positions(weights[POSITIONS], 6))
+    assert torch.equal(
+        read("backbone.blocks.1.moe.experts.2.fc1.weight"), weights["backbone.blocks.1.moe.experts.2.fc1.weight"]
+    )
+
+
+def test_released_weights_start_too(export, tmp_path):
+    _, config, weights = export
+    write_official(weights, tmp_path / "released.pth")
+    read = start_weights(tmp_path / "released.pth", config.model)
+    names = [name for name in weights if name.startswith("backbone.")]
+    assert all(torch.equal(read(name), weights[name]) for name in names)
+
+
+def test_fine_tuned_model_starts_another_task(export, task_tree, tmp_path):
+    task = VQA(parse_config(task_tree("vqa")), ["red", "blue"])
+    model = save(task, tmp_path / "vqa")
+    read = start_weights(tmp_path / "vqa", task.config.model)
+    assert torch.equal(read("backbone.norm.weight"), model.state_dict()["backbone.norm.weight"])
+
+
+def test_weights_that_do_not_fit_are_named(export, tmp_path):
+    folder, config, _ = export
+    wider = config.model.model_copy(update={"intermediate_size": 48})
+    with pytest.raises(
+        ConfigError, match=r"--init .*backbone\.blocks\.0\.ffn\.image\.fc1\.bias \(32,\) where the model has \(48,\)"
+    ):
+        start_weights(folder, wider)
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"--init .* cannot be read"):
+        start_weights(folder, config.model)
+    with pytest.raises(ConfigError, match=r"--init .*gone does not exist: name an export"):
+        task_config("vqa", init=tmp_path / "gone", model="eve_tiny")
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name.startswith("tasks/")])
+def test_every_recipe_lies_over_the_base_model(name):
+    under = {"model": {"hidden_size": 768}, "data": {"tokenizer": "scenes"}}
+    config = load_config(name, under=under)
+    assert config.task is not None
+    assert config.model.hidden_size == 768
+    assert config.data.tokenizer == "scenes"
+
+
+def test_recipe_lies_over_the_model_and_under_the_command_line(export):
+    folder, config, _ = export
+    made = task_config(
+        "vqa",
+        init=folder,
+        model="eve_base",
+        train_data=["a.json"],
+        overrides=["optimizer.lr=1", "model.text_length=20"],
+    )
+    assert made.model == config.model.model_copy(update={"image_size": 480, "text_length": 20})
+    assert (made.optimizer.lr, made.optimizer.clip_grad_norm, made.task.head_lr_multiple) == (1.0, 3.0, 10.0)
+    assert made.data.tokenizer == str(folder / "tokenizer")
+    assert made.train.init == folder
+    assert [str(path) for path in made.task.val.annotations] == ["a.json"]
+    with pytest.raises(ConfigError, match="recipe tasks/vqa is for the task 'vqa', not 'nlvr'"):
+        task_config("nlvr", init=None, model="eve_tiny", recipe="tasks/vqa")
+    with pytest.raises(ConfigError, match=r"unknown key 'task\.head_lr'; did you mean 'head_lr_multiple'"):
+        task_config("nlvr", init=None, model="eve_tiny", overrides=["task.head_lr=3"])
+
+
+def test_epochs_and_warm_up_come_from_the_number_of_examples(task_tree):
+    tree = task_tree("vqa", epochs=3, warmup_share=0.1)
+    tree["train"] = {"train_batch_size": 8}
+    config = with_schedule(parse_config(tree), 84)
+    assert (config.train.max_steps, config.optimizer.warmup_steps) == (31, 3)
+    with pytest.raises(
+        ConfigError, match=r"train_batch_size \(8\) must not exceed the number of training examples \(5\)"
+    ):
+        with_schedule(config, 5)
+
+
+def test_learning_rates_decay_towards_the_embeddings(task_tree):
+    scale = {
+        name: lr_scale(name, num_layers=2, layer_decay=0.5, head_multiple=10.0)
+        for name in (
+            "head.0.weight",
+            "backbone.norm.weight",
+            "backbone.blocks.1.moe.router.weight",
+            "backbone.blocks.0.norm1.weight",
+            "backbone.pre_norm.weight",
+            "backbone.text_embedding.word.weight",
+        )
+    }
+    assert list(scale.values()) == [10.0, 1.0, 1.0, 0.5, 0.25, 0.25]
+    task = VQA(parse_config(task_tree("vqa", layer_decay=0.5, head_lr_multiple=10.0)), ["red"])
+    model = task.model()
+    optimizer = build_optimizer(model, task.config, {"zero_optimization": {"stage": 1}})
+    by_parameter = {
+        id(p): (group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert len(by_parameter) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        scale, decay = by_parameter[id(parameter)]
+        assert scale == lr_scale(name, 2, 0.5, 10.0), name
+        assert (decay == 0) == (
+            parameter.ndim < 2 or "bias" in name or ("embedding" in name and "projection" not in name)
+        )
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def batches(config, task, examples, rank=0, world_size=1, step=0):
+    collate = TaskCollator(config, load_tokenizer("scenes"), task.targets)
+    micro = config.train.train_batch_size // world_size
+    options = {"step": step, "rank": rank, "world_size": world_size, "micro_batch_size": micro}
+    return training_batches(examples, config, collate, **options)
+
+
+def scenes(n):
+    image = torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
+    return [Example(str(i), (image,), "what?", answers=("red",)) for i in range(n)]
+
+
+def test_a_step_consists_of_the_same_examples_on_any_number_of_ranks(task_tree):
+    config, examples = parse_config(task_tree("vqa")), scenes(20)
+    task = VQA(config, ["red"])
+    whole = [[e.key for e in b.examples] for b in itertools.islice(batches(config, task, examples), 5)]
+    halves = [
+        [[e.key for e in b.examples] for b in itertools.islice(batches(config, task, examples, rank, 2), 5)]
+        for rank in (0, 1)
+    ]
+    assert whole == [left + right for left, right in zip(*halves, strict=True)]
+    flat = [key for batch in whole for key in batch]
+    assert sorted(flat[:20], key=int) == [str(i) for i in range(20)] == sorted(flat[20:], key=int)
+    assert flat[:20] != flat[20:]
+    later = [e.key for e in next(batches(config, task, examples, step=3)).examples]
+    assert later == whole[3]
+
+
+def test_an_example_without_a_usable_image_is_replaced_and_counted(task_tree, tmp_path):
+    config, examples = parse_config(task_tree("vqa")), scenes(8)
+    examples[3] = Example("3", (tmp_path / "gone.png",), "what?", answers=("red",))
+    batch = next(batches(config, VQA(config, ["red"]), examples))
+    assert sorted(e.key for e in batch.examples) == ["0", "1", "2", "4", "4", "5", "6", "7"]
+    assert batch.skipped == {"missing image": 1}
+    with pytest.raises(BadSample, match="missing image"):
+        next(batches(config, VQA(config, ["red"]), [examples[3]] * 8))
+
+
+def test_images_travel_as_bytes_and_are_normalized_once(task_tree, monkeypatch):
+    config, examples = parse_config(task_tree("vqa")), scenes(8)
+    task = VQA(config, ["red"])
+    examples = [replace(e, images=(np.full((64, 64, 3), 30 * i, np.uint8),)) for i, e in enumerate(examples)]
+    batch = next(batches(config, task, examples))
+    assert batch.pixel_values.dtype == torch.uint8
+    assert batch.pixel_values.shape == (8, 1, 3, 64, 64)
+    assert sorted(batch.pixel_values.flatten(1)[:, 0].tolist()) == [30 * i for i in range(8)]
+    before = batch.pixel_values.float().mul_(2 / 255).sub_(1)
+    assert torch.equal(batch.normalized_pixels, before)
+    assert batch.model_inputs()["pixel_values"] is batch.normalized_pixels
+    moved = batch.to("meta")
+    assert [tensor.device.type for tensor in moved.tensors()] == ["meta"] * 4
+    assert [example.key for example in moved.examples] == [example.key for example in batch.examples]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    pinned = torch_pinned(batch)
+    assert all(torch.equal(*both) for both in zip(pinned.tensors(), [t + 1 for t in batch.tensors()], strict=True))
+
+
+# --- saved models -----------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_gives_the_same_answers(task_tree, tmp_path):
+    task = VQA(parse_config(task_tree("vqa")), ["red", "blue"])
+    model = save(task, tmp_path / "model")
+    loaded = load_task_model(tmp_path / "model")
+    assert loaded.task.answers == ["red", "blue"]
+    inputs = {"input_ids": torch.tensor([[2, 9, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.bool)}
+    pixels = torch.randn(1, 1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(pixels, **inputs).logits, model(pixels, **inputs).logits)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["task"]["name"] == "vqa"
+
+
+def test_folders_that_are_no_fine_tuned_model_say_so(export, task_tree, tmp_path):
+    folder, *_ = export
+    with pytest.raises(ExportError, match=r"is a pre-trained model without a task: fine-tune it"):
+        load_task_model(folder)
+    with pytest.raises(ExportError, match=r"is no saved model, it lacks model\.safetensors or config\.json"):
+        load_task_model(tmp_path)
+    save(VQA(parse_config(task_tree("vqa")), ["red", "blue"]), tmp_path / "model")
+    (tmp_path / "model" / "answers.json").write_text('["red"]')
+    with pytest.raises(ExportError, match=r"head\.3\.weight \(2, 64\) where the config asks for \(1, 64\)"):
+        load_task_model(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "tokenizer")
+    with pytest.raises(ExportError, match="cannot be loaded"):
+        load_task_model(tmp_path / "model")
+
+
+def test_a_person_asks_and_ranks(task_tree, tmp_path):
+    from PIL import Image
+
+    image = tmp_path / "a.png"
+    Image.new("RGB", (30, 20), (200, 0, 0)).save(image)
+    save(VQA(parse_config(task_tree("vqa")), ["red", "blue", "green"]), tmp_path / "vqa")
+    save(Retrieval(parse_config(task_tree("retrieval"))), tmp_path / "retrieval")
+    vqa, retrieval = load_task_model(tmp_path / "vqa"), load_task_model(tmp_path / "retrieval")
+    answers = ask(vqa, [image], ["what color?", "is it red?"], top=2)
+    assert [answer.question for answer in answers] == ["what color?"] * 2 + ["is it red?"] * 2
+    assert answers[0].score >= answers[1].score
+    matches = rank(retrieval, image, ["a red circle", "a blue square"])
+    assert {match.caption for match in matches} == {"a red circle", "a blue square"}
+    assert matches[0].match >= matches[1].match
+    with pytest.raises(ConfigError, match="looks at 1 images at once, 2 were given"):
+        ask(vqa, [image, image], ["what?"])
+    with pytest.raises(ConfigError, match=r"image .*gone\.png cannot be used: missing image"):
+        rank(retrieval, tmp_path / "gone.png", ["a"])
+    with pytest.raises(ConfigError, match="there are 0 captions to rank"):
+        rank(retrieval, image, [])
+    with pytest.raises(ConfigError, match="answers no questions"):
+        ask(retrieval, [image], ["what?"])
+    with pytest.raises(ConfigError, match="ranks no captions"):
+        rank(vqa, image, ["a"])
