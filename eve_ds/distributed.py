@@ -217,11 +217,6 @@ def rank_zero() -> bool:
     return _rank() == 0
 
 
-def place() -> tuple[int, int]:
-    """Rank and world size of this process."""
-    return (dist.get_rank(), dist.get_world_size()) if _in_group() else (0, 1)
-
-
 def _rank() -> int:
     return dist.get_rank() if _in_group() else int(os.environ.get("RANK", "0"))
 

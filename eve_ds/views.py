@@ -7,8 +7,8 @@ an accelerator wait; whoever has no layouts gets the same ones from the masks. O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -203,84 +203,61 @@ class View(NamedTuple):
         return mask if self.image_mask is None else mask & self.image_mask.bool().unsqueeze(1)
 
 
-def views_of(
-    objectives: Collection[str],
-    *,
-    pixel_values: Tensor | None = None,
-    image_mask: Tensor | None = None,
-    visible_patch_ids: Tensor | None = None,
-    visible_patch_mask: Tensor | None = None,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    masked_input_ids: Tensor | None = None,
-    image_view_ids: Tensor | None = None,
-    image_view_text_mask: Tensor | None = None,
-    language_patch_ids: Tensor | None = None,
-    layouts: Mapping[str, Layout] | None = None,
-) -> dict[str, View]:
-    """The views of a batch that objectives ask for, by name; arguments as those of `eve_ds.model.eve.EVE.forward`.
+class HasViews(Protocol):
+    """Part of a pre-training objective that says which views it needs."""
 
-    `itc_image` and `itc_text` are those of `itc`. The view of `itm` is not here: its negatives are drawn from
-    similarities of these.
-    """
-    whole = View(pixel_values, input_ids, attention_mask, image_mask)
-    masked = whole if masked_input_ids is None else whole._replace(input_ids=masked_input_ids)
-    views: dict[str, View] = {}
-    if "joint" in objectives:
-        views["joint"] = masked._replace(visible_patch_ids=visible_patch_ids, visible_patch_mask=visible_patch_mask)
-    if "mim" in objectives and pixel_values is not None:
-        view = _samples_of(whole, image_view_ids)
-        if image_view_text_mask is not None:
-            view = view._replace(attention_mask=image_view_text_mask)
-        views["mim"] = view._replace(visible_patch_ids=visible_patch_ids, visible_patch_mask=visible_patch_mask)
-    if "mlm" in objectives and input_ids is not None:
-        views["mlm"] = _with_captions(masked)._replace(visible_patch_ids=language_patch_ids)
-    if "itc" in objectives and pixel_values is not None and input_ids is not None:
-        views["itc_image"] = View(pixel_values, image_mask=image_mask)
-        views["itc_text"] = View(input_ids=input_ids, attention_mask=attention_mask)
-    found = {} if layouts is None else layouts
-    return {name: view._replace(layout=found.get(name)) for name, view in views.items()}
+    def views(self, inputs: Mapping[str, Any]) -> dict[str, View]:
+        """Views by name; `inputs` are keyword arguments of `eve_ds.model.eve.EVE.forward`."""
+
+
+def views_of(objectives: Iterable[HasViews], inputs: Mapping[str, Any]) -> dict[str, View]:
+    """Views that objectives need of a batch, by name, each with its layout where `inputs["layouts"]` has it."""
+    layouts = inputs.get("layouts") or {}
+    views = {name: view for objective in objectives for name, view in objective.views(inputs).items()}
+    return {name: view._replace(layout=layouts.get(name)) for name, view in views.items()}
 
 
 def layouts_of(
-    objectives: Collection[str], fields: Mapping[str, Tensor | None], num_patches: int, keep_padding: bool = False
+    objectives: Iterable[HasViews],
+    fields: Mapping[str, Tensor | None],
+    num_patches: int,
+    keep_padding: bool = False,
 ) -> dict[str, Layout]:
-    """Where the tokens of the views of a batch stand, by view.
+    """Layouts of the tokens of a batch's views, by view.
 
     Args:
-        objectives: whose views.
-        fields: arguments of `eve_ds.model.eve.EVE.forward` by name, and others.
-        num_patches: of a whole image.
+        objectives: make the views.
+        fields: keyword arguments of `eve_ds.model.eve.EVE.forward`; further ones are ignored.
+        num_patches: patches of a whole image.
         keep_padding: see :meth:`Layout.of`.
     """
-    inputs: dict[str, Any] = {name: fields[name] for name in WITH_TOKENS if name in fields}
+    inputs: dict[str, Any] = dict(fields)
+    inputs["masked_input_ids"] = None  # replaced words do not change how many tokens a view has
     if (pixel_values := fields.get("pixel_values")) is not None:
-        inputs["pixel_values"] = pixel_values[:, :0]  # views of a part of the samples copy theirs
-    views = views_of(objectives, **inputs)
+        inputs["pixel_values"] = pixel_values[:, :0]  # a view of some samples copies their pixels
+    views = views_of(objectives, inputs)
     return {name: view.layout_of(num_patches, keep_padding) for name, view in views.items()}
 
 
-def _samples_of(view: View, rows: Tensor | None) -> View:
-    """The samples `rows` (B_i,) of a view; None = all."""
+def whole_view(inputs: Mapping[str, Any]) -> View:
+    """All images beside the whole captions."""
+    return View(*(inputs.get(name) for name in ("pixel_values", "input_ids", "attention_mask", "image_mask")))
+
+
+def chosen_samples(view: View, rows: Tensor | None) -> View:
+    """Samples `rows` (B_i,) int64 of a view; None keeps all."""
     if rows is None:
         return view
     chosen: dict[str, Any] = {name: value[rows] for name, value in view._asdict().items() if isinstance(value, Tensor)}
     return View(**chosen)
 
 
-def _with_captions(view: View) -> View:
-    """The view without images that have no caption beside them: nothing would be predicted from them."""
+def only_captioned_images(view: View) -> View:
+    """View without the images that have no caption: nothing would be predicted from them."""
     if view.pixel_values is None or view.attention_mask is None:
         return view
     captioned = view.attention_mask.any(dim=1)
     return view._replace(image_mask=captioned if view.image_mask is None else captioned & view.image_mask)
-
-
-WITH_TOKENS = (
-    *("image_mask", "visible_patch_ids", "visible_patch_mask", "input_ids", "attention_mask"),
-    *("image_view_ids", "image_view_text_mask", "language_patch_ids"),
-)
-"""Fields of a batch, besides pixels, that say which tokens a view has."""
 
 
 class Packing(NamedTuple):

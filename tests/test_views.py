@@ -18,15 +18,19 @@ from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model import attention
 from eve_ds.model.eve import EVE
-from eve_ds.model.matching import Pairs, draw_hard_negatives, layout_of_negatives
 from eve_ds.model.moe import MoE
-from eve_ds.objectives.losses import Counts, pretraining_losses, total_loss
+from eve_ds.model.with_losses import weighted_sum
+from eve_ds.objectives.contrastive import draw_hard_negatives
+from eve_ds.objectives.pairs import Pairs, layout_of_negatives
+from eve_ds.objectives.pretraining import pretraining_losses
+from eve_ds.objectives.registry import objectives_of
 from eve_ds.ops import build, feed_forward
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.views import IMAGE, TEXT, Layout, Packing, View
 
 CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and a small green square top left")
 ALL = ["mim", "mlm", "itc", "itm"]
+COUNTS = {"masked_patches": 24.0, "masked_tokens": 12.0, "tokens": 100.0}
 SETS = (["mlm"], ["mim"], ["mim", "mlm"], ["joint"], ["mlm", "itc", "itm"], ["mim", "mlm", "itc"], ALL)
 CHEAP = {
     "predicted_patch_share": 0.5,
@@ -62,7 +66,9 @@ MIXED = [*pairs(4), Sample("image", 0, image(7), None), Sample("text", 0, None, 
 
 
 def batch_of(config, samples=None, has_images=True, has_captions=True):
-    collate = Collator(config, load_tokenizer("scenes"), has_images=has_images, has_captions=has_captions)
+    collate = Collator(
+        config, load_tokenizer("scenes"), objectives_of(config.model), has_images=has_images, has_captions=has_captions
+    )
     return collate(pairs() if samples is None else samples)
 
 
@@ -79,8 +85,7 @@ def in_fp64(batch):
 def losses_of(model, config, batch):
     torch.manual_seed(5)  # of hard negatives
     output = model(**batch.model_inputs())
-    counts = Counts(24.0, 12.0, 100.0)
-    return output, pretraining_losses(output, **batch.targets(), patch_size=8, counts=counts, normalize_pixels=False)
+    return output, pretraining_losses(output, batch.targets(), COUNTS, config.model)
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +206,7 @@ def test_each_view_encodes_what_it_shows_and_no_more():
     torch.testing.assert_close(output.matching.image_features, images)  # heads give fp32
     torch.testing.assert_close(output.matching.text_features, texts)
     torch.manual_seed(5)
-    image_ids, text_ids = draw_hard_negatives(images, texts, torch.tensor(0.07))
+    image_ids, text_ids = draw_hard_negatives(images @ texts.t() / torch.tensor(0.07))
     own = torch.arange(6)
     pictures, captions = torch.cat([own, image_ids, own]), torch.cat([own, own, text_ids])
     joined = backbone(batch.pixel_values[pictures], batch.input_ids[captions], batch.attention_mask[captions])
@@ -258,7 +263,7 @@ def test_a_view_without_a_sample_has_gradients_of_zeros(missing, kind):
     model = model_of(config)
     samples = [replace(sample, **{missing: None}) for sample in pairs(2)]
     _, terms = losses_of(model, config, in_fp64(batch_of(config, samples)))
-    total_loss(terms, config.loss).backward()
+    weighted_sum(terms, config.loss.weights).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
     idle = model.pixel_decoder if missing == "image" else model.text_head
@@ -295,7 +300,7 @@ def both_ways(config, batch, double=True):
         model.pack_views = packed
         output, terms = losses_of(model, config, batch)
         weights = config.loss.model_copy(update={"load_balancing_weight": 0.3, "router_z_weight": 0.1})
-        total_loss(terms, weights).backward()
+        weighted_sum(terms, weights.weights).backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         found.append((terms, output.moe, gradients))
     return found
@@ -379,7 +384,7 @@ def test_activation_checkpointing_of_packed_views_changes_nothing():
         model = model_of(config).train()
         model.backbone.activation_checkpointing = checkpointing
         _, terms = losses_of(model, config, batch)
-        total_loss(terms, config.loss).backward()
+        weighted_sum(terms, config.loss.weights).backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert all(torch.equal(found[0][name], gradient) for name, gradient in found[1].items())
 
@@ -409,7 +414,7 @@ def test_kinds_of_deep_layers(kind):
     config = config_of(deep_ffn=kind)
     model, batch = model_of(config).train(), in_fp64(batch_of(config))
     output, terms = losses_of(model, config, batch)
-    total_loss(terms, config.loss).backward()
+    weighted_sum(terms, config.loss.weights).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert config.model.expert_layers == ([1, 2] if kind == "soft_router" else [])
     assert [len(layers) for layers in output.moe.values()] == [len(config.model.expert_layers)] * 2
@@ -538,9 +543,9 @@ def test_drawn_captions_get_as_many_places_as_the_longest_has(monkeypatch):
     lengths = batch.attention_mask.sum(dim=1)
     output, _ = losses_of(model, config, batch)
     layout = layout_of_negatives(
-        Pairs.of(batch.pixel_values, None, batch.input_ids, batch.attention_mask).with_negatives(
-            torch.arange(6).roll(1), torch.arange(6).roll(2)
-        ),
+        Pairs.of(
+            {name: getattr(batch, name) for name in ("pixel_values", "input_ids", "attention_mask")}
+        ).with_negatives(torch.arange(6).roll(1), torch.arange(6).roll(2)),
         batch.layouts["itc_text"],
         17,
         keep_padding=False,
@@ -581,9 +586,8 @@ def step_without_data(config, batch):
         model = model.to_empty(device="cpu").train()
         faked = batch._with_each(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         output = model(**faked.model_inputs())
-        counts = Counts(24.0, 12.0, 100.0)
-        terms = pretraining_losses(output, **faked.targets(), patch_size=8, counts=counts, normalize_pixels=False)
-        total_loss(terms, config.loss).backward()
+        terms = pretraining_losses(output, faked.targets(), COUNTS, config.model)
+        weighted_sum(terms, config.loss.weights).backward()
     return model, terms
 
 
@@ -620,7 +624,7 @@ CAPACITY = {"moe": {"num_experts": 4, "routing": "capacity"}}
 def gradients_of(model, config, batch):
     model.zero_grad()
     _, terms = losses_of(model, config, batch)
-    loss = total_loss(terms, config.loss)
+    loss = weighted_sum(terms, config.loss.weights)
     loss.backward()
     return {"loss": loss.detach()} | {name: parameter.grad for name, parameter in model.named_parameters()}
 

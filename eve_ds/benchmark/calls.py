@@ -21,13 +21,14 @@ from eve_ds.config import Config, load_config
 from eve_ds.data.batch import Batch
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.model.eve import EVE
-from eve_ds.objectives.losses import Counts, only_this_rank, pretraining_losses, total_loss
+from eve_ds.objectives.pretraining import count
+from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.zero import initialize_engine
 from eve_ds.training.nonfinite import poison_if_nonfinite
-from eve_ds.training.pretrain import build_optimizer, denominators
+from eve_ds.training.optimizer import build_optimizer
+from eve_ds.training.pretrain import Pretraining
 
 BATCH = 2
 """Pairs of a step: few, so that time is the host's and not that of the products."""
@@ -57,16 +58,20 @@ class EngineStep:
         join_group_of_one()
         torch.manual_seed(0)
         self.config, settings = resolve_deepspeed_config(zero, config, world_size=1)
-        model = EVE(self.config.model, moe_cls=partial(DeepSpeedMoE, ep_size=1))
-        optimizer = build_optimizer(model, self.config, settings)
+        module = Pretraining(self.config).build_model(partial(DeepSpeedMoE, ep_size=1), from_checkpoint=False)
+        optimizer = build_optimizer(module.model, self.config, settings)
         initialize = initialize_engine if ours else stock_engine
-        self.engine = initialize(model, optimizer, settings)
-        self.batch = self._batch().to(self.engine.device)
+        self.engine = initialize(module, optimizer, settings)
+        batch = self._batch()
+        self.counts = count(batch, self.config.model)
+        self.batch = batch.to(self.engine.device)
 
     def _batch(self) -> Batch:
         tokenizer = load_tokenizer(self.config.data.tokenizer)
         size = self.config.train.train_batch_size
-        loader = build_loader(self.config, tokenizer, rank=0, world_size=1, micro_batch_size=size)
+        loader = build_loader(
+            self.config, tokenizer, objectives_of(self.config.model), rank=0, world_size=1, micro_batch_size=size
+        )
         batch = next(loader)
         loader.close()
         return batch
@@ -74,16 +79,8 @@ class EngineStep:
     def run(self, clock: Callable[[], float]) -> dict[str, float]:
         """One step; how far the clock moved during each of `PARTS`."""
         marks = [clock()]
-        output = self.engine(**self.batch.model_inputs())
-        terms = pretraining_losses(
-            output,
-            **self.batch.targets(),
-            patch_size=self.config.model.patch_size,
-            counts=Counts(*denominators(self.batch, self.config.model)),
-            normalize_pixels=self.config.model.normalizes_pixels,
-            gather=only_this_rank,
-        )
-        loss = poison_if_nonfinite(total_loss(terms, self.config.loss))
+        output = self.engine(self.batch, self.counts)
+        loss = poison_if_nonfinite(output.loss)
         marks.append(clock())
         self.engine.backward(loss)
         marks.append(clock())

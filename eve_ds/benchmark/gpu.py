@@ -32,8 +32,9 @@ from eve_ds.benchmark.objectives import backward, draw_weights, random_inputs
 from eve_ds.config import load_config
 from eve_ds.model.attention import attend
 from eve_ds.model.eve import EVE
+from eve_ds.objectives.pretraining import pretraining_flops
 from eve_ds.ops.build import build, use_built
-from eve_ds.training.flops import peak_flops, pretraining_flops
+from eve_ds.training.flops import peak_flops
 from eve_ds.views import Layout
 
 Row = dict[str, Any]

@@ -32,13 +32,17 @@ from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.model.eve import EVE
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
-from eve_ds.objectives.losses import Counts, pretraining_losses, total_loss
+from eve_ds.model.with_losses import weighted_sum
+from eve_ds.objectives.pretraining import pretraining_losses
+from eve_ds.objectives.registry import objectives_of
 from eve_ds.ops import reference
 from eve_ds.ops.feed_forward import grouped_products
 from eve_ds.views import layouts_of
 
 TOKENS, WIDTH, EXPERTS = 4096, 768, 32
 DTYPES = (torch.float32, torch.bfloat16)
+ANY_COUNTS = {"masked_patches": 1000.0, "masked_tokens": 100.0, "tokens": 1000.0}
+"""Denominators of losses whose value does not matter."""
 REAL_TOKENS = 12
 """Of a caption in the step benchmark, [CLS] and [SEP] included."""
 Rows = Iterator[list[Measure] | Absent]
@@ -290,7 +294,7 @@ class BothForms:
         self.layers = [(block, block.moe, StockMoE(cast(MoE, block.moe), factor).train()) for block in blocks]
         self.optimizers = [self._optimizer(stock) for stock in (False, True)]
         self.inputs, self.labels = self._batch(batch)
-        self.layouts = layouts_of(config.model.objectives, self.inputs, config.model.num_patches)
+        self.layouts = layouts_of(objectives_of(config.model), self.inputs, config.model.num_patches)
 
     def _place(self, stock: bool) -> None:
         for block, ours, theirs in self.layers:
@@ -327,17 +331,13 @@ class BothForms:
         self.model.pack_views = not stock  # DeepSpeed's layer takes the tokens of one view
         self._place(stock)
         output = self.model(**self.inputs, layouts=None if stock else self.layouts)
-        terms = pretraining_losses(
-            output,
-            pixel_values=self.inputs["pixel_values"],
-            image_mask=None,
-            masked_patch_ids=self.inputs["masked_patch_ids"],
-            token_labels=self.labels,
-            patch_size=self.config.model.patch_size,
-            counts=Counts(1000.0, 100.0, 1000.0),
-            normalize_pixels=self.config.model.normalizes_pixels,
-        )
-        total_loss(terms, self.config.loss).backward()
+        targets = {
+            "pixel_values": self.inputs["pixel_values"],
+            "masked_patch_ids": self.inputs["masked_patch_ids"],
+            "token_labels": self.labels,
+        }
+        terms = pretraining_losses(output, targets, ANY_COUNTS, self.config.model)
+        weighted_sum(terms, self.config.loss.weights).backward()
         optimizer = self.optimizers[stock]
         optimizer.step()
         optimizer.zero_grad()
@@ -356,7 +356,9 @@ def data(seconds: float) -> Rows:
         source = f"[{{kind: shards, shards: {shards}}}]"
         config = load_config("eve_tiny", [f"data.sources={source}", "data.crop_scale=[0.5, 1.0]"])
         tokenizer = load_tokenizer(config.data.tokenizer)
-        loader = build_loader(config, tokenizer, rank=0, world_size=1, micro_batch_size=batch)
+        loader = build_loader(
+            config, tokenizer, objectives_of(config.model), rank=0, world_size=1, micro_batch_size=batch
+        )
         files = sorted(str(path) for path in shards.glob("*.tar"))
         ours = partial(_take_batches, loader, count // batch)
         bare = partial(_bare_webdataset, files, config, batch)

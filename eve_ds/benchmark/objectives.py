@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from eve_ds.benchmark.harness import Absent, Measure, Run, count_gflop, interleave, measured, peak_megabytes
-from eve_ds.benchmark.measures import REAL_TOKENS, Rows, device, is_quick
+from eve_ds.benchmark.measures import ANY_COUNTS, REAL_TOKENS, Rows, device, is_quick
 from eve_ds.config import Config, MaskingConfig, Objective, load_config
 from eve_ds.data.masking import num_chosen, num_masked_patches
 from eve_ds.model.eve import EVE
-from eve_ds.objectives.losses import Counts, pretraining_losses, total_loss
+from eve_ds.model.with_losses import weighted_sum
+from eve_ds.objectives.pretraining import pretraining_losses
+from eve_ds.objectives.registry import OBJECTIVES
 from eve_ds.views import layouts_of
 
 Inputs = dict[str, Any]
@@ -156,17 +158,13 @@ class Objectives:
 def backward(model: EVE, config: Config, inputs: Inputs) -> None:
     """Loss and gradients of what :func:`random_inputs` gives; the denominators are any."""
     pixel_values = inputs["pixel_values"]
-    terms = pretraining_losses(
-        model(**inputs),
-        pixel_values=pixel_values[inputs["image_view_ids"]] if "image_view_ids" in inputs else pixel_values,
-        image_mask=None,
-        masked_patch_ids=inputs["masked_patch_ids"],
-        token_labels=inputs["input_ids"].flatten()[inputs["masked_token_ids"]],
-        patch_size=config.model.patch_size,
-        counts=Counts(1000.0, 100.0, 1000.0),
-        normalize_pixels=config.model.normalizes_pixels,
-    )
-    total_loss(terms, config.loss).backward()
+    targets = {
+        "pixel_values": pixel_values[inputs["image_view_ids"]] if "image_view_ids" in inputs else pixel_values,
+        "masked_patch_ids": inputs["masked_patch_ids"],
+        "token_labels": inputs["input_ids"].flatten()[inputs["masked_token_ids"]],
+    }
+    terms = pretraining_losses(model(**inputs), targets, ANY_COUNTS, model.config)
+    weighted_sum(terms, config.loss.weights).backward()
 
 
 @torch.no_grad()
@@ -206,7 +204,7 @@ def random_inputs(config: Config, masking: MaskingConfig, size: int) -> Inputs:
     if masking.language_view_patch_share < 1:
         kept = num_chosen(model.num_patches, masking.language_view_patch_share)
         inputs["language_patch_ids"] = seen[:, :kept].sort().values
-    layouts = layouts_of(("joint", "mim", "mlm", "itc"), inputs, model.num_patches)
+    layouts = layouts_of([OBJECTIVES[name] for name in ("joint", "mim", "mlm", "itc")], inputs, model.num_patches)
     moved: Inputs = {name: _moved(tensor) for name, tensor in inputs.items()}
     return moved | {"layouts": {name: layout.with_each(_moved) for name, layout in layouts.items()}}
 

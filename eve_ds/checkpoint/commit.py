@@ -39,6 +39,8 @@ from eve_ds.checkpoint.files import (
 )
 from eve_ds.config import Config, ConfigError, parse_written_config
 from eve_ds.distributed import broadcast_object, get_logger, rank_zero
+from eve_ds.model.with_losses import plain_model
+from eve_ds.topology import Topology
 
 PACKAGES = ("eve_ds", "torch", "deepspeed", "transformers")
 
@@ -110,6 +112,7 @@ class Saver:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast, group: dist.ProcessGroup) -> None:
         self.config, self.group = config, group
+        self.topology = Topology.current(config.parallel.ep_size)
         self.tokenizer_files = _tokenizer_files(tokenizer)
         self.root = config.train.output_dir / manifest.FOLDER
         self.failures = 0
@@ -129,8 +132,8 @@ class Saver:
         if rank_zero():
             pending.attempt(lambda: self._make_folder(pending.folder))
         pending.problem = broadcast_object(pending.problem)
-        check = None if content.check_inputs is None else _check_batch(engine.module, content.check_inputs)
-        pieces = state.pieces_to_write(engine, self.config.parallel.ep_size)
+        check = None if content.check_inputs is None else _check_batch(plain_model(engine.module), content.check_inputs)
+        pieces = state.pieces_to_write(engine, self.topology)
         small = self._small_files(engine, content, check)
         if self.config.train.async_save:
             pieces = [piece._replace(tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
@@ -153,7 +156,7 @@ class Saver:
             return None
         if pending.thread is not None:
             pending.thread.join()
-        gathered: list[Any] = [None] * dist.get_world_size()
+        gathered: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(gathered, (pending.problem, pending.records), group=self.group)
         problems = [problem for problem, _ in gathered if problem is not None]
         if rank_zero() and not problems:
@@ -178,11 +181,11 @@ class Saver:
     def _small_files(self, engine: DeepSpeedEngine, content: Content, check: bytes | None) -> dict[str, bytes]:
         """Name -> content of what this rank adds to the tensors."""
         rank = {"position": content.position, "random": random_states()}
-        small = {f"rank-{dist.get_rank():05d}.json": json.dumps(rank).encode()}
+        small = {f"rank-{self.topology.rank:05d}.json": json.dumps(rank).encode()}
         if rank_zero():
             topology = {
-                "world_size": dist.get_world_size(),
-                "ep_size": self.config.parallel.ep_size,
+                "world_size": self.topology.world_size,
+                "ep_size": self.topology.ep_size,
                 "zero_stage": engine.zero_optimization_stage(),
             }
             numbers = {

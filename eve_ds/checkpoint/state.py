@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from eve_ds.checkpoint.files import KINDS, CheckpointError, Piece, PieceReader
 from eve_ds.model.moe import plain_names_of
 from eve_ds.model.naming import expert_id
+from eve_ds.model.with_losses import plain_model
+from eve_ds.topology import Topology
 
 
 class Fragment(NamedTuple):
@@ -36,25 +37,25 @@ def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
     held = _held_at_stage_0 if engine.zero_optimization_stage() == 0 else _held_in_partition
     masters = _masters_at_stage_0(engine)
     found: list[Fragment] = []
-    for name, parameter in engine.module.named_parameters():
+    model = plain_model(engine.module)
+    for name, parameter in model.named_parameters():
         start, tensors = held(engine, parameter, masters)
         if tensors:
-            found += _by_tensor(plain_names_of(engine.module, name, parameter), parameter, start, tensors)
+            found += _by_tensor(plain_names_of(model, name, parameter), parameter, start, tensors)
     return found
 
 
-def pieces_to_write(engine: DeepSpeedEngine, ep_size: int) -> list[Piece]:
+def pieces_to_write(engine: DeepSpeedEngine, topology: Topology) -> list[Piece]:
     """This rank's share of the state: with those of all ranks, everything exactly once."""
     held = fragments(engine)
     if engine.zero_optimization_stage() == 0:  # replicas: take turns
-        rank, world_size = dist.get_rank(), dist.get_world_size()
         held = [
             fragment
             for number, fragment in enumerate(held)
             if (
-                number % (world_size // ep_size) == rank // ep_size
+                number % topology.num_expert_replicas == topology.expert_replica
                 if expert_id(fragment.name) is not None
-                else number % world_size == rank
+                else number % topology.world_size == topology.rank
             )
         ]
     return [Piece(kind, part.name, part.start, part.tensors[kind]) for part in held for kind in KINDS]

@@ -193,3 +193,13 @@ class ModelConfig(Section):
     def predicts_words(self) -> bool:
         """Whether some task predicts masked words."""
         return bool({"mlm", "joint"} & set(self.objectives))
+
+    @property
+    def contrasts_pairs(self) -> bool:
+        """Whether some objective compares features of images with features of texts."""
+        return "itc" in self.objectives
+
+    @property
+    def matches_pairs(self) -> bool:
+        """Whether some objective judges if an image and a text belong together."""
+        return "itm" in self.objectives

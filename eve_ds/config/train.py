@@ -27,6 +27,11 @@ class LossConfig(Section):
     def _read_former_names(cls, tree: Any) -> Any:
         return renamed(renamed(tree, "pixel_weight", "mim_weight"), "text_weight", "mlm_weight")
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss term by name."""
+        return {name.removesuffix("_weight"): getattr(self, name) for name in type(self).model_fields}
+
 
 class OptimizerConfig(Section):
     """AdamW and its schedule: linear warm-up, then decay to `final_lr_share` of the peak."""

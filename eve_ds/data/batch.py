@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -77,6 +77,8 @@ class Batch:
     """(M,) int64, ascending flat indices into B * L of the tokens to predict; M may be 0."""
     token_labels: Tensor | None = None
     """(M,) int64, the original tokens."""
+    more: dict[str, Tensor] = field(default_factory=dict)
+    """Fields that a single pre-training objective has for itself."""
     layouts: dict[str, Layout] | None = None
     """View -> where its tokens stand. None: as the masks say, for which the host would wait for an accelerator."""
 
@@ -96,7 +98,7 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that travels, those of layouts included."""
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        values = [*self._fields().values(), *self.more.values()]
         values += [value for layout in (self.layouts or {}).values() for value in layout]
         return [value for value in values if isinstance(value, Tensor)]
 
@@ -110,12 +112,11 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of `EVE.forward`: everything but keys and labels, pixels normalized."""
-        names = [field.name for field in dataclasses.fields(self)]
-        inputs = {name: getattr(self, name) for name in names if name not in ("keys", "token_labels")}
-        return inputs | {"pixel_values": self.normalized_pixels}
+        inputs = {name: value for name, value in self._fields().items() if name not in ("keys", "token_labels", "more")}
+        return inputs | self.more | {"pixel_values": self.normalized_pixels}
 
     def targets(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of `pretraining_losses` that predictions are compared with, pixels normalized."""
+        """Tensors that losses compare predictions with, pixels normalized, rows those of the image view."""
         rows = self.image_view_ids
         pixel_values, image_mask = (
             tensor if tensor is None or rows is None else tensor[rows]
@@ -126,12 +127,17 @@ class Batch:
             "image_mask": image_mask,
             "masked_patch_ids": self.masked_patch_ids,
             "token_labels": self.token_labels,
+            **self.more,
         }
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in self._fields().items() if isinstance(value, Tensor)
+        }
         if self.layouts is not None:
             changed["layouts"] = {view: layout.with_each(change) for view, layout in self.layouts.items()}
-        return dataclasses.replace(self, **changed)
+        return dataclasses.replace(self, more={name: change(value) for name, value in self.more.items()}, **changed)
+
+    def _fields(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}

@@ -21,7 +21,7 @@ from webdataset import DataPipeline
 
 from eve_ds.config import Config, ConfigError
 from eve_ds.data.batch import BadSample, Batch, Sample
-from eve_ds.data.collate import Collator
+from eve_ds.data.collate import Collator, PretrainingObjective
 from eve_ds.data.order import Layout, Place, Position, StreamOrder, layout_for, merge_positions
 from eve_ds.data.sources import Source, UnusableData, open_sources
 from eve_ds.distributed import get_logger
@@ -220,6 +220,7 @@ class Loader:
 def build_loader(
     config: Config,
     tokenizer: PreTrainedTokenizerFast,
+    objectives: Sequence[PretrainingObjective],
     *,
     rank: int,
     world_size: int,
@@ -233,6 +234,7 @@ def build_loader(
     With `data.num_workers` 0 samples are read in this process, otherwise in that many of its own.
 
     Args:
+        objectives: decide which views a batch has, as :func:`eve_ds.objectives.registry.objectives_of` returns them.
         micro_batch_size: samples per batch.
         state: what :meth:`Loader.state_dict` gave on this rank, or a list of what it gave on every rank in rank order.
             The list may come from another number of ranks, or of samples per batch: what they had not served is dealt
@@ -248,6 +250,7 @@ def build_loader(
     collate = Collator(
         config,
         tokenizer,
+        objectives,
         has_images=any(source.has_images for source in sources),
         has_captions=any(source.has_captions for source in sources),
     )

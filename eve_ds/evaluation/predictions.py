@@ -16,10 +16,11 @@ from typing import Any
 from torch import nn
 
 from eve_ds.config import ConfigError
-from eve_ds.distributed import broadcast_object, gather_objects, place
+from eve_ds.distributed import broadcast_object, gather_objects
 from eve_ds.tasks.batches import TaskCollator
 from eve_ds.tasks.examples import Example, fingerprint
 from eve_ds.tasks.task import Task
+from eve_ds.topology import Topology
 
 PREDICTIONS, METRICS, IDENTITY = "predictions.jsonl", "metrics.json", "evaluation.json"
 FLUSH_EVERY = 64
@@ -55,7 +56,8 @@ def evaluate(
     if twice:
         raise ConfigError(f"key '{twice[0]}' belongs to {Counter(queries)[twice[0]]} examples: keys must be unique")
     identity = {"weights": weights, "examples": fingerprint(examples), "task": task.settings()}
-    rank, world_size = place()
+    topology = Topology.current()
+    rank, world_size = topology.data_rank, topology.data_size
     done, problem = broadcast_object(_begin(out, identity) if rank == 0 else (set(), None))
     if problem is not None:
         raise ConfigError(problem)

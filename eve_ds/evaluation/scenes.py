@@ -25,6 +25,7 @@ from eve_ds.data.synthetic.scene_tasks import BindingProbe, ProbeType, binding_p
 from eve_ds.data.synthetic.scenes import IMAGE_SIZE, LevelName, Scene, Scenes, word_class
 from eve_ds.distributed import all_reduce_sum
 from eve_ds.model.eve import EVE, EVEOutput
+from eve_ds.objectives.registry import objectives_of
 
 WORD_CLASSES = {"color": "colour", "shape": "shape", "size": "size", "position": "position"}
 """Word class of :func:`eve_ds.data.synthetic.scenes.word_class` -> key of the result."""
@@ -102,7 +103,8 @@ def evaluate_scenes(
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    collate = Collator(evaluation_config(config), tokenizer, has_images=True, has_captions=True)
+    fixed = evaluation_config(config)
+    collate = Collator(fixed, tokenizer, objectives_of(fixed.model), has_images=True, has_captions=True)
     scenes = Scenes(_level(config), SCENES_SEED, "val")
     mine = [scenes[index] for index in range(rank, num_scenes, world_size)]
     tally = _Tally()

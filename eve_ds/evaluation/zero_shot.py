@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.weights import weight_reader
 from eve_ds.config import ConfigError, ModelConfig
-from eve_ds.data.collate import CaptionEncoder
+from eve_ds.data.captions import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import model_shapes
 from eve_ds.tasks.examples import Example

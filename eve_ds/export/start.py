@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eve_ds.checkpoint.files import listed
 from eve_ds.config import Config, parse_config
-from eve_ds.data.collate import check_vocabulary
+from eve_ds.data.captions import check_vocabulary
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export.plain import (
     CONFIG,
@@ -28,7 +28,7 @@ from eve_ds.export.plain import (
 )
 from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.eve import EVE, initialize_weights
-from eve_ds.model.matching import MatchingHeads
+from eve_ds.objectives.contrastive import MatchingHeads
 
 DRAWN = "drawn"
 """Where a tensor is from that a new model of the same seed has too."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +22,12 @@ from eve_ds.config import ModelConfig
 from eve_ds.model.attention import SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
-from eve_ds.model.experts import StackedLinear
 from eve_ds.model.feed_forward import ModalityFeedForward, SharedFeedForward
-from eve_ds.model.matching import (
-    MatchingHeads,
-    MatchingOutput,
-    Pairs,
-    draw_hard_negatives,
-    layout_of_negatives,
-)
 from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
 from eve_ds.model.stream import TokenStream, join
+from eve_ds.objectives.contrastive import MatchingHeads, MatchingOutput
+from eve_ds.objectives.objective import Objective
+from eve_ds.objectives.registry import OBJECTIVES, objectives_of
 from eve_ds.views import Layout, Packing, View, joined, views_of
 
 MoEFactory = Callable[[ModelConfig], nn.Module]
@@ -55,18 +51,20 @@ class BackboneOutput(NamedTuple):
 class EVEOutput(NamedTuple):
     """Predictions of one pre-training forward."""
 
-    pixel_predictions: Tensor | None
-    """(B_i, N_masked, P * P * 3) of the B_i samples of the image view, as `pixel_target` of the config says."""
-    token_hidden: Tensor | None
-    """(M, D) states of the masked tokens; logits are `token_hidden @ vocabulary_weight.T + vocabulary_bias`."""
     vocabulary_weight: Tensor
     """(V, D), the word embedding."""
     vocabulary_bias: Tensor | None
     """(V,); None where the objectives have no words to predict."""
     moe: dict[str, tuple[MoEOutput, ...]]
     """View -> one per MoE layer, shallow to deep."""
+    pixel_predictions: Tensor | None = None
+    """(B_i, N_masked, P * P * 3) of the B_i samples of the image view, as `pixel_target` of the config says."""
+    token_hidden: Tensor | None = None
+    """(M, D) states of the masked tokens; logits are `token_hidden @ vocabulary_weight.T + vocabulary_bias`."""
     matching: MatchingOutput | None = None
-    """None without the task `itc`."""
+    """None without the objective `itc`."""
+    more: Mapping[str, Any] = MappingProxyType({})
+    """Predictions that a single objective has for itself."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Predictions by name, those that there are: by them two copies of a model can be told to be the same."""
@@ -227,19 +225,23 @@ class Backbone(nn.Module):
 
 
 class EVE(nn.Module):
-    """The backbone, and the heads of `config.objectives`; those of other tasks are None."""
+    """Backbone and the heads of the pre-training objectives `config.objectives`; other heads are None."""
 
     def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
         super().__init__()
         self.config = config
+        self.objectives = objectives_of(config)
         self.pack_views = True
-        """Encode the views that do not wait for each other in one pass; False: in a pass each."""
+        """Encode the views that do not wait for each other in one pass; False: in one pass each."""
         # Drawn before the modules are made, since what torch draws for those depends on how many experts are here.
         seed = int(torch.randint(2**62, (), device="cpu"))
         self.backbone = Backbone(config, moe_cls)
-        self.pixel_decoder = PixelDecoder(config) if config.predicts_pixels else None
-        self.text_head = TextHead(config) if config.predicts_words else None
-        self.matching = MatchingHeads(config) if "itc" in config.objectives else None
+        self.pixel_decoder: PixelDecoder | None = None
+        self.text_head: TextHead | None = None
+        self.matching: MatchingHeads | None = None
+        heads = {name: make for objective in self.objectives for name, make in objective.heads(config).items()}
+        for name, make in heads.items():
+            setattr(self, name, make())
         initialize_weights(self, config, seed)
 
     def forward(
@@ -257,8 +259,9 @@ class EVE(nn.Module):
         image_view_text_mask: Tensor | None = None,
         language_patch_ids: Tensor | None = None,
         layouts: Mapping[str, Layout] | None = None,
+        **more: Tensor,
     ) -> EVEOutput:
-        """Predict in each view what is hidden in it; a task for which the batch has nothing is passed over.
+        """Predict the hidden parts of each view; an objective for which the batch has nothing is passed over.
 
         Args:
             pixel_values: (B, 3, H, W) normalized to mean = std = 0.5, or None for text alone.
@@ -273,37 +276,33 @@ class EVE(nn.Module):
             image_view_ids: (B_i,) int64 samples of the image view, all with an image; None = all samples.
             image_view_text_mask: (B_i, L) bool tokens that the image view shows; None = `attention_mask`'s.
             language_patch_ids: (B, N) int64 patches that the language view shows; None = all.
-            layouts: where the tokens of each view stand, as the collator counted them; a view that is not there is laid
-                out by its masks, for which the host waits for an accelerator.
+            layouts: token layout of each view, as the collator counted them; a view without one is laid out by its
+                masks, for which the host waits for an accelerator.
+            more: batch fields that a single objective has for itself.
 
-        With the task `joint` the image view is the only one, of all samples, and shows the masked captions.
+        With the objective `joint` the image view is the only one, of all samples, and shows the masked captions.
 
         Raises:
-            ValueError: no task of the objectives has anything to predict, a text longer than the position table, for
-                `itc` anything else than pairs, or for `itm` a single one.
+            ValueError: no objective has anything to predict, a text longer than the position table, for `itc` anything
+                but pairs, or for `itm` a single pair.
         """
-        pairs = None
-        if self.matching is not None:
-            pairs = Pairs.of(pixel_values, image_mask, input_ids, attention_mask)
-        views = views_of(
-            self.config.objectives,
-            pixel_values=pixel_values,
-            image_mask=image_mask,
-            visible_patch_ids=visible_patch_ids,
-            visible_patch_mask=visible_patch_mask,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            masked_input_ids=masked_input_ids,
-            image_view_ids=image_view_ids,
-            image_view_text_mask=image_view_text_mask,
-            language_patch_ids=language_patch_ids,
-            layouts=layouts,
-        )
-        encoded = self.encode(views)
-        matching = None
-        if self.matching is not None and pairs is not None:
-            matching = self._match(self.matching, pairs, encoded)
-        return self._predict(encoded, visible_patch_ids, masked_patch_ids, masked_token_ids, matching)
+        inputs: dict[str, Any] = {
+            "pixel_values": pixel_values,
+            "image_mask": image_mask,
+            "visible_patch_ids": visible_patch_ids,
+            "visible_patch_mask": visible_patch_mask,
+            "masked_patch_ids": masked_patch_ids,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "masked_token_ids": masked_token_ids,
+            "masked_input_ids": masked_input_ids,
+            "image_view_ids": image_view_ids,
+            "image_view_text_mask": image_view_text_mask,
+            "language_patch_ids": language_patch_ids,
+            "layouts": layouts,
+            **more,
+        }
+        return self._predict(self.objectives, self.encode(views_of(self.objectives, inputs)), inputs)
 
     def predict(
         self,
@@ -318,13 +317,18 @@ class EVE(nn.Module):
     ) -> EVEOutput:
         """Predict patches and words of one view, whatever the objectives; arguments as those of :meth:`forward`.
 
-        `input_ids` are what the view shows, masked or not. What there is no head for is not predicted.
+        `input_ids` are shown as they are, masked or not. A missing head predicts nothing.
         """
         view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
-        return self._predict(self.encode({"joint": view}), visible_patch_ids, masked_patch_ids, masked_token_ids)
+        inputs = {
+            "visible_patch_ids": visible_patch_ids,
+            "masked_patch_ids": masked_patch_ids,
+            "masked_token_ids": masked_token_ids,
+        }
+        return self._predict([OBJECTIVES["joint"]], self.encode({"joint": view}), inputs)
 
     def encode(self, views: dict[str, View]) -> dict[str, BackboneOutput]:
-        """Encode views by name, in one pass or in one each; raises ValueError where there are none."""
+        """Encode views by name, in one pass or in one each; raises ValueError without any view."""
         if not views:
             names = ", ".join(self.config.objectives)
             raise ValueError(f"the batch holds neither images nor texts that objectives ({names}) could use")
@@ -333,50 +337,19 @@ class EVE(nn.Module):
         return {name: self.backbone.encode([view])[0] for name, view in views.items()}
 
     def _predict(
-        self,
-        encoded: dict[str, BackboneOutput],
-        visible_patch_ids: Tensor | None,
-        masked_patch_ids: Tensor | None,
-        masked_token_ids: Tensor | None,
-        matching: MatchingOutput | None = None,
+        self, objectives: Iterable[Objective], encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any]
     ) -> EVEOutput:
-        """Pixels out of the image view, words out of the language view; `joint` is both."""
-        image_view, language_view = (encoded.get(name, encoded.get("joint")) for name in ("mim", "mlm"))
-        pixels = hidden = None
-        has_patches = masked_patch_ids is not None and visible_patch_ids is not None
-        if self.pixel_decoder is not None and image_view is not None and has_patches:
-            pixels = self.pixel_decoder(image_view.stream, visible_patch_ids, masked_patch_ids)
-        if self.text_head is not None and language_view is not None and masked_token_ids is not None:
-            hidden = self.text_head(_text_tokens(language_view, masked_token_ids))
-        bias = None if self.text_head is None else self.text_head.bias
-        words = self.backbone.text_embedding.word.weight
-        moe = {name: view.moe for name, view in encoded.items()}
-        return EVEOutput(pixels, hidden, words, bias, moe, matching)
-
-    def _match(self, heads: MatchingHeads, pairs: Pairs, encoded: dict[str, BackboneOutput]) -> MatchingOutput:
-        """Features of images and texts alone; for `itm` also pairs and hard negatives, a view that `encoded` gains."""
-        image_features = heads.image_features(encoded["itc_image"].stream.padded()[:, 0])
-        text_features = heads.text_features(encoded["itc_text"].stream.padded()[:, 0])
-        temperature = heads.temperature()
-        logits = None
-        if heads.classifier is not None:
-            mixed = pairs.with_negatives(*draw_hard_negatives(image_features, text_features, temperature))
-            view = View(mixed.pixel_values, mixed.input_ids, mixed.attention_mask, mixed.image_mask)
-            texts, images = encoded["itc_text"].stream.layout, encoded["itc_image"].num_image_tokens
-            layout = layout_of_negatives(mixed, texts, images, self.backbone.keep_padding)
-            encoded["itm"] = self.backbone.encode([view._replace(layout=layout)])[0]
-            states = encoded["itm"].stream.padded()[:, encoded["itm"].num_image_tokens]
-            logits = heads.classifier(states).float()
-        return MatchingOutput(image_features, text_features, temperature, logits)
-
-
-def _text_tokens(encoded: BackboneOutput, ids: Tensor) -> Tensor:
-    """(M, D) states of the text tokens with the flat indices `ids` (M,) into B * L."""
-    layout = encoded.stream.layout
-    length = layout.mask.shape[1]
-    text_length = length - encoded.num_image_tokens
-    positions = ids // text_length * length + encoded.num_image_tokens + ids % text_length
-    return encoded.stream.hidden_states.index_select(0, layout.places[positions])
+        made: dict[str, Any] = {}
+        for objective in objectives:
+            made |= objective.predict(self, encoded, inputs, made)
+        more = {name: made.pop(name) for name in made.keys() - EVEOutput._field_defaults.keys()}
+        return EVEOutput(
+            vocabulary_weight=self.backbone.text_embedding.word.weight,
+            vocabulary_bias=None if self.text_head is None else self.text_head.bias,
+            moe={name: view.moe for name, view in encoded.items()},
+            more=more,
+            **made,
+        )
 
 
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -385,28 +358,61 @@ def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in EVE(config).state_dict().items()}
 
 
+SCALED_LIKE_POSITIONS = {"position", "class_token", "mask_token"}
+"""Last parts of the names of parameters that are drawn at `position_initializer_range`."""
+
+
+class Shard(NamedTuple):
+    """Part of a tensor that this process holds."""
+
+    shape: torch.Size
+    """Shape of the whole tensor."""
+    cut: Callable[[Tensor], Tensor]
+    """Takes the part out of the whole tensor."""
+
+
 @torch.no_grad()
-def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialize_weights(
+    model: nn.Module, config: ModelConfig, seed: int, shards: Mapping[str, Shard] = MappingProxyType({})
+) -> None:
     """Draw matrices, embeddings and routers from a normal truncated at one standard deviation; biases 0, norms 1.
 
-    Every expert is drawn separately. Position embeddings and class tokens have a scale of their own. A parameter's
-    values depend on (seed, plain name) only, so a process that holds some of the experts draws what the process that
-    holds all of them would. `model` may name its parameters in either way of :mod:`eve_ds.model.naming`.
+    A tensor's values depend on (seed, plain name) only, and the whole tensor is drawn before it is cut: a process that
+    holds some of the experts, or a shard of a matrix, holds what the process with the whole model would. Every expert
+    is drawn separately. Position embeddings and class tokens have a scale of their own. A parameter's plain name
+    decides which of these it is; other vectors, such as LayerScale, and tensors on the meta device stay as they are.
+
+    Args:
+        model: names its parameters in either way of :mod:`eve_ds.model.naming`.
+        config: scales and the kind of position embeddings.
+        seed: seed of all draws.
+        shards: plain name -> part held here; a tensor that is not named is held whole.
     """
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-        elif isinstance(module, nn.Linear | nn.Conv2d | StackedLinear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
     for name, parameter in plain_named_tensors(model):
         kind = name.rpartition(".")[2]
-        if kind == "position" and config.position_init == "sincos" and not parameter.is_meta:
-            side = None if "text_embedding" in name else config.image_size // config.patch_size
-            parameter.copy_(config.position_initializer_range * _sincos_table(parameter, side))
-        elif kind in {"position", "class_token", "mask_token"}:
-            _truncated_normal(parameter, config.position_initializer_range, seed, name)
-        elif parameter.ndim >= 2 or kind == "modality":
-            _truncated_normal(parameter, config.initializer_range, seed, name)
+        if parameter.is_meta:
+            continue
+        if kind.endswith("bias"):
+            parameter.zero_()
+        elif kind == "weight" and parameter.ndim == 1:  # LayerNorm
+            parameter.fill_(1.0)
+        elif kind in SCALED_LIKE_POSITIONS or parameter.ndim >= 2 or kind == "modality":
+            shard = shards.get(name)
+            whole = parameter if shard is None else parameter.new_empty(shard.shape)
+            drawn = _drawn(name, config, seed, whole)
+            parameter.copy_(drawn if shard is None else shard.cut(drawn))
+
+
+def _drawn(name: str, config: ModelConfig, seed: int, like: Tensor) -> Tensor:
+    """Initial value of a tensor with the shape, dtype and device of `like`."""
+    kind = name.rpartition(".")[2]
+    if kind == "position" and config.position_init == "sincos":
+        side = None if "text_embedding" in name else config.image_size // config.patch_size
+        return config.position_initializer_range * _sincos_table(like, side)
+    std = config.position_initializer_range if kind in SCALED_LIKE_POSITIONS else config.initializer_range
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "little"))
+    return nn.init.trunc_normal_(torch.empty_like(like), std=std, a=-std, b=std, generator=generator)
 
 
 def _sincos_table(position: Tensor, side: int | None) -> Tensor:
@@ -430,11 +436,3 @@ def _sines(places: int, width: int, shortest: float, longest: float) -> Tensor:
     steps = torch.linspace(0, 1, width // 2)
     angles = torch.arange(places)[:, None] * 2 * math.pi / (shortest * (longest / shortest) ** steps)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def _truncated_normal(tensor: Tensor, std: float, seed: int, name: str) -> None:
-    if tensor.is_meta:
-        return
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest[:8], "little"))
-    nn.init.trunc_normal_(tensor, std=std, a=-std, b=std, generator=generator)

@@ -1,1 +1,1 @@
-"""What pre-training predicts, and the losses of it."""
+"""Pre-training objectives: one class each, with its heads, masks, views, losses and cost; `registry.py` names them."""

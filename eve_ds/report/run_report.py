@@ -16,6 +16,7 @@ from eve_ds.data.collate import Collator
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.evaluation.scenes import evaluation_config
+from eve_ds.objectives.registry import objectives_of
 from eve_ds.report.curves import plot_curves
 from eve_ds.report.experts import expert_use, plot_expert_use
 from eve_ds.report.reconstruction import note_on, plot_reconstructions, reconstruct
@@ -69,11 +70,12 @@ def sample_batches(config: Config, tokenizer: PreTrainedTokenizerFast) -> Iterat
     Masks are those of the evaluation: half of the words, and every hidden patch is predicted.
     """
     config, sources = evaluation_config(config), config.data.sources
+    objectives = objectives_of(config.model)
     if any(source.kind != "scenes" for source in sources):
         quiet = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
-        yield from build_loader(quiet, tokenizer, rank=0, world_size=1, micro_batch_size=BATCH_SIZE)
+        yield from build_loader(quiet, tokenizer, objectives, rank=0, world_size=1, micro_batch_size=BATCH_SIZE)
     scenes = Scenes(sources[0].level, split="val")
-    collate = Collator(config, tokenizer, has_images=True, has_captions=True)
+    collate = Collator(config, tokenizer, objectives, has_images=True, has_captions=True)
     start = 0
     while True:
         shown = [(index, scenes[index]) for index in range(start, start + BATCH_SIZE)]

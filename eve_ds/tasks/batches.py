@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config, TaskConfig
 from eve_ds.data.batch import BadSample
-from eve_ds.data.collate import CaptionEncoder, check_vocabulary
+from eve_ds.data.captions import CaptionEncoder, check_vocabulary
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 from eve_ds.data.transforms import TrainTransform, channels_first
@@ -50,6 +50,11 @@ class TaskBatch:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def keys(self) -> list[str]:
+        """Key of each example."""
+        return [example.key for example in self.examples]
 
     @cached_property
     def normalized_pixels(self) -> Tensor:

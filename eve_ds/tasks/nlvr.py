@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import Config, ConfigError
-from eve_ds.data.collate import CaptionEncoder
+from eve_ds.data.captions import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
-from eve_ds.objectives.losses import router_losses
+from eve_ds.objectives.router import router_losses
 from eve_ds.tasks.agreement import AgreementModel
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.encoder import Classifier, ClassifierOutput, classify

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 
 from eve_ds.config import Config
 from eve_ds.data.batch import BadSample
-from eve_ds.data.collate import CaptionEncoder
+from eve_ds.data.captions import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.distributed import gather_objects, place
+from eve_ds.distributed import gather_objects
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
-from eve_ds.objectives.losses import router_losses
+from eve_ds.objectives.router import router_losses
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.pair_models import IGNORED, PairScorer, RetrievalModel, RetrievalOutput
 from eve_ds.tasks.words import Template, WordRetrievalModel
+from eve_ds.topology import Topology
 
 RECALL_AT = (1, 5, 10)
 IMAGE, TEXT = "image:", "text:"
@@ -262,7 +263,8 @@ class _Gallery:
 def _over_ranks(compute: Callable[[list[str]], dict[str, Any]], names: list[str]) -> dict[str, Any]:
     """`compute` on this rank's share of the names; the results of all ranks."""
     merged: dict[str, Any] = {}
-    rank, world_size = place()
+    topology = Topology.current()
+    rank, world_size = topology.data_rank, topology.data_size
     for part in gather_objects(compute(names[rank::world_size])):
         merged |= part
     return merged

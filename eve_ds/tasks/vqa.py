@@ -16,7 +16,7 @@ from eve_ds.config import Config, ConfigError
 from eve_ds.distributed import get_logger
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
-from eve_ds.objectives.losses import router_losses
+from eve_ds.objectives.router import router_losses
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.encoder import Classifier, ClassifierOutput, classify
 from eve_ds.tasks.examples import Example, SceneExamples, all_scene_answers

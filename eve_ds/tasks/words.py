@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import Config, ConfigError
-from eve_ds.data.collate import CaptionEncoder
+from eve_ds.data.captions import CaptionEncoder
 from eve_ds.model.decoders import TextHead
 from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.moe import MoEOutput

@@ -1,14 +1,27 @@
-"""Losses and gradients that are not finite."""
+"""Steps whose loss or gradient is not finite: found before the update, described, skipped or fatal."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from eve_ds.config import TrainConfig
+from eve_ds.distributed import get_logger
+from eve_ds.model.with_losses import LossOutput
+from eve_ds.topology import Topology
+from eve_ds.training.job import TrainingBatch
+from eve_ds.training.window import all_terms
 
 MOST_NAMED = 8
 """Sample keys of a micro-batch, and micro-batches, that a message names."""
+OF_ALL_RANKS = ("loss", "load_balancing", "itc")
+"""Terms that samples of other ranks can make non-finite."""
 
 
 class NonFiniteError(RuntimeError):
@@ -22,3 +35,67 @@ def poison_if_nonfinite(loss: Tensor) -> Tensor:
     its gradient is not, as a square can overflow where its derivative does not.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+class NonFiniteSteps:
+    """Counts steps without an update.
+
+    Args:
+        train: `on_nonfinite`, `max_nonfinite_skips`, `precision`.
+        topology: number of ranks.
+        group: process group of all ranks on the host.
+    """
+
+    def __init__(self, train: TrainConfig, topology: Topology, group: dist.ProcessGroup) -> None:
+        self.skips = 0
+        self._train, self._topology, self._group = train, topology, group
+
+    def describe(self, step: int, computed: Sequence[LossOutput], batches: Sequence[TrainingBatch]) -> str | None:
+        """One line on the likely cause; collective. None: an fp16 overflow, which the loss scaler answers.
+
+        Args:
+            step: number of the step that has left weights and optimizer as they were.
+            computed: losses of its micro-batches.
+            batches: its micro-batches.
+        """
+        local = [_describe(all_terms(output), batch) for output, batch in zip(computed, batches, strict=True)]
+        gathered: list[Any] = [None] * self._topology.world_size
+        dist.all_gather_object(gathered, local, group=self._group)
+        found = [(rank, *item) for rank, items in enumerate(gathered) for item in items]
+        severity = max(worst for _, worst, _ in found)
+        if self._train.precision == "fp16" and severity == 0:
+            return None
+        bad = [item for item in found if item[1] == severity]
+        what = "; ".join(f"rank {rank}: {text}" for rank, _, text in bad[:MOST_NAMED])
+        more = f"; and {len(bad) - MOST_NAMED} more micro-batches" if len(bad) > MOST_NAMED else ""
+        kind = "loss" if severity else "gradient norm"
+        return f"step {step}: {kind} is not finite, the update was not applied; {what}{more}"
+
+    def skip(self, message: str, checkpoint: Path | None) -> None:
+        """Count a skipped step.
+
+        Raises:
+            NonFiniteError: `on_nonfinite` is `stop`, or `max_nonfinite_skips` is exceeded.
+        """
+        self.skips += 1
+        allowed, last_good = self._train.max_nonfinite_skips, f"Last good checkpoint: {checkpoint or 'none yet'}"
+        if self._train.on_nonfinite == "stop":
+            raise NonFiniteError(f"{message}. {last_good}")
+        if self.skips > allowed:
+            raise NonFiniteError(
+                f"{message}. That is skip number {self.skips}, train.max_nonfinite_skips ({allowed}) are allowed. "
+                f"{last_good}"
+            )
+        get_logger().warning("%s; skipped", message)
+
+
+def _describe(terms: dict[str, Tensor], batch: TrainingBatch) -> tuple[int, str]:
+    """How likely this micro-batch is the cause, and its loss and keys.
+
+    2: a term made of its own samples is not finite. 1: only terms that ranks share are not. 0: its loss is finite.
+    """
+    bad = [name for name, term in terms.items() if not math.isfinite(float(term))]
+    own = [name for name in bad if name not in OF_ALL_RANKS]
+    more = " ..." if len(batch) > MOST_NAMED else ""
+    values = ", ".join(f"{name} {float(terms[name])}" for name in (own or bad or ["loss"]))
+    return 2 if own else 1 if bad else 0, f"{values}, sample keys {', '.join(batch.keys[:MOST_NAMED])}{more}"

@@ -11,8 +11,38 @@ import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
+from eve_ds.config import Config
+
 EMBEDDINGS = {"position", "modality", "modality_embedding", "class_token", "mask_token"}
 """Last parts of the names of embeddings that are plain parameters."""
+WORD_EMBEDDING = "word.weight"
+"""End of the name of the word embedding."""
+
+
+def build_optimizer(
+    model: nn.Module,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    lr_scale: Callable[[str], float] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW over decaying, non-decaying and expert parameters; weight decay is always set explicitly.
+
+    Args:
+        model: plain or DeepSpeed, without its losses.
+        config: `optimizer`.
+        deepspeed_config: ZeRO stage.
+        lr_scale: see :func:`optimizer_parameter_groups`.
+    """
+    settings = config.optimizer
+    cls = CheckedAdamW if deepspeed_config["zero_optimization"]["stage"] == 0 else torch.optim.AdamW
+    return cls(
+        optimizer_parameter_groups(model, settings.weight_decay, lr_scale),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,  # one pass over weights, gradients and moments instead of ten
+    )
 
 
 def optimizer_parameter_groups(
@@ -30,20 +60,22 @@ def optimizer_parameter_groups(
             `lr_scale`; None: 1 for all.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            embedding = isinstance(module, nn.Embedding) or name in EMBEDDINGS
-            bias = name.endswith("bias")  # those of stacked experts have two dimensions
-            decays = not (embedding or bias or parameter.ndim < 2)
-            scale = 1.0 if lr_scale is None else lr_scale(f"{prefix}.{name}" if prefix else name)
-            group = groups.setdefault((decays, scale), _empty_group(decays, weight_decay, scale))
-            group["params"].append(parameter)
+    for name, parameter in model.named_parameters():
+        scale = 1.0 if lr_scale is None else lr_scale(name)
+        key = (_decays(name, parameter), scale)
+        groups.setdefault(key, _empty_group(*key, weight_decay))["params"].append(parameter)
     # Decaying ones first, as checkpoints have them.
     ordered = [groups[key] for key in sorted(groups, key=lambda key: (not key[0], -key[1]))]
     return split_params_into_different_moe_groups_for_optimizer(ordered)
 
 
-def _empty_group(decays: bool, weight_decay: float, scale: float) -> dict[str, Any]:
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix, by its name: biases of stacked experts have two dimensions too."""
+    kind = name.rpartition(".")[2]
+    return parameter.ndim >= 2 and not (kind in EMBEDDINGS or kind.endswith("bias") or name.endswith(WORD_EMBEDDING))
+
+
+def _empty_group(decays: bool, scale: float, weight_decay: float) -> dict[str, Any]:
     name = "decay" if decays else "no_decay"
     return {
         "name": name if scale == 1 else f"{name} x {scale:g}",

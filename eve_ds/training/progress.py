@@ -105,27 +105,27 @@ class ProgressLine:
             get_logger().info("%s  eta %.0f s", _plain_line(step, numbers), left)
 
 
-PLAIN = ("loss", "mim", "mlm", "itc", "itm", "load_balancing", "lr", "samples_per_second")
-
-LIVE = {
-    "loss": "loss {:.3g}",
-    "mim": "mim {:.3g}",
-    "mlm": "mlm {:.3g}",
-    "itc": "itc {:.3g}",
-    "itm": "itm {:.3g}",
-    "lr": "lr {:.2g}",
-    "samples_per_second": "{:.4g}/s",
-    "load_balancing": "balance {:.3g}",
-}
-"""What a progress line shows of a record; the live one fits 80 columns, but for the balance."""
+LAST = ("load_balancing", "lr", "samples_per_second")
+"""Numbers at the end of a progress line."""
+HIDDEN = ("router_z", "grad_norm", "peak_memory_bytes", "tokens_per_second", "model_flops_utilisation")
+"""Numbers that a progress line leaves out; so it does with those whose name has a slash. All others are loss terms."""
+LIVE = {"lr": "lr {:.2g}", "samples_per_second": "{:.4g}/s", "load_balancing": "balance {:.3g}"}
+"""Forms of the live line where they differ, so that it fits 80 columns."""
 
 
 def _plain_line(step: int, numbers: dict[str, float]) -> str:
-    return f"step {step}  " + "  ".join(f"{name} {numbers[name]:.4g}" for name in PLAIN if name in numbers)
+    return f"step {step}  " + "  ".join(f"{name} {numbers[name]:.4g}" for name in _shown(numbers))
 
 
 def _live_line(step: int, numbers: dict[str, float]) -> str:
-    return f"step {step} " + " ".join(text.format(numbers[name]) for name, text in LIVE.items() if name in numbers)
+    names = sorted(_shown(numbers), key="load_balancing".__eq__)
+    return f"step {step} " + " ".join(LIVE.get(name, f"{name} {{:.3g}}").format(numbers[name]) for name in names)
+
+
+def _shown(numbers: dict[str, float]) -> list[str]:
+    """Names in the order of a progress line: `loss`, its terms, the rest."""
+    terms = [name for name in numbers if name not in ("loss", *LAST, *HIDDEN) and "/" not in name]
+    return [name for name in ("loss", *terms, *LAST) if name in numbers]
 
 
 def training_clock(device: torch.device) -> Callable[[], float]:

@@ -125,3 +125,8 @@ def on_rank_zero(action: Callable[[], None]) -> None:
     problem = broadcast_object(problem)
     if problem is not None:
         raise ConfigError(problem)
+
+
+def write_config(config: Config) -> None:
+    """Write the configuration into the output folder, which claims it for the run."""
+    (config.train.output_dir / "config.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from eve_ds.config import Config
+from eve_ds.config import Config, TrainConfig
 
 
 def learning_rate(config: Config, step: int, seconds: float) -> float:
@@ -23,3 +23,25 @@ def learning_rate(config: Config, step: int, seconds: float) -> float:
     shape = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
     decay = settings.final_lr_share + (1 - settings.final_lr_share) * shape[settings.decay]
     return settings.lr * warmup * decay
+
+
+def done_share(train: TrainConfig, step: int, seconds: float) -> float:
+    """Share of the run that is done after `step` updates and `seconds` of training, 1 when it is over."""
+    by_time = seconds / train.max_seconds if train.max_seconds else 0.0
+    return max(step / train.max_steps, by_time)
+
+
+def ends_after_next_step(train: TrainConfig, step: int, seconds: float) -> bool:
+    """Whether `max_steps` or `max_seconds` will be reached by one update more; an update takes the mean time so far."""
+    if step + 1 >= train.max_steps:
+        return True
+    if train.max_seconds is None:
+        return False
+    step_seconds = seconds / step if step else 0.0
+    return seconds + step_seconds >= train.max_seconds
+
+
+def save_is_due(train: TrainConfig, step: int, seconds_since_save: float) -> bool:
+    """Whether a checkpoint is due after update number `step`; `seconds_since_save` are of the wall clock."""
+    by_steps = bool(train.save_every_steps and step % train.save_every_steps == 0)
+    return by_steps or bool(train.save_every_minutes and seconds_since_save >= 60 * train.save_every_minutes)

@@ -16,7 +16,7 @@ from eve_ds.benchmark import calls, measures, objectives, peers
 from eve_ds.benchmark.harness import COLUMNS, append_results, compare, json_line
 from eve_ds.config import ModelConfig, MoEConfig, load_config
 from eve_ds.model.moe import MoE
-from eve_ds.training.flops import pretraining_flops
+from eve_ds.objectives.pretraining import pretraining_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_CALLS = 2500

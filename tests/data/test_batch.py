@@ -13,6 +13,7 @@ from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from eve_ds.model.eve import EVE
+from eve_ds.objectives.registry import objectives_of
 
 CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and a small green square top left")
 
@@ -24,7 +25,13 @@ def config(**masking):
 
 
 def collate(samples, tokenizer="scenes", has_images=True, has_captions=True, **masking):
-    collator = Collator(config(**masking), load_tokenizer(tokenizer), has_images=has_images, has_captions=has_captions)
+    collator = Collator(
+        config(**masking),
+        load_tokenizer(tokenizer),
+        objectives_of(config(**masking).model),
+        has_images=has_images,
+        has_captions=has_captions,
+    )
     return collator(samples)
 
 
@@ -189,7 +196,7 @@ def test_padding_and_truncation_stored_in_a_tokenizer_are_not_applied(tmp_path):
     tokenizer = load_tokenizer("scenes")
     tokenizer.backend_tokenizer.enable_padding(length=33, pad_id=0)
     tokenizer.backend_tokenizer.enable_truncation(4)
-    collator = Collator(config(), tokenizer, has_images=True, has_captions=True)
+    collator = Collator(config(), tokenizer, objectives_of(config().model), has_images=True, has_captions=True)
     fresh = collate(pairs())
     assert collator(pairs()).input_ids.tolist() == fresh.input_ids.tolist()
 
@@ -243,7 +250,7 @@ def test_vocabulary_larger_than_the_models_is_refused():
     tokenizer = train_tokenizer([chr(0x4E00 + number) for number in range(600)], 700)
     size = len(tokenizer)
     with pytest.raises(ConfigError, match=rf"vocabulary of {size} tokens, larger than model.vocab_size \(256\); raise"):
-        Collator(config(), tokenizer, has_images=True, has_captions=True)
+        Collator(config(), tokenizer, objectives_of(config().model), has_images=True, has_captions=True)
 
 
 def test_model_inputs_are_what_the_model_takes():

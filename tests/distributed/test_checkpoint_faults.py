@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -43,27 +44,30 @@ def pretrain(config, at=None, resume="auto"):
     """Train; `at` maps a step to what this rank does before it. Returns (summary or error, log)."""
     from eve_ds.checkpoint.commit import SaveError
     from eve_ds.distributed import get_logger
-    from eve_ds.training import pretrain as engine
+    from eve_ds.training import pretrain as pretraining
+    from eve_ds.training import start
+    from eve_ds.training.trainer import Trainer
 
-    class Trainer(engine.Trainer):
-        def _take_data(self):
+    class Watched(Trainer):
+        def _train_step(self):
             action = (at or {}).get(self.step + 1)
             if action is not None:
                 action(self)
-            return super()._take_data()
+            return super()._train_step()
 
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    original, evaluates = engine.Trainer, engine.trains_on_scenes
-    engine.Trainer, engine.trains_on_scenes = Trainer, lambda config: False
     get_logger().addHandler(handler)
     try:
-        result = engine.pretrain(config, ZERO, resume)
+        with (
+            mock.patch.object(start, "Trainer", Watched),
+            mock.patch.object(pretraining, "trains_on_scenes", return_value=False),
+        ):
+            result = pretraining.pretrain(config, ZERO, resume)
     except (SaveError, ConfigError) as error:
         result = error
     finally:
-        engine.Trainer, engine.trains_on_scenes = original, evaluates
         get_logger().removeHandler(handler)
     return result, lines
 
@@ -356,7 +360,7 @@ def starts(rank, world_size, folder):
         weights = {}
 
         def look(trainer, weights=weights):
-            state = local_plain_state_dict(trainer.engine.module)
+            state = local_plain_state_dict(trainer.model)
             weights.update({name: weight.clone() for name, weight in state.items()})
 
         config = config_of(

@@ -11,6 +11,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -68,22 +69,23 @@ def settings(folder, topology, *, precision="fp32", steps=STEPS):
 
 def train(config, deepspeed_config, look=None, resume="auto"):
     """Pre-train; `look(engine)` is called after the first step's data is there and before it is computed."""
-    from eve_ds.training import pretrain as engine
+    from eve_ds.training import pretrain as pretraining
+    from eve_ds.training import start
+    from eve_ds.training.trainer import Trainer
 
-    class Trainer(engine.Trainer):
-        def _take_data(self):
+    class Watched(Trainer):
+        def _train_step(self):
             nonlocal look
             if look is not None:
                 look, call = None, look
                 call(self.engine)
-            return super()._take_data()
+            return super()._train_step()
 
-    original, evaluates = engine.Trainer, engine.trains_on_scenes
-    engine.Trainer, engine.trains_on_scenes = Trainer, lambda config: False
-    try:
-        engine.pretrain(config, deepspeed_config, resume)
-    finally:
-        engine.Trainer, engine.trains_on_scenes = original, evaluates
+    with (
+        mock.patch.object(start, "Trainer", Watched),
+        mock.patch.object(pretraining, "trains_on_scenes", return_value=False),
+    ):
+        pretraining.pretrain(config, deepspeed_config, resume)
 
 
 def stay(rank, world_size, folder, cases):
@@ -110,6 +112,7 @@ def unequal_tensors(engine, checkpoint):
 
 def move(rank, world_size, folder, cases):
     """Go on elsewhere; for each case what did not come back, and whether weights follow their masters."""
+    from eve_ds.model.with_losses import plain_model
     from eve_ds.parallel.moe import local_plain_state_dict
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
@@ -124,7 +127,7 @@ def move(rank, world_size, folder, cases):
 
             found.append(unequal_tensors(engine, checkpoint))
             reader = PieceReader(checkpoint)
-            weights = local_plain_state_dict(engine.module)
+            weights = local_plain_state_dict(plain_model(engine.module))
             found.append(
                 [
                     key

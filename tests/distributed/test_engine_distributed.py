@@ -76,41 +76,49 @@ class Watch:
         self.evaluations = 0
 
     def run(self, config, deepspeed_config=None, resume="auto"):
-        from eve_ds.training import pretrain as engine
+        from eve_ds.training import pretrain as pretraining
+        from eve_ds.training import start
+        from eve_ds.training.trainer import Trainer
 
-        watch = self
+        watch, evaluate = self, pretraining.evaluate_scenes
 
-        class WatchedTrainer(engine.Trainer):
+        class WatchedTrainer(Trainer):
             def __init__(self, *args):
                 watch.trainer = self
                 super().__init__(*args)
-
-            def _fetch(self):
-                micro_batches, problem = super()._fetch()
-                return (micro_batches if watch.fetch is None else watch.fetch(micro_batches, self)), problem
-
-            def _take_data(self):
-                data = super()._take_data()
-                if watch.change is not None:
-                    data = data._replace(micro_batches=watch.change(self.step + 1, data.micro_batches, self))
-                    self.queue = engine.DeviceQueue(self.engine.device)
-                    for batch in data.micro_batches:
-                        self.queue.put(batch)
-                watch.steps.append(data.micro_batches)
-                return data
-
-        evaluate = engine.evaluate_scenes
-        original = engine.Trainer
+                watch._watch(self.feed)
 
         def evaluate_few(*args, **options):
             self.evaluations += 1
             return evaluate(*args, **options | {"num_scenes": 8, "batch_size": 4})
 
-        engine.Trainer, engine.evaluate_scenes = WatchedTrainer, evaluate_few
-        try:
-            return engine.pretrain(config, deepspeed_config, resume)
-        finally:
-            engine.Trainer, engine.evaluate_scenes = original, evaluate
+        with (
+            mock.patch.object(start, "Trainer", WatchedTrainer),
+            mock.patch.object(pretraining, "evaluate_scenes", evaluate_few),
+        ):
+            return pretraining.pretrain(config, deepspeed_config, resume)
+
+    def _watch(self, feed):
+        from eve_ds.data.device_queue import DeviceQueue
+
+        load, take = feed._load, feed.take
+
+        def watched_load():
+            micro_batches, problem = load()
+            return (micro_batches if self.fetch is None else self.fetch(micro_batches, self.trainer)), problem
+
+        def watched_take(samples):
+            data = take(samples)
+            if self.change is not None:
+                trainer = self.trainer
+                data = data._replace(micro_batches=self.change(trainer.step + 1, data.micro_batches, trainer))
+                feed.queue = DeviceQueue(trainer.engine.device)
+                for batch in data.micro_batches:
+                    feed.queue.put(batch)
+            self.steps.append(data.micro_batches)
+            return data
+
+        feed._load, feed.take = watched_load, watched_take
 
     def weights(self):
         return weights_of(self.trainer)
@@ -119,7 +127,7 @@ class Watch:
 def weights_of(trainer):
     from eve_ds.parallel.moe import local_plain_state_dict
 
-    return {name: value.clone() for name, value in local_plain_state_dict(trainer.engine.module).items()}
+    return {name: value.clone() for name, value in local_plain_state_dict(trainer.model).items()}
 
 
 def records(folder, kind="train"):
@@ -263,7 +271,8 @@ def decays(name):
 def plain_step(config, weights, micro_batches):
     """Weights and gradient norm after one AdamW step of the plain model on all samples at once, in torch alone."""
     from eve_ds.model.eve import EVE
-    from eve_ds.objectives.losses import Counts, pretraining_losses, total_loss
+    from eve_ds.model.with_losses import weighted_sum
+    from eve_ds.objectives.pretraining import pretraining_losses
 
     model = EVE(config.model)
     model.load_state_dict(weights)
@@ -271,23 +280,17 @@ def plain_step(config, weights, micro_batches):
     losses = []
     images = sum(len(batch) for batch in micro_batches)
     visible, masked = (micro_batches[0].visible_patch_ids.shape[1], micro_batches[0].masked_patch_ids.shape[1])
-    counts = Counts(
-        images * masked,
-        sum(batch.token_labels.numel() for batch in micro_batches),
-        # Captions are in both views, beside the visible patches and beside all of them.
-        2 * sum(float(batch.attention_mask.sum()) for batch in micro_batches)
-        + images * (1 + visible + 1 + visible + masked),
-    )
+    # Captions are in both views, beside the visible patches and beside all of them.
+    captions = 2 * sum(float(batch.attention_mask.sum()) for batch in micro_batches)
+    counts = {
+        "masked_patches": images * masked,
+        "masked_tokens": sum(batch.token_labels.numel() for batch in micro_batches),
+        "tokens": captions + images * (1 + visible + 1 + visible + masked),
+    }
     for batch in micro_batches:
-        terms = pretraining_losses(
-            model(**batch.model_inputs()),
-            **batch.targets(),
-            patch_size=config.model.patch_size,
-            counts=counts,
-            normalize_pixels=False,
-        )
+        terms = pretraining_losses(model(**batch.model_inputs()), batch.targets(), counts, config.model)
         terms["load_balancing"] = terms["load_balancing"] / len(micro_batches)
-        losses.append(total_loss(terms, config.loss))
+        losses.append(weighted_sum(terms, config.loss.weights))
         losses[-1].backward()
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -319,7 +322,7 @@ def plain_step_cases(rank, world_size, folder):
         before = {}
 
         def remember(step, micro_batches, trainer, before=before):
-            weights = local_plain_state_dict(trainer.engine.module)
+            weights = local_plain_state_dict(trainer.model)
             before.update({name: value.clone() for name, value in weights.items()})
             return micro_batches
 
@@ -359,7 +362,7 @@ def poison(*, steps, rank, how, micro=0):
     """A change that spoils one micro-batch, or the gradient of one parameter, of `rank` at some steps."""
 
     def change(step, micro_batches, trainer):
-        if step not in steps or trainer.rank != rank:
+        if step not in steps or trainer.topology.rank != rank:
             return micro_batches
         if how == "mim":
             pixels = micro_batches[micro].normalized_pixels.clone()
@@ -367,7 +370,7 @@ def poison(*, steps, rank, how, micro=0):
             spoiled = replace(micro_batches[micro], pixel_values=pixels)
             return [*micro_batches[:micro], spoiled, *micro_batches[micro + 1 :]]
         word = "experts" if how == "expert gradient" else "projection.weight"
-        parameter = next(p for name, p in trainer.engine.module.named_parameters() if word in name)
+        parameter = next(p for name, p in trainer.model.named_parameters() if word in name)
         value = math.inf if how == "expert gradient" else math.nan
 
         def spoil(gradient):
@@ -473,8 +476,8 @@ def leave_out(bad):
     """The same stream without the batches of some steps."""
 
     def fetch(micro_batches, trainer):
-        while trainer.loader.num_samples // sum(map(len, micro_batches)) in bad:
-            micro_batches = [next(trainer.loader) for _ in micro_batches]
+        while trainer.feed.batches.num_samples // sum(map(len, micro_batches)) in bad:
+            micro_batches = [next(trainer.feed.batches) for _ in micro_batches]
         return micro_batches
 
     return fetch
@@ -497,7 +500,7 @@ def skip_cases(rank, world_size, folder):
         run = folder / str(number)
         summary = watch.run(config_for(run, max_steps=6, **common), zero(stage))
         engine = watch.trainer.engine
-        counters = (engine.global_steps, engine.skipped_steps, engine.micro_steps, watch.trainer.nonfinite_skips)
+        counters = (engine.global_steps, engine.skipped_steps, engine.micro_steps, watch.trainer.nonfinite.skips)
         weights = watch.weights()
         clean = Watch(fetch=leave_out(bad))
         clean.run(config_for(f"{run}-clean", max_steps=4, **common), zero(stage))

@@ -50,13 +50,12 @@ def features():
 
 def contrastive_gradients(rows, gather):
     """Loss, and gradients with respect to the rows of both features and the temperature's logarithm."""
-    from eve_ds.model.matching import MatchingOutput
-    from eve_ds.objectives.losses import contrastive_loss
+    from eve_ds.objectives.contrastive import MatchingOutput, pair_contrastive_loss
 
     leaves = [part[rows].clone().requires_grad_() for part in features()]
     leaves.append(torch.tensor(math.log(0.07), dtype=torch.float64, requires_grad=True))
     unit = [torch.nn.functional.normalize(leaf, dim=1) for leaf in leaves[:2]]
-    loss = contrastive_loss(MatchingOutput(*unit, leaves[2].exp(), torch.zeros(0, 2)), gather)
+    loss = pair_contrastive_loss(MatchingOutput(*unit, leaves[2].exp(), torch.zeros(0, 2)), gather)
     return loss.detach(), torch.autograd.grad(loss, leaves)
 
 
@@ -70,7 +69,7 @@ def gathered(rank, world_size):
 
 
 def test_gradients_through_the_gather_are_those_of_one_process(run_ranks):
-    from eve_ds.objectives.losses import only_this_rank
+    from eve_ds.objectives.objective import only_this_rank
 
     world_size = 2
     loss, (images, texts, temperature) = contrastive_gradients(slice(None), only_this_rank)
@@ -87,17 +86,19 @@ def test_gradients_through_the_gather_are_those_of_one_process(run_ranks):
 # --- the engine -----------------------------------------------------------------------------------------------------
 
 
-def evaluate_few_scenes(engine):
-    evaluate = engine.evaluate_scenes
-    engine.evaluate_scenes = lambda *args, **options: evaluate(*args, **options | {"num_scenes": 8, "batch_size": 4})
+def evaluate_few_scenes(pretraining):
+    evaluate = pretraining.evaluate_scenes
+    pretraining.evaluate_scenes = lambda *args, **options: evaluate(
+        *args, **options | {"num_scenes": 8, "batch_size": 4}
+    )
 
 
 def learn(rank, world_size, folder):
-    from eve_ds.training import pretrain as engine
+    from eve_ds.training import pretrain as pretraining
 
-    evaluate_few_scenes(engine)
+    evaluate_few_scenes(pretraining)
     settings = ["train.max_steps=20", "train.train_batch_size=16", "train.metrics_every=1", "optimizer.warmup_steps=5"]
-    engine.pretrain(config_for(folder, "mlm+itc+itm", "masking.max_text_mask_ratio=null", *settings), None)
+    pretraining.pretrain(config_for(folder, "mlm+itc+itm", "masking.max_text_mask_ratio=null", *settings), None)
 
 
 def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
@@ -115,16 +116,18 @@ def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
 def resume_both(rank, world_size, folder):
     """Each set in one go, and in two halves; ranks share the experts."""
     from eve_ds.parallel.moe import local_plain_state_dict
-    from eve_ds.training import pretrain as engine
+    from eve_ds.training import pretrain as pretraining
+    from eve_ds.training import start
+    from eve_ds.training.trainer import Trainer
 
-    class Watched(engine.Trainer):
+    class Watched(Trainer):
         def run(self):
             summary = super().run()
-            found.append({k: v.clone() for k, v in local_plain_state_dict(self.engine.module).items()})
+            found.append({k: v.clone() for k, v in local_plain_state_dict(self.model).items()})
             return summary
 
-    engine.Trainer = Watched
-    evaluate_few_scenes(engine)
+    start.Trainer = Watched
+    evaluate_few_scenes(pretraining)
     results = []
     for number, objectives in enumerate(SETS):
         found, stage = [], number % 3
@@ -142,7 +145,7 @@ def resume_both(rank, world_size, folder):
         for name, steps in (("whole", (4,)), ("parts", (2, 4))):
             for last in steps:
                 config = config_for(f"{folder}/{objectives}/{name}", objectives, *common, f"train.max_steps={last}")
-                engine.pretrain(config, zero)
+                pretraining.pretrain(config, zero)
         whole, _, parts = found
         results.append([name for name in whole if not torch.equal(whole[name], parts[name])])
     return results

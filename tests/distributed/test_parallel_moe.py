@@ -146,31 +146,28 @@ def collate(chosen, config):
 
 def global_counts(share, pairs):
     """Denominators of the losses over all samples, divided by `share` = ranks * micro-steps."""
-    from eve_ds.objectives.losses import Counts
-
     images = sum(sample["has_image"] for sample in samples(pairs))
     patches = images * (CONFIG.num_patches - NUM_VISIBLE)
     words = sum(len(sample["hidden"]) for sample in samples(pairs))
     tokens = images * (1 + NUM_VISIBLE) + sum(len(sample["ids"]) for sample in samples(pairs))
-    return Counts(patches / share, words / share, tokens / share)
+    return {"masked_patches": patches / share, "masked_tokens": words / share, "tokens": tokens / share}
 
 
-def loss_of(output, inputs, labels, share, gather=None):
-    from eve_ds.objectives.losses import only_this_rank, pretraining_losses, total_loss
+def loss_of(config, output, inputs, labels, share, gather=None):
+    from eve_ds.model.with_losses import weighted_sum
+    from eve_ds.objectives.objective import only_this_rank
+    from eve_ds.objectives.pretraining import pretraining_losses
 
     shown = inputs["image_view_ids"]
-    terms = pretraining_losses(
-        output,
-        pixel_values=inputs["pixel_values"][shown],
-        image_mask=inputs["image_mask"][shown],
-        masked_patch_ids=inputs["masked_patch_ids"],
-        token_labels=labels,
-        patch_size=CONFIG.patch_size,
-        counts=global_counts(share, output.matching is not None),
-        normalize_pixels=False,
-        gather=gather or only_this_rank,
-    )
-    return total_loss(terms, WEIGHTS)
+    targets = {
+        "pixel_values": inputs["pixel_values"][shown],
+        "image_mask": inputs["image_mask"][shown],
+        "masked_patch_ids": inputs["masked_patch_ids"],
+        "token_labels": labels,
+    }
+    counts = global_counts(share, output.matching is not None)
+    terms = pretraining_losses(output, targets, counts, config, gather or only_this_rank)
+    return weighted_sum(terms, WEIGHTS.weights)
 
 
 def micro_batches(case, rank=0, world_size=1):
@@ -226,7 +223,7 @@ def reference(case, portions=1):
         outputs.append([forward(model, inputs, step, part) for part, (inputs, _) in enumerate(chosen)])
         share = case.micro_steps * portions
         losses = [
-            loss_of(output, *batch, share, gather=functools.partial(every_portion, outputs[-1], part))
+            loss_of(case.config(), output, *batch, share, gather=functools.partial(every_portion, outputs[-1], part))
             for part, (output, batch) in enumerate(zip(outputs[-1], chosen, strict=True))
         ]
         (sum(losses) / share).backward()
@@ -340,7 +337,7 @@ def run_case(case, rank, world_size):
     for step, chosen in enumerate(micro_batches(case, rank, world_size)):
         inputs, labels = collate(chosen, case.config())
         outputs.append(forward(engine, inputs, step, rank))
-        engine.backward(loss_of(outputs[-1], inputs, labels, world_size * case.micro_steps, gather_rows))
+        engine.backward(loss_of(case.config(), outputs[-1], inputs, labels, world_size * case.micro_steps, gather_rows))
         if step < case.micro_steps - 1:
             engine.step()
     gradients = dict(plain_named_tensors(engine.module, lambda parameter: safe_get_full_grad(parameter).clone()))
@@ -463,7 +460,7 @@ def capacity_reference(config, world_size, rank):
         inputs, labels = collate(micro_batches(Case(1, 0), peer, world_size)[0], config)
         slots = capture_slots(model)
         output = model(**inputs)
-        (loss_of(output, inputs, labels, world_size) / world_size).backward()
+        (loss_of(config, output, inputs, labels, world_size) / world_size).backward()
         captured.append((slots, output))
     return captured[rank], dict(plain_named_tensors(model, lambda parameter: parameter.grad))
 
@@ -514,7 +511,7 @@ def run_capacity_cases(rank, world_size, described):
         slots = capture_slots(engine.module)
         with no_sizes_from_the_device():
             output = engine(**inputs)
-            engine.backward(loss_of(output, inputs, labels, world_size))
+            engine.backward(loss_of(case.config(), output, inputs, labels, world_size))
         found = {
             name: difference(gradient, expected_gradients[name])
             for name, gradient in plain_named_tensors(engine.module, safe_get_full_grad)

@@ -132,17 +132,18 @@ def stopped_and_resumed(rank, world_size, tree, folder, stop_at):
     from unittest import mock
 
     from eve_ds.config import parse_config
-    from eve_ds.training.finetune import Finetuner, finetune
+    from eve_ds.training.finetune import finetune
+    from eve_ds.training.trainer import Trainer
 
     config = parse_config(tree | {"train": {**tree["train"], "output_dir": Path(folder)}})
-    step = Finetuner._train_step
+    step = Trainer._train_step
 
-    def step_with_signal(self, batches):
+    def step_with_signal(self):
         if self.step + 1 == stop_at and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        step(self, batches)
+        return step(self)
 
-    with mock.patch.object(Finetuner, "_train_step", step_with_signal):
+    with mock.patch.object(Trainer, "_train_step", step_with_signal):
         first = finetune(config)
     held = sorted(path.name for path in Path(folder, "checkpoints").iterdir()), Path(folder, "model").exists()
     second = finetune(config)

@@ -27,6 +27,7 @@ from eve_ds.evaluation.scenes import (
     with_whole_image,
 )
 from eve_ds.model.eve import EVE, EVEOutput
+from eve_ds.objectives.registry import OBJECTIVES
 
 NUM_SCENES, BATCH = 24, 8
 CLASSES = {"color": "colour", "shape": "shape", "size": "size", "position": "position"}
@@ -97,7 +98,7 @@ def result(scenes, tokenizer):
 
 def test_who_looks_at_the_image_is_right_with_it_and_misled_by_another(result, scenes, tokenizer):
     found, _ = result
-    collate = Collator(evaluation_config(CONFIG), tokenizer, has_images=True, has_captions=True)
+    collate = Collator(evaluation_config(CONFIG), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True)
     hits, asked = Counter(), Counter()
     for start in range(0, NUM_SCENES, BATCH):  # counted word by word
         chunk = scenes[0][start : start + BATCH]
@@ -143,7 +144,7 @@ def test_words_are_asked_beside_whole_and_masked_images_and_pixels_beside_masked
 
 def test_foreground_pixels_with_the_right_and_with_another_caption(result, scenes, tokenizer):
     found, _ = result
-    collate = Collator(evaluation_config(CONFIG), tokenizer, has_images=True, has_captions=True)
+    collate = Collator(evaluation_config(CONFIG), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True)
     losses = []
     for start in range(0, NUM_SCENES, BATCH):
         chunk = scenes[0][start : start + BATCH]
@@ -176,7 +177,7 @@ def test_binding_counts_target_and_distractor(result, scenes, tokenizer):
                 logits[row, tokenizer.convert_tokens_to_ids(probe.distractor)] = 1.0
             return output._replace(token_hidden=logits)
 
-    collate = Collator(evaluation_config(CONFIG), tokenizer, has_images=True, has_captions=True)
+    collate = Collator(evaluation_config(CONFIG), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True)
     swapper = Swapper([probe.scene for probe in probes], tokenizer)
     assert answer_probes(swapper, probes, collate, tokenizer) == [probe.distractor for probe in probes]
 
@@ -259,7 +260,7 @@ def test_a_real_model_goes_through(tokenizer):
 
 
 def test_batches_that_show_something_else(scenes, tokenizer):
-    collate = Collator(evaluation_config(CONFIG), tokenizer, has_images=True, has_captions=True)
+    collate = Collator(evaluation_config(CONFIG), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True)
     batch = collate(samples_of(scenes[0][:4]))
     image = with_another_image(batch)
     assert torch.equal(image.pixel_values[1], batch.pixel_values[0])

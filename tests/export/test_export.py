@@ -62,21 +62,23 @@ def train(rank, world_size, folder):
     from deepspeed.utils import safe_get_full_fp32_param
 
     from eve_ds.model.moe import plain_named_tensors
-    from eve_ds.training import pretrain as engine
+    from eve_ds.training import pretrain as pretraining
+    from eve_ds.training import start
+    from eve_ds.training.trainer import Trainer
 
-    engines = []
+    models = []
 
-    class Trainer(engine.Trainer):
+    class Watched(Trainer):
         def __exit__(self, *error):
-            engines.append(self.engine)
+            models.append(self.model)
             super().__exit__(*error)
 
-    engine.Trainer = Trainer
-    engine.evaluate_scenes = lambda *_, **__: {}
+    start.Trainer = Watched
+    pretraining.evaluate_scenes = lambda *_, **__: {}
     results = {}
     for name, (_, stage) in RUNS.items():
-        engine.pretrain(config_of(name, folder), {"zero_optimization": {"stage": stage}})
-        module = engines.pop().module.eval()
+        pretraining.pretrain(config_of(name, folder), {"zero_optimization": {"stage": stage}})
+        module = models.pop().eval()
         with torch.no_grad():
             output = module(**fixed_inputs())
         outputs = {"pixel_predictions": output.pixel_predictions, "token_logits": output.token_logits().detach()}

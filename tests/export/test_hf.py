@@ -22,6 +22,7 @@ from eve_ds.data.transforms import TrainTransform, normalize
 from eve_ds.export import ExportError, load
 from eve_ds.export.hf import EveConfig, EveImageProcessor, EveModel, EveProcessor, export_hf
 from eve_ds.model.eve import EVE
+from eve_ds.objectives.registry import objectives_of
 
 CONFIG = load_config(
     "eve_tiny",
@@ -320,7 +321,9 @@ def test_an_image_becomes_what_the_evaluation_transform_makes_of_it(exported, da
 def test_captions_become_what_the_collator_makes_of_them(exported):
     processor = AutoProcessor.from_pretrained(exported)
     images = [picture(SIZE, SIZE), picture(SIZE, SIZE), picture(SIZE, SIZE)]
-    collate = Collator(CONFIG, load_tokenizer("scenes"), has_images=True, has_captions=True)
+    collate = Collator(
+        CONFIG, load_tokenizer("scenes"), objectives_of(CONFIG.model), has_images=True, has_captions=True
+    )
     samples = zip(images, CAPTIONS, strict=True)
     batch = collate([Sample(str(i), 0, np.asarray(image), text) for i, (image, text) in enumerate(samples)])
     found = processor(images=images, text=CAPTIONS, return_tensors="pt")
@@ -337,7 +340,7 @@ def test_a_tokenizer_with_ways_of_its_own_is_used_as_the_collator_uses_it():
     tokenizer.truncation_side = tokenizer.padding_side = "left"
     tokenizer.pad_token = "[UNK]"
     tokenizer.model_max_length = CONFIG.model.text_length
-    collate = Collator(CONFIG, tokenizer, has_images=False, has_captions=True)
+    collate = Collator(CONFIG, tokenizer, objectives_of(CONFIG.model), has_images=False, has_captions=True)
     batch = collate([Sample(str(i), 0, None, text) for i, text in enumerate(CAPTIONS)])
     found = EveProcessor(EveImageProcessor(SIZE), tokenizer)(text=CAPTIONS)
     assert_same(dict(found), {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})

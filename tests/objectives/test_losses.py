@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from eve_ds.config import LossConfig
+from eve_ds.config import LossConfig, ModelConfig
 from eve_ds.model.eve import EVEOutput
 from eve_ds.model.moe import MoEOutput
-from eve_ds.objectives.losses import Counts, pretraining_losses, total_loss
+from eve_ds.model.with_losses import weighted_sum
+from eve_ds.objectives.pretraining import pretraining_losses
 
 BATCH, MASKED, PATCH, SIDE, VOCAB, WIDTH, TOKENS = 3, 4, 4, 16, 11, 6, 5
 
@@ -20,21 +21,24 @@ def made():
         return torch.randn(shape, generator=generator)
 
     moe = tuple(MoEOutput(None, torch.tensor(1.0 + i / 4), torch.tensor(30.0 + i), None) for i in range(2))
-    output = EVEOutput(
-        draw(BATCH, MASKED, 3 * PATCH**2), draw(TOKENS, WIDTH), draw(VOCAB, WIDTH), draw(VOCAB), {"joint": moe}
-    )
+    pixels, hidden = draw(BATCH, MASKED, 3 * PATCH**2), draw(TOKENS, WIDTH)
+    output = EVEOutput(draw(VOCAB, WIDTH), draw(VOCAB), {"joint": moe}, pixels, hidden)
     inputs = {
         "pixel_values": draw(BATCH, 3, SIDE, SIDE),
         "image_mask": torch.tensor([True, False, True]),
         "masked_patch_ids": torch.tensor([[0, 5, 6, 15], [1, 2, 3, 4], [3, 7, 8, 12]]),
         "token_labels": torch.tensor([0, 3, 10, 7, 3]),
-        "patch_size": PATCH,
-        "normalize_pixels": True,
     }
     return output, inputs
 
 
-def pixel_sum_by_loops(output, inputs):
+def losses_of(output, targets, patches, words, tokens, normalize_pixels=True):
+    config = ModelConfig(image_size=SIDE, patch_size=PATCH, pixel_target="normalized" if normalize_pixels else "raw")
+    counts = {"masked_patches": patches, "masked_tokens": words, "tokens": tokens}
+    return pretraining_losses(output, targets, counts, config)
+
+
+def pixel_sum_by_loops(output, inputs, normalize_pixels=True):
     total = 0.0
     for row in range(BATCH):
         if not inputs["image_mask"][row]:
@@ -50,7 +54,7 @@ def pixel_sum_by_loops(output, inputs):
             mean = sum(values) / len(values)
             variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
             targets = [(value - mean) / math.sqrt(variance + 1e-6) for value in values]
-            targets = targets if inputs["normalize_pixels"] else values
+            targets = targets if normalize_pixels else values
             guesses = output.pixel_predictions[row, place].tolist()
             total += sum((guess - target) ** 2 for guess, target in zip(guesses, targets, strict=True)) / len(values)
     return total
@@ -70,10 +74,9 @@ def text_sum_by_loops(output, inputs):
 @pytest.mark.parametrize("normalize_pixels", [True, False])
 def test_terms_equal_loops(normalize_pixels):
     output, inputs = made()
-    inputs["normalize_pixels"] = normalize_pixels
-    terms = pretraining_losses(output, **inputs, counts=Counts(8, 5, 40))
+    terms = losses_of(output, inputs, 8, 5, 40, normalize_pixels)
     assert set(terms) == {"mim", "mlm", "load_balancing", "router_z"}
-    assert float(terms["mim"]) == pytest.approx(pixel_sum_by_loops(output, inputs) / 8, rel=1e-6)
+    assert float(terms["mim"]) == pytest.approx(pixel_sum_by_loops(output, inputs, normalize_pixels) / 8, rel=1e-6)
     assert float(terms["mlm"]) == pytest.approx(text_sum_by_loops(output, inputs) / 5, rel=1e-6)
     assert float(terms["load_balancing"]) == pytest.approx((1.0 + 1.25) / 2)
     assert float(terms["router_z"]) == pytest.approx((30 + 31) / 2 / 40)
@@ -83,7 +86,7 @@ def test_terms_equal_loops(normalize_pixels):
 def test_denominators_below_one_are_used_as_they_are():
     """Few predictions over many ranks and micro-steps: 3 masked words in 64 micro-steps are 3 / 64 for each."""
     output, inputs = made()
-    terms = pretraining_losses(output, **inputs, counts=Counts(1 / 64, 3 / 64, 1 / 4))
+    terms = losses_of(output, inputs, 1 / 64, 3 / 64, 1 / 4)
     assert float(terms["mim"]) == pytest.approx(64 * pixel_sum_by_loops(output, inputs), rel=1e-6)
     assert float(terms["mlm"]) == pytest.approx(64 / 3 * text_sum_by_loops(output, inputs), rel=1e-6)
     assert float(terms["router_z"]) == pytest.approx(4 * (30 + 31) / 2)
@@ -91,23 +94,19 @@ def test_denominators_below_one_are_used_as_they_are():
 
 def test_every_sample_has_an_image_without_a_mask():
     output, inputs = made()
-    everyone = pretraining_losses(output, **inputs | {"image_mask": None}, counts=Counts(12, 5, 40))
-    all_true = pretraining_losses(
-        output, **inputs | {"image_mask": torch.ones(3, dtype=torch.bool)}, counts=Counts(12, 5, 40)
-    )
+    everyone = losses_of(output, inputs | {"image_mask": None}, 12, 5, 40)
+    all_true = losses_of(output, inputs | {"image_mask": torch.ones(3, dtype=torch.bool)}, 12, 5, 40)
     assert torch.equal(everyone["mim"], all_true["mim"])
 
 
 def test_a_missing_modality_has_no_term():
     output, inputs = made()
     image = output._replace(token_hidden=None)
-    assert "mlm" not in pretraining_losses(image, **inputs, counts=Counts(8, 5, 40))
+    assert "mlm" not in losses_of(image, inputs, 8, 5, 40)
     text = output._replace(pixel_predictions=None)
-    terms = pretraining_losses(
-        text, **inputs | {"pixel_values": None, "masked_patch_ids": None}, counts=Counts(8, 5, 40)
-    )
+    terms = losses_of(text, inputs | {"pixel_values": None, "masked_patch_ids": None}, 8, 5, 40)
     assert "mim" not in terms
-    plain = pretraining_losses(output._replace(moe={}), **inputs, counts=Counts(8, 5, 40))
+    plain = losses_of(output._replace(moe={}), inputs, 8, 5, 40)
     assert set(plain) == {"mim", "mlm"}
 
 
@@ -118,7 +117,7 @@ def test_nothing_to_predict_is_zero_not_nan():
         "token_labels": torch.empty(0, dtype=torch.int64),
         "image_mask": torch.zeros(3, dtype=torch.bool),
     }
-    terms = pretraining_losses(output, **nothing, counts=Counts(0, 0, 0))
+    terms = losses_of(output, nothing, 0, 0, 0)
     assert terms["mlm"].item() == 0
     assert terms["mim"].item() == 0
     terms["mlm"].backward()  # the head takes part in the backward on every rank
@@ -126,7 +125,7 @@ def test_nothing_to_predict_is_zero_not_nan():
 
 def test_any_split_of_the_batch_has_the_mean_of_the_whole():
     output, inputs = made()
-    whole = pretraining_losses(output, **inputs, counts=Counts(8, 5, 40))
+    whole = losses_of(output, inputs, 8, 5, 40)
     parts = []
     for rows, tokens in ((slice(0, 1), slice(0, 4)), (slice(1, 3), slice(4, 5))):
         share = output._replace(
@@ -138,7 +137,7 @@ def test_any_split_of_the_batch_has_the_mean_of_the_whole():
             if isinstance(value, torch.Tensor)
         }
         # Two micro-steps are averaged, so each divides by half of the totals.
-        parts.append(pretraining_losses(share, **inputs | arguments, counts=Counts(8 / 2, 5 / 2, 40 / 2)))
+        parts.append(losses_of(share, inputs | arguments, 8 / 2, 5 / 2, 40 / 2))
     for name in ("mim", "mlm"):
         assert float(sum(part[name] for part in parts) / 2) == pytest.approx(float(whole[name]), rel=1e-6)
 
@@ -146,5 +145,5 @@ def test_any_split_of_the_batch_has_the_mean_of_the_whole():
 def test_weighted_sum_leaves_out_what_weighs_nothing():
     terms = {"mim": torch.tensor(2.0), "mlm": torch.tensor(3.0), "router_z": torch.tensor(math.inf)}
     weights = LossConfig(mim_weight=0.5, mlm_weight=2.0, router_z_weight=0.0)
-    assert float(total_loss(terms, weights)) == 7.0
-    assert float(total_loss(terms, LossConfig(router_z_weight=0.1))) == math.inf
+    assert float(weighted_sum(terms, weights.weights)) == 7.0
+    assert float(weighted_sum(terms, LossConfig(router_z_weight=0.1).weights)) == math.inf

@@ -11,16 +11,13 @@ from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation.scenes import evaluate_scenes, samples_of, trains_on_scenes
 from eve_ds.model.eve import EVE, model_shapes
-from eve_ds.model.matching import MatchingOutput, Pairs, draw_hard_negatives
 from eve_ds.model.moe import MoEOutput, RouterStatistics, sum_statistics
-from eve_ds.objectives.losses import (
-    Counts,
-    contrastive_loss,
-    matching_loss,
-    pretraining_losses,
-    total_loss,
-    view_router_losses,
-)
+from eve_ds.model.with_losses import weighted_sum
+from eve_ds.objectives.contrastive import MatchingOutput, draw_hard_negatives, matching_loss, pair_contrastive_loss
+from eve_ds.objectives.pairs import Pairs
+from eve_ds.objectives.pretraining import pretraining_losses
+from eve_ds.objectives.registry import objectives_of
+from eve_ds.objectives.router import view_router_losses
 
 PAIRS, WIDTH = 5, 7
 SMALL = [
@@ -43,7 +40,9 @@ def config_of(objectives, *overrides):
 
 
 def batch_of(config, count=4):
-    collate = Collator(config, load_tokenizer("scenes"), has_images=True, has_captions=True)
+    collate = Collator(
+        config, load_tokenizer("scenes"), objectives_of(config.model), has_images=True, has_captions=True
+    )
     scenes = Scenes("easy", 0, "train")
     return collate(samples_of([scenes[number] for number in range(count)]))
 
@@ -83,7 +82,7 @@ def matching_by_loops(matching):
 
 
 @pytest.mark.parametrize(
-    ("loss", "by_loops"), [(contrastive_loss, contrastive_by_loops), (matching_loss, matching_by_loops)]
+    ("loss", "by_loops"), [(pair_contrastive_loss, contrastive_by_loops), (matching_loss, matching_by_loops)]
 )
 def test_losses_and_gradients_equal_loops(loss, by_loops):
     matching, leaves = matching_of(torch.Generator().manual_seed(0))
@@ -102,18 +101,13 @@ def test_terms_and_weights():
     torch.manual_seed(0)
     model, batch = EVE(config.model).train(), batch_of(config)
     output = model(**batch.model_inputs())
-    terms = pretraining_losses(
-        output,
-        **batch.targets(),
-        patch_size=8,
-        counts=Counts(0, len(batch.token_labels), 100),
-        normalize_pixels=False,
-    )
+    counts = {"masked_patches": 0, "masked_tokens": len(batch.token_labels), "tokens": 100}
+    terms = pretraining_losses(output, batch.targets(), counts, config.model)
     assert set(terms) == {"mlm", "itc", "itm", "load_balancing", "router_z"}
     assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
     weighed = 4.0 * terms["mlm"] + 0.5 * terms["itc"] + 2.0 * terms["itm"] + 0.001 * terms["load_balancing"]
-    torch.testing.assert_close(total_loss(terms, config.loss), weighed)
-    total_loss(terms, config.loss).backward()
+    torch.testing.assert_close(weighted_sum(terms, config.loss.weights), weighed)
+    weighted_sum(terms, config.loss.weights).backward()
     idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert idle == set(), "every parameter of the model takes part in its objective"
 
@@ -121,10 +115,9 @@ def test_terms_and_weights():
 def test_a_hard_negative_is_never_the_pair_itself_and_the_likelier_the_more_similar():
     torch.manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(6, WIDTH), dim=1)
-    temperature = torch.tensor(0.5)
-    draws = [draw_hard_negatives(features, features.flip(0), temperature) for _ in range(4000)]
-    similarities = features @ features.flip(0).t() / 0.5
-    for which, logits in ((0, similarities.t()), (1, similarities)):
+    similarity = features @ features.flip(0).t() / 0.5
+    draws = [draw_hard_negatives(similarity) for _ in range(4000)]
+    for which, logits in ((0, similarity.t()), (1, similarity)):
         ids = torch.stack([draw[which] for draw in draws])  # (draws, B)
         assert not (ids == torch.arange(6)).any()
         shares = torch.nn.functional.one_hot(ids, 6).float().mean(dim=0)
@@ -134,14 +127,15 @@ def test_a_hard_negative_is_never_the_pair_itself_and_the_likelier_the_more_simi
 
 def test_even_a_pair_that_is_alone_in_being_similar_gets_a_negative():
     eye = torch.eye(3)
-    image_ids, text_ids = draw_hard_negatives(eye, eye, torch.tensor(0.01))
+    image_ids, text_ids = draw_hard_negatives(eye / 0.01)
     assert (image_ids != torch.arange(3)).all()
     assert (text_ids != torch.arange(3)).all()
 
 
 def test_the_joint_batch_holds_pairs_then_texts_with_other_images_then_images_with_other_texts():
     pixel_values = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2)
-    pairs = Pairs.of(pixel_values, None, torch.tensor([[10], [11], [12]]), torch.tensor([[True], [False], [True]]))
+    texts = {"input_ids": torch.tensor([[10], [11], [12]]), "attention_mask": torch.tensor([[True], [False], [True]])}
+    pairs = Pairs.of({"pixel_values": pixel_values, **texts})
     joint = pairs.with_negatives(torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1]))
     assert joint.pixel_values[:, 0, 0, 0].tolist() == [0, 1, 2, 1, 2, 0, 0, 1, 2]
     assert joint.input_ids.flatten().tolist() == [10, 11, 12, 10, 11, 12, 12, 10, 11]
@@ -165,7 +159,7 @@ def test_output_is_that_of_the_passes_one_by_one(objectives):
     torch.testing.assert_close(output.matching.image_features, image)
     torch.testing.assert_close(output.matching.text_features, text)
     assert output.matching.temperature.item() == pytest.approx(0.07)
-    image_ids, text_ids = draw_hard_negatives(image, text, torch.tensor(0.07))
+    image_ids, text_ids = draw_hard_negatives(image @ text.t() / torch.tensor(0.07))
     for part, (pictures, ids, masks) in enumerate(
         ((pixels, words, mask), (pixels[image_ids], words, mask), (pixels, words[text_ids], mask[text_ids]))
     ):

@@ -24,6 +24,7 @@ from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation.scenes import evaluation_config
 from eve_ds.model.eve import EVE
+from eve_ds.objectives.registry import OBJECTIVES
 from eve_ds.report.curves import running_mean
 from eve_ds.report.experts import expert_use, shares
 from eve_ds.report.reconstruction import MASKED_GREY, note_on, reconstruct, unpatchify
@@ -126,7 +127,11 @@ def test_running_mean(window):
 def parts():
     config = load_config("eve_tiny", ["model.num_hidden_layers=2", "model.moe_layers=[0, 1]", "model.hidden_size=32"])
     tokenizer = load_tokenizer(config.data.tokenizer)
-    return config, tokenizer, Collator(evaluation_config(config), tokenizer, has_images=True, has_captions=True)
+    return (
+        config,
+        tokenizer,
+        Collator(evaluation_config(config), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True),
+    )
 
 
 def scene_batch(parts, count=3, **changes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eve_ds.config import ConfigError, parse_config
-from eve_ds.data.collate import CaptionEncoder
+from eve_ds.data.captions import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import load
 from eve_ds.tasks import agreement
@@ -15,7 +15,8 @@ from eve_ds.tasks.examples import Example
 from eve_ds.tasks.nlvr import NLVR
 from eve_ds.tasks.saved import load_task_model, save_task_model
 from eve_ds.tasks.vqa import VQA
-from eve_ds.training.finetune import build_optimizer, prepare_weights
+from eve_ds.training.finetune import Finetuning, prepare_weights
+from eve_ds.training.optimizer import build_optimizer
 
 STATEMENTS = [
     "both images contain a red circle",
@@ -26,6 +27,10 @@ NUM_HIDDEN = 5
 
 
 @pytest.fixture
+def optimizer_of(model, config, task):
+    return build_optimizer(model, config, ZERO, Finetuning(config, task, []).lr_scale())
+
+
 def encoder():
     return CaptionEncoder(load_tokenizer("scenes"), max_length=24)
 
@@ -197,12 +202,12 @@ def test_a_model_that_has_judged_statements_gives_its_whole_head(start, task_tre
 
 def test_what_is_frozen_has_no_learning_rate(start, task_tree):
     task, model, _ = start(freeze_backbone=True)
-    scales = {id(p): g["lr_scale"] for g in build_optimizer(model, task.config, ZERO).param_groups for p in g["params"]}
+    scales = {id(p): g["lr_scale"] for g in optimizer_of(model, task.config, task).param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
         assert scales[id(parameter)] == (0.0 if name.startswith("backbone.") else 1.0), name
     drawn = parse_config(task_tree("nlvr", features="words", freeze_backbone=True))
     model = NLVR.from_examples(drawn, []).model()
-    groups = build_optimizer(model, drawn, ZERO).param_groups
+    groups = optimizer_of(model, drawn, task).param_groups
     assert {group["lr_scale"] for group in groups} == {1.0}, "what is drawn is always trained"
 
 

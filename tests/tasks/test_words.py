@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from eve_ds.config import ConfigError, parse_config
-from eve_ds.data.collate import CaptionEncoder
+from eve_ds.data.captions import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation.ask import rank
 from eve_ds.evaluation.zero_shot import load_zero_shot

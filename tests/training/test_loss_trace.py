@@ -60,7 +60,8 @@ def trace(name, nudge=False, ops="reference"):
     What is stored are the plain ops: the built ones round in another order.
     """
     from eve_ds.config import load_config
-    from eve_ds.training import pretrain as engine
+    from eve_ds.training import pretrain as pretraining
+    from eve_ds.training import start
 
     os.environ["EVE_DS_OPS"] = ops
 
@@ -71,17 +72,19 @@ def trace(name, nudge=False, ops="reference"):
         return build(model, *arguments)
 
     torch.set_num_threads(1)
-    build, has_evaluation = engine.build_optimizer, engine.trains_on_scenes
-    engine.trains_on_scenes = lambda config: False  # takes longer than the 20 steps and changes none of them
+    build, has_evaluation = start.build_optimizer, pretraining.trains_on_scenes
+    pretraining.trains_on_scenes = lambda config: False  # takes longer than the 20 steps and changes none of them
     if nudge:
-        engine.build_optimizer = nudged_optimizer
+        start.build_optimizer = nudged_optimizer
     try:
         with tempfile.TemporaryDirectory() as folder:
             settings = [f"train.max_steps={STEPS}", "train.metrics_every=1", f"train.output_dir={folder}/run"]
-            engine.pretrain(load_config("eve_tiny", [*settings, "train.save_every_steps=null", *TRACES[name]]), None)
+            pretraining.pretrain(
+                load_config("eve_tiny", [*settings, "train.save_every_steps=null", *TRACES[name]]), None
+            )
             lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
     finally:
-        engine.build_optimizer, engine.trains_on_scenes = build, has_evaluation
+        start.build_optimizer, pretraining.trains_on_scenes = build, has_evaluation
     return [{term: record[term] for term in TERMS} for record in map(json.loads, lines) if record["kind"] == "train"]
 
 

@@ -18,10 +18,11 @@ from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import EVE
+from eve_ds.objectives.pretraining import count, encoder_tokens
+from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.settings import batch_triangle, resolve_deepspeed_config
 from eve_ds.training.nonfinite import poison_if_nonfinite
 from eve_ds.training.optimizer import optimizer_parameter_groups
-from eve_ds.training.pretrain import denominators, encoder_tokens
 from eve_ds.training.run_folder import check_output_dir
 from eve_ds.training.schedule import learning_rate
 
@@ -435,18 +436,20 @@ def test_denominators_are_what_the_model_encodes_and_predicts(objectives, maskin
     image = np.zeros((32, 32, 3), dtype=np.uint8)
     samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(20)]
     samples += [Sample("image", 0, image, None), Sample("text", 0, None, "a large blue square")]
-    batch = Collator(settings, load_tokenizer("scenes"), has_images=True, has_captions=True)(samples)
+    batch = Collator(
+        settings, load_tokenizer("scenes"), objectives_of(settings.model), has_images=True, has_captions=True
+    )(samples)
     output = EVE(settings.model)(**batch.model_inputs())
-    patches, tokens, _ = denominators(batch, settings.model)
+    counts = count(batch, settings.model)
     routed = {view: float(layers[0].statistics.tokens.sum()) for view, layers in output.moe.items()}
     assert encoder_tokens(batch, settings.model) == routed
-    assert denominators(batch, settings.model)[2] == sum(routed.values())
+    assert counts["tokens"] == sum(routed.values())
     if "mlm" not in objectives:
         images = 21 if batch.image_view_ids is None or "joint" in objectives else len(batch.image_view_ids)
-        assert patches == images * 12
+        assert counts["masked_patches"] == images * 12
         assert images == 21 or masking is CHEAP
     if "mim" not in objectives:
-        assert tokens == len(batch.token_labels)
+        assert counts["masked_tokens"] == len(batch.token_labels)
 
 
 @pytest.mark.parametrize(("objectives", "passes"), [(["itc"], 1), (["itc", "itm"], 4), (["mlm", "itc", "itm"], 5)])
@@ -454,13 +457,15 @@ def test_denominators_of_matching_count_every_pass(objectives, passes):
     settings = config(model={**SMALL, "patch_size": 8, "objectives": objectives})
     image = np.zeros((32, 32, 3), dtype=np.uint8)
     samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(3)]
-    batch = Collator(settings, load_tokenizer("scenes"), has_images=True, has_captions=True)(samples)
+    batch = Collator(
+        settings, load_tokenizer("scenes"), objectives_of(settings.model), has_images=True, has_captions=True
+    )(samples)
     output = EVE(settings.model)(**batch.model_inputs())
-    patches, words, encoded = denominators(batch, settings.model)
+    counts = count(batch, settings.model)
     routed = sum(float(layers[0].statistics.tokens.sum()) for layers in output.moe.values())
-    assert encoded == routed == passes * 3 * (1 + 16 + 8)
-    assert patches == 0
-    assert words == (9 if "mlm" in objectives else 0)  # half of six words each
+    assert counts["tokens"] == routed == passes * 3 * (1 + 16 + 8)
+    assert counts.keys() == {"tokens", *(["masked_tokens"] if "mlm" in objectives else [])}
+    assert counts.get("masked_tokens", 0) == (9 if "mlm" in objectives else 0)  # half of six words each
 
 
 def test_parameter_groups_hold_every_parameter_once():

@@ -26,8 +26,10 @@ from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import EVE
+from eve_ds.objectives.pretraining import pretraining_flops
+from eve_ds.objectives.registry import objectives_of
 from eve_ds.training import progress as progress_module
-from eve_ds.training.flops import peak_flops, pretraining_flops
+from eve_ds.training.flops import peak_flops
 from eve_ds.training.progress import MetricsWriter, ProgressLine, peak_memory_bytes
 
 NUMBERS = {"loss": 2.3456, "mim": 0.12345, "mlm": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
@@ -171,7 +173,9 @@ def test_flops_are_those_that_torch_counts(objectives, masking, decoder, monkeyp
     overrides += [f"model.objectives={objectives}", "masking.text_to_image_share=0", "masking.predicted_patch_share=1"]
     overrides += ["masking.text_mask_ratio=0.5", "masking.max_text_mask_ratio=null", "masking.image_view_share=1"]
     config = load_config("eve_tiny", [*overrides, "masking.language_view_patch_share=1", *masking])
-    collate = Collator(config, load_tokenizer("scenes"), has_images=True, has_captions=True)
+    collate = Collator(
+        config, load_tokenizer("scenes"), objectives_of(config.model), has_images=True, has_captions=True
+    )
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     batch = collate([Sample(str(number), 0, image, "a small red cross top left " * 2) for number in range(4)])
     model, text_tokens = EVE(config.model).eval(), 14

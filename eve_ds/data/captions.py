@@ -1,0 +1,52 @@
+"""Captions to token ids."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from eve_ds.config import Config, ConfigError
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
+    """Raise :class:`ConfigError` if the tokenizer has ids that the model has no embedding for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.model.vocab_size:
+        raise ConfigError(
+            f"tokenizer '{config.data.tokenizer}' has a vocabulary of {largest + 1} tokens, larger than "
+            f"model.vocab_size ({config.model.vocab_size}); raise model.vocab_size or use a smaller tokenizer"
+        )
+
+
+class CaptionEncoder:
+    """Captions to token ids, one at a time: a batch call would start threads, which a forked worker must not have."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+        self._tokenizer: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._max_length = max_length
+        self.cls_id, self.sep_id = int(tokenizer.cls_token_id), int(tokenizer.sep_token_id)
+        self.pad_id, self.mask_id = int(tokenizer.pad_token_id), int(tokenizer.mask_token_id)
+
+    def encode(self, caption: str | None) -> NDArray[np.int64]:
+        """(n,) [CLS] caption [SEP], cut to the longest length; empty for None."""
+        if caption is None:
+            return np.empty(0, dtype=np.int64)
+        ids = self._tokenizer.encode(caption, add_special_tokens=False).ids[: self._max_length - 2]
+        return np.array([self.cls_id, *ids, self.sep_id], dtype=np.int64)
+
+
+def padded(rows: Sequence[NDArray[np.int64]], length: int, pad_id: int) -> Tensor:
+    """(B, length) int64: the rows, each followed by padding."""
+    filled = np.full((len(rows), length), pad_id, dtype=np.int64)
+    for place, row in zip(filled, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(filled)

@@ -1,0 +1,249 @@
+"""Image-text contrast `itc` and matching `itm` (ALBEF, Li et al., 2021, without its momentum encoder).
+
+EVE compares masked signal modeling with them (Table 5); the retrieval task trains with the same losses. The encoder is
+EVE's own, for one modality as for both: no pass over images or texts alone can serve the fusion, so a hard negative is
+encoded anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds.config import MaskingConfig, ModelConfig
+from eve_ds.objectives import flops
+from eve_ds.objectives.objective import Counts, Gather, Objective, only_this_rank
+from eve_ds.objectives.pairs import Pairs, layout_of_negatives
+from eve_ds.views import View
+
+if TYPE_CHECKING:
+    from eve_ds.model.eve import EVE, BackboneOutput, EVEOutput
+
+INITIAL_TEMPERATURE, LOWEST_TEMPERATURE = 0.07, 0.01
+"""CLIP (Radford et al., 2021) section 2.5: similarities are multiplied by at most 100."""
+
+
+class MatchingOutput(NamedTuple):
+    """Predictions of `itc` and `itm` for B pairs."""
+
+    image_features: Tensor
+    """(B, D) fp32 of norm 1."""
+    text_features: Tensor
+    """(B, D) fp32 of norm 1."""
+    temperature: Tensor
+    """() fp32."""
+    logits: Tensor | None
+    """(3 * B, 2) fp32, no match and match: of the pairs, of texts beside a hard negative image, of images beside a hard
+    negative text. None without the objective `itm`."""
+
+
+class MatchingHeads(nn.Module):
+    """Projections of the class token and of [CLS] (bias-free, D to D), a temperature, and for `itm` a classifier."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.image_projection = nn.Linear(width, width, bias=False)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        # Its logarithm, so that one update changes it by a share of itself; (1,), as DeepSpeed sends no scalars.
+        self.log_temperature = nn.Parameter(torch.full((1,), math.log(INITIAL_TEMPERATURE)))
+        self.classifier = nn.Linear(width, 2) if config.matches_pairs else None
+
+    def temperature(self) -> Tensor:
+        """() fp32."""
+        return self.log_temperature.float().clamp(min=math.log(LOWEST_TEMPERATURE)).exp().squeeze(0)
+
+    def image_features(self, class_states: Tensor) -> Tensor:
+        """(B, D) states of class tokens -> (B, D) fp32 of norm 1."""
+        return F.normalize(self.image_projection(class_states).float(), dim=-1)
+
+    def text_features(self, cls_states: Tensor) -> Tensor:
+        """(B, D) states of [CLS] -> (B, D) fp32 of norm 1."""
+        return F.normalize(self.text_projection(cls_states).float(), dim=-1)
+
+
+class Contrast(Objective):
+    """`itc`: similarity of the features of images alone and texts alone."""
+
+    name = "itc"
+
+    def heads(self, config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
+        """Projections and temperature."""
+        return {"matching": lambda: MatchingHeads(config)}
+
+    def views(self, inputs: Mapping[str, Any]) -> dict[str, View]:
+        """`itc_image` and `itc_text`; raises ValueError for images without texts, or texts without images."""
+        pairs = Pairs.of(inputs)
+        return {
+            "itc_image": View(pairs.pixel_values, image_mask=inputs.get("image_mask")),
+            "itc_text": View(input_ids=pairs.input_ids, attention_mask=inputs.get("attention_mask")),
+        }
+
+    def predict(
+        self, model: EVE, encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any], made: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """`matching` without logits."""
+        heads = model.matching
+        assert heads is not None
+        image_features = heads.image_features(encoded["itc_image"].stream.padded()[:, 0])
+        text_features = heads.text_features(encoded["itc_text"].stream.padded()[:, 0])
+        return {"matching": MatchingOutput(image_features, text_features, heads.temperature(), None)}
+
+    def losses(
+        self, output: EVEOutput, targets: Mapping[str, Any], counts: Counts, config: ModelConfig, gather: Gather
+    ) -> dict[str, Tensor]:
+        """`itc`, see :func:`pair_contrastive_loss`."""
+        return {} if output.matching is None else {"itc": pair_contrastive_loss(output.matching, gather)}
+
+    def forward_macs(self, config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
+        """Images alone and texts alone through the encoder."""
+        return flops.pair_macs(config, config.num_patches, 0.0) + flops.encoder_macs(config, text_tokens)
+
+
+class Matching(Objective):
+    """`itm`: whether an image and a text belong together, on hard negatives that `itc` ranks."""
+
+    name = "itm"
+    min_pairs = 2
+
+    def views(self, inputs: Mapping[str, Any]) -> dict[str, View]:
+        """None yet: the negatives are drawn from the similarities of `itc`."""
+        return {}
+
+    def predict(
+        self, model: EVE, encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any], made: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """`matching` with logits; encodes the view `itm`. Raises ValueError for a single pair."""
+        matching: MatchingOutput = made["matching"]
+        heads = model.matching
+        assert heads is not None
+        assert heads.classifier is not None
+        images, texts, temperature, _ = matching
+        similarity = images.detach() @ texts.detach().t() / temperature.detach()
+        mixed = Pairs.of(inputs).with_negatives(*draw_hard_negatives(similarity))
+        view = View(mixed.pixel_values, mixed.input_ids, mixed.attention_mask, mixed.image_mask)
+        layout = layout_of_negatives(
+            mixed, encoded["itc_text"].stream.layout, encoded["itc_image"].num_image_tokens, model.backbone.keep_padding
+        )
+        encoded["itm"] = model.backbone.encode([view._replace(layout=layout)])[0]
+        states = encoded["itm"].stream.padded()[:, encoded["itm"].num_image_tokens]
+        return {"matching": matching._replace(logits=heads.classifier(states).float())}
+
+    def late_tokens(self, view_tokens: Mapping[str, float]) -> dict[str, float]:
+        """Three fusions a pair. A drawn negative counts as the caption it stands for, as it is not drawn yet."""
+        return {"itm": 3 * sum(view_tokens.get(view, 0.0) for view in ("itc_image", "itc_text"))}
+
+    def losses(
+        self, output: EVEOutput, targets: Mapping[str, Any], counts: Counts, config: ModelConfig, gather: Gather
+    ) -> dict[str, Tensor]:
+        """`itm`, see :func:`matching_loss`."""
+        if output.matching is None or output.matching.logits is None:
+            return {}
+        return {"itm": matching_loss(output.matching.logits)}
+
+    def forward_macs(self, config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
+        """Three fusions a pair."""
+        return 3 * flops.pair_macs(config, config.num_patches, text_tokens)
+
+
+class GlobalPairs(NamedTuple):
+    """Features of this rank's pairs beside those of all ranks."""
+
+    images: Tensor
+    """(G, D) of all ranks."""
+    texts: Tensor
+    """(G, D) of all ranks."""
+    first: int
+    """Row of this rank's first pair."""
+
+    @classmethod
+    def of(cls, images: Tensor, texts: Tensor, gather: Gather) -> GlobalPairs:
+        """Features (B, D) of this rank; a collective with the same B on all ranks, where `gather` is one."""
+        everyone, first = gather(torch.cat([images, texts], dim=1))
+        all_images, all_texts = everyone.split(images.shape[1], dim=1)
+        return cls(all_images, all_texts, first)
+
+
+def pair_contrastive_loss(matching: MatchingOutput, gather: Gather = only_this_rank) -> Tensor:
+    """Mean of image-to-text and text-to-image cross entropy over this rank's pairs, () fp32 (CLIP section 2.3).
+
+    A pair's negatives are all other pairs of the global micro-batch, the micro-batches of one micro-step on all ranks.
+    How that is split over ranks makes no difference; gradient accumulation splits it, and makes the objective easier.
+    """
+    everyone = GlobalPairs.of(matching.image_features, matching.text_features, gather)
+    count = len(matching.image_features)
+    own = torch.arange(everyone.first, everyone.first + count, device=everyone.images.device)
+    image_logits = matching.image_features @ everyone.texts.t() / matching.temperature
+    text_logits = matching.text_features @ everyone.images.t() / matching.temperature
+    return contrastive_loss(image_logits, text_logits, own)
+
+
+def contrastive_loss(image_logits: Tensor, text_logits: Tensor, right: Tensor) -> Tensor:
+    """Mean of image-to-text and text-to-image cross entropy, () fp32.
+
+    Args:
+        image_logits: (B, G) similarity of this rank's images to all texts, over the temperature.
+        text_logits: (B, G) similarity of this rank's texts to all images, over the temperature.
+        right: (B,) int64 column of each row's only partner, or (B, G) bool where a row has one or more partners, which
+            share its target evenly.
+    """
+    return (_cross_entropy(image_logits, right) + _cross_entropy(text_logits, right)) / 2
+
+
+def _cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
+    if right.dtype != torch.bool:
+        return F.cross_entropy(logits, right)
+    target = right.float() / right.sum(dim=1, keepdim=True)
+    return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def matching_loss(logits: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Cross entropy of match or no match, () fp32, a mean over pairs and two hard negatives each (ALBEF section 3.2).
+
+    Args:
+        logits: (3 * B, 2), see :class:`MatchingOutput`. Their negatives were drawn from the pairs of this rank's
+            micro-batch, so another split draws others.
+        labels: (3 * B,) int64, 1 = match; None: the first third matches. -100 leaves a row out.
+    """
+    if labels is None:
+        labels = (torch.arange(len(logits), device=logits.device) < len(logits) // 3).long()
+    return F.cross_entropy(logits, labels)
+
+
+@torch.no_grad()
+def draw_hard_negatives(similarity: Tensor, same: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Draw a wrong partner for every image and every text, the likelier the more similar it is.
+
+    Probabilities are the softmax of similarity, without right partners (ALBEF section 3.2). Draws come from torch's
+    default generator of the device.
+
+    Args:
+        similarity: (B, B) of images (rows) to texts (columns), over the temperature; row i belongs to column i.
+        same: (B, B) bool, symmetric: further pairs that would be right; None: the diagonal alone.
+
+    Returns:
+        image_ids (B,) int64: an image for every text; text_ids (B,) int64: a text for every image. Where every partner
+        would be right, the id is one of those.
+
+    Raises:
+        ValueError: a single pair, for which no negative exists.
+    """
+    if len(similarity) < 2:
+        raise ValueError("hard negatives need at least two pairs of an image and a text")
+    if same is None:
+        logits = similarity.clone().fill_diagonal_(-math.inf)
+    else:
+        logits = similarity.masked_fill(same & ~same.all(dim=1, keepdim=True), -math.inf)
+    text_ids = _draw(logits.softmax(dim=1))
+    image_ids = _draw(logits.softmax(dim=0).t())
+    return image_ids, text_ids
+
+
+def _draw(probabilities: Tensor) -> Tensor:
+    """(B, N) -> (B,) int64, one of N by its probability, as `torch.multinomial`, which makes the host wait."""
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=1)

@@ -1,0 +1,51 @@
+"""Start of a run: output folder, checkpoint, model, optimizer, engine, then the training loop."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from eve_ds.checkpoint import commit
+from eve_ds.config import Config
+from eve_ds.distributed import seed_everything
+from eve_ds.model.with_losses import plain_model
+from eve_ds.ops.build import use_built
+from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.zero import initialize_engine
+from eve_ds.topology import Topology
+from eve_ds.training.job import Job
+from eve_ds.training.optimizer import build_optimizer
+from eve_ds.training.run_folder import FolderLock, on_rank_zero
+from eve_ds.training.trainer import Summary, Trainer
+
+
+def start(
+    job: Job, config: Config, deepspeed_config: dict[str, Any], resume: Literal["auto", "none"] | Path = "auto"
+) -> Summary:
+    """Build what a job trains on, resume where a checkpoint says so, and train; collective over all ranks.
+
+    Args:
+        job: kind of training.
+        config: configuration that agrees with the DeepSpeed JSON.
+        deepspeed_config: as :func:`eve_ds.parallel.settings.resolve_deepspeed_config` returns it.
+        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if there is one, `none` demands a new
+            folder, a path names a checkpoint of the same run.
+    """
+    lock = FolderLock(config.train.output_dir)
+    on_rank_zero(job.check_folder)
+    on_rank_zero(lock.acquire)
+    checkpoint = None if resume == "none" else commit.choose(config, resume if isinstance(resume, Path) else None)
+    seed_everything(config.train.seed)
+    topology = Topology.current(config.parallel.ep_size)
+    moe_cls = partial(DeepSpeedMoE, ep_size=topology.ep_size, ep_rank=topology.expert_rank)
+    module = job.build_model(moe_cls, from_checkpoint=checkpoint is not None)
+    model = plain_model(module)
+    optimizer = build_optimizer(model, config, deepspeed_config, job.lr_scale())
+    engine = initialize_engine(module, optimizer, deepspeed_config)
+    job.freeze(model)
+    use_built(next(model.parameters()))  # compiled here, if at all, and not while the first step is timed
+    with lock, Trainer(job, engine, optimizer) as trainer:
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        return trainer.run()

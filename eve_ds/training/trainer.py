@@ -1,0 +1,266 @@
+"""The training loop of pre-training and fine-tuning, around a DeepSpeed engine.
+
+Before a step the ranks agree on what happens after it. A step accumulates gradients over its micro-batches and updates.
+While a device computes them, the host fetches those of the next step, sums over ranks the counts that its losses are
+averaged over, and begins to copy them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+
+from eve_ds.checkpoint import commit
+from eve_ds.checkpoint.manifest import name_of
+from eve_ds.data.sources import UnusableData
+from eve_ds.distributed import get_logger, rank_zero, seed_everything
+from eve_ds.model.with_losses import LossOutput, plain_model
+from eve_ds.topology import Topology
+from eve_ds.training.feed import Feed
+from eve_ds.training.flops import peak_flops
+from eve_ds.training.job import Job, Loading, TrainingBatch
+from eve_ds.training.nonfinite import NonFiniteError, NonFiniteSteps, poison_if_nonfinite
+from eve_ds.training.progress import MetricsWriter, ProgressLine, peak_memory_bytes, training_clock
+from eve_ds.training.run_folder import on_rank_zero, write_config
+from eve_ds.training.schedule import done_share, ends_after_next_step, learning_rate, save_is_due
+from eve_ds.training.signals import StopSignals
+from eve_ds.training.window import Window
+
+
+class Summary(NamedTuple):
+    """Result of a run."""
+
+    steps: int
+    samples: int
+    train_seconds: float
+    samples_per_second: float
+    checkpoint: Path | None
+    stopped: bool
+    """Stopped by a signal before the end."""
+    evaluation: dict[str, Any]
+    """Numbers of the last evaluation; empty without one."""
+
+
+class Agreement(NamedTuple):
+    """Decisions about a step that all ranks share before they compute it."""
+
+    done: bool
+    """It is the last step."""
+    save_due: bool
+    """A checkpoint is due after it."""
+    save_written: bool
+    """Every rank has written its part of the checkpoint under way."""
+    stop: bool
+    """A signal has asked some rank to save after it and to end."""
+
+
+class Trainer:
+    """State of one run: engine, batches, counters; use as a context manager."""
+
+    def __init__(self, job: Job, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
+        self.job, self.config, self.engine, self.optimizer = job, job.config, engine, optimizer
+        self.model = plain_model(engine.module)
+        self.topology = Topology.current(self.config.parallel.ep_size)
+        self.step = self.samples = 0
+        self.seconds = self.lr = 0.0
+        self.clock = training_clock(engine.device)
+        self.saved_at = time.monotonic()
+        self.checkpoint: Path | None = None
+        self.evaluation: dict[str, Any] = {}
+        self.stop = StopSignals()
+        # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
+        self.host_group = dist.new_group(backend="gloo")
+        self.saver = commit.Saver(self.config, job.tokenizer, self.host_group)
+        self.nonfinite = NonFiniteSteps(self.config.train, self.topology, self.host_group)
+        self.window = Window()
+        accumulation = engine.gradient_accumulation_steps()
+        self.feed = Feed(job, self.topology, self._loading(None), accumulation, engine.device, self.host_group)
+        # Last, so that a run which could not be built leaves nothing in the folder that would claim it.
+        on_rank_zero(partial(write_config, self.config))
+        self.metrics = MetricsWriter(self.config.train.output_dir)
+
+    def __enter__(self) -> Trainer:
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop.__exit__()
+        if kind is not None and issubclass(kind, (NonFiniteError, UnusableData)):  # raised by all ranks together
+            self._finish_save()
+        self.feed.close()
+        self.metrics.close()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint of any topology: weights, optimizer, counters, data position."""
+        state, positions = commit.load(self.engine, checkpoint, self.job.shapes)
+        self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
+        self.nonfinite.skips = state["nonfinite_skips"]
+        self.engine.global_steps, self.engine.global_samples = self.step, self.samples
+        self.window = Window(started=self.seconds)
+        self.feed.close()
+        self.feed.open(self._loading(positions))
+        self.checkpoint = checkpoint
+        # Records of later steps that stand above this one belong to updates that were lost.
+        self.metrics.write("event", **self._stamp(), event="resumed", message=f"from {checkpoint}")
+        get_logger().info("resumed from %s", checkpoint)
+
+    def run(self) -> Summary:
+        """Train until `max_steps` or `max_seconds`, evaluating and saving on the way and at the end."""
+        train, started_at, steps_before, samples_before = self.config.train, self.seconds, self.step, self.samples
+        with ProgressLine(train.log_every, self._done_share()) as progress:
+            done, stopped = self._done_share() >= 1.0, False
+            while not (done or stopped):
+                with self._clock():
+                    agreed = self._train_step()
+                done, stopped = agreed.done, agreed.stop and not agreed.done
+                written = self.step % train.metrics_every == 0 or self.step % train.log_every == 0
+                if (written or done or stopped) and self.window.steps:
+                    progress.update(self.step, self._done_share(), self._write_metrics())
+                if done or (train.eval_every and self.step % train.eval_every == 0 and not stopped):
+                    self._evaluate()
+                if agreed.save_written:
+                    self._finish_save()
+                if agreed.save_due or stopped or (done and self.job.keeps_checkpoints):
+                    self._save()
+            if self.step > steps_before and (stopped or self.job.keeps_checkpoints):
+                self._finish_last_save()
+            if done and self.step == steps_before and not self.job.keeps_checkpoints:
+                self._evaluate()  # the run was killed after its last step, before it had written its result
+        if done:
+            self._finish_save()
+            on_rank_zero(self.job.finish)
+        spent = max(self.seconds - started_at, 1e-9)
+        rate = (self.samples - samples_before) / spent
+        return Summary(self.step, self.samples, self.seconds, rate, self.checkpoint, stopped, self.evaluation)
+
+    def _train_step(self) -> Agreement:
+        """Make one optimizer update with random numbers by (seed, step, data rank); return the decisions before it."""
+        data = self.feed.take(self.samples)
+        agreed = self._agree()
+        self.lr = learning_rate(self.config, self.step, self.seconds)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group["lr_scale"]
+        seed_everything((self.config.train.seed * 1_000_003 + self.step) % 2**43, self.topology.data_rank)
+        share = self.topology.data_size * self.engine.gradient_accumulation_steps()
+        counts = {name: total / share for name, total in data.totals.items()}
+        computed: list[LossOutput] = []
+        for _ in data.micro_batches:
+            output: LossOutput = self.engine(self.feed.queue.get(), counts)
+            self.engine.backward(poison_if_nonfinite(output.loss))
+            if self.engine.is_gradient_accumulation_boundary() and not (agreed.done or agreed.stop):
+                self.feed.prepare()  # now the device has work; the update makes the host wait for it
+            self.engine.step()
+            computed.append(output)
+        self.step += 1
+        self.samples += self.engine.train_batch_size()
+        self.last_batch = data.micro_batches[-1]
+        # ZeRO reports a skipped update on the engine, ZeRO 0 on our optimizer.
+        if self.engine.was_step_applied() and not getattr(self.optimizer, "overflow", False):
+            self.window.add_step(computed, data.totals)
+        else:
+            self._skip(computed, data.micro_batches)
+        return agreed
+
+    def _agree(self) -> Agreement:
+        """Decide with the other ranks what happens after the step that begins, by the clock of rank 0."""
+        clocks = [self.seconds, time.monotonic() - self.saved_at] if rank_zero() else [0.0, 0.0]
+        numbers = torch.tensor([*clocks, self.saver.written, self.stop.requested], dtype=torch.float64)
+        dist.all_reduce(numbers, group=self.host_group)
+        self.seconds, since_save, num_written, num_stopped = numbers.tolist()
+        return Agreement(
+            done=ends_after_next_step(self.config.train, self.step, self.seconds),
+            save_due=save_is_due(self.config.train, self.step + 1, since_save),
+            save_written=num_written == self.topology.world_size,
+            stop=num_stopped > 0,
+        )
+
+    def _skip(self, computed: list[LossOutput], micro_batches: list[TrainingBatch]) -> None:
+        """Count a step without an update, or raise NonFiniteError; collective."""
+        message = self.nonfinite.describe(self.step, computed, micro_batches)
+        if message is not None:
+            self.metrics.write("event", **self._stamp(), event="nonfinite", message=message)
+            self.nonfinite.skip(message, self.checkpoint)
+
+    def _write_metrics(self) -> dict[str, float]:
+        numbers: dict[str, Any] = self.window.reduce(self.topology)
+        elapsed = max(self.seconds - self.window.started, 1e-9)
+        samples = self.window.steps * self.engine.train_batch_size()
+        numbers |= {"lr": self.lr, "samples_per_second": samples / elapsed, "peak_memory_bytes": peak_memory_bytes()}
+        if "tokens" in self.window.totals:
+            numbers["tokens_per_second"] = self.window.totals["tokens"] / elapsed
+        norm = self.engine.get_global_grad_norm()  # DeepSpeed takes none at ZeRO 0 without clipping
+        if norm is not None and math.isfinite(norm):
+            numbers["grad_norm"] = float(norm)
+        peak, flops = peak_flops(self.config.train.precision), self.job.forward_flops(self.window.totals, samples)
+        if peak is not None and flops is not None:
+            numbers["model_flops_utilisation"] = 3 * samples * flops / elapsed / (peak * self.topology.world_size)
+        skipped = {f"skipped/{reason}": count for reason, count in self.feed.position.get("skipped", {}).items()}
+        self.metrics.write("train", **self._stamp(), **numbers, **skipped)
+        if self.engine.monitor.enabled and rank_zero():
+            self.engine.monitor.write_events([(f"train/{k}", v, self.samples) for k, v in numbers.items()])
+        self.window = Window(started=self.seconds)
+        return numbers
+
+    def _evaluate(self) -> None:
+        result = self.job.evaluate(self)
+        if result is not None:
+            self.evaluation = result.numbers
+            self.metrics.write("eval", **self._stamp(), **result.numbers)
+            get_logger().info("evaluation at step %d: %s", self.step, result.summary)
+
+    def _save(self) -> None:
+        """Write a checkpoint; with `async_save` begin it, and publish it after the step that finds it written."""
+        self._finish_save()
+        counters = {"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite.skips}
+        check = self.job.check_inputs(self.last_batch)
+        inputs = None if check is None else check.to(self.engine.device).model_inputs()
+        self.saver.begin(self.engine, commit.Content(self.step, counters, self.feed.position, inputs))
+        if not self.config.train.async_save:
+            self._finish_save()
+        self.saved_at = time.monotonic()
+
+    def _finish_save(self) -> None:
+        saved = self.saver.finish()
+        if saved is not None:
+            self.checkpoint = saved.folder
+            size, stall = saved.bytes, saved.stall_seconds
+            self.metrics.write("save", **self._stamp(), checkpoint=saved.folder.name, stall_seconds=stall, bytes=size)
+            get_logger().info("saved %s", saved.folder)
+
+    def _finish_last_save(self) -> None:
+        """Wait for the checkpoint of the last step; nothing is left that could save it again.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        self._finish_save()
+        if self.checkpoint is None or self.checkpoint.name != name_of(self.step):
+            raise commit.SaveError(
+                f"the run ends at step {self.step} without a checkpoint of it, the newest is {self.checkpoint}: make "
+                "room or change permissions, and rerun the same command to resume from there"
+            )
+
+    def _loading(self, positions: list[dict[str, Any]] | None) -> Loading:
+        micro_batch_size, is_gpu = self.engine.train_micro_batch_size_per_gpu(), self.engine.device.type == "cuda"
+        return Loading(self.topology, micro_batch_size, self.step, positions, is_gpu)
+
+    def _done_share(self) -> float:
+        return done_share(self.config.train, self.step, self.seconds)
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        started = self.clock()
+        yield
+        self.seconds += self.clock() - started
+
+    def _stamp(self) -> dict[str, Any]:
+        return {"step": self.step, "seconds": self.seconds, "samples": self.samples}
