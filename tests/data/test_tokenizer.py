@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import ConfigError
-from eve_ds.data.synthetic.scene_tasks import Questions, Statements, scenes_corpus
+from eve_ds.data.synthetic.scene_tasks import Questions, Statements
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -57,6 +57,16 @@ def texts_of(level, index):
         question.answer,
         Statements(level)[index].text,
     ]
+
+
+def scenes_corpus():
+    """The corpus of the shipped tokenizer: captions, questions with answers, and statements of both levels."""
+    for level in ("easy", "hard"):
+        scenes, questions, statements = Scenes(level), Questions(level), Statements(level)
+        for index in range(6000):
+            yield scenes[index].caption
+            yield f"{questions[index].question} {questions[index].answer}"
+            yield statements[index].text
 
 
 def test_shipped_tokenizer_is_what_training_gives():
