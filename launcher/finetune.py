@@ -5,8 +5,8 @@
     --task retrieval   images by caption, captions by image
 
 `--init` is an export, a run, a checkpoint, a fine-tuned model, a file of released weights (then `--model` names its
-preset), or none. `--data` is `scenes` (generated, the default), `scenes:hard`, `boxes` (generated, for nlvr), or files
-in one of the known formats.
+preset), or none. `--data` is `scenes` (generated, the default), `scenes:hard`, or files in one of the
+known formats.
 Also under deepspeed, torchrun, srun and mpirun.
 """
 
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--init", required=True, help="where the backbone comes from, or none")
     parser.add_argument("--model", default="eve_tiny", help="preset of the model where --init does not say one")
     parser.add_argument("--config", help="recipe: a preset or a YAML file (default: that of scenes)")
-    parser.add_argument("--data", nargs="+", metavar="DATA", help="scenes, scenes:hard, boxes, or annotation files")
+    parser.add_argument("--data", nargs="+", metavar="DATA", help="scenes, scenes:hard, or annotation files")
     parser.add_argument("--val_data", nargs="+", metavar="DATA", help="the same for the evaluation")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image names are relative to")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON; without it ZeRO 1")

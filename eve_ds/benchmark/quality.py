@@ -14,11 +14,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from eve_ds.data.synthetic.scene_tasks import unbound_accuracy
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launcher"
 AS_WRITTEN = (
@@ -65,9 +66,6 @@ RESULT_COLUMNS = ("seed", "start", "measure", "value")
 PRETRAINED = "checkpoints/latest"
 RESULT = "evaluation/*/metrics.json"
 COLOUR_AND_SHAPE = ("task.train.question_types=[color,shape]", "task.val.question_types=[color,shape]")
-UNBOUND = {"color": 0.5625, "shape": 0.625}
-"""Accuracy of naming the attribute of any one of two objects
-(:func:`eve_ds.data.synthetic.scene_tasks.unbound_accuracy`)."""
 
 
 class Budget(NamedTuple):
@@ -241,9 +239,10 @@ def _figures_of(task: str, metrics: dict[str, Any]) -> dict[str, float]:
     if task.startswith("nlvr"):
         return {"statements by words" if task == "nlvr_words" else "statements": metrics["accuracy"]}
     if task == "vqa":
-        kinds = {f"questions on {kind} (unbound {UNBOUND[kind]})": value for kind, value in metrics["by_type"].items()}
-        unbound = statistics.mean(UNBOUND[kind] for kind in metrics["by_type"])
-        return {f"questions (unbound {unbound:.3f})": metrics["accuracy"], **kinds}
+        by_type = metrics["by_type"]
+        unbound = {kind: unbound_accuracy("easy", kind) for kind in by_type}
+        kinds = {f"questions on {kind} (unbound {unbound[kind]})": value for kind, value in by_type.items()}
+        return {f"questions (unbound {statistics.mean(unbound.values()):.3f})": metrics["accuracy"], **kinds}
     titles = {"retrieval": "retrieval", "retrieval_words": "retrieval by words", ZERO_SHOT: "zero-shot retrieval"}
     title = titles[task]
     orders = {"dot": "", "reranked": f", best {RERANK} ordered again"}
@@ -310,17 +309,6 @@ def write_results(seeds: Sequence[dict[str, dict[str, float]]], file: Path, abou
                     cells = (str(number), start, measure, str(value))
                     row = dict(zip(RESULT_COLUMNS, cells, strict=True))
                     writer.writerow(row | about | known.get(cells, {}))
-
-
-def read_results(file: Path) -> list[dict[str, dict[str, float]]]:
-    """What :func:`write_results` wrote, for :func:`table`."""
-    seeds: defaultdict[int, dict[str, dict[str, float]]] = defaultdict(dict)
-    with file.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            value = row["value"]
-            number = int(value) if value.isdecimal() else float(value)
-            seeds[int(row["seed"])].setdefault(row["measure"], {})[row["start"]] = number
-    return [seeds[number] for number in sorted(seeds)]
 
 
 def put_into(page: Path, text: str) -> None:

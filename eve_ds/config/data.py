@@ -68,8 +68,8 @@ class MaskingConfig(Section):
 class SourceConfig(Section):
     """One source of the training mixture."""
 
-    kind: Literal["scenes", "boxes", "shards"]
-    """Generated scenes, generated pictures of three boxes in the style of NLVR, or files."""
+    kind: Literal["scenes", "shards"]
+    """Generated scenes, or files."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the mixture, relative to the other sources' weights."""
     modalities: Literal["pair", "image", "text", "any"] = "pair"
@@ -79,9 +79,9 @@ class SourceConfig(Section):
     level: Literal["easy", "hard"] = "easy"
     """`kind: scenes`: difficulty."""
     num_samples: PositiveInt = 1_000_000
-    """Generated: samples of one epoch."""
+    """`kind: scenes`: samples of one epoch."""
     seed: int = 0
-    """Generated: which world."""
+    """`kind: scenes`: seed of the generated world."""
     reading_order_share: Fraction = 0.0
     """`kind: scenes`: share of captions whose phrases stand in reading order (row, then column, of the image before a
     flip) at the start of the run; the other captions keep random order."""
@@ -106,7 +106,7 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = [SourceConfig(kind="scenes")]
     tokenizer: str = "scenes"
-    """`scenes` or `boxes` (shipped), or a path or name of a Hugging Face fast tokenizer."""
+    """`scenes` (shipped), or a path or name of a Hugging Face fast tokenizer."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank."""
     shuffle_buffer: PositiveInt = 1000

@@ -16,6 +16,9 @@ from eve_ds.config.section import ConfigError
 from eve_ds.config.tasks import TaskConfig
 from eve_ds.config.tree import Config
 
+REMOVED_KEYS: dict[str, dict[str, Any]] = {"task": {"word_passes": 0, "read_states": False}}
+"""Section -> keys of earlier versions with their default; configurations that runs wrote still hold them."""
+
 
 def presets() -> list[str]:
     """Names of the presets shipped in `eve_ds/configs`, recipes of tasks as `tasks/NAME`."""
@@ -48,14 +51,37 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
 
 
 def parse_written_config(tree: dict[str, Any], where: str) -> Config:
-    """As :func:`parse_config`, for a tree that a run has written, of this version or an earlier one."""
-    model = tree.get("model") if isinstance(tree, dict) else None
+    """Validate a configuration that a run wrote, with this version or an earlier one.
+
+    Keys that this version no longer has are left out where they hold their former default.
+
+    Raises:
+        ConfigError: as :func:`parse_config`, or a removed key holds another value than its former default.
+    """
+    if not isinstance(tree, dict):
+        return parse_config(tree, where)
+    tree = {name: _without_removed(name, section, where) for name, section in tree.items()}
+    model = tree.get("model")
     if isinstance(model, dict):
         former: dict[str, Any] = {"pixel_target": FORMER_PIXEL_TARGET}
         if "objectives" not in model:
             former["objective"] = "msm"  # the only one before the field existed
         tree = tree | {"model": former | model}
     return parse_config(tree, where)
+
+
+def _without_removed(name: str, section: Any, where: str) -> Any:
+    """The section without removed keys; raises ConfigError where one of them had an effect."""
+    removed = REMOVED_KEYS.get(name, {})
+    if not isinstance(section, dict):
+        return section
+    for key, default in removed.items():
+        if section.get(key, default) != default:
+            raise ConfigError(
+                f"{where}: {name}.{key} ({section[key]!r}) was removed, and only {default!r} can still be read: "
+                "use the version that wrote it"
+            )
+    return {key: value for key, value in section.items() if key not in removed}
 
 
 def _read_tree(preset_or_path: str) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from eve_ds.config.section import Fraction, PositiveInt, Section, require
 class ExamplesConfig(Section):
     """Where the examples of a task come from."""
 
-    format: Literal["auto", "scenes", "boxes", "json", "vqav2", "nlvr2", "nlvr", "karpathy"] = "scenes"
-    """`scenes`: generated. `boxes`: generated statements about one picture in the style of NLVR. `json`: the released
-    code's form. `vqav2`: a file of questions and one of annotations.
+    format: Literal["auto", "scenes", "json", "vqav2", "nlvr2", "nlvr", "karpathy"] = "scenes"
+    """`scenes`: generated. `json`: the released code's form. `vqav2`: a file of questions and one of annotations.
     `nlvr2`: JSON lines. `nlvr`: NLVR 1.0 as published, a folder or a tar archive. `karpathy`: COCO or Flickr30K with
     Karpathy's splits. `auto`: whichever of them the first file is."""
     annotations: list[Path] = []
@@ -71,12 +70,6 @@ class TaskConfig(Section):
     (:mod:`eve_ds.tasks.agreement`)."""
     hidden_words: PositiveInt = 13
     """`nlvr`, features `words`: of the hidden caption; as many as long captions of the pre-training have."""
-    word_passes: Annotated[int, Field(ge=0)] = 0
-    """`nlvr`, features `words`: forwards of each image beside the statement itself, each hiding one in so many words; 0
-    where captions of the pre-training were no statements."""
-    read_states: bool = False
-    """`nlvr`, features `words`: the head also reads the states at the hidden words, where a caption of that length
-    describes a picture place by place."""
     freeze_backbone: bool = False
     """Keep the pre-trained backbone as it is and train the head alone; weights that are drawn are always trained."""
     temperature: Annotated[float, Field(gt=0)] = 0.07

@@ -131,7 +131,6 @@ class Loader:
     Attributes:
         skipped: unusable samples by reason since the start of the run.
         num_samples: samples handed out by this rank since the start of the run.
-        samples_per_epoch: of all sources together, over all ranks.
     """
 
     def __init__(
@@ -148,7 +147,6 @@ class Loader:
     ) -> None:
         self.skipped: Counter[str] = Counter()
         self.num_samples = 0
-        self.samples_per_epoch = sum(sum(source.shard_sizes) for source in sources)
         self._sources = sources
         self._position, self._identity, self._max_bad_share = position, identity, max_bad_share
         self._start: Callable[[], Iterator[Delivery]] = partial(

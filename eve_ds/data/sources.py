@@ -1,4 +1,4 @@
-"""Where samples come from: generated pictures, or shards. A source knows its sizes and reads one sample at a time."""
+"""Where samples come from: generated scenes, or shards. A source knows its sizes and reads one sample at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from eve_ds.data.batch import BadSample, Sample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
 from eve_ds.data.shards import ShardFile, find_shards
-from eve_ds.data.synthetic.boxes import Boxes, BoxScene
-from eve_ds.data.synthetic.scenes import Scene, Scenes
+from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.transforms import TrainTransform
 
 GENERATED_PER_SHARD = 1000
@@ -82,7 +81,7 @@ class ReadingOrder:
 
 
 class GeneratedSource:
-    """Scenes of one level, or boxes, of one seed.
+    """Generated scenes of one level and one seed.
 
     Args:
         transform: from a generated image to one of the model's size.
@@ -90,12 +89,7 @@ class GeneratedSource:
     """
 
     def __init__(self, config: SourceConfig, transform: TrainTransform, seed: int) -> None:
-        self._samples: Scenes | Boxes
-        if config.kind == "scenes":
-            self._samples, self._name = Scenes(config.level, config.seed, "train"), f"scenes-{config.level}"
-        else:
-            self._samples, self._name = Boxes(config.seed, "train"), "boxes"
-        self._name += f"-{config.seed}"
+        self._scenes, self._name = Scenes(config.level, config.seed, "train"), f"scenes-{config.level}-{config.seed}"
         self._transform = transform
         self._reading_order = ReadingOrder(config.reading_order_share, config.reading_order_samples, seed)
         self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
@@ -105,17 +99,11 @@ class GeneratedSource:
     def read(self, place: Place) -> Sample:
         """Generate one sample."""
         key, epoch = self._key(place.shard, place.number), place.epoch
-        sample = self._generate(place, key)
-        caption = sample.caption if self.has_captions else None
-        image = self._transform(sample.image, caption, epoch, key) if self.has_images else None
+        in_order = self._reading_order.holds(place.slot, epoch, key)
+        scene = self._scenes.scene(place.shard * GENERATED_PER_SHARD + place.number, reading_order=in_order)
+        caption = scene.caption if self.has_captions else None
+        image = self._transform(scene.image, caption, epoch, key) if self.has_images else None
         return Sample(key, epoch, image, caption)
-
-    def _generate(self, place: Place, key: str) -> Scene | BoxScene:
-        index = place.shard * GENERATED_PER_SHARD + place.number
-        if isinstance(self._samples, Scenes):
-            in_order = self._reading_order.holds(place.slot, place.epoch, key)
-            return self._samples.scene(index, reading_order=in_order)
-        return self._samples[index]
 
     def _key(self, shard: int, number: int) -> str:
         return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
@@ -125,7 +113,7 @@ class GeneratedSource:
         return self._key(shard, number)
 
     def fingerprint(self) -> str:
-        """Kind, level, seed and size, and the order of captions where it is not random."""
+        """Level, seed and number of samples, and the order of captions where it is not random."""
         return f"{self._name} x {sum(self.shard_sizes)}{self._reading_order}"
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
 }
 """In the order of their ids in tokenizers trained here; read ids from the tokenizer, others order them differently."""
-SHIPPED = ("scenes", "boxes")
+SHIPPED = ("scenes",)
 CONTINUATION = "##"
 """Marks a piece that does not start a word, so that a whole word's token is the word itself."""
 MAX_ALPHABET = 1000
@@ -33,7 +33,7 @@ _PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
-    """`scenes` or `boxes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a name on the Hub.
+    """`scenes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a name on the Hub.
 
     Raises:
         ConfigError: nothing there, not a fast tokenizer, a missing special token, or text that is not encoded as
@@ -139,7 +139,7 @@ def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"tokenizer '{name}' is not 'scenes' or 'boxes', a tokenizer.json, a folder with one, or a name that can "
+            f"tokenizer '{name}' is not 'scenes', a tokenizer.json, a folder with one, or a name that can "
             f"be loaded: {reason}"
         ) from None
     if not getattr(tokenizer, "is_fast", False):

@@ -135,13 +135,9 @@ def _names(config: ModelConfig, has_probes: bool) -> list[str]:
     return names
 
 
-def samples_of(scenes: Sequence[Scene], captions: Sequence[str] | None = None) -> list[Sample]:
+def samples_of(scenes: Sequence[Scene]) -> list[Sample]:
     """Scenes as decoded samples; keys count from 0, so masks are the same at every call."""
-    texts = captions or [scene.caption for scene in scenes]
-    return [
-        Sample(key=f"eval-{i}", epoch=0, image=scene.image, caption=text)
-        for i, (scene, text) in enumerate(zip(scenes, texts, strict=True))
-    ]
+    return [Sample(f"eval-{i}", 0, scene.image, scene.caption) for i, scene in enumerate(scenes)]
 
 
 def ask(model: nn.Module, batch: Batch) -> EVEOutput:

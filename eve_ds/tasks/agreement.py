@@ -9,10 +9,7 @@ image and text. For word j of the statement and place n of the hidden caption,
     a_j = log sum over n of p(word_j at n)
     b_j = log sum over n of p(word_j at n) p(word_j+1 at n+1)
 
-Where captions were statements too (:mod:`eve_ds.data.synthetic.boxes`), more can be asked for: `task.word_passes`
-adds the likelihood c_j of word_j beside the other words of the statement itself. Where captions describe a picture
-place by place, `task.read_states` has the head read the states at the hidden words too. A small Transformer over the
-statement reads a, b and c of each image beside the words, which say what must agree, and the states as tokens.
+A small Transformer over the statement reads a and b of each image beside the words, which say what must agree.
 """
 
 from __future__ import annotations
@@ -44,13 +41,9 @@ class AgreementHead(WordHead):
         model, num_images = config.model, config.task.num_images
         width = model.hidden_size // 2
         self.word = nn.Linear(model.hidden_size, width)
-        self.agreement = nn.Linear((3 if config.task.word_passes else 2) * num_images, width)
+        self.agreement = nn.Linear(2 * num_images, width)
         self.image = nn.Linear(num_images * model.hidden_size, width)
         self.place = nn.Parameter(torch.zeros(model.text_length, width))
-        self.read_states = config.task.read_states
-        if self.read_states:
-            self.state = nn.Linear(model.hidden_size, width)
-            self.state_place = nn.Parameter(torch.zeros(num_images * config.task.hidden_words, width))
         layer = nn.TransformerEncoderLayer(
             width, model.num_attention_heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )
@@ -67,25 +60,19 @@ class AgreementHead(WordHead):
             if parameter.ndim > 1 and not name.startswith("text_head."):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
-    def forward(
-        self, words: Tensor, agreement: Tensor, images: Tensor, attention_mask: Tensor, hidden_states: Tensor
-    ) -> Tensor:
+    def forward(self, words: Tensor, agreement: Tensor, images: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B, 2).
 
         Args:
             words: (B, L, D) embeddings of the statement.
-            agreement: (B, L, 2 I or 3 I).
+            agreement: (B, L, 2 I).
             images: (B, I * D) states of the images as a whole.
             attention_mask: (B, L) bool.
-            hidden_states: (B, I * N, D) at the hidden words.
         """
         tokens = self.word(words) + self.place[: words.shape[1]] + self.agreement(agreement)
         first = tokens[:, :1] + self.image(images)[:, None]  # [CLS] hears of the images as a whole
-        tokens, padding = torch.cat([first, tokens[:, 1:]], dim=1), ~attention_mask
-        if self.read_states:
-            tokens = torch.cat([tokens, self.state(hidden_states) + self.state_place], dim=1)
-            padding = F.pad(padding, (0, hidden_states.shape[1]))
-        states = self.layers(tokens, src_key_padding_mask=padding)
+        tokens = torch.cat([first, tokens[:, 1:]], dim=1)
+        states = self.layers(tokens, src_key_padding_mask=~attention_mask)
         logits: Tensor = self.classifier(states[:, 0])
         return logits
 
@@ -102,35 +89,18 @@ class AgreementModel(WordModel):
     def __init__(self, config: Config, moe_cls: MoEFactory, template: Template) -> None:
         super().__init__(config, moe_cls, template)
         self.head: AgreementHead = AgreementHead(config)
-        assert config.task is not None
-        self.passes = config.task.word_passes
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor | None = None
     ) -> ClassifierOutput:
         """(B, I, 3, H, W), (B, L) int64, (B, L) bool -> logits (B, 2); `targets` are not looked at."""
-        batch, num_images = pixel_values.shape[:2]
-        pixel_values = pixel_values.flatten(0, 1)
-        hidden = self.hidden_words(pixel_values, self.template.lengths[0])
-        moe, num_tokens = hidden.moe, hidden.num_tokens
-        fits = self.agreement(hidden, input_ids, attention_mask)
-        if self.passes:
-            texts, masks = (text.repeat_interleave(num_images, dim=0) for text in (input_ids, attention_mask))
-            beside = self.beside_others(pixel_values, texts, masks, self.passes)
-            own = _scaled(beside.likelihood) * inner_words(texts, masks)
-            fits = torch.cat([fits, own.unflatten(0, (batch, num_images))[..., None]], dim=-1)
-            moe, num_tokens = moe + beside.moe, num_tokens + beside.num_tokens
-        fits = fits.permute(0, 2, 1, 3).flatten(2)  # (B, L, 2 I or 3 I)
+        hidden = self.hidden_words(pixel_values.flatten(0, 1), self.template.lengths[0])
+        fits = self.agreement(hidden, input_ids, attention_mask).permute(0, 2, 1, 3).flatten(2)  # (B, L, 2 I)
         words, _ = self.words(input_ids)
         dtype = hidden.class_state.dtype
-        logits = self.head(
-            words.to(dtype),
-            fits.to(dtype),
-            hidden.class_state.reshape(batch, -1),
-            attention_mask,
-            hidden.states.unflatten(0, (batch, num_images)).flatten(1, 2),
-        )
-        return ClassifierOutput(logits, moe, num_tokens)
+        images = hidden.class_state.reshape(len(pixel_values), -1)
+        logits = self.head(words.to(dtype), fits.to(dtype), images, attention_mask)
+        return ClassifierOutput(logits, hidden.moe, hidden.num_tokens)
 
     def agreement(self, hidden: HiddenWords, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, I, L, 2) fp32: a and b of every word for each image, -1 for LEAST and 1 for certain, 0 at special tokens.

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eve_ds.config import ExamplesConfig
-from eve_ds.data.synthetic.boxes import BoxStatements
 from eve_ds.data.synthetic.scene_tasks import QUESTION_TYPES, Questions, Statements, answers, retrieval_set
 from eve_ds.data.synthetic.scenes import LevelName, Scene, Scenes, Split, check_split
 
@@ -92,25 +91,6 @@ def scene_examples(task: str, config: ExamplesConfig, section: str) -> SceneExam
     """Generated examples of the section `train` or `val` of a task; raises ConfigError for an unknown split."""
     split = check_split(config.split or section)
     return SceneExamples(task, config, split, config.num_examples or (EPOCH if split == "train" else EVALUATION))
-
-
-class BoxExamples(SceneExamples):
-    """Generated statements about pictures of three boxes."""
-
-    def __init__(self, config: ExamplesConfig, split: Split, num_examples: int) -> None:
-        super().__init__("nlvr", config, split, num_examples)
-        self._boxes, self._make = BoxStatements(config.seed, split), self._about_boxes
-        self.fingerprint = f"boxes {config.seed} {split} {num_examples}"
-
-    def _about_boxes(self, index: int) -> Example:
-        item = self._boxes[index]
-        return Example(str(index), (item.image,), item.text, item.text, label=item.label)
-
-
-def box_examples(config: ExamplesConfig, section: str) -> BoxExamples:
-    """As :func:`scene_examples`."""
-    split = check_split(config.split or section)
-    return BoxExamples(config, split, config.num_examples or (EPOCH if split == "train" else EVALUATION))
 
 
 def all_scene_answers(examples: SceneExamples) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from eve_ds.config import Config, ConfigError, ExamplesConfig
 from eve_ds.data.importers.candidate import SourceError
 from eve_ds.data.importers.nlvr import IMAGE_NAME, PERMUTATIONS, annotated_split, archive_members, folder_splits
-from eve_ds.tasks.examples import Example, ImageSource, box_examples, scene_examples
+from eve_ds.tasks.examples import Example, ImageSource, scene_examples
 
 PROBED_IMAGES = 20
 """Images spread over a set of which at least one must exist, or the image folder is taken to be wrong."""
@@ -44,10 +44,6 @@ def load_examples(config: Config, section: Literal["train", "val"]) -> Sequence[
         if task.name == "nlvr" and task.num_images == 1:
             raise ConfigError("statements about scenes need two images: set task.num_images to 2")
         return scene_examples(task.name, source, section)
-    if source.format == "boxes":
-        if task.name != "nlvr" or task.num_images != 1:
-            raise ConfigError("boxes are for statements about one image: set task.name to nlvr, task.num_images to 1")
-        return box_examples(source, section)
     if not source.annotations:
         raise ConfigError(f"task.{section} has no annotations: name files, or take format scenes")
     kind = sniff(source.annotations[0]) if source.format == "auto" else source.format

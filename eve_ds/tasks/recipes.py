@@ -72,8 +72,6 @@ def _of_model(init: Path | None, model: str) -> dict[str, Any]:
 def _source(data: Sequence[str], images: Path | None) -> dict[str, Any]:
     """The section of one set of examples, from the command line."""
     kind, _, level = data[0].partition(":")
-    if data[0] == "boxes":
-        return {"format": "boxes"}
     if kind == "scenes":
         if len(data) > 1:
             raise ConfigError(f"--data {' '.join(data)}: scenes cannot be mixed with files")

@@ -30,7 +30,7 @@ from eve_ds.data.captions import CaptionEncoder
 from eve_ds.model.decoders import TextHead
 from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.moe import MoEOutput
-from eve_ds.tasks.encoder import VisiblePatches, sum_outputs
+from eve_ds.tasks.encoder import VisiblePatches
 from eve_ds.tasks.pair_models import RetrievalOutput, contrastive_logits
 
 TEMPLATE = "template.json"
@@ -92,15 +92,6 @@ class HiddenWords(NamedTuple):
     """That entered the backbone on this rank."""
 
 
-class WordLikelihood(NamedTuple):
-    """How likely every word of a text is beside an image."""
-
-    likelihood: Tensor
-    """(B, L) fp32 log-likelihoods, 0 at special tokens and padding."""
-    moe: tuple[MoEOutput, ...]
-    num_tokens: int
-
-
 def inner_words(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, L) int64, (B, L) bool -> (B, L) bool: neither special token nor padding."""
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -140,29 +131,6 @@ class WordModel(nn.Module):
         states = self.head.text_head(text[:, 1 : 1 + length])
         log_partition = self.word_logits(states).logsumexp(dim=-1, keepdim=True)
         return HiddenWords(text[:, 0], states, log_partition, encoded.moe, encoded.stream.hidden_states.shape[0])
-
-    def beside_others(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, passes: int
-    ) -> WordLikelihood:
-        """Pairs (B, 3, H, W), (B, L), (B, L): every word while one in `passes` words is hidden, in as many forwards."""
-        hideable = inner_words(input_ids, attention_mask)
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        found = torch.zeros(input_ids.shape, device=input_ids.device)
-        outputs = []
-        for turn in range(passes):
-            hidden = hideable & (place % passes == turn)
-            encoded = self.backbone(
-                pixel_values,
-                input_ids.masked_fill(hidden, self.template.mask_id),
-                attention_mask,
-                visible_patch_ids=self.visible_patches(pixel_values),
-            )
-            states = encoded.stream.padded()[:, encoded.num_image_tokens :][hidden]
-            logits = self.word_logits(self.head.text_head(states))
-            likelihood = -F.cross_entropy(logits, input_ids[hidden], reduction="none")
-            found = found.masked_scatter(hidden, likelihood)
-            outputs.append(encoded)
-        return WordLikelihood(found, *sum_outputs(outputs))
 
     def word_logits(self, states: Tensor) -> Tensor:
         """(..., D) -> (..., V) fp32."""
@@ -234,8 +202,26 @@ class WordRetrievalModel(WordModel):
         return torch.cat(parts, dim=1)
 
     def match_logits(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pairs (B, 3, H, W), (B, L), (B, L) -> (B,) fp32 sum of every word's log-likelihood beside other words."""
-        return self.beside_others(pixel_values, input_ids, attention_mask, PASSES).likelihood.sum(dim=1)
+        """Pairs (B, 3, H, W), (B, L), (B, L) -> (B,) fp32 sum of every word's log-likelihood beside other words.
+
+        A word is judged in the one of PASSES forwards that hides it.
+        """
+        hideable = inner_words(input_ids, attention_mask)
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        found = torch.zeros(input_ids.shape, device=input_ids.device)
+        for turn in range(PASSES):
+            hidden = hideable & (place % PASSES == turn)
+            encoded = self.backbone(
+                pixel_values,
+                input_ids.masked_fill(hidden, self.template.mask_id),
+                attention_mask,
+                visible_patch_ids=self.visible_patches(pixel_values),
+            )
+            states = encoded.stream.padded()[:, encoded.num_image_tokens :][hidden]
+            logits = self.word_logits(self.head.text_head(states))
+            likelihood = -F.cross_entropy(logits, input_ids[hidden], reduction="none")
+            found = found.masked_scatter(hidden, likelihood)
+        return found.sum(dim=1)
 
 
 def _features(passes: list[HiddenWords]) -> Tensor:

@@ -80,8 +80,8 @@ def test_unknown_keys_get_the_nearest_name(override, text):
         ),
         ("data.sources=[{kind: shards}]", "a source of kind 'shards' needs `shards`"),
         (
-            "data.sources=[{kind: boxes, reading_order_share: 0.5}]",
-            "reading_order_share (0.5) is for sources of kind 'scenes', not 'boxes'; leave it out",
+            "data.sources=[{kind: shards, shards: a.tar, reading_order_share: 0.5}]",
+            "reading_order_share (0.5) is for sources of kind 'scenes', not 'shards'; leave it out",
         ),
         (
             "data.sources=[{kind: shards, shards: a.tar, reading_order_samples: 9}]",
@@ -268,6 +268,21 @@ def test_written_configs_from_before_a_field_existed_are_read_as_what_they_were(
     assert (model.objectives, model.pixel_target) == (objectives, pixel_target)
 
 
+def test_written_config_with_removed_keys_is_read_where_they_hold_their_default():
+    written = {"task": {"name": "nlvr", "word_passes": 0, "read_states": False}}
+    assert parse_written_config(written, "x") == parse_config({"task": {"name": "nlvr"}})
+    assert written["task"]["word_passes"] == 0, "the caller's tree stays as it is"
+    assert parse_written_config({"task": None}, "x") == parse_config({})
+
+
+@pytest.mark.parametrize(("key", "value", "default"), [("word_passes", 2, "0"), ("read_states", True, "False")])
+def test_written_config_with_a_removed_key_that_had_an_effect_is_refused(key, value, default):
+    with pytest.raises(ConfigError) as caught:
+        parse_written_config({"task": {"name": "nlvr", key: value}}, "config.json")
+    expected = f"config.json: task.{key} ({value}) was removed, and only {default} can still be read: "
+    assert str(caught.value) == expected + "use the version that wrote it"
+
+
 @pytest.mark.parametrize(
     ("objectives", "kinds", "lacking"),
     [
@@ -285,7 +300,7 @@ def test_tasks_that_no_source_serves(objectives, kinds, lacking):
     assert config.tasks_without_source == lacking
 
 
-@pytest.mark.parametrize("preset", ["eve_tiny", "eve_base", "eve_large", "eve_boxes"])
+@pytest.mark.parametrize("preset", ["eve_tiny", "eve_base", "eve_large"])
 def test_presets_pre_train_as_the_paper_does(preset):
     config = load_config(preset)
     assert config.model.objectives == ["mim", "mlm"]

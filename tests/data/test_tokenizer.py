@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import ConfigError
-from eve_ds.data.synthetic.boxes import boxes_corpus, vocabulary
-from eve_ds.data.synthetic.scene_tasks import Questions, Statements, scenes_corpus
+from eve_ds.data.synthetic.scene_tasks import Questions, Statements
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -60,17 +59,19 @@ def texts_of(level, index):
     ]
 
 
-def test_boxes_tokenizer_has_one_token_per_word_and_letters_for_others():
-    tokenizer = load_tokenizer("boxes")
-    assert all(tokenizer.tokenize(word) == [word] for word in vocabulary())
-    typed = tokenizer("There are attleast 2 towers, which's bigg.")["input_ids"]
-    assert tokenizer.unk_token_id not in typed
+def scenes_corpus():
+    """The corpus of the shipped tokenizer: captions, questions with answers, and statements of both levels."""
+    for level in ("easy", "hard"):
+        scenes, questions, statements = Scenes(level), Questions(level), Statements(level)
+        for index in range(6000):
+            yield scenes[index].caption
+            yield f"{questions[index].question} {questions[index].answer}"
+            yield statements[index].text
 
 
-@pytest.mark.parametrize(("name", "corpus", "size"), [("scenes", scenes_corpus, 256), ("boxes", boxes_corpus, 512)])
-def test_shipped_tokenizer_is_what_training_gives(name, corpus, size):
-    trained = train_tokenizer(corpus(), size)
-    shipped = (resources.files("eve_ds") / "data" / "synthetic" / f"{name}_tokenizer.json").read_text(encoding="utf-8")
+def test_shipped_tokenizer_is_what_training_gives():
+    trained = train_tokenizer(scenes_corpus(), 256)
+    shipped = (resources.files("eve_ds") / "data" / "synthetic" / "scenes_tokenizer.json").read_text(encoding="utf-8")
     assert json.loads(trained.backend_tokenizer.to_str()) == json.loads(shipped)
 
 
@@ -160,7 +161,7 @@ def test_unusable_tokenizers_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer folder .*nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"tokenizer '.*empty' is not 'scenes' or 'boxes', a tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer '.*empty' is not 'scenes', a tokenizer\.json"):
         load_tokenizer(tmp_path / "empty")
     plain = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     plain.save(str(tmp_path / "plain.json"))

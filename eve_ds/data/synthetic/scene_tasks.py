@@ -611,18 +611,3 @@ def _probe(scene: Scene, probe_type: ProbeType, named: int) -> BindingProbe:
     return BindingProbe(
         probe_type, scene, words, masked, start + asked, words[start + asked], words[other_start + asked]
     )
-
-
-# Text of all of the above, for the tokenizer
-
-
-def scenes_corpus(num_samples: int = 6000) -> Iterator[str]:
-    """Captions, questions and statements; `train_tokenizer(scenes_corpus(), 256)` gives the shipped tokenizer."""
-    levels: tuple[LevelName, ...] = get_args(LevelName)
-    for level in levels:
-        scenes, questions, statements = Scenes(level), Questions(level), Statements(level)
-        for index in range(num_samples):
-            yield scenes[index].caption
-            question = questions[index]
-            yield f"{question.question} {question.answer}"
-            yield statements[index].text

@@ -8,13 +8,10 @@ import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import boxes as boxes_module
 import numpy as np
 import pytest
-from PIL import Image
-
-from eve_ds.config import ConfigError, parse_config
-from eve_ds.data.synthetic import boxes as boxes_module
-from eve_ds.data.synthetic.boxes import (
+from boxes import (
     BOX_SIDE,
     COLORS,
     MAX_BLOCKS,
@@ -24,6 +21,7 @@ from eve_ds.data.synthetic.boxes import (
     Boxes,
     BoxStatements,
     Item,
+    boxes_corpus,
     draw_boxes,
     draw_caption,
     kind_of,
@@ -35,9 +33,18 @@ from eve_ds.data.synthetic.boxes import (
     truth,
     vocabulary,
 )
+from PIL import Image
+from write import BoxSource, write_statements
+
+from eve_ds.config import ConfigError, load_config, parse_config
+from eve_ds.data.order import Place
+from eve_ds.data.shard_writer import WriterOptions, write_shards
+from eve_ds.data.sources import open_sources
 from eve_ds.data.synthetic.scenes import SplitMix64
+from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from eve_ds.tasks.formats import load_examples
 
+HERE = Path(__file__).parent
 TEST_DATA = os.environ.get("EVE_DS_TEST_DATA")
 needs_corpus = pytest.mark.skipif(not TEST_DATA, reason="EVE_DS_TEST_DATA names no folder with the NLVR corpus")
 KINDS = ["tower", "scatter"]
@@ -374,7 +381,7 @@ def test_truth_equals_counting_in_loops(family):
 
 
 def test_texts_that_families_share_mean_the_same():
-    from eve_ds.data.synthetic.boxes import _FAMILIES
+    from boxes import _FAMILIES
 
     pictures = {kind: [draw_boxes(kind, SplitMix64(i, 3)) for i in range(40)] for kind in KINDS}
     for kind in KINDS:
@@ -441,29 +448,46 @@ def test_most_captions_describe_every_box_in_five_words():
     assert {kind_of(boxes) for _, boxes in described} == set(KINDS)
 
 
-def test_examples_are_the_labelled_statements():
+def test_written_data_is_what_the_tools_read(tmp_path):
+    write_shards(BoxSource(3, 5), tmp_path / "shards", WriterOptions())
+    write_statements(tmp_path / "val", 2, "val", 4)
+    sources = [{"kind": "shards", "shards": str(tmp_path / "shards")}]
     config = parse_config(
         {
-            "model": {"vocab_size": 352, "text_length": 32},
-            "data": {"tokenizer": "boxes"},
-            "task": {"name": "nlvr", "num_images": 1, "train": {"format": "boxes", "seed": 2}, "val": BOXES},
+            "data": {"sources": sources},
+            "task": {"name": "nlvr", "num_images": 1, "val": {"format": "auto", "annotations": [tmp_path / "val"]}},
         }
     )
-    train, val = (load_examples(config, section) for section in ("train", "val"))
-    assert len(train) == 1_000_000
-    assert len(val) == 7
-    for examples, split, seed in ((train, "train", 2), (val, "val", 0)):
-        for index in (0, 5):
-            expected = BoxStatements(seed, split)[index]
-            found = examples[index]
-            assert (found.text, found.label, found.key) == (expected.text, expected.label, str(index))
-            assert np.array_equal(found.images[0], expected.image)
-    assert train.fingerprint != val.fingerprint
-    with pytest.raises(ConfigError, match=r"boxes are for statements about one image: set task\.name"):
-        load_examples(parse_config({"task": {"name": "nlvr", "num_images": 2, "train": BOXES}}), "train")
+    source = open_sources(config)[0]
+    captions = [source.read(Place(source=0, epoch=0, shard=0, number=i, slot=i)).caption for i in range(5)]
+    assert captions == [Boxes(3)[i].caption for i in range(5)]
+    examples = load_examples(config, "val")
+    assert len(examples) == 4 * 6
+    for index, expected in enumerate(BoxStatements(2, "val")[i] for i in range(4)):
+        orders = examples[6 * index : 6 * index + 6]
+        assert {(example.text, example.label) for example in orders} == {(expected.text, expected.label)}
+        with Image.open(orders[0].images[0]) as image:
+            np.testing.assert_array_equal(np.asarray(image), expected.image)
+        assert len({Path(example.images[0]).read_bytes() for example in orders}) > 1, "other orders of the boxes"
+    assert examples[0].group == examples[6].group != examples[12].group
 
 
-BOXES = {"format": "boxes", "num_examples": 7}
+def test_tokenizer_has_one_token_per_word_and_letters_for_others():
+    tokenizer = load_tokenizer(HERE / "boxes_tokenizer.json")
+    assert all(tokenizer.tokenize(word) == [word] for word in vocabulary())
+    typed = tokenizer("There are attleast 2 towers, which's bigg.")["input_ids"]
+    assert tokenizer.unk_token_id not in typed
+
+
+def test_tokenizer_is_what_training_gives():
+    trained = train_tokenizer(boxes_corpus(), 512)
+    written = (HERE / "boxes_tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(trained.backend_tokenizer.to_str()) == json.loads(written)
+
+
+@pytest.mark.parametrize("recipe", ["eve_boxes.yaml", "boxes_nlvr.yaml"])
+def test_recipes_are_valid(recipe):
+    load_config(str(HERE / recipe))
 
 
 def test_vocabulary_has_every_word_of_every_statement():
