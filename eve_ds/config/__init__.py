@@ -4,7 +4,7 @@ Unknown keys are refused with the nearest known name. What DeepSpeed owns (ZeRO 
 the DeepSpeed JSON; where both speak of one thing see :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
 """
 
-from eve_ds.config.data import DataConfig, MaskingConfig, SourceConfig
+from eve_ds.config.data import DataConfig, MaskingConfig, SourceConfig, ValidationConfig
 from eve_ds.config.loading import load_config, parse_config, parse_written_config, presets
 from eve_ds.config.model import ModelConfig, MoEConfig, Objective, PixelDecoderConfig
 from eve_ds.config.section import ConfigError, Section
@@ -29,6 +29,7 @@ __all__ = [
     "SourceConfig",
     "TaskConfig",
     "TrainConfig",
+    "ValidationConfig",
     "load_config",
     "parse_config",
     "parse_written_config",

@@ -101,6 +101,31 @@ class SourceConfig(Section):
         return self
 
 
+class ValidationConfig(Section):
+    """Pairs that a run never trains on; `train.eval_every` and the end of the run measure losses on them."""
+
+    sources: list[SourceConfig] = []
+    """Sources of their own, of pairs; their shards may not be among those of `data.sources`."""
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the samples of `data.sources` that is held out instead, chosen by a hash of the key: the same samples in
+    every run with this share."""
+    num_samples: Annotated[int, Field(ge=2)] = 1024
+    """Most pairs of an evaluation, over all ranks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ValidationConfig:
+        require(
+            bool(self.sources) != (self.share > 0),
+            f"data.validation needs either sources ({len(self.sources)}) or a share ({self.share:g}): set one of them",
+        )
+        for source in self.sources:
+            require(
+                source.modalities == "pair",
+                f"data.validation.sources must hold pairs, not modalities '{source.modalities}'",
+            )
+        return self
+
+
 class DataConfig(Section):
     """Where samples come from and how they reach the model."""
 
@@ -115,5 +140,7 @@ class DataConfig(Section):
     """Area range of RandomResizedCrop; (1, 1) only resizes."""
     horizontal_flip: Fraction = 0.0
     """Probability of a flip, for captions without left/right words only."""
+    validation: ValidationConfig | None = None
+    """Pairs for held-out losses; None: none."""
     max_bad_share: Fraction = 0.01
     """Above this share of unusable samples on a rank, counted over at least 1,000, the run stops."""

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from eve_ds.config.data import SourceConfig
+from eve_ds.config.data import SourceConfig, ValidationConfig
 from eve_ds.config.model import FORMER_PIXEL_TARGET
 from eve_ds.config.section import ConfigError
 from eve_ds.config.tasks import TaskConfig
@@ -155,7 +155,7 @@ def _known_keys(location: list[str]) -> list[str]:
         if part.isdigit():
             continue
         field = section.model_fields[part].annotation
-        section = {"sources": SourceConfig, "task": TaskConfig}.get(part, field)
+        section = {"sources": SourceConfig, "task": TaskConfig, "validation": ValidationConfig}.get(part, field)
     return list(section.model_fields)
 
 

@@ -22,11 +22,13 @@ from webdataset import DataPipeline
 from eve_ds.config import Config, ConfigError
 from eve_ds.data.batch import BadSample, Batch, Sample
 from eve_ds.data.collate import Collator, PretrainingObjective
+from eve_ds.data.held_out import held_out_share, is_held_out
 from eve_ds.data.order import Layout, Place, Position, StreamOrder, layout_for, merge_positions
 from eve_ds.data.sources import Source, UnusableData, open_sources
 from eve_ds.distributed import get_logger
 
 STATE_VERSION = 1
+HELD_OUT = "data.validation.share"
 MIN_COUNTED = 1000
 """`data.max_bad_share` is a share of at least this many samples, so that a few early ones do not stop a run."""
 MAX_BAD_RUN = 1000
@@ -67,20 +69,23 @@ def worker_places(order: StreamOrder, position: Position) -> Iterator[tuple[int,
 
 
 def read_samples(
-    places: Iterable[tuple[int, Place]], sources: Sequence[Source]
-) -> Iterator[tuple[int, Sample | Skipped]]:
-    """Second stage: read, decode and crop; what cannot be used comes out as :class:`Skipped`."""
+    places: Iterable[tuple[int, Place]], sources: Sequence[Source], held_out_share: float = 0.0
+) -> Iterator[tuple[int, Sample | Skipped | None]]:
+    """Second stage: read, decode and crop; unusable samples come out as :class:`Skipped`, held-out ones as None."""
     for consumed, place in places:
         source = sources[place.source]
         try:
-            yield consumed, source.read(place)
+            if held_out_share and is_held_out(source.key(place.shard, place.number), held_out_share):
+                yield consumed, None
+            else:
+                yield consumed, source.read(place)
         except BadSample as error:
             key = "" if error.key is None else f", key {error.key}"
             yield consumed, Skipped(error.reason, f"{source.describe(place.shard, place.number)}{key}: {error}")
 
 
 def fill_batches(
-    samples: Iterable[tuple[int, Sample | Skipped]],
+    samples: Iterable[tuple[int, Sample | Skipped | None]],
     batch_size: int,
     collate: Callable[[Sequence[Sample]], Batch],
     max_bad_run: int,
@@ -93,7 +98,7 @@ def fill_batches(
         for consumed, sample in samples:
             if isinstance(sample, Skipped):
                 skipped.append(sample)
-            else:
+            elif sample is not None:
                 good.append(sample)
             if len(good) == batch_size:
                 yield Delivery(collate(good), consumed, skipped)
@@ -261,7 +266,7 @@ def build_loader(
     num_samples = sum(sum(source.shard_sizes) for source in sources)
     pipeline = DataPipeline(
         partial(worker_places, order, position),
-        partial(read_samples, sources=sources),
+        partial(read_samples, sources=sources, held_out_share=held_out_share(config)),
         partial(
             fill_batches,
             batch_size=micro_batch_size,
@@ -304,14 +309,16 @@ def _identity(config: Config, sources: Sequence[Source], states: Sequence[dict[s
         "data.shuffle_buffer": config.data.shuffle_buffer,
         "data.sources.weight": [source.weight for source in config.data.sources],
         "data.sources": [source.fingerprint() for source in sources],
+        HELD_OUT: held_out_share(config),
     }
     for state in states:
         if state.get("version") != STATE_VERSION:
             raise ConfigError(f"data position has version {state.get('version')}, only {STATE_VERSION} can be read")
         for name, value in identity.items():
-            if state[name] != value:
+            saved = state.get(name, 0.0) if name == HELD_OUT else state[name]  # positions from before it existed
+            if saved != value:
                 raise ConfigError(
-                    f"{name} ({value}) differs from the saved data position's ({state[name]}), so other samples "
+                    f"{name} ({value}) differs from the saved data position's ({saved}), so other samples "
                     "would come, or in another order; keep it, or start without the position"
                 )
     # Follows from the batch size, but a run that goes on with another batch size keeps the order it started with.

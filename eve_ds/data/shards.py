@@ -169,6 +169,14 @@ class ShardFile:
         """Samples that can be reached; fewer than were written where the tar is damaged."""
         return len(self._starts)
 
+    def key(self, number: int) -> str:
+        """Key of one sample, from the header of its first member; raises :class:`BadSample` where it is missing."""
+        if number >= len(self):
+            raise BadSample("broken tar entry", f"only {len(self)} samples can be found in the shard")
+        start, size = self._starts[number], self._ends[number] - self._starts[number]
+        members = _members(lambda offset: os.pread(self._file.fileno(), _BLOCK, start + offset), size, verify=False)
+        return next(prefix for member in members if (prefix := _split_name(member.name)[0]) is not None)
+
     def read(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members (lower-case extension to bytes) of one sample.
 

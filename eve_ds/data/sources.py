@@ -36,6 +36,9 @@ class Source(Protocol):
     def read(self, place: Place) -> Sample:
         """The sample that lies at the place; raises :class:`BadSample`."""
 
+    def key(self, shard: int, number: int) -> str:
+        """Key of a sample, without reading its members; raises :class:`BadSample`."""
+
     def describe(self, shard: int, number: int) -> str:
         """Shard and sample in words, for messages."""
 
@@ -98,19 +101,20 @@ class GeneratedSource:
 
     def read(self, place: Place) -> Sample:
         """Generate one sample."""
-        key, epoch = self._key(place.shard, place.number), place.epoch
+        key, epoch = self.key(place.shard, place.number), place.epoch
         in_order = self._reading_order.holds(place.slot, epoch, key)
         scene = self._scenes.scene(place.shard * GENERATED_PER_SHARD + place.number, reading_order=in_order)
         caption = scene.caption if self.has_captions else None
         image = self._transform(scene.image, caption, epoch, key) if self.has_images else None
         return Sample(key, epoch, image, caption)
 
-    def _key(self, shard: int, number: int) -> str:
+    def key(self, shard: int, number: int) -> str:
+        """World and number of the scene."""
         return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
 
     def describe(self, shard: int, number: int) -> str:
         """The key; what is generated has no shards."""
-        return self._key(shard, number)
+        return self.key(shard, number)
 
     def fingerprint(self) -> str:
         """Level, seed and number of samples, and the order of captions where it is not random."""
@@ -144,6 +148,13 @@ class ShardsSource:
             error.key = key
             raise
         return Sample(key, epoch, image, caption)
+
+    def key(self, shard: int, number: int) -> str:
+        """Name of the sample's members without extension."""
+        try:
+            return self._shard_file(shard).key(number)
+        except OSError as error:
+            raise BadSample("unreadable shard", str(error)) from None
 
     def _fields(self, shard: int, number: int) -> tuple[str, dict[str, bytes]]:
         try:
@@ -202,12 +213,16 @@ class ShardsSource:
 
 
 def open_sources(config: Config) -> list[Source]:
-    """The sources of a mixture, in its order; raises :class:`ConfigError` for shards that are missing or empty."""
+    """Sources of the training mixture, in its order; raises :class:`ConfigError` for missing or empty shards."""
     if not config.data.sources:
         raise ConfigError("data.sources is empty; name at least one source")
     data, seed = config.data, config.train.seed
     transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed)
-    return [
-        ShardsSource(source, transform) if source.kind == "shards" else GeneratedSource(source, transform, seed)
-        for source in data.sources
-    ]
+    return [open_source(source, transform, seed) for source in data.sources]
+
+
+def open_source(source: SourceConfig, transform: TrainTransform, seed: int) -> Source:
+    """One source whose images go through `transform`; raises :class:`ConfigError` for missing or empty shards."""
+    if source.kind == "shards":
+        return ShardsSource(source, transform)
+    return GeneratedSource(source, transform, seed)

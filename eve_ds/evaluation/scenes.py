@@ -36,7 +36,7 @@ SCENES_SEED = 0
 """World of the evaluation scenes; their descriptions occur in no training scene of any seed."""
 
 
-class _Tally:
+class Tally:
     """Sums by name that several ranks can add up."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ def evaluate_scenes(
     collate = Collator(fixed, tokenizer, objectives_of(fixed.model), has_images=True, has_captions=True)
     scenes = Scenes(_level(config), SCENES_SEED, "val")
     mine = [scenes[index] for index in range(rank, num_scenes, world_size)]
-    tally = _Tally()
+    tally = Tally()
     for chunk in _chunks(mine, batch_size):
         batch = collate(samples_of(chunk)).to(device)
         if config.model.predicts_words:
@@ -118,7 +118,7 @@ def evaluate_scenes(
     if config.model.predicts_words and has_probes:
         probes = list(binding_probes(scenes, num_scenes // 2))[rank::world_size]
         _tally_binding(tally, model, probes, collate, tokenizer, batch_size)
-    result = _nest(tally.means(_names(config.model, has_probes)))
+    result = nest(tally.means(_names(config.model, has_probes)))
     model.train(training)
     return result
 
@@ -194,7 +194,7 @@ def with_another_caption(batch: Batch) -> Batch:
     )
 
 
-def _tally_words(tally: _Tally, model: nn.Module, batch: Batch, tokenizer: PreTrainedTokenizerFast) -> None:
+def _tally_words(tally: Tally, model: nn.Module, batch: Batch, tokenizer: PreTrainedTokenizerFast) -> None:
     whole = with_whole_image(batch)
     classes = [word_class(word) for word in tokenizer.convert_ids_to_tokens(_labels(batch).tolist())]
     chosen = {
@@ -223,7 +223,7 @@ def _labels(batch: Batch) -> Tensor:
     return batch.token_labels
 
 
-def _tally_pixels(tally: _Tally, model: nn.Module, batch: Batch, scenes: Sequence[Scene], config: ModelConfig) -> None:
+def _tally_pixels(tally: Tally, model: nn.Module, batch: Batch, scenes: Sequence[Scene], config: ModelConfig) -> None:
     whole = with_whole_caption(batch)
     pixels = whole.normalized_pixels
     assert pixels is not None
@@ -245,7 +245,7 @@ def _tally_pixels(tally: _Tally, model: nn.Module, batch: Batch, scenes: Sequenc
 
 
 def _tally_binding(
-    tally: _Tally,
+    tally: Tally,
     model: nn.Module,
     probes: Sequence[BindingProbe],
     collate: Collator,
@@ -320,7 +320,7 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _nest(flat: dict[str, float]) -> dict[str, Any]:
+def nest(flat: dict[str, float]) -> dict[str, Any]:
     """`{"a.b": 1}` -> `{"a": {"b": 1}}`."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():

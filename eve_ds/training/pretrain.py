@@ -18,6 +18,7 @@ from eve_ds.data.batch import Batch
 from eve_ds.data.pipeline import Loader, build_loader
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.distributed import gather_rows, get_logger
+from eve_ds.evaluation.held_out import HeldOut, evaluate_held_out, load_held_out
 from eve_ds.evaluation.scenes import evaluate_scenes, trains_on_scenes
 from eve_ds.model.eve import EVE, EVEOutput, MoEFactory, model_shapes
 from eve_ds.model.with_losses import ModelWithLosses
@@ -79,6 +80,7 @@ class Pretraining:
         self.config, self.resume = config, resume
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.shapes = model_shapes(config.model)
+        self.held_out: HeldOut | None = None
 
     def check_folder(self) -> None:
         """Create the output folder, or raise ConfigError where it cannot be used."""
@@ -104,7 +106,9 @@ class Pretraining:
         """Nothing is frozen."""
 
     def open(self, loading: Loading) -> Loader:
-        """Loader of the mixture."""
+        """Loader of the mixture; held-out pairs are read too, so that their problems show before training."""
+        if self.held_out is None and self.config.data.validation is not None:
+            self.held_out = load_held_out(self.config, self.tokenizer, loading.topology)
         return build_loader(
             self.config,
             self.tokenizer,
@@ -134,12 +138,22 @@ class Pretraining:
         return pretraining_flops(self.config.model, self.config.masking, totals[CAPTION_TOKENS] / max(samples, 1))
 
     def evaluate(self, trainer: Trainer) -> Evaluation | None:
-        """Scenes, where the run trains on them."""
-        if not trains_on_scenes(self.config):
+        """Scenes, where the run trains on them, and held-out losses, where `data.validation` has pairs."""
+        numbers: dict[str, Any] = {}
+        if trains_on_scenes(self.config):
+            numbers |= self._evaluate_scenes(trainer)
+        if self.held_out is not None:
+            numbers["held_out"] = evaluate_held_out(trainer.model, self.config.model, self.held_out)
+        if not numbers:
             return None
+        shown = numbers | {f"held-out {name}": value for name, value in numbers.get("held_out", {}).items()}
+        gaps = [f"{key} {value['right']:.3f}/{value['wrong']:.3f}" for key, value in shown.items() if "right" in value]
+        return Evaluation(numbers, f"right/wrong: {', '.join(gaps)}")
+
+    def _evaluate_scenes(self, trainer: Trainer) -> dict[str, Any]:
         topology = trainer.topology
         share = 2 * topology.data_size
-        result = evaluate_scenes(
+        return evaluate_scenes(
             trainer.model,
             self.config,
             self.tokenizer,
@@ -147,8 +161,6 @@ class Pretraining:
             rank=topology.data_rank,
             world_size=topology.data_size,
         )
-        gaps = [f"{key} {value['right']:.3f}/{value['wrong']:.3f}" for key, value in result.items() if "right" in value]
-        return Evaluation(result, f"right/wrong: {', '.join(gaps)}")
 
     def finish(self) -> None:
         """Checkpoints stay."""
