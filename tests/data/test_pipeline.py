@@ -27,6 +27,7 @@ from eve_ds.data.sources import UnusableData, open_sources
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from eve_ds.data.transforms import TrainTransform
+from eve_ds.objectives.registry import objectives_of
 
 CAPTION = "a small red circle"
 
@@ -81,6 +82,7 @@ class Run:
         self.loader = build_loader(
             config,
             load_tokenizer("scenes"),
+            objectives_of(config.model),
             rank=rank,
             world_size=world_size,
             micro_batch_size=batch,
@@ -513,7 +515,7 @@ def test_global_random_state_is_left_alone(tmp_path):
 def test_tokenizer_larger_than_the_vocabulary_is_refused():
     tokenizer = train_tokenizer([chr(0x4E00 + number) for number in range(600)], 700)
     with pytest.raises(ConfigError, match=r"vocabulary of 605 tokens, larger than model\.vocab_size \(256\)"):
-        build_loader(make_config({"kind": "scenes"}), tokenizer, rank=0, world_size=1, micro_batch_size=2)
+        build_loader(make_config({"kind": "scenes"}), tokenizer, [], rank=0, world_size=1, micro_batch_size=2)
 
 
 def test_missing_and_empty_shards_are_refused(tmp_path):

@@ -16,6 +16,7 @@ from eve_ds.data.pipeline import build_loader
 from eve_ds.data.sources import open_sources
 from eve_ds.data.synthetic.scenes import Scenes, relations
 from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.objectives.registry import objectives_of
 
 LEVELS = ["easy", "hard"]
 CASES = [(level, modalities) for level in LEVELS for modalities in ("pair", "text")]
@@ -187,6 +188,7 @@ def start():
             build_loader(
                 config,
                 load_tokenizer("scenes"),
+                objectives_of(config.model),
                 rank=rank,
                 world_size=world_size,
                 micro_batch_size=batch,

@@ -1,0 +1,118 @@
+"""Held-out pairs are the same in every run, are never trained on, and are dealt to ranks without overlap."""
+
+from itertools import islice
+
+import pytest
+
+from eve_ds.config import ConfigError, parse_config
+from eve_ds.data.held_out import held_out_pairs, is_held_out
+from eve_ds.data.importers.generated import GeneratedScenes
+from eve_ds.data.pipeline import build_loader
+from eve_ds.data.shard_writer import WriterOptions, write_shards
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.objectives.registry import objectives_of
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two folders of shards: 60 scenes to train on, 20 others."""
+    root = tmp_path_factory.mktemp("shards")
+    for name, count, split in (("train", 60, "train"), ("val", 20, "val")):
+        write_shards(GeneratedScenes(count, split=split), root / name, WriterOptions())
+    return root
+
+
+def config_of(shards, seed=0, **validation):
+    data = {"sources": [{"kind": "shards", "shards": str(shards / "train")}], "validation": validation}
+    model = {"image_size": 32, "patch_size": 8, "vocab_size": 256}
+    return parse_config({"model": model, "data": data, "train": {"train_batch_size": 8, "seed": seed}})
+
+
+def trained_keys(config, batches, rank=0, world_size=1):
+    loader = build_loader(
+        config,
+        load_tokenizer("scenes"),
+        objectives_of(config.model),
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=4,
+    )
+    keys = [key for batch in islice(loader, batches) for key in batch.keys]
+    position = loader.state_dict()
+    loader.close()
+    return keys, position
+
+
+def test_a_share_of_the_training_samples_is_held_out_by_key(shards):
+    config = config_of(shards, share=0.3)
+    held = {sample.key for sample in held_out_pairs(config, 0, 1)}
+    trained, _ = trained_keys(config, 40)
+    assert held
+    assert not held & set(trained)
+    assert len(held | set(trained)) == 60, "every other sample is trained on"
+    assert held == {key for key in held | set(trained) if is_held_out(key, 0.3)}
+    assert held == {sample.key for sample in held_out_pairs(config_of(shards, seed=5, share=0.3), 0, 1)}
+
+
+def test_a_smaller_share_holds_out_fewer_of_the_same_samples():
+    keys = [f"{number:08d}" for number in range(4000)]
+    small, large = ({key for key in keys if is_held_out(key, share)} for share in (0.05, 0.2))
+    assert small < large
+    assert abs(len(large) / len(keys) - 0.2) < 0.03
+
+
+def test_ranks_share_the_held_out_pairs(shards):
+    config = config_of(shards, share=0.3)
+    whole = [sample.key for sample in held_out_pairs(config, 0, 1)]
+    shares = [[sample.key for sample in held_out_pairs(config, rank, 3)] for rank in range(3)]
+    assert sorted(key for share in shares for key in share) == sorted(whole)
+
+
+def test_sources_of_their_own_change_nothing_in_training(shards):
+    own = config_of(shards, sources=[{"kind": "shards", "shards": str(shards / "val")}], num_samples=12)
+    pairs = held_out_pairs(own, 0, 1)
+    assert len(pairs) == 12
+    assert all(sample.image.shape == (32, 32, 3) and sample.caption for sample in pairs)
+    plain = own.model_copy(update={"data": own.data.model_copy(update={"validation": None})})
+    assert trained_keys(own, 10)[0] == trained_keys(plain, 10)[0]
+
+
+def test_shards_that_are_trained_on_are_refused(shards):
+    config = config_of(shards, sources=[{"kind": "shards", "shards": str(shards / "train")}])
+    with pytest.raises(ConfigError, match=r"data.validation.sources names shard .*, which data.sources trains on"):
+        held_out_pairs(config, 0, 1)
+
+
+def test_a_share_that_holds_out_nothing_is_refused(shards):
+    with pytest.raises(ConfigError, match=r"data.validation.share \(1e-12\) holds out no sample of data.sources"):
+        held_out_pairs(config_of(shards, share=1e-12), 0, 1)
+
+
+def test_a_saved_position_with_another_share_is_refused(shards):
+    _, position = trained_keys(config_of(shards, share=0.3), 2)
+    config = config_of(shards, share=0.2)
+    with pytest.raises(
+        ConfigError, match=r"data.validation.share \(0.2\) differs from the saved data position's \(0.3\)"
+    ):
+        build_loader(
+            config,
+            load_tokenizer("scenes"),
+            objectives_of(config.model),
+            rank=0,
+            world_size=1,
+            micro_batch_size=4,
+            state=position,
+        )
+
+
+@pytest.mark.parametrize(
+    ("validation", "text"),
+    [
+        ({}, r"data.validation needs either sources \(0\) or a share \(0\): set one of them"),
+        ({"share": 0.1, "sources": [{"kind": "scenes"}]}, r"either sources \(1\) or a share \(0.1\)"),
+        ({"sources": [{"kind": "scenes", "modalities": "text"}]}, r"must hold pairs, not modalities 'text'"),
+    ],
+)
+def test_validation_needs_one_origin_of_pairs(shards, validation, text):
+    with pytest.raises(ConfigError, match=text):
+        config_of(shards, **validation)
