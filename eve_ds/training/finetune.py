@@ -1,4 +1,4 @@
-"""Fine-tuning on a downstream task. The plain model is saved and evaluated, not a checkpoint."""
+"""Fine-tuning on a downstream task; the run ends with the plain model and its evaluation, not with a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, and the peak of the accelerator."""
+"""Peak floating-point rate of the accelerator."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PEAK_FLOPS = {
     ("A100", "fp16"): 312e12,
     ("V100", "fp16"): 125e12,
 }
-"""Dense tensor-core peak by part of the device's name and precision, FLOP/s, from the makers' data sheets; SXM unless
-named otherwise. The first entry that fits counts."""
+"""Dense tensor-core peak in FLOP/s from the vendors' data sheets, by part of the device's name and precision; SXM
+unless named otherwise. The first matching entry counts."""
 
 
 def peak_flops(precision: str) -> float | None:
-    """Peak FLOP/s of this process's accelerator where it is known, otherwise None."""
+    """Peak FLOP/s of this process's accelerator; None if unknown."""
     if not torch.cuda.is_initialized():
         return None
     name = torch.cuda.get_device_name()

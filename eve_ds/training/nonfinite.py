@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: found before the update, described, skipped or fatal."""
+"""Steps with a loss or gradient that is not finite: detection, one-line description, skip or stop."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from eve_ds.training.job import TrainingBatch
 from eve_ds.training.window import all_terms
 
 MOST_NAMED = 8
-"""Sample keys of a micro-batch, and micro-batches, that a message names."""
+"""Most sample keys of a micro-batch, and most micro-batches, that a message names."""
 OF_ALL_RANKS = ("loss", "load_balancing", "itc")
 """Terms that samples of other ranks can make non-finite."""
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient norm that is not finite; names step, rank and sample keys. Nothing was updated."""
+    """Non-finite loss or gradient norm; the message names step, rank and sample keys. Nothing was updated."""
 
 
 def poison_if_nonfinite(loss: Tensor) -> Tensor:
-    """The loss, with gradients that are not finite if it is not finite.
+    """Return the loss, with non-finite gradients if it is not finite.
 
-    So the one check before the update finds both, and the host need not wait for the loss. A loss can be infinite while
-    its gradient is not, as a square can overflow where its derivative does not.
+    One check before the update then finds both, and the host need not wait for the loss. A loss can be infinite with a
+    finite gradient: a square overflows where its derivative does not.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
@@ -90,9 +90,10 @@ class NonFiniteSteps:
 
 
 def _describe(terms: dict[str, Tensor], batch: TrainingBatch) -> tuple[int, str]:
-    """How likely this micro-batch is the cause, and its loss and keys.
+    """Likelihood that this micro-batch is the cause, and its loss and keys.
 
-    2: a term made of its own samples is not finite. 1: only terms that ranks share are not. 0: its loss is finite.
+    2: a term of its own samples alone is not finite. 1: only terms that ranks share are not finite. 0: its loss is
+    finite.
     """
     bad = [name for name, term in terms.items() if not math.isfinite(float(term))]
     own = [name for name in bad if name not in OF_ALL_RANKS]

@@ -1,5 +1,4 @@
-"""AdamW and its parameter groups: what decays and what does not; dense and expert parameters apart, as DeepSpeed
-needs them."""
+"""AdamW and its parameter groups: decaying and non-decaying, dense and expert parameters apart, as DeepSpeed needs."""
 
 from __future__ import annotations
 
@@ -54,17 +53,17 @@ def optimizer_parameter_groups(
     gradients are averaged over; DeepSpeed cuts them where they exceed a size, so there may be several of one name.
 
     Args:
-        model: plain or DeepSpeed.
-        weight_decay: of matrices.
-        lr_scale: from the name of a parameter to the factor of its learning rate, which its group carries as
-            `lr_scale`; None: 1 for all.
+        model: plain or DeepSpeed model, without its losses.
+        weight_decay: weight decay of matrices.
+        lr_scale: maps a parameter's name to the factor of its learning rate, which its group carries as `lr_scale`;
+            None: 1 for all.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         scale = 1.0 if lr_scale is None else lr_scale(name)
         key = (_decays(name, parameter), scale)
         groups.setdefault(key, _empty_group(*key, weight_decay))["params"].append(parameter)
-    # Decaying ones first, as checkpoints have them.
+    # Decaying groups first: checkpoints depend on the order.
     ordered = [groups[key] for key in sorted(groups, key=lambda key: (not key[0], -key[1]))]
     return split_params_into_different_moe_groups_for_optimizer(ordered)
 
@@ -86,15 +85,15 @@ def _empty_group(decays: bool, scale: float, weight_decay: float) -> dict[str, A
 
 
 class CheckedAdamW(torch.optim.AdamW):
-    """AdamW that refuses an update with a non-finite gradient on any rank, as ZeRO's optimisers do.
+    """AdamW that refuses an update with a non-finite gradient on any rank, as ZeRO's optimizers do.
 
-    DeepSpeed at ZeRO 0 in fp32 would apply it. `overflow` is the attribute its engine looks for.
+    DeepSpeed at ZeRO 0 in fp32 would apply such an update. Its engine reads the attribute `overflow`.
     """
 
     overflow = False
 
     def step(self, closure: Any = None) -> Any:
-        """Update unless a gradient of any rank is not finite; then change nothing and set `overflow`."""
+        """Update, or set `overflow` and change nothing if a gradient of any rank is not finite."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().int()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)

@@ -1,4 +1,7 @@
-"""What a run says while it runs: metrics.jsonl (every number, the contract), one progress line, throughput."""
+"""Output of a run in progress: `metrics.jsonl` with every number, and one progress line.
+
+The records of `metrics.jsonl` are a contract with the report and with users' scripts.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,20 @@ from eve_ds.distributed import get_logger, rank_zero
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to `metrics.jsonl`; rank 0 only, other ranks write nothing."""
+    """Appends JSON objects, one a line, to `metrics.jsonl`; only rank 0 writes."""
 
     def __init__(self, folder: Path) -> None:
         self._file = _open_after_last_line(folder / "metrics.jsonl") if rank_zero() else None
 
     def write(self, kind: str, *, step: int, seconds: float, samples: int, **numbers: Any) -> None:
-        """One record; `kind` is `train`, `eval`, `save` or `event`, `seconds` of training, `samples` of the run.
+        """Append one record; JSON has no NaN, so a non-finite number becomes null.
 
-        A number that is not finite is written as null, which JSON has and NaN it has not.
+        Args:
+            kind: `train`, `eval`, `save` or `event`.
+            step: optimizer steps of the run.
+            seconds: training time of the run.
+            samples: samples of the run.
+            numbers: further entries.
         """
         if self._file is not None:
             record = {"kind": kind, "step": step, "seconds": round(seconds, 3), "samples": samples, **numbers}
@@ -43,7 +51,7 @@ class MetricsWriter:
 
 
 def _open_after_last_line(path: Path) -> TextIO:
-    """Open for appending; a line that a killed writer left unfinished is cut off, else the next one would join it."""
+    """Open for appending, without the unfinished last line of a killed writer, which the next line would join."""
     if path.is_file():
         whole = path.read_bytes().rpartition(b"\n")
         if whole[2]:
@@ -58,17 +66,17 @@ def _finite_or_none(value: Any) -> Any:
 
 
 class ProgressLine:
-    """A live line on a terminal, otherwise one plain log line every `log_every` steps; rank 0 only.
+    """Live progress line on a terminal, otherwise one plain log line every `log_every` steps; rank 0 only.
 
     Args:
         log_every: steps between plain lines.
-        done: share of the run that was done before it was resumed; the time left is judged by what comes after.
+        done: share of the run that was finished before it resumed; the remaining time follows from progress since then.
     """
 
     def __init__(self, log_every: int, done: float = 0.0) -> None:
         self._log_every, self._done = log_every, done
         self._live = rank_zero() and sys.stderr.isatty()
-        # The numbers come last: on a narrow terminal the line is cut there.
+        # A narrow terminal cuts the line at its end, so the numbers come last.
         columns = (
             TaskProgressColumn(table_column=Column(min_width=4)),
             TextColumn("eta"),
@@ -94,7 +102,7 @@ class ProgressLine:
             self._progress.stop()
 
     def update(self, step: int, fraction: float, numbers: dict[str, float]) -> None:
-        """Show the newest numbers; `fraction` of the run is done."""
+        """Show the newest numbers; `fraction` is the finished share of the run."""
         if not rank_zero():
             return
         if self._progress is not None and self._task is not None:
@@ -108,9 +116,9 @@ class ProgressLine:
 LAST = ("load_balancing", "lr", "samples_per_second")
 """Numbers at the end of a progress line."""
 HIDDEN = ("router_z", "grad_norm", "peak_memory_bytes", "tokens_per_second", "model_flops_utilisation")
-"""Numbers that a progress line leaves out; so it does with those whose name has a slash. All others are loss terms."""
+"""Numbers that a progress line leaves out, as it does names with a slash; all other numbers are loss terms."""
 LIVE = {"lr": "lr {:.2g}", "samples_per_second": "{:.4g}/s", "load_balancing": "balance {:.3g}"}
-"""Forms of the live line where they differ, so that it fits 80 columns."""
+"""Shorter forms in the live line, which must fit 80 columns."""
 
 
 def _plain_line(step: int, numbers: dict[str, float]) -> str:
@@ -123,23 +131,23 @@ def _live_line(step: int, numbers: dict[str, float]) -> str:
 
 
 def _shown(numbers: dict[str, float]) -> list[str]:
-    """Names in the order of a progress line: `loss`, its terms, the rest."""
+    """Names in the order of a progress line: `loss`, its terms, then :data:`LAST`."""
     terms = [name for name in numbers if name not in ("loss", *LAST, *HIDDEN) and "/" not in name]
     return [name for name in ("loss", *terms, *LAST) if name in numbers]
 
 
 def training_clock(device: torch.device) -> Callable[[], float]:
-    """The clock that training time is read from, in seconds.
+    """Clock for training time, in seconds: wall time on an accelerator, CPU time of the training thread on CPUs.
 
-    On a CPU it is the time that the training thread computes: on cores that others share, wall time measures the
-    others. It stands still while the thread waits for other ranks, or for samples. An accelerator has the wall's.
+    On shared cores wall time would measure other processes. CPU time stands still while the thread waits for other
+    ranks or for samples.
     """
     return time.thread_time if device.type == "cpu" else time.perf_counter
 
 
 def peak_memory_bytes() -> int:
-    """Largest memory of this process so far: allocated on the accelerator, or resident on the host without one."""
-    if torch.cuda.is_initialized():  # not where a CUDA device is present but DS_ACCELERATOR asks for the CPU
+    """Peak memory of this process: allocated on the accelerator, or resident on the host without one."""
+    if torch.cuda.is_initialized():  # false where DS_ACCELERATOR asks for the CPU beside a CUDA device
         return torch.cuda.max_memory_allocated()
     import resource
 

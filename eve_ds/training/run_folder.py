@@ -1,4 +1,4 @@
-"""The output folder of a run: its lock, and whether it belongs to this run."""
+"""Output folder of a run: lock, ownership check, configuration file."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from eve_ds.config import Config, ConfigError, parse_written_config
 from eve_ds.distributed import broadcast_object, rank_zero
 
 IDENTITY = ("model", "masking", "data", "loss", "task")
-"""Sections that may not change within one output folder, and neither may `train.seed`."""
+"""Sections of the configuration that must stay the same within one output folder, as must `train.seed`."""
 
 NO_IDENTITY = {"data": {"num_workers", "max_bad_share"}}
-"""Keys of them that may."""
+"""Keys of these sections that may change."""
 
 
 class FolderLock:
-    """At most one run writes into a folder; the lock ends with the process that holds it, however that ends.
+    """File lock that allows at most one run to write into a folder; the operating system releases it with the process.
 
-    A lock of the process, not of the open file: worker processes, which outlive a killed rank by seconds, must not
+    The lock belongs to the process, not to the open file: data workers outlive a killed rank by seconds and must not
     keep it.
     """
 
@@ -33,7 +33,7 @@ class FolderLock:
         self._file: TextIO | None = None
 
     def acquire(self) -> None:
-        """Take it; raises ConfigError where another process has it."""
+        """Acquire the lock; raises ConfigError if another process holds it."""
         file = self.path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +42,7 @@ class FolderLock:
             owner = file.read().strip() or "unknown"
             file.close()
             raise ConfigError(
-                f"train.output_dir ({self.path.parent}) is being written by another run ({owner}): wait for its end, "
+                f"train.output_dir ({self.path.parent}) is being written by another run ({owner}): wait until it ends, "
                 "or name another folder"
             ) from None
         file.truncate(0)
@@ -59,7 +59,7 @@ class FolderLock:
 
 
 def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> None:
-    """Create the output folder, or check that it can be written and belongs to this run.
+    """Create the output folder, or check that it is writable and belongs to this run.
 
     Raises:
         ConfigError: the folder cannot be written, holds another run, or holds a run although `resume` is `none`.
@@ -67,7 +67,7 @@ def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> 
     folder = config.train.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # permission bits say little about root, quotas, read-only mounts
+        tempfile.TemporaryFile(dir=folder).close()  # permission bits miss root, quotas and read-only mounts
     except OSError as error:
         raise ConfigError(
             f"train.output_dir ({folder}) cannot be written: {error.strerror}; name another folder or change its "
@@ -82,9 +82,7 @@ def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> 
         before = json.loads(written.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{written} is not JSON ({error}): restore it from a checkpoint of the run") from None
-    before = parse_written_config(before, str(written)).model_dump(
-        mode="json"
-    )  # with fields that are newer than the run
+    before = parse_written_config(before, str(written)).model_dump(mode="json")  # adds fields newer than the run
     difference = _difference(_identity(before), _identity(config.model_dump(mode="json")))
     if difference is not None:
         key, then, now = difference
@@ -95,7 +93,7 @@ def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> 
 
 
 def _identity(tree: dict[str, Any]) -> dict[str, Any]:
-    """What makes a run this run, by dotted key."""
+    """Settings that identify a run, by dotted key."""
     identity = {"train.seed": tree.get("train", {}).get("seed")}
     for section in IDENTITY:
         identity |= {
@@ -107,7 +105,7 @@ def _identity(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """First key that differs, and both values."""
+    """First key with different values, and both values; None without any."""
     for key in {**now, **before}:
         if before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
@@ -115,7 +113,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, 
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run it on rank 0; what it finds wrong with the configuration or the disk is raised on every rank."""
+    """Run `action` on rank 0; every rank raises the ConfigError or OSError that it raises, as a ConfigError."""
     problem: str | None = None
     if rank_zero():
         try:

@@ -1,4 +1,4 @@
-"""Learning rate by step and by time."""
+"""Learning rate, end of the run and due checkpoints, by steps and by seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from eve_ds.config import Config, TrainConfig
 
 
 def learning_rate(config: Config, step: int, seconds: float) -> float:
-    """Learning rate of the update after `step` updates and `seconds` of training.
+    """Learning rate of the next update, after `step` updates and `seconds` of training.
 
     Linear warm-up over `warmup_steps`, times a decay from 1 to `final_lr_share` over the rest of the steps, or over
     the whole time budget with `decay_by: seconds`.
@@ -26,13 +26,13 @@ def learning_rate(config: Config, step: int, seconds: float) -> float:
 
 
 def done_share(train: TrainConfig, step: int, seconds: float) -> float:
-    """Share of the run that is done after `step` updates and `seconds` of training, 1 when it is over."""
+    """Finished share of the run after `step` updates and `seconds` of training; 1 or more at its end."""
     by_time = seconds / train.max_seconds if train.max_seconds else 0.0
     return max(step / train.max_steps, by_time)
 
 
 def ends_after_next_step(train: TrainConfig, step: int, seconds: float) -> bool:
-    """Whether `max_steps` or `max_seconds` will be reached by one update more; an update takes the mean time so far."""
+    """Whether one more update reaches `max_steps` or `max_seconds`, if it takes the mean time of those before."""
     if step + 1 >= train.max_steps:
         return True
     if train.max_seconds is None:
@@ -42,6 +42,6 @@ def ends_after_next_step(train: TrainConfig, step: int, seconds: float) -> bool:
 
 
 def save_is_due(train: TrainConfig, step: int, seconds_since_save: float) -> bool:
-    """Whether a checkpoint is due after update number `step`; `seconds_since_save` are of the wall clock."""
+    """Whether a checkpoint is due after update `step`, `seconds_since_save` wall-clock seconds after the last one."""
     by_steps = bool(train.save_every_steps and step % train.save_every_steps == 0)
     return by_steps or bool(train.save_every_minutes and seconds_since_save >= 60 * train.save_every_minutes)

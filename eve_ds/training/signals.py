@@ -8,11 +8,11 @@ from typing import Any
 from eve_ds.distributed import get_logger
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Ask a run to save and end: what `scancel`, pre-emption and `sbatch --signal` send."""
+"""Signals that ask a run to save and end: `scancel`, pre-emption and `sbatch --signal` send them."""
 
 
 class StopSignals:
-    """Notes that a signal has asked to stop, while it is entered; what the signals did before comes back after."""
+    """Context that records a request to stop; leaving it restores the previous signal handlers."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -28,6 +28,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _request(self, number: int, _: object) -> None:
-        """The step under way is finished, and one more may follow before all ranks know."""
+        """Record the request; the current step finishes, and one more may follow before all ranks know."""
         self.requested = True
-        get_logger().warning("%s: saving at the end of the step, then stopping", signal.Signals(number).name)
+        get_logger().warning("%s: will save after this step and stop", signal.Signals(number).name)

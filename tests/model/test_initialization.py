@@ -1,0 +1,51 @@
+"""Initial weights depend on the seed and a parameter's plain name, and a shard is cut from the whole tensor."""
+
+import torch
+from torch import nn
+
+from eve_ds.config import load_config
+from eve_ds.model.eve import EVE, Shard, initialize_weights
+from eve_ds.model.moe import plain_named_tensors
+
+CONFIG = load_config("eve_tiny", ["model.num_hidden_layers=2", "model.moe_layers=[1]", "model.hidden_size=32"]).model
+
+
+def drawn(model, shards=None):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    initialize_weights(model, CONFIG, 3, shards or {})
+    return {name: tensor.clone() for name, tensor in plain_named_tensors(model)}
+
+
+def test_a_shard_holds_its_part_of_the_whole_tensor():
+    whole, model = drawn(EVE(CONFIG)), EVE(CONFIG)
+    name = "backbone.blocks.0.attention.qkv.weight"
+    rows = whole[name].shape[0] // 2
+    attention = model.backbone.blocks[0].attention
+    attention.qkv.weight = nn.Parameter(torch.empty(rows, whole[name].shape[1]))
+    found = drawn(model, {name: Shard(whole[name].shape, lambda tensor: tensor[rows:])})
+    assert torch.equal(found[name], whole[name][rows:])
+    assert all(torch.equal(found[other], whole[other]) for other in whole if other != name)
+
+
+def test_plain_names_decide_what_is_drawn():
+    found = drawn(EVE(CONFIG))
+    kept = {name for name, tensor in found.items() if (tensor == 7.0).all()}
+    assert {name.rpartition(".")[2] for name in kept} <= {"gamma_1", "gamma_2", "log_temperature"}
+    for name, tensor in found.items():
+        kind = name.rpartition(".")[2]
+        if kind.endswith("bias"):
+            assert not tensor.any(), name
+        elif kind == "weight" and tensor.ndim == 1:
+            assert (tensor == 1).all(), name
+        elif name not in kept and kind != "position":  # the preset draws positions as sines
+            bound = CONFIG.position_initializer_range if kind in ("class_token", "mask_token") else 0.08
+            assert 0 < tensor.abs().max() <= bound, name
+
+
+def test_every_expert_is_drawn_for_itself():
+    found = drawn(EVE(CONFIG))
+    experts = [tensor for name, tensor in found.items() if ".moe.experts." in name and name.endswith("fc1.weight")]
+    assert len(experts) == CONFIG.moe.num_experts
+    assert all(not torch.equal(experts[0], other) for other in experts[1:])
