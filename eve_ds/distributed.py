@@ -1,8 +1,7 @@
-"""Rank, world size, process group, rank-0 log, seeds: the same under every launcher; torch only.
+"""Process group, collectives, rank-0 log and seeds; depends on torch only.
 
-`torchrun` and `deepspeed` set torch's five variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
-`srun` and `mpirun` set their own, which are mapped here; plain `python` is a world of one. Every function also works in
-a world of one without a process group.
+Every function also works in a world of one without a process group. :mod:`eve_ds.launch_environment` reads rank and
+world size from the launcher's variables.
 """
 
 from __future__ import annotations
@@ -11,146 +10,20 @@ import atexit
 import logging
 import os
 import random
-import re
 import sys
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from eve_ds.launch_environment import LaunchError, RankInfo, read_environment
+
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 """How long a collective may wait for the slowest rank before the run is given up."""
-
-_MPI_VARIABLES = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-)
-"""(rank, world size, local rank, ranks of this host) as Open MPI, and MPICH and its relatives, name them."""
-
-
-class LaunchError(ValueError):
-    """The environment contradicts itself or lacks what is needed; the message names the variables and the way out."""
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """This process among the processes of the run."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    """Rank among the processes of this host: the index of its accelerator."""
-    launcher: Literal["torch", "mpi", "slurm", "single"]
-    """Whose variables were read; `torch` is torchrun and deepspeed."""
-
-
-def read_environment(environ: MutableMapping[str, str] | None = None) -> RankInfo:
-    """Find rank and world size in `environ` (default: `os.environ`) and export torch's five variables into it.
-
-    The first of these that is present counts: torch's variables, those of an MPI launcher (one that runs inside a SLURM
-    job knows better than the job how many processes it started), SLURM's. MASTER_ADDR and MASTER_PORT are kept where
-    they are set.
-
-    Raises:
-        LaunchError: a variable that is missing or is no number, a rank outside of its world, or a world of one inside a
-            SLURM job of several tasks: then each task would train on its own, unnoticed.
-    """
-    environ = os.environ if environ is None else environ
-    info = _from_torch(environ) or _from_mpi(environ) or _from_slurm(environ) or RankInfo(0, 1, 0, "single")
-    if not 0 <= info.rank < info.world_size:
-        raise LaunchError(
-            f"rank ({info.rank}) must be in 0 .. world size - 1 ({info.world_size - 1}); launcher variables"
-        )
-    tasks = _integer(environ, "SLURM_NTASKS") if "SLURM_NTASKS" in environ else 1
-    if info.world_size == 1 and tasks > 1:
-        raise LaunchError(
-            f"SLURM_NTASKS ({tasks}) tasks were asked for, but this process is a world of one "
-            f"({_source(environ, info)}), so each task would train alone: start it with srun and do not set RANK or "
-            "WORLD_SIZE, or use `srun --ntasks=1` if one process is meant"
-        )
-    environ["RANK"], environ["WORLD_SIZE"] = str(info.rank), str(info.world_size)
-    environ["LOCAL_RANK"] = str(info.local_rank)
-    environ["MASTER_ADDR"] = environ.get("MASTER_ADDR") or _master_address(environ, info)
-    environ["MASTER_PORT"] = environ.get("MASTER_PORT") or str(_master_port(environ))
-    return info
-
-
-def _from_torch(environ: Mapping[str, str]) -> RankInfo | None:
-    if "RANK" not in environ:
-        return None
-    # An environment exported by hand may lack LOCAL_RANK; without SLURM it then has to mean one process per host.
-    local = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environ), None)
-    local_rank = _integer(environ, local) if local else 0
-    return RankInfo(_integer(environ, "RANK"), _integer(environ, "WORLD_SIZE"), local_rank, "torch")
-
-
-def _from_mpi(environ: Mapping[str, str]) -> RankInfo | None:
-    for rank, size, local_rank, _ in _MPI_VARIABLES:
-        if rank in environ:
-            # `srun --mpi=pmi2` sets PMI_RANK and PMI_SIZE but no local rank.
-            local = local_rank if local_rank in environ or "SLURM_LOCALID" not in environ else "SLURM_LOCALID"
-            return RankInfo(_integer(environ, rank), _integer(environ, size), _integer(environ, local), "mpi")
-    return None
-
-
-def _from_slurm(environ: Mapping[str, str]) -> RankInfo | None:
-    # Only inside a step that srun started: a batch script itself carries SLURM_PROCID 0 and the job's SLURM_NTASKS.
-    if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
-        return None
-    rank, world_size = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_NTASKS")
-    return RankInfo(rank, world_size, _integer(environ, "SLURM_LOCALID"), "slurm")
-
-
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    if name not in environ:
-        raise LaunchError(f"{name} is not set, but the launcher's other variables are: set it, or unset the others")
-    try:
-        return int(environ[name])
-    except ValueError:
-        raise LaunchError(f"{name} ('{environ[name]}') must be an integer") from None
-
-
-def _source(environ: Mapping[str, str], info: RankInfo) -> str:
-    if info.launcher == "torch":
-        return f"RANK {environ['RANK']}, WORLD_SIZE {environ['WORLD_SIZE']}"
-    return "no srun step around it" if info.launcher == "single" else f"by its {info.launcher} variables"
-
-
-def _master_address(environ: Mapping[str, str], info: RankInfo) -> str:
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    if info.world_size == 1 or _all_on_this_host(environ, info):
-        return "127.0.0.1"
-    if nodes:
-        return _first_host(nodes)
-    raise LaunchError(
-        f"MASTER_ADDR is not set and cannot be derived for a world of {info.world_size}: "
-        "export it to all processes as the host of rank 0 (mpirun -genv MASTER_ADDR HOST, or -x MASTER_ADDR=HOST)"
-    )
-
-
-def _all_on_this_host(environ: Mapping[str, str], info: RankInfo) -> bool:
-    local_size = next((environ[names[3]] for names in _MPI_VARIABLES if names[3] in environ), None)
-    return info.launcher == "mpi" and local_size == str(info.world_size)
-
-
-def _first_host(nodes: str) -> str:
-    """First host of a SLURM node list: `gpu[03-05,09],cpu1` gives `gpu03`. Ranks start there in every distribution."""
-    first = re.split(r",(?![^\[]*\])", nodes, maxsplit=1)[0]
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
-
-
-def _master_port(environ: Mapping[str, str]) -> int:
-    # Every rank must come to the same number, and two steps on a node to different ones. Below the ephemeral range.
-    if "SLURM_JOB_ID" not in environ:
-        return 29500
-    step = int(environ["SLURM_STEP_ID"]) if environ.get("SLURM_STEP_ID", "").isdecimal() else 0
-    return 15000 + (_integer(environ, "SLURM_JOB_ID") * 10 + step) % 15000
 
 
 def initialize_process_group(backend: str | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> RankInfo:
@@ -162,7 +35,8 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
         timeout: longest wait in a collective, in this group and in every group made later, DeepSpeed's own included.
 
     Raises:
-        LaunchError: see :func:`read_environment`; or this host has fewer CUDA devices than ranks.
+        LaunchError: see :func:`eve_ds.launch_environment.read_environment`; also raised when this host has fewer CUDA
+            devices than ranks.
     """
     info = read_environment()
     if backend is None:

@@ -10,13 +10,14 @@ import eve_ds
 PACKAGE = Path(eve_ds.__file__).parent
 MAY_IMPORT = {  # part: other parts of eve_ds
     "config": set(),
-    "distributed": set(),
+    "launch_environment": set(),
+    "distributed": {"launch_environment"},
     "views": set(),
     "ops": {"distributed"},
     "data": {"config", "distributed", "views"},
     "model": {"config", "ops", "views"},
     "objectives": {"config", "ops", "views", "model"},
-    "parallel": {"config", "distributed", "ops", "model", "objectives"},
+    "parallel": {"config", "distributed", "launch_environment", "ops", "model", "objectives"},
     "checkpoint": {"config", "distributed", "model"},
     "export": {"checkpoint", "config", "data", "distributed", "model", "objectives"},
     "tasks": {"config", "data", "distributed", "model", "objectives", "checkpoint", "export"},
