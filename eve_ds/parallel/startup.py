@@ -1,4 +1,4 @@
-"""Join the run's processes and hand the group to DeepSpeed."""
+"""Join the process group of the run and hand it to DeepSpeed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from eve_ds.launch_environment import RankInfo, read_environment
 
 
 def initialize_deepspeed_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> RankInfo:
-    """Join the process group if nobody has yet, and make DeepSpeed use it.
+    """Join the process group unless this process already has, and make DeepSpeed use it.
 
     On CPU, DeepSpeed would otherwise compile `shm_comm` first. That takes most of a minute and serves inference only,
     so this function marks `shm_comm` as not available. DeepSpeed's MPI discovery stays off, because
     :mod:`eve_ds.launch_environment` has already read the launcher's variables.
 
     Args:
-        timeout: longest wait in a collective, DeepSpeed's own groups included.
+        timeout: longest wait in a collective, including those of DeepSpeed's own groups.
 
     Raises:
         LaunchError: see :func:`eve_ds.distributed.initialize_process_group`.
