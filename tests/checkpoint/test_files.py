@@ -191,7 +191,7 @@ DAMAGES = {
     "empty": f"{FIRST} has 0 bytes, 124 were written",
     "a folder": f"{FIRST} is missing",
     "surplus": "tensors-00001.safetensors not in manifest.json",
-    "no manifest": "is torn, it lacks manifest.json",
+    "no manifest": "is incomplete, it lacks manifest.json",
     "empty manifest": "manifest.json is not JSON",
     "list": "manifest.json is not a list of files with their sizes and hashes",
     "format": "manifest.json has format 2, only 1 can be read",

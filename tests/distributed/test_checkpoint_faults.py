@@ -171,7 +171,7 @@ def test_failed_saves_cost_nothing_but_themselves(run_ranks, tmp_path):
         kind, text, left = result[2]
         assert (kind, left) == ("SaveError", ["latest", "step-00000002"])
         assert "the checkpoint of step 6 was not saved (rank 1: File too large: " in text
-        assert "failure number 2 in a row, train.max_failed_saves (1) are allowed" in text
+        assert "failure 2 in a row, train.max_failed_saves (1) are allowed" in text
         kind, text, left = result[3]
         assert (kind, left) == ("SaveError", ["latest", "step-00000002"])
         assert "the run ends at step 4 without a checkpoint of it" in text
@@ -181,7 +181,7 @@ def test_failed_saves_cost_nothing_but_themselves(run_ranks, tmp_path):
         assert [line.split("(")[0] for line in warnings] == [
             f"the checkpoint of step {step} was not saved " for step in (4, 6)
         ]
-        assert "older ones are as they were; failure number 2 in a row" in warnings[1]
+        assert "older checkpoints are unchanged; failure 2 in a row" in warnings[1]
 
 
 def lost_files(rank, world_size, folder):
@@ -302,7 +302,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_ranks, tmp_path):
     assert lines[1].startswith("resumed from ")
     for _, (kind, text), (other_kind, other) in results:
         assert (kind, other_kind) == ("ConfigError", "ConfigError")
-        assert "there is no good checkpoint to go on from" in text
+        assert "no good checkpoint to resume from" in text
         assert "step-00000004 is damaged: manifest.json has format None" in other
         assert other.count("step-") == 1
 
