@@ -23,16 +23,16 @@ from eve_ds.launch_environment import LaunchError, RankInfo, read_environment
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
-"""How long a collective may wait for the slowest rank before the run is given up."""
+"""Longest wait of a collective for the slowest rank; after that the run fails."""
 
 
 def initialize_process_group(backend: str | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> RankInfo:
     """Read the environment, join the run's process group and bind this process to its accelerator.
 
     Args:
-        backend: `nccl`, `gloo` or another of torch's; None takes `nccl` where a CUDA device is usable, otherwise `gloo`
-            (also where DS_ACCELERATOR asks for another device than cuda).
-        timeout: longest wait in a collective, in this group and in every group made later, DeepSpeed's own included.
+        backend: `nccl`, `gloo` or another backend of torch. None selects `nccl` if a CUDA device is usable and
+            DS_ACCELERATOR does not name another device, otherwise `gloo`.
+        timeout: longest wait in a collective, in this group and in every later group, including DeepSpeed's own.
 
     Raises:
         LaunchError: see :func:`eve_ds.launch_environment.read_environment`; also raised when this host has fewer CUDA
@@ -45,7 +45,7 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
     if backend == "nccl":
         _bind_device(info)
     set_group_timeout(timeout)
-    if info.world_size == 1:  # needs no port, so that two such runs can share a host
+    if info.world_size == 1:  # this store needs no port, so two such runs can share a host
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
@@ -54,11 +54,11 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
 
 
 def _leave_process_group() -> None:
-    """End gloo's threads while the interpreter still stands.
+    """End gloo's threads before the interpreter shuts down.
 
-    Processes that ended with the group alive were now and then aborted with all work done ("terminate called without
-    an active exception"), too seldom to show that this is the whole cause. NCCL's
-    groups are left to torch: ending them waits for what a failed peer will never finish.
+    Processes that ended while the group was alive sometimes aborted after all work was done ("terminate called without
+    an active exception"). This happened too rarely to prove that the group is the whole cause. NCCL groups are left to
+    torch, because ending them waits for operations that a failed peer will never finish.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
@@ -78,11 +78,11 @@ def set_group_timeout(timeout: timedelta) -> None:
     """Make `timeout` the default of every process group that is created from now on.
 
     DeepSpeed and its MoE layers create their groups with `torch.distributed.new_group(ranks)` and pass no timeout, and
-    the one given for the world's group is not inherited: a peer that stops then stalls an all-to-all for torch's 30
-    minutes. torch reads its defaults from these two module variables at every call.
+    such groups do not inherit the timeout of the world's group. A peer that stops would then stall an all-to-all for
+    torch's 30 minutes. torch reads its defaults from these two module variables at every call.
     """
     distributed_c10d.default_pg_timeout = timeout
-    if distributed_c10d.default_pg_nccl_timeout is not None:  # None where torch was built without NCCL
+    if distributed_c10d.default_pg_nccl_timeout is not None:  # None if torch was built without NCCL
         distributed_c10d.default_pg_nccl_timeout = timeout
 
 
@@ -116,7 +116,7 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 
 def gather_objects(value: T) -> list[T]:
-    """What every rank passed, in rank order, on every rank; travels by pickle."""
+    """Values of all ranks in rank order, on every rank; transferred by pickle."""
     if not _in_group():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -125,11 +125,11 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Rows of all ranks, through which gradients flow back, and the number of this rank's first among them; collective.
+    """Gather the rows of all ranks with gradients, and the index of this rank's first row among them; collective.
 
-    (N, D), N the same on all ranks -> (world size * N, D) in rank order. The gradient that a rank's rows get is the sum
-    over ranks of those of their losses. With losses that are means over a rank's rows, and parameter gradients averaged
-    over ranks as DeepSpeed does, that makes the gradient of the mean over all rows.
+    (N, D), with the same N on all ranks -> (world size * N, D) in rank order. The backward gives each rank's rows the
+    sum over ranks of the gradients of their losses. If each loss is a mean over its rank's rows, and parameter
+    gradients are averaged over ranks as DeepSpeed does, the result is the gradient of the mean over all rows.
     """
     if not _in_group() or dist.get_world_size() == 1:
         return rows, 0
@@ -150,7 +150,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
-    """What rank `source` passed, on every rank; travels by pickle, the other ranks' `value` is ignored."""
+    """Value of rank `source`, on every rank; transferred by pickle. The `value` of other ranks is ignored."""
     if not _in_group():
         return value
     box = [value]
@@ -165,14 +165,14 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     """
     combined = (seed << 20) + rank
     random.seed(combined)
-    # Not `torch.manual_seed`: where there is no CUDA it keeps a stack trace for later, 5 ms of every training step.
+    # Not `torch.manual_seed`: without CUDA it stores a stack trace for later use, which costs 5 ms per training step.
     torch.default_generator.manual_seed(combined)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(combined)
 
 
 def get_logger() -> logging.Logger:
-    """The package's logger: everything from rank 0, and warnings, marked with their rank, from the others."""
+    """Package logger: shows all records of rank 0, and warnings of the other ranks, marked with their rank."""
     logger = logging.getLogger("eve_ds")
     if not any(isinstance(handler, _RankHandler) for handler in logger.handlers):
         logger.addHandler(_RankHandler())
@@ -181,7 +181,7 @@ def get_logger() -> logging.Logger:
 
 
 class _RankHandler(logging.Handler):
-    """Writes to the standard error of the moment; the rank is looked up per record, as the group may start later."""
+    """Handler that writes to the current standard error; looks up the rank per record, as the group may start later."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class _RankHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stderr.write(f"{self.format(record)}\n")  # one write, so that ranks do not cut each other's lines
+            sys.stderr.write(f"{self.format(record)}\n")  # a single write keeps lines of different ranks apart
             sys.stderr.flush()
         except OSError:  # a full disk or a closed pipe must not end a training run
             self.handleError(record)

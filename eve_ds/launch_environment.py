@@ -17,35 +17,35 @@ _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-"""(rank, world size, local rank, ranks of this host) as Open MPI, and MPICH and its relatives, name them."""
+"""(rank, world size, local rank, ranks on this host) as named by Open MPI, and by MPICH and its derivatives."""
 
 
 class LaunchError(ValueError):
-    """The environment contradicts itself or lacks what is needed; the message names the variables and the way out."""
+    """The environment is contradictory or incomplete; the message names the variables and says what to do."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process among the processes of the run."""
+    """Place of this process among the processes of the run."""
 
     rank: int
     world_size: int
     local_rank: int
-    """Rank among the processes of this host: the index of its accelerator."""
+    """Rank among the processes of this host, which is also the index of this process's accelerator."""
     launcher: Literal["torch", "mpi", "slurm", "single"]
-    """Whose variables were read; `torch` is torchrun and deepspeed."""
+    """Launcher whose variables were read; `torch` covers torchrun and deepspeed."""
 
 
 def read_environment(environ: MutableMapping[str, str] | None = None) -> RankInfo:
     """Find rank and world size in `environ` (default: `os.environ`) and export torch's five variables into it.
 
-    The first of these that is present counts: torch's variables, those of an MPI launcher (one that runs inside a SLURM
-    job knows better than the job how many processes it started), SLURM's. MASTER_ADDR and MASTER_PORT are kept where
-    they are set.
+    The first of these sources that is present counts: torch's variables, the variables of an MPI launcher, SLURM's
+    variables. MPI precedes SLURM because an MPI launcher inside a SLURM job knows better than the job how many
+    processes it started. MASTER_ADDR and MASTER_PORT are kept if they are set.
 
     Raises:
-        LaunchError: a variable that is missing or is no number, a rank outside of its world, or a world of one inside a
-            SLURM job of several tasks: then each task would train on its own, unnoticed.
+        LaunchError: a variable is missing or not a number, the rank is outside its world, or a world of one runs inside
+            a SLURM job of several tasks, where each task would silently train on its own.
     """
     environ = os.environ if environ is None else environ
     info = _from_torch(environ) or _from_mpi(environ) or _from_slurm(environ) or RankInfo(0, 1, 0, "single")
@@ -56,9 +56,9 @@ def read_environment(environ: MutableMapping[str, str] | None = None) -> RankInf
     tasks = _integer(environ, "SLURM_NTASKS") if "SLURM_NTASKS" in environ else 1
     if info.world_size == 1 and tasks > 1:
         raise LaunchError(
-            f"SLURM_NTASKS ({tasks}) tasks were asked for, but this process is a world of one "
+            f"SLURM_NTASKS ({tasks}) requests several tasks, but this process is a world of one "
             f"({_source(environ, info)}), so each task would train alone: start it with srun and do not set RANK or "
-            "WORLD_SIZE, or use `srun --ntasks=1` if one process is meant"
+            "WORLD_SIZE, or use `srun --ntasks=1` if you want one process"
         )
     environ["RANK"], environ["WORLD_SIZE"] = str(info.rank), str(info.world_size)
     environ["LOCAL_RANK"] = str(info.local_rank)
@@ -70,7 +70,7 @@ def read_environment(environ: MutableMapping[str, str] | None = None) -> RankInf
 def _from_torch(environ: Mapping[str, str]) -> RankInfo | None:
     if "RANK" not in environ:
         return None
-    # An environment exported by hand may lack LOCAL_RANK; without SLURM it then has to mean one process per host.
+    # An environment exported by hand may lack LOCAL_RANK; outside SLURM this must mean one process per host.
     local = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environ), None)
     local_rank = _integer(environ, local) if local else 0
     return RankInfo(_integer(environ, "RANK"), _integer(environ, "WORLD_SIZE"), local_rank, "torch")
@@ -86,7 +86,7 @@ def _from_mpi(environ: Mapping[str, str]) -> RankInfo | None:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> RankInfo | None:
-    # Only inside a step that srun started: a batch script itself carries SLURM_PROCID 0 and the job's SLURM_NTASKS.
+    # Only inside a step started by srun: a batch script itself also has SLURM_PROCID 0 and the job's SLURM_NTASKS.
     if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return None
     rank, world_size = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_NTASKS")
@@ -126,13 +126,13 @@ def _all_on_this_host(environ: Mapping[str, str], info: RankInfo) -> bool:
 
 
 def _first_host(nodes: str) -> str:
-    """First host of a SLURM node list: `gpu[03-05,09],cpu1` gives `gpu03`. Ranks start there in every distribution."""
+    """First host of a SLURM node list: `gpu[03-05,09],cpu1` gives `gpu03`. Every distribution puts rank 0 there."""
     first = re.split(r",(?![^\[]*\])", nodes, maxsplit=1)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _master_port(environ: Mapping[str, str]) -> int:
-    # Every rank must come to the same number, and two steps on a node to different ones. Below the ephemeral range.
+    # Every rank must derive the same port, and two steps on a node different ones. Stays below the ephemeral range.
     if "SLURM_JOB_ID" not in environ:
         return 29500
     step = int(environ["SLURM_STEP_ID"]) if environ.get("SLURM_STEP_ID", "").isdecimal() else 0

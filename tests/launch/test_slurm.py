@@ -134,7 +134,7 @@ def test_srun_tasks_that_each_think_they_are_alone_are_refused(run, launch, clus
     command = ["srun", "--nodes=2", "--ntasks=2", *alone, "python", "launcher/pretrain.py", *run.arguments(ep_size=1)]
     launched = launch(command, **cluster)
     assert launched.returncode == 2
-    assert launched.output.count("SLURM_NTASKS (2) tasks were asked for, but this process is a world of one") == 2
+    assert launched.output.count("SLURM_NTASKS (2) requests several tasks, but this process is a world of one") == 2
     assert "start it with srun and do not set RANK" in launched.output
     assert not run.folder.exists()
 
