@@ -28,7 +28,7 @@ from eve_ds.launch_environment import LaunchError
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
 
 
-def test_helpers_work_in_a_world_of_one_without_a_group():
+def test_functions_work_in_a_world_of_one_without_a_group():
     assert not dist.is_initialized()
     assert rank_zero()
     values = torch.tensor([1.0, 2.0])
@@ -38,7 +38,7 @@ def test_helpers_work_in_a_world_of_one_without_a_group():
     assert broadcast_object({"step": 3}) == {"step": 3}
 
 
-def test_two_worlds_of_one_run_side_by_side_without_a_port():
+def test_two_worlds_of_one_need_no_port():
     code = """
 import torch.distributed as dist
 from eve_ds.distributed import initialize_process_group, all_reduce_sum, broadcast_object
@@ -53,7 +53,7 @@ assert dist.get_world_size(dist.new_group([0])) == 1
     assert [run.wait(timeout=60) for run in runs] == [0, 0]
 
 
-def test_too_few_devices_for_the_local_rank_is_said(monkeypatch):
+def test_too_few_devices_for_the_local_rank_is_refused(monkeypatch):
     for name, value in TORCH.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -61,7 +61,7 @@ def test_too_few_devices_for_the_local_rank_is_said(monkeypatch):
         initialize_process_group("nccl")
 
 
-def test_seeds_repeat_and_differ_over_seeds_and_ranks():
+def test_random_numbers_repeat_and_differ_by_seed_and_rank():
     def draws(seed, rank):
         seed_everything(seed, rank)
         return random.random(), torch.rand(()).item()
@@ -73,7 +73,7 @@ def test_seeds_repeat_and_differ_over_seeds_and_ranks():
     torch.set_rng_state(state)
 
 
-def test_only_rank_zero_informs_and_the_others_warn_with_their_rank(monkeypatch, capsys):
+def test_rank_zero_logs_everything_and_other_ranks_log_warnings_with_their_rank(monkeypatch, capsys):
     logger = get_logger()
     assert get_logger() is logger
     logger.info("from rank 0")
@@ -88,7 +88,7 @@ def test_only_rank_zero_informs_and_the_others_warn_with_their_rank(monkeypatch,
     assert lines[2].endswith("WARNING shown")
 
 
-def test_log_follows_standard_error_when_the_old_one_is_closed(monkeypatch):
+def test_log_writes_to_the_current_standard_error(monkeypatch):
     for message in ("first", "second"):
         stream = io.StringIO()
         monkeypatch.setattr(sys, "stderr", stream)
@@ -104,7 +104,7 @@ def collectives_and_timeouts(rank, world_size, port):
     total = all_reduce_sum(torch.tensor([rank + 1, 10], dtype=torch.int64))
     sent = broadcast_object({"from": rank}, source=1)
     set_group_timeout(timedelta(seconds=2))
-    group = dist.new_group([0, 1])  # as DeepSpeed makes its own: no timeout given
+    group = dist.new_group([0, 1])  # without a timeout, as DeepSpeed creates its groups
     waited = None
     if rank == 0:
         started = time.monotonic()
@@ -116,7 +116,7 @@ def collectives_and_timeouts(rank, world_size, port):
     return (info.rank, info.world_size, info.launcher), total, sent, rank_zero(), waited
 
 
-def test_collectives_and_the_timeout_of_groups_made_later(run_ranks, free_port):
+def test_collectives_and_timeout_of_later_groups(run_ranks, free_port):
     assert timedelta(minutes=1) < DEFAULT_TIMEOUT
     first, second = run_ranks(collectives_and_timeouts, 2, free_port, timeout=60)
     assert (first[0], second[0]) == ((0, 2, "torch"), (1, 2, "torch"))

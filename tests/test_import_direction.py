@@ -1,4 +1,4 @@
-"""Which part of the package may import which: the arrows point one way, and few parts know DeepSpeed."""
+"""Allowed imports between the parts of the package: one direction only, and few parts may import DeepSpeed."""
 
 import ast
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_imports_point_one_way(file):
     part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if part == "__init__":
         return
-    assert part in MAY_IMPORT, f"eve_ds.{part} is a new part: add what it may import to the table of this file"
+    assert part in MAY_IMPORT, f"eve_ds.{part} is a new part: add its allowed imports to the table in this file"
     allowed = MAY_IMPORT[part] | {part}
     for name in imported_names(file):
         if name.startswith("eve_ds."):
@@ -64,4 +64,4 @@ def test_imports_point_one_way(file):
             inside = name == library or name.startswith(f"{library}.")
             assert not inside or part in parts, f"eve_ds.{part} must not import {name}"
             if inside and library == "deepspeed" and part == "benchmark":
-                assert file.name == "peers.py", f"{file.name} must not import {name}: peers.py measures others"
+                assert file.name == "peers.py", f"{file.name} must not import {name}: only peers.py measures peers"

@@ -1,4 +1,4 @@
-"""Rank and world size under every launcher's variables."""
+"""Rank and world size for every launcher's variables."""
 
 import pytest
 
@@ -16,7 +16,7 @@ SLURM_STEP = {
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
 
 
-def test_torch_variables_are_taken_as_they_are():
+def test_torch_variables_are_used_unchanged():
     environ = dict(TORCH)
     assert read_environment(environ) == RankInfo(5, 8, 1, "torch")
     assert environ == TORCH
@@ -35,7 +35,7 @@ def test_slurm_step_is_mapped_and_exported():
     }
 
 
-def test_master_address_and_port_that_are_set_stay():
+def test_given_master_address_and_port_are_kept():
     environ = SLURM_STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "6000"}
     read_environment(environ)
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "6000")
@@ -58,7 +58,7 @@ def test_master_address_is_the_first_host_of_a_slurm_node_list(nodes, first):
     assert environ["MASTER_ADDR"] == first
 
 
-def test_every_task_of_a_step_derives_one_port_and_steps_of_a_job_differ():
+def test_tasks_of_a_step_derive_one_port_and_steps_derive_different_ports():
     ports = set()
     for step in "01":
         for rank in "07":
@@ -81,20 +81,20 @@ def test_every_task_of_a_step_derives_one_port_and_steps_of_a_job_differ():
         },
     ],
 )
-def test_mpi_variables_are_mapped_and_one_host_needs_no_address(variables):
+def test_mpi_variables_are_mapped_and_a_single_host_needs_no_address(variables):
     environ = dict(variables)
     assert read_environment(environ) == RankInfo(1, 2, 1, "mpi")
     assert environ["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_mpi_variables_count_more_than_the_slurm_job_around_them():
+def test_mpi_variables_override_those_of_the_slurm_job():
     inside = SLURM_STEP | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
     environ = inside | {"PMI_RANK": "9", "PMI_SIZE": "16", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "8"}
     assert read_environment(environ) == RankInfo(9, 16, 1, "mpi")
     assert environ["MASTER_ADDR"] == "gpu03"
 
 
-def test_mpi_over_several_hosts_asks_for_the_address():
+def test_mpi_over_several_hosts_requires_master_address():
     environ = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
     with pytest.raises(LaunchError, match="MASTER_ADDR is not set and cannot be derived for a world of 4: export it"):
         read_environment(environ)
@@ -134,7 +134,7 @@ def test_plain_python_in_the_batch_script_of_several_tasks_is_refused():
         read_environment(environ)
 
 
-def test_one_process_on_purpose_inside_a_job_is_allowed():
+def test_job_of_one_task_may_have_one_process():
     assert read_environment(SLURM_STEP | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).world_size == 1
 
 
@@ -147,6 +147,6 @@ def test_one_process_on_purpose_inside_a_job_is_allowed():
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID is not set"),
     ],
 )
-def test_broken_environments_are_refused_by_variable(environ, message):
+def test_invalid_environment_error_names_the_variable(environ, message):
     with pytest.raises(LaunchError, match=message):
         read_environment(environ)

@@ -1,4 +1,4 @@
-"""Names of experts' weights in the plain model, in state dicts and as stacked parameters."""
+"""Names of experts' weights in the plain model, in state dicts and in stacked parameters."""
 
 import pytest
 
@@ -21,12 +21,12 @@ def test_a_stacked_parameter_holds_experts_in_order(infix):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_names_stay(name):
+def test_other_names_do_not_change(name):
     assert not is_stacked(name)
     assert plain_names(name, 4, 2) == (name,)
 
 
-def test_experts_have_numbers():
+def test_expert_id_is_read_from_the_name():
     assert expert_id("blocks.1.moe.experts.0.fc1.weight") == 0
     assert expert_id("backbone.blocks.11.moe.experts.31.fc2.bias") == 31
     assert [expert_id(name) for name in OTHERS[:-1]] == [None] * 4
