@@ -219,10 +219,10 @@ def views_of(
     language_patch_ids: Tensor | None = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> dict[str, View]:
-    """Views of a batch that the objectives need, by name; takes the arguments of `eve_ds.model.eve.EVE.forward`.
+    """The views of a batch that objectives ask for, by name; arguments as those of `eve_ds.model.eve.EVE.forward`.
 
-    `itc` needs the views `itc_image` and `itc_text`. The view of `itm` is not included, because its negatives are drawn
-    from the similarities of these two.
+    `itc_image` and `itc_text` are those of `itc`. The view of `itm` is not here: its negatives are drawn from
+    similarities of these.
     """
     whole = View(pixel_values, input_ids, attention_mask, image_mask)
     masked = whole if masked_input_ids is None else whole._replace(input_ids=masked_input_ids)
@@ -246,23 +246,23 @@ def views_of(
 def layouts_of(
     objectives: Collection[str], fields: Mapping[str, Tensor | None], num_patches: int, keep_padding: bool = False
 ) -> dict[str, Layout]:
-    """Layout of each view of a batch, by view name.
+    """Where the tokens of the views of a batch stand, by view.
 
     Args:
-        objectives: objectives whose views are needed.
-        fields: arguments of `eve_ds.model.eve.EVE.forward` by name; further entries are ignored.
-        num_patches: number of patches of a whole image.
+        objectives: whose views.
+        fields: arguments of `eve_ds.model.eve.EVE.forward` by name, and others.
+        num_patches: of a whole image.
         keep_padding: see :meth:`Layout.of`.
     """
     inputs: dict[str, Any] = {name: fields[name] for name in WITH_TOKENS if name in fields}
     if (pixel_values := fields.get("pixel_values")) is not None:
-        inputs["pixel_values"] = pixel_values[:, :0]  # without pixels: a view of some samples would copy theirs
+        inputs["pixel_values"] = pixel_values[:, :0]  # views of a part of the samples copy theirs
     views = views_of(objectives, **inputs)
     return {name: view.layout_of(num_patches, keep_padding) for name, view in views.items()}
 
 
 def _samples_of(view: View, rows: Tensor | None) -> View:
-    """Samples `rows` (B_i,) of a view; None = all samples."""
+    """The samples `rows` (B_i,) of a view; None = all."""
     if rows is None:
         return view
     chosen: dict[str, Any] = {name: value[rows] for name, value in view._asdict().items() if isinstance(value, Tensor)}
@@ -270,7 +270,7 @@ def _samples_of(view: View, rows: Tensor | None) -> View:
 
 
 def _with_captions(view: View) -> View:
-    """View without images that have no caption, because no prediction would use them."""
+    """The view without images that have no caption beside them: nothing would be predicted from them."""
     if view.pixel_values is None or view.attention_mask is None:
         return view
     captioned = view.attention_mask.any(dim=1)
@@ -281,7 +281,7 @@ WITH_TOKENS = (
     *("image_mask", "visible_patch_ids", "visible_patch_mask", "input_ids", "attention_mask"),
     *("image_view_ids", "image_view_text_mask", "language_patch_ids"),
 )
-"""Fields of a batch, besides pixels, that determine which tokens a view has."""
+"""Fields of a batch, besides pixels, that say which tokens a view has."""
 
 
 class Packing(NamedTuple):

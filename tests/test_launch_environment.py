@@ -112,18 +112,18 @@ def test_plain_python_is_a_world_of_one():
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "source"),
     [
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK 0, WORLD_SIZE 1"),
         ({"PMI_RANK": "0", "PMI_SIZE": "1"}, "by its mpi variables"),
     ],
 )
-def test_a_world_of_one_inside_a_step_of_several_tasks_is_refused(extra, said):
+def test_world_of_one_inside_a_step_of_several_tasks_is_refused(extra, source):
     with pytest.raises(LaunchError) as caught:
         read_environment(SLURM_STEP | extra)
     text = str(caught.value)
     assert "SLURM_NTASKS (16)" in text
-    assert said in text
+    assert source in text
     assert "start it with srun" in text
     assert "\n" not in text
 

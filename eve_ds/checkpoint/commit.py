@@ -334,7 +334,7 @@ def load(
         Counters of the run, and the data positions of all ranks that wrote the checkpoint, in rank order.
 
     Raises:
-        ConfigError: the checkpoint's tensors are not those of the model.
+        ConfigError: the checkpoint's tensors do not match the model.
     """
     try:
         numbers = manifest.read_json(folder / manifest.STATE)

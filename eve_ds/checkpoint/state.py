@@ -45,9 +45,9 @@ def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
 
 
 def pieces_to_write(engine: DeepSpeedEngine, ep_size: int) -> list[Piece]:
-    """This rank's share of the state; the shares of all ranks together hold everything exactly once."""
+    """This rank's share of the state: with those of all ranks, everything exactly once."""
     held = fragments(engine)
-    if engine.zero_optimization_stage() == 0:  # the ranks hold replicas, so they take turns
+    if engine.zero_optimization_stage() == 0:  # replicas: take turns
         rank, world_size = dist.get_rank(), dist.get_world_size()
         held = [
             fragment
@@ -106,7 +106,7 @@ def check_tensors(reader: PieceReader, shapes: dict[str, torch.Size], where: str
 
 def optimizer_steps(engine: DeepSpeedEngine) -> float:
     """Number of updates that Adam's moments have seen; equal for all tensors."""
-    steps = {float(state["step"]) for state in _ready_states(engine)}
+    steps = {float(state["step"]) for state in _initialized_states(engine)}
     if len(steps) != 1:
         raise CheckpointError(f"the optimizer counts {sorted(steps)} updates for different tensors, which is a bug")
     return steps.pop()
@@ -143,15 +143,15 @@ def _inner(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _ready_states(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
+def _initialized_states(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
     """State of every tensor that the optimizer updates; a state that does not exist yet is created for zero updates."""
     optimizer = _inner(engine)
     for group in optimizer.param_groups:
         for tensor in group["params"]:
-            yield _ready(optimizer.state[tensor], tensor)
+            yield _initialized(optimizer.state[tensor], tensor)
 
 
-def _ready(state: dict[str, Tensor], tensor: Tensor) -> dict[str, Tensor]:
+def _initialized(state: dict[str, Tensor], tensor: Tensor) -> dict[str, Tensor]:
     if not state:  # the state that torch's AdamW creates at the first update
         state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
@@ -167,7 +167,7 @@ def _held_at_stage_0(
 ) -> tuple[int, dict[str, Tensor]]:
     """First element and kind -> flat view of this rank's part of a parameter: at stage 0, all of it."""
     master = masters.get(parameter, parameter)
-    state = _ready(_inner(engine).state[master], master)
+    state = _initialized(_inner(engine).state[master], master)
     return 0, {"master": master.detach().view(-1), **{kind: state[kind].view(-1) for kind in KINDS[1:]}}
 
 
@@ -177,7 +177,7 @@ def _held_in_partition(engine: DeepSpeedEngine, parameter: nn.Parameter, _: Mast
     if mapping is None:
         return 0, {}
     partition = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    state = _ready(_inner(engine).state[partition], partition)
+    state = _initialized(_inner(engine).state[partition], partition)
     where = mapping.hp_fragment_address
     whole = {"master": partition.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
     return mapping.lp_fragment_address.start, {

@@ -27,7 +27,7 @@ class ModalityFeedForward(nn.Module):
     """LayerNorm and feed-forward network, one pair per modality (upstream `mlp_imag`, `mlp_text`).
 
     This is the paper's hard router (EVE eq. 7): one expert per modality, and each token goes to the expert of its own
-    modality. Shallow layers always use it; deep layers use it if `model.deep_ffn` says so (Table 7).
+    modality. Shallow layers always use it; deep layers use it if `model.deep_ffn` selects it (Table 7).
     """
 
     def __init__(self, config: ModelConfig) -> None:

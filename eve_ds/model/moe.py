@@ -222,12 +222,12 @@ class MoE(nn.Module):
         return moe_output(*mixed)
 
 
-def _itself(parameter: nn.Parameter) -> Tensor:
+def _identity(parameter: nn.Parameter) -> Tensor:
     return parameter
 
 
 def plain_named_tensors(
-    model: nn.Module, of: Callable[[nn.Parameter], Tensor] = _itself
+    model: nn.Module, of: Callable[[nn.Parameter], Tensor] = _identity
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors held by this process, under the names of the plain model's state dict (global expert ids).
 

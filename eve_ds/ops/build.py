@@ -100,7 +100,7 @@ _wanted_and_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _loaded(device_type: str, chosen: str) -> bool:
     if chosen == "reference":
         return False
-    problem = _problem_of_loading(device_type)
+    problem = _loading_problem(device_type)
     if problem is None:
         return True
     if chosen == "build":
@@ -112,7 +112,7 @@ def _loaded(device_type: str, chosen: str) -> bool:
 
 
 @cache
-def _problem_of_loading(device_type: str) -> str | None:
+def _loading_problem(device_type: str) -> str | None:
     """Reason why the ops cannot be loaded, or None if they are loaded.
 
     The result is cached, because a build that fails may take a minute.

@@ -140,8 +140,8 @@ def _choose(logits: Tensor, top_k: int, noise: Tensor | None) -> Tensor:
 def _assign_rows(expert_ids: Tensor, valid: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Assign a row to each route: all first choices in token order, then all second choices, and so on."""
     num_tokens, top_k = expert_ids.shape
-    nobody = torch.full_like(expert_ids, num_experts)
-    owner = torch.where(valid.unsqueeze(1), expert_ids, nobody).t().reshape(-1)  # (K * T,), choice-major
+    unowned = torch.full_like(expert_ids, num_experts)
+    owner = torch.where(valid.unsqueeze(1), expert_ids, unowned).t().reshape(-1)  # (K * T,), choice-major
     order = owner.argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     routes = torch.bincount(owner, minlength=num_experts + 1)

@@ -129,7 +129,7 @@ class RouteAndDispatch(torch.autograd.Function):
         """Arguments of :func:`route_and_dispatch`."""
         ops = torch.ops.eve_ds
         router, embedding = weight.float(), modality_embedding.float()
-        if _multiplies_short(x, weight):
+        if _multiplies_in_low_precision(x, weight):
             logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
         else:
             logits = x.float() @ router.t()
@@ -173,7 +173,7 @@ class RouteAndDispatch(torch.autograd.Function):
             d_x.add_(d_logits @ router)
         else:
             d_x.addmm_(d_logits_short, weight.to(x.dtype))
-        if _multiplies_short(x, weight):
+        if _multiplies_in_low_precision(x, weight):
             d_weight = torch.mm(d_logits_short.t(), x, out_dtype=torch.float32)
         else:
             d_weight = d_logits.t() @ x.float()
@@ -182,7 +182,7 @@ class RouteAndDispatch(torch.autograd.Function):
         return d_x, d_weight, d_embedding, None, None, None, None, None, None, None
 
 
-def _multiplies_short(x: Tensor, weight: Tensor) -> bool:
+def _multiplies_in_low_precision(x: Tensor, weight: Tensor) -> bool:
     """Whether the router multiplies in the shared dtype of both operands, bf16 or fp16, with fp32 products and sums.
 
     Products of two such numbers are exact in fp32, so the logits differ from those of widened operands only by the

@@ -45,7 +45,7 @@ class DeepSpeedMoE(UpstreamMoE):
 
     The forward is a collective of the expert-parallel group. In training, if the load-balancing loss is taken over all
     data-parallel ranks, it is also a collective of those. Every rank must therefore call it equally often, but ranks
-    may bring different numbers of tokens. The loss balances the tokens of one micro-step; micro-steps are averaged.
+    may have different numbers of tokens. The loss balances the tokens of one micro-step; micro-steps are averaged.
     """
 
     def __init__(self, config: ModelConfig, ep_size: int = 1, ep_rank: int | None = None) -> None:

@@ -55,7 +55,7 @@ def lower_host_calls(engine: DeepSpeedEngine) -> bool:
     AdamW, or with a DeepSpeed version other than `FOLLOWED`. The last case is logged.
     """
     optimizer = engine.optimizer
-    if type(optimizer) is not DeepSpeedZeroOptimizer or not _is_plain(optimizer):
+    if type(optimizer) is not DeepSpeedZeroOptimizer or not _is_supported(optimizer):
         return False
     if deepspeed.__version__.partition("+")[0] != FOLLOWED:
         get_logger().warning(
@@ -72,7 +72,7 @@ def lower_host_calls(engine: DeepSpeedEngine) -> bool:
     return True
 
 
-def _is_plain(optimizer: DeepSpeedZeroOptimizer) -> bool:
+def _is_supported(optimizer: DeepSpeedZeroOptimizer) -> bool:
     """Whether norms cover all gradients of a rank's partition, and the update uses exactly these gradients."""
     return (
         isinstance(optimizer.optimizer, torch.optim.AdamW)

@@ -331,7 +331,7 @@ def check_routing(kernels: Kernels, case: SimpleNamespace) -> None:
     as_fp32 = reference_route(case, torch.float32)[0]
     for name in ("expert_ids", "slots", "source", "counts"):
         assert torch.equal(getattr(ours, name), getattr(as_fp32, name)), name
-        assert torch.equal(getattr(theirs, name), getattr(as_fp32, name)), f"{name}: no near ties in this case, please"
+        assert torch.equal(getattr(theirs, name), getattr(as_fp32, name)), f"{name}: this case must have no near ties"
     for name in ("gates", "probabilities", "first_choices", "probability_sum", "z_sum"):
         expected = getattr(theirs, name).detach().float()
         torch.testing.assert_close(getattr(ours, name), expected, **STATISTICS, msg=lambda text, n=name: f"{n}: {text}")
@@ -655,7 +655,7 @@ GROUPS = {  # rows of each expert, and number of rows of no expert after them
     "empty experts": ((0, 5, 0, 130, 0, 301, 1, 0), 7),
     "chunks that end with experts": ((128, 256, 0, 128), 128),
     "all to one expert": ((0, 0, 300), 0),
-    "rows of nobody": ((0, 0), 20),
+    "rows of no expert": ((0, 0), 20),
     "no row": ((0, 0, 0), 0),
     "many experts": ((1,) * 700, 3),
 }
@@ -703,10 +703,10 @@ def grouped_bias_backward(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("group", "width"), GROUPED_CASES)
 def test_grouped_bias_matches_reference(kernels: Kernels, group: str, width: str, dtype: torch.dtype) -> None:
-    (sizes, nobody), (columns, aligned) = GROUPS[group], WIDTHS[width]
+    (sizes, unowned), (columns, aligned) = GROUPS[group], WIDTHS[width]
     filled, experts = sum(sizes), len(sizes)
-    x = random_rows(filled + nobody, columns, dtype, 1, aligned=aligned)
-    d_out = random_rows(filled + nobody, columns, dtype, 2, aligned=aligned)
+    x = random_rows(filled + unowned, columns, dtype, 1, aligned=aligned)
+    d_out = random_rows(filled + unowned, columns, dtype, 2, aligned=aligned)
     bias = random_rows(experts, columns, dtype, 3, aligned=aligned)
     x[filled:], d_out[filled:] = float("nan"), float("nan")  # grouped products may leave any value here
     ends = torch.tensor(sizes).cumsum(0).int()

@@ -149,10 +149,10 @@ GROUPS = [((50, 0, 130, 1, 0), 7), ((0, 0, 300, 0, 0), 0), ((0, 0, 0, 0, 0), 9),
 """Rows of each expert, and number of rows of no expert after them."""
 
 
-def experts(sizes, nobody, dtype):
+def experts(sizes, unowned, dtype):
     """Arguments of `grouped_feed_forward` and an upstream gradient, as leaves on both devices."""
     generator = torch.Generator().manual_seed(5)
-    rows, count, width, hidden = sum(sizes) + nobody, len(sizes), 64, 136
+    rows, count, width, hidden = sum(sizes) + unowned, len(sizes), 64, 136
     x, upstream = (torch.randn(rows, width, generator=generator) * 0.5 for _ in range(2))
     x[sum(sizes) :], upstream[sum(sizes) :] = float("nan"), float("nan")  # the ops must ignore these values
     shapes = ((count, hidden, width), (count, hidden), (count, width, hidden), (count, width))
@@ -166,12 +166,12 @@ def relative_error(mine, wanted):
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
-@pytest.mark.parametrize(("sizes", "nobody"), GROUPS)
-def test_grouped_feed_forward_matches_reference(dtype, sizes, nobody):
-    ours, expected, upstream = experts(sizes, nobody, dtype)
+@pytest.mark.parametrize(("sizes", "unowned"), GROUPS)
+def test_grouped_feed_forward_matches_reference(dtype, sizes, unowned):
+    ours, expected, upstream = experts(sizes, unowned, dtype)
     filled, counts = sum(sizes), torch.tensor(sizes)
     out = ops.grouped_feed_forward(ours[0], counts.cuda(), *ours[1:])
-    products = dtype == torch.bfloat16 and filled + nobody > 0 and torch.cuda.get_device_capability() >= (9, 0)
+    products = dtype == torch.bfloat16 and filled + unowned > 0 and torch.cuda.get_device_capability() >= (9, 0)
     assert (type(out.grad_fn).__name__ == "GroupedProductsBackward") == products
     out_64 = reference.grouped_feed_forward(expected[0], counts, *expected[1:])
     assert out[filled:].eq(0).all()
@@ -191,12 +191,12 @@ def test_grouped_feed_forward_matches_reference(dtype, sizes, nobody):
 
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("width", [136, 37])
-@pytest.mark.parametrize(("sizes", "nobody"), GROUPS)
-def test_ops_between_grouped_products_match_reference(dtype, width, sizes, nobody):
+@pytest.mark.parametrize(("sizes", "unowned"), GROUPS)
+def test_ops_between_grouped_products_match_reference(dtype, width, sizes, unowned):
     generator = torch.Generator().manual_seed(6)
     filled, ends = sum(sizes), torch.tensor(sizes).cumsum(0).int()
-    x, bias = torch.randn(filled + nobody, width, generator=generator), torch.randn(len(sizes), width)
-    d_out = torch.randn(filled + nobody, width, generator=generator).to(dtype)
+    x, bias = torch.randn(filled + unowned, width, generator=generator), torch.randn(len(sizes), width)
+    d_out = torch.randn(filled + unowned, width, generator=generator).to(dtype)
     x[filled:], d_out[filled:] = float("nan"), float("nan")
     (mine, wide), (mine_bias, wide_bias) = pair(x, dtype), pair(bias, dtype)
     arguments = (mine.detach(), mine_bias.detach(), ends.cuda())

@@ -415,14 +415,14 @@ def test_grouped_feed_forward_matches_reference(dtype, sizes, empty, form):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 37])
 @pytest.mark.parametrize(
-    ("sizes", "nobody"), [((0, 5, 0, 130, 300, 1, 0), 7), ((128, 256), 128), ((0, 0, 300), 0), ((0, 0), 9), ((0,), 0)]
+    ("sizes", "unowned"), [((0, 5, 0, 130, 300, 1, 0), 7), ((128, 256), 128), ((0, 0, 300), 0), ((0, 0), 9), ((0,), 0)]
 )
-def test_grouped_bias_matches_reference(dtype, width, sizes, nobody):
+def test_grouped_bias_matches_reference(dtype, width, sizes, unowned):
     generator = torch.Generator().manual_seed(12)
     filled, ends = sum(sizes), torch.tensor(sizes).cumsum(0).int()
     x, d_out, bias = (
         torch.randn(count, width, generator=generator).to(dtype)
-        for count in (filled + nobody, filled + nobody, len(sizes))
+        for count in (filled + unowned, filled + unowned, len(sizes))
     )
     x[filled:], d_out[filled:] = float("nan"), float("nan")  # grouped products may leave any value here
     op = torch.ops.eve_ds
@@ -459,7 +459,7 @@ def test_router_products_in_low_precision_give_the_same_logits(monkeypatch):
 
     results = []
     for short in (False, True):
-        monkeypatch.setattr(routing_ops, "_multiplies_short", lambda x, weight, short=short: short)
+        monkeypatch.setattr(routing_ops, "_multiplies_in_low_precision", lambda x, weight, short=short: short)
         leaves = [leaf(each, dtype) for each in (x, weight, embedding)]
         with monkeypatch.context() as patch:
             if short:
@@ -645,7 +645,7 @@ def test_bad_input_is_refused_before_memory_is_touched(call, expected):
 
 def clear_load_cache():
     build._loaded.cache_clear()
-    build._problem_of_loading.cache_clear()
+    build._loading_problem.cache_clear()
 
 
 def test_missing_compiler_falls_back_with_one_warning(monkeypatch, tmp_path, caplog):
