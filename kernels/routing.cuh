@@ -318,7 +318,7 @@ struct GateGradient {
   float gradient;     // with respect to the probability
 };
 
-// A gate is p / total; if the total is below the smallest, p is divided by a constant; a single choice is p itself.
+// A gate is p / max(total, kSmallestGateSum), so the divisor can be constant; a single choice has gate p.
 __device__ __forceinline__ GateGradient gate_gradient(const RouteBackward& route, int64_t token) {
   const int64_t i = token * route.top_k + lane_id();
   GateGradient gate = {-1, 0.0f, 0.0f};

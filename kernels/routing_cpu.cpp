@@ -218,7 +218,7 @@ void route_backward(const RouteBackward& route, int64_t first_chunk, int64_t end
           total += p[expert_ids[k]];
           mean += d_gates[k] * gates[k];
         }
-        // A gate is p / total; if the total is below the smallest, p is divided by a constant; a single choice is p.
+        // A gate is p / max(total, 1.19e-07), so the divisor can be constant; the gate of a single choice is p itself.
         const bool constant = total < 1.1920929e-07f;
         const float inverse = top_k == 1 ? 1.0f : 1.0f / (constant ? 1.1920929e-07f : total);
         if (top_k == 1 || constant) mean = 0.0f;
