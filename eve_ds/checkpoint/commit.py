@@ -105,7 +105,7 @@ class Saver:
     Args:
         config: `train.output_dir`, `keep_last`, `keep_every_steps`, `async_save`, `max_failed_saves`.
         tokenizer: stored in every checkpoint.
-        group: process group of all ranks with tensors in host memory.
+        group: process group of all ranks for data in host memory.
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast, group: dist.ProcessGroup) -> None:
