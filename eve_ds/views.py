@@ -1,8 +1,9 @@
-"""What the encoder sees of a batch: its views, and where their tokens stand.
+"""Views of a batch that the encoder sees, and the layout of their tokens.
 
-A view is what one task shows of the samples, such as a masked image beside a whole caption. Its tokens form a stream
-without padding. A batch is collated with the layout of every view, since only the host can count tokens without making
-an accelerator wait; whoever has no layouts gets the same ones from the masks. Only torch is needed here.
+A view is the part of the samples that one objective shows to the encoder, such as a masked image with a whole caption.
+Its tokens form a stream without padding. Collation adds the layout of every view to the batch, because only the host
+can count tokens without waiting for an accelerator. Code without layouts derives equal ones from the masks. This module
+depends on torch only.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ IMAGE, TEXT = 0, 1
 
 
 class Layout(NamedTuple):
-    """Where N tokens stand among B samples of S positions, of which those of images come first."""
+    """Positions of N tokens among B samples of S positions each; image positions come first in a sample."""
 
     mask: Tensor
     """(B, S) bool, True = a real token."""
     token_ids: Tensor
     """(N,) int64, ascending: position of each token among the B * S."""
     places: Tensor
-    """(B * S,) int64: the token at each position, -1 = none."""
+    """(B * S,) int64: token at each position, -1 = none."""
     modality_ids: Tensor
     """(N,) int64, IMAGE or TEXT."""
     by_modality: Tensor
-    """(N,) int64: the tokens of images, then those of texts, each ascending."""
+    """(N,) int64: image tokens, then text tokens, each ascending."""
     ends: Tensor
-    """(B + 1,) int32: the first token of each sample, and N; what attention over packed samples takes."""
+    """(B + 1,) int32: first token of each sample, then N; the offsets that attention over packed samples takes."""
     sizes: tuple[int, int]
-    """Tokens of images and of texts."""
+    """Number of image tokens and of text tokens."""
     num_image_positions: int
-    """Positions of a sample that image tokens may take."""
+    """Number of positions per sample that image tokens may take."""
     longest: int
-    """Tokens of the sample that has most, or more than that."""
+    """Number of tokens of the longest sample, or an upper bound of it."""
     keeps_padding: bool
-    """Whether positions that `mask` leaves out are tokens too, some or all of them."""
+    """Whether some or all positions that `mask` marks as padding are tokens too."""
 
     @classmethod
     def of(
@@ -53,16 +54,16 @@ class Layout(NamedTuple):
         sizes: tuple[int, int] | None = None,
         longest: int | None = None,
     ) -> Layout:
-        """Layout of the tokens that (B, S) bool `mask` calls real, or of more positions.
+        """Layout of the tokens that (B, S) bool `mask` marks as real, optionally with padding kept as tokens.
 
         Args:
             mask: True = a real token.
-            num_image_positions: how many of the first positions are those of images.
-            keep_padding: keep all of what the mask leaves out as tokens that attention does not look at.
-            present: (B, S) bool, True = keep this one; all that are real, and others.
-            sizes: tokens of images and of texts; None: they are counted, for which the host waits where the mask is on
-                an accelerator.
-            longest: see there; None: S, unless tokens are counted.
+            num_image_positions: number of leading positions that belong to images.
+            keep_padding: keep every position outside the mask as a token, which attention ignores.
+            present: (B, S) bool, True = keep this position; must include all real tokens, and may include others.
+            sizes: numbers of image and text tokens. None counts them, and the host waits if the mask is on an
+                accelerator.
+            longest: see the field of this name. None means S, unless the tokens are counted here.
         """
         batch, length = mask.shape
         if keep_padding:
@@ -107,18 +108,18 @@ class Layout(NamedTuple):
 
     @property
     def modalities(self) -> tuple[int, ...]:
-        """Modalities that may be among the tokens, ascending."""
+        """Modalities that can occur among the tokens, ascending."""
         have = (self.num_image_positions > 0, self.num_image_positions < self.mask.shape[1])
         return tuple(modality for modality in (IMAGE, TEXT) if have[modality])
 
     @property
     def real(self) -> Tensor | None:
-        """(N,) bool, False = padding that was kept; None: there is none."""
+        """(N,) bool, False = padding kept as a token; None if no padding is kept."""
         return self.mask.flatten().index_select(0, self.token_ids) if self.keeps_padding else None
 
     @property
     def key_mask(self) -> Tensor | None:
-        """`mask`, or None where every position may be looked at: attention without a mask has faster kernels."""
+        """`mask`, or None if every position may be attended to: attention without a mask has faster kernels."""
         return None if self.is_whole and not self.keeps_padding else self.mask
 
     def sample_ids(self) -> Tensor:
@@ -126,7 +127,7 @@ class Layout(NamedTuple):
         return self.token_ids // self.mask.shape[1]
 
     def behind(self, count: int) -> Layout:
-        """Layout of the same samples, each with `count` more tokens before its own; they count as those of images."""
+        """Layout of the same samples with `count` tokens prepended to each; the new tokens count as image tokens."""
         added = self.mask.new_ones(self.mask.shape[0], count)
         kept = (self.places >= 0).view_as(self.mask)
         return Layout.of(
@@ -138,7 +139,7 @@ class Layout(NamedTuple):
         )
 
     def with_each(self, change: Callable[[Tensor], Tensor]) -> Layout:
-        """The same with every tensor changed, such as moved to a device."""
+        """Layout with `change` applied to every tensor, such as a move to a device."""
         changed: dict[str, Any] = {
             name: change(value) for name, value in self._asdict().items() if isinstance(value, Tensor)
         }
@@ -146,35 +147,35 @@ class Layout(NamedTuple):
 
 
 def _inverse(places: Tensor, count: int) -> Tensor:
-    """(count,) int64: where in (P,) `places` each of 0 .. count - 1 stands; -1 stands for nothing."""
+    """Invert an index: (count,) int64 index in (P,) `places` of each of 0 .. count - 1; entries of -1 are ignored."""
     positions = torch.arange(places.shape[0], device=places.device)
-    spare = places.new_empty(count + 1)  # the last one takes what stands for nothing
+    spare = places.new_empty(count + 1)  # the last element takes the entries of -1
     return spare.scatter_(0, torch.where(places < 0, count, places), positions)[:count]
 
 
 class View(NamedTuple):
-    """What the encoder gets of B samples: images, texts, or both, whole or in part."""
+    """Encoder input from B samples: images, texts, or both, whole or in part."""
 
     pixel_values: Tensor | None = None
     """(B, 3, H, W) normalized to mean = std = 0.5."""
     input_ids: Tensor | None = None
     """(B, L) int64."""
     attention_mask: Tensor | None = None
-    """(B, L) bool, True = a token of the view; None = all are."""
+    """(B, L) bool, True = the token is in the view; None = all tokens are."""
     image_mask: Tensor | None = None
-    """(B,) bool, False = no image token of this sample is in the view; None = all samples have an image."""
+    """(B,) bool, False = the view has no image token of this sample; None = all samples have an image."""
     visible_patch_ids: Tensor | None = None
-    """(B, N_visible) int64 patches that are in the view; None = all."""
+    """(B, N_visible) int64 ids of the patches in the view; None = all patches."""
     visible_patch_mask: Tensor | None = None
-    """(B, N_visible) bool, False = not this one after all; None = all of them."""
+    """(B, N_visible) bool, False = this entry of `visible_patch_ids` is not in the view; None = all are."""
     layout: Layout | None = None
-    """Where the tokens stand; None = as the masks say."""
+    """Layout of the tokens; None = derive it from the masks."""
 
     def layout_of(self, num_patches: int, keep_padding: bool = False) -> Layout:
-        """Layout of the view where an image has `num_patches`, the class token not counted.
+        """Layout of the view; an image has `num_patches`, not counting the class token.
 
         Raises:
-            ValueError: neither images nor texts.
+            ValueError: the view has neither images nor texts.
         """
         images = self._image_token_mask(num_patches)
         texts = None
@@ -186,12 +187,12 @@ class View(NamedTuple):
             raise ValueError("a batch needs pixel_values or input_ids; both are None")
         num_image_positions = 0 if images is None else images.shape[1]
         sizes = None
-        if self.image_mask is self.visible_patch_mask is self.attention_mask is None:  # by shapes alone
+        if self.image_mask is self.visible_patch_mask is self.attention_mask is None:  # shapes alone give the sizes
             sizes = (0 if images is None else images.numel(), 0 if texts is None else texts.numel())
         return Layout.of(torch.cat(masks, dim=1), num_image_positions, keep_padding=keep_padding, sizes=sizes)
 
     def _image_token_mask(self, num_patches: int) -> Tensor | None:
-        """(B, 1 + N) with the class token first; None without images."""
+        """(B, 1 + N) bool with the class token first; None without images."""
         if self.pixel_values is None:
             return None
         shown = num_patches if self.visible_patch_ids is None else self.visible_patch_ids.shape[1]
@@ -261,24 +262,24 @@ def only_captioned_images(view: View) -> View:
 
 
 class Packing(NamedTuple):
-    """How the tokens of several views stand one after the other, and how they are sorted by modality."""
+    """Concatenation of the tokens of several views, and their order by modality."""
 
     layouts: tuple[Layout, ...]
-    """One per view, counting its own tokens from 0."""
+    """One layout per view; each counts its own tokens from 0."""
     modality_ids: Tensor
     """(N,) int64, IMAGE or TEXT."""
     sample_ids: Tensor
-    """(N,) int64, counting the samples of all views."""
+    """(N,) int64 sample of each token, counted over all views."""
     order: Tensor | None
-    """(N,) int64 tokens, those of images first; None: they are of one modality."""
+    """(N,) int64 tokens, image tokens first; None if all tokens have one modality."""
     places: Tensor | None
-    """(N,) int64 where each token went."""
+    """(N,) int64 place of each token in `order`; None if `order` is."""
     sizes: dict[int, int]
-    """Number of tokens by modality; one that the views cannot have is absent."""
+    """Number of tokens by modality; a modality that the views cannot have is absent."""
 
     @classmethod
     def of(cls, layouts: Sequence[Layout]) -> Packing:
-        """At least one layout; the host waits for nothing."""
+        """Packing of at least one layout; the host never waits for the accelerator."""
         present = sorted({modality for layout in layouts for modality in layout.modalities})
         sizes = {modality: sum(layout.sizes[modality] for layout in layouts) for modality in present}
         samples = [layout.sample_ids() for layout in layouts]
@@ -296,12 +297,12 @@ class Packing(NamedTuple):
 
     @property
     def view_sizes(self) -> list[int]:
-        """Tokens of each view."""
+        """Number of tokens of each view."""
         return [layout.num_tokens for layout in self.layouts]
 
     @property
     def real(self) -> Tensor | None:
-        """(N,) bool, False = padding that was kept; None: there is none."""
+        """(N,) bool, False = padding kept as a token; None if no padding is kept."""
         if not any(layout.keeps_padding for layout in self.layouts):
             return None
         return joined(
@@ -313,7 +314,7 @@ class Packing(NamedTuple):
 
 
 def _order_by_modality(layouts: Sequence[Layout]) -> Tensor:
-    """(N,) int64: the image tokens of all views, then their text tokens."""
+    """(N,) int64: image tokens of all views, then their text tokens."""
     images, texts, before = [], [], 0
     for layout in layouts:
         tokens = layout.by_modality + before if before else layout.by_modality
@@ -324,5 +325,5 @@ def _order_by_modality(layouts: Sequence[Layout]) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts one after the other, without a copy where there is one."""
+    """Concatenated parts; a single part is returned without a copy."""
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]

@@ -1,5 +1,5 @@
-// quick_gelu(x) = x * sigmoid(1.702 x) on the CPU, one pass each way: alone, and with the biases of all experts.
-// Compiled once per instruction set into namespace EVE_ISA.
+// quick_gelu(x) = x * sigmoid(1.702 x) on the CPU, in one pass each for forward and backward: alone, and fused with the
+// biases of all experts. Compiled once per instruction set into namespace EVE_ISA.
 
 #include <cmath>
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr float kSlope = 1.702f;
 
-// 1 / (1 + e^-z) by way of e^-|z|, which cannot overflow.
+// 1 / (1 + e^-z), computed from e^-|z|, which cannot overflow.
 EVE_INLINE Part sigmoid(Part z) {
   const Part small = exponential_part(z < 0.0f ? z : -z);
   const Part one = broadcast_part(1.0f);
@@ -50,16 +50,16 @@ void quick_gelu(const QuickGelu& args, Dtype dtype, int64_t first, int64_t end) 
   dtype == Dtype::kFloat32 ? quick_gelu_range<float>(args, first, end) : quick_gelu_range<BFloat16>(args, first, end);
 }
 
-// ---- With the biases of experts ----
+// ---- Fused with the biases of the experts ----
 
-// The expert that a row belongs to, or the number of experts.
+// Expert that a row belongs to; the number of experts if it belongs to none.
 int64_t expert_of(const int32_t* ends, int64_t experts, int64_t row) {
   int64_t expert = 0;
   while (expert < experts && ends[expert] <= row) ++expert;
   return expert;
 }
 
-// Sixteen values, or as many as there are.
+// Sixteen values, or fewer at the end of a row.
 template <typename T>
 EVE_INLINE Floats load_some(const T* from, int64_t count) {
   return count >= kLanes ? load(from) : load_part(from, count, 0.0f);
@@ -88,7 +88,7 @@ void grouped_bias_range(const GroupedBias& args, int64_t first, int64_t end) {
   }
 }
 
-// Gradients of the rows [first, end) of one expert, and their sum.
+// Gradients of the rows [first, end) of one expert, and their sum over the rows.
 template <typename T>
 void backward_of_piece(const GroupedBiasBackward& args, int64_t expert, int64_t first, int64_t end, float* sums) {
   const int64_t width = args.width;

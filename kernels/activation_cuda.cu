@@ -1,5 +1,5 @@
-// quick_gelu(x) = x * sigmoid(1.702 x) on a GPU, one pass each way: alone, and with the biases of all experts, whose
-// gradients are added up in the same pass.
+// quick_gelu(x) = x * sigmoid(1.702 x) on a GPU, in one pass each for forward and backward: alone, and fused with the
+// biases of all experts. The backward sums the bias gradients in the same pass.
 
 #include <cmath>
 
@@ -9,10 +9,10 @@ namespace eve_ds {
 
 constexpr int kActivationThreads = 256;
 constexpr int kActivationWarps = kActivationThreads / kWarp;
-constexpr int kRowsAtOnce = 4;  // of a warp: their loads are on the way together
+constexpr int kRowsAtOnce = 4;  // rows that a warp loads at the same time, to overlap the latencies
 constexpr float kSlope = 1.702f;
 
-// Where the exponential is infinite the quotient is 0, as it should be.
+// If the exponential is infinite, the quotient is 0, which is the correct limit.
 __device__ __forceinline__ float gelu_sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-kSlope * x)); }
 
 __device__ __forceinline__ float gelu_slope(float x) {
@@ -33,9 +33,9 @@ __global__ void quick_gelu_kernel(QuickGelu args) {
   store(static_cast<T*>(args.out) + first, out);
 }
 
-// ---- With the biases of experts ----
+// ---- Fused with the biases of the experts ----
 
-// The expert that a row belongs to, or the number of experts.
+// Expert that a row belongs to; the number of experts if it belongs to none.
 __device__ __forceinline__ int expert_of(const int32_t* ends, int64_t experts, int64_t row) {
   int first = 0, last = static_cast<int>(experts);
   while (first < last) {
@@ -46,13 +46,13 @@ __device__ __forceinline__ int expert_of(const int32_t* ends, int64_t experts, i
   return first;
 }
 
-// The first of this lane's N columns; blockIdx.y counts blocks of 32 N.
+// First of this lane's N columns; blockIdx.y counts blocks of 32 N columns.
 template <int N>
 __device__ __forceinline__ int64_t first_column() {
   return (static_cast<int64_t>(blockIdx.y) * kWarp + lane_id()) * N;
 }
 
-// A warp per kRowsAtOnce rows and 32 N columns. What is read is read before anything is written, so `out` may be `x`.
+// One warp per kRowsAtOnce rows and 32 N columns. It reads all its input before it writes, so `out` may equal `x`.
 template <typename T, int N>
 __global__ void __launch_bounds__(kActivationThreads, 4) grouped_bias_kernel(const GroupedBias args) {
   const int64_t first = global_warp_id() * kRowsAtOnce, width = args.width, column = first_column<N>();
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kActivationThreads, 4) grouped_bias_kernel(con
   }
 }
 
-// Gradients of the rows [first, end) of one expert, a row at a time of every kActivationWarps; returns their sum over
-// this warp's rows in `sums`.
+// Gradients of the rows [first, end) of one expert; each of the kActivationWarps warps takes one row at a time. Returns
+// the sum over this warp's rows in `sums`.
 template <typename T, int N>
 __device__ __forceinline__ void backward_of_rows(
     const GroupedBiasBackward& args, int64_t column, int64_t first, int64_t end, const float (&bias)[N],
@@ -104,11 +104,11 @@ __device__ __forceinline__ void backward_of_rows(
   }
 }
 
-// The warps' sums of their columns, added up in order; by the whole block.
+// Adds the warps' column sums in order; the whole block calls it.
 template <int N>
 __device__ __forceinline__ void write_piece(const float (&sums)[N], int64_t width, float* piece) {
   __shared__ float per_warp[kActivationWarps][kWarp * N];
-  __syncthreads();  // nobody reads the sums of the piece before any more
+  __syncthreads();  // no thread reads the sums of the previous piece any more
 #pragma unroll
   for (int i = 0; i < N; ++i) per_warp[warp_id()][lane_id() * N + i] = sums[i];
   __syncthreads();
@@ -119,10 +119,10 @@ __device__ __forceinline__ void write_piece(const float (&sums)[N], int64_t widt
   piece[column] = total;
 }
 
-// A block per chunk of rows and 32 N columns works on the pieces of the chunk one after the other.
+// One block per chunk of rows and 32 N columns; it processes the pieces of the chunk one after another.
 template <typename T, int N>
 __global__ void __launch_bounds__(kActivationThreads, 4) grouped_bias_backward_kernel(const GroupedBiasBackward args) {
-  static_assert(kWarp * N <= kActivationThreads, "a thread per column adds up the warps");
+  static_assert(kWarp * N <= kActivationThreads, "one thread per column adds the sums of the warps");
   const int64_t chunk = blockIdx.x, width = args.width, column = first_column<N>();
   const int64_t end = min((chunk + 1) * kChunkRows, args.rows);
   int64_t first = chunk * kChunkRows;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kActivationThreads, 4) grouped_bias_backward_k
     store<N>(static_cast<T*>(args.d_x) + row * width + column, zeros);
 }
 
-// A thread per expert and column adds up its pieces in order.
+// One thread per expert and column; it adds the pieces of the expert in order.
 template <typename T>
 __global__ void __launch_bounds__(kActivationThreads) add_pieces_kernel(const GroupedBiasBackward args) {
   const int64_t expert = blockIdx.y, column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

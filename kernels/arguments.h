@@ -1,6 +1,6 @@
-// Arguments of the plain functions behind the ops. No torch here: the bindings fill these in, the CPU and CUDA sources
-// read them. Matrices are row-major and contiguous; a null pointer stands for an argument that was not given; -1 as an
-// id stands for "none". Contracts of the ops: ../eve_ds/ops/reference.py.
+// Arguments of the plain functions behind the ops. This file has no torch: the bindings fill in the structs, and the
+// CPU // and CUDA sources read them. Matrices are row-major and contiguous. A null pointer means that an optional
+// argument was // not given; the id -1 means "none". ../eve_ds/ops/reference.py defines the contracts of the ops.
 #pragma once
 
 #include <cstdint>
@@ -9,16 +9,17 @@ namespace eve_ds {
 
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Tokens are worked on in chunks of this many. Sums over tokens are taken within a chunk in token order and then over
-// chunks in an order that is fixed too, so a result depends neither on the number of threads nor on who was first.
+// Number of tokens per chunk. Sums over tokens are taken in token order within a chunk, and then over chunks in a fixed
+// order, so a result depends neither on the number of threads nor on their timing.
 constexpr int64_t kChunkTokens = 256;
 constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxTopK = 16;
 
 inline int64_t num_chunks(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
-// Rows that are ordered by expert are added up in chunks of this many, cut where an expert ends. The piece of chunk c
-// that belongs to expert e has number c + e: going from one piece to the next, c or e or both grow.
+// Number of rows per chunk in sums over rows that are ordered by expert. Where an expert ends inside a chunk, the chunk
+// is split into pieces. The piece of chunk c and expert e has index c + e, which is unique because from one piece to
+// the next, c or e or both increase.
 constexpr int64_t kChunkRows = 128;
 
 inline int64_t num_row_chunks(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
@@ -29,10 +30,10 @@ struct Route {
   const float* logits;          // (T, E)
   const float* modality_bias;   // (M, E) or null
   const int64_t* modality_ids;  // (T,) or null
-  const bool* valid;            // (T,) or null: all are
+  const bool* valid;            // (T,) or null: all tokens are valid
   const float* noise;           // (T, E) or null
   int64_t tokens, experts, top_k;
-  int64_t capacity;  // rows per expert; negative: rows packed by expert
+  int64_t capacity;  // rows per expert; negative: rows are packed by expert
   int64_t rows;      // R
   int64_t* expert_ids;     // (T, K)
   int64_t* slots;          // (T, K)
@@ -45,7 +46,7 @@ struct Route {
   float* probability_sum;  // (E,)
   float* z_sum;            // () sum over valid tokens of log_sum_exp^2
   float* chunk_sums;       // (C, E + 1) workspace: probabilities and log_sum_exp^2
-  int32_t* chunk_counts;   // (K, C, E) workspace: routes of a choice, then the first row of each chunk
+  int32_t* chunk_counts;   // (K, C, E) workspace: number of routes by choice, later the first row of each chunk
 };
 
 struct RouteBackward {
@@ -65,7 +66,7 @@ struct RouteBackward {
   float* chunk_d_bias;    // (C, M, E) workspace, or null
 };
 
-// Rows take the dtype of the op; embeddings and gates are fp32.
+// Rows have the dtype of the op; embeddings and gates are fp32.
 struct Dispatch {
   const void* x;                    // (T, D)
   const int64_t* source;            // (R,)
@@ -82,7 +83,7 @@ struct DispatchBackward {
   int64_t tokens, top_k, width, modalities;
   void* d_x;               // (T, D)
   float* d_embedding;      // (M, D) or null
-  float* chunk_d_embedding;  // (C, M, D) workspace, or null; the device says how many tokens are a chunk here
+  float* chunk_d_embedding;  // (C, M, D) workspace, or null; here the device decides the tokens per chunk
 };
 
 struct Combine {
@@ -118,9 +119,9 @@ struct PixelLoss {
   const int64_t* masked_patch_ids;  // (B, N)
   int64_t batch, masked, height, width, patch_size;
   float eps;
-  bool normalize;  // or take the pixels as they are
+  bool normalize;  // false: the target is the raw pixels
   float* losses;   // (B, N)
-  float* mean;     // (B, N) of a patch, or 0: the target is (pixel - mean) * scale
+  float* mean;     // (B, N) mean of a patch, or 0: the target is (pixel - mean) * scale
   float* scale;    // (B, N) 1 / standard deviation, or 1
 };
 
@@ -137,23 +138,23 @@ struct QuickGelu {
   void* out;  // (count,) the activation, or the gradient of x
 };
 
-// Rows of expert e go from ends[e - 1] (or 0) to ends[e]; those past the last end belong to nobody.
+// Rows of expert e extend from ends[e - 1] (or 0) to ends[e]; rows past the last end belong to no expert.
 struct GroupedBias {
   const void* x;        // (R, F)
-  const void* bias;     // (E, F) or null: nothing is added
+  const void* bias;     // (E, F), or null to add nothing
   const int32_t* ends;  // (E,)
   int64_t rows, width, experts;
-  bool activate;  // by quick_gelu, once the bias is added
-  void* out;      // (R, F), zeros in rows of nobody; may be x where nothing is activated
+  bool activate;  // apply quick_gelu after adding the bias
+  void* out;      // (R, F), zeros in rows of no expert; may equal x if `activate` is false
 };
 
 struct GroupedBiasBackward {
   const void* d_out;    // (R, F)
-  const void* x;        // (R, F), or null where nothing was activated
-  const void* bias;     // (E, F), or null like x
+  const void* x;        // (R, F), or null if the forward did not activate
+  const void* bias;     // (E, F), or null if x is
   const int32_t* ends;  // (E,)
   int64_t rows, width, experts;
-  void* d_x;          // (R, F), zeros in rows of nobody, or null like x
+  void* d_x;          // (R, F), zeros in rows of no expert, or null if x is
   void* d_bias;       // (E, F)
   float* piece_sums;  // (num_pieces, F) workspace
 };

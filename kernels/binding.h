@@ -1,11 +1,11 @@
-// The ops of namespace eve_ds on torch's stable ABI, whatever the device: checks, allocations, arguments of the plain
-// functions. The schemas are in ../eve_ds/ops/schema.py. A binding names its Device, which has
-//   explicit Device(const Tensor& on)  made first: what follows happens on the device of that tensor;
-//   Dtype dtype_of(tensor, name)       refuses dtypes that the device has no kernels for;
-//   void check_ids(ids, name, lowest, end)  ids index memory: one out of range must not be followed;
-//   void check_ends(ends, rows)         nor may ends of rows that do not ascend, or end past the rows;
-//   int64_t embedding_chunks(tokens)    how many sums of tokens the gradient of an embedding is made of;
-//   void run(args) or run(args, dtype) for every struct of arguments.h.
+// The ops of namespace eve_ds on torch's stable ABI, independent of the device: checks, allocations, and arguments of
+// the plain functions. The schemas are in ../eve_ds/ops/schema.py. A binding provides a class Device with
+//   explicit Device(const Tensor& on)  constructed first; all later work runs on the device of that tensor;
+//   Dtype dtype_of(tensor, name)       refuses dtypes for which the device has no kernels;
+//   void check_ids(ids, name, lowest, end)  ids index memory, so an id out of range must not be used;
+//   void check_ends(ends, rows)         likewise: ends must ascend and must not exceed the number of rows;
+//   int64_t embedding_chunks(tokens)    number of partial sums over tokens in the gradient of an embedding;
+//   void run(args) or run(args, dtype)  for every struct of arguments.h.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -52,7 +52,7 @@ inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, Sca
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-// A tensor that lies where `like` does, of this dtype and these sizes.
+// Checks that a tensor is on the device of `like` and has this dtype and these sizes.
 inline void check(
     const Tensor& tensor, const char* name, const Tensor& like, ScalarType dtype,
     std::initializer_list<int64_t> sizes) {
@@ -74,11 +74,11 @@ inline void check_top_k(int64_t top_k, int64_t largest) {
   STD_TORCH_CHECK(top_k >= 1 && top_k <= largest, "top_k (", top_k, ") must be 1 to ", largest);
 }
 
-// Modality ids are needed for what has a row per modality, an embedding or a bias.
+// Modality ids are required for arguments that have one row per modality: an embedding or a bias.
 template <typename Device>
 void check_modalities(
     const Device& device, const Optional& modality_ids, const Tensor& like, int64_t tokens, int64_t modalities) {
-  STD_TORCH_CHECK(modality_ids.has_value(), "what is given per modality needs modality_ids");
+  STD_TORCH_CHECK(modality_ids.has_value(), "modality_embedding and modality_bias need modality_ids");
   check(modality_ids, "modality_ids", like, ScalarType::Long, {tokens});
   device.check_ids(*modality_ids, "modality_ids", 0, modalities);
 }
@@ -329,7 +329,7 @@ Tensor masked_pixel_loss_backward(
   return d_predictions;
 }
 
-// The activation, or with `d_out_in` the gradient of its input.
+// The activation, or the gradient of its input if `d_out_in` is given.
 template <typename Device>
 Tensor quick_gelu_pass(const Tensor& x_in, const Optional& d_out_in) {
   const Device device(x_in);
@@ -353,7 +353,7 @@ Tensor quick_gelu_backward(const Tensor& d_out, const Tensor& x) {
   return quick_gelu_pass<Device>(x, d_out);
 }
 
-// Rows (R, F) and where those of each expert end (E,).
+// Checks rows (R, F) and the end of each expert's rows, `ends` (E,).
 template <typename Device>
 void check_grouped(const Device& device, const Tensor& rows, const char* name, const Tensor& ends) {
   STD_TORCH_CHECK(rows.dim() == 2, name, " must be (R, F)");
@@ -393,7 +393,7 @@ void grouped_bias_(const Tensor& x, const Optional& bias_in, const Tensor& ends_
              dtype);
 }
 
-// The gradients of x and bias; without x, which was not activated then, that of the bias only.
+// Gradients of x and bias; without x, for a forward that did not activate, only the gradient of the bias.
 template <typename Device>
 std::tuple<Optional, Tensor> grouped_bias_gradients(
     const Tensor& d_out_in, const Optional& x_in, const Optional& bias_in, const Tensor& ends_in) {
@@ -427,7 +427,7 @@ Tensor grouped_bias_backward(const Tensor& d_out, const Tensor& ends) {
   return std::get<1>(grouped_bias_gradients<Device>(d_out, std::nullopt, std::nullopt, ends));
 }
 
-// What a binding says for its key in STABLE_TORCH_LIBRARY_IMPL.
+// Registers the ops of a binding; called inside STABLE_TORCH_LIBRARY_IMPL with the binding's dispatch key.
 template <typename Device, typename Library>
 void register_ops(Library& library) {
   library.impl("quick_gelu", TORCH_BOX(&quick_gelu<Device>));

@@ -1,4 +1,4 @@
-// The ops of namespace eve_ds on the CPU: binding.h over the build for this processor, on torch's threads.
+// The ops of namespace eve_ds on the CPU: binding.h over the build for this processor, run on torch's threads.
 
 #include <algorithm>
 #include <cstdlib>
@@ -16,7 +16,7 @@ struct Kernels {
   const ActivationKernels* activations;
 };
 
-// The best build that this processor runs, or the one that EVE_DS_ISA (base, v3, v4) names.
+// Best build that this processor can run, or the build that EVE_DS_ISA (base, v3, v4) selects.
 Kernels pick_kernels() {
   int level = 0;
 #if defined(__x86_64__)
@@ -42,11 +42,11 @@ const Kernels& kernels() {
 
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& run) {
-  kernels();  // before torch's threads, which would lose the message of what it refuses
+  kernels();  // outside torch's threads, which would lose the message of a refusal
   if (count > 0) torch::stable::parallel_for(0, count, grain, run);
 }
 
-// Turns counts per (choice, chunk, expert) into the first row of each; returns nothing, fills counts and statistics.
+// Converts counts per (choice, chunk, expert) into the first row of each; fills counts and statistics of the route.
 void number_rows(const Route& route) {
   const int64_t chunks = num_chunks(route.tokens), experts = route.experts;
   int64_t start = 0;
@@ -74,7 +74,7 @@ void number_rows(const Route& route) {
   *route.z_sum = z_sum;
 }
 
-// Adds up chunk sums (C, n) in order into (n,).
+// Adds chunk sums (C, n) in order into (n,).
 void add_chunks(const float* sums, int64_t chunks, int64_t count, float* total) {
   std::fill(total, total + count, 0.0f);
   for (int64_t c = 0; c < chunks; ++c)

@@ -1,7 +1,7 @@
 // The ops of namespace eve_ds on a GPU: binding.h over the launch functions.
 
 #ifndef USE_CUDA
-#define USE_CUDA  // declares the function that tells torch's current stream; needs no CUDA header
+#define USE_CUDA  // declares the function that returns torch's current stream; needs no CUDA header
 #endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,7 +16,7 @@
 namespace eve_ds {
 namespace {
 
-// The GPU of a tensor, current as long as this lives, and the stream that torch queues on there.
+// GPU of a tensor, current during the life of this object, and the stream that torch queues work on there.
 class CudaDevice {
  public:
   explicit CudaDevice(const Tensor& on) : guard_(on.get_device_index()) {
@@ -31,8 +31,8 @@ class CudaDevice {
     return Dtype::kFloat32;
   }
 
-  // By default not checked: to look at ids the host would have to wait for the GPU. One out of range reads or writes
-  // other memory. With EVE_DS_CHECK=1 the GPU looks itself.
+  // Not checked by default, because the host would have to wait for the GPU to see the ids. An id out of range reads or
+  // writes unrelated memory. With EVE_DS_CHECK=1 the GPU itself checks.
   void check_ids(const Tensor& ids, const char* name, int64_t lowest, int64_t end) const {
     if (is_checking()) check_launch(launch_check_ids(name, pointer<int64_t>(ids), ids.numel(), lowest, end, stream_));
   }

@@ -1,5 +1,5 @@
-// Ids that index memory, checked on the GPU where EVE_DS_CHECK=1 asks for it: a bad one is named and ends the program
-// before the kernel that would follow it, which the stream runs after.
+// Checks on the GPU, with EVE_DS_CHECK=1, of ids that index memory. A bad id is reported and ends the program before
+// the // kernel that would use it, because the stream runs that kernel after the check.
 
 #include <cstdio>
 #include <cstring>
@@ -10,7 +10,7 @@ namespace eve_ds {
 
 constexpr int kCheckThreads = 256;
 
-// Of an argument of an op. A kernel cannot read the host's text.
+// Name of an op's argument; by value, because a kernel cannot read the host's text.
 struct Name {
   char text[32];
 };
@@ -28,7 +28,7 @@ __global__ void check_ids_kernel(const Name name, const int64_t* ids, int64_t co
   if (i < count) check_id(name, i, ids[i], lowest, end);
 }
 
-// An end is no less than the one before it.
+// Checks that no end is smaller than the previous end.
 __global__ void check_ends_kernel(const Name name, const int32_t* ends, int64_t experts, int64_t rows) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < experts) check_id(name, i, ends[i], i > 0 ? ends[i - 1] : 0, rows + 1);

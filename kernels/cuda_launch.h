@@ -1,19 +1,19 @@
-// The ops on a GPU as plain functions: the binding calls them, the .cu files define them. Neither needs the other's
-// headers: no torch below, and no CUDA in the first part.
+// The ops on a GPU as plain functions: the binding calls them, the .cu files define them. Neither side needs the
+// other's // headers: this file has no torch, and its first part has no CUDA.
 #pragma once
 
 #include "arguments.h"
 
 namespace eve_ds {
 
-// A block of the backward pass of dispatch adds up so many tokens for the embedding's gradient: fewer than kChunkTokens,
-// or a GPU would have fewer blocks than it can run.
+// Number of tokens that one block of the backward of dispatch sums for the gradient of the embedding. It is smaller
+// than // kChunkTokens, which would give fewer blocks than a GPU can run at once.
 constexpr int64_t kEmbeddingTokens = 32;
 
 inline int64_t num_embedding_chunks(int64_t tokens) { return (tokens + kEmbeddingTokens - 1) / kEmbeddingTokens; }
 
-// Each queues its kernels on the CUDA stream and returns at once: null, or the text of the error of a launch. Pointers
-// are to memory of the device that is current. Ids are followed as they are: see below.
+// Each function queues its kernels on the CUDA stream and returns at once: null, or the error text of a launch.
+// Pointers // refer to memory of the current device. Ids are used without a check; see below.
 const char* launch_route(const Route& args, void* stream);
 const char* launch_route_backward(const RouteBackward& args, void* stream);
 const char* launch_dispatch(const Dispatch& args, Dtype dtype, void* stream);
@@ -27,7 +27,7 @@ const char* launch_quick_gelu(const QuickGelu& args, Dtype dtype, void* stream);
 const char* launch_grouped_bias(const GroupedBias& args, Dtype dtype, void* stream);
 const char* launch_grouped_bias_backward(const GroupedBiasBackward& args, Dtype dtype, void* stream);
 
-// Each ends the program, with a message that names the argument, where one of the ids is not in [lowest, end), or ends
+// Each function ends the program, with a message that names the argument, if an id is not in [lowest, end), or if ends
 // of rows do not ascend from 0 to `rows`.
 const char* launch_check_ids(
     const char* argument, const int64_t* ids, int64_t count, int64_t lowest, int64_t end, void* stream);
@@ -35,7 +35,7 @@ const char* launch_check_ends(const int32_t* ends, int64_t experts, int64_t rows
 
 }  // namespace eve_ds
 
-// What the .cu files share. With EVE_HOST_SHIM they run on the host (host_shim.h).
+// Shared by the .cu files. With EVE_HOST_SHIM they run on the host (host_shim.h).
 #if defined(__CUDACC__) || defined(EVE_HOST_SHIM)
 
 #include <cstring>
@@ -55,12 +55,12 @@ namespace eve_ds {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kVectorBytes = 16;  // the widest load of a thread
+constexpr int kVectorBytes = 16;  // widest load of one thread
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
 
-// Of all warps of the grid.
+// Index of this warp among all warps of the grid.
 __device__ __forceinline__ int64_t global_warp_id() {
   return static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp_id();
 }
@@ -73,8 +73,8 @@ __device__ __forceinline__ void round_to(float& to, float value) { to = value; }
 __device__ __forceinline__ void round_to(__nv_bfloat16& to, float value) { to = __float2bfloat16(value); }
 __device__ __forceinline__ void round_to(__half& to, float value) { to = __float2half(value); }
 
-// One value of a row, or N neighbours that are 16 bytes or more and lie on a multiple of 16. The intrinsics ask for 16
-// bytes at once; copies of a struct that wide may end up as several stores.
+// One value of a row, or N adjacent values of 16 bytes or more, aligned to 16 bytes. The intrinsics move 16 bytes at
+// once, while a copy of such a wide struct may compile to several stores.
 template <int N, typename T>
 __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
   T values[N];
@@ -113,7 +113,7 @@ struct Sum {
   }
 };
 
-// Every lane gets the result, taken as a tree, so always in the same order.
+// Reduces over a warp as a tree, so always in the same order; every lane gets the result.
 template <typename Operation, typename T>
 __device__ __forceinline__ T warp_reduce(T value, Operation operation) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2)
@@ -126,7 +126,7 @@ __device__ __forceinline__ T warp_sum(T value) {
   return warp_reduce(value, Sum{});
 }
 
-// Queues one kernel; a grid without blocks is nothing to do.
+// Queues one kernel; a grid without blocks does nothing.
 template <typename... Parameters, typename... Arguments>
 const char* launch(
     void (*kernel)(Parameters...), dim3 grid, int threads, [[maybe_unused]] void* stream,
@@ -141,14 +141,14 @@ inline unsigned blocks_for(int64_t items, int64_t items_per_block) {
   return static_cast<unsigned>((items + items_per_block - 1) / items_per_block);
 }
 
-// What a kernel on rows is instantiated for: a dtype, and how many values a thread moves at once.
+// Instantiation of a kernel on rows: a dtype, and the number of values that a thread moves at once.
 template <typename T, int N>
 struct RowType {
   using Value = T;
   static constexpr int kValues = N;
 };
 
-// Whether rows of this many bytes, one after another from each of these addresses, all start at a multiple of 16.
+// Whether consecutive rows of this many bytes, starting at each of these addresses, are all aligned to 16 bytes.
 template <typename... Pointers>
 bool rows_are_aligned(int64_t row_bytes, const Pointers*... rows) {
   return row_bytes % kVectorBytes == 0 && ((reinterpret_cast<uintptr_t>(rows) % kVectorBytes == 0) && ...);
@@ -161,7 +161,7 @@ const char* with_alignment(bool aligned, const Launch& launch) {
   return aligned ? launch(RowType<T, kVectorBytes / sizeof(T)>{}) : launch(RowType<T, 1>{});
 }
 
-// Calls `launch` with the RowType of a dtype and an alignment.
+// Calls `launch` with the RowType for a dtype and an alignment.
 template <typename Launch>
 const char* with_row_type(Dtype dtype, bool aligned, const Launch& launch) {
   switch (dtype) {

@@ -1,10 +1,11 @@
-// Runs CUDA kernels on the host, so that a machine without a GPU can test them: what of CUDA the .cu files use, in
-// terms of fibers. Every thread of a block is a fiber that runs until it waits for others; blocks run one after
-// another. A kernel whose result depends on who goes on first is wrong, so there are three orders: forward and in
-// reverse, where a warp goes as far as it can before the next one starts, and shuffled, where all threads go on from
-// wait to wait. Stops the program where a GPU would hang, refuse or be undefined: a partial mask, threads that wait in
-// different places, a wait that nobody ends, a grid or block that is too large, a trap. Needs -fno-strict-aliasing. Does not
-// see races that none of the orders shows, and says nothing about speed.
+// Runs CUDA kernels on the host, so that a machine without a GPU can test them. It implements the part of CUDA that the
+// .cu files use, with fibers: every thread of a block is a fiber that runs until it waits for other threads; blocks run
+// one after another. A kernel whose result depends on the order of threads is wrong, so the shim has three orders:
+// forward and reverse, where a warp runs as far as it can before the next warp starts, and shuffled, where threads run
+// in random order from one wait to the next. The shim stops the program where a GPU would hang, refuse or be undefined:
+// a partial mask, threads that wait in different places, a wait that never ends, a grid or block that is too large, a
+// trap. It needs -fno-strict-aliasing. It cannot find races that none of the orders exposes, and says nothing about
+// speed.
 #pragma once
 
 #include <ucontext.h>
@@ -36,19 +37,20 @@ enum class Order { kForward, kReverse, kShuffled };
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 
-// Where fibers wait for each other: the last of `size` to come opens the gate by starting a new generation. Values left
-// at a gate stay readable until the generation after the next one opens, and nobody is that far behind.
+// Place where fibers wait for each other: the last of `size` fibers to arrive opens the gate by starting a new
+// generation. Values left at a gate stay readable until the generation after the next one opens, and no fiber is that
+// far behind.
 struct Gate {
   uint64_t generation = 0;
   unsigned size = 0, arrived = 0;
-  int site = 0;  // source line of the collective that the first to come is in
+  int site = 0;  // source line of the collective that the first fiber arrived at
   uint64_t values[2][kWarpSize] = {};
 };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  const Gate* gate = nullptr;  // waits here until the generation is no longer the one it came in
+  const Gate* gate = nullptr;  // the fiber waits here until the generation differs from the one at its arrival
   uint64_t generation = 0;
   bool done = false;
 };
@@ -56,7 +58,7 @@ struct Fiber {
 inline Order order = Order::kForward;
 inline std::mt19937 generator;
 inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers;  // kept from launch to launch for their stacks
+inline std::vector<Fiber> fibers;  // kept between launches to reuse their stacks
 inline Fiber* current = nullptr;
 inline Gate block_gate;
 inline std::vector<Gate> warp_gates;
@@ -79,7 +81,7 @@ inline void wait(Gate& gate, int site) {
   swapcontext(&current->context, &scheduler);
 }
 
-// What every lane of the warp gave, as 32 words.
+// Values of all lanes of the warp, as 32 words.
 inline const uint64_t* exchange(unsigned mask, uint64_t value, int site) {
   if (mask != 0xffffffffu) stop("the mask leaves lanes out", site);
   Gate& gate = warp_gates[threadIdx.x / kWarpSize];
@@ -125,7 +127,7 @@ inline bool resume(unsigned thread) {
   return true;
 }
 
-// Until every lane has returned or waits for other warps.
+// Runs a warp until every lane has returned or waits for other warps.
 inline bool resume_warp(unsigned warp) {
   bool moved = false;
   for (bool again = true; again; moved = moved || again) {
@@ -226,7 +228,7 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int atomicAdd(int* to, int value) { return std::exchange(*to, *to + value); }
 
-// The default arguments are the line of the call: threads must wait for each other in the same place.
+// The default argument is the line of the call, because threads must wait for each other in the same place.
 inline void __syncthreads(int site = __builtin_LINE()) { host_shim::wait(host_shim::block_gate, site); }
 
 template <typename T>

@@ -1,5 +1,5 @@
-// Cross entropy of masked words and squared error of masked pixels on a GPU. Sums are added up as fixed trees, so
-// results repeat bit for bit.
+// Cross entropy of masked words and squared error of masked pixels on a GPU. Sums are fixed trees, so results repeat
+// bit // for bit.
 #pragma once
 
 #include <cfloat>
@@ -8,16 +8,16 @@
 
 namespace eve_ds {
 
-constexpr int kEntropyWarps = 32;  // of the block that works on a row of logits
+constexpr int kEntropyWarps = 32;  // warps of the block that works on one row of logits
 constexpr int kEntropyThreads = kEntropyWarps * kWarp;
-constexpr int kPatchWarps = 8;  // of a block of the kernels that take a warp per patch
+constexpr int kPatchWarps = 8;  // warps per block in kernels that use one warp per patch
 
 struct Maximum {
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// Every thread of the block gets the result. Once per operation and kernel: nothing keeps a second call from
-// overwriting what the first still reads.
+// Reduces over a block; every thread gets the result. Call it once per operation and kernel: a second call could
+// overwrite values that the first call still reads.
 template <typename Operation>
 __device__ __forceinline__ float block_reduce(float value, Operation operation) {
   __shared__ float per_warp[kEntropyWarps];
@@ -39,17 +39,17 @@ __device__ __forceinline__ void load_logits(const T* logits, const float* bias, 
   for (int i = 0; i < N; ++i) values[i] += added[i];
 }
 
-// A block per row reads it twice: once for the largest logit and the sum of exponentials, rescaled whenever a larger
-// logit turns up, and once to put the gradients in its place.
+// One block per row, which it reads twice: first for the largest logit and the sum of exponentials, rescaled whenever a
+// larger logit appears, then to write the gradients in place.
 template <typename T, int N>
 __global__ void __launch_bounds__(kEntropyThreads, 2) cross_entropy_kernel(const CrossEntropy args) {
   const int64_t row = blockIdx.x, vocabulary = args.vocabulary, target = args.target[row];
   T* logits = static_cast<T*>(args.logits) + row * vocabulary;
   const auto bias_at = [&](int64_t v) { return args.bias == nullptr ? nullptr : args.bias + v; };
   float target_logit[1];
-  load_logits(logits + target, bias_at(target), target_logit);  // before it is overwritten
+  load_logits(logits + target, bias_at(target), target_logit);  // before the logit is overwritten
 
-  float largest = -FLT_MAX, total = 0.0f;  // finite: the difference of two infinities would not be a number
+  float largest = -FLT_MAX, total = 0.0f;  // finite, because the difference of two infinities is not a number
   for (int64_t v = threadIdx.x * N; v < vocabulary; v += kEntropyThreads * N) {
     float values[N];
     load_logits(logits + v, bias_at(v), values);
@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(kEntropyThreads, 2) cross_entropy_kernel(const
 
 // ---- Pixel loss ----
 
-// The pixels of one patch in (row, column, channel) order.
+// Pixels of one patch in (row, column, channel) order.
 struct Patch {
   const float* corner;
   int64_t plane, width;
-  int row_values;  // of a row of the patch: 3 P
+  int row_values;  // values per row of the patch: 3 P
 
   __device__ __forceinline__ Patch(const PixelLoss& args, int64_t item)
       : plane(args.height * args.width), width(args.width), row_values(3 * static_cast<int>(args.patch_size)) {
@@ -101,12 +101,12 @@ __device__ __forceinline__ int patch_values(const PixelLoss& args) {
   return static_cast<int>(args.patch_size * args.patch_size) * 3;
 }
 
-// The target of a pixel is (pixel - mean) * scale: by default, bit for bit the pixel.
+// The target of a pixel is (pixel - mean) * scale; the defaults give exactly the pixel, bit for bit.
 struct Normalization {
   float mean = 0.0f, scale = 1.0f;
 };
 
-// To mean 0 and unbiased variance 1 over a patch. To be called by the whole warp.
+// Normalization of a patch to mean 0 and unbiased variance 1; the whole warp calls it.
 __device__ __forceinline__ Normalization normalization_of(const Patch& patch, int values, float eps) {
   float sum = 0.0f, squares = 0.0f;
   for (int v = lane_id(); v < values; v += kWarp) sum += patch[v];
@@ -116,8 +116,8 @@ __device__ __forceinline__ Normalization normalization_of(const Patch& patch, in
   return {mean, 1.0f / sqrtf(variance + eps)};
 }
 
-// A warp per masked patch; the patch stays in the cache for three passes: mean, variance, error. Raw pixels need the
-// last one only.
+// One warp per masked patch; the patch stays in the cache for three passes: mean, variance, error. Raw pixels need only
+// the last pass.
 template <typename T>
 __global__ void __launch_bounds__(kPatchWarps * kWarp, 4) pixel_loss_kernel(const PixelLoss args) {
   const int64_t item = global_warp_id();

@@ -15,7 +15,7 @@ EVE_INLINE Floats bias_at(const float* bias, int64_t v) { return bias == nullptr
 
 EVE_INLINE float bias_one(const float* bias, int64_t v) { return bias == nullptr ? 0.0f : bias[v]; }
 
-// Three passes over a row, which stays in the cache: largest, sum of exponentials, and gradients in its place.
+// Three passes over a row, which stays in the cache: largest logit, sum of exponentials, gradients in place.
 template <typename T>
 EVE_INLINE float cross_entropy_row(T* logits, const float* bias, int64_t target, int64_t vocabulary) {
   const int64_t whole = vocabulary / kLanes * kLanes, rest = vocabulary - whole;
@@ -63,12 +63,12 @@ EVE_INLINE void read_patch(const PixelLoss& args, int64_t item, float* buffer) {
   }
 }
 
-// The target of a pixel is (pixel - mean) * scale: by default, bit for bit the pixel.
+// The target of a pixel is (pixel - mean) * scale; the defaults give exactly the pixel, bit for bit.
 struct Normalization {
   float mean = 0.0f, scale = 1.0f;
 };
 
-// To mean 0 and unbiased variance 1 over a patch in the buffer.
+// Normalization of the patch in the buffer to mean 0 and unbiased variance 1.
 EVE_INLINE Normalization normalization_of(const float* patch, int64_t values, float eps) {
   const int64_t whole = values / kLanes * kLanes, rest = values - whole;
   Floats total = load_part(patch + whole, rest, 0.0f);

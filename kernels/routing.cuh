@@ -1,16 +1,16 @@
 // Routing on a GPU: choose experts, number the rows, place the routes, copy tokens to rows and back. A warp works on
-// one token or row at a time. Sums over tokens are one block's for a chunk of tokens and added up in a fixed order, so
-// results repeat bit for bit.
+// one // token or row at a time. One block sums over the tokens of a chunk, and the sums of chunks are added in a fixed
+// order, // so results repeat bit for bit.
 #pragma once
 
 #include "cuda_launch.h"
 
 namespace eve_ds {
 
-constexpr int kChunkThreads = 1024;                // of a block that works on a chunk
-constexpr int kPlaceWarps = kChunkTokens / kWarp;  // placing takes a thread per token of a chunk
-constexpr int kRowWarps = 8;                       // of a block of the kernels that take a warp per token or row
-constexpr int kModalities = 2;                     // whose embeddings' gradients a block adds up
+constexpr int kChunkThreads = 1024;                // threads of a block that works on a chunk
+constexpr int kPlaceWarps = kChunkTokens / kWarp;  // placing uses one thread per token of a chunk
+constexpr int kRowWarps = 8;                       // warps per block in kernels that use one warp per token or row
+constexpr int kModalities = 2;                     // modalities whose embedding gradients one block sums
 constexpr float kSmallestGateSum = 1.1920929e-07f;
 static_assert(kMaxTopK <= kWarp, "one lane per choice works on the gates");
 
@@ -22,15 +22,14 @@ __device__ __forceinline__ TokenRange chunk_of(int64_t chunk, int64_t tokens) {
   return {chunk * kChunkTokens, min((chunk + 1) * kChunkTokens, tokens)};
 }
 
-// The consecutive tokens of the chunk that this warp works on.
+// Consecutive tokens of the chunk that this warp works on.
 __device__ __forceinline__ TokenRange warp_share(TokenRange chunk) {
   const int64_t tokens = kChunkTokens / (blockDim.x / kWarp), first = chunk.first + warp_id() * tokens;
   return {first, min(first + tokens, chunk.end)};
 }
 
-// Sums of the columns of matrix (T, columns) over those tokens of a chunk that `enters` holds for: groups of
-// consecutive tokens side by side, then the groups in order. To be called by the whole block, which may just have
-// written the matrix.
+// Column sums of matrix (T, columns) over the tokens of a chunk for which `enters` holds: groups of consecutive tokens
+// in parallel, then the groups in order. The whole block calls it, and may have written the matrix just before.
 template <typename Enters>
 __device__ void sum_chunk(const float* matrix, int columns, TokenRange chunk, const Enters& enters, float* sums) {
   __shared__ float partial[kChunkThreads];
@@ -40,7 +39,7 @@ __device__ void sum_chunk(const float* matrix, int columns, TokenRange chunk, co
   for (int base = 0; base < columns; base += width) {
     const int column = base + threadIdx.x % width;
     float total = 0.0f;
-    __syncthreads();  // the matrix is written, and nobody reads the last round's partial sums any more
+    __syncthreads();  // the matrix is written, and no thread reads the last round's partial sums any more
     for (int64_t t = first; t < end && column < columns; ++t)
       if (enters(t)) total += matrix[t * columns + column];
     partial[threadIdx.x] = total;
@@ -51,13 +50,13 @@ __device__ void sum_chunk(const float* matrix, int columns, TokenRange chunk, co
   }
 }
 
-// Adds up chunk sums (C, n) into (n,): a block per 32 columns, of which warp w takes every 32nd chunk from w on, and then
-// a warp per column the sums of the warps as a tree.
+// Adds chunk sums (C, n) into (n,). One block per 32 columns: warp w sums every 32nd chunk starting at w; then one warp
+// per column adds the sums of the warps as a tree.
 __global__ void __launch_bounds__(kChunkThreads, 1)
     add_chunks_kernel(const float* sums, int64_t chunks, int64_t count, float* total) {
   constexpr int kWarps = kChunkThreads / kWarp;
   static_assert(kWarps == kWarp, "a warp per column adds up one sum of each warp");
-  __shared__ float per_warp[kWarps][kWarp + 1];  // one more, so that a column lies in different banks
+  __shared__ float per_warp[kWarps][kWarp + 1];  // padded by one, so that a column lies in different banks
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarp, mine = first + lane_id();
   float value = 0.0f;
   for (int64_t c = warp_id(); c < chunks && mine < count; c += kWarps) value += sums[c * count + mine];
@@ -69,11 +68,11 @@ __global__ void __launch_bounds__(kChunkThreads, 1)
 
 // ---- Choose: softmax, experts, and the sums of a chunk ----
 
-// Scores of one token per warp at least, of all its tokens where there are few experts. With many experts a block has
-// fewer warps, each with more tokens to work on.
+// Number of scores that a block holds: one token per warp at least, or all tokens of the warp if there are few experts.
+// With many experts a block has fewer warps, each with more tokens.
 constexpr int kBlockScores = 8192;
 
-// Larger scores have larger keys, NaN the largest as in torch's argmax; -0 and +0 share one.
+// Larger scores have larger keys; NaN has the largest, as in torch's argmax; -0 and +0 share one key.
 __device__ __forceinline__ uint32_t order_key(float score) {
   const uint32_t bits = __float_as_uint(score + 0.0f);
   const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -89,7 +88,7 @@ struct Best {
   int expert;
 };
 
-// Lowest expert of the largest score. No key is 0, so one that exists is found whatever the scores are.
+// Lowest expert with the largest score. No key is 0, so an existing expert is found whatever the scores are.
 __device__ __forceinline__ Best warp_argmax(const float* scores, int experts) {
   uint32_t key = 0, expert = 0;
   for (int e = lane_id(); e < experts; e += kWarp) {
@@ -113,8 +112,8 @@ __device__ __forceinline__ void write_softmax(const Route& route, int64_t token,
   if (lane_id() == 0) route.log_sum_exp[token] = largest + logf(total);
 }
 
-// Logits of `count` tokens with the biases of their modalities, by one warp, each lane those of its own experts. What
-// several tokens need is on the way together, or each would wait for memory in its turn.
+// One warp loads the logits of `count` tokens plus the biases of their modalities; each lane loads those of its own
+// experts. Loads for several tokens overlap; otherwise each token would wait for memory in turn.
 __device__ __forceinline__ void load_scores(const Route& route, int64_t first, int count, float* scores) {
   constexpr int kTogether = 8;
   const int experts = static_cast<int>(route.experts);
@@ -135,8 +134,8 @@ __device__ __forceinline__ void load_scores(const Route& route, int64_t first, i
     }
 }
 
-// By one warp, once the scores of the token are loaded; a lane reads and writes those of its own experts only. `counts`
-// is that of this chunk and choice 0; those of the next choice are `choice_stride` further on.
+// Called by one warp after the scores of the token are loaded; a lane reads and writes the scores of its own experts
+// only. `counts` belongs to this chunk and choice 0; counts of the next choice are `choice_stride` further on.
 __device__ __forceinline__ void choose_experts(
     const Route& route, int64_t token, float* scores, int32_t* counts, int64_t choice_stride) {
   const int experts = static_cast<int>(route.experts), top_k = static_cast<int>(route.top_k);
@@ -146,7 +145,7 @@ __device__ __forceinline__ void choose_experts(
   for (int k = 0;; ++k) {
     if (lane_id() == 0) {
       route.expert_ids[token * top_k + k] = best.expert;
-      if (valid) atomicAdd(counts + k * choice_stride + best.expert, 1);  // whole numbers: any order will do
+      if (valid) atomicAdd(counts + k * choice_stride + best.expert, 1);  // integers: the order has no effect
     }
     if (k + 1 == top_k) return;
     for (int e = lane_id(); e < experts; e += kWarp) {
@@ -157,7 +156,7 @@ __device__ __forceinline__ void choose_experts(
   }
 }
 
-// Sum over a chunk of log_sum_exp^2: each lane of one warp over its consecutive tokens, then the lanes.
+// Sum over a chunk of log_sum_exp^2: each lane of one warp sums its consecutive tokens, then the lanes are summed.
 __device__ __forceinline__ float chunk_z_sum(const Route& route, TokenRange chunk) {
   constexpr int kTokensPerLane = kChunkTokens / kWarp;
   const int64_t first = chunk.first + lane_id() * kTokensPerLane;
@@ -167,8 +166,8 @@ __device__ __forceinline__ float chunk_z_sum(const Route& route, TokenRange chun
   return warp_sum(z_sum);
 }
 
-// A block per chunk, and one when there are no tokens. Fills expert_ids, probabilities, log_sum_exp, chunk_sums, and
-// chunk_counts with numbers of routes; empties source.
+// One block per chunk, and one block if there are no tokens. Fills expert_ids, probabilities, log_sum_exp, chunk_sums,
+// and chunk_counts with numbers of routes; sets source to -1.
 __global__ void __launch_bounds__(kChunkThreads, 1) choose_kernel(const Route route) {
   __shared__ float block_scores[kBlockScores];
   const int64_t experts = route.experts, chunk_id = blockIdx.x, chunks = gridDim.x;
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(kChunkThreads, 1) choose_kernel(const Route ro
 
 // ---- Number: the first row of every (choice, chunk, expert) ----
 
-// Replaces `count` numbers, `stride` apart, by `start` plus the sum of those before each; by one warp.
+// Replaces `count` numbers, `stride` apart, by `start` plus the sum of the numbers before each; called by one warp.
 __device__ void number_in_place(int32_t* numbers, int64_t count, int64_t stride, int32_t start) {
   for (int64_t base = 0; base < count; base += kWarp) {
     int32_t* mine = numbers + (base + lane_id()) * stride;
@@ -216,7 +215,7 @@ __device__ void number_in_place(int32_t* numbers, int64_t count, int64_t stride,
   }
 }
 
-// Routes of one expert by all its choices, and how many of them are first choices; by one warp.
+// Number of routes of one expert over all choices, and number of first choices among them; called by one warp.
 __device__ int32_t count_routes(const Route& route, int64_t chunks, int64_t expert) {
   int32_t first_choices = 0, others = 0;
   for (int64_t cell = lane_id(); cell < route.top_k * chunks; cell += kWarp) {
@@ -232,10 +231,11 @@ __device__ int32_t count_routes(const Route& route, int64_t chunks, int64_t expe
   return routes;
 }
 
-// One block, a warp per expert, and per column of the sums of chunks, which it adds up as a tree. Rows of an expert go to first choices in token order, then to second choices, and so
-// on. Fills counts, first_choices, probability_sum and z_sum, and turns chunk_counts into first rows.
+// One block with a warp per expert, and per column of the chunk sums, which it adds as a tree. Rows of an expert go to
+// first choices in token order, then to second choices, and so on. Fills counts, first_choices, probability_sum and
+// z_sum, and turns chunk_counts into first rows.
 __global__ void __launch_bounds__(kChunkThreads, 1) number_rows_kernel(const Route route, int64_t chunks) {
-  __shared__ int32_t starts[kMaxExperts];  // first row of each expert; before, its number of routes
+  __shared__ int32_t starts[kMaxExperts];  // first row of each expert; earlier, the expert's number of routes
   const int64_t experts = route.experts;
   for (int64_t e = warp_id(); e < experts; e += kChunkThreads / kWarp) {
     const int32_t routes = count_routes(route, chunks, e);
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kChunkThreads, 1) number_rows_kernel(const Rou
 
 // ---- Place: rows and gates ----
 
-// The gates of one token, by one thread.
+// Gates of one token; called by one thread.
 __device__ void write_gates(const Route& route, int64_t token) {
   const int64_t* slots = route.slots + token * route.top_k;
   const int64_t* expert_ids = route.expert_ids + token * route.top_k;
@@ -272,8 +272,8 @@ __device__ void write_gates(const Route& route, int64_t token) {
   for (int k = 0; k < route.top_k; ++k) gates[k] /= divisor;
 }
 
-// How many tokens of the chunk before this thread's have the same expert: those in its warp, and those that the warps
-// before it counted. To be called by the whole block; -1 stands for no expert.
+// Number of earlier tokens of the chunk with the same expert as this thread's token: those in its warp, and those that
+// the previous warps counted. The whole block calls it; -1 means no expert.
 __device__ int rank_in_chunk(int expert, int experts) {
   __shared__ int16_t per_warp[kPlaceWarps * kMaxExperts];
   for (int i = threadIdx.x; i < kPlaceWarps * experts; i += kChunkTokens) per_warp[i] = 0;
@@ -288,7 +288,7 @@ __device__ int rank_in_chunk(int expert, int experts) {
   return rank;
 }
 
-// A block per chunk, a thread per token, once chunk_counts holds first rows. Fills slots, source and gates.
+// One block per chunk, one thread per token; needs the first rows in chunk_counts. Fills slots, source and gates.
 __global__ void __launch_bounds__(kChunkTokens) place_kernel(const Route route) {
   const int64_t experts = route.experts, chunks = gridDim.x, chunk_id = blockIdx.x;
   const int64_t token = chunk_id * kChunkTokens + threadIdx.x;
@@ -311,14 +311,14 @@ __global__ void __launch_bounds__(kChunkTokens) place_kernel(const Route route) 
 
 // ---- Backward of choose and place ----
 
-// What a gate of a token gives to the probability of its expert. Lane k holds that of choice k.
+// Contribution of a gate of a token to the gradient of its expert's probability. Lane k holds the one of choice k.
 struct GateGradient {
-  int expert;         // -1 where there is no gate
+  int expert;         // -1 if there is no gate
   float probability;  // of the expert
-  float gradient;     // of the probability
+  float gradient;     // with respect to the probability
 };
 
-// A gate is p / total; below the smallest total it is divided by a constant, and a single choice by nothing.
+// A gate is p / max(total, kSmallestGateSum), so the divisor can be constant; a single choice has gate p.
 __device__ __forceinline__ GateGradient gate_gradient(const RouteBackward& route, int64_t token) {
   const int64_t i = token * route.top_k + lane_id();
   GateGradient gate = {-1, 0.0f, 0.0f};
@@ -337,7 +337,7 @@ __device__ __forceinline__ GateGradient gate_gradient(const RouteBackward& route
   return gate;
 }
 
-// Gradient of the logits of one token, by one warp.
+// Gradient of the logits of one token; called by one warp.
 __device__ __forceinline__ void write_d_logits(const RouteBackward& route, int64_t token) {
   const int experts = static_cast<int>(route.experts);
   const float* probabilities = route.probabilities + token * experts;
@@ -364,7 +364,7 @@ __device__ __forceinline__ void write_d_logits(const RouteBackward& route, int64
   }
 }
 
-// A block per chunk. What a modality's tokens add to its bias is read again from d_logits, which are in the cache.
+// One block per chunk. It sums the bias gradient of a modality over d_logits, which it reads again from the cache.
 __global__ void __launch_bounds__(kChunkThreads, 1) route_backward_kernel(const RouteBackward route) {
   const int64_t chunk_id = blockIdx.x;
   const TokenRange chunk = chunk_of(chunk_id, route.tokens), share = warp_share(chunk);
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(kChunkThreads, 1) route_backward_kernel(const 
 
 // ---- Dispatch ----
 
-// A warp per row.
+// One warp per row.
 template <typename T, int N>
 __global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_kernel(const Dispatch args) {
   const int64_t row = global_warp_id();
@@ -402,9 +402,9 @@ __global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_kernel(const Di
   }
 }
 
-// ---- Sums of a token's rows: combine, and the backward pass of dispatch ----
+// ---- Sums of a token's rows: combine, and the backward of dispatch ----
 
-// Rows of a token: K of them, whose numbers are read once and stay in registers, or with K = 0 as many as there are.
+// Rows of a token. With K > 0 their K ids are read once and stay in registers; K = 0 supports any number.
 template <int K>
 struct Slots {
   int64_t values[K];
@@ -428,7 +428,7 @@ struct Slots<0> {
   __device__ __forceinline__ int64_t operator[](int k) const { return values[k]; }
 };
 
-// Adds column d of a token's rows, each times its gate, to `total` in order. All K are on the way together.
+// Adds column d of a token's rows, each times its gate, to `total` in order. All K loads overlap.
 template <typename T, int N, int K, typename Gate>
 __device__ __forceinline__ void add_rows(
     const Slots<K>& slots, const Gate& gate, const void* rows, int64_t width, int64_t d, float (&total)[N]) {
@@ -447,7 +447,7 @@ __device__ __forceinline__ void add_rows(
   }
 }
 
-// A warp per token.
+// One warp per token.
 template <typename T, int N, int K>
 __global__ void __launch_bounds__(kRowWarps * kWarp, 4) combine_kernel(const Combine args) {
   const int64_t token = global_warp_id(), width = args.width;
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kRowWarps * kWarp, 4) combine_kernel(const Com
   }
 }
 
-// A warp per token, where no embedding wants a gradient.
+// One warp per token, if no embedding needs a gradient.
 template <typename T, int N, int K>
 __global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_backward_kernel(const DispatchBackward args) {
   const int64_t token = global_warp_id(), width = args.width;
@@ -478,8 +478,8 @@ __global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_backward_kernel
   }
 }
 
-// A block per (kEmbeddingTokens tokens, 32 N columns, kModalities modalities) takes the tokens of those. A warp adds up
-// its consecutive tokens for each modality, then the block the warps in order.
+// One block per (kEmbeddingTokens tokens, 32 N columns, kModalities modalities). Each warp sums its consecutive tokens
+// for each modality; then the block adds the warps in order.
 template <typename T, int N, int K>
 __global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_backward_embedding_kernel(const DispatchBackward args) {
   constexpr int kTokens = kEmbeddingTokens / kRowWarps;
@@ -518,7 +518,7 @@ __global__ void __launch_bounds__(kRowWarps * kWarp, 4) dispatch_backward_embedd
 
 // ---- Backward of combine ----
 
-// Scales the gradient of a token into one of its rows and returns this lane's part of their dot product.
+// Writes the scaled gradient of a token into one of its rows and returns this lane's part of their dot product.
 template <typename T, int N>
 __device__ __forceinline__ float combine_backward_of_route(
     const CombineBackward& args, const T* d_out, int64_t slot, float gate) {
@@ -539,7 +539,7 @@ __device__ __forceinline__ float combine_backward_of_route(
   return dot;
 }
 
-// A warp per token, then a warp per row to clear those that nobody fills.
+// One warp per token, then one warp per row to clear the empty rows.
 template <typename T, int N>
 __global__ void __launch_bounds__(kRowWarps * kWarp, 4) combine_backward_kernel(const CombineBackward args) {
   const int64_t token = global_warp_id(), row = token - args.tokens;

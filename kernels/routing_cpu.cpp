@@ -19,7 +19,7 @@ EVE_INLINE int64_t end_token(int64_t chunk, int64_t tokens) {
   return end < tokens ? end : tokens;
 }
 
-// Lowest index of the largest of `width` scores, where width is a multiple of the lanes.
+// Lowest index of the largest of `width` scores; width must be a multiple of the lanes.
 EVE_INLINE int64_t argmax(const float* scores, int64_t width) {
   Floats best = broadcast(-INFINITY);
   Ints index{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, where = index;
@@ -38,10 +38,10 @@ EVE_INLINE void accumulate(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-// Results above this many bytes go past the cache: nothing of them would still be there when they are read.
+// Results above this many bytes bypass the cache, which would have lost them before they are read.
 constexpr int64_t kStreamBytes = int64_t{1} << 23;
 
-// Whether rows of a result of `rows` x `width` may be streamed.
+// Whether rows of a result of shape `rows` x `width` may be streamed.
 template <typename T>
 EVE_INLINE bool streams(const T* out, int64_t rows, int64_t width) {
   const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
@@ -56,7 +56,7 @@ EVE_INLINE void put(T* to, Floats value) {
     store(to, value);
 }
 
-// Rows lie anywhere in memory: ask for one before its turn.
+// Prefetches a row ahead of its use, because rows lie anywhere in memory.
 template <typename T>
 EVE_INLINE void prefetch_row(const T* row, int64_t width) {
   const char* from = reinterpret_cast<const char*>(row);
@@ -76,7 +76,7 @@ EVE_INLINE void copy_row(void* to, const void* from, int64_t bytes) {
 // to = scale * from; returns the dot product of from and other. One pass, in fp32.
 template <bool kStream, typename T>
 EVE_INLINE float scale_and_dot(T* to, const T* from, const T* other, float scale, int64_t width) {
-  Floats even{}, odd{};  // two sums, so that one addition need not wait for the one before
+  Floats even{}, odd{};  // two sums, so that an addition need not wait for the previous one
   int64_t d = 0;
   for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
     const Floats a = load(from + d), b = load(from + d + kLanes);
@@ -218,7 +218,7 @@ void route_backward(const RouteBackward& route, int64_t first_chunk, int64_t end
           total += p[expert_ids[k]];
           mean += d_gates[k] * gates[k];
         }
-        // A gate is p / total; below the smallest total it is divided by a constant, and a single choice by nothing.
+        // A gate is p / max(total, 1.19e-07), so the divisor can be constant; the gate of a single choice is p itself.
         const bool constant = total < 1.1920929e-07f;
         const float inverse = top_k == 1 ? 1.0f : 1.0f / (constant ? 1.1920929e-07f : total);
         if (top_k == 1 || constant) mean = 0.0f;
@@ -245,7 +245,7 @@ EVE_INLINE void fill_row(T* row, const T* from, const float* embedding, int64_t 
     return;
   }
   int64_t d = 0;
-  for (; d + 4 * kLanes <= width; d += 4 * kLanes) {  // all loads before the stores, which might alias them
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) {  // all loads precede the stores, which might alias them
     Floats values[4];
     for (int64_t i = 0; i < 4; ++i) values[i] = load(from + d + i * kLanes) + load(embedding + d + i * kLanes);
     for (int64_t i = 0; i < 4; ++i) put<kStream>(row + d + i * kLanes, values[i]);
@@ -281,7 +281,7 @@ void dispatch_rows(const Dispatch& args, int64_t first_row, int64_t end_row) {
     dispatch_range<false, T>(args, first_row, end_row);
 }
 
-// Rows of a token that are kept, with their gates; asks for those of the next token.
+// Kept rows of a token, with their gates; also prefetches the rows of the next token.
 template <typename T>
 struct KeptRows {
   const T* rows[kMaxTopK];

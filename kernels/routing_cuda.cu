@@ -23,7 +23,7 @@ const char* launch_add_chunks(const float* sums, int64_t chunks, int64_t count, 
   return launch(add_chunks_kernel, blocks_for(count, kWarp), kChunkThreads, stream, sums, chunks, count, total);
 }
 
-// Calls `launch` with the number of choices that a kernel is built for, 0 standing for any.
+// Calls `launch` with the number of choices that a kernel is built for; 0 means any number.
 template <typename Launch>
 const char* with_choices(int64_t top_k, const Launch& launch) {
   if (top_k == 1) return launch(std::integral_constant<int, 1>{});

@@ -1,6 +1,6 @@
-// Sixteen lanes of fp32 in GCC's vector notation. The compiler maps them to what the instruction set has (one register
-// of AVX-512, two of AVX2, four of SSE), so every build of a source adds up in the same order and, as the build turns
-// contraction into FMA off, gives the same bits.
+// Sixteen lanes of fp32 in GCC's vector notation. The compiler maps them to the registers of the instruction set (one
+// of // AVX-512, two of AVX2, four of SSE), so every build of a source adds in the same order. As the build also
+// disables the // contraction into FMA, every build gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +42,8 @@ EVE_INLINE Floats load(const float* from) {
 
 EVE_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
-// Past the cache, for results too large to stay in it: a plain store would first read the line that it fills. The
-// address must be a multiple of 64 bytes; stream_fence() comes before anybody else reads.
+// Store that bypasses the cache, for results too large to stay in it: a plain store would first read the line that it
+// fills. The address must be a multiple of 64 bytes; call stream_fence() before another thread reads the result.
 EVE_INLINE void stream(float* to, Floats value) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(to, (__m512)value);
@@ -70,7 +70,7 @@ EVE_INLINE Floats load(const BFloat16* from) {
   return (Floats)(__builtin_convertvector(bits, Words) << 16);
 }
 
-// Round to nearest, ties to even; what is not a number stays so.
+// Rounds to nearest, ties to even; NaN stays NaN.
 EVE_INLINE Halves round_to_bfloat16(Floats value) {
   const Words bits = (Words)value;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -113,7 +113,7 @@ EVE_INLINE void store_one(BFloat16* to, float value) {
   to->bits = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
-// The first `count` < 16 values, the rest filled up; and back.
+// Loads the first `count` < 16 values and fills up the rest; the second function stores them.
 template <typename T>
 EVE_INLINE Floats load_part(const T* from, int64_t count, float fill) {
   Floats value = broadcast(fill);
@@ -126,7 +126,7 @@ EVE_INLINE void store_part(T* to, Floats value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store_one(to + i, value[i]);
 }
 
-// Lane by lane, halves onto halves: 16 to 8 to 4 to 2 to 1.
+// Reduces lane by lane, halves onto halves: 16 to 8 to 4 to 2 to 1.
 template <typename Narrow, typename Wide>
 EVE_INLINE Narrow half(Wide v, int which) {
   Narrow part;
@@ -158,8 +158,9 @@ EVE_INLINE int32_t smallest(Ints v) {
   return even < odd ? even : odd;
 }
 
-// What one register holds. GCC takes sums and products of wider vectors apart register by register, but comparisons and
-// conversions lane by lane, which is several times slower: functions with such steps are applied part by part.
+// Content of one register. GCC splits sums and products of wider vectors into registers, but comparisons and
+// conversions // into single lanes, which is several times slower. Functions with such steps are therefore applied part
+// by part.
 #if defined(__AVX512F__)
 typedef Floats Part;
 typedef Ints IntPart;
@@ -173,7 +174,7 @@ typedef Ints4 IntPart;
 
 EVE_INLINE Part broadcast_part(float value) { return value - Part{}; }
 
-// Lane by lane, so that the result does not depend on how many lanes a part has.
+// Works lane by lane, so that the result does not depend on the number of lanes in a part.
 template <typename Function, typename... Vectors>
 EVE_INLINE Floats by_parts(Function function, Vectors... vectors) {
   Floats result;

@@ -169,7 +169,8 @@ def _begin(arguments: argparse.Namespace) -> str:
     """Join the other ranks, if there are any; the device of this one."""
     import torch
 
-    from eve_ds.distributed import initialize_process_group, read_environment
+    from eve_ds.distributed import initialize_process_group
+    from eve_ds.launch_environment import read_environment
 
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch_size ({arguments.batch_size}) must be at least 1")
@@ -216,8 +217,9 @@ def main() -> int:
 
     from rich.console import Console
 
-    from eve_ds.distributed import LaunchError, get_logger
+    from eve_ds.distributed import get_logger
     from eve_ds.export import ExportError
+    from eve_ds.launch_environment import LaunchError
 
     get_logger()  # shows what reading the configuration has to say
     try:

@@ -21,7 +21,8 @@ import json
 from typing import Any
 
 from eve_ds.config import Config, ConfigError
-from eve_ds.distributed import LaunchError, get_logger
+from eve_ds.distributed import get_logger
+from eve_ds.launch_environment import LaunchError
 
 EXIT_CODES = """exit codes:
   0  trained, saved and evaluated

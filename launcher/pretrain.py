@@ -13,7 +13,8 @@ import argparse
 import json
 
 from eve_ds.config import ConfigError, load_config
-from eve_ds.distributed import LaunchError, get_logger
+from eve_ds.distributed import get_logger
+from eve_ds.launch_environment import LaunchError
 
 EXIT_CODES = """exit codes:
   0  trained to the end

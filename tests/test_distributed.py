@@ -1,4 +1,4 @@
-"""Rank and world size under every launcher's variables, group timeouts, collectives, seeds, rank-0 log."""
+"""Group timeouts, collectives, seeds, rank-0 log."""
 
 import io
 import logging
@@ -15,167 +15,20 @@ import torch.distributed as dist
 
 from eve_ds.distributed import (
     DEFAULT_TIMEOUT,
-    LaunchError,
-    RankInfo,
     all_reduce_sum,
     broadcast_object,
     get_logger,
     initialize_process_group,
     rank_zero,
-    read_environment,
     seed_everything,
     set_group_timeout,
 )
+from eve_ds.launch_environment import LaunchError
 
-SLURM_STEP = {
-    "SLURM_JOB_ID": "4711",
-    "SLURM_STEP_ID": "2",
-    "SLURM_NTASKS": "16",
-    "SLURM_PROCID": "11",
-    "SLURM_LOCALID": "3",
-    "SLURM_STEP_NODELIST": "gpu[03-04]",
-    "SLURM_JOB_NODELIST": "cpu1,gpu[03-04]",
-}
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
 
 
-def test_torch_variables_are_taken_as_they_are():
-    environ = dict(TORCH)
-    assert read_environment(environ) == RankInfo(5, 8, 1, "torch")
-    assert environ == TORCH
-
-
-def test_slurm_step_is_mapped_and_exported():
-    environ = dict(SLURM_STEP)
-    assert read_environment(environ) == RankInfo(11, 16, 3, "slurm")
-    exported = {name: environ[name] for name in TORCH}
-    assert exported == {
-        "RANK": "11",
-        "WORLD_SIZE": "16",
-        "LOCAL_RANK": "3",
-        "MASTER_ADDR": "gpu03",
-        "MASTER_PORT": str(15000 + (47110 + 2) % 15000),
-    }
-
-
-def test_master_address_and_port_that_are_set_stay():
-    environ = SLURM_STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "6000"}
-    read_environment(environ)
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "6000")
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("node7", "node7"),
-        ("gpu[003-010,012]", "gpu003"),
-        ("gpu[9,12-14],cpu2", "gpu9"),
-        ("alpha,beta[1-2]", "alpha"),
-        ("rack[2-3]-node[08-09]", "rack2-node08"),
-        ("127.0.0.[2-3]", "127.0.0.2"),
-    ],
-)
-def test_master_address_is_the_first_host_of_a_slurm_node_list(nodes, first):
-    environ = SLURM_STEP | {"SLURM_STEP_NODELIST": nodes}
-    read_environment(environ)
-    assert environ["MASTER_ADDR"] == first
-
-
-def test_every_task_of_a_step_derives_one_port_and_steps_of_a_job_differ():
-    ports = set()
-    for step in "01":
-        for rank in "07":
-            environ = SLURM_STEP | {"SLURM_STEP_ID": step, "SLURM_PROCID": rank}
-            read_environment(environ)
-            ports.add((step, environ["MASTER_PORT"]))
-    assert len(ports) == 2
-    assert len({port for _, port in ports}) == 2
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
-        {
-            "OMPI_COMM_WORLD_RANK": "1",
-            "OMPI_COMM_WORLD_SIZE": "2",
-            "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-        },
-    ],
-)
-def test_mpi_variables_are_mapped_and_one_host_needs_no_address(variables):
-    environ = dict(variables)
-    assert read_environment(environ) == RankInfo(1, 2, 1, "mpi")
-    assert environ["MASTER_ADDR"] == "127.0.0.1"
-
-
-def test_mpi_variables_count_more_than_the_slurm_job_around_them():
-    inside = SLURM_STEP | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-    environ = inside | {"PMI_RANK": "9", "PMI_SIZE": "16", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "8"}
-    assert read_environment(environ) == RankInfo(9, 16, 1, "mpi")
-    assert environ["MASTER_ADDR"] == "gpu03"
-
-
-def test_mpi_over_several_hosts_asks_for_the_address():
-    environ = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-    with pytest.raises(LaunchError, match="MASTER_ADDR is not set and cannot be derived for a world of 4: export it"):
-        read_environment(environ)
-
-
-def test_pmi2_under_srun_takes_the_local_rank_from_slurm():
-    environ = SLURM_STEP | {"PMI_RANK": "11", "PMI_SIZE": "16"}
-    assert read_environment(environ) == RankInfo(11, 16, 3, "mpi")
-
-
-def test_plain_python_is_a_world_of_one():
-    environ = {}
-    assert read_environment(environ) == RankInfo(0, 1, 0, "single")
-    assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == ("0", "1", "0")
-
-
-@pytest.mark.parametrize(
-    ("extra", "said"),
-    [
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK 0, WORLD_SIZE 1"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, "by its mpi variables"),
-    ],
-)
-def test_a_world_of_one_inside_a_step_of_several_tasks_is_refused(extra, said):
-    with pytest.raises(LaunchError) as caught:
-        read_environment(SLURM_STEP | extra)
-    text = str(caught.value)
-    assert "SLURM_NTASKS (16)" in text
-    assert said in text
-    assert "start it with srun" in text
-    assert "\n" not in text
-
-
-def test_plain_python_in_the_batch_script_of_several_tasks_is_refused():
-    environ = {name: value for name, value in SLURM_STEP.items() if name != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
-    with pytest.raises(LaunchError, match=r"SLURM_NTASKS \(16\).*no srun step around it"):
-        read_environment(environ)
-
-
-def test_one_process_on_purpose_inside_a_job_is_allowed():
-    assert read_environment(SLURM_STEP | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).world_size == 1
-
-
-@pytest.mark.parametrize(
-    ("environ", "message"),
-    [
-        ({"RANK": "1"}, "WORLD_SIZE is not set, but the launcher's other variables are"),
-        ({"RANK": "one", "WORLD_SIZE": "2"}, r"RANK \('one'\) must be an integer"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, r"rank \(2\) must be in 0 .. world size - 1 \(1\)"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID is not set"),
-    ],
-)
-def test_broken_environments_are_refused_by_variable(environ, message):
-    with pytest.raises(LaunchError, match=message):
-        read_environment(environ)
-
-
-def test_helpers_work_in_a_world_of_one_without_a_group():
+def test_functions_work_in_a_world_of_one_without_a_group():
     assert not dist.is_initialized()
     assert rank_zero()
     values = torch.tensor([1.0, 2.0])
@@ -185,7 +38,7 @@ def test_helpers_work_in_a_world_of_one_without_a_group():
     assert broadcast_object({"step": 3}) == {"step": 3}
 
 
-def test_two_worlds_of_one_run_side_by_side_without_a_port():
+def test_two_worlds_of_one_need_no_port():
     code = """
 import torch.distributed as dist
 from eve_ds.distributed import initialize_process_group, all_reduce_sum, broadcast_object
@@ -200,7 +53,7 @@ assert dist.get_world_size(dist.new_group([0])) == 1
     assert [run.wait(timeout=60) for run in runs] == [0, 0]
 
 
-def test_too_few_devices_for_the_local_rank_is_said(monkeypatch):
+def test_too_few_devices_for_the_local_rank_is_refused(monkeypatch):
     for name, value in TORCH.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -208,7 +61,7 @@ def test_too_few_devices_for_the_local_rank_is_said(monkeypatch):
         initialize_process_group("nccl")
 
 
-def test_seeds_repeat_and_differ_over_seeds_and_ranks():
+def test_random_numbers_repeat_and_differ_by_seed_and_rank():
     def draws(seed, rank):
         seed_everything(seed, rank)
         return random.random(), torch.rand(()).item()
@@ -220,7 +73,7 @@ def test_seeds_repeat_and_differ_over_seeds_and_ranks():
     torch.set_rng_state(state)
 
 
-def test_only_rank_zero_informs_and_the_others_warn_with_their_rank(monkeypatch, capsys):
+def test_rank_zero_logs_everything_and_other_ranks_log_warnings_with_their_rank(monkeypatch, capsys):
     logger = get_logger()
     assert get_logger() is logger
     logger.info("from rank 0")
@@ -235,7 +88,7 @@ def test_only_rank_zero_informs_and_the_others_warn_with_their_rank(monkeypatch,
     assert lines[2].endswith("WARNING shown")
 
 
-def test_log_follows_standard_error_when_the_old_one_is_closed(monkeypatch):
+def test_log_writes_to_the_current_standard_error(monkeypatch):
     for message in ("first", "second"):
         stream = io.StringIO()
         monkeypatch.setattr(sys, "stderr", stream)
@@ -251,7 +104,7 @@ def collectives_and_timeouts(rank, world_size, port):
     total = all_reduce_sum(torch.tensor([rank + 1, 10], dtype=torch.int64))
     sent = broadcast_object({"from": rank}, source=1)
     set_group_timeout(timedelta(seconds=2))
-    group = dist.new_group([0, 1])  # as DeepSpeed makes its own: no timeout given
+    group = dist.new_group([0, 1])  # without a timeout, as DeepSpeed creates its groups
     waited = None
     if rank == 0:
         started = time.monotonic()
@@ -263,7 +116,7 @@ def collectives_and_timeouts(rank, world_size, port):
     return (info.rank, info.world_size, info.launcher), total, sent, rank_zero(), waited
 
 
-def test_collectives_and_the_timeout_of_groups_made_later(run_ranks, free_port):
+def test_collectives_and_timeout_of_later_groups(run_ranks, free_port):
     assert timedelta(minutes=1) < DEFAULT_TIMEOUT
     first, second = run_ranks(collectives_and_timeouts, 2, free_port, timeout=60)
     assert (first[0], second[0]) == ((0, 2, "torch"), (1, 2, "torch"))

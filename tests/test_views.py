@@ -1,4 +1,4 @@
-"""Views of pre-training: what each shows and hides, and one pass over all of them against a pass for each."""
+"""Pre-training views: the tokens each one shows and hides, and one pass over all views against one pass per view."""
 
 import os
 import shutil
@@ -41,7 +41,7 @@ CHEAP = {
     "language_view_patch_share": 0.5,
 }
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
-"""In fp64, of sums in another order."""
+"""fp64 tolerance for sums in another order."""
 
 
 def config_of(objectives=("mim", "mlm"), masking=None, **model):
@@ -83,7 +83,7 @@ def in_fp64(batch):
 
 
 def losses_of(model, config, batch):
-    torch.manual_seed(5)  # of hard negatives
+    torch.manual_seed(5)  # for hard negatives
     output = model(**batch.model_inputs())
     return output, pretraining_losses(output, batch.targets(), COUNTS, config.model)
 
@@ -93,10 +93,10 @@ def _plain_ops(monkeypatch):
     monkeypatch.setenv("EVE_DS_OPS", "reference")
 
 
-# --- what the views of a batch show -----------------------------------------------------------------------------------
+# --- content of the views of a batch ----------------------------------------------------------------------------------
 
 
-def test_the_image_view_masks_patches_and_the_language_view_words():
+def test_image_view_masks_patches_and_language_view_masks_words():
     batch = batch_of(config_of())
     mask_id = load_tokenizer("scenes").mask_token_id
     assert not (batch.input_ids == mask_id).any()
@@ -109,7 +109,7 @@ def test_the_image_view_masks_patches_and_the_language_view_words():
 
 
 @pytest.mark.parametrize("objectives", SETS, ids="+".join)
-def test_a_batch_has_the_fields_of_its_views_alone(objectives):
+def test_batch_has_only_the_fields_of_its_views(objectives):
     batch = batch_of(config_of(objectives, CHEAP))
     has_image_view, has_words = {"mim", "joint"} & {*objectives}, {"mlm", "joint"} & {*objectives}
     assert (batch.masked_patch_ids is not None) == bool(has_image_view)
@@ -120,7 +120,7 @@ def test_a_batch_has_the_fields_of_its_views_alone(objectives):
     assert batch.input_ids is not None
 
 
-def test_masks_of_a_view_depend_on_seed_epoch_key_and_view_alone():
+def test_masks_of_a_view_depend_only_on_seed_epoch_key_and_view():
     config = config_of(ALL, CHEAP)
     whole = batch_of(config)
     parts = [batch_of(config, pairs()[row : row + 1]) for row in range(6)]
@@ -138,14 +138,14 @@ def test_masks_of_a_view_depend_on_seed_epoch_key_and_view_alone():
             assert torch.equal(part.image_view_text_mask[0], whole.image_view_text_mask[place, :length])
             place += 1
     only_words = batch_of(config_of(["mlm"], CHEAP))
-    assert torch.equal(only_words.masked_input_ids, whole.masked_input_ids), "whatever the other views are"
+    assert torch.equal(only_words.masked_input_ids, whole.masked_input_ids), "other views must have no effect"
     later = batch_of(config, [replace(sample, epoch=1) for sample in pairs()])
     assert not torch.equal(later.masked_input_ids, whole.masked_input_ids)
     joint = batch_of(config_of(["joint"]))
     assert not torch.equal(joint.masked_input_ids, batch_of(config_of()).masked_input_ids)
 
 
-def test_shares_of_samples_words_and_patches():
+def test_shares_of_samples_words_and_patches_match_the_settings():
     samples = [Sample(f"k{number}", 0, image(), CAPTIONS[1]) for number in range(400)]
     masking = {"image_view_share": 0.3, "image_view_word_share": 0.25, "language_view_patch_share": 0.5}
     batch = batch_of(config_of(masking=masking), samples)
@@ -162,7 +162,7 @@ def test_shares_of_samples_words_and_patches():
 
 
 @pytest.mark.parametrize(("ratio", "visible"), [(0.0, 16), (0.01, 15), (0.99, 1), (1.0, 0)])
-def test_all_ratios_from_0_to_1(ratio, visible):
+def test_ratios_from_0_to_1_are_supported(ratio, visible):
     masking = {"patch_mask_ratio": ratio, "text_mask_ratio": ratio}
     batch = batch_of(config_of(["joint"] if ratio == 0 else ["mim", "mlm"], masking | {"max_text_mask_ratio": 1.0}))
     assert batch.visible_patch_ids.shape[1] == visible
@@ -179,7 +179,7 @@ def test_all_ratios_from_0_to_1(ratio, visible):
 
 
 @torch.no_grad()
-def test_each_view_encodes_what_it_shows_and_no_more():
+def test_each_view_encodes_only_its_own_tokens():
     config = config_of(ALL, CHEAP)
     model, batch = model_of(config).eval(), in_fp64(batch_of(config))
     output, _ = losses_of(model, config, batch)
@@ -203,7 +203,7 @@ def test_each_view_encodes_what_it_shows_and_no_more():
     texts = model.matching.text_features(
         backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask).stream.padded()[:, 0]
     )
-    torch.testing.assert_close(output.matching.image_features, images)  # heads give fp32
+    torch.testing.assert_close(output.matching.image_features, images)  # heads return fp32
     torch.testing.assert_close(output.matching.text_features, texts)
     torch.manual_seed(5)
     image_ids, text_ids = draw_hard_negatives(images @ texts.t() / torch.tensor(0.07))
@@ -215,7 +215,7 @@ def test_each_view_encodes_what_it_shows_and_no_more():
 
 
 @torch.no_grad()
-def test_masked_patches_reach_the_language_view_alone_and_masked_words_the_image_view_alone():
+def test_masked_patches_affect_only_the_language_view_and_masked_words_only_the_image_view():
     config = config_of()
     model, batch = model_of(config).eval(), in_fp64(batch_of(config))
     before, _ = losses_of(model, config, batch)
@@ -236,7 +236,7 @@ def test_masked_patches_reach_the_language_view_alone_and_masked_words_the_image
 
 
 @torch.no_grad()
-def test_incomplete_samples_are_in_the_views_that_they_can_serve():
+def test_incomplete_samples_are_only_in_views_that_can_use_them():
     config = config_of()
     model, batch = model_of(config).eval(), in_fp64(batch_of(config, MIXED))
     assert batch.image_view_ids.tolist() == [0, 1, 2, 3, 4]
@@ -245,7 +245,7 @@ def test_incomplete_samples_are_in_the_views_that_they_can_serve():
     routed = {view: layers[0].statistics.tokens.tolist() for view, layers in output.moe.items()}
     words = [len(sample.caption.split()) + 2 for sample in MIXED if sample.caption]
     assert routed["mim"] == [5 * (1 + 4), sum(words[:4])]
-    assert routed["mlm"] == [4 * (1 + 16), sum(words)], "an image without a caption has nothing to predict there"
+    assert routed["mlm"] == [4 * (1 + 16), sum(words)], "an image without a caption has nothing to predict in this view"
     alone, _ = losses_of(model, config, in_fp64(batch_of(config, MIXED[4:5])))
     torch.testing.assert_close(output.pixel_predictions[4:], alone.pixel_predictions, **EXACT)
     alone, _ = losses_of(model, config, in_fp64(batch_of(config, MIXED[5:])))
@@ -256,8 +256,8 @@ def test_incomplete_samples_are_in_the_views_that_they_can_serve():
 
 @pytest.mark.parametrize("kind", ["cross", "self"])
 @pytest.mark.parametrize("missing", ["image", "caption"])
-def test_a_view_without_a_sample_has_gradients_of_zeros(missing, kind):
-    """Ranks must have the same set of gradients, whatever the mixture drew for each."""
+def test_view_without_samples_has_zero_gradients(missing, kind):
+    """Ranks must have the same set of gradients, whatever samples each rank got."""
     decoder = {"kind": kind, "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
     config = config_of(pixel_decoder=decoder)
     model = model_of(config)
@@ -271,7 +271,7 @@ def test_a_view_without_a_sample_has_gradients_of_zeros(missing, kind):
 
 
 @torch.no_grad()
-def test_sources_of_one_modality_serve_one_view():
+def test_single_modality_sources_supply_one_view():
     config = config_of()
     model = model_of(config).eval()
     images = [replace(sample, caption=None) for sample in pairs()]
@@ -288,11 +288,11 @@ def test_sources_of_one_modality_serve_one_view():
         model()
 
 
-# --- one pass over all views against a pass for each ------------------------------------------------------------------
+# --- one pass over all views against one pass per view ----------------------------------------------------------------
 
 
 def both_ways(config, batch, double=True):
-    """Loss terms, statistics and gradients of one packed pass and of a pass a view."""
+    """Loss terms, statistics and gradients of one packed pass, and of one pass per view."""
     found = []
     for packed in (True, False):
         model = model_of(config).train()
@@ -316,13 +316,13 @@ ROUTING = {
 
 @pytest.mark.parametrize("routing", ROUTING)
 @pytest.mark.parametrize("objectives", [["mim", "mlm"], ALL], ids="+".join)
-def test_one_pass_equals_a_pass_for_each_view(objectives, routing):
+def test_one_pass_equals_one_pass_per_view(objectives, routing):
     config = config_of(objectives, CHEAP, moe=ROUTING[routing])
     samples = MIXED if "itc" not in objectives else pairs()
     packed, apart = both_ways(config, in_fp64(batch_of(config, samples)))
     assert_equal_ways(packed, apart, EXACT if "itc" not in objectives else {"rtol": 1e-5, "atol": 1e-7})
     if routing == "capacity":
-        assert all(layers[0].statistics.dropped.sum() > 0 for layers in packed[1].values()), "capacity is at work"
+        assert all(layers[0].statistics.dropped.sum() > 0 for layers in packed[1].values()), "capacity must drop routes"
 
 
 def assert_equal_ways(packed, apart, tolerance):
@@ -347,15 +347,15 @@ def assert_equal_ways(packed, apart, tolerance):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("routing", ["dropless", "capacity"])
-def test_one_pass_equals_a_pass_for_each_view_with_the_built_ops(routing, monkeypatch):
+def test_one_pass_equals_one_pass_per_view_with_compiled_ops(routing, monkeypatch):
     monkeypatch.setenv("EVE_DS_OPS", "build")
     config = config_of(masking=CHEAP, moe=ROUTING[routing])
     packed, apart = both_ways(config, batch_of(config, MIXED), double=False)
     assert_equal_ways(packed, apart, {"rtol": 1e-4, "atol": 2e-6})  # fp32
 
 
-def test_noise_of_routers_takes_a_pass_for_each_view():
-    """Jitter draws as many numbers as there are tokens; the views stay apart, and every one is routed."""
+def test_router_jitter_requires_one_pass_per_view():
+    """Jitter draws one number per token, so the views stay apart; every view is still routed."""
     config = config_of(moe={"num_experts": 4, "router_jitter": 0.2, "second_choice_noise": True})
     model, batch = model_of(config).float().train(), batch_of(config)
     output, terms = losses_of(model, config, batch)
@@ -368,7 +368,7 @@ def test_noise_of_routers_takes_a_pass_for_each_view():
     assert model.eval().backbone.blocks[1].moe.router.packs_views is True
 
 
-def test_the_official_profile_keeps_padding_in_every_view():
+def test_official_profile_keeps_padding_in_every_view():
     config = config_of(profile="official", moe=ROUTING["capacity"])
     packed, apart = both_ways(config, in_fp64(batch_of(config, MIXED)))
     assert_equal_ways(packed, apart, EXACT)
@@ -376,7 +376,7 @@ def test_the_official_profile_keeps_padding_in_every_view():
     assert float(packed[1]["mlm"][0].statistics.tokens.sum()) == 6 * 17 + padded.numel()
 
 
-def test_activation_checkpointing_of_packed_views_changes_nothing():
+def test_activation_checkpointing_of_packed_views_does_not_change_results():
     config = config_of(masking=CHEAP)
     batch = in_fp64(batch_of(config))
     found = []
@@ -410,7 +410,7 @@ def test_views_of_different_numbers_of_samples_share_a_pass():
 
 
 @pytest.mark.parametrize("kind", ["soft_router", "hard_router", "shared"])
-def test_kinds_of_deep_layers(kind):
+def test_deep_layers_have_the_configured_kind(kind):
     config = config_of(deep_ffn=kind)
     model, batch = model_of(config).train(), in_fp64(batch_of(config))
     output, terms = losses_of(model, config, batch)
@@ -424,13 +424,13 @@ def test_kinds_of_deep_layers(kind):
 
 
 @torch.no_grad()
-def test_the_hard_router_sends_a_token_by_its_modality_and_the_shared_network_does_not_look_at_it():
+def test_hard_router_uses_the_modality_and_shared_network_ignores_it():
     for kind, same in (("hard_router", False), ("shared", True)):
         config = config_of(deep_ffn=kind)
         block, batch = model_of(config).backbone.blocks[1], in_fp64(batch_of(config))
         x = torch.randn(4, 16, dtype=torch.float64).repeat(2, 1)
 
-        # Of one sample: four image tokens, then the same four as text tokens.
+        # One sample: four image tokens, then the same four as text tokens.
         out = block.ffn(x, Packing.of([Layout.of(torch.ones(1, 8, dtype=torch.bool), num_image_positions=4)]))
         assert torch.allclose(out[:4], out[4:], rtol=0, atol=1e-12) is same
         assert batch is not None
@@ -449,7 +449,7 @@ def test_without_modality_embedding_the_router_sees_the_token_alone():
 
 
 @pytest.mark.parametrize("objectives", SETS)
-def test_what_other_ranks_bring_to_the_check_batch_routes_no_token(objectives):
+def test_emptied_check_batch_of_other_ranks_routes_no_token(objectives):
     config = config_of(objectives, CHEAP if "joint" not in objectives else None)
     model = model_of(config).eval()
     inputs = in_fp64(batch_of(config)).model_inputs()
@@ -458,7 +458,7 @@ def test_what_other_ranks_bring_to_the_check_batch_routes_no_token(objectives):
     assert sum(float(layer.statistics.tokens.sum()) for layer in layers) == 0
 
 
-# --- where tokens stand -----------------------------------------------------------------------------------------------
+# --- layouts ----------------------------------------------------------------------------------------------------------
 
 MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
 
@@ -466,7 +466,7 @@ MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1
 @pytest.mark.parametrize("padding", ["none", "some", "all"])
 @pytest.mark.parametrize("num_image_positions", [0, 2, 5])
 @pytest.mark.parametrize("samples", [4, 2, 0])
-def test_a_layout_against_a_loop(samples, num_image_positions, padding):
+def test_layout_equals_loop(samples, num_image_positions, padding):
     mask = MASK[:samples]
     present = {"none": mask, "some": mask | (torch.arange(5) % 4 == 1), "all": torch.ones_like(mask)}[padding]
     options = {"none": {}, "some": {"present": present}, "all": {"keep_padding": True}}[padding]
@@ -497,12 +497,12 @@ def test_a_layout_against_a_loop(samples, num_image_positions, padding):
     again = Layout.of(behind.mask, 3 + num_image_positions, **options)
     for name, value in again._asdict().items():
         if name == "longest" and not samples:
-            continue  # of none, both are right
+            continue  # without samples, either value is right
         same = torch.equal(getattr(behind, name), value) if isinstance(value, torch.Tensor) else None
         assert same is True or getattr(behind, name) == value, name
 
 
-def test_a_packing_against_a_loop():
+def test_packing_equals_loop():
     layouts = [
         Layout.of(MASK, 2),
         Layout.of(MASK[:3], 5),
@@ -526,7 +526,7 @@ def test_a_packing_against_a_loop():
 
 
 @pytest.mark.parametrize("objectives", SETS, ids="+".join)
-def test_a_batch_carries_the_layouts_that_its_masks_give(objectives):
+def test_batch_contains_the_layouts_of_its_masks(objectives):
     config = config_of(objectives, CHEAP if "joint" not in objectives else None)
     model, batch = model_of(config).eval(), in_fp64(batch_of(config, pairs() if "itc" in objectives else MIXED))
     assert set(batch.layouts) == set(model(**batch.model_inputs()).moe) - {"itm"}
@@ -537,7 +537,7 @@ def test_a_batch_carries_the_layouts_that_its_masks_give(objectives):
         assert torch.equal(tensor, carried[name]), name
 
 
-def test_drawn_captions_get_as_many_places_as_the_longest_has(monkeypatch):
+def test_negative_captions_get_the_length_of_the_longest_caption(monkeypatch):
     config = config_of(ALL)
     model, batch = model_of(config).eval(), in_fp64(batch_of(config))
     lengths = batch.attention_mask.sum(dim=1)
@@ -552,12 +552,12 @@ def test_drawn_captions_get_as_many_places_as_the_longest_has(monkeypatch):
     )
     assert layout.sizes == (18 * 17, int(2 * lengths.sum() + 6 * lengths.max()))
     assert layout.num_tokens == sum(layout.sizes) == int(layout.ends[-1])
-    monkeypatch.setattr(model.backbone, "keep_padding", True)  # all of it, and the other views as they were
+    monkeypatch.setattr(model.backbone, "keep_padding", True)  # this view keeps all padding; other layouts are given
     padded, _ = losses_of(model, config, batch)
     torch.testing.assert_close(output.matching.logits, padded.matching.logits, **EXACT)
 
 
-# --- no view makes the host wait --------------------------------------------------------------------------------------
+# --- no view synchronizes with the host -------------------------------------------------------------------------------
 
 SELF = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "kind": "self"}
 MODELS = {
@@ -572,14 +572,14 @@ MODELS = {
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """What is taken where a tensor is on a GPU."""
+    """Select the code paths of a GPU."""
     monkeypatch.setattr(build, "_wanted_and_loaded", lambda device_type: True)
     monkeypatch.setattr(feed_forward, "_has_grouped_products", lambda *tensors: True)
     monkeypatch.setattr(attention, "_takes_packed", lambda packed, head_size, layout: not layout.is_whole)
 
 
 def step_without_data(config, batch):
-    """Model and losses after a step in bf16 on fake tensors, which have no values: whoever asks for one raises."""
+    """Model and losses after a bf16 step on fake tensors, which have no values: reading a value raises an error."""
     with torch.device("meta"):
         model = EVE(config.model).to(torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -593,7 +593,7 @@ def step_without_data(config, batch):
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("objectives", SETS, ids="+".join)
-def test_forward_and_backward_ask_for_no_value(objectives):
+def test_forward_and_backward_never_synchronize_with_the_host(objectives):
     config = config_of(objectives, None if "joint" in objectives else CHEAP)
     model, terms = step_without_data(config, batch_of(config, pairs() if "itc" in objectives else MIXED))
     assert {"load_balancing", "router_z"} < terms.keys()
@@ -603,13 +603,13 @@ def test_forward_and_backward_ask_for_no_value(objectives):
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
-def test_models_of_all_kinds_ask_for_no_value(settings):
+def test_no_kind_of_model_synchronizes_with_the_host(settings):
     config = config_of(ALL if settings != MODELS["official"] else ["mim", "mlm"], **settings)
     step_without_data(config, batch_of(config))
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_without_layouts_the_number_of_tokens_is_asked_for():
+def test_missing_layouts_synchronize_with_the_host():
     config = config_of()
     with pytest.raises(Exception, match="_local_scalar_dense"):
         step_without_data(config, replace(batch_of(config), layouts=None))
@@ -645,7 +645,7 @@ def gradients_of(model, config, batch):
     ],
     ids=["noise", "DeepSpeed, capacity", "inductor"],
 )
-def test_compiled_blocks_share_a_graph_and_give_the_same(moe_cls, settings, graphs, backend, monkeypatch):
+def test_compiled_blocks_share_graphs_and_give_the_same_results(moe_cls, settings, graphs, backend, monkeypatch):
     monkeypatch.setenv("EVE_DS_OPS", "build")
     torch.compiler.reset()
     config = config_of(num_hidden_layers=5, moe_layers=[3, 4], **settings)
@@ -659,11 +659,11 @@ def test_compiled_blocks_share_a_graph_and_give_the_same(moe_cls, settings, grap
     for batch, gradients in zip(batches, expected, strict=True):
         torch.testing.assert_close(gradients_of(model, config, batch), gradients, **rounding)
     model.eval()(**batches[0].model_inputs())
-    # One a kind of block, and one for the first layer where only that drops no path; evaluation is not compiled.
+    # One graph per kind of block, and one for the first layer if only that one drops no path. Evaluation runs eagerly.
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-def test_blocks_whose_experts_are_spread_over_ranks_are_not_compiled():
+def test_blocks_with_distributed_experts_are_not_compiled():
     model = EVE(config_of().model, partial(DeepSpeedMoE, ep_size=2, ep_rank=0))
     model.backbone.compile_blocks("eager")
     assert [block.compiled is not None for block in model.backbone.blocks] == [True, False, False]

@@ -1,1 +1,1 @@
-"""Saving a run and going on with it."""
+"""Save a run and resume it."""

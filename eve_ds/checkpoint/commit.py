@@ -1,7 +1,7 @@
-"""Save a run so that a checkpoint appears whole or not at all, and go on from the newest good one.
+"""Save a run so that a checkpoint appears whole or not at all, and resume from the newest good checkpoint.
 
-All ranks write into a hidden folder and flush. When all have, rank 0 adds the manifest, renames the folder and replaces
-`latest`. Where writing fails on any rank nothing appears, what was there stays, and the run goes on.
+All ranks write into a hidden folder and flush. When all have finished, rank 0 adds the manifest, renames the folder and
+replaces `latest`. If writing fails on any rank, no checkpoint appears, older checkpoints stay, and the run continues.
 """
 
 from __future__ import annotations
@@ -46,36 +46,36 @@ PACKAGES = ("eve_ds", "torch", "deepspeed", "transformers")
 
 
 class SaveError(RuntimeError):
-    """More saves in a row have failed than the run may go on with; nothing older is lost."""
+    """More saves in a row have failed than the settings allow; older checkpoints are intact."""
 
 
 class Content(NamedTuple):
-    """What a save is made of, besides the engine."""
+    """Content of a save besides the state of the engine."""
 
     step: int
-    """Optimiser updates taken."""
+    """Number of optimizer updates so far."""
     numbers: dict[str, Any]
-    """JSON-able counters of the run, equal on every rank."""
+    """Counters of the run that JSON can hold; equal on every rank."""
     position: dict[str, Any]
-    """JSON-able position of this rank's data loader."""
+    """Position of this rank's data loader, in a form that JSON can hold."""
     check_inputs: dict[str, Any] | None
-    """A few samples of this rank, as the model takes them; those of rank 0 are stored with the model's outputs, so that
-    whoever reads the weights can tell whether they are the same model. None stores none."""
+    """A few samples of this rank, as the model takes them. The samples of rank 0 are stored together with the model's
+    outputs, so that a reader of the weights can verify that it has the same model. None stores none."""
 
 
 class Saved(NamedTuple):
-    """A checkpoint that was published."""
+    """A published checkpoint."""
 
     folder: Path
     step: int
     stall_seconds: float
-    """How long training stood still on rank 0."""
+    """Time that training stood still on rank 0."""
     bytes: int
-    """Over all ranks."""
+    """Total over all ranks."""
 
 
 class _Pending:
-    """One save from its first byte to its publication; `records` of this rank's files fill up as they are written."""
+    """One save from its first byte to its publication; `records` lists this rank's files written so far."""
 
     def __init__(self, step: int, folder: Path) -> None:
         self.step, self.folder = step, folder
@@ -85,7 +85,7 @@ class _Pending:
         self.stall_seconds = 0.0
 
     def attempt(self, write: Callable[[], None]) -> None:
-        """Do it unless something went wrong before; remember what does, whatever it is: it may happen in a thread."""
+        """Call `write` unless a problem occurred before; record any exception, because this may run in a thread."""
         if self.problem is not None:
             return
         try:
@@ -97,17 +97,17 @@ class _Pending:
 
     @property
     def written(self) -> bool:
-        """Whether this rank has nothing left to write."""
+        """Whether this rank has finished writing."""
         return self.thread is None or not self.thread.is_alive()
 
 
 class Saver:
-    """Saves of one run; all methods but `written` are collective over all ranks.
+    """Saves of one run; all methods except `written` are collective over all ranks.
 
     Args:
         config: `train.output_dir`, `keep_last`, `keep_every_steps`, `async_save`, `max_failed_saves`.
-        tokenizer: travels with every checkpoint.
-        group: of all ranks on the host.
+        tokenizer: stored in every checkpoint.
+        group: process group of all ranks for data in host memory.
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast, group: dist.ProcessGroup) -> None:
@@ -120,13 +120,13 @@ class Saver:
 
     @property
     def written(self) -> bool:
-        """Whether a save is under way of which this rank has written all that it should."""
+        """Whether a save is pending and this rank has finished its part."""
         return self.pending is not None and self.pending.written
 
     def begin(self, engine: DeepSpeedEngine, content: Content) -> None:
-        """Write this rank's part, or with `async_save` copy it to the host's memory and leave writing to a thread."""
+        """Write this rank's part; with `async_save`, copy it to host memory and let a thread write it."""
         started = time.perf_counter()
-        # A name of its own: ranks of a killed run may still be writing when the next one saves the same step.
+        # The token makes the name unique: ranks of a killed run may still write when the next run saves the same step.
         token = broadcast_object(secrets.token_hex(4))
         pending = _Pending(content.step, self.root / f".saving-{manifest.name_of(content.step)}-{token}")
         if rank_zero():
@@ -145,7 +145,7 @@ class Saver:
         self.pending = pending
 
     def finish(self) -> Saved | None:
-        """Publish what was begun, once every rank has written it; None if a rank could not.
+        """Publish the pending save, once every rank has written its part; return None if a rank could not write.
 
         Raises:
             SaveError: more failures in a row than `train.max_failed_saves`.
@@ -179,7 +179,7 @@ class Saver:
         folder.mkdir()
 
     def _small_files(self, engine: DeepSpeedEngine, content: Content, check: bytes | None) -> dict[str, bytes]:
-        """Name -> content of what this rank adds to the tensors."""
+        """Name -> content of the files that this rank writes besides its tensors."""
         rank = {"position": content.position, "random": random_states()}
         small = {f"rank-{self.topology.rank:05d}.json": json.dumps(rank).encode()}
         if rank_zero():
@@ -216,15 +216,15 @@ class Saver:
         try:
             manifest.remove_leftovers(self.root)
             manifest.retire(train.output_dir, train.keep_last, train.keep_every_steps)
-        except OSError as error:  # the new checkpoint is there, which is what counts
+        except OSError as error:  # the new checkpoint is published, so the save has succeeded
             get_logger().warning("old checkpoints cannot be removed: %s", error)
 
     def _failed(self, pending: _Pending, problems: list[str]) -> None:
         self.failures += 1
         allowed = self.config.train.max_failed_saves
         message = (
-            f"the checkpoint of step {pending.step} was not saved ({'; '.join(problems)}); older ones are as they "
-            f"were; failure number {self.failures} in a row, train.max_failed_saves ({allowed}) are allowed"
+            f"the checkpoint of step {pending.step} was not saved ({'; '.join(problems)}); older checkpoints are "
+            f"unchanged; failure {self.failures} in a row, train.max_failed_saves ({allowed}) are allowed"
         )
         if self.failures > allowed:
             raise SaveError(message)
@@ -248,14 +248,14 @@ def _write(pending: _Pending, pieces: list[Piece], small: dict[str, bytes]) -> N
 
 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
-    """Name in a checkpoint -> content."""
+    """Name in a checkpoint -> content, for each file of the tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {f"{manifest.TOKENIZER}/{path.name}": path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def random_states() -> dict[str, Any]:
-    """States of the default generators of Python, numpy, torch and the accelerator, JSON-able."""
+    """States of the default generators of Python, numpy, torch and the accelerator, in a form that JSON can hold."""
     states = {"torch": torch.get_rng_state().numpy().tobytes().hex()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
@@ -264,7 +264,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put back what :func:`random_states` gave."""
+    """Restore the result of :func:`random_states`."""
     kind, numbers, gauss = states["python"]
     random.setstate((kind, tuple(numbers), gauss))
     kind, key, *rest = states["numpy"]
@@ -279,18 +279,19 @@ def _bytes_tensor(text: str) -> Tensor:
 
 
 def choose(config: Config, named: Path | None = None) -> Path | None:
-    """The checkpoint to go on from; collective, every file is read and compared with its hash.
+    """Checkpoint to resume from; collective. Every file is read and compared with its hash.
 
     Args:
-        config: of this run.
-        named: a checkpoint to take and no other; None: the newest good one of `train.output_dir`, with a warning for
+        config: configuration of this run.
+        named: the only checkpoint to consider. None takes the newest good one of `train.output_dir`, with a warning for
             every newer one that is not good.
 
     Returns:
-        None where there is no checkpoint to choose from.
+        Folder of the checkpoint, or None if there is no checkpoint to choose from.
 
     Raises:
-        ConfigError: the named one is not good; none is, although there are some; or it is of another model.
+        ConfigError: the named checkpoint is not good, all checkpoints are damaged, or the checkpoint holds another
+            model.
     """
     candidates = manifest.committed(config.train.output_dir) if named is None else [named]
     candidates = broadcast_object(candidates)
@@ -307,8 +308,8 @@ def choose(config: Config, named: Path | None = None) -> Path | None:
         complaints.append(f"checkpoint {folder} is damaged: {'; '.join(found)}")
     if complaints:
         raise ConfigError(
-            f"{'; '.join(complaints)}: there is no good checkpoint to go on from; restore the files, or name another "
-            "output folder"
+            f"{'; '.join(complaints)}: no good checkpoint to resume from; restore the files, or name another output "
+            "folder"
         )
     return None
 
@@ -327,15 +328,16 @@ def _check_model(folder: Path, config: Config) -> None:
 def load(
     engine: DeepSpeedEngine, folder: Path, shapes: dict[str, torch.Size]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Fill an engine of any topology from a checkpoint that :func:`choose` gave; collective.
+    """Fill an engine of any topology from a checkpoint that :func:`choose` returned; collective.
 
-    `shapes` are those of the plain model by name. Random states come back where the number of ranks is the same.
+    `shapes` maps the names of the plain model's weights to their shapes. Random states are restored if the number of
+    ranks is the same.
 
     Returns:
-        Counters of the run, and the data positions of all ranks that wrote it, in their order.
+        Counters of the run, and the data positions of all ranks that wrote the checkpoint, in rank order.
 
     Raises:
-        ConfigError: it does not hold what the model has.
+        ConfigError: the checkpoint's tensors do not match the model.
     """
     try:
         numbers = manifest.read_json(folder / manifest.STATE)
@@ -353,10 +355,10 @@ def load(
 
 @torch.no_grad()
 def _check_batch(model: torch.nn.Module, inputs: dict[str, Any]) -> bytes | None:
-    """Inputs and outputs of one forward in evaluation mode, as a safetensors file; collective, None but on rank 0.
+    """Inputs and outputs of one forward in evaluation mode, as a safetensors file; collective, None except on rank 0.
 
-    Weights are copied for that forward: in DeepSpeed's flat buffers they lie at any address, and products of matrices
-    are rounded by how their operands are aligned.
+    The forward uses copies of the weights: in DeepSpeed's flat buffers weights lie at arbitrary addresses, and the
+    alignment of the operands affects the rounding of matrix products.
     """
     training = model.training
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -371,9 +373,9 @@ def _check_batch(model: torch.nn.Module, inputs: dict[str, Any]) -> bytes | None
 
 
 def _emptied(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Samples that hold nothing to route: experts then see rank 0's tokens alone, as where the weights are read.
+    """Samples without any token to route, so that experts see only rank 0's tokens, as when the weights are read later.
 
-    A product of matrices with other rows beside ours is rounded in another way.
+    Additional rows in a matrix product would change the rounding of our rows.
     """
     emptied = inputs | {"layouts": None}
     if (pixel_values := inputs["pixel_values"]) is not None:

@@ -1,10 +1,11 @@
 """Tensor files of a checkpoint: flat pieces of named tensors in safetensors files, so that no pickle is ever read.
 
-A piece is stored as `{kind}/{plain name}/{start}`: elements of that tensor from `start` on. Which rank wrote it, and
-how its optimiser was cut, does not matter to who reads it: the pieces of all files together make the tensors.
+A piece is stored as `{kind}/{plain name}/{start}` and holds elements of that tensor from `start` on. A reader need not
+know which rank wrote a piece or how that rank's optimizer was partitioned: the pieces of all files together make up the
+tensors.
 
-Files are written straight from where the tensors lie, hashed on the way; ranges are read without mapping the file. Both
-keep memory at one piece, where safetensors' own writer copies all tensors first and its reader maps the whole file.
+Files are written directly from the tensors' memory and hashed on the way; ranges are read without mapping the file.
+Both keep memory use at one piece. safetensors' own writer copies all tensors first, and its reader maps the whole file.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from torch import Tensor
 
 PATTERN = "tensors-*.safetensors"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-"""fp32 weights and the two moments of Adam."""
+"""fp32 weight and the two moments of Adam."""
 SHOWN = 3
-"""Names that an error spells out before it counts the rest."""
+"""Number of names that an error lists before it counts the rest."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 2**28
 
 
 class CheckpointError(ValueError):
-    """A folder that is not a checkpoint, or a torn or contradictory one; the message names what is wrong."""
+    """A folder is not a checkpoint, or is incomplete or contradictory; the message names the problem."""
 
 
 class Piece(NamedTuple):
@@ -46,21 +47,21 @@ class Piece(NamedTuple):
 
 
 class FileRecord(NamedTuple):
-    """What a manifest says of a file."""
+    """Entry of a file in the manifest."""
 
     bytes: int
     sha256: str
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few of some names, and how many there are beyond."""
+    """First few of the names, and the number of further names."""
     ordered = sorted(names)
     more = len(ordered) - SHOWN
     return ", ".join(ordered[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> FileRecord:
-    """Write a safetensors file and flush it to disk; raises OSError where that fails."""
+    """Write a safetensors file and flush it to disk; raises OSError if that fails."""
     header, offset = {}, 0
     for kind, name, start, tensor in pieces:
         size = tensor.numel() * tensor.element_size()
@@ -87,7 +88,7 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> FileRecord:
 
 
 def _buffer(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host, not copied."""
+    """Bytes of a contiguous host tensor, without a copy."""
     return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -101,7 +102,7 @@ def write_bytes(path: Path, content: bytes) -> FileRecord:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make what was created, renamed or removed in a folder survive a power cut."""
+    """Make files created, renamed or removed in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,14 +111,14 @@ def flush_folder(folder: Path) -> None:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Size and hash of a file as it is."""
+    """Size and hash of a file as it is now."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path.stat().st_size, digest)
 
 
 class _Stored(NamedTuple):
-    """Where a piece lies."""
+    """Location of a piece."""
 
     start: int
     numel: int
@@ -127,10 +128,10 @@ class _Stored(NamedTuple):
 
 
 class PieceReader:
-    """Tensors of a checkpoint folder, or ranges of them, put together from the pieces that its files hold.
+    """Tensors of a checkpoint folder, or ranges of them, assembled from the pieces in its files.
 
     Raises:
-        CheckpointError: a file is no safetensors file of pieces.
+        CheckpointError: a file is not a safetensors file of pieces.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -145,11 +146,11 @@ class PieceReader:
             pieces.sort()
 
     def names(self, kind: str) -> set[str]:
-        """Tensors of a kind."""
+        """Names of the tensors of a kind."""
         return {name for stored, name in self._pieces if stored == kind}
 
     def numel(self, kind: str, name: str) -> int:
-        """Elements of a tensor, as far as pieces reach."""
+        """Number of elements of a tensor, up to the end of its last piece."""
         pieces = self._pieces.get((kind, name), [])
         return max((piece.start + piece.numel for piece in pieces), default=0)
 

@@ -1,12 +1,12 @@
-"""Folders of checkpoints: what makes one good, which one is the newest, which may go. Knows files only.
+"""Checkpoint folders: which are good, which is the newest, which may be deleted. Works on files only.
 
-run/checkpoints/step-00000500/manifest.json    what is in it, with sizes and hashes; written last
+run/checkpoints/step-00000500/manifest.json    content, with sizes and hashes; written last
                              /state.json       step, topology, counters
                              /config.json, tokenizer/, check_batch.safetensors
                              /tensors-*.safetensors    see :mod:`eve_ds.checkpoint.files`
                              /rank-*.json      data position and random states of each rank
-               /latest                         name of the newest
-               /.saving-*, .deleting-*         what a killed process left; ignored, and removed by the next save
+               /latest                         name of the newest checkpoint
+               /.saving-*, .deleting-*         leftovers of a killed process; ignored, and removed by the next save
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def name_of(step: int) -> str:
 
 
 def installed_version(package: str) -> str:
-    """Version of a package, or `absent`: eve_ds is not installed where it runs from a checkout."""
+    """Version of a package, or `absent`: eve_ds is not installed when it runs from a checkout."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -44,7 +44,7 @@ def installed_version(package: str) -> str:
 
 
 def write_manifest(folder: Path, content: dict[str, Any], files: dict[str, FileRecord]) -> None:
-    """Write the list of a folder's files (path in it -> record), the last thing before it is published."""
+    """Write the list of a folder's files (path in it -> record); the last step before the folder is published."""
     records = {name: record._asdict() for name, record in sorted(files.items())}
     manifest = {"format": FORMAT, **content, "files": records}
     write_bytes(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -52,11 +52,11 @@ def write_manifest(folder: Path, content: dict[str, Any], files: dict[str, FileR
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint; raises CheckpointError where the file is anything else."""
+    """Read a JSON object of a checkpoint; raises CheckpointError if the file is anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is torn, it lacks {path.name}: take another checkpoint") from None
+        raise CheckpointError(f"{path.parent} is incomplete, it lacks {path.name}: take another checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): take another checkpoint") from None
     except ValueError as error:
@@ -67,12 +67,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def problems(folder: Path, share: tuple[int, int] = (0, 1), hashes: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, a line each; empty for a good one.
+    """Problems of a checkpoint, one line each; empty for a good checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        share: (i, n) looks into every n-th file from number i on, so that n readers check the whole together.
-        hashes: read the files; otherwise their sizes alone are compared.
+        folder: folder of the checkpoint.
+        share: (i, n) checks every n-th file starting at file i, so that n readers together check the whole folder.
+        hashes: True reads the files and compares hashes; False compares sizes only.
     """
     try:
         manifest = read_json(folder / MANIFEST)
@@ -109,16 +109,16 @@ def _file_problem(path: Path, record: FileRecord, hashes: bool) -> str | None:
 
 
 def step_of(folder: Path) -> int | None:
-    """Step in the name of a checkpoint folder, None for any other name."""
+    """Step in the name of a checkpoint folder; None for any other name."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def committed(run: Path) -> list[Path]:
-    """Checkpoints of a run that were published, newest first.
+    """Published checkpoints of a run, newest first.
 
-    The newest is the one that `latest` names, as a run may have gone back to an earlier step. Neither times of files
-    nor any clock counts.
+    The newest is the one that `latest` names, because a run may have been resumed from an earlier step. File times and
+    clocks are ignored.
     """
     root = run / FOLDER
     if not root.is_dir():
@@ -138,8 +138,8 @@ def committed(run: Path) -> list[Path]:
 
 
 def publish(root: Path, hidden: str, name: str) -> None:
-    """Give a folder that is whole its name, then point `latest` at it; each of them happens or does not."""
-    if (root / name).exists():  # the same step saved again, after going back to an earlier one
+    """Give a complete folder its final name, then point `latest` at it; each step is atomic."""
+    if (root / name).exists():  # a run resumed from an earlier step saves this step again
         (root / name).rename(root / f".deleting-{name}")
     (root / hidden).rename(root / name)
     flush_folder(root)
@@ -150,17 +150,17 @@ def publish(root: Path, hidden: str, name: str) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what killed processes left: folders that were being written or deleted."""
+    """Remove leftovers of killed processes: folders that were being written or deleted."""
     for pattern in (".saving-*", ".deleting-*"):
         for leftover in root.glob(pattern):
             shutil.rmtree(leftover)
 
 
 def retire(run: Path, keep_last: int | None, keep_every_steps: int | None) -> list[str]:
-    """Delete checkpoints beyond the newest `keep_last` (None keeps all); returns their names.
+    """Delete checkpoints beyond the newest `keep_last` (None keeps all); return the names of deleted checkpoints.
 
-    Those of every `keep_every_steps`-th step stay. Nothing is deleted where the newest one has lost a file or bytes.
-    A folder is renamed before it is emptied, so that half of one is never taken for a checkpoint.
+    Checkpoints of every `keep_every_steps`-th step stay. Nothing is deleted if the newest checkpoint has lost a file or
+    bytes. A folder is renamed before it is emptied, so that a half-deleted folder never counts as a checkpoint.
     """
     if keep_last is None:
         return []

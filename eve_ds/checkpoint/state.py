@@ -1,8 +1,9 @@
-"""What a DeepSpeed engine holds of every tensor: fp32 weight and Adam's moments, in pieces, under plain names.
+"""Tensors of a DeepSpeed engine (fp32 weights and Adam's moments), in pieces, under plain names.
 
-ZeRO 1 and 2 cut the concatenated parameters of a group evenly over ranks; `_hp_mapping` of a parameter says which range
-of it lies in this rank's partition and where (DeepSpeed, utils/tensor_fragment.py). At ZeRO 0 every rank holds all of
-what it computes with: the parameters themselves in fp32, copies kept by FP16_UnfusedOptimizer in bf16 and fp16.
+ZeRO 1 and 2 split the concatenated parameters of a group evenly over ranks. The attribute `_hp_mapping` of a parameter
+gives the range of it that lies in this rank's partition, and its place there (DeepSpeed, utils/tensor_fragment.py). At
+ZeRO 0 every rank holds all tensors of its computation: the parameters themselves in fp32, or the copies of
+FP16_UnfusedOptimizer in bf16 and fp16.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from eve_ds.topology import Topology
 
 
 class Fragment(NamedTuple):
-    """A range of one tensor as it lies in the engine; writing to the tensors changes the engine."""
+    """Range of one tensor inside the engine; writing to `tensors` changes the engine."""
 
     name: str
-    """In the plain model."""
+    """Name in the plain model."""
     start: int
     """First element, in row-major order."""
     tensors: dict[str, Tensor]
@@ -33,7 +34,7 @@ class Fragment(NamedTuple):
 
 
 def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
-    """All that this rank holds, in the order of the model's parameters."""
+    """All fragments that this rank holds, in the order of the model's parameters."""
     held = _held_at_stage_0 if engine.zero_optimization_stage() == 0 else _held_in_partition
     masters = _masters_at_stage_0(engine)
     found: list[Fragment] = []
@@ -63,15 +64,15 @@ def pieces_to_write(engine: DeepSpeedEngine, topology: Topology) -> list[Piece]:
 
 @torch.no_grad()
 def load_pieces(engine: DeepSpeedEngine, reader: PieceReader, steps: float) -> None:
-    """Fill the engine from a checkpoint that may have been written by any number of ranks; collective.
+    """Fill the engine from a checkpoint that any number of ranks may have written; collective.
 
     Args:
-        engine: just initialised, with any ZeRO stage.
-        reader: of the checkpoint.
-        steps: updates that the moments have seen, for Adam's bias correction.
+        engine: newly initialized engine with any ZeRO stage.
+        reader: reader of the checkpoint.
+        steps: number of updates that the moments have seen, for Adam's bias correction.
 
     Raises:
-        CheckpointError: the checkpoint lacks, or has too much of, what this rank holds.
+        CheckpointError: the checkpoint lacks a part of this rank's tensors, or holds too much.
     """
     for fragment in fragments(engine):
         for kind, tensor in fragment.tensors.items():
@@ -87,10 +88,10 @@ def load_pieces(engine: DeepSpeedEngine, reader: PieceReader, steps: float) -> N
 
 
 def check_tensors(reader: PieceReader, shapes: dict[str, torch.Size], where: str) -> None:
-    """Every tensor of the plain model must be there, whole, with its moments, and no other.
+    """Check that a checkpoint holds every tensor of the plain model whole, with its moments, and no other tensor.
 
     Raises:
-        CheckpointError: naming those that are not.
+        CheckpointError: names the tensors that differ.
     """
     for kind in KINDS:
         names = reader.names(kind)
@@ -99,27 +100,27 @@ def check_tensors(reader: PieceReader, shapes: dict[str, torch.Size], where: str
         }
         if wrong:
             raise CheckpointError(
-                f"{where}: {kind} of {', '.join(sorted(wrong)[:3])} is not what the model has: config.json is not the "
-                "one of this checkpoint"
+                f"{where}: {kind} of {', '.join(sorted(wrong)[:3])} does not match the model: config.json does not "
+                "belong to this checkpoint"
             )
 
 
 def optimizer_steps(engine: DeepSpeedEngine) -> float:
-    """Updates that Adam's moments have seen; equal for all tensors."""
-    steps = {float(state["step"]) for state in _ready_states(engine)}
+    """Number of updates that Adam's moments have seen; equal for all tensors."""
+    steps = {float(state["step"]) for state in _initialized_states(engine)}
     if len(steps) != 1:
-        raise CheckpointError(f"the optimiser counts {sorted(steps)} updates for different tensors, which is a bug")
+        raise CheckpointError(f"the optimizer counts {sorted(steps)} updates for different tensors, which is a bug")
     return steps.pop()
 
 
 def loss_scale_state(engine: DeepSpeedEngine) -> dict[str, float] | None:
-    """Numbers of a dynamic loss scale (fp16), None without one."""
+    """State of a dynamic loss scale (fp16); None without one."""
     scaler = _scaler(engine)
     return None if scaler is None else {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)}
 
 
 def load_loss_scale(engine: DeepSpeedEngine, numbers: dict[str, float] | None) -> None:
-    """Put them back; nothing where either side has no dynamic loss scale."""
+    """Restore the result of :func:`loss_scale_state`; does nothing if either side has no dynamic loss scale."""
     scaler = _scaler(engine)
     if scaler is not None and numbers is not None:
         for name, value in numbers.items():
@@ -130,7 +131,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _scaler(engine: DeepSpeedEngine) -> Any:
-    """The object that counts for a dynamic loss scale: of ZeRO's optimiser, or the unfused fp16 one."""
+    """Object that holds a dynamic loss scale: from ZeRO's optimizer or the unfused fp16 optimizer."""
     for name in ("loss_scaler", "loss_scale_config"):
         scaler = getattr(engine.optimizer, name, None)
         if getattr(scaler, "dynamic", False) or getattr(engine.optimizer, "dynamic_loss_scale", False):
@@ -139,20 +140,20 @@ def _scaler(engine: DeepSpeedEngine) -> Any:
 
 
 def _inner(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    """torch's optimiser under DeepSpeed's."""
+    """torch's optimizer inside DeepSpeed's."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _ready_states(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
-    """State of every tensor that the optimiser updates; as after zero updates where it has not made any."""
+def _initialized_states(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
+    """State of every tensor that the optimizer updates; a state that does not exist yet is created for zero updates."""
     optimizer = _inner(engine)
     for group in optimizer.param_groups:
         for tensor in group["params"]:
-            yield _ready(optimizer.state[tensor], tensor)
+            yield _initialized(optimizer.state[tensor], tensor)
 
 
-def _ready(state: dict[str, Tensor], tensor: Tensor) -> dict[str, Tensor]:
-    if not state:  # as torch's AdamW makes it at the first update
+def _initialized(state: dict[str, Tensor], tensor: Tensor) -> dict[str, Tensor]:
+    if not state:  # the state that torch's AdamW creates at the first update
         state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
     return state
@@ -165,19 +166,19 @@ Masters = dict[nn.Parameter, Tensor]
 def _held_at_stage_0(
     engine: DeepSpeedEngine, parameter: nn.Parameter, masters: Masters
 ) -> tuple[int, dict[str, Tensor]]:
-    """First element and kind -> flat view of what this rank holds of a parameter: all of it."""
+    """First element and kind -> flat view of this rank's part of a parameter: at stage 0, all of it."""
     master = masters.get(parameter, parameter)
-    state = _ready(_inner(engine).state[master], master)
+    state = _initialized(_inner(engine).state[master], master)
     return 0, {"master": master.detach().view(-1), **{kind: state[kind].view(-1) for kind in KINDS[1:]}}
 
 
 def _held_in_partition(engine: DeepSpeedEngine, parameter: nn.Parameter, _: Masters) -> tuple[int, dict[str, Tensor]]:
-    """The same of ZeRO's partition; no views where none of the parameter lies in it."""
+    """Same for ZeRO's partition; no views if no part of the parameter lies in it."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return 0, {}
     partition = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    state = _ready(_inner(engine).state[partition], partition)
+    state = _initialized(_inner(engine).state[partition], partition)
     where = mapping.hp_fragment_address
     whole = {"master": partition.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
     return mapping.lp_fragment_address.start, {
@@ -186,7 +187,7 @@ def _held_in_partition(engine: DeepSpeedEngine, parameter: nn.Parameter, _: Mast
 
 
 def _masters_at_stage_0(engine: DeepSpeedEngine) -> Masters:
-    """Empty in fp32, and where ZeRO has cut them up."""
+    """Masters of all parameters; empty in fp32, and if ZeRO partitions the masters."""
     if not hasattr(engine.optimizer, "fp32_groups"):
         return {}
     pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
@@ -196,7 +197,7 @@ def _masters_at_stage_0(engine: DeepSpeedEngine) -> Masters:
 def _by_tensor(
     names: tuple[str, ...], parameter: nn.Parameter, start: int, tensors: dict[str, Tensor]
 ) -> Iterator[Fragment]:
-    """Cut a range of a parameter at the borders of the tensors in it: of the experts, if it holds several."""
+    """Split a range of a parameter at the borders of its tensors: of the experts, if it holds several."""
     size = parameter.numel() // len(names)
     stop = start + tensors["master"].numel()
     for number, name in enumerate(names):

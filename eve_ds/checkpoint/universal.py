@@ -1,7 +1,7 @@
-"""A checkpoint whose tensors are whole: nothing in its files depends on how many ranks wrote it.
+"""Checkpoint with whole tensors: nothing in its files depends on the number of ranks that wrote it.
 
-It is a checkpoint like any other, so that runs resume from it and exports are made of it; other programs read its
-tensors without knowing how ranks cut them.
+It is an ordinary checkpoint, so runs resume from it and exports are made from it. In addition, other programs can read
+its tensors without knowing how ranks partitioned them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from eve_ds.checkpoint.files import (
 )
 
 FILE_BYTES = 2**28
-"""A file is closed when it has grown beyond this, so that little is in memory at a time."""
+"""Size beyond which a file is closed, so that little data is in memory at a time."""
 
 
 class UniversalReport(NamedTuple):
-    """What was written."""
+    """Summary of the written folder."""
 
     step: int
     tensors: int
@@ -40,8 +40,8 @@ class UniversalReport(NamedTuple):
 def write_universal(checkpoint: Path, out: Path) -> UniversalReport:
     """Write the whole tensors of a good checkpoint into the new folder `out`.
 
-    Memory stays below `FILE_BYTES` and twice the largest tensor. A killed process leaves a hidden folder beside `out`,
-    which the next one removes.
+    Memory use stays below `FILE_BYTES` plus twice the largest tensor. A killed process leaves a hidden folder beside
+    `out`, which the next process removes.
 
     Raises:
         CheckpointError: `out` exists and is not empty, or the checkpoint does not hold every tensor whole.
@@ -91,7 +91,7 @@ def _write_tensors(reader: PieceReader, folder: Path) -> dict[str, FileRecord]:
 
 
 def _copy_others(source: Path, target: Path) -> dict[str, FileRecord]:
-    """Settings, tokenizer, counters, data positions: all but the tensors and the manifest."""
+    """Copy settings, tokenizer, counters and data positions: everything except the tensors and the manifest."""
     records = {}
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)

@@ -1,4 +1,4 @@
-"""Weights to start another run from: those of an exported folder, a checkpoint, or the newest good one of a run."""
+"""Initial weights for another run, from an exported folder, a checkpoint, or the newest good checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ INDEX = f"{WEIGHTS}.index.json"
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` is, or the newest good one of the run that it is; every file is verified.
+    """Checkpoint folder `path`, or the newest good checkpoint if `path` is a run; every file is verified.
 
     Raises:
-        CheckpointError: neither of them, a run without a checkpoint, or none that is good.
+        CheckpointError: `path` is neither a run nor a checkpoint, or holds no checkpoint, or no good one.
     """
     if (path / manifest.MANIFEST).is_file():
         folders = [path]
@@ -61,14 +61,14 @@ def export_files(folder: Path) -> dict[str, Path]:
 
 
 def weight_reader(source: Path, shapes: dict[str, torch.Size]) -> Callable[[str], Tensor]:
-    """A function from the name of a tensor to the tensor, which reads nothing else.
+    """Function from a tensor's name to the tensor; each call reads only that tensor.
 
     Args:
         source: exported folder, checkpoint or run.
-        shapes: what the model has; the source must have just that.
+        shapes: shapes of the model's tensors; the source must hold exactly these.
 
     Raises:
-        CheckpointError: none of the three, or other tensors than the model's, by name.
+        CheckpointError: `source` is none of the three, or holds other tensors than the model; the message names them.
     """
     files = export_files(source)
     if not files:
@@ -83,10 +83,10 @@ def weight_reader(source: Path, shapes: dict[str, torch.Size]) -> Callable[[str]
 
 
 def checkpoint_reader(folder: Path, shapes: dict[str, torch.Size]) -> Callable[[str], Tensor]:
-    """The same for a checkpoint folder that was verified: fp32 masters."""
+    """Same for a verified checkpoint folder; returns fp32 masters."""
     reader = PieceReader(folder)
     found = {name: torch.Size([reader.numel("master", name)]) for name in reader.names("master")}
-    # Pieces are flat: of a tensor of as many elements the shape is the model's.
+    # Pieces are flat, so a tensor with the same number of elements takes the model's shape.
     fitting = {name: shapes[name] for name, size in found.items() if name in shapes and size[0] == shapes[name].numel()}
     _compare(found | fitting, shapes, folder)
     return lambda name: reader.read("master", name).view(shapes[name])

@@ -1,1 +1,1 @@
-"""The plain PyTorch model: read `eve.py` from top to bottom."""
+"""The plain PyTorch model; start reading at `eve.py`."""

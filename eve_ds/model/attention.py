@@ -25,9 +25,9 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, layouts: Sequence[Layout]) -> Tensor:
-        """(N, D) -> (N, D); tokens attend to the real tokens of their sample.
+        """(N, D) -> (N, D); each token attends to the real tokens of its sample.
 
-        The tokens of several layouts stand one after the other. They share the projections.
+        The tokens of several layouts follow one another in N and share the projections.
         """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).split([layout.num_tokens for layout in layouts])
@@ -37,7 +37,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries of one sequence read another sequence of a different width."""
+    """Queries from one sequence attend to another sequence of a different width."""
 
     def __init__(self, hidden_size: int, memory_size: int, num_heads: int) -> None:
         super().__init__()
@@ -47,24 +47,25 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, memory: Tensor, layout: Layout) -> Tensor:
-        """(B, Q, D), tokens (N, M) and their layout over the same B samples -> (B, Q, D)."""
+        """Queries (B, Q, D), memory tokens (N, M) with their layout over the same B samples -> (B, Q, D)."""
         return self.proj(attend(self.query(x), self.key_value(memory), self.num_heads, layout))
 
 
 def attend(queries: Tensor | None, packed: Tensor, num_heads: int, layout: Layout) -> Tensor:
-    """Scaled dot-product attention within samples, softmax in fp32.
+    """Scaled dot-product attention within each sample, softmax in fp32.
 
-    Tokens are laid out by sample and padded for torch's SDPA; where there would be padding and `varlen_attn` has
-    kernels, it takes them packed as they are.
+    Tokens are padded per sample for torch's SDPA. If that would add padding and `varlen_attn` has a kernel, it takes
+    the packed tokens instead.
 
     Args:
-        queries: (B, Q, D), the same number for every sample; None: every token has a query of its own in `packed`.
+        queries: (B, Q, D), the same number of queries for every sample. None means that `packed` holds one query per
+            token.
         packed: (N, 2 D) keys and values of the tokens, or (N, 3 D) queries, keys and values.
-        num_heads: each of D / num_heads channels.
-        layout: of the N tokens.
+        num_heads: number of heads, each with D / num_heads channels.
+        layout: layout of the N tokens.
 
     Returns:
-        (B, Q, D), or (N, D) in the order of the tokens.
+        (B, Q, D), or (N, D) in token order if `queries` is None.
     """
     head_size = packed.shape[1] // (num_heads * (3 if queries is None else 2))
     if _takes_packed(packed, head_size, layout):
@@ -78,14 +79,17 @@ def attend(queries: Tensor | None, packed: Tensor, num_heads: int, layout: Layou
 
 
 def _takes_packed(packed: Tensor, head_size: int, layout: Layout) -> bool:
-    """Where `varlen_attn` has kernels. Without padding SDPA is faster: .8 against 1.2 ms for 256 x 213 on an H200."""
+    """Whether to use `varlen_attn`: it needs a kernel, and padding to avoid.
+
+    Without padding SDPA is faster: 0.8 against 1.2 ms for 256 x 213 tokens on an H200.
+    """
     has_kernel = packed.device.type == "cuda" and packed.dtype in (torch.bfloat16, torch.float16)
     return has_kernel and head_size % 8 == 0 and head_size <= 256 and not (layout.is_whole or layout.keeps_padding)
 
 
 def _attend_packed(queries: Tensor | None, packed: Tensor, num_heads: int, head_size: int, layout: Layout) -> Tensor:
-    """As :func:`attend`; samples are told apart by where they end."""
-    from torch.nn.attention.varlen import varlen_attn  # which imports the compiler: more than a second of every start
+    """Same result as :func:`attend`; the end offsets of `layout` separate the samples."""
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which costs over a second at start
 
     *own, k, v = packed.unflatten(-1, (-1, num_heads, head_size)).unbind(1)  # (N, heads, D / heads)
     if queries is None:

@@ -1,7 +1,8 @@
-"""Decoders of masked signal modeling: pixels of masked patches, and masked words.
+"""Decoders of masked signal modeling: one predicts the pixels of masked patches, one predicts masked words.
 
-The released files hold no decoder. The paper (Methods) has MAE's asymmetric one for pixels, and two layers with a
-softmax for words; that the second is tied to the word embedding, with BERT's LayerNorm before it, is our choice.
+The released files hold no decoder. The paper (Methods) uses MAE's asymmetric decoder for pixels, and two layers with a
+softmax for words. Two details of the word head are our choice: its output is tied to the word embedding, and BERT's
+LayerNorm precedes that product.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from eve_ds.views import Layout
 class PixelDecoder(nn.Module):
     """Predict masked patches from the encoded visible patches and text tokens.
 
-    `cross`: mask tokens (one per masked patch, told apart by position) query the encoded stream.
-    `self`: mask tokens join the projected stream and everything attends to everything.
+    `cross`: mask tokens (one per masked patch, identified by position) query the encoded stream.
+    `self`: mask tokens join the projected stream, and all tokens attend to all tokens.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,7 +40,7 @@ class PixelDecoder(nn.Module):
         self.pixels = nn.Linear(width, config.patch_size**2 * 3)
 
     def forward(self, stream: TokenStream, visible_patch_ids: Tensor, masked_patch_ids: Tensor) -> Tensor:
-        """Encoded stream of B samples, (B, N_visible), (B, N_masked) -> (B, N_masked, P * P * 3)."""
+        """Encoded stream of B samples, (B, N_visible), (B, N_masked) int64 -> pixels (B, N_masked, P * P * 3)."""
         queries = self.mask_token + self.position[masked_patch_ids]  # (B, N_masked, W)
         memory = self.memory(self.memory_norm(stream.hidden_states))  # (N, W or D)
         if self.kind == "cross":
@@ -54,7 +55,7 @@ class PixelDecoder(nn.Module):
     def _join(
         self, queries: Tensor, memory: Tensor, layout: Layout, visible_patch_ids: Tensor
     ) -> tuple[Tensor, Layout]:
-        """Mask tokens first, then the stream, whose patches (after the class token) get the decoder's positions."""
+        """Put mask tokens before the stream; patches (after the class token) get the decoder's position embedding."""
         num_visible = visible_patch_ids.shape[1]
         position = F.pad(self.position[visible_patch_ids], (0, 0, 1, memory.shape[1] - num_visible - 1))
         layout = layout.behind(queries.shape[1])
@@ -62,7 +63,7 @@ class PixelDecoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm attention (self over everything, or cross from mask tokens to the stream) and feed-forward."""
+    """Pre-norm attention (self over all tokens, or cross from mask tokens to the stream) and feed-forward."""
 
     def __init__(self, config: ModelConfig, memory_size: int) -> None:
         super().__init__()
@@ -76,14 +77,14 @@ class DecoderBlock(nn.Module):
         self.ffn = FeedForward(width, 4 * width)
 
     def forward(self, x: Tensor, memory: Tensor | None, layout: Layout) -> Tensor:
-        """Same shape out: tokens (N, W) with their layout, or (B, Q, W) that look at `memory` tokens and theirs."""
+        """Tokens (N, W) with their layout, or queries (B, Q, W) with `memory` and its layout -> the shape of `x`."""
         h = self.norm1(x)
         x = x + (self.attention(h, [layout]) if memory is None else self.attention(h, memory, layout))
         return x + self.ffn(self.norm2(x))
 
 
 class TextHead(nn.Module):
-    """Dense, GELU, LayerNorm; the projection to the vocabulary is the word embedding itself plus a bias (BERT)."""
+    """Dense, GELU, LayerNorm; the projection to the vocabulary is the word embedding itself plus this bias (BERT)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -92,5 +93,5 @@ class TextHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(M, D) -> (M, D), to be multiplied by the word embedding."""
+        """(M, D) -> (M, D); the caller multiplies the result by the word embedding."""
         return self.norm(F.gelu(self.dense(hidden_states)))

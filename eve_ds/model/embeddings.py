@@ -1,4 +1,4 @@
-"""Embeddings of pixels and of token ids, and position tables fitted to other sizes."""
+"""Embeddings of pixels and of token ids, and conversion of position tables to other sizes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ImageEmbedding(nn.Module):
         self.modality = nn.Parameter(torch.empty(width))
 
     def forward(self, pixel_values: Tensor, visible_patch_ids: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) -> (B, 1 + N, D); with `visible_patch_ids` (B, N) only those patches are embedded.
+        """(B, 3, H, W) -> (B, 1 + N, D); if `visible_patch_ids` (B, N) is given, only those patches are embedded.
 
-        Patches keep the position of where they were in the image.
+        Each patch gets the position embedding of its place in the image.
         """
         batch = pixel_values.shape[0]
         pixel_values = pixel_values.to(self.projection.weight.dtype)  # batches are fp32, weights may not be
@@ -35,7 +35,7 @@ class ImageEmbedding(nn.Module):
         if visible_patch_ids is not None:
             patches = _take(patches, visible_patch_ids)
             position = self.position[1:][visible_patch_ids]
-        # Projecting patches is the convolution, on visible patches only.
+        # On patches, the linear layer equals the convolution, and it can skip patches that are not visible.
         patches = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
         first = (self.class_token + self.position[0]).expand(batch, 1, -1)
         return torch.cat([first, patches + position], dim=1) + self.modality
@@ -66,13 +66,13 @@ class TextEmbedding(nn.Module):
 
 
 def resize_positions(position: Tensor, side: int) -> Tensor:
-    """Position table (1 + N * N, D) of N x N patches -> (1 + side * side, D), for images of another size.
+    """Convert a position table (1 + N * N, D) of N x N patches to (1 + side * side, D), for images of another size.
 
-    Patches are interpolated (bicubic, corners not aligned, no antialiasing: upstream `interpolate_pos_embed`) in fp32,
-    the row of the class token is kept; the dtype stays.
+    Patch rows are interpolated in fp32 (bicubic, corners not aligned, no antialiasing: upstream
+    `interpolate_pos_embed`). The class token's row is copied. The dtype does not change.
 
     Raises:
-        ValueError: the patches of the table are no square.
+        ValueError: the number of patches in the table is not a square.
     """
     old = math.isqrt(position.shape[0] - 1)
     if old * old != position.shape[0] - 1:
@@ -85,10 +85,10 @@ def resize_positions(position: Tensor, side: int) -> Tensor:
 
 
 def cut_positions(position: Tensor, length: int) -> Tensor:
-    """Text position table (T, D) -> its first `length` rows.
+    """First `length` rows of a text position table (T, D).
 
     Raises:
-        ValueError: the table is shorter; positions that were never trained are not made up.
+        ValueError: the table is shorter than `length`; untrained positions are not invented.
     """
     if length > position.shape[0]:
         raise ValueError(f"a text position table of {position.shape[0]} rows cannot serve text_positions ({length})")
@@ -96,14 +96,14 @@ def cut_positions(position: Tensor, length: int) -> Tensor:
 
 
 def _patches(pixel_values: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, N, 3 * P * P), row by row; values of a patch in the order of a convolution's weight.
+    """(B, 3, H, W) -> (B, N, 3 * P * P) in row-major order; values of a patch are in the order of a convolution weight.
 
-    One copy; `F.unfold` launches a kernel for every image on CUDA.
+    This is one copy, while `F.unfold` launches one kernel per image on CUDA.
     """
     grid = pixel_values.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, P, columns, P)
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """(B, N, D), (B, M) -> (B, M, D)."""
+    """Select tokens by id: (B, N, D), (B, M) int64 -> (B, M, D)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,7 +1,7 @@
-"""The feed-forward networks of all experts of a layer that are held here, stacked: one tensor a kind of parameter.
+"""Feed-forward networks of all experts of a layer that this process holds, stacked into one tensor per parameter kind.
 
-State dicts name every expert by itself, `0.fc1.weight`, as a ModuleList of :class:`FeedForward` would: DeepSpeed's
-checkpoint code and exported weights go by those names, and nobody who loads weights sees how they were stored.
+State dicts name each expert separately, `0.fc1.weight`, as a ModuleList of :class:`FeedForward` would. DeepSpeed's
+checkpoint code and the exported weights depend on these names, so code that loads weights never sees the stacking.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Experts(nn.Module):
         self.register_load_state_dict_pre_hook(_stack)
 
     def forward(self, rows: Tensor, sizes: Tensor) -> Tensor:
-        """Expert e on its `sizes[e]` rows: (R, D), (E,) int64 -> (R, D); rows past their sum come out as zeros.
+        """Apply expert e to its `sizes[e]` rows: (R, D), (E,) int64 -> (R, D); rows past the sum of sizes return zeros.
 
-        An expert without rows has a gradient of zeros, so that all ranks have the same set of gradients.
+        An expert without rows gets a zero gradient, so that all ranks have the same set of gradients.
         """
         return ops.grouped_feed_forward(rows, sizes, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 def _unstack(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """State-dict hook: every expert under a name of its own, views of the stacked tensors."""
+    """State-dict hook that replaces each stacked tensor by one named view per expert."""
     for name, _ in module.named_parameters():
         for expert, part in enumerate(state_dict.pop(prefix + name)):
             state_dict[f"{prefix}{expert}.{name}"] = part
@@ -58,7 +58,10 @@ def _stack(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Load hook: the way back. Experts that lack or do not fit are named; a kind that is not whole stays as it is."""
+    """Load hook, inverse of `_unstack`.
+
+    It reports experts that are missing or have another shape. A parameter with such an expert keeps its value.
+    """
     for name, own in module.named_parameters():
         parts = {key: state_dict.pop(key, None) for key in (f"{prefix}{expert}.{name}" for expert in range(len(own)))}
         missing = [key for key, part in parts.items() if part is None]

@@ -1,4 +1,4 @@
-"""Feed-forward networks: one of them, and one per modality."""
+"""Feed-forward networks: the plain network, one network per modality, and one network for all modalities."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eve_ds.views import IMAGE, TEXT, Packing, joined
 
 
 class FeedForward(nn.Module):
-    """fc1, quick_gelu, fc2."""
+    """Feed-forward network: fc1, quick_gelu, fc2."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class FeedForward(nn.Module):
 
 
 class ModalityFeedForward(nn.Module):
-    """LayerNorm and feed-forward network, one pair a modality (upstream `mlp_imag`, `mlp_text`).
+    """LayerNorm and feed-forward network, one pair per modality (upstream `mlp_imag`, `mlp_text`).
 
-    This is the paper's hard router (EVE eq. 7): as many experts as modalities, and each token goes to the expert of its
-    own. Shallow layers have it, and on demand the deep ones (`model.deep_ffn`, Table 7).
+    This is the paper's hard router (EVE eq. 7): one expert per modality, and each token goes to the expert of its own
+    modality. Shallow layers always use it; deep layers use it if `model.deep_ffn` selects it (Table 7).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -58,5 +58,5 @@ class SharedFeedForward(nn.Module):
         self.network = FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """(N, D) -> (N, D); where tokens stand is not looked at."""
+        """(N, D) -> (N, D); ignores the packing."""
         return self.network(self.norm(x))

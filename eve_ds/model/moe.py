@@ -1,17 +1,18 @@
-"""Modality-aware mixture of experts on one process: the reference that the distributed layer is compared with.
+"""Modality-aware mixture of experts on one process: the reference for the distributed layer.
 
-A token's router sees the token plus a learnt embedding of its modality (EVE eq. 4). The output is a weighted sum of the
-chosen experts' outputs. EVE's eq. 5 weighs expert i by its probability g(x)_i as it is; the released code divides the
-probabilities of the choices that got a slot by their sum, and so do both profiles here: released weights were trained
-that way, and a token's output keeps its scale whatever share of probability its top k experts hold. With top_k 1 the
-probability stays as it is. Profiles:
+The router sees each token plus a learned embedding of its modality (EVE eq. 4). The output is a weighted sum of the
+outputs of the chosen experts. EVE's eq. 5 weighs expert i by its plain probability g(x)_i. The released code instead
+divides the probabilities of the choices that got a slot by their sum, and so do both profiles here: released weights
+were trained that way, and a token's output keeps its scale whatever share of probability its top k experts hold. With
+top_k 1 the weight is the plain probability. Profiles:
 
-- `default`: the embedding moves the router only, experts see the token; padding is not routed; evaluation is
-  noise-free and dropless, so an output never depends on what else is in the batch.
-- `official`, the released behaviour: experts too see token + embedding, padding is routed and takes capacity,
-  capacity (and the noise of the second choice, if switched on) acts at evaluation as in training. It reproduces what
-  the released fine-tuning uses. It does not reproduce the released code's path for a part of the patches (`ids_keep`),
-  which loses their positions and routes text as if it were image: there, patches keep their places here.
+- `default`: the embedding affects the router only; experts see the token alone. Padding is not routed. Evaluation has
+  no noise and no dropping, so an output never depends on the other samples of the batch.
+- `official`, the behavior of the release: experts also see token + embedding. Padding is routed and takes capacity.
+  Capacity (and the noise of the second choice, if enabled) applies in evaluation as in training. This profile
+  reproduces the behavior that the released fine-tuning uses. One part is not reproduced: the released path for a subset
+  of patches (`ids_keep`) loses the patches' positions and routes text as if it were image. Here, patches keep their
+  positions.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from eve_ds.views import IMAGE, TEXT
 
 
 class RouterStatistics(NamedTuple):
-    """Counts of one MoE layer and one view; sums over ranks, steps and views are meaningful.
+    """Counts of one MoE layer and one view; they may be summed over ranks, steps and views.
 
-    Of V views that shared a forward all fields have V as their first dimension.
+    If V views shared a forward, every field has V as its first dimension.
     """
 
     routes: Tensor
-    """(2, E) fp32 routes chosen by modality and expert, before dropping."""
+    """(2, E) fp32 chosen routes by modality and expert, before dropping."""
     dropped: Tensor
-    """(2,) fp32 routes dropped by modality."""
+    """(2,) fp32 dropped routes by modality."""
     tokens: Tensor
     """(2,) fp32 routed tokens by modality."""
     entropy_sum: Tensor
@@ -47,18 +48,18 @@ class RouterStatistics(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """What an MoE layer returns; nothing is kept on the module."""
+    """Result of an MoE layer; the module itself keeps nothing."""
 
     hidden_states: Tensor
-    """Shape of the input, zero for tokens that are not routed."""
+    """Shape of the input; zero for tokens that are not routed."""
     load_balancing_loss: Tensor
-    """() fp32, 1 when balanced; (V,) of V views, each balanced for itself."""
+    """() fp32, 1 when balanced; (V,) for V views, each balanced separately."""
     router_z_sum: Tensor
     """() or (V,) fp32 sum over this rank's tokens of logsumexp(logits)^2 (ST-MoE eq. 5)."""
     statistics: RouterStatistics
 
     def by_view(self) -> list[MoEOutput]:
-        """Of an output over V views one output per view, without hidden states."""
+        """Split an output over V views into one output per view, without hidden states."""
         nothing = self.hidden_states.new_empty(0)
         losses = zip(self.load_balancing_loss.unbind(), self.router_z_sum.unbind(), strict=True)
         counts = zip(*(values.unbind() for values in self.statistics), strict=True)
@@ -66,23 +67,23 @@ class MoEOutput(NamedTuple):
 
 
 def sum_statistics(of_views: Sequence[RouterStatistics]) -> RouterStatistics:
-    """Counts of one layer over several views."""
+    """Counts of one layer, summed over several views."""
     return RouterStatistics(*(torch.stack(values).sum(dim=0) for values in zip(*of_views, strict=True)))
 
 
 class RouterOutput(NamedTuple):
-    """Routes of the tokens of one forward, the rows they fill, and what losses and statistics are made of."""
+    """Routes of the tokens of one forward, the rows they fill, and the inputs of losses and statistics."""
 
     rows: Tensor
-    """(R, D) what experts see."""
+    """(R, D) input of the experts."""
     routing: ops.Routing
     num_tokens: Tensor
-    """() fp32 tokens routed, or (V,) of V views."""
+    """() fp32 number of routed tokens; (V,) for V views."""
     statistics: RouterStatistics
 
 
 class Router(nn.Module):
-    """Bias-free linear in fp32 on token + modality embedding, then top-k (upstream `TopKGate`, `vision_embed`)."""
+    """Bias-free fp32 linear layer on token + modality embedding, then top-k (upstream `TopKGate`, `vision_embed`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,9 +101,10 @@ class Router(nn.Module):
         valid: Tensor | None = None,
         view_sizes: Sequence[int] | None = None,
     ) -> RouterOutput:
-        """Route (T, D) tokens with (T,) modality ids; (T,) `valid` False means padding, None that there is none.
+        """Route tokens (T, D) with modality ids (T,); `valid` (T,) is False for padding, None if there is no padding.
 
-        `view_sizes` are the tokens of each view, whose sums are kept apart; None: one sum. Needs :attr:`packs_views`.
+        `view_sizes` gives the token count of each view and keeps the sums of views separate; it requires
+        :attr:`packs_views`. None gives one sum.
         """
         routed = None if self.official else valid
         embedding = x.new_zeros(2, x.shape[1]) if self.modality_embedding is None else self.modality_embedding
@@ -128,18 +130,18 @@ class Router(nn.Module):
 
     @property
     def packs_views(self) -> bool:
-        """Whether tokens of several views can be routed at once: no token's route depends on another token."""
+        """Whether one routing can serve several views: true if no token's route depends on another token."""
         return self.dropless and not (self.training and self.config.router_jitter > 0)
 
     @property
     def dropless(self) -> bool:
-        """Whether rows are packed instead of laid out in fixed slots per expert."""
+        """Whether rows are packed, rather than laid out in fixed slots per expert."""
         if self.official:
             return self.config.routing == "dropless"
         return self.config.routing == "dropless" or not self.training
 
     def rows_per_expert(self, routing: ops.Routing) -> Tensor:
-        """(E,) int64 rows of each expert in the buffer: those filled if dropless, otherwise its slots."""
+        """(E,) int64 rows of each expert in the buffer: the filled rows if dropless, otherwise the expert's slots."""
         if self.dropless:
             return routing.counts
         return torch.full_like(routing.counts, routing.source.numel() // routing.counts.numel())
@@ -154,7 +156,7 @@ class Router(nn.Module):
         embed_rows: bool,
         **routing_options: Any,
     ) -> tuple[Tensor, ops.Routing]:
-        """As :func:`eve_ds.ops.route_and_dispatch`; the router sees each token times noise around 1 (Switch 2.4)."""
+        """Same as :func:`eve_ds.ops.route_and_dispatch`, with router inputs times noise around 1 (Switch 2.4)."""
         low, high = 1 - self.config.router_jitter, 1 + self.config.router_jitter
         weight, embedding = weight.float(), modality_embedding.float()
         jittered = x.float() * torch.empty_like(x, dtype=torch.float32).uniform_(low, high)
@@ -180,12 +182,12 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """All experts on this process."""
+    """MoE layer with all experts on this process."""
 
     first_expert = 0
-    """Global id of the first expert held here; other layers of this interface may hold a part."""
+    """Global id of the first expert held here; other layers with this interface may hold a part of the experts."""
     is_compilable = True
-    """Whether :meth:`mix` is one graph for `torch.compile`."""
+    """Whether :meth:`mix` compiles to one graph under `torch.compile`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -199,9 +201,9 @@ class MoE(nn.Module):
         attention_mask: Tensor | None = None,
         view_sizes: Sequence[int] | None = None,
     ) -> MoEOutput:
-        """(..., D), (...) int64, (...) bool or None where all are tokens -> MoEOutput.
+        """(..., D), (...) int64, (...) bool (None if there is no padding) -> MoEOutput.
 
-        `view_sizes` are the tokens of V views that stand one after the other; None: they are of one view.
+        `view_sizes` gives the token counts of V consecutive views; None means one view.
         """
         return self.output(*self.mix(hidden_states, modality_ids, attention_mask, view_sizes))
 
@@ -212,27 +214,27 @@ class MoE(nn.Module):
         attention_mask: Tensor | None,
         view_sizes: Sequence[int] | None,
     ) -> tuple[Tensor, ...]:
-        """What :func:`mix_experts` gives for arguments as those of :meth:`forward`."""
+        """Output of :func:`mix_experts` for the arguments of :meth:`forward`."""
         return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.experts, view_sizes)
 
     def output(self, *mixed: Tensor) -> MoEOutput:
-        """MoEOutput of what :meth:`mix` gave."""
+        """Convert the output of :meth:`mix` to a MoEOutput."""
         return moe_output(*mixed)
 
 
-def _itself(parameter: nn.Parameter) -> Tensor:
+def _identity(parameter: nn.Parameter) -> Tensor:
     return parameter
 
 
 def plain_named_tensors(
-    model: nn.Module, of: Callable[[nn.Parameter], Tensor] = _itself
+    model: nn.Module, of: Callable[[nn.Parameter], Tensor] = _identity
 ) -> Iterator[tuple[str, Tensor]]:
-    """What is held here under the names of the plain model's state dict, experts counted over all processes.
+    """Tensors held by this process, under the names of the plain model's state dict (global expert ids).
 
     Args:
         model: a plain or DeepSpeed model.
-        of: what to take of every parameter, in the parameter's shape: itself, its gradient, its fp32 master. That of
-            stacked experts is handed on expert by expert, as views.
+        of: maps each parameter to the tensor to yield, in the parameter's shape: the parameter itself, its gradient, or
+            its fp32 master. Tensors of stacked experts are yielded expert by expert, as views.
     """
     for name, parameter in model.named_parameters():
         tensor = of(parameter)
@@ -241,7 +243,7 @@ def plain_named_tensors(
 
 
 def plain_names_of(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
-    """Plain names of what a parameter of a plain or DeepSpeed model holds: its experts' in order, or its own."""
+    """Plain names of the contents of a parameter of a plain or DeepSpeed model: one per expert, or its own name."""
     block, is_moe, _ = name.partition(".moe.")
     first_expert = cast(int, model.get_submodule(f"{block}.moe").first_expert) if is_moe else 0
     return plain_names(name, first_expert, len(parameter) if is_stacked(name) else 1)
@@ -255,19 +257,18 @@ def mix_experts(
     apply_experts: Callable[[Tensor, Tensor], Tensor],
     view_sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Route, dispatch, run the experts wherever they live, combine: what every MoE layer does.
+    """Steps shared by every MoE layer: route, dispatch, run the experts wherever they are, combine.
 
-    Where experts have a capacity, each view has its own, and so its own pass.
+    If experts have a capacity, each view has its own capacity and therefore its own pass.
 
     Args:
         router: chooses experts.
-        hidden_states, modality_ids, attention_mask: (..., D), (...) int64, (...) bool or None where all are tokens.
+        hidden_states, modality_ids, attention_mask: (..., D), (...) int64, (...) bool or None if there is no padding.
         apply_experts: maps the expert buffer (R, D) and the (E,) int64 rows of each expert in it to the (R, D) outputs.
-        view_sizes: tokens of V views that stand one after the other; None: they are of one view, and no result has the
-            dimension of views.
+        view_sizes: token counts of V consecutive views. None means one view, and results without a view dimension.
 
     Returns:
-        Arguments of :func:`moe_output`: tensors only, and without a collective, so that all of it can be compiled.
+        Arguments of :func:`moe_output`: tensors only, computed without a collective, so that all of this can compile.
     """
     x, ids = hidden_states.flatten(0, -2), modality_ids.flatten()
     valid = None if attention_mask is None else attention_mask.flatten()
@@ -290,7 +291,7 @@ def _mix(
     apply_experts: Callable[[Tensor, Tensor], Tensor],
     view_sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
-    """One routing of tokens (T, D)."""
+    """Route tokens (T, D) once, run the experts and combine."""
     routed = router(x, modality_ids, valid, view_sizes)
     routing = routed.routing
     rows = apply_experts(routed.rows, router.rows_per_expert(routing))
@@ -300,13 +301,13 @@ def _mix(
 
 
 def moe_output(hidden_states: Tensor, balance: Tensor, z_sum: Tensor, *statistics: Tensor) -> MoEOutput:
-    """MoEOutput of the parts that :func:`mix_experts` gives; views are balanced each for itself.
+    """MoEOutput from the parts that :func:`mix_experts` returns; each view is balanced separately.
 
     Args:
-        hidden_states: as in MoEOutput.
+        hidden_states: see MoEOutput.
         balance: (2 E + 1) or (V, 2 E + 1) fp32 sums over the tokens that are balanced together, of this rank or of
-            several: first choices and probabilities by expert, and how many tokens there are.
-        z_sum: as in MoEOutput.
+            several: first choices by expert, probabilities by expert, and the number of tokens.
+        z_sum: see MoEOutput.
         statistics: fields of RouterStatistics.
     """
     num_experts = balance.shape[-1] // 2
@@ -319,7 +320,7 @@ def moe_output(hidden_states: Tensor, balance: Tensor, z_sum: Tensor, *statistic
 def _statistics(
     routing: ops.Routing, modality_ids: Tensor, routed: Tensor, view_sizes: Sequence[int] | None
 ) -> RouterStatistics:
-    """Sums over tokens by view and modality, as one product: counts are exact, and the host makes few calls."""
+    """Sums over tokens by view and modality, as one matrix product: counts are exact, and the host launches few ops."""
     num_tokens, num_experts = routing.probabilities.shape
     # Columns: routes by expert, dropped routes, tokens, entropy.
     figures = routing.probabilities.new_zeros(num_tokens, num_experts + 3, dtype=torch.float32)
@@ -343,7 +344,7 @@ def _statistics(
 
 
 def on_host(statistics: Sequence[RouterStatistics]) -> list[RouterStatistics]:
-    """The same in the host's memory, by one copy of all: each copy makes the host wait for an accelerator."""
+    """Copy statistics to the host in one transfer, because each transfer makes the host wait for the accelerator."""
     fields = [field for own in statistics for field in own]
     flat = torch.cat([field.flatten() for field in fields]).cpu() if fields else torch.empty(0)
     parts = iter(flat.split([field.numel() for field in fields]))
@@ -351,13 +352,15 @@ def on_host(statistics: Sequence[RouterStatistics]) -> list[RouterStatistics]:
 
 
 def router_metrics(statistics: RouterStatistics) -> dict[str, float]:
-    """Readable figures of one MoE layer, from statistics of one forward or summed over ranks and steps.
+    """Readable metrics of one MoE layer, from statistics of one forward or summed over ranks and steps.
 
     Returns:
-        `image_share`: of the routed tokens. `entropy`: mean over tokens of the router's distribution, in nats, at most
-        log(E). `dead_experts`: experts that no token chose. `max_load`: routes of the most chosen expert over the mean,
-        1 when balanced. `dropped_image`, `dropped_text`: share of a modality's routes. `image_routes/e` and
-        `text_routes/e`: routes that chose expert e, before dropping. Shares of nothing are 0.
+        `image_share`: share of image tokens among the routed tokens. `entropy`: mean over tokens of the entropy of the
+        router's distribution, in nats, at most log(E). `dead_experts`: number of experts that no token chose.
+        `max_load`: routes of the most chosen expert divided by the mean, 1 when balanced. `dropped_image`,
+        `dropped_text`: share of a modality's routes that were dropped. `image_routes/e` and `text_routes/e`: routes
+            that
+        chose expert e, before dropping. A share of zero routes or tokens is 0.
     """
     chosen = statistics.routes.sum(dim=0)  # (E,)
     by_modality = statistics.routes.sum(dim=1).clamp(min=1)  # (2,)

@@ -1,9 +1,9 @@
-"""Tokens of a view in one stream without padding, and the ways between that, samples and modalities.
+"""Token stream of a view without padding, and conversions between stream, padded samples and modality order.
 
-Samples stand one after the other, each with its image tokens before its text tokens. Whatever works on tokens one by
-one (norms, projections, feed-forward networks, experts) sees real tokens only; attention looks at each sample. Where a
-token stands is said by a :class:`eve_ds.views.Layout`. The streams of several views of a batch can stand one after the
-other too (:class:`eve_ds.views.Packing`), so that one pass encodes them all.
+Samples follow one another, each with its image tokens before its text tokens. Modules that work token by token (norms,
+projections, feed-forward networks, experts) see real tokens only; attention works within each sample. A
+:class:`eve_ds.views.Layout` gives the place of each token. The streams of several views of a batch can also follow one
+another (:class:`eve_ds.views.Packing`), so that one pass encodes all views.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TokenStream(NamedTuple):
     layout: Layout
 
     def padded(self) -> Tensor:
-        """(B, S, D), zero where no token is; image tokens (class token first) come before text."""
+        """(B, S, D), zero where there is no token; image tokens (class token first) come before text."""
         return pad(self.hidden_states, self.layout)
 
 
@@ -36,7 +36,7 @@ def join(image: Tensor | None, text: Tensor | None, layout: Layout) -> TokenStre
 
 
 def pad(tokens: Tensor, layout: Layout) -> Tensor:
-    """(N, D) -> (B, S, D), zero where no token is."""
+    """(N, D) -> (B, S, D), zero where there is no token."""
     if not layout.is_whole:
         tokens = take_rows(tokens, layout.places, layout.token_ids)
     return tokens.view(*layout.mask.shape, tokens.shape[-1])
@@ -49,29 +49,32 @@ def pack(padded: Tensor, layout: Layout) -> Tensor:
 
 
 def sort_by_modality(tokens: Tensor, packing: Packing) -> Tensor:
-    """(N, D) in stream order -> (N, D), those of images first."""
+    """(N, D) in stream order -> (N, D) with image tokens first."""
     if packing.order is None or packing.places is None:
         return tokens
     return take_rows(tokens, packing.order, packing.places)
 
 
 def restore_order(tokens: Tensor, packing: Packing) -> Tensor:
-    """(N, D) by modality -> (N, D) in stream order."""
+    """(N, D) in modality order -> (N, D) in stream order."""
     if packing.order is None or packing.places is None:
         return tokens
     return take_rows(tokens, packing.places, packing.order)
 
 
 def take_rows(x: Tensor, ids: Tensor, places: Tensor) -> Tensor:
-    """Rows `ids` of x, zero for -1: (T, D), (R,) -> (R, D); no row twice.
+    """Rows `ids` of x, with zeros for -1: (T, D), (R,) -> (R, D); no row of x may be taken twice.
 
-    `places` (T,) says where each row of x went, or -1.
+    `places` (T,) is the destination of each row of x, or -1 if the row is not taken.
     """
     return TakeRows.apply(x, ids, places)
 
 
 class TakeRows(torch.autograd.Function):
-    """As no row is taken twice, the gradient is taken the same way, with the roles of the indices exchanged."""
+    """Autograd node of :func:`take_rows`.
+
+    No row is taken twice, so the backward is the same operation with the two index tensors exchanged.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ids: Tensor, places: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Routing and masked-loss operations; `reference.py` defines what is correct, `build.py` says which form runs."""
+"""Routing and masked-loss ops; `reference.py` defines correct results, `build.py` decides which implementation runs."""
 
 from eve_ds.ops.feed_forward import grouped_feed_forward, quick_gelu
 from eve_ds.ops.masked_loss import linear_cross_entropy, masked_pixel_loss

@@ -1,13 +1,14 @@
-"""Compile and load the built ops on first use, or say once why the plain ones are taken.
+"""Compile and load the fused ops on first use, or log once why the plain PyTorch ops run instead.
 
-`EVE_DS_OPS` chooses: `auto` (default) builds where a compiler is found and falls back to `reference.py` with one
-warning, `build` makes every problem fatal, `reference` never builds. A library is kept in `EVE_DS_CACHE` (default
-`~/.cache/eve_ds`) under a name made of sources, flags and versions; processes that start together wait for the one that
-builds.
+`EVE_DS_OPS` selects the mode. `auto` (default) compiles the ops where a compiler exists, and otherwise falls back to
+`reference.py` with one warning. `build` makes every problem fatal. `reference` never compiles. A compiled library stays
+in `EVE_DS_CACHE` (default `~/.cache/eve_ds`); its name is a hash of sources, flags and versions. When several processes
+start together, one compiles and the others wait for it.
 
-The ops check ids on the CPU before they touch memory. On CUDA they do not, since the host would have to wait: a wrong
-id reads or writes other memory. `EVE_DS_CHECK=1` has the GPU check the ids of every op before it runs; a bad one ends
-the program with a line such as `eve_ds: slots[7] is 12, which must be at least -1 and below 12`.
+On the CPU, the ops check ids before they touch memory. On CUDA they do not, because the host would have to wait for the
+GPU; a wrong id then reads or writes unrelated memory. With `EVE_DS_CHECK=1`, the GPU checks the ids of every op before
+the op runs. A bad id ends the program with a line such as
+`eve_ds: slots[7] is 12, which must be at least -1 and below 12`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MODES = ("auto", "build", "reference")
 HEADERS = Path(torch.__file__).parent / "include"
 LIBRARIES = Path(torch.__file__).parent / "lib"
 TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-"""Oldest torch whose stable ABI is asked for: 2.11."""
+"""Target version of torch's stable ABI: 2.11 is the oldest torch that can load the libraries."""
 CPU_FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-fno-strict-aliasing", "-Wno-psabi", "-Wno-ignored-attributes"),
@@ -56,21 +57,21 @@ DTYPES = {
 
 
 class OpsBuildError(RuntimeError):
-    """The ops could not be built although `EVE_DS_OPS=build` asks for them; holds the reason."""
+    """The fused ops could not be built although `EVE_DS_OPS=build` requires them; the message gives the reason."""
 
 
 class Job(NamedTuple):
-    """One compiler call: everything but the output."""
+    """One compiler call without its output argument."""
 
     name: str
     command: tuple[str, ...]
 
 
 def mode() -> str:
-    """What `EVE_DS_OPS` says.
+    """Value of `EVE_DS_OPS`.
 
     Raises:
-        OpsBuildError: an unknown word.
+        OpsBuildError: the value is not one of `MODES`.
     """
     chosen = os.environ.get("EVE_DS_OPS", "auto")
     if chosen not in MODES:
@@ -79,10 +80,10 @@ def mode() -> str:
 
 
 def use_built(x: torch.Tensor) -> bool:
-    """Whether the built ops take this tensor, for its device and dtype; builds and loads them at the first call.
+    """Whether the compiled ops support the device and dtype of this tensor; the first call builds and loads them.
 
     Raises:
-        OpsBuildError: `EVE_DS_OPS=build`, and they cannot be built.
+        OpsBuildError: `EVE_DS_OPS=build`, and the ops cannot be built.
     """
     return x.dtype in DTYPES.get(x.device.type, ()) and _wanted_and_loaded(x.device.type)
 
@@ -91,7 +92,7 @@ def _wanted_and_loaded(device_type: str) -> bool:
     return _loaded(device_type, mode())
 
 
-# What `torch.compiler.assume_constant_result` does, which imports the compiler: 1.5 s of every start.
+# `torch.compiler.assume_constant_result` sets this same flag, but importing it costs 1.5 s at every start.
 _wanted_and_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -99,18 +100,23 @@ _wanted_and_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _loaded(device_type: str, chosen: str) -> bool:
     if chosen == "reference":
         return False
-    problem = _problem_of_loading(device_type)
+    problem = _loading_problem(device_type)
     if problem is None:
         return True
     if chosen == "build":
         raise OpsBuildError(problem)
-    get_logger().warning("%s: the plain torch ops are used, which are slower (EVE_DS_OPS=reference to say so)", problem)
+    get_logger().warning(
+        "%s; using the plain PyTorch ops, which are slower (set EVE_DS_OPS=reference to silence this warning)", problem
+    )
     return False
 
 
 @cache
-def _problem_of_loading(device_type: str) -> str | None:
-    """Why the ops cannot be had; None once they are loaded. Tried once: a build that fails may take a minute."""
+def _loading_problem(device_type: str) -> str | None:
+    """Reason why the ops cannot be loaded, or None if they are loaded.
+
+    The result is cached, because a build that fails may take a minute.
+    """
     try:
         torch.ops.load_library(str(build(device_type)))
     except (OpsBuildError, OSError) as error:
@@ -119,10 +125,10 @@ def _problem_of_loading(device_type: str) -> str | None:
 
 
 def build(device_type: str) -> Path:
-    """The library of ops for `cpu` or `cuda`, compiled unless the cache holds it.
+    """Path of the ops library for `cpu` or `cuda`; compiles the library unless the cache holds it.
 
     Raises:
-        OpsBuildError: no sources, no compiler, or the compiler's first message.
+        OpsBuildError: the sources or a compiler are missing, or compilation failed; holds the compiler's first error.
     """
     if not KERNELS.is_dir():
         raise OpsBuildError(
@@ -145,7 +151,7 @@ def build(device_type: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where built libraries lie."""
+    """Folder that holds the compiled libraries."""
     chosen = os.environ.get("EVE_DS_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eve_ds"
 
@@ -171,7 +177,7 @@ def _cuda_jobs() -> tuple[list[Job], tuple[str, ...]]:
         raise OpsBuildError("no nvcc and g++ found to build the fused ops for CUDA: install the CUDA toolkit")
     jobs = [Job(source, (nvcc, *CUDA_FLAGS, "-c", str(KERNELS / source))) for source in CUDA_SOURCES]
     jobs.append(_binding(compiler, "binding_cuda.cpp"))
-    # nvcc knows where its own runtime lies; beside it the toolkit may have `lib` or `lib64`, or be elsewhere.
+    # nvcc knows where its own runtime is: the toolkit may keep it in `lib`, in `lib64` or elsewhere.
     return jobs, (*_link(nvcc, "torch_cpu", "torch_cuda"), "-cudart", "static")
 
 
@@ -186,7 +192,7 @@ def _link(compiler: str, *libraries: str) -> tuple[str, ...]:
 
 
 def _digest(jobs: list[Job], link: tuple[str, ...]) -> str:
-    """Changes with sources, flags, and the versions of torch and of the compilers."""
+    """Hash of the sources, the flags, and the versions of torch and of the compilers."""
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(KERNELS.glob("*.*")):
         if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
@@ -222,7 +228,7 @@ def _run(command: list[str]) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; the system releases the lock of a process that dies."""
+    """Hold `path` as a lock for one process at a time; the system releases the lock if the process dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,6 +1,6 @@
-"""Feed-forward ops: activation in one pass, and the networks of all experts as one autograd node.
+"""Feed-forward ops: the activation in one pass, and the feed-forward networks of all experts as one autograd node.
 
-Signatures and meaning are those of :mod:`eve_ds.ops.reference`.
+Signatures and semantics are those of :mod:`eve_ds.ops.reference`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def quick_gelu(x: Tensor) -> Tensor:
 def grouped_feed_forward(
     rows: Tensor, sizes: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
 ) -> Tensor:
-    """All experts on their rows; see :func:`eve_ds.ops.reference.grouped_feed_forward`.
+    """Apply every expert to its rows; see :func:`eve_ds.ops.reference.grouped_feed_forward`.
 
-    In bf16 on a GPU with grouped products :func:`grouped_products`, for which the host need not know the sizes.
-    Elsewhere one matrix product per expert, written where its result belongs, and one activation for all: nothing is
-    cut apart and put together again. On a GPU (fp32, fp16, or one older than sm_90) the host waits for the sizes then,
-    once in a forward pass and never in a backward pass.
+    On a GPU that has grouped products for bf16, this runs :func:`grouped_products`, which keeps the sizes on the
+    device. Elsewhere it runs one matrix product per expert, written directly into its place in the result, and one
+    activation pass over all rows, so that nothing is split and concatenated. In that form a GPU (fp32, fp16, or older
+    than sm_90) makes the host wait for the sizes once per forward pass and never in a backward pass.
     """
     if _has_grouped_products(rows, fc1):
         return grouped_products(rows, sizes, fc1, fc1_bias, fc2, fc2_bias)
@@ -40,10 +40,10 @@ def grouped_feed_forward(
 
 
 def _has_grouped_products(rows: Tensor, fc1: Tensor) -> bool:
-    """Where `F.grouped_mm` has a kernel of its own: bf16 from sm_90 on, rows of whole 16 bytes.
+    """Whether `F.grouped_mm` has a kernel of its own here: bf16 on sm_90 or newer, with rows of whole 16 bytes.
 
-    Elsewhere it is a loop over the experts for which the host waits in each of six products; on the CPU with copies,
-    slower than ours: see the log of kernels/README.md.
+    Without such a kernel, `F.grouped_mm` loops over the experts and the host waits in each of six products. On the CPU
+    it also copies, and is slower than our op; see the log in kernels/README.md.
     """
     return (
         rows.device.type == "cuda"
@@ -58,10 +58,10 @@ def _has_grouped_products(rows: Tensor, fc1: Tensor) -> bool:
 def grouped_products(
     rows: Tensor, sizes: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
 ) -> Tensor:
-    """As :func:`grouped_feed_forward` on `F.grouped_mm`; sizes stay on the device and nothing waits for them.
+    """Same result as :func:`grouped_feed_forward`, computed by `F.grouped_mm`.
 
-    Between the products one pass over the hidden states forward and one backward, by built ops, or several where those
-    are not to be had.
+    The sizes stay on the device and the host never waits for them. Between the products, the compiled ops make one pass
+    over the hidden states in the forward and one in the backward. Without compiled ops these are several passes.
     """
     ends = sizes.cumsum(0, dtype=torch.int32)
     if use_built(rows):
@@ -71,16 +71,18 @@ def grouped_products(
 
 
 class GroupedProducts(torch.autograd.Function):
-    """rows and the experts' parameters -> rows.
+    """Autograd node from rows and expert parameters to output rows.
 
-    Grouped products leave rows of nobody as they find them. The ops between them write zeros there.
+    Grouped products leave rows that belong to no expert untouched. The ops between the products write zeros there.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, ends: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
     ) -> Tensor:
-        """Arguments as in :func:`grouped_feed_forward`, and `ends` (E,) int32, where the rows of each expert end."""
+        """Arguments of :func:`grouped_feed_forward`, except that `ends` (E,) int32, the end row of each expert,
+        replaces `sizes`.
+        """
         rows = rows.contiguous()
         product = F.grouped_mm(rows, fc1.transpose(1, 2), offs=ends)
         activated = torch.ops.eve_ds.grouped_bias_quick_gelu(product, fc1_bias, ends)
@@ -91,7 +93,7 @@ class GroupedProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the rows and of every parameter, by the same products as autograd's of `F.grouped_mm`."""
+        """Gradients of the rows and of every parameter, by the same products that autograd uses for `F.grouped_mm`."""
         rows, ends, product, activated, fc1, fc1_bias, fc2 = ctx.saved_tensors
         ops = torch.ops.eve_ds
         d_out = d_out.contiguous()
@@ -107,7 +109,7 @@ class GroupedProducts(torch.autograd.Function):
 def _grouped_feed_forward(
     rows: Tensor, sizes: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op: outputs (R, D); for the backward hidden and activated states (R, F), and the sizes on the host."""
+    """Forward op: outputs (R, D), hidden and activated states (R, F) for the backward, and the sizes on the host."""
     on_host = sizes.to("cpu", copy=True)  # the host waits for a GPU here
     spans, end = _spans(on_host)
     hidden = rows.new_empty(rows.shape[0], fc1.shape[1])
@@ -125,7 +127,7 @@ def _grouped_feed_forward(
 def _grouped_feed_forward_backward(
     d_out: Tensor, sizes: Tensor, rows: Tensor, hidden: Tensor, activated: Tensor, fc1: Tensor, fc2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op: gradients of the rows and of every parameter."""
+    """Backward op: gradients of the rows and of every parameter."""
     spans, end = _spans(sizes)
     d_activated = torch.empty_like(hidden)
     d_activated[end:] = 0
@@ -146,7 +148,7 @@ LIBRARY.impl("grouped_feed_forward_backward", _grouped_feed_forward_backward, "C
 
 
 def _parameter_gradients(spans: list[slice], d_out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the stacked weights and biases of linear layers, from that of their outputs and their inputs."""
+    """Gradients of stacked linear weights and biases, from the gradient of the outputs and the inputs `x`."""
     weight = x.new_empty(len(spans), d_out.shape[1], x.shape[1])
     bias = x.new_empty(len(spans), d_out.shape[1])
     for span, d_weight, d_bias in zip(spans, weight, bias, strict=True):
@@ -156,7 +158,7 @@ def _parameter_gradients(spans: list[slice], d_out: Tensor, x: Tensor) -> tuple[
 
 
 def _spans(sizes: Tensor) -> tuple[list[slice], int]:
-    """The rows of each expert, and where the last one's end."""
+    """Row range of each expert, and the end of the last range."""
     filled = sizes.tolist()
     ends = list(accumulate(filled))
     return [slice(end - size, end) for size, end in zip(filled, ends, strict=True)], ends[-1]

@@ -1,6 +1,6 @@
-"""Masked-loss ops: the built ones with autograd where they are loaded, the reference elsewhere.
+"""Masked-loss ops: the compiled ops with autograd where they are loaded, otherwise the reference.
 
-Signatures and meaning are those of :mod:`eve_ds.ops.reference`.
+Signatures and semantics are those of :mod:`eve_ds.ops.reference`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from eve_ds.ops.build import use_built
 from eve_ds.ops.schema import LIBRARY
 
 SMALL_BYTES, CHUNK_BYTES = 2**24, 3 * 2**25
-"""Logits of 16 MiB are computed at once on a CPU, others in two or more pieces of at most 96 MiB: few rows multiply
-slowly."""
+"""Chunk sizes on a CPU. Up to 16 MiB of logits are computed at once, more in two or more chunks of at most 96 MiB:
+matrix products of few rows are slow."""
 CUDA_CHUNK_BYTES = 2**30
-"""Pieces on a GPU, where few rows are slower still: twice the speed of 96 MiB on an H200 (kernels/README.md)."""
+"""Chunk size on a GPU, where few rows are slower still: twice the speed of 96 MiB on an H200 (kernels/README.md)."""
 MOST_ROUNDED = 4
-"""So many chunks may be added to a gradient in the weight's own dtype; each rounds the sum once."""
+"""Most chunks that may be added to a gradient in the weight's own dtype; each addition rounds the sum once."""
 SLICE_ROWS = 4096
-"""Rows of the vocabulary whose gradient is added up at once where that is done in fp32 beside a smaller dtype."""
+"""Vocabulary rows per step when the weight gradient accumulates in fp32 while the weight has a smaller dtype."""
 
 
 def linear_cross_entropy(
@@ -31,9 +31,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross entropy of a vocabulary projection; see :func:`eve_ds.ops.reference.linear_cross_entropy`.
 
-    Gradients are formed with the loss, `chunk` rows at a time (None: see `CHUNK_BYTES` and `CUDA_CHUNK_BYTES`), so
-    that (N, V) logits larger than a chunk are never held whole. Backward multiplies these gradients by its upstream
-    gradient in place and runs once.
+    The forward forms the gradients together with the loss, `chunk` rows at a time (None: see `CHUNK_BYTES` and
+    `CUDA_CHUNK_BYTES`), so that (N, V) logits larger than a chunk are never held whole. The backward multiplies these
+    gradients by its upstream gradient in place, so it can run only once.
     """
     if not use_built(hidden):
         return reference.linear_cross_entropy(hidden, weight, bias, target)
@@ -46,7 +46,7 @@ def linear_cross_entropy(
 
 
 def _chunk_rows(rows: int, row_bytes: int, on: torch.device) -> int:
-    """Rows of equal pieces, rounded up to a multiple of 64."""
+    """Rows per chunk: chunks of equal size, rounded up to a multiple of 64 rows."""
     total = rows * row_bytes
     at_once, largest = (CUDA_CHUNK_BYTES,) * 2 if on.type == "cuda" else (SMALL_BYTES, CHUNK_BYTES)
     if total <= at_once:
@@ -76,7 +76,10 @@ def masked_pixel_loss(
 def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op: loss () fp32, and gradients in the dtypes of hidden and weight (that of the bias fp32), or empty ones."""
+    """Forward op: loss () fp32, then the gradients of hidden, weight and bias, which are empty if not requested.
+
+    Gradients of hidden and weight have the dtypes of these; the gradient of the bias is fp32.
+    """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     shift = None if bias is None else bias.float()
     loss = hidden.new_zeros((), dtype=torch.float32)
@@ -100,7 +103,7 @@ def _linear_cross_entropy(
 
 
 class _WeightGradient:
-    """Sum of d_logits^T hidden over chunks; in fp32 if many would be rounded, since that would drift."""
+    """Sum of d_logits^T hidden over chunks; accumulates in fp32 if rounding many partial sums would make it drift."""
 
     def __init__(self, weight: Tensor, chunks: int) -> None:
         self.dtype = weight.dtype
@@ -113,7 +116,7 @@ class _WeightGradient:
         self.begun = False
 
     def add(self, d_logits: Tensor, hidden: Tensor) -> None:
-        """Add a chunk: (n, V) and (n, D)."""
+        """Add one chunk: d_logits (n, V) and hidden (n, D)."""
         if self.apart:
             for piece, logits in zip(self.total.split(SLICE_ROWS), d_logits.split(SLICE_ROWS, dim=1), strict=True):
                 piece.add_(logits.t() @ hidden)
@@ -124,7 +127,7 @@ class _WeightGradient:
         self.begun = True
 
     def finish(self) -> Tensor:
-        """(V, D) in the weight's dtype."""
+        """Gradient (V, D) in the weight's dtype."""
         return self.total.to(self.dtype)
 
 
@@ -141,7 +144,7 @@ def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _cross_entropy_backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.gradients is None:
-        raise RuntimeError("linear_cross_entropy runs backward once: its gradients were formed in the forward")
+        raise RuntimeError("linear_cross_entropy runs backward once: its gradients were formed in the forward pass")
     d_hidden, d_weight, d_bias = ctx.gradients
     ctx.gradients = None
     if d_loss is None:

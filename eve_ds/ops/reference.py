@@ -1,7 +1,7 @@
-"""The operations of an EVE step in plain torch: these functions define what is correct.
+"""The operations of an EVE step in plain PyTorch: these functions define the correct result.
 
-Arithmetic is fp32 whatever the dtype of the tokens, and fp64 where they are that. Integers use int64, and -1 stands for
-"none": a route that was dropped, a row that is empty. Ties between experts go to the lowest index.
+Arithmetic is in fp32 for every token dtype except fp64, which stays fp64. Integer tensors are int64, and -1 means
+"none": a dropped route or an empty row. Ties between experts go to the lowest index.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """The tensor in the dtype that is computed in: fp32, or fp64 where it is that."""
+    """Tensor in the dtype used for arithmetic: fp64 stays fp64, everything else becomes fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 class Routing(NamedTuple):
-    """Where every token goes. T tokens, E experts, K choices, R rows of the expert buffer."""
+    """Destination of every token; T tokens, E experts, K choices, R rows of the expert buffer."""
 
     expert_ids: Tensor
     """(T, K) int64, best expert first."""
@@ -30,35 +30,36 @@ class Routing(NamedTuple):
     gates: Tensor
     """(T, K) fp32 weight of each choice, 0 where dropped."""
     source: Tensor
-    """(R,) int64 token that fills each row, -1 for an empty row."""
+    """(R,) int64 token in each row, -1 for an empty row."""
     counts: Tensor
     """(E,) int64 filled rows per expert."""
     probabilities: Tensor
-    """(T, E) fp32 softmax of the logits, without gradient: for statistics."""
+    """(T, E) fp32 softmax of the logits, detached; for statistics only."""
     first_choices: Tensor
-    """(E,) fp32 valid tokens whose best expert this is; (G, E) where G groups of tokens are kept apart."""
+    """(E,) fp32 number of valid tokens whose first choice is this expert; (G, E) for G groups of tokens."""
     probability_sum: Tensor
-    """(E,) or (G, E) fp32 sum of probabilities over valid tokens."""
+    """(E,) fp32 sum of probabilities over valid tokens; (G, E) for G groups."""
     z_sum: Tensor
-    """() or (G,) fp32 sum over valid tokens of logsumexp(logits)^2 (ST-MoE eq. 5)."""
+    """() fp32 sum over valid tokens of logsumexp(logits)^2 (ST-MoE eq. 5); (G,) for G groups."""
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int) -> int:
-    """Slots per expert: ceil(K * factor * T / E), and no less than `min_capacity` (GShard section 2.2).
+    """Slots per expert: ceil(K * factor * T / E), but at least `min_capacity` (GShard section 2.2).
 
-    The factor counts as the decimal it is written as: 1.1 times 10 tokens is 11 slots, not ceil(11.000000000000002).
+    The factor is read as the decimal number that was written: 1.1 times 10 tokens gives 11 slots, not
+    ceil(11.000000000000002).
     """
     return slots_of_share(num_tokens, capacity_share(num_experts, top_k, capacity_factor), min_capacity)
 
 
 def capacity_share(num_experts: int, top_k: int, capacity_factor: float) -> tuple[int, int]:
-    """Slots per expert and token, as numerator and denominator; for :func:`slots_of_share`."""
+    """Slots per expert and token as (numerator, denominator), the input of :func:`slots_of_share`."""
     share = Fraction(str(capacity_factor)) * top_k / num_experts
     return share.numerator, share.denominator
 
 
 def slots_of_share(num_tokens: int, share: tuple[int, int], min_capacity: int) -> int:
-    """As :func:`expert_capacity`, in whole numbers only, which a compiler traces for any number of tokens."""
+    """Same as :func:`expert_capacity`, in integers only, so that a compiler can trace it for any number of tokens."""
     return max(-(-share[0] * num_tokens // share[1]), min_capacity)
 
 
@@ -73,23 +74,23 @@ def route_topk(
     noise: Tensor | None = None,
     group_sizes: Sequence[int] | None = None,
 ) -> Routing:
-    """Choose experts, give out rows first choices first, and weigh the choices that got one (GShard algorithm 1).
+    """Choose experts, assign rows (all first choices first), and weigh the choices that got a row (GShard algorithm 1).
 
     Args:
-        logits: (T, E) router logits; computed in fp32.
+        logits: (T, E) router logits; arithmetic is in fp32.
         top_k: choices per token, at most E.
-        capacity: rows per expert, expert e owning rows [e * capacity, (e + 1) * capacity); negative means dropless:
-            rows are packed by expert, R = T * K, and rows past `counts.sum()` are empty.
+        capacity: rows per expert; expert e owns rows [e * capacity, (e + 1) * capacity). A negative value means
+            dropless: rows are packed by expert, R = T * K, and rows past `counts.sum()` are empty.
         modality_bias: (M, E) logits added by modality.
-        modality_ids: (T,) int64 in [0, M), needed with `modality_bias`.
-        valid: (T,) bool; other tokens get no row and enter no statistic.
+        modality_ids: (T,) int64 in [0, M), required with `modality_bias`.
+        valid: (T,) bool; tokens that are not valid get no row and enter no statistic.
         noise: (T, E) added to the logits for every choice after the first (Gumbel noise in GShard).
-        group_sizes: tokens of groups that stand one after the other and whose sums are kept apart; None: one sum of
-            all, without a dimension of groups.
+        group_sizes: token counts of consecutive groups whose sums stay separate. None gives one sum over all tokens,
+            without a group dimension.
 
     Returns:
-        Routing. Gates of kept choices sum to 1, or are the plain probability when `top_k` is 1 (Switch), since a
-        renormalised single gate would be constant and teach the router nothing.
+        Routing. The gates of a token's kept choices sum to 1. For `top_k` 1 the gate is the plain probability (Switch),
+        because a single renormalized gate would be constant and give the router no gradient.
     """
     num_tokens, num_experts = logits.shape
     logits = widen(logits)
@@ -118,14 +119,14 @@ def route_topk(
 
 
 def sum_groups(values: Tensor, group_sizes: Sequence[int] | None) -> Tensor:
-    """Sum over the first dimension: (T, ...) -> (...), or (G, ...) for `group_sizes` of rows in turn."""
+    """Sum over the first dimension: (T, ...) -> (...), or (G, ...) for consecutive groups of `group_sizes` rows."""
     if group_sizes is None:
         return values.sum(dim=0)
     return torch.stack([group.sum(dim=0) for group in values.split(list(group_sizes))])
 
 
 def _choose(logits: Tensor, top_k: int, noise: Tensor | None) -> Tensor:
-    """(T, K) expert ids by repeated argmax, which (unlike topk) promises the lowest index on ties."""
+    """(T, K) expert ids by repeated argmax, which (unlike topk) guarantees the lowest index on ties."""
     scores = logits.detach()
     choices = [scores.argmax(dim=1)]
     if noise is not None:
@@ -137,10 +138,10 @@ def _choose(logits: Tensor, top_k: int, noise: Tensor | None) -> Tensor:
 
 
 def _assign_rows(expert_ids: Tensor, valid: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each route a row: all first choices in token order, then all second choices, and so on."""
+    """Assign a row to each route: all first choices in token order, then all second choices, and so on."""
     num_tokens, top_k = expert_ids.shape
-    nobody = torch.full_like(expert_ids, num_experts)
-    owner = torch.where(valid.unsqueeze(1), expert_ids, nobody).t().reshape(-1)  # (K * T,), choice-major
+    unowned = torch.full_like(expert_ids, num_experts)
+    owner = torch.where(valid.unsqueeze(1), expert_ids, unowned).t().reshape(-1)  # (K * T,), choice-major
     order = owner.argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     routes = torch.bincount(owner, minlength=num_experts + 1)
@@ -155,7 +156,7 @@ def _assign_rows(expert_ids: Tensor, valid: Tensor, num_experts: int, capacity: 
         counts = routes[:num_experts].clamp(max=capacity)
     rows = torch.where(routed, rows, torch.full_like(rows, -1))
     tokens = torch.arange(num_tokens, device=rows.device).repeat(top_k)
-    spare = torch.where(routed, rows, torch.full_like(rows, num_rows))  # one row past the end takes what is dropped
+    spare = torch.where(routed, rows, torch.full_like(rows, num_rows))  # dropped routes write one row past the end
     source = rows.new_full((num_rows + 1,), -1).scatter_(0, spare, torch.where(routed, tokens, -1))[:num_rows]
     return rows.view(top_k, num_tokens).t(), source, counts
 
@@ -164,7 +165,7 @@ def load_balancing_loss(first_choices: Tensor, probability_sum: Tensor, num_toke
     """E * sum_e(share of first choices_e * mean probability_e); 1 when balanced (GShard section 2.2, Switch eq. 4).
 
     Args:
-        first_choices, probability_sum: (..., E) fp32 sums over tokens, of one rank or of many.
+        first_choices, probability_sum: (..., E) fp32 sums over the tokens of one rank or of several.
         num_tokens: (...) number of tokens in the sums; 0 gives a loss of 0.
 
     Returns:
@@ -181,13 +182,13 @@ def moe_dispatch(
     modality_embedding: Tensor | None = None,
     modality_ids: Tensor | None = None,
 ) -> Tensor:
-    """Copy tokens into their experts' rows: (T, D), (R,) -> (R, D) in the dtype of x, empty rows zero.
+    """Copy tokens into their experts' rows: (T, D), (R,) -> (R, D) in the dtype of x; empty rows are zero.
 
-    `slots` (T, K) says the same as `source` from the tokens' side; with both, forward and backward of a fused form only
-    gather.
+    `slots` (T, K) holds the same routing as `source`, indexed by token. A fused implementation that has both needs only
+    gathers, in the forward and in the backward.
 
-    With `modality_embedding` (M, D) and `modality_ids` (T,), each row gets its token's embedding added (the released
-    model's behaviour, see EVE profile `official`).
+    If `modality_embedding` (M, D) and `modality_ids` (T,) are given, each row is its token plus the embedding of the
+    token's modality (behavior of the released model, see EVE profile `official`).
     """
     filled = (source >= 0).unsqueeze(1)
     tokens = source.clamp(min=0)
@@ -199,14 +200,14 @@ def moe_dispatch(
 
 
 def _at_least_one(values: Tensor) -> Tensor:
-    """The values, or one zero where there are none: what is masked out later is looked up at 0, which must exist."""
+    """The values, or one zero row if there are none: masked entries look up index 0, which must exist."""
     return values if values.shape[0] else torch.cat([values, values.new_zeros(1, *values.shape[1:])])
 
 
 def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tensor) -> Tensor:
     """Weighted sum of each token's expert rows: (R, D), (T, K), (T, K) -> (T, D); accumulated in fp32, rounded once.
 
-    `source` (R,) says the same as `slots` from the rows' side.
+    `source` (R,) holds the same routing as `slots`, indexed by row.
     """
     num_tokens, top_k = slots.shape
     picked = _at_least_one(expert_rows).index_select(0, slots.clamp(min=0).reshape(-1))
@@ -228,19 +229,19 @@ def route_and_dispatch(
     group_sizes: Sequence[int] | None = None,
     embed_rows: bool = False,
 ) -> tuple[Tensor, Routing]:
-    """Router on token + modality embedding in fp32, then :func:`route_topk` and :func:`moe_dispatch`.
+    """Run the router on token + modality embedding in fp32, then :func:`route_topk` and :func:`moe_dispatch`.
 
-    The embedding is added as `embedding W^T` to the logits: the sum is never rounded to the tokens' dtype.
+    The embedding enters the logits as `embedding W^T`, so token + embedding is never rounded to the token dtype.
 
     Args:
         x: (T, D) tokens.
-        weight: (E, D) of the router.
+        weight: (E, D) router weight.
         modality_embedding, modality_ids: (M, D), (T,) int64.
         top_k, capacity, valid, noise, group_sizes: see :func:`route_topk`.
-        embed_rows: whether rows too get their token's embedding added.
+        embed_rows: whether the embedding of each token is also added to its rows.
 
     Returns:
-        (R, D) rows in the dtype of x, and the routing.
+        Rows (R, D) in the dtype of x, and the routing.
     """
     router, embedding = widen(weight), widen(modality_embedding)
     routing = route_topk(
@@ -271,7 +272,7 @@ def masked_pixel_loss(
     *,
     normalize: bool = True,
 ) -> Tensor:
-    """Squared error of predicted pixels, for each masked patch; either B or N may be 0.
+    """Squared error of the predicted pixels of each masked patch; B or N may be 0.
 
     Args:
         pixel_values: (B, 3, H, W).
@@ -279,15 +280,15 @@ def masked_pixel_loss(
         masked_patch_ids: (B, N) int64, row-major patch index.
         patch_size: P.
         eps: added to the unbiased variance of a patch.
-        normalize: whether the target is the patch less its mean, over its standard deviation (MAE section 3,
-            `norm_pix_loss`), or the values of `pixel_values` as they are, for which `eps` does not matter.
+        normalize: True takes as target each patch minus its mean, divided by its standard deviation (MAE section 3,
+            `norm_pix_loss`). False takes the raw values of `pixel_values`; `eps` then has no effect.
 
     Returns:
         (B, N) fp32, mean over the values of a patch.
     """
     patches = patchify(widen(pixel_values), patch_size)
     target = patches.gather(1, masked_patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-    if normalize and target.numel() > 0:  # torch warns of the variance of nothing
+    if normalize and target.numel() > 0:  # torch warns about the variance of an empty tensor
         mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
         target = (target - mean) / (variance + eps).sqrt()
     return (widen(predictions) - target).square().mean(dim=-1)
@@ -302,7 +303,7 @@ def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x) (CLIP; upstream activation), by way of silu, whose backward is one pass over the data."""
+    """x * sigmoid(1.702 x) (CLIP; upstream activation), computed by silu, whose backward is one pass over the data."""
     return F.silu(1.702 * x) / 1.702
 
 
@@ -314,12 +315,12 @@ def grouped_feed_forward(
     fc2: Tensor,
     fc2_bias: Tensor,
 ) -> Tensor:
-    """Expert e on its `sizes[e]` rows: (R, D) -> (R, D); rows past their sum (empty ones) come out as zeros.
+    """Apply expert e to its `sizes[e]` rows: (R, D) -> (R, D); rows past the sum of sizes are empty and return zeros.
 
     Args:
-        rows: those of expert 0, then those of expert 1, and so on.
-        sizes: (E,) int64 rows of each expert; an expert without rows still has a gradient, of zeros.
-        fc1, fc1_bias, fc2, fc2_bias: (E, F, D), (E, F), (E, D, F), (E, D) of all experts.
+        rows: rows of expert 0, then rows of expert 1, and so on.
+        sizes: (E,) int64 rows of each expert. An expert without rows gets a zero gradient, not None.
+        fc1, fc1_bias, fc2, fc2_bias: (E, F, D), (E, F), (E, D, F), (E, D) parameters of all experts.
     """
     filled = sizes.tolist()
     *chunks, empty = rows.split([*filled, rows.shape[0] - sum(filled)])
@@ -332,11 +333,11 @@ def grouped_feed_forward(
 
 
 def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Linear layer e on the rows of expert e: (R, D) -> (R, F), with zeros, and without gradient, in rows of nobody.
+    """Apply linear layer e to the rows of expert e: (R, D) -> (R, F); rows of no expert give zeros and no gradient.
 
     Args:
         x: rows in the order of their experts.
-        ends: (E,) int32, where the rows of each expert end; rows past the last end belong to nobody.
+        ends: (E,) int32 end row of each expert; rows past the last end belong to no expert.
         weight, bias: (E, F, D), (E, F).
     """
     expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True).unsqueeze(1)  # (R, 1)
@@ -347,7 +348,7 @@ def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor) -> Ten
 
 
 def grouped_bias(x: Tensor, bias: Tensor, ends: Tensor) -> Tensor:
-    """Add each expert's bias (E, F) to its rows: (R, F) -> (R, F), zeros in rows of nobody; `ends` as above."""
+    """Add each expert's bias (E, F) to its rows: (R, F) -> (R, F); zeros in rows of no expert; `ends` as above."""
     expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
     shifted = widen(x) + widen(bias)[expert.clamp(max=len(ends) - 1)]
     return shifted.where((expert < len(ends)).unsqueeze(1), 0).to(x.dtype)

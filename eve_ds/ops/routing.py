@@ -1,6 +1,6 @@
-"""Routing ops: the built ones with autograd where they are loaded, the reference elsewhere.
+"""Routing ops: the compiled ops with autograd where they are loaded, otherwise the reference.
 
-Signatures and meaning are those of :mod:`eve_ds.ops.reference`.
+Signatures and semantics are those of :mod:`eve_ds.ops.reference`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from eve_ds.ops.reference import Routing, sum_groups
 from eve_ds.ops.schema import LIBRARY
 
 GATES, EXPERT_IDS, SLOTS, SOURCE, COUNTS, PROBABILITIES, FIRST_CHOICES, PROBABILITY_SUM, LOG_SUM_EXP, Z_SUM = range(10)
-"""Places in what the op `route_topk` returns."""
+"""Index of each output of the op `route_topk`."""
 CONSTANT = (EXPERT_IDS, SLOTS, SOURCE, COUNTS, PROBABILITIES, FIRST_CHOICES, LOG_SUM_EXP)
-"""Those of them that have no gradient."""
+"""Indices of the outputs that have no gradient."""
 CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-"""Whether products in bf16 are no slower than in fp32; without AVX-512 they take ten times as long."""
+"""Whether bf16 products are at least as fast as fp32 on this CPU; without AVX-512 they take ten times as long."""
 
 
 def route_topk(
@@ -34,7 +34,7 @@ def route_topk(
     valid: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Routing:
-    """Choose experts and rows; see :func:`eve_ds.ops.reference.route_topk`."""
+    """Choose experts and assign rows; see :func:`eve_ds.ops.reference.route_topk`."""
     if not use_built(logits):
         return reference.route_topk(
             logits,
@@ -66,7 +66,7 @@ def moe_dispatch(
 
 
 def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tensor) -> Tensor:
-    """Weigh and add up rows; see :func:`eve_ds.ops.reference.moe_combine`."""
+    """Sum the weighted rows of each token; see :func:`eve_ds.ops.reference.moe_combine`."""
     if not use_built(expert_rows):
         return reference.moe_combine(expert_rows, slots, gates, source)
     return torch.ops.eve_ds.moe_combine(expert_rows, slots, gates, source)
@@ -85,10 +85,10 @@ def route_and_dispatch(
     group_sizes: Sequence[int] | None = None,
     embed_rows: bool = False,
 ) -> tuple[Tensor, Routing]:
-    """Router, routing and dispatch; see :func:`eve_ds.ops.reference.route_and_dispatch`.
+    """Run router, routing and dispatch; see :func:`eve_ds.ops.reference.route_and_dispatch`.
 
-    One autograd node: the gradient through the router is added to the one through the rows where that lies. On CUDA the
-    router multiplies bf16 or fp16 as they are, into fp32.
+    All of it is one autograd node: the backward adds the router's gradient to the gradient through the rows in place.
+    On CUDA the router multiplies bf16 or fp16 operands directly and accumulates in fp32.
     """
     if not use_built(x):
         return reference.route_and_dispatch(
@@ -110,7 +110,7 @@ def route_and_dispatch(
 
 
 class RouteAndDispatch(torch.autograd.Function):
-    """x, router weight and modality embedding -> rows and what the op `route_topk` returns."""
+    """Autograd node from x, router weight and modality embedding to rows and the outputs of the op `route_topk`."""
 
     @staticmethod
     def forward(
@@ -126,10 +126,10 @@ class RouteAndDispatch(torch.autograd.Function):
         group_sizes: Sequence[int] | None,
         embed_rows: bool,
     ) -> tuple[Tensor, ...]:
-        """Arguments as in :func:`route_and_dispatch`."""
+        """Arguments of :func:`route_and_dispatch`."""
         ops = torch.ops.eve_ds
         router, embedding = weight.float(), modality_embedding.float()
-        if _multiplies_short(x, weight):
+        if _multiplies_in_low_precision(x, weight):
             logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
         else:
             logits = x.float() @ router.t()
@@ -173,7 +173,7 @@ class RouteAndDispatch(torch.autograd.Function):
             d_x.add_(d_logits @ router)
         else:
             d_x.addmm_(d_logits_short, weight.to(x.dtype))
-        if _multiplies_short(x, weight):
+        if _multiplies_in_low_precision(x, weight):
             d_weight = torch.mm(d_logits_short.t(), x, out_dtype=torch.float32)
         else:
             d_weight = d_logits.t() @ x.float()
@@ -182,18 +182,18 @@ class RouteAndDispatch(torch.autograd.Function):
         return d_x, d_weight, d_embedding, None, None, None, None, None, None, None
 
 
-def _multiplies_short(x: Tensor, weight: Tensor) -> bool:
-    """Whether the router multiplies in the dtype of both, bf16 or fp16, with products and sums in fp32.
+def _multiplies_in_low_precision(x: Tensor, weight: Tensor) -> bool:
+    """Whether the router multiplies in the shared dtype of both operands, bf16 or fp16, with fp32 products and sums.
 
-    Products of two such numbers are exact in fp32, so that logits are those of widened factors but for the order of the
-    sums. The gradient of the logits is rounded for the gradient of the weight as it is for that of x. On CUDA only: the
-    CPU has no such product.
+    Products of two such numbers are exact in fp32, so the logits differ from those of widened operands only by the
+    order of the sums. The gradient of the logits is rounded for the weight gradient, as it is for the gradient of x.
+    CUDA only: the CPU has no such product.
     """
     return x.device.type == "cuda" and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _sums_by_group(routed: Sequence[Tensor], valid: Tensor | None, group_sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """What the op `route_topk` returns, with the sums over tokens taken for each group of tokens by itself."""
+    """Outputs of the op `route_topk`, with the sums over tokens taken separately for each group of tokens."""
     parts = list(routed)
     probabilities = routed[PROBABILITIES]
     counted = torch.ones_like(routed[LOG_SUM_EXP]) if valid is None else valid.to(probabilities.dtype)
@@ -210,12 +210,13 @@ def _route_backward_by_group(
     num_modalities: int,
     group_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The op `route_topk_backward`, which works token by token, on each group with the gradient of its own sums.
+    """Run the op `route_topk_backward`, which works token by token, on each group with the gradient of that group's
+    sums.
 
     Args:
         upstream: gradients of gates (T, K), probability sums (G, E) and z sums (G,), or None.
         saved: (T, ...) tensors or None, in the op's order.
-        num_modalities: of the modality bias.
+        num_modalities: rows of the modality bias.
         group_sizes: tokens of each group.
     """
     d_gates, d_probability_sum, d_z_sum = upstream
@@ -234,7 +235,7 @@ def _route_backward_by_group(
 
 
 def _routing(routed: Any) -> Routing:
-    """Outputs of the op by name."""
+    """Outputs of the op as a named tuple."""
     return Routing(
         expert_ids=routed[EXPERT_IDS],
         slots=routed[SLOTS],

@@ -1,12 +1,13 @@
-"""Schemas of the built ops and their fake kernels: one place for CPU and CUDA, whose libraries add implementations.
+"""Schemas and fake kernels of the compiled ops: one place for the CPU and CUDA libraries, which add implementations.
 
-T tokens, E experts, K choices, R rows of the expert buffer, M modalities; see `reference.py` for what the ops mean.
-Outputs that exist for the backward only: `log_sum_exp` (T,), `mean` and `scale` (B, N), 0 and 1 for raw pixels.
+T tokens, E experts, K choices, R rows of the expert buffer, M modalities; `reference.py` defines the semantics of the
+ops. Outputs that serve the backward only: `log_sum_exp` (T,), and `mean` and `scale` (B, N), which are 0 and 1 for raw
+pixels.
 
-The ops `grouped_*` are steps of :class:`eve_ds.ops.feed_forward.GroupedProducts` without autograd of their own. Their
-rows (R, F) are ordered by expert, `bias` (E, F) has their dtype, and `ends` (E,) int32 is where the rows of each expert
-end; rows past the last end belong to nobody: zeros are written there, and what is read there does not matter.
-`grouped_bias_` without a bias only writes those zeros. CPU: fp32 and bf16; CUDA also fp16.
+The ops `grouped_*` are the steps of :class:`eve_ds.ops.feed_forward.GroupedProducts` and have no autograd of their own.
+Their rows (R, F) are ordered by expert, `bias` (E, F) has the dtype of the rows, and `ends` (E,) int32 is the end row
+of each expert. Rows past the last end belong to no expert: the ops write zeros there and ignore the values read there.
+`grouped_bias_` without a bias only writes those zeros. Dtypes: fp32 and bf16 on the CPU; also fp16 on CUDA.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Experts spread over processes by DeepSpeed."""
+"""Distribution by DeepSpeed: expert parallelism, ZeRO and their settings."""

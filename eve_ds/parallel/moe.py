@@ -1,7 +1,7 @@
-"""Mixture of experts whose experts live on the ranks of DeepSpeed's expert-parallel group.
+"""Mixture-of-experts layer whose experts live on the ranks of DeepSpeed's expert-parallel group.
 
-The layer is a `deepspeed.moe.layer.MoE`, so that the engine, its clipping and its checkpoints find it, with the router
-and the arithmetic of :mod:`eve_ds.model.moe`. Rows of the expert buffer travel to the rank of their expert and back:
+The layer is a `deepspeed.moe.layer.MoE`, so that the engine, its gradient clipping and its checkpoints find it. Router
+and arithmetic come from :mod:`eve_ds.model.moe`. Rows of the expert buffer travel to the rank of their expert and back:
 
     buffer (R, D), packed or in slots by expert = by owner  --all-to-all-->  rows by (source, local expert)
     --reorder-->  by (local expert, source)  --experts-->  same order  --reorder, all-to-all-->  buffer (R, D)
@@ -24,13 +24,13 @@ from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoEOutput, Router, mix_experts, moe_output, plain_named_tensors
 
 Sizes = list[list[int]]
-"""Rows to send [to rank][its expert], or to receive [from rank][expert of this rank]."""
+"""Row counts to send [to rank][expert of that rank], or to receive [from rank][expert of this rank]."""
 _HOST_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
-"""Of expert-parallel groups, which DeepSpeed keeps as long as the process lives."""
+"""Gloo group of each expert-parallel group; DeepSpeed keeps the latter for the life of the process."""
 
 
 def _host_group(group: dist.ProcessGroup, ep_size: int) -> dist.ProcessGroup:
-    """Over gloo, the same consecutive ranks; the first call for a group is a collective of all ranks."""
+    """Gloo group of the same consecutive ranks; the first call for a group is a collective of all ranks."""
     if ep_size == 1 or dist.get_backend(group) == "gloo":
         return group
     if group not in _HOST_GROUPS:
@@ -39,22 +39,22 @@ def _host_group(group: dist.ProcessGroup, ep_size: int) -> dist.ProcessGroup:
 
 
 class DeepSpeedMoE(UpstreamMoE):
-    """The MoE of one layer, with `num_experts / ep_size` of its experts on this rank.
+    """MoE layer with `num_experts / ep_size` of its experts on this rank.
 
-    As the `moe_cls` of :class:`eve_ds.model.eve.EVE` pass `functools.partial(DeepSpeedMoE, ep_size=...)`.
+    Pass `functools.partial(DeepSpeedMoE, ep_size=...)` as the `moe_cls` of :class:`eve_ds.model.eve.EVE`.
 
-    Forward is a collective of the expert-parallel group and, in training, where the load-balancing loss may be taken
-    over them, of all data-parallel ranks: each has to call it equally often. Ranks may bring different numbers of
-    tokens. What is balanced are the tokens of one micro-step; micro-steps are averaged.
+    The forward is a collective of the expert-parallel group. In training, if the load-balancing loss is taken over all
+    data-parallel ranks, it is also a collective of those. Every rank must therefore call it equally often, but ranks
+    may have different numbers of tokens. The loss balances the tokens of one micro-step; micro-steps are averaged.
     """
 
     def __init__(self, config: ModelConfig, ep_size: int = 1, ep_rank: int | None = None) -> None:
-        """Make the experts of this rank.
+        """Create the experts of this rank.
 
         Args:
             config: architecture.
-            ep_size: ranks that share one full set of experts.
-            ep_rank: this rank's place among them; None: consecutive ranks share, as DeepSpeed has it by default.
+            ep_size: number of ranks that share one full set of experts.
+            ep_rank: index of this rank among them. None means that consecutive ranks share a set, DeepSpeed's default.
 
         Raises:
             ConfigError: the number of experts is not divisible by `ep_size`.
@@ -64,7 +64,7 @@ class DeepSpeedMoE(UpstreamMoE):
             raise ConfigError(
                 f"model.moe.num_experts ({num_experts}) must be divisible by parallel.ep_size ({ep_size})"
             )
-        # Upstream's constructor sets what the engine reads. Its gate and experts, made as small as can be, give way.
+        # The engine reads attributes that upstream's constructor sets. Its gate and experts are minimal and replaced.
         super().__init__(hidden_size=1, expert=nn.Identity(), num_experts=num_experts, ep_size=ep_size)
         if ep_rank is None:
             ep_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
@@ -74,16 +74,16 @@ class DeepSpeedMoE(UpstreamMoE):
         self.balance_over_ranks = config.moe.balance_over == "data_parallel"
         self.router = Router(config)
         experts = Experts(self.num_local_experts, config.hidden_size, config.intermediate_size)
-        for parameter in experts.parameters():  # as upstream's Experts marks its own
+        for parameter in experts.parameters():  # the marks that upstream's Experts sets
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
         self.deepspeed_moe = ShardedExperts(experts, ep_size)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by the engine: make the process groups, or find those that another layer has made.
+        """Create the process groups, or reuse the groups that another layer has created; called by the engine.
 
         Raises:
-            ConfigError: the group gives this rank other experts than it has drawn.
+            ConfigError: the group assigns experts to this rank that differ from those it initialized.
         """
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
         rank = dist.get_rank(self.deepspeed_moe.ep_group)
@@ -100,7 +100,7 @@ class DeepSpeedMoE(UpstreamMoE):
         attention_mask: Tensor | None = None,
         view_sizes: Sequence[int] | None = None,
     ) -> MoEOutput:
-        """(..., D), (...) int64, (...) bool or None -> MoEOutput, as :meth:`eve_ds.model.moe.MoE.forward`."""
+        """(..., D), (...) int64, (...) bool or None -> MoEOutput; see :meth:`eve_ds.model.moe.MoE.forward`."""
         return self.output(*self.mix(hidden_states, modality_ids, attention_mask, view_sizes))
 
     def mix(
@@ -110,19 +110,19 @@ class DeepSpeedMoE(UpstreamMoE):
         attention_mask: Tensor | None,
         view_sizes: Sequence[int] | None,
     ) -> tuple[Tensor, ...]:
-        """As :meth:`eve_ds.model.moe.MoE.mix`; a collective of the expert-parallel group."""
+        """See :meth:`eve_ds.model.moe.MoE.mix`; a collective of the expert-parallel group."""
         experts = partial(self.deepspeed_moe, has_slots=not self.router.dropless)
         return mix_experts(self.router, hidden_states, modality_ids, attention_mask, experts, view_sizes)
 
     def output(self, hidden_states: Tensor, balance: Tensor, *others: Tensor) -> MoEOutput:
-        """As :meth:`eve_ds.model.moe.MoE.output`; where ranks are balanced together, a collective of all of them."""
+        """See :meth:`eve_ds.model.moe.MoE.output`; a collective of all data-parallel ranks if they balance jointly."""
         if self.training and self.balance_over_ranks and dist.is_initialized():
             balance = _sum_over_data_parallel(balance)
         return moe_output(hidden_states, balance, *others)
 
 
 class ShardedExperts(nn.Module):
-    """Experts of this rank behind the all-to-all; the names down to `deepspeed_experts` are checkpoint code's."""
+    """Experts of this rank behind the all-to-all; checkpoint code expects the names down to `deepspeed_experts`."""
 
     def __init__(self, experts: Experts, ep_size: int) -> None:
         super().__init__()
@@ -130,17 +130,17 @@ class ShardedExperts(nn.Module):
         self.ep_size = ep_size
         self.ep_group: dist.ProcessGroup | None = None
         self.host_group: dist.ProcessGroup | None = None
-        """The same ranks, for numbers that the hosts know."""
+        """Gloo group of the same ranks, for numbers in host memory."""
 
-    def _set_ep_group(self, group: dist.ProcessGroup) -> None:  # the name upstream's MoE calls
+    def _set_ep_group(self, group: dist.ProcessGroup) -> None:  # upstream's MoE calls this name
         self.ep_group = group
         self.host_group = _host_group(group, self.ep_size)
 
     def forward(self, rows: Tensor, rows_per_expert: Tensor, has_slots: bool = False) -> Tensor:
         """Expert buffer (R, D) and (E,) int64 rows of each expert in it -> (R, D) outputs.
 
-        With `has_slots` every expert has as many rows as any other: the host knows how many this rank sends, and asks
-        the hosts of the others. Else it waits for the device.
+        With `has_slots`, every expert has the same number of rows. The host then knows how many rows this rank sends,
+        and gets the numbers of the other ranks from their hosts. Otherwise the host waits for the device.
         """
         experts = self.experts["deepspeed_experts"]
         if self.ep_size == 1:
@@ -160,15 +160,15 @@ class ShardedExperts(nn.Module):
         return ExchangeRows.apply(by_source, received, sent, rows.shape[0], self.ep_group)
 
     def _exchange_sizes(self, rows_per_expert: Tensor, num_rows: int) -> tuple[Sizes, Sizes, Tensor]:
-        """(E,) int64 rows of each expert -> those to send and to receive, and (E / ep,) int64 those of this rank's."""
+        """(E,) int64 rows of each expert -> sizes to send, sizes to receive, (E / ep,) int64 rows of own experts."""
         sizes = rows_per_expert.new_empty(2, self.ep_size, rows_per_expert.numel() // self.ep_size)
         sizes[0] = rows_per_expert.view_as(sizes[0])
         dist.all_to_all_single(sizes[1], sizes[0], group=self.ep_group)
-        send, receive = sizes.tolist()  # the one time that the host waits for the device
+        send, receive = sizes.tolist()  # the only time that the host waits for the device
         return send, receive, sizes[1].sum(dim=0)
 
     def _exchange_slots(self, rows_per_expert: Tensor, num_rows: int) -> tuple[Sizes, Sizes, Tensor]:
-        """As :meth:`_exchange_sizes` where every expert has the same share of the `num_rows`."""
+        """Same as :meth:`_exchange_sizes` if every expert has the same share of the `num_rows` rows."""
         num_experts = rows_per_expert.numel()
         slots = torch.empty(self.ep_size, dtype=torch.int64)
         dist.all_gather_into_tensor(slots, torch.tensor([num_rows // num_experts]), group=self.host_group)
@@ -180,27 +180,27 @@ class ShardedExperts(nn.Module):
 
 
 def transpose_blocks(rows: Tensor, sizes: list[list[int]]) -> Tensor:
-    """Reorder blocks of rows from (i, j) to (j, i) order; `sizes[i][j]` rows in block (i, j), (N, D) -> (N, D)."""
+    """Reorder blocks of rows from (i, j) to (j, i) order: (N, D) -> (N, D); block (i, j) has `sizes[i][j]` rows."""
     blocks = rows.split([size for row in sizes for size in row])
     width = len(sizes[0])
     return torch.cat([blocks[i * width + j] for j in range(width) for i in range(len(sizes))])
 
 
 class ExchangeRows(torch.autograd.Function):
-    """All-to-all of rows over a process group; backward sends the gradients the way back."""
+    """All-to-all of rows over a process group; the backward sends the gradients in the opposite direction."""
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, sent: list[int], received: list[int], num_rows: int, group: dist.ProcessGroup
     ) -> Tensor:
-        """Send the first `sum(sent)` of rows (R, D) and return (num_rows, D): those received, then zeros.
+        """Send the first `sum(sent)` rows of (R, D) and return (num_rows, D): the received rows, then zeros.
 
         Args:
-            ctx: autograd's.
-            rows: grouped by the rank they go to.
-            sent, received: rows to and from each rank of the group.
+            ctx: autograd's context.
+            rows: rows grouped by destination rank.
+            sent, received: numbers of rows to and from each rank of the group.
             num_rows: length of the result, at least `sum(received)`.
-            group: over which to exchange.
+            group: process group of the exchange.
         """
         ctx.sent, ctx.received, ctx.num_rows, ctx.group = sent, received, rows.shape[0], group
         return _exchange(rows, sent, received, num_rows, group)
@@ -218,10 +218,11 @@ def _exchange(rows: Tensor, sent: list[int], received: list[int], num_rows: int,
 
 
 class SumOverRanks(torch.autograd.Function):
-    """All-reduce for a loss that every rank then computes and weighs alike.
+    """All-reduce for a loss that every rank then computes and weighs identically.
 
-    The gradient of this rank's loss with respect to its own summand, times the number of ranks: after DeepSpeed has
-    averaged parameter gradients over the ranks, what is left is the gradient of one such loss of the whole batch.
+    The backward returns the gradient of this rank's loss with respect to its own summand, times the number of ranks.
+    DeepSpeed then averages parameter gradients over ranks, which leaves the gradient of one such loss of the whole
+    batch.
     """
 
     @staticmethod
@@ -234,7 +235,7 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Same shape in and out."""
+        """Return the gradient in the same shape."""
         return gradient * ctx.num_ranks, None
 
 
@@ -243,17 +244,17 @@ def _sum_over_data_parallel(values: Tensor) -> Tensor:
 
 
 def local_plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of this rank (dense, and experts that it holds), detached, under their names in the plain model."""
+    """Weights held by this rank (dense weights and its experts), detached, under their names in the plain model."""
     return {name: weight.detach() for name, weight in plain_named_tensors(model)}
 
 
 @torch.no_grad()
 def load_plain_state_dict(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Copy what this rank holds from weights of the plain model, before `deepspeed.initialize`.
+    """Copy this rank's weights from weights of the plain model; call before `deepspeed.initialize`.
 
     Args:
-        model: plain or DeepSpeed.
-        read: gives a tensor by its name in the plain model's state dict, such as the state dict's `__getitem__`.
+        model: plain or DeepSpeed model.
+        read: returns a tensor by its name in the plain model's state dict, such as the state dict's `__getitem__`.
     """
     for name, weight in plain_named_tensors(model):
         weight.copy_(read(name))

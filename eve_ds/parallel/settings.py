@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON and the YAML made to agree: batch triangle, precision, clipping, expert parallelism."""
+"""Reconcile DeepSpeed's JSON with the YAML: batch triangle, precision, clipping, expert parallelism."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from eve_ds.parallel.topology import check_topology
 def resolve_deepspeed_config(
     deepspeed_config: dict[str, Any], config: Config, world_size: int
 ) -> tuple[Config, dict[str, Any]]:
-    """Make the DeepSpeed JSON and the YAML agree.
+    """Reconcile the DeepSpeed JSON with the YAML.
 
-    A value that is "auto" or absent in the JSON comes from the YAML; one that is set in the JSON alone is taken into
-    the configuration; one that is set in both and differs is an error.
+    A value that is "auto" or absent in the JSON is taken from the YAML. A value that only the JSON sets is taken into
+    the configuration. A value that both set must be equal.
 
     Returns:
         The configuration with batch triangle, precision, clipping and ep_size settled, and the JSON without any "auto".
 
     Raises:
-        ConfigError: a contradiction (both places are named), a batch that does not fit, a refused topology, "auto"
-            where there is nothing to take it from, or a setting that would take effect beside ours or not at all.
+        ConfigError: the two files contradict each other (the message names both places), the batch sizes do not fit,
+            the topology is refused, an "auto" has no source, or a setting would compete with ours or have no effect.
     """
     if not isinstance(deepspeed_config, dict):
         raise ConfigError(f"the DeepSpeed JSON must be a mapping of settings, not a {type(deepspeed_config).__name__}")
@@ -87,7 +87,7 @@ def batch_triangle(batch: int, micro: int | None, accumulation: int | None, worl
     """Micro-batch size and accumulation steps such that batch = micro * accumulation * world_size.
 
     Raises:
-        ConfigError: no such whole numbers.
+        ConfigError: no such whole numbers exist.
     """
     rule = (
         f"train_batch_size ({batch}) must equal micro_batch_size ({micro or 'free'}) * "
@@ -105,7 +105,7 @@ def batch_triangle(batch: int, micro: int | None, accumulation: int | None, worl
 
 
 def _take(resolved: dict[str, Any], key: str, train: TrainConfig, field: str) -> Any:
-    """Value of a setting that both files may speak of; `None` if neither does."""
+    """Value of a setting that either file may hold; `None` if neither does."""
     ours, theirs = getattr(train, field), resolved.get(key, "auto")
     if theirs == "auto":
         return ours
@@ -168,7 +168,7 @@ def _check_precision(precision: str, stage: int, clip: float) -> None:
 
 
 def _refuse_settings(resolved: dict[str, Any]) -> None:
-    """Settings that would fight with ours, or switch off the check of gradients before the update."""
+    """Refuse settings that would compete with ours, or turn off the check of gradients before the update."""
     for key, ours in (("optimizer", "optimizer"), ("scheduler", "optimizer (warmup_steps, decay)")):
         if key in resolved:
             raise ConfigError(f"{key} in the DeepSpeed JSON has no effect here: remove it and set {ours} in the YAML")

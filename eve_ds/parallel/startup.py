@@ -1,4 +1,4 @@
-"""Join the run's processes and hand the group to DeepSpeed."""
+"""Join the process group of the run and hand it to DeepSpeed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from datetime import timedelta
 import deepspeed
 import torch.distributed as dist
 
-from eve_ds.distributed import DEFAULT_TIMEOUT, RankInfo, initialize_process_group, read_environment, set_group_timeout
+from eve_ds.distributed import DEFAULT_TIMEOUT, initialize_process_group, set_group_timeout
+from eve_ds.launch_environment import RankInfo, read_environment
 
 
 def initialize_deepspeed_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> RankInfo:
-    """Join the process group if nobody has yet, and make DeepSpeed use it.
+    """Join the process group unless this process already has, and make DeepSpeed use it.
 
-    On CPU, DeepSpeed would first compile `shm_comm`, which takes most of a minute and serves inference only; it is
-    marked as not available. MPI discovery stays off: :mod:`eve_ds.distributed` has read the launcher's variables.
+    On CPU, DeepSpeed would otherwise compile `shm_comm` first. That takes most of a minute and serves inference only,
+    so this function marks `shm_comm` as not available. DeepSpeed's MPI discovery stays off, because
+    :mod:`eve_ds.launch_environment` has already read the launcher's variables.
 
     Args:
-        timeout: longest wait in a collective, DeepSpeed's own groups included.
+        timeout: longest wait in a collective, including those of DeepSpeed's own groups.
 
     Raises:
         LaunchError: see :func:`eve_ds.distributed.initialize_process_group`.

@@ -1,14 +1,15 @@
-"""DeepSpeed's ZeRO 1 and 2 with far fewer host calls a step, and the same results.
+"""DeepSpeed's ZeRO 1 and 2 with the same results and far fewer host calls per step.
 
-DeepSpeed handles gradients tensor by tensor: bucket, average, check, norm, flatten, and views of the new weights are
-some 35 calls a tensor and step. With hundreds of tensors the host is busy with them for longer than the accelerator is
-with the model. What is overridden here follows `deepspeed/runtime/zero/stage_1_and_2.py` of `FOLLOWED`:
+DeepSpeed handles gradients one tensor at a time: bucketing, averaging, checking, norm, flattening, and views of the new
+weights take about 35 calls per tensor and step. With hundreds of tensors, these calls keep the host busy for longer
+than the model keeps the accelerator busy. The overrides below follow `deepspeed/runtime/zero/stage_1_and_2.py` of
+version `FOLLOWED`, with these differences:
 
-- ZeRO 1 copies all gradients into flat buffers that lie as the flat weights do. The partition that this rank updates
-  is a slice of them. Sums over ranks are of the same numbers, so only where they are of more than two ranks may the
-  last bit differ.
-- Whether a gradient is not finite is told by the norm alone, as sums over ranks carry what is not finite to all.
-- Weights that are views of the flat ones already are not made so again.
+- ZeRO 1 copies all gradients into flat buffers with the layout of the flat weights. The partition that this rank
+  updates is a slice of these buffers. Sums over ranks add the same numbers, so a result can differ only for more than
+  two ranks, and only in the last bit.
+- The norm alone detects gradients that are not finite, because sums over ranks spread such values to all ranks.
+- Weights that already are views of the flat weights are not set again.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from torch import Tensor, nn
 from eve_ds.distributed import get_logger
 
 FOLLOWED = "0.19.8"
-"""Version of DeepSpeed whose methods are replaced."""
+"""Version of DeepSpeed whose methods this module replaces."""
 
 
 def initialize_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any]
 ) -> DeepSpeedEngine:
-    """`deepspeed.initialize`, and fewer host calls where the engine allows it.
+    """Call `deepspeed.initialize`, then reduce host calls if the engine allows it.
 
     Args:
-        model: with the experts of this rank.
-        optimizer: over the groups of :func:`eve_ds.training.optimizer.optimizer_parameter_groups`.
-        deepspeed_config: as :func:`eve_ds.parallel.settings.resolve_deepspeed_config` returns it.
+        model: model with the experts of this rank.
+        optimizer: optimizer over the groups of :func:`eve_ds.training.optimizer.optimizer_parameter_groups`.
+        deepspeed_config: result of :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
     """
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
@@ -48,17 +49,17 @@ def initialize_engine(
 
 
 def lower_host_calls(engine: DeepSpeedEngine) -> bool:
-    """Replace methods of the engine's ZeRO optimizer; whether that was done.
+    """Replace methods of the engine's ZeRO optimizer; return whether they were replaced.
 
-    Nothing is replaced at ZeRO 0, with offload to the CPU, a model-parallel group, or another optimizer than AdamW, nor
-    with another version of DeepSpeed than `FOLLOWED`, which is logged.
+    Nothing is replaced at ZeRO 0, with offload to the CPU, with a model-parallel group, with an optimizer other than
+    AdamW, or with a DeepSpeed version other than `FOLLOWED`. The last case is logged.
     """
     optimizer = engine.optimizer
-    if type(optimizer) is not DeepSpeedZeroOptimizer or not _is_plain(optimizer):
+    if type(optimizer) is not DeepSpeedZeroOptimizer or not _is_supported(optimizer):
         return False
     if deepspeed.__version__.partition("+")[0] != FOLLOWED:
         get_logger().warning(
-            "DeepSpeed %s is not %s, whose methods are replaced by faster ones: its own are used",
+            "DeepSpeed %s is not %s, the version that our faster optimizer methods follow: using DeepSpeed's methods",
             deepspeed.__version__,
             FOLLOWED,
         )
@@ -66,13 +67,13 @@ def lower_host_calls(engine: DeepSpeedEngine) -> bool:
     optimizer.__class__ = FewerCallsOptimizer
     optimizer.flat_gradients = FlatGradients(optimizer) if _reduces_after_backward(optimizer) else None
     if optimizer.flat_gradients is not None:
-        for hook in optimizer._grad_acc_hooks:  # they would fill DeepSpeed's own buckets
+        for hook in optimizer._grad_acc_hooks:  # these hooks would fill DeepSpeed's own buckets
             hook.remove()
     return True
 
 
-def _is_plain(optimizer: DeepSpeedZeroOptimizer) -> bool:
-    """Whether norms are of all gradients of a rank's partition, and those what the update is made of."""
+def _is_supported(optimizer: DeepSpeedZeroOptimizer) -> bool:
+    """Whether norms cover all gradients of a rank's partition, and the update uses exactly these gradients."""
     return (
         isinstance(optimizer.optimizer, torch.optim.AdamW)
         and optimizer.compute_grad_norm
@@ -82,7 +83,7 @@ def _is_plain(optimizer: DeepSpeedZeroOptimizer) -> bool:
 
 
 def _reduces_after_backward(optimizer: DeepSpeedZeroOptimizer) -> bool:
-    """Whether gradients are averaged once, after the last backward, in the precision that they have: ZeRO 1."""
+    """Whether gradients are averaged once, after the last backward, in their own precision; this is ZeRO 1."""
     dtypes = {optimizer.gradient_accumulation_dtype, optimizer.communication_data_type, *optimizer.ipg_buckets}
     return (
         not (optimizer.partition_gradients or optimizer.overlap_comm)
@@ -96,20 +97,20 @@ def _reduces_after_backward(optimizer: DeepSpeedZeroOptimizer) -> bool:
 
 
 class FlatGradients:
-    """Gradients of all parameters that a rank computes, in one buffer for each process group they are averaged over.
+    """Gradients of all parameters that a rank computes, in one buffer per process group that averages them.
 
-    A buffer is as large as the weights in it, in their precision, and is kept between steps. DeepSpeed's bucket of
-    `reduce_bucket_size` elements and its copy of this rank's gradients are not made.
+    Each buffer has the size and precision of the weights it serves and lives across steps. It replaces DeepSpeed's
+    bucket of `reduce_bucket_size` elements and its copy of this rank's gradients.
     """
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
         self.parameters: list[nn.Parameter] = []
         self.views: list[Tensor] = []
-        """Where the gradient of each parameter belongs, in its shape."""
+        """Destination of each parameter's gradient, in the shape of the parameter."""
         self.buffers: list[tuple[Tensor, Any]] = []
-        """With the process group of each."""
+        """Each buffer with its process group."""
         self.partitions: dict[int, GradPartitionBufferGroup] = {}
-        """Number of a parameter group -> what this rank updates of it, as DeepSpeed has it for such slices."""
+        """Index of a parameter group -> the slice that this rank updates, in DeepSpeed's type for such slices."""
         groups = optimizer.real_dp_process_group
         for process_group in dict.fromkeys(groups):
             members = [number for number, group in enumerate(groups) if group is process_group]
@@ -120,7 +121,7 @@ class FlatGradients:
                 self._add(optimizer, number, flat)
 
     def _add(self, optimizer: DeepSpeedZeroOptimizer, number: int, flat: Tensor) -> None:
-        """A parameter group, whose gradients lie in `flat` as its weights in DeepSpeed's flat weights."""
+        """Register a parameter group; its gradients lie in `flat` as its weights lie in DeepSpeed's flat weights."""
         parameters = optimizer.round_robin_bit16_groups[number]
         for parameter, offset in zip(parameters, optimizer.round_robin_bit16_offsets[number], strict=True):
             self.parameters.append(parameter)
@@ -128,11 +129,11 @@ class FlatGradients:
         partition = optimizer._build_compact_grad_partition_buffer(number)
         size = partition.flat_partition.numel()
         partition.flat_partition = flat.narrow(0, dist.get_rank(optimizer.real_dp_process_group[number]) * size, size)
-        partition.move_flat_partition(flat.device)  # makes its views anew
+        partition.move_flat_partition(flat.device)  # recreates its views
         self.partitions[number] = partition
 
     def fill(self) -> None:
-        """Copy the gradients of all parameters; where there is none it counts as 0."""
+        """Copy the gradients of all parameters; a missing gradient counts as 0."""
         pairs = zip(self.views, (parameter.grad for parameter in self.parameters), strict=True)
         found = [(view, gradient) for view, gradient in pairs if gradient is not None]
         if len(found) < len(self.views):
@@ -151,20 +152,20 @@ class FlatGradients:
 
 
 class FewerCallsOptimizer(DeepSpeedZeroOptimizer):
-    """DeepSpeed's ZeRO 1 or 2 optimizer whose host calls do not grow with the number of parameters.
+    """DeepSpeed's ZeRO 1 or 2 optimizer, with a number of host calls that does not grow with the parameters.
 
-    Made from one of DeepSpeed's by :func:`lower_host_calls`. At ZeRO 2 gradients are reduced during the backward as
-    DeepSpeed does it; the norm, the check and the update are ours.
+    :func:`lower_host_calls` converts an optimizer of DeepSpeed to this class. At ZeRO 2, DeepSpeed still reduces the
+    gradients during the backward; norm, check and update are ours.
     """
 
     flat_gradients: FlatGradients | None
-    """None: gradients are reduced as DeepSpeed does it."""
+    """None if DeepSpeed reduces the gradients."""
     _scale: tuple[Tensor | None, Tensor | float] = (None, 1.0)
-    """A norm, and what gradients are multiplied by for it."""
+    """A norm, and the factor by which that norm scales the gradients."""
 
     @torch.no_grad()
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """Average gradients over ranks after the last backward of a step, and keep what this rank updates."""
+        """Average gradients over ranks after the last backward of a step, and keep the part that this rank updates."""
         if self.flat_gradients is None:
             super().reduce_gradients(pipeline_parallel)
             return
@@ -175,16 +176,16 @@ class FewerCallsOptimizer(DeepSpeedZeroOptimizer):
         self._epilogue_ran_this_backward = True
 
     def should_refresh_expected_hook_count(self) -> bool:
-        """Whether to count the parameters in the graph: not where the end of the backward is told by autograd."""
+        """Whether to count the parameters in the graph: no if autograd signals the end of the backward."""
         return not self.queue_post_backward_callback() and super().should_refresh_expected_hook_count()
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
-        """Leave the finding to the norm, by which :meth:`step` sets `overflow` where it is not finite."""
+        """Report no overflow; the norm detects it, and :meth:`step` then sets `overflow`."""
         self.overflow = False
 
     @torch.no_grad()
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-        """() fp32 norm of all gradients of all ranks, times the loss scale; inf where one is not finite."""
+        """() fp32 norm of all gradients of all ranks, times the loss scale; inf if any gradient is not finite."""
         groups = [self._pieces(number) for number in range(len(self.bit16_groups))]
         pieces = [piece for group in groups for piece in group]
         squares = torch.stack(torch._foreach_norm(pieces, 2, dtype=get_norm_dtype())).square()
@@ -194,17 +195,17 @@ class FewerCallsOptimizer(DeepSpeedZeroOptimizer):
         return torch.linalg.vector_norm(sums.sqrt()).nan_to_num(nan=math.inf, posinf=math.inf)
 
     def _pieces(self, number: int) -> list[Tensor]:
-        """The averaged gradients of a parameter group: one tensor if they lie in one."""
+        """Averaged gradients of a parameter group: one tensor if they lie in one tensor."""
         flat = self._get_preflattened_grad_partition(number)
         return self.averaged_gradients[number] if flat is None else [flat]
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
-        """Multiply gradients in place by what takes the loss scale away and clips them.
+        """Multiply gradients in place by the factor that removes the loss scale and clips them.
 
         Args:
             grad_groups_flat: gradients of this rank's partition of a parameter group.
-            total_norm: () finite, of all groups; :meth:`step` gives the same tensor for each, so what follows from it
-                is computed once, and the host does not wait for it.
+            total_norm: () finite norm over all groups. :meth:`step` passes the same tensor for every group, so the
+                factor is computed once and the host does not wait for it.
         """
         if self.clip_grad == 0.0 and self.loss_scale == 1.0:
             return
@@ -217,7 +218,7 @@ class FewerCallsOptimizer(DeepSpeedZeroOptimizer):
             gradient.mul_(self._scale[1])
 
     def _update_model_bit16_weights(self, group_index: int) -> None:
-        """Make the weights of a group views of its flat weights, unless they are."""
+        """Make the weights of a group views of its flat weights, unless they already are."""
         flat = self.bit16_groups_flat[group_index]
         start, size = flat.data_ptr(), flat.element_size()
         places = zip(

@@ -1,4 +1,4 @@
-"""Files and folders of checkpoints: pieces of tensors, manifests, what counts as good, newest, and old."""
+"""Files and folders of checkpoints: tensor pieces, manifests, and which checkpoints are good, newest or old."""
 
 import itertools
 import json
@@ -20,13 +20,13 @@ FIRST = "tensors-00000.safetensors"
 
 
 def pieces(values, *cuts, kind="master", name="a.b"):
-    """A tensor cut at some elements."""
+    """Pieces of a tensor that is cut at the given elements."""
     borders = [0, *cuts, len(values)]
     return [Piece(kind, name, start, values[start:stop]) for start, stop in itertools.pairwise(borders)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_files_are_safetensors_with_the_hash_that_is_recorded(tmp_path, dtype):
+def test_files_are_safetensors_with_the_recorded_hash(tmp_path, dtype):
     values = torch.randn(7).to(dtype)
     record = write_pieces(tmp_path / FIRST, [*pieces(values, 3), Piece("exp_avg", "c", 2, torch.randn(2, 4)[:, 1])])
     assert record == record_of(tmp_path / FIRST)
@@ -36,7 +36,7 @@ def test_files_are_safetensors_with_the_hash_that_is_recorded(tmp_path, dtype):
     assert stored["exp_avg/c/2"].shape == (2,)
 
 
-def test_any_range_is_read_from_pieces_of_any_file(tmp_path):
+def test_any_range_can_be_read_across_files(tmp_path):
     values = torch.arange(20.0)
     cut = pieces(values, 5, 6, 13)
     write_pieces(tmp_path / FIRST, [cut[2], cut[0]])
@@ -52,14 +52,14 @@ def test_any_range_is_read_from_pieces_of_any_file(tmp_path):
 
 
 @pytest.mark.parametrize("present", [(0, 2), (1, 2), (0, 1)])
-def test_a_gap_is_named(tmp_path, present):
+def test_gap_between_pieces_is_reported(tmp_path, present):
     cut = pieces(torch.arange(9.0), 3, 6)
     write_pieces(tmp_path / FIRST, [cut[number] for number in present])
     with pytest.raises(CheckpointError, match=r"lacks elements \d to 9 of master a\.b: take another checkpoint"):
         PieceReader(tmp_path).read("master", "a.b", 0, 9)
 
 
-def test_pieces_that_overlap_are_not_believed(tmp_path):
+def test_overlapping_pieces_are_refused(tmp_path):
     values = torch.arange(9.0)
     write_pieces(tmp_path / FIRST, [Piece("master", "a", 0, values[:5]), Piece("master", "a", 4, values[4:])])
     with pytest.raises(CheckpointError, match="lacks elements 5 to 9 of master a"):
@@ -84,7 +84,7 @@ def header(entries):
         header({"master/a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}),
     ],
 )
-def test_what_is_no_tensor_file_is_named(tmp_path, content):
+def test_invalid_tensor_file_is_reported(tmp_path, content):
     (tmp_path / FIRST).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tensors-00000\.safetensors is not a tensor file of a checkpoint \("):
         PieceReader(tmp_path)
@@ -95,7 +95,7 @@ class Harmful:
         return os.system, ("touch harmed",)
 
 
-def test_what_resuming_reads_with_runs_no_pickle(tmp_path, monkeypatch):
+def test_resuming_never_unpickles(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (FIRST, "state.json", "rank-00000.json"):
         torch.save({"module": Harmful()}, tmp_path / name)
@@ -107,7 +107,7 @@ def test_what_resuming_reads_with_runs_no_pickle(tmp_path, monkeypatch):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_a_file_that_ends_early_is_named(tmp_path):
+def test_truncated_file_is_reported(tmp_path):
     write_pieces(tmp_path / FIRST, pieces(torch.arange(9.0)))
     content = (tmp_path / FIRST).read_bytes()
     (tmp_path / FIRST).write_bytes(content[:-4])
@@ -115,7 +115,7 @@ def test_a_file_that_ends_early_is_named(tmp_path):
         PieceReader(tmp_path).read("master", "a.b")
 
 
-def test_a_folder_without_tensors_is_named(tmp_path):
+def test_folder_without_tensors_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no tensors-\*\.safetensors"):
         PieceReader(tmp_path)
 
@@ -124,7 +124,7 @@ def test_a_folder_without_tensors_is_named(tmp_path):
 
 
 def commit(run, step, *, latest=True, value=0.0):
-    """A small good checkpoint."""
+    """Write a small good checkpoint."""
     root = run / manifest.FOLDER
     hidden = root / f".saving-{step}"
     (hidden / "tokenizer").mkdir(parents=True)
@@ -150,7 +150,7 @@ def flip(file, place):
     file.write_bytes(content)
 
 
-def test_a_good_checkpoint_has_no_problems_and_every_byte_counts(tmp_path):
+def test_good_checkpoint_has_no_problems_and_any_changed_byte_is_detected(tmp_path):
     folder = commit(tmp_path, 3)
     assert manifest.problems(folder) == []
     size = (folder / FIRST).stat().st_size
@@ -191,7 +191,7 @@ DAMAGES = {
     "empty": f"{FIRST} has 0 bytes, 124 were written",
     "a folder": f"{FIRST} is missing",
     "surplus": "tensors-00001.safetensors not in manifest.json",
-    "no manifest": "is torn, it lacks manifest.json",
+    "no manifest": "is incomplete, it lacks manifest.json",
     "empty manifest": "manifest.json is not JSON",
     "list": "manifest.json is not a list of files with their sizes and hashes",
     "format": "manifest.json has format 2, only 1 can be read",
@@ -199,7 +199,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damage_is_named(tmp_path, how):
+def test_damage_is_reported(tmp_path, how):
     folder = commit(tmp_path, 3)
     assert (folder / FIRST).stat().st_size == 124
     damage(folder, how)
@@ -207,13 +207,13 @@ def test_damage_is_named(tmp_path, how):
     assert DAMAGES[how] in problem
 
 
-def test_the_manifest_of_another_checkpoint_does_not_fit(tmp_path):
+def test_manifest_of_another_checkpoint_is_refused(tmp_path):
     folder, other = commit(tmp_path / "one", 3), commit(tmp_path / "other", 3, value=1.0)
     (folder / manifest.MANIFEST).write_bytes((other / manifest.MANIFEST).read_bytes())
     assert manifest.problems(folder) == [f"{FIRST} has other content than was written (sha256 differs)"]
 
 
-def test_readers_share_the_files(tmp_path):
+def test_readers_divide_the_files(tmp_path):
     folder = commit(tmp_path, 3)
     damage(folder, "truncated")
     flip(folder / manifest.STATE, 3)
@@ -222,7 +222,7 @@ def test_readers_share_the_files(tmp_path):
     assert sorted(itertools.chain(*found)) == sorted(manifest.problems(folder))
 
 
-def test_the_newest_is_what_latest_names(tmp_path):
+def test_latest_names_the_newest_checkpoint(tmp_path):
     for step in (1, 2, 10, 3):
         commit(tmp_path, step)
     assert names(tmp_path) == ["step-00000003", "step-00000002", "step-00000001", "step-00000010"]
@@ -232,11 +232,11 @@ def test_the_newest_is_what_latest_names(tmp_path):
         assert names(tmp_path) == ["step-00000010", "step-00000003", "step-00000002", "step-00000001"]
     pointer.unlink()
     assert names(tmp_path)[0] == "step-00000010"
-    pointer.write_text("step-00000005\n")  # of a folder that is gone
+    pointer.write_text("step-00000005\n")  # this folder does not exist
     assert names(tmp_path) == ["step-00000003", "step-00000002", "step-00000001", "step-00000010"]
 
 
-def test_times_of_files_do_not_count(tmp_path):
+def test_file_times_are_ignored(tmp_path):
     for step in (1, 2):
         os.utime(commit(tmp_path, step), (2e9 - step * 1e8,) * 2)
     assert names(tmp_path) == ["step-00000002", "step-00000001"]
@@ -254,7 +254,7 @@ def test_hidden_and_foreign_folders_are_not_checkpoints(tmp_path):
     assert left == ["latest", "notes", "step-00000001", "step-00000005", "step-4"]
 
 
-def test_the_same_step_saved_again_replaces_the_first(tmp_path):
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     commit(tmp_path, 3)
     folder = commit(tmp_path, 3, value=5.0)
     assert manifest.problems(folder) == []
@@ -271,7 +271,7 @@ def test_the_same_step_saved_again_replaces_the_first(tmp_path):
         (9, None, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_old_ones_are_retired(tmp_path, last, every, left):
+def test_old_checkpoints_are_retired(tmp_path, last, every, left):
     for step in range(1, 7):
         commit(tmp_path, step)
     gone = manifest.retire(tmp_path, last, every)
@@ -280,7 +280,7 @@ def test_old_ones_are_retired(tmp_path, last, every, left):
     assert not list((tmp_path / manifest.FOLDER).glob(".*"))
 
 
-def test_nothing_is_retired_for_a_newest_one_that_is_torn(tmp_path):
+def test_nothing_is_retired_if_the_newest_checkpoint_is_incomplete(tmp_path):
     for step in (1, 2):
         commit(tmp_path, step)
     damage(tmp_path / manifest.FOLDER / "step-00000002", "truncated")
@@ -288,7 +288,7 @@ def test_nothing_is_retired_for_a_newest_one_that_is_torn(tmp_path):
     assert names(tmp_path) == ["step-00000002", "step-00000001"]
 
 
-def test_random_states_come_back():
+def test_random_states_are_restored():
     states = json.loads(json.dumps(random_states()))
     drawn = random.random(), np.random.rand(), torch.rand(3)
     restore_random_states(states)
@@ -300,7 +300,7 @@ def test_random_states_come_back():
 # --- whole tensors ------------------------------------------------------------------------------------------------
 
 
-def test_universal_puts_pieces_together(tmp_path, monkeypatch):
+def test_universal_checkpoint_joins_pieces(tmp_path, monkeypatch):
     folder, expected = tmp_path / "cut", {}
     folder.mkdir()
     files = [[], []]
@@ -329,7 +329,7 @@ def test_universal_puts_pieces_together(tmp_path, monkeypatch):
         write_universal(folder, tmp_path / "deep" / "whole")
 
 
-def test_universal_of_half_a_checkpoint_leaves_nothing(tmp_path):
+def test_universal_conversion_of_an_incomplete_checkpoint_leaves_no_folder(tmp_path):
     folder = commit(tmp_path, 3)
     save_file({"master/x/4": torch.zeros(3)}, folder / "tensors-00001.safetensors")
     with pytest.raises(CheckpointError, match="lacks elements 0 to 7 of master x"):

@@ -1,4 +1,4 @@
-"""Saves that cannot be written, saves in the background, and signals: in runs on two ranks, without being killed."""
+"""Failed saves, saves in the background, damaged checkpoints and signals, in runs on two ranks that are not killed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config_of(folder, *settings):
 
 
 def pretrain(config, at=None, resume="auto"):
-    """Train; `at` maps a step to what this rank does before it. Returns (summary or error, log)."""
+    """Train; `at` maps a step to an action of this rank before that step. Returns (summary or error, log)."""
     from eve_ds.checkpoint.commit import SaveError
     from eve_ds.distributed import get_logger
     from eve_ds.training import pretrain as pretraining
@@ -88,7 +88,7 @@ def losses(run):
     return {item["step"]: item["loss"] for item in lines if item["kind"] == "train"}
 
 
-# --- in the background ------------------------------------------------------------------------------------------------
+# --- background saves -------------------------------------------------------------------------------------------------
 
 
 def background(rank, world_size, folder):
@@ -100,7 +100,7 @@ def background(rank, world_size, folder):
     return summary.checkpoint.name, [line for line in lines if "saved" in line]
 
 
-def test_a_save_in_the_background_is_the_save_of_its_step(run_ranks, tmp_path):
+def test_background_save_holds_the_state_of_its_step(run_ranks, tmp_path):
     from eve_ds.checkpoint.files import PieceReader
     from eve_ds.checkpoint.manifest import committed, problems
 
@@ -123,11 +123,11 @@ def test_a_save_in_the_background_is_the_save_of_its_step(run_ranks, tmp_path):
     assert all(0 < event["stall_seconds"] < 5 and event["bytes"] > 1e5 for event in saved)
 
 
-# --- nothing can be written ------------------------------------------------------------------------------------------
+# --- failed writes ----------------------------------------------------------------------------------------------------
 
 
 def await_writer(trainer):
-    """What is being written in the background is not meant by what comes next."""
+    """Wait for the background writer, so that the next action does not affect it."""
     if trainer.saver.pending is not None:
         trainer.saver.pending.thread.join()
 
@@ -142,7 +142,7 @@ def limit_files(size):
 
 
 def file_limits(rank, world_size, folder):
-    """Rank 1 cannot write large files from step 3 to 6; then for good."""
+    """Rank 1 cannot write large files from step 3 to 6; later it cannot for the rest of the run."""
     start()
     few = limit_files(20_000) if rank == 1 else None
     back = limit_files(resource.RLIM_INFINITY)
@@ -167,7 +167,7 @@ def file_limits(rank, world_size, folder):
     return found
 
 
-def test_failed_saves_cost_nothing_but_themselves(run_ranks, tmp_path):
+def test_failed_saves_do_not_affect_training(run_ranks, tmp_path):
     results = run_ranks(file_limits, 2, str(tmp_path), timeout=LIMIT)
     for result in results:
         for _, _, left in result[:2]:
@@ -175,7 +175,7 @@ def test_failed_saves_cost_nothing_but_themselves(run_ranks, tmp_path):
         kind, text, left = result[2]
         assert (kind, left) == ("SaveError", ["latest", "step-00000002"])
         assert "the checkpoint of step 6 was not saved (rank 1: File too large: " in text
-        assert "failure number 2 in a row, train.max_failed_saves (1) are allowed" in text
+        assert "failure 2 in a row, train.max_failed_saves (1) are allowed" in text
         kind, text, left = result[3]
         assert (kind, left) == ("SaveError", ["latest", "step-00000002"])
         assert "the run ends at step 4 without a checkpoint of it" in text
@@ -185,11 +185,11 @@ def test_failed_saves_cost_nothing_but_themselves(run_ranks, tmp_path):
         assert [line.split("(")[0] for line in warnings] == [
             f"the checkpoint of step {step} was not saved " for step in (4, 6)
         ]
-        assert "older ones are as they were; failure number 2 in a row" in warnings[1]
+        assert "older checkpoints are unchanged; failure 2 in a row" in warnings[1]
 
 
 def lost_files(rank, world_size, folder):
-    """Rank 1 writes where rank 0 does not see it, then fails in a way that nobody thought of."""
+    """Rank 1 writes where rank 0 does not see the files, then fails with an unforeseen error."""
     start()
     from eve_ds.checkpoint import commit
 
@@ -219,7 +219,7 @@ def lost_files(rank, world_size, folder):
     return found
 
 
-def test_a_save_that_is_not_whole_is_not_published(run_ranks, tmp_path):
+def test_incomplete_save_is_not_published(run_ranks, tmp_path):
     (elsewhere, failed), _ = run_ranks(lost_files, 2, str(tmp_path), timeout=LIMIT)
     for warnings, left in (elsewhere, failed):
         assert len(warnings) == 1
@@ -229,7 +229,7 @@ def test_a_save_that_is_not_whole_is_not_published(run_ranks, tmp_path):
 
 
 def disk(rank, world_size, folder):
-    """A disk that is too small for a checkpoint, and one that cannot be written any more."""
+    """A disk that is too small for a checkpoint, and a disk that becomes read-only."""
     start()
 
     def remount(trainer):
@@ -244,7 +244,7 @@ def disk(rank, world_size, folder):
 
 @pytest.fixture
 def mounts(tmp_path):
-    """Two small file systems in memory: one holds less than a checkpoint, one more."""
+    """Two small file systems in memory: one is smaller than a checkpoint, one is larger."""
     made = []
     try:
         for name, size in (("small", "300k"), ("readonly", "20m")):
@@ -260,7 +260,7 @@ def mounts(tmp_path):
             subprocess.run(["umount", folder], check=False)
 
 
-def test_a_full_and_a_read_only_disk(run_ranks, mounts):
+def test_full_and_read_only_disks_are_reported(run_ranks, mounts):
     (small, readonly), _ = run_ranks(disk, 2, str(mounts), timeout=LIMIT)
     assert "No space left on device" in small[1][0]
     assert "the run ends at step 5 without a checkpoint of it, the newest is None" in small[0]
@@ -270,10 +270,10 @@ def test_a_full_and_a_read_only_disk(run_ranks, mounts):
     assert readonly[2] == ["latest", "step-00000002"]
 
 
-# --- damage, and who may go on ------------------------------------------------------------------------------------
+# --- damage, and concurrent runs --------------------------------------------------------------------------------------
 
 
-def going_on(rank, world_size, folder):
+def resume_after_damage(rank, world_size, folder):
     start()
     run = Path(folder) / "run"
     config = config_of(run, "train.max_steps=6")
@@ -297,8 +297,8 @@ def going_on(rank, world_size, folder):
     return found
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_ranks, tmp_path):
-    results = run_ranks(going_on, 2, str(tmp_path), timeout=LIMIT)
+def test_damaged_checkpoint_is_skipped_for_the_previous_one(run_ranks, tmp_path):
+    results = run_ranks(resume_after_damage, 2, str(tmp_path), timeout=LIMIT)
     (steps, lines), *_ = results[0]
     assert steps == 7
     assert "step-00000006 is damaged: tensors-00001.safetensors has other content than was written" in lines[0]
@@ -306,13 +306,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_ranks, tmp_path):
     assert lines[1].startswith("resumed from ")
     for _, (kind, text), (other_kind, other) in results:
         assert (kind, other_kind) == ("ConfigError", "ConfigError")
-        assert "there is no good checkpoint to go on from" in text
+        assert "no good checkpoint to resume from" in text
         assert "step-00000004 is damaged: manifest.json has format None" in other
         assert other.count("step-") == 1
 
 
 def two_runs(rank, world_size, folder):
-    """A second run in the same folder, while the first one trains; rank 0 starts it as a process of its own."""
+    """Rank 0 starts a second run in the same folder, as a separate process, while the first run trains."""
     start()
     launcher = Path(__file__).resolve().parents[2] / "launcher" / "pretrain.py"
     found = []
@@ -331,7 +331,7 @@ def two_runs(rank, world_size, folder):
     return result.steps, os.getpid(), found
 
 
-def test_a_second_run_in_the_same_folder_is_refused(run_ranks, tmp_path):
+def test_second_run_in_the_same_folder_is_refused(run_ranks, tmp_path):
     (steps, pid, ((code, errors),)), _ = run_ranks(two_runs, 2, str(tmp_path), timeout=LIMIT)
     assert (steps, code) == (3, 2)
     assert len(errors) == 1
@@ -339,11 +339,11 @@ def test_a_second_run_in_the_same_folder_is_refused(run_ranks, tmp_path):
     assert "wait for its end, or name another folder" in errors[0]
 
 
-# --- weights to start from ---------------------------------------------------------------------------------------
+# --- initial weights --------------------------------------------------------------------------------------------------
 
 
-def starts(rank, world_size, folder):
-    """From a run and from its export, on both ranks; and from what does not fit."""
+def start_from_weights(rank, world_size, folder):
+    """Start from a run and from its export, on both ranks; then from sources that do not fit."""
     import torch.distributed as dist
 
     from eve_ds.export import export
@@ -375,10 +375,10 @@ def starts(rank, world_size, folder):
     return found, errors
 
 
-def test_a_run_starts_from_weights_of_another(run_ranks, tmp_path):
+def test_run_can_start_from_weights_of_another(run_ranks, tmp_path):
     from eve_ds.export import load
 
-    results = run_ranks(starts, 2, str(tmp_path), timeout=LIMIT)
+    results = run_ranks(start_from_weights, 2, str(tmp_path), timeout=LIMIT)
     expected = load(tmp_path / "export")[0].state_dict()
     for found, errors in results:
         for weights in found:
@@ -394,7 +394,7 @@ def test_a_run_starts_from_weights_of_another(run_ranks, tmp_path):
 
 
 def signals(rank, world_size, folder):
-    """A signal to one rank, between steps and inside of one; what was saved, and whether the same command goes on."""
+    """Signal one rank, between steps and inside a step; report what was saved, and whether a rerun resumes."""
     start()
     pretrain(config_of(f"{folder}/whole", "train.max_steps=7", "train.gradient_accumulation_steps=2"))
     found = []
@@ -413,7 +413,7 @@ def signals(rank, world_size, folder):
     return found
 
 
-def test_a_signal_to_any_rank_saves_and_stops_all(run_ranks, tmp_path):
+def test_signal_to_any_rank_saves_and_stops_all_ranks(run_ranks, tmp_path):
     for result in run_ranks(signals, 2, str(tmp_path), timeout=LIMIT):
         for stopped, steps, checkpoint, held, stopped_again, steps_again, _ in result:
             assert (stopped, steps, checkpoint, held) == (True, 4, "step-00000004", True)
@@ -424,4 +424,4 @@ def test_a_signal_to_any_rank_saves_and_stops_all(run_ranks, tmp_path):
 
 
 with contextlib.suppress(ValueError):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file over the limit is then an error of the write
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # makes a file over the limit an error of the write

@@ -1,8 +1,8 @@
-"""Going on with another number of ranks, another spread of experts, another ZeRO stage: as if nothing had happened.
+"""Resuming with another number of ranks, another distribution of experts or another ZeRO stage changes nothing.
 
-Every topology saves after three steps and trains on to the end; then every topology goes on from the checkpoint of
-another one. What came back is compared tensor by tensor, to the last bit; the steps after it with those of the run that
-stayed.
+Every topology saves after three steps and trains to the end. Then every topology resumes from the checkpoint of another
+one. Restored tensors must be equal to the last bit. The steps after that are compared with those of the uninterrupted
+run.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from eve_ds.config import parse_config
 
 STEPS, SAVED = 13, 3
 TOPOLOGIES = [(w, ep, zero) for w in (1, 2, 4) for ep in (1, 2, 4) if ep <= w for zero in (0, 1, 2)]
-"""Ranks, ranks that share the experts, ZeRO stage."""
+"""(number of ranks, number of ranks that share the experts, ZeRO stage)."""
 SHIFT = 7
-"""Topology number i goes on from number i + 7, of 18: another number of ranks each time."""
+"""Topology i resumes from topology i + 7, of 18, which always has another number of ranks."""
 TOLERANCE = 1e-6
-"""Of a loss in fp32, relative."""
+"""Relative tolerance of an fp32 loss."""
 TOLERANCE_BF16 = 2e-2
-"""A weight in bf16 has 8 bits; gradients of other numbers of ranks are rounded in another order."""
+"""Relative tolerance in bf16: a weight has 8 bits, and another number of ranks rounds gradients in another order."""
 LIMIT = 400
 pytestmark = pytest.mark.timeout(6 * LIMIT)
 
@@ -47,7 +47,7 @@ def settings(folder, topology, *, precision="fp32", steps=STEPS):
                 "vocab_size": 256,
                 "text_positions": 40,
                 "text_length": 24,
-                "drop_path_rate": 0.0,  # noise is drawn by rank
+                "drop_path_rate": 0.0,  # its noise depends on the rank
                 "text_dropout": 0.0,
                 "pixel_decoder": {"kind": "cross", "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
             },
@@ -68,7 +68,7 @@ def settings(folder, topology, *, precision="fp32", steps=STEPS):
 
 
 def train(config, deepspeed_config, look=None, resume="auto"):
-    """Pre-train; `look(engine)` is called after the first step's data is there and before it is computed."""
+    """Pre-train; `look(engine)` is called before the first step."""
     from eve_ds.training import pretrain as pretraining
     from eve_ds.training import start
     from eve_ds.training.trainer import Trainer
@@ -88,7 +88,7 @@ def train(config, deepspeed_config, look=None, resume="auto"):
         pretraining.pretrain(config, deepspeed_config, resume)
 
 
-def stay(rank, world_size, folder, cases):
+def train_uninterrupted(rank, world_size, folder, cases):
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
@@ -97,7 +97,7 @@ def stay(rank, world_size, folder, cases):
 
 
 def unequal_tensors(engine, checkpoint):
-    """What the engine holds and the checkpoint does not have bit for bit, and how much was compared."""
+    """Tensors of the engine that differ from the checkpoint in any bit, and the number of compared tensors."""
     from eve_ds.checkpoint.files import PieceReader
     from eve_ds.checkpoint.state import fragments
 
@@ -110,8 +110,8 @@ def unequal_tensors(engine, checkpoint):
     ], sum(tensor.numel() for *_, tensor in held)
 
 
-def move(rank, world_size, folder, cases):
-    """Go on elsewhere; for each case what did not come back, and whether weights follow their masters."""
+def resume_elsewhere(rank, world_size, folder, cases):
+    """Resume elsewhere; return for each case which tensors differ, and whether weights follow their masters."""
     from eve_ds.model.with_losses import plain_model
     from eve_ds.parallel.moe import local_plain_state_dict
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
@@ -160,26 +160,28 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def stayed(folder, run_ranks):
-    """Folder of the runs that stayed; made by the first test that asks."""
+def uninterrupted_runs(folder, run_ranks):
+    """Folder of the uninterrupted runs; created by the first test that uses it."""
     if not (folder / "done").exists():
         for world_size in (1, 2, 4):
             cases = [(f"stay-{named(t)}", t, {}) for t in TOPOLOGIES if t[0] == world_size]
             if world_size == 2:
                 cases.append(("stay-bf16", (2, 2, 1), {"precision": "bf16"}))
-            run_ranks(stay, world_size, str(folder), cases, timeout=LIMIT)
+            run_ranks(train_uninterrupted, world_size, str(folder), cases, timeout=LIMIT)
         (folder / "done").touch()
     return folder
 
 
-def test_all_topologies_train_alike(stayed):
-    expected = losses(stayed / f"stay-{named(TOPOLOGIES[0])}")
+def test_all_topologies_give_the_same_losses(uninterrupted_runs):
+    expected = losses(uninterrupted_runs / f"stay-{named(TOPOLOGIES[0])}")
     assert len(set(expected.values())) == STEPS
     for topology in TOPOLOGIES[1:]:
-        assert losses(stayed / f"stay-{named(topology)}") == pytest.approx(expected, rel=TOLERANCE), topology
+        assert losses(uninterrupted_runs / f"stay-{named(topology)}") == pytest.approx(expected, rel=TOLERANCE), (
+            topology
+        )
 
 
-def test_any_topology_goes_on_from_any_other(stayed, run_ranks):
+def test_any_topology_resumes_from_any_other(uninterrupted_runs, run_ranks):
     worst = 0.0
     for world_size in (1, 2, 4):
         cases = [
@@ -187,21 +189,21 @@ def test_any_topology_goes_on_from_any_other(stayed, run_ranks):
             for number, t in enumerate(TOPOLOGIES)
             if t[0] == world_size
         ]
-        for results in run_ranks(move, world_size, str(stayed), cases, timeout=LIMIT):
+        for results in run_ranks(resume_elsewhere, world_size, str(uninterrupted_runs), cases, timeout=LIMIT):
             for case, ((unequal, compared), weights) in zip(cases, results, strict=True):
                 assert unequal == [], case
                 assert compared > 1000
                 assert weights == [], case
         for name, _, source, *_ in cases:
             assert source.split("-")[1:] != name.split("-")[1:]
-            expected, found = losses(stayed / source), losses(stayed / name)
+            expected, found = losses(uninterrupted_runs / source), losses(uninterrupted_runs / name)
             assert sorted(found) == list(range(SAVED + 1, STEPS + 1))
             worst = max(worst, *(abs(found[step] / expected[step] - 1) for step in found))
     print(f"largest relative difference of a loss: {worst:.1e}")
     assert worst <= TOLERANCE
 
 
-def test_precision_and_offload_may_change_too(stayed, run_ranks):
+def test_resuming_with_other_precision_or_offload(uninterrupted_runs, run_ranks):
     offload = {"offload_optimizer": {"device": "cpu"}}
     cases = {
         1: [("bf16-alone", (1, 1, 2), "stay-bf16", {"precision": "bf16"}, {})],
@@ -213,30 +215,33 @@ def test_precision_and_offload_may_change_too(stayed, run_ranks):
         ],
     }
     for world_size, chosen in cases.items():
-        for results in run_ranks(move, world_size, str(stayed), chosen, timeout=LIMIT):
+        for results in run_ranks(resume_elsewhere, world_size, str(uninterrupted_runs), chosen, timeout=LIMIT):
             for case, ((unequal, _), weights) in zip(chosen, results, strict=True):
                 assert unequal == [], case
                 assert weights == [], case
     for name, _, source, options, _ in itertools.chain(*cases.values()):
         exact = not options and source != "stay-bf16"
-        expected, found = losses(stayed / source), losses(stayed / name)
+        expected, found = losses(uninterrupted_runs / source), losses(uninterrupted_runs / name)
         tolerance = TOLERANCE if exact else TOLERANCE_BF16
         assert found == pytest.approx({step: expected[step] for step in found}, rel=tolerance), name
 
 
-def test_whole_tensors_are_a_checkpoint_too(stayed, run_ranks, tmp_path):
+def test_universal_checkpoint_can_be_resumed(uninterrupted_runs, run_ranks, tmp_path):
     from eve_ds.checkpoint.manifest import problems
     from eve_ds.checkpoint.universal import write_universal
 
     name = f"step-{SAVED:08d}"
-    source, universal = stayed / "stay-4-2-2" / "checkpoints" / name, stayed / "universal" / "checkpoints" / name
-    shutil.rmtree(stayed / "universal", ignore_errors=True)
+    source, universal = (
+        uninterrupted_runs / "stay-4-2-2" / "checkpoints" / name,
+        uninterrupted_runs / "universal" / "checkpoints" / name,
+    )
+    shutil.rmtree(uninterrupted_runs / "universal", ignore_errors=True)
     report = write_universal(source, universal)
     assert problems(universal) == []
     assert report.step == SAVED
     assert len(list(universal.glob("tensors-*"))) == report.files == 1
     case = ("move-universal", (2, 2, 1), "universal", {}, {})
-    for (((unequal, _), weights),) in run_ranks(move, 2, str(stayed), [case], timeout=LIMIT):
+    for (((unequal, _), weights),) in run_ranks(resume_elsewhere, 2, str(uninterrupted_runs), [case], timeout=LIMIT):
         assert unequal == weights == []
-    expected, found = losses(stayed / "stay-4-2-2"), losses(stayed / "move-universal")
+    expected, found = losses(uninterrupted_runs / "stay-4-2-2"), losses(uninterrupted_runs / "move-universal")
     assert found == pytest.approx({step: expected[step] for step in found}, rel=TOLERANCE)

@@ -1,9 +1,9 @@
-"""EVE with its experts spread over ranks by the real DeepSpeed engine, against the plain model on one process.
+"""EVE with its experts distributed over ranks by the real DeepSpeed engine, against the plain model on one process.
 
 Both get the same weights and the same 8 samples of an optimizer step. With A micro-steps on R ranks, micro-step a holds
-samples [8 a / A, 8 (a + 1) / A) in rank order, and every rank pads its texts to the longest that it has itself, so that
-ranks bring different numbers of tokens. The plain model gets the samples of a micro-step at once; with contrast and
-matching, whose hard negatives are of a rank's own samples, it gets those of one rank after the other.
+samples [8 a / A, 8 (a + 1) / A) in rank order. Every rank pads its texts to its own longest text, so ranks have
+different numbers of tokens. The plain model gets all samples of a micro-step at once. With contrast and matching, whose
+hard negatives come from a rank's own samples, it gets the samples of one rank after another.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ WEIGHTS = LossConfig(load_balancing_weight=0.1, router_z_weight=0.01)
 LEARNING_RATE, WEIGHT_DECAY, ADAM_EPS = 1e-2, 0.1, 1e-3
 
 TOLERANCE = 1e-6
-"""Of a difference's norm to the norm of what is expected, per tensor.
+"""Tolerance per tensor: norm of the difference over the norm of the expected tensor.
 
-Sums over tokens are taken in another order than in one process. That alone changes gradients in fp32: the plain model,
-given the 8 samples in 2, 4 or 8 portions instead of at once, differs from itself by 2e-7 to 4e-7.
+Sums over tokens have another order than in one process. That alone changes fp32 gradients: the plain model, given the 8
+samples in 2, 4 or 8 portions instead of at once, differs from itself by 2e-7 to 4e-7.
 """
 
 
 CONTRAST_TOLERANCE = 8e-6
-"""The same for gradients and updated weights where pairs are contrasted: what it pulls at one sample it pushes at the
-others, and sums over samples nearly cancel. The plain model's gradients move by up to 4.5e-6 when every weight is moved
-by one unit in its last place, by .7e-6 to 1e-6 without contrast. Outputs have the tolerance above.
+"""Tolerance for gradients and updated weights if pairs are contrasted: the contrast's pull on one sample is a push on
+the others, so sums over samples nearly cancel. If every weight moves by one unit in its last place, the plain model's
+gradients change by up to 4.5e-6, but without contrast by .7e-6 to 1e-6. Outputs have the tolerance above.
 """
 
 
 OPS = ("reference", "build") if shutil.which("g++") else ("reference",)
-"""Values of EVE_DS_OPS."""
+"""Values of EVE_DS_OPS to test."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to run the step."""
+    """One configuration of the step."""
 
     ep_size: int
     zero_stage: int
@@ -76,7 +76,7 @@ class Case:
     pack_views: bool = True
     layer_scale: float = 0.1
     ops: str = OPS[-1]
-    """What the ranks compute with; the plain model has the reference."""
+    """Ops of the ranks; the plain model uses the reference."""
 
     def config(self):
         changes = {"profile": self.profile, "layer_scale_init": self.layer_scale, "objectives": list(self.objectives)}
@@ -85,12 +85,12 @@ class Case:
 
     @property
     def matches(self):
-        """Whether pairs are compared, so that every sample has to be one."""
+        """Whether pairs are compared, so that every sample has to be a pair."""
         return "itc" in self.objectives
 
 
 def samples(pairs=False):
-    """Samples of one step: caption lengths 3 to 9; unless all are pairs number 2 has no caption, number 5 no image."""
+    """Samples of one step, captions of 3 to 9 tokens. Unless all are pairs, 2 has no caption and 5 no image."""
     generator = torch.Generator().manual_seed(5)
     made = []
     for index in range(NUM_SAMPLES):
@@ -110,9 +110,9 @@ def samples(pairs=False):
 
 
 def collate(chosen, config):
-    """Inputs of the model and labels for some of the samples, padded to the longest of them.
+    """Model inputs and labels of some samples, padded to the longest of them.
 
-    The official profile routes padding too, so there it has to be the same however the samples are split.
+    The official profile also routes padding, so its padding must not depend on how the samples are split.
     """
     length = max([1, *(len(sample["ids"]) for sample in chosen)])
     length = config.text_length if config.profile == "official" else length
@@ -128,7 +128,7 @@ def collate(chosen, config):
         masked_input_ids[row, : len(ids)] = ids.index_fill(0, sample["hidden"], 4)
         attention_mask[row, : len(ids)] = True
     present = torch.tensor([sample["has_image"] for sample in chosen])
-    # Two views leave out of the image view who has no image; a single one runs along.
+    # Two views exclude samples without an image from the image view; a single view keeps them.
     shown = present.nonzero().squeeze(1) if "joint" not in config.objectives else torch.arange(len(chosen))
     inputs = {
         "pixel_values": torch.stack([sample["pixels"] * sample["has_image"] for sample in chosen]),
@@ -178,7 +178,7 @@ def micro_batches(case, rank=0, world_size=1):
 
 
 def forward(model, inputs, step, rank):
-    """The model's output; what is drawn for hard negatives depends on micro-step and rank."""
+    """Output of the model; the draw of hard negatives depends on micro-step and rank."""
     torch.manual_seed(100 * step + rank)
     return model(**inputs)
 
@@ -188,11 +188,11 @@ def plain_model(config):
 
     torch.manual_seed(1)
     model = EVE(config)
-    with torch.no_grad():  # biases, norms and LayerScale too leave their initial values
+    with torch.no_grad():  # gives biases, norms and LayerScale other values than the initial ones
         for index, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(index)
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-        if model.matching is not None:  # the initial temperature, .07, would multiply what rounding makes of features
+        if model.matching is not None:  # the initial temperature, .07, would amplify rounding errors of the features
             model.matching.log_temperature.zero_()
     return model
 
@@ -202,7 +202,7 @@ def adamw(groups):
 
 
 def decays(name):
-    """Whether a parameter decays, spelt out by name."""
+    """Whether a parameter decays, by an explicit list of names."""
     last = name.rpartition(".")[2]
     return last in {"weight"} and "norm" not in name and ".word." not in name
 
@@ -211,7 +211,7 @@ def decays(name):
 def reference(case, portions=1):
     """Outputs by micro-step and portion, gradients and updated weights of the plain model in one process.
 
-    The samples of a micro-step are encoded in so many portions.
+    The samples of a micro-step are encoded in `portions` portions.
     """
     from eve_ds.model.moe import plain_named_tensors
 
@@ -241,7 +241,7 @@ def reference(case, portions=1):
 
 
 def every_portion(outputs, part, own):
-    """Features of all portions in place of those gathered from all ranks."""
+    """Replace the features gathered from all ranks by the features of all portions."""
     rows = [torch.cat([output.matching.image_features, output.matching.text_features], dim=1) for output in outputs]
     return torch.cat(rows), sum(map(len, rows[:part]))
 
@@ -268,7 +268,7 @@ def engine_for(case, world_size):
 
 
 def difference(ours, expected):
-    """Norm of the difference over the norm of what is expected; the plain norm where that is all 0."""
+    """Norm of the difference over the norm of the expected tensor; the plain norm if all expected values are 0."""
     if ours.shape != expected.shape:
         return float("inf")
     distance, scale = (ours - expected).detach().double().norm(), expected.detach().double().norm()
@@ -276,7 +276,7 @@ def difference(ours, expected):
 
 
 def output_differences(outputs, expected, case, rank, world_size):
-    """Predictions of this rank's samples against theirs in the whole batch, and the balance loss, which is global."""
+    """Differences of this rank's predictions to those in the whole batch, and of the balance loss, which is global."""
     found = {}
     for step, (ours, portions) in enumerate(zip(outputs, expected, strict=True)):
         batches = [micro_batches(case, peer, world_size)[step] for peer in range(world_size)]
@@ -296,14 +296,14 @@ def output_differences(outputs, expected, case, rank, world_size):
 
 
 def rows_of(name, batch, case):
-    """Rows that the samples of a batch have in an output."""
+    """Rows of an output that belong to the samples of a batch."""
     if name == "pixel_predictions":
         return len(batch) if "joint" in case.objectives else sum(sample["has_image"] for sample in batch)
     return sum(len(sample["hidden"]) for sample in batch) if name == "token_logits" else len(batch)
 
 
 def summed_statistics(outputs, over_ranks):
-    """Of each micro-step, view and layer; what is given of a micro-step are its portions, or this rank's alone."""
+    """Sums for each micro-step, view and layer; a micro-step is given as its portions, or as this rank's part only."""
     import torch.distributed as dist
 
     sums = []
@@ -321,7 +321,7 @@ def summed_statistics(outputs, over_ranks):
 
 
 def run_case(case, rank, world_size):
-    """Largest differences to the plain model by what was compared, and where the largest was."""
+    """Largest differences from the plain model by kind of tensor, and the place of the largest."""
     from deepspeed.utils import safe_get_full_grad
 
     from eve_ds.distributed import gather_rows
@@ -363,14 +363,14 @@ def run_cases(rank, world_size, described):
 
 
 def worst_differences(run_ranks, world_size, cases):
-    """For every case, by kind: (difference, of what, on which rank). One start of the processes runs them all."""
+    """For every case, by kind: (difference, tensor, rank). One start of the processes runs all cases."""
     results = run_ranks(run_cases, world_size, [dataclasses.asdict(case) for case in cases], timeout=280)
     worst = []
     for number, case in enumerate(cases):
         found = [result[number][0] for result in results]
         held = [result[number][1] for result in results]
         every = plain_model(case.config()).state_dict().keys()
-        assert set().union(*held) == every, "the ranks together hold the parameters of the plain model"
+        assert set().union(*held) == every, "the ranks together must hold the parameters of the plain model"
         by_kind = {}
         for kind in found[0]:
             differences = [
@@ -383,7 +383,7 @@ def worst_differences(run_ranks, world_size, cases):
 
 
 CLIPPED = {"clip": 0.05, "layer_scale": 10.0}
-"""Clips to a sixtieth. With LayerScale 10 experts have a fifth of the gradient's norm, 0.3 % at 0.1."""
+"""Clips to a sixtieth. Experts have a fifth of the gradient's norm with LayerScale 10, and 0.3 % with 0.1."""
 
 OTHER_SETTINGS = [
     Case(2, 1, **CLIPPED),
@@ -400,17 +400,17 @@ SETS = (
     *(("mim", "mlm"), ("mim",), ("mlm",), ("mlm", "itc"), ("mlm", "itc", "itm"), ("mim", "mlm", "itc")),
     *(("mim", "mlm", "itc", "itm"), ("itc", "itm")),
 )
-"""Of objectives; `joint` has a test of its own."""
+"""Sets of objectives; `joint` has its own test."""
 
 
 def cases_of_sets(world_size):
-    """Every set with every spread of experts and ZeRO stage; packed or not, one or two micro-steps, in turn."""
+    """Every set with every distribution of experts and ZeRO stage; alternates packing and one or two micro-steps."""
     ep_sizes = [size for size in (1, 2, 4) if size <= world_size]
     cases = []
     for number, (objectives, ep, zero) in enumerate(itertools.product(SETS, ep_sizes, (0, 1, 2))):
         alone = "itm" in objectives and world_size == 4  # each rank would have one pair, and no negative for it
         micro_steps = 1 if alone else 1 + number % 2
-        # With small branches all features are about the same vector, and gradients of contrast small differences.
+        # Small branches make all features nearly equal, and then gradients of contrast are small differences.
         scale = 3.0 if "itc" in objectives else 0.1
         packed = number % 3 > 0
         cases.append(Case(ep, zero, micro_steps, objectives=objectives, pack_views=packed, layer_scale=scale))
@@ -419,7 +419,7 @@ def cases_of_sets(world_size):
 
 
 REFUSED = Case(2, 0, **CLIPPED)
-"""What eve_ds.parallel.topology refuses; the engine itself would run it."""
+"""Case that eve_ds.parallel.topology refuses but the engine would run."""
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -431,14 +431,14 @@ def test_dropless_step_equals_the_plain_model(run_ranks, world_size):
     worst = worst_differences(run_ranks, world_size, cases)
     for case, by_kind in zip(cases, worst, strict=True):
         if case == REFUSED:
-            assert by_kind["weight"][0] > 1000 * TOLERANCE, "clipping at ZeRO 0 is right now: no need to refuse it"
+            assert by_kind["weight"][0] > 1000 * TOLERANCE, "clipping at ZeRO 0 is correct now: remove the refusal"
             continue
         for kind, (difference_, what, rank) in by_kind.items():
             assert difference_ <= TOLERANCE, f"{kind} is off by {difference_:.1e} at {what} on rank {rank} of {case}"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_step_of_every_set_of_objectives_equals_the_plain_model(run_ranks, world_size):
+def test_step_of_every_set_of_objectives_equals_the_plain_model(run_ranks, world_size):
     cases = cases_of_sets(world_size)
     if world_size == 2:
         two_views = {"objectives": SETS[0]}
@@ -450,7 +450,7 @@ def test_a_step_of_every_set_of_objectives_equals_the_plain_model(run_ranks, wor
 
 
 def capacity_reference(config, world_size, rank):
-    """The plain model on every rank's own tokens: mean of the gradients, and this rank's slots and output."""
+    """Plain model on every rank's own tokens: mean of the gradients, and the slots and output of this rank."""
     from eve_ds.model.moe import plain_named_tensors
 
     os.environ["EVE_DS_OPS"] = "reference"
@@ -466,7 +466,7 @@ def capacity_reference(config, world_size, rank):
 
 
 def capture_slots(model):
-    """A list that the next forward fills with the slots of every MoE layer."""
+    """List that the next forward fills with the slots of every MoE layer."""
     from eve_ds.model.moe import Router
 
     slots, hooks = [], []
@@ -480,8 +480,8 @@ def capture_slots(model):
 
 
 @contextmanager
-def no_sizes_from_the_device():
-    """Whoever exchanges whole numbers through the experts' group would wait for the device that they lie on."""
+def fail_on_sizes_from_the_device():
+    """Fail if integers are exchanged through the experts' group, because that waits for the device that holds them."""
     exchange = torch.distributed.all_to_all_single
 
     def rows_only(output, tensor, *arguments, **options):
@@ -509,7 +509,7 @@ def run_capacity_cases(rank, world_size, described):
         engine = engine_for(case, world_size)
         inputs, labels = collate(micro_batches(case, rank, world_size)[0], case.config())
         slots = capture_slots(engine.module)
-        with no_sizes_from_the_device():
+        with fail_on_sizes_from_the_device():
             output = engine(**inputs)
             engine.backward(loss_of(case.config(), output, inputs, labels, world_size))
         found = {
@@ -528,7 +528,7 @@ def test_capacity_step_has_the_slots_of_the_plain_router_on_each_rank(run_ranks)
     cases = [Case(ep, zero, moe=moe, ops=ops) for (ep, zero), ops in itertools.product(((1, 0), (2, 1), (2, 2)), OPS)]
     cases.append(Case(2, 1, moe=moe, profile="official"))
     results = run_ranks(run_capacity_cases, 2, [dataclasses.asdict(case) for case in cases], timeout=120)
-    assert results[0][0][2] != results[1][0][2], "the ranks bring different numbers of tokens"
+    assert results[0][0][2] != results[1][0][2], "the ranks must have different numbers of tokens"
     for result in results:
         for equal, dropped, _, found in result:
             assert equal == [True, True]
@@ -538,7 +538,7 @@ def test_capacity_step_has_the_slots_of_the_plain_router_on_each_rank(run_ranks)
 
 
 def layer_cases():
-    """(name, changes of the configuration, what happens to the router, valid tokens of both ranks): ugly shapes."""
+    """(name, changes of the configuration, change of the router, valid tokens of both ranks) for unusual shapes."""
     everything, nothing = [True] * 12, [False] * 12
     return [
         ("one rank has only padding", {}, None, [everything, nothing]),
@@ -551,7 +551,7 @@ def layer_cases():
 
 
 def run_layer_cases(rank, world_size):
-    """Differences of one layer on 2 ranks, without an engine, to the plain layer on the tokens of both."""
+    """Differences of one layer on 2 ranks, without an engine, from the plain layer on the tokens of both ranks."""
     import deepspeed
     import torch.distributed as dist
 
@@ -560,7 +560,7 @@ def run_layer_cases(rank, world_size):
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
-    assert deepspeed.comm.comm.cdb.shm_comm_op is None, "no slow build"
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None, "the slow build of shm_comm must not run"
     results = []
     for _, moe, router, valid in layer_cases():
         config = CONFIG.model_copy(update={"moe": CONFIG.moe.model_copy(update=moe)})
@@ -571,7 +571,7 @@ def run_layer_cases(rank, world_size):
         for parameter in plain.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
         x = torch.randn(2, 12, config.hidden_size, generator=generator)
-        if router == "bias":  # experts 5 and 6, both of rank 1, win by far
+        if router == "bias":  # experts 5 and 6, both on rank 1, win by a wide margin
             plain_moe.router.weight.data[5:7] = 3 * torch.ones(config.hidden_size)
             x = x + 1
         upstream = torch.randn(2, 12, config.hidden_size, generator=generator)
@@ -585,7 +585,7 @@ def run_layer_cases(rank, world_size):
             assert expected.statistics.routes.sum(dim=0).nonzero().flatten().tolist() == [5, 6]
         ((expected.hidden_states * upstream).sum() + expected.load_balancing_loss).backward()
         output = our_moe(mine, modality[rank : rank + 1], mask[rank : rank + 1])
-        # Summing gradients over ranks, not averaging, makes the one balance loss count once for each rank.
+        # Gradients are summed over ranks, not averaged, so the single balance loss counts once per rank.
         balance = output.load_balancing_loss / world_size
         ((output.hidden_states * upstream[rank : rank + 1]).sum() + balance).backward()
         found = {
@@ -603,7 +603,7 @@ def run_layer_cases(rank, world_size):
 
 
 def refusal_of_other_experts(rank):
-    """The error of a layer that was told to hold the experts of the other rank."""
+    """Error of a layer that was told to hold the experts of the other rank."""
     from eve_ds.config import ConfigError
     from eve_ds.parallel.moe import DeepSpeedMoE
 
@@ -613,7 +613,7 @@ def refusal_of_other_experts(rank):
     return str(caught.value)
 
 
-def test_layer_on_ugly_shapes_equals_the_plain_layer(run_ranks):
+def test_layer_on_unusual_shapes_equals_the_plain_layer(run_ranks):
     results = run_ranks(run_layer_cases, 2, timeout=60)
     for result, refusal in results:
         assert "leave use_data_before_expert_parallelism off" in refusal

@@ -1,4 +1,4 @@
-"""The ZeRO optimizer with fewer host calls against DeepSpeed's own: the same model, batches and steps through both."""
+"""ZeRO optimizer with fewer host calls against DeepSpeed's own, on the same model, batches and steps."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ CONFIG = ModelConfig(
 )
 STEPS, MICRO_SIZE = 3, 3
 BAD_STEP = 1
-"""The step in which a case with `bad` has a gradient that is not finite."""
+"""Step in which a case with `bad` has a gradient that is not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to train; `bad` is a value that takes the place of one element of a gradient."""
+    """Training configuration; `bad` is a value that replaces one element of a gradient."""
 
     zero_stage: int
     ep_size: int = 1
@@ -41,10 +41,10 @@ class Case:
     bad: float | None = None
     of_expert: bool = False
     frozen: bool = False
-    """Of the backbone only the experts learn, and of the heads that of text has no gradient in the last step."""
+    """Only the experts of the backbone learn, and the text head has no gradient in the last step."""
     loss_scale: float = 1.0
     settings: tuple[tuple[str, object], ...] = ()
-    """Of `zero_optimization`."""
+    """Options of `zero_optimization`."""
 
 
 def engine_of(case, ours):
@@ -68,16 +68,16 @@ def engine_of(case, ours):
     }
     optimizer = torch.optim.AdamW(optimizer_parameter_groups(model, 0.1), lr=1e-2)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
-    engine.optimizer.loss_scaler.cur_scale = case.loss_scale  # as fp16 has it, which CPUs do not have
+    engine.optimizer.loss_scaler.cur_scale = case.loss_scale  # a scale like that of fp16, which CPUs do not support
     replaced = ours and lower_host_calls(engine)
-    if case.frozen:  # as fine-tuning does it, after the start of the engine
+    if case.frozen:  # frozen after the start of the engine, as in fine-tuning
         for name, parameter in model.backbone.named_parameters():
             parameter.requires_grad_("experts" in name)
     return engine, replaced
 
 
 def loss_of(engine, case, rank, step, part):
-    """A loss that every parameter has a share in, of other samples on every rank and in every micro-step."""
+    """Loss to which every parameter contributes, with other samples on every rank and in every micro-step."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * part + rank)
     order = torch.stack([torch.randperm(CONFIG.num_patches, generator=generator) for _ in range(MICRO_SIZE)])
     dtype = next(engine.module.parameters()).dtype
@@ -96,8 +96,8 @@ def loss_of(engine, case, rank, step, part):
     return predictions + sum(layer.load_balancing_loss for layer in output.moe["joint"])
 
 
-def spoil(engine, case, rank):
-    """Make one element of one gradient of the last rank what the case says, in the backward to come."""
+def replace_gradient_element(engine, case, rank):
+    """Replace one element of one gradient of the last rank by `case.bad`, in the next backward."""
     import torch.distributed as dist
 
     if rank < dist.get_world_size() - 1:
@@ -118,7 +118,7 @@ def spoil(engine, case, rank):
 
 
 def train(case, ours, rank):
-    """What a run leaves: losses, norms, updates that were made, fp32 masters and moments, weights."""
+    """Results of a run: losses, norms, number of updates, fp32 masters and moments, weights."""
     from eve_ds.checkpoint.state import fragments
 
     engine, replaced = engine_of(case, ours)
@@ -126,7 +126,7 @@ def train(case, ours, rank):
     for step in range(STEPS):
         for part in range(case.micro_steps):
             bad = step == BAD_STEP and case.bad is not None and part == 0
-            handles = spoil(engine, case, rank) if bad else []
+            handles = replace_gradient_element(engine, case, rank) if bad else []
             loss = loss_of(engine, case, rank, step, part)
             engine.backward(loss)
             for handle in handles:
@@ -159,13 +159,13 @@ def train_both(rank, world_size, described):
 
 
 def both(run_ranks, world_size, cases):
-    """For each case and rank what DeepSpeed's own optimizer left, and what ours did."""
+    """For each case and rank, the results of DeepSpeed's own optimizer and of ours."""
     results = run_ranks(train_both, world_size, [dataclasses.asdict(case) for case in cases], timeout=240)
     return [(case, *of_rank[number]) for number, case in enumerate(cases) for of_rank in results]
 
 
 def assert_same(case, own, ours):
-    """Bit for bit: sums of two numbers do not depend on their order, and norms are taken in fp64."""
+    """Compare bit for bit: a sum of two numbers does not depend on their order, and norms are computed in fp64."""
     for kind in ("losses", "norms", "applied", "skipped"):
         assert repr(ours[kind]) == repr(own[kind]), (case, kind)
     for kind in ("state", "weights"):
@@ -185,7 +185,7 @@ CASES = [
 ]
 
 
-def test_two_ranks_take_the_same_steps_as_with_deepspeeds_own(run_ranks):
+def test_two_ranks_match_deepspeeds_optimizer(run_ranks):
     for case, own, ours in both(run_ranks, 2, CASES):
         assert ours["replaced"]
         assert ours["flat"] == (case.zero_stage == 1)
@@ -193,13 +193,13 @@ def test_two_ranks_take_the_same_steps_as_with_deepspeeds_own(run_ranks):
         assert_same(case, own, ours)
 
 
-def test_one_rank_takes_the_same_steps_as_with_deepspeeds_own(run_ranks):
+def test_one_rank_matches_deepspeeds_optimizer(run_ranks):
     for case, own, ours in both(run_ranks, 1, [Case(1, clip=0.5), Case(1, 1, "fp32", 2, 0.5), Case(2, clip=0.5)]):
         assert ours["replaced"]
         assert_same(case, own, ours)
 
 
-def test_one_bad_element_on_one_rank_stops_the_update_on_all(run_ranks):
+def test_nonfinite_element_on_one_rank_stops_the_update_on_all_ranks(run_ranks):
     inf, nan = float("inf"), float("nan")
     cases = [
         Case(1, 1, bad=inf),
@@ -216,7 +216,7 @@ def test_one_bad_element_on_one_rank_stops_the_update_on_all(run_ranks):
         assert_same(case, own, ours)
 
 
-def test_settings_with_another_order_of_work_keep_deepspeeds_own_reduction(run_ranks):
+def test_settings_that_reduce_in_another_order_keep_deepspeeds_reduction(run_ranks):
     cases = [
         Case(1, settings=(("overlap_comm", True),)),
         Case(1, settings=(("contiguous_gradients", False),)),
@@ -231,7 +231,7 @@ def test_settings_with_another_order_of_work_keep_deepspeeds_own_reduction(run_r
         assert_same(case, own, ours)
 
 
-def with_weights_elsewhere(rank, world_size):
+def step_with_moved_weights(rank, world_size):
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
@@ -248,13 +248,13 @@ def with_weights_elsewhere(rank, world_size):
     return found
 
 
-def test_weights_that_lie_elsewhere_become_views_of_the_flat_ones_again(run_ranks):
-    (found,) = run_ranks(with_weights_elsewhere, 1)
+def test_moved_weights_become_views_of_the_flat_weights_again(run_ranks):
+    (found,) = run_ranks(step_with_moved_weights, 1)
     assert len(found) == 2 * 4
     assert all(found)
 
 
-def with_another_version(rank, world_size):
+def keep_methods_of_another_version(rank, world_size):
     import logging
 
     from eve_ds.parallel import zero
@@ -272,8 +272,8 @@ def with_another_version(rank, world_size):
     return replaced, type(engine.optimizer).__name__, engine.was_step_applied(), found
 
 
-def test_another_version_of_deepspeed_keeps_its_own_methods_and_says_so(run_ranks):
-    ((replaced, name, applied, messages),) = run_ranks(with_another_version, 1)
+def test_another_deepspeed_version_keeps_its_methods_and_logs_a_warning(run_ranks):
+    ((replaced, name, applied, messages),) = run_ranks(keep_methods_of_another_version, 1)
     assert (replaced, name, applied) == (False, "DeepSpeedZeroOptimizer", True)
     (message,) = messages
     assert "is not 0.0.1" in message

@@ -1,4 +1,4 @@
-"""The CUDA sources compile for the GPUs they are meant for, and no kernel runs out of registers; runs nothing."""
+"""CUDA sources compile for their target GPUs, and no kernel exceeds its registers; no kernel runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from eve_ds.ops import build
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 ARCHITECTURES = ("sm_80", "sm_90")
 MAX_REGISTERS = 64
-"""A multiprocessor has 65,536: enough for one block of 1,024 threads, the largest there is."""
+"""A multiprocessor has 65,536 registers: enough for one block of 1,024 threads, the largest possible."""
 TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 class Resources(NamedTuple):
-    """What the assembler says of a kernel."""
+    """Assembler report for one kernel."""
 
     kernel: str
     architecture: str
@@ -57,7 +57,7 @@ def run(command: list[str]) -> str:
 
 
 @pytest.mark.parametrize("source", build.CUDA_SOURCES)
-def test_kernels_keep_to_their_registers(source: str, tmp_path: Path) -> None:
+def test_kernels_use_few_registers_and_do_not_spill(source: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc to compile the CUDA sources")
@@ -68,7 +68,7 @@ def test_kernels_keep_to_their_registers(source: str, tmp_path: Path) -> None:
     assert len(kernels) == report.count("Compiling entry function")
     assert {each.architecture for each in kernels} == set(ARCHITECTURES)
     assert [each for each in kernels if each.spills] == []
-    assert [each for each in kernels if each.stack and "check_" not in each.kernel] == []  # those print, from a stack
+    assert [each for each in kernels if each.stack and "check_" not in each.kernel] == []  # checks print with a stack
     assert [each for each in kernels if each.registers > MAX_REGISTERS] == []
 
 
@@ -80,8 +80,8 @@ def test_binding_compiles_without_the_cuda_toolkit(tmp_path: Path) -> None:
     run(["g++", "-std=c++20", "-fPIC", TORCH_VERSION, f"-I{headers}", *output])
 
 
-def test_the_library_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an empty library in place of torch's own for CUDA, which a torch for CPUs lacks."""
+def test_library_links_against_torch_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links with an empty library in place of torch's CUDA library, which a CPU build of torch lacks."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc to link with")
     stub = tmp_path / "stub.cpp"

@@ -1,8 +1,8 @@
-"""The CUDA kernels without a GPU: the .cu files compiled for the host (kernels/host_shim.h), against ops/reference.py.
+"""CUDA kernels without a GPU: the .cu files compiled for the host (kernels/host_shim.h) against ops/reference.py.
 
-Every kernel runs with the threads of a block going on forward, in reverse and shuffled, and must give the same bits.
-What this cannot see (races inside one step, speed, what a driver does) needs a GPU. Where a kernel does what would
-hang or be undefined on a GPU, host_shim.h ends the program; `pytest -s` shows why.
+Every kernel runs with three orders of a block's threads (forward, reverse, shuffled) and must give the same bits. These
+tests cannot see races inside one step, speed, or driver behavior; those need a GPU. If a kernel does something that
+would hang or be undefined on a GPU, host_shim.h ends the program; `pytest -s` shows the reason.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ ORDERS = ("forward", "reverse", "shuffled")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in arguments.h
 CHUNK_TOKENS, CHUNK_ROWS, EMBEDDING_TOKENS = 256, 128, 32
 GUARD = 64
-"""Values after each output that nobody may touch."""
+"""Number of guard values after each output, which no kernel may change."""
 
 STATISTICS = {"rtol": 1e-5, "atol": 1e-7}
-"""fp32 probabilities, gates and their sums over hundreds of tokens, against fp64: sums of hundreds of roundings of 6e-8
-that mostly cancel."""
+"""Tolerance for fp32 probabilities, gates and their sums over hundreds of tokens against fp64: sums of hundreds of
+rounding errors of 6e-8 that mostly cancel."""
 GRADIENTS = {"rtol": 1e-4, "atol": 2e-6}
-"""dlogits against fp64: differences of terms of size 1, each rounded at 6e-8, so up to a few 1e-7 whatever is left."""
+"""Tolerance for dlogits against fp64: differences of terms of size 1, each rounded at 6e-8, so a few 1e-7 in absolute
+terms, however small the difference is."""
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-"""Relative difference of rows from fp64 rounded to their dtype: one unit in the last place, where fp32 arithmetic ends
-on the other side of a tie; in fp32 itself, up to sixteen of them for a sum of as many products."""
+"""Relative difference of rows from fp64 values rounded to the row dtype: one unit in the last place, if fp32 arithmetic
+rounds a near tie to the other side; in fp32 itself up to sixteen units, for a sum of as many products."""
 SMALLEST = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 6e-8}
-"""What sums that nearly cancel, and fp16 numbers too small to have all their digits, may be off by."""
+"""Absolute tolerance for sums that nearly cancel, and for fp16 numbers too small to have full precision."""
 
 ENTRY_POINTS = """
 #include "cuda_launch.h"
@@ -97,7 +98,7 @@ def build_for_host(sources: Path, folder: Path) -> Path:
 
 
 def argument_structs() -> dict[str, type[ctypes.Structure]]:
-    """The structs of arguments.h for ctypes."""
+    """ctypes versions of the structs in arguments.h."""
     types: dict[str, type] = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "bool": ctypes.c_bool}
     structs = {}
     header = re.sub(r"//.*", "", (KERNELS / "arguments.h").read_text())
@@ -112,7 +113,7 @@ def argument_structs() -> dict[str, type[ctypes.Structure]]:
 
 
 class Kernels:
-    """The launch functions of a library for the host, on CPU tensors."""
+    """Launch functions of a host library, callable with CPU tensors."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -120,7 +121,7 @@ class Kernels:
         self.guarded: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def in_every_order(self, run: Callable[[], SimpleNamespace]) -> SimpleNamespace:
-        """What `run` gives, the same bits in each order of threads."""
+        """Result of `run`, after checking that every order of threads gives the same bits."""
         results = []
         for order in range(len(ORDERS)):
             self.library.set_order(order)
@@ -133,7 +134,7 @@ class Kernels:
         return results[0]
 
     def call(self, function: str, struct: str, dtype: torch.dtype = torch.float32, **arguments: object) -> None:
-        """Call a launch function; then nothing past the end of an output may have changed."""
+        """Call a launch function, then check that no value past the end of an output has changed."""
         entry = getattr(self.library, function)
         entry.restype = ctypes.c_char_p
         assert entry(ctypes.byref(self.pack(struct, **arguments)), DTYPES.index(dtype)) is None
@@ -142,14 +143,14 @@ class Kernels:
         self.guarded.clear()
 
     def pack(self, struct: str, **arguments: object) -> ctypes.Structure:
-        """Fill a struct; tensors give their addresses."""
+        """Fill a struct; a tensor is passed as its address."""
         fields = [name for name, _ in self.structs[struct]._fields_]
         assert sorted(fields) == sorted(arguments)
         addresses = {name: each.data_ptr() for name, each in arguments.items() if isinstance(each, torch.Tensor)}
         return self.structs[struct](**{**arguments, **addresses})
 
     def blank(self, *sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """An output: full of what no kernel writes, and guarded behind."""
+        """Output tensor filled with a value that no kernel writes, with guard values after its end."""
         count = torch.Size(sizes).numel()
         values = torch.full((count + GUARD,), float("nan") if dtype.is_floating_point else -99, dtype=dtype)
         self.guarded.append((values[count:], values[count:].clone()))
@@ -248,7 +249,7 @@ def routing_case(
     noise: bool = False,
     change: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> SimpleNamespace:
-    """Random logits and a bias per modality, `change`d in place; the last modality has no token."""
+    """Random logits and a bias per modality, modified in place by `change`; no token has the last modality."""
     generator = torch.Generator().manual_seed(tokens * 31 + experts)
     logits = torch.randn(tokens, experts, generator=generator) * 2
     bias = torch.randn(modalities, experts, generator=generator)
@@ -280,7 +281,7 @@ def tied(logits: torch.Tensor, bias: torch.Tensor) -> None:
 
 
 def first_choice_likely(logits: torch.Tensor, _: torch.Tensor) -> None:
-    logits[:, 0] += 18  # where it is dropped, gates of what is left divide by less than they may, or just more
+    logits[:, 0] += 18  # if this choice is dropped, the rest sums to about the smallest divisor of gates
 
 
 def one_allowed(logits: torch.Tensor, _: torch.Tensor) -> None:
@@ -330,7 +331,7 @@ def check_routing(kernels: Kernels, case: SimpleNamespace) -> None:
     as_fp32 = reference_route(case, torch.float32)[0]
     for name in ("expert_ids", "slots", "source", "counts"):
         assert torch.equal(getattr(ours, name), getattr(as_fp32, name)), name
-        assert torch.equal(getattr(theirs, name), getattr(as_fp32, name)), f"{name}: no near ties in this case, please"
+        assert torch.equal(getattr(theirs, name), getattr(as_fp32, name)), f"{name}: this case must have no near ties"
     for name in ("gates", "probabilities", "first_choices", "probability_sum", "z_sum"):
         expected = getattr(theirs, name).detach().float()
         torch.testing.assert_close(getattr(ours, name), expected, **STATISTICS, msg=lambda text, n=name: f"{n}: {text}")
@@ -346,12 +347,12 @@ def check_routing(kernels: Kernels, case: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("name", ROUTING_CASES)
-def test_routing(kernels: Kernels, name: str) -> None:
+def test_routing_matches_reference(kernels: Kernels, name: str) -> None:
     check_routing(kernels, ROUTING_CASES[name])
 
 
 @pytest.mark.parametrize("given", ["gates", "probability_sum", "z_sum"])
-def test_routing_gradients_that_are_not_given_count_as_zero(kernels: Kernels, given: str) -> None:
+def test_missing_upstream_gradients_count_as_zero(kernels: Kernels, given: str) -> None:
     case = ROUTING_CASES["every expert chosen"]
     ours = route(kernels, case)
     theirs, logits, _ = reference_route(case, torch.float64)
@@ -363,7 +364,7 @@ def test_routing_gradients_that_are_not_given_count_as_zero(kernels: Kernels, gi
     torch.testing.assert_close(backward.d_logits, logits.grad.float(), **GRADIENTS)
 
 
-def test_nan_logits_give_experts_that_exist(kernels: Kernels) -> None:
+def test_nan_logits_give_valid_expert_ids(kernels: Kernels) -> None:
     case = routing_case(7, 5, 2, -1)
     case.logits[0] = float("nan")
     case.logits[1, 2] = -float("nan")
@@ -458,7 +459,7 @@ def combine_backward(
 
 
 def random_rows(count: int, width: int, dtype: torch.dtype, seed: int, *, aligned: bool = True) -> torch.Tensor:
-    """Rows whose first value lies on a multiple of 16 bytes, or just past one."""
+    """Rows whose first value is aligned to 16 bytes, or one value past an aligned address."""
     values = torch.randn(count * width + 1, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return values[:-1].view(count, width) if aligned else values[1:].view(count, width)
 
@@ -469,7 +470,7 @@ def assert_rows_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 WIDTHS = {"prime": (37, True), "vectors": (264, True), "not aligned": (264, False)}
-"""264: more than one block of columns, the last one part full."""
+"""264: more than one block of columns, with a partially filled last block."""
 ROUTED = (
     *("one token", "every expert chosen", "overflow", "dropless", "all to one expert", "no valid token"),
     *("no capacity", "no token", "no token, dropless"),
@@ -479,7 +480,7 @@ ROW_CASES = [*((routed, "prime") for routed in ROUTED), ("overflow", "vectors"),
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("routed", "width"), ROW_CASES)
-def test_rows(kernels: Kernels, routed: str, width: str, dtype: torch.dtype) -> None:
+def test_dispatch_and_combine_match_reference(kernels: Kernels, routed: str, width: str, dtype: torch.dtype) -> None:
     case = ROUTING_CASES[routed]
     routing = reference_route(case, torch.float32)[0]
     slots, source, gates = routing.slots.contiguous(), routing.source, routing.gates.detach().contiguous()
@@ -514,7 +515,7 @@ def test_rows(kernels: Kernels, routed: str, width: str, dtype: torch.dtype) -> 
     torch.testing.assert_close(ours.d_gates, wide_gates.grad.float(), rtol=1e-5, atol=2e-5)
 
 
-def test_the_embedding_gradient_of_more_chunks_than_lanes(kernels: Kernels) -> None:
+def test_embedding_gradient_with_more_chunks_than_lanes(kernels: Kernels) -> None:
     tokens, generator = 33 * EMBEDDING_TOKENS + 5, torch.Generator().manual_seed(4)
     slots = torch.randperm(tokens, generator=generator).unsqueeze(1)
     ids = torch.randint(5, (tokens,), generator=generator)
@@ -551,12 +552,14 @@ def cross_entropy(
 @pytest.mark.parametrize(
     ("vocabulary", "scale", "with_bias"), [(1, 1.0, True), (1031, 1.0, True), (8200, 3.0, False), (8200, 100.0, True)]
 )
-def test_cross_entropy(kernels: Kernels, vocabulary: int, scale: float, with_bias: bool, dtype: torch.dtype) -> None:
+def test_cross_entropy_matches_reference(
+    kernels: Kernels, vocabulary: int, scale: float, with_bias: bool, dtype: torch.dtype
+) -> None:
     logits = random_rows(3, vocabulary, dtype, 1) * scale
     bias = random_rows(1, vocabulary, torch.float32, 2)[0] if with_bias else None
     target = torch.tensor([0, vocabulary // 2, vocabulary - 1])
     if vocabulary > 1:
-        logits[2, : vocabulary // 2] = float("-inf")  # words that are ruled out
+        logits[2, : vocabulary // 2] = float("-inf")  # excluded words
     ours = kernels.in_every_order(lambda: cross_entropy(kernels, logits, bias, target))
     wide = logits.double().requires_grad_()
     losses = F.cross_entropy(wide if bias is None else wide + bias.double(), target, reduction="none")
@@ -603,7 +606,7 @@ def pixel_case(batch: int, masked: int, patch_size: int, dtype: torch.dtype, nor
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "masked", "patch_size"), [(2, 7, 1), (2, 7, 7), (2, 7, 16), (2, 0, 7), (0, 7, 7)])
-def test_pixel_loss(
+def test_pixel_loss_matches_reference(
     kernels: Kernels, batch: int, masked: int, patch_size: int, dtype: torch.dtype, normalize: bool
 ) -> None:
     case = pixel_case(batch, masked, patch_size, dtype, normalize)
@@ -633,7 +636,7 @@ def quick_gelu(kernels: Kernels, x: torch.Tensor, d_out: torch.Tensor | None) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("count", "offset"), [(0, 0), (1, 0), (1000, 0), (4096, 0), (4096, 1), (4099, 0)])
-def test_quick_gelu(kernels: Kernels, count: int, offset: int, dtype: torch.dtype) -> None:
+def test_quick_gelu_matches_reference(kernels: Kernels, count: int, offset: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(10)
     x = (torch.randn(count + offset, generator=generator) * 4).to(dtype)[offset:]
     x[:4] = torch.tensor([0.0, 200.0, -200.0, float("nan")])[:count]
@@ -648,11 +651,11 @@ def test_quick_gelu(kernels: Kernels, count: int, offset: int, dtype: torch.dtyp
     torch.testing.assert_close(backward.out, wide.grad.to(dtype), **tolerances)
 
 
-GROUPS = {  # rows of each expert, and rows of nobody after them
+GROUPS = {  # rows of each expert, and number of rows of no expert after them
     "empty experts": ((0, 5, 0, 130, 0, 301, 1, 0), 7),
     "chunks that end with experts": ((128, 256, 0, 128), 128),
     "all to one expert": ((0, 0, 300), 0),
-    "rows of nobody": ((0, 0), 20),
+    "rows of no expert": ((0, 0), 20),
     "no row": ((0, 0, 0), 0),
     "many experts": ((1,) * 700, 3),
 }
@@ -699,13 +702,13 @@ def grouped_bias_backward(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("group", "width"), GROUPED_CASES)
-def test_grouped_bias(kernels: Kernels, group: str, width: str, dtype: torch.dtype) -> None:
-    (sizes, nobody), (columns, aligned) = GROUPS[group], WIDTHS[width]
+def test_grouped_bias_matches_reference(kernels: Kernels, group: str, width: str, dtype: torch.dtype) -> None:
+    (sizes, unowned), (columns, aligned) = GROUPS[group], WIDTHS[width]
     filled, experts = sum(sizes), len(sizes)
-    x = random_rows(filled + nobody, columns, dtype, 1, aligned=aligned)
-    d_out = random_rows(filled + nobody, columns, dtype, 2, aligned=aligned)
+    x = random_rows(filled + unowned, columns, dtype, 1, aligned=aligned)
+    d_out = random_rows(filled + unowned, columns, dtype, 2, aligned=aligned)
     bias = random_rows(experts, columns, dtype, 3, aligned=aligned)
-    x[filled:], d_out[filled:] = float("nan"), float("nan")  # whatever a product left there
+    x[filled:], d_out[filled:] = float("nan"), float("nan")  # grouped products may leave any value here
     ends = torch.tensor(sizes).cumsum(0).int()
     wide_x, wide_bias = x.double().requires_grad_(), bias.double().requires_grad_()
 
@@ -730,7 +733,7 @@ def test_grouped_bias(kernels: Kernels, group: str, width: str, dtype: torch.dty
 
 
 def assert_sums_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Of a few hundred terms of size 1 that may cancel."""
+    """Compare sums of a few hundred terms of size 1, which may cancel."""
     torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=ROUNDING[ours.dtype], atol=2e-5)
 
 
@@ -774,10 +777,10 @@ def test_bad_ids_end_the_program(
     assert done.returncode == (0 if message is None else -signal.SIGABRT)
 
 
-# ---- The harness itself ----
+# ---- Test harness ----
 
 
-def test_a_missing_barrier_is_caught(tmp_path: Path) -> None:
+def test_missing_barrier_is_detected(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the kernels for the host")
     copy = tmp_path / "kernels"

@@ -1,6 +1,6 @@
-"""The built ops on a GPU against the reference in fp64 on the CPU; skipped where there is none.
+"""Compiled ops on a GPU against the reference in fp64 on the CPU; skipped without a GPU.
 
-Tolerances are those of `tests/ops/test_built.py`; fp16 is rounded to 11 bits.
+Tolerances are those of `tests/ops/test_built.py`; fp16 values are rounded to 11 bits.
 """
 
 import os
@@ -41,7 +41,7 @@ def close(ours, expected, dtype, scale=1.0):
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("capacity", [-1, 0, 5])
-def test_routing(dtype, shape, capacity):
+def test_routing_matches_reference(dtype, shape, capacity):
     tokens, experts, top_k, width = shape
     torch.manual_seed(0)
     logits, logits_64 = pair(torch.randn(tokens, experts) * 2, torch.float32)
@@ -74,7 +74,7 @@ def test_routing(dtype, shape, capacity):
 @pytest.mark.parametrize(
     ("rows", "width", "vocabulary", "chunk"), [(70, 48, 501, 32), (640, 128, 8000, None), (0, 8, 16, None)]
 )
-def test_linear_cross_entropy(dtype, rows, width, vocabulary, chunk):
+def test_linear_cross_entropy_matches_reference(dtype, rows, width, vocabulary, chunk):
     torch.manual_seed(1)
     hidden, hidden_64 = pair(torch.randn(rows, width), dtype)
     weight, weight_64 = pair(torch.randn(vocabulary, width) * 0.1, dtype)
@@ -94,7 +94,7 @@ def test_linear_cross_entropy(dtype, rows, width, vocabulary, chunk):
 @pytest.mark.parametrize(
     ("batch", "size", "patch", "masked"), [(4, 224, 16, 147), (4, 28, 7, 5), (4, 8, 1, 9), (4, 28, 7, 0), (0, 28, 7, 5)]
 )
-def test_masked_pixel_loss(dtype, batch, size, patch, masked, normalize):
+def test_masked_pixel_loss_matches_reference(dtype, batch, size, patch, masked, normalize):
     torch.manual_seed(2)
     pixels = torch.randn(batch, 3, size, size) * 2 + 1
     ids = torch.rand(batch, (size // patch) ** 2).argsort(dim=1)[:, :masked]
@@ -110,7 +110,7 @@ def test_masked_pixel_loss(dtype, batch, size, patch, masked, normalize):
 
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize(("count", "offset"), [(0, 0), (1, 0), (4096, 0), (4096, 1), (4099, 0), (3_000_000, 0)])
-def test_quick_gelu(dtype, count, offset):
+def test_quick_gelu_matches_reference(dtype, count, offset):
     torch.manual_seed(4)
     x, x_64 = pair(torch.randn(count + offset) * 4, dtype)
     ours, expected = ops.quick_gelu(x[offset:]), reference.quick_gelu(x_64[offset:])
@@ -121,14 +121,14 @@ def test_quick_gelu(dtype, count, offset):
     close(x.grad, x_64.grad, dtype)
 
 
-def test_quick_gelu_of_what_no_exponential_holds():
+def test_quick_gelu_of_values_whose_exponential_overflows():
     x = torch.tensor([0.0, 200.0, -200.0], device="cuda", requires_grad=True)
     ops.quick_gelu(x).sum().backward()
     assert ops.quick_gelu(x).tolist() == [0.0, 200.0, 0.0]
     assert x.grad.tolist() == [0.5, 1.0, 0.0]
 
 
-def test_runs_repeat_bit_for_bit():
+def test_runs_are_bit_identical():
     torch.manual_seed(3)
     logits, x = torch.randn(4096, 32, device="cuda"), torch.randn(4096, 768, device="cuda").bfloat16()
     results = []
@@ -146,15 +146,15 @@ def test_runs_repeat_bit_for_bit():
 # ---- Experts ----
 
 GROUPS = [((50, 0, 130, 1, 0), 7), ((0, 0, 300, 0, 0), 0), ((0, 0, 0, 0, 0), 9), ((0, 0, 0, 0, 0), 0)]
-"""Rows of each expert, and rows of nobody after them."""
+"""Rows of each expert, and number of rows of no expert after them."""
 
 
-def experts(sizes, nobody, dtype):
-    """Arguments of `grouped_feed_forward` and an upstream gradient, as leaves of both devices."""
+def experts(sizes, unowned, dtype):
+    """Arguments of `grouped_feed_forward` and an upstream gradient, as leaves on both devices."""
     generator = torch.Generator().manual_seed(5)
-    rows, count, width, hidden = sum(sizes) + nobody, len(sizes), 64, 136
+    rows, count, width, hidden = sum(sizes) + unowned, len(sizes), 64, 136
     x, upstream = (torch.randn(rows, width, generator=generator) * 0.5 for _ in range(2))
-    x[sum(sizes) :], upstream[sum(sizes) :] = float("nan"), float("nan")  # what is there does not matter
+    x[sum(sizes) :], upstream[sum(sizes) :] = float("nan"), float("nan")  # the ops must ignore these values
     shapes = ((count, hidden, width), (count, hidden), (count, width, hidden), (count, width))
     parameters = [torch.randn(shape, generator=generator) * 0.2 for shape in shapes]
     ours, expected = zip(*(pair(each, dtype) for each in (x, *parameters)), strict=True)
@@ -166,18 +166,18 @@ def relative_error(mine, wanted):
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
-@pytest.mark.parametrize(("sizes", "nobody"), GROUPS)
-def test_grouped_feed_forward(dtype, sizes, nobody):
-    ours, expected, upstream = experts(sizes, nobody, dtype)
+@pytest.mark.parametrize(("sizes", "unowned"), GROUPS)
+def test_grouped_feed_forward_matches_reference(dtype, sizes, unowned):
+    ours, expected, upstream = experts(sizes, unowned, dtype)
     filled, counts = sum(sizes), torch.tensor(sizes)
     out = ops.grouped_feed_forward(ours[0], counts.cuda(), *ours[1:])
-    products = dtype == torch.bfloat16 and filled + nobody > 0 and torch.cuda.get_device_capability() >= (9, 0)
+    products = dtype == torch.bfloat16 and filled + unowned > 0 and torch.cuda.get_device_capability() >= (9, 0)
     assert (type(out.grad_fn).__name__ == "GroupedProductsBackward") == products
     out_64 = reference.grouped_feed_forward(expected[0], counts, *expected[1:])
     assert out[filled:].eq(0).all()
     out.backward(upstream.cuda())
     (out_64[:filled] * upstream[:filled].double()).sum().backward()
-    # Hidden states, activations and their gradients are rounded on the way.
+    # Hidden states, activations and their gradients are rounded in between.
     allowed = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     assert relative_error(out[:filled], out_64[:filled].detach()) < allowed
     assert ours[0].grad[filled:].eq(0).all()
@@ -191,12 +191,12 @@ def test_grouped_feed_forward(dtype, sizes, nobody):
 
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("width", [136, 37])
-@pytest.mark.parametrize(("sizes", "nobody"), GROUPS)
-def test_steps_between_grouped_products(dtype, width, sizes, nobody):
+@pytest.mark.parametrize(("sizes", "unowned"), GROUPS)
+def test_ops_between_grouped_products_match_reference(dtype, width, sizes, unowned):
     generator = torch.Generator().manual_seed(6)
     filled, ends = sum(sizes), torch.tensor(sizes).cumsum(0).int()
-    x, bias = torch.randn(filled + nobody, width, generator=generator), torch.randn(len(sizes), width)
-    d_out = torch.randn(filled + nobody, width, generator=generator).to(dtype)
+    x, bias = torch.randn(filled + unowned, width, generator=generator), torch.randn(len(sizes), width)
+    d_out = torch.randn(filled + unowned, width, generator=generator).to(dtype)
     x[filled:], d_out[filled:] = float("nan"), float("nan")
     (mine, wide), (mine_bias, wide_bias) = pair(x, dtype), pair(bias, dtype)
     arguments = (mine.detach(), mine_bias.detach(), ends.cuda())
@@ -219,10 +219,10 @@ def test_steps_between_grouped_products(dtype, width, sizes, nobody):
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="no grouped products"
 )
-def test_experts_in_bf16_do_not_wait():
+def test_bf16_experts_never_synchronize_with_the_host():
     ours, _, upstream = experts(*GROUPS[0], torch.bfloat16)
     counts, upstream = torch.tensor(GROUPS[0][0]).cuda(), upstream.cuda()
-    ops.grouped_feed_forward(ours[0], counts, *ours[1:]).backward(upstream)  # what the first call sets up may wait
+    ops.grouped_feed_forward(ours[0], counts, *ours[1:]).backward(upstream)  # setup in the first call may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         ops.grouped_feed_forward(ours[0], counts, *ours[1:]).backward(upstream)
@@ -234,9 +234,9 @@ def test_experts_in_bf16_do_not_wait():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_router_multiplies_short_numbers(dtype):
+def test_router_products_in_low_precision_match_reference(dtype):
     torch.manual_seed(7)
-    # Numbers of few bits, so that logits and choices are the same however they are added up.
+    # Values with few bits, so that logits and choices do not depend on the order of summation.
     x, x_64 = pair(torch.randint(-8, 9, (600, 64)) / 8, dtype)
     weight, weight_64 = pair(torch.randint(-8, 9, (16, 64)) / 16, dtype)
     embedding, embedding_64 = pair(torch.randint(-8, 9, (2, 64)) / 8, dtype)
@@ -255,12 +255,12 @@ def test_router_multiplies_short_numbers(dtype):
         assert relative_error(mine.grad, wanted.grad) < allowed
 
 
-# ---- Streams, both kinds of them, and addresses ----
+# ---- Token streams, CUDA streams, and addresses ----
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
-def test_packed_stream(dtype):
-    """Tokens that a padded batch takes from a stream, and back."""
+def test_packing_and_padding_match_reference(dtype):
+    """Gather tokens of a stream into a padded batch, and scatter them back."""
     torch.manual_seed(8)
     mask = torch.rand(5, 33) > 0.3
     token_ids = mask.flatten().nonzero().squeeze(1)
@@ -279,8 +279,8 @@ def test_packed_stream(dtype):
 
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("kind", ["self", "cross"])
-def test_attention_over_packed_tokens(dtype, kind):
-    """Against padded tokens in fp64; flash attention rounds probabilities to the dtype too, backward twice as often."""
+def test_attention_over_packed_tokens_matches_padded_fp64(dtype, kind):
+    """Compare with padded tokens in fp64; flash attention also rounds probabilities, twice as often in the backward."""
     torch.manual_seed(7)
     mask = torch.rand(9, 70) > 0.3
     mask[3] = False
@@ -300,7 +300,7 @@ def test_attention_over_packed_tokens(dtype, kind):
 
 
 def every_output(dtype=torch.bfloat16, offset=0):
-    """Outputs and gradients of the ops on fixed inputs that start `offset` values past an aligned address."""
+    """Outputs and gradients of the ops for fixed inputs that start `offset` values past an aligned address."""
     generator = torch.Generator().manual_seed(9)
 
     def draw(*shape, dtype=dtype):
@@ -324,7 +324,7 @@ def every_output(dtype=torch.bfloat16, offset=0):
     return [each.detach().clone() for each in exact], [scores.clone(), losses]
 
 
-def test_bits_do_not_depend_on_the_stream():
+def test_results_are_bit_identical_on_another_cuda_stream():
     exact, sums = every_output()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -335,8 +335,8 @@ def test_bits_do_not_depend_on_the_stream():
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
-def test_odd_addresses(dtype):
-    """Rows that no wide load can read: the same bits where nothing is added up in another order."""
+def test_misaligned_addresses_give_the_same_results(dtype):
+    """Rows that no wide load can read give the same bits, unless they are summed in another order."""
     (exact, sums), (exact_odd, sums_odd) = every_output(dtype), every_output(dtype, offset=1)
     for one, other in zip(exact, exact_odd, strict=True):
         assert torch.equal(one, other)
@@ -351,8 +351,8 @@ def test_odd_addresses(dtype):
     ("bad", "message"),
     [(None, None), (5, "eve_ds: source[2] is 5, which must be at least -1 and below 5")],
 )
-def test_bad_ids_end_the_program_on_request(bad, message):
-    """In a process of its own, which cannot use the GPU afterwards."""
+def test_bad_ids_end_the_program_if_checks_are_enabled(bad, message):
+    """Run in a separate process, which cannot use the GPU after the error."""
     code = (
         "import sys, torch; from eve_ds import ops; "
         "x, slots = torch.zeros(5, 8, device='cuda'), torch.zeros(5, 1, dtype=torch.int64, device='cuda'); "

@@ -120,7 +120,9 @@ def test_sbatch_trains_on_two_nodes_and_the_same_line_again_goes_on(
 
 @pytest.mark.parametrize("mpi", ["none", "pmi2"])
 def test_srun_gives_every_task_its_rank(launch, cluster, mpi):
-    code = "import os; from eve_ds.distributed import read_environment as r; print(r(), os.environ['MASTER_ADDR'])"
+    code = (
+        "import os; from eve_ds.launch_environment import read_environment as r; print(r(), os.environ['MASTER_ADDR'])"
+    )
     launched = launch(["srun", f"--mpi={mpi}", "--nodes=2", "--ntasks-per-node=2", "python", "-c", code], **cluster)
     assert launched.returncode == 0, launched.output
     found = sorted(re.findall(r"rank=(\d), world_size=(\d), local_rank=(\d).* (\S+)", launched.output))
@@ -132,7 +134,7 @@ def test_srun_tasks_that_each_think_they_are_alone_are_refused(run, launch, clus
     command = ["srun", "--nodes=2", "--ntasks=2", *alone, "python", "launcher/pretrain.py", *run.arguments(ep_size=1)]
     launched = launch(command, **cluster)
     assert launched.returncode == 2
-    assert launched.output.count("SLURM_NTASKS (2) tasks were asked for, but this process is a world of one") == 2
+    assert launched.output.count("SLURM_NTASKS (2) requests several tasks, but this process is a world of one") == 2
     assert "start it with srun and do not set RANK" in launched.output
     assert not run.folder.exists()
 

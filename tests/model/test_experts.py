@@ -1,4 +1,4 @@
-"""Stacked experts: names of their state dict, and loading by those names."""
+"""Stacked experts: names in their state dict, and loading by these names."""
 
 import copy
 
@@ -23,7 +23,7 @@ def separate():
     return torch.nn.ModuleList(FeedForward(WIDTH, HIDDEN) for _ in range(COUNT))
 
 
-def test_state_dict_is_that_of_separate_networks():
+def test_state_dict_equals_that_of_separate_networks():
     experts, networks = drawn(), separate()
     networks.load_state_dict(experts.state_dict())
     assert {name: tensor.shape for name, tensor in experts.state_dict().items()} == {
@@ -47,7 +47,7 @@ def test_separate_networks_load_into_stacked_ones(assign, nested):
         source, target = torch.nn.Sequential(networks), torch.nn.Sequential(experts)
     state = source.state_dict()
     target.load_state_dict(state, assign=assign)
-    assert list(state) == list(source.state_dict()), "the caller's state dict stays as it was"
+    assert list(state) == list(source.state_dict()), "loading must not change the caller's state dict"
     for expert, network in enumerate(networks):
         assert torch.equal(experts.fc1.weight[expert], network.fc1.weight)
         assert torch.equal(experts.fc2.bias[expert], network.fc2.bias)
@@ -62,7 +62,7 @@ def test_separate_networks_load_into_stacked_ones(assign, nested):
         (lambda state: state.update({"2.fc1.bias": torch.zeros(7)}), r"mismatch for 2\.fc1\.bias: .*\[7\].*\[12\]"),
     ],
 )
-def test_what_does_not_fit_is_named_and_changes_nothing(change, text):
+def test_load_errors_name_the_tensor_and_change_nothing(change, text):
     experts = drawn()
     before, state = copy.deepcopy(experts.state_dict()), drawn(1).state_dict()
     change(state)
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(change, text):
     assert broken == ({"fc2.bias"} if "Missing" in text else {"fc1.bias"} if "mismatch" in text else set())
 
 
-def test_a_copy_has_hooks_of_its_own():
+def test_deep_copy_has_its_own_hooks():
     experts = drawn()
     other = copy.deepcopy(experts)
     other.load_state_dict(drawn(1).state_dict())

@@ -1,4 +1,4 @@
-"""The plain model: its sizes, its forms of batch, what may and what may not influence an output, initialisation."""
+"""Plain model: sizes, kinds of batch, inputs that may and may not influence an output, initialization."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from eve_ds.model.stream import join
 from eve_ds.views import Layout, Packing
 
 SMALL = ModelConfig(
-    objectives=["joint"],  # one view; those of the other tasks are in test_views.py
+    objectives=["joint"],  # a single view; test_views.py covers the views of the other objectives
     hidden_size=32,
     num_hidden_layers=3,
     num_attention_heads=4,
@@ -33,14 +33,14 @@ SMALL = ModelConfig(
     text_length=10,
     drop_path_rate=0.0,
     text_dropout=0.0,
-    initializer_range=0.2,  # large, so that every part of the model has a say in its output
+    initializer_range=0.2,  # large, so that every part of the model affects its output
     position_initializer_range=0.5,
     layer_scale_init=1.0,
     pixel_decoder=PixelDecoderConfig(kind="cross", num_layers=2, hidden_size=24, num_attention_heads=3),
 )
 SELF = PixelDecoderConfig(kind="self", num_layers=2, hidden_size=24, num_attention_heads=3)
 ROUNDING = {"rtol": 2e-5, "atol": 2e-5}
-"""For values of order 1 that went through three layers in fp32, summed in another order."""
+"""Tolerance for values of order 1 after three fp32 layers, summed in another order."""
 
 
 def small_model(**changes):
@@ -90,11 +90,11 @@ def test_presets_build_on_meta(preset, layers, width):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-# --- forms of batch ---------------------------------------------------------------------------------------------------
+# --- kinds of batch ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoder", ["cross", "self"])
-def test_pair_image_and_text_batches(decoder):
+def test_pair_image_and_text_batches_have_the_expected_outputs(decoder):
     model = small_model(pixel_decoder=SMALL.pixel_decoder.model_copy(update={"kind": decoder}))
     batch = pair_batch()
     pair = model(**batch)
@@ -106,20 +106,20 @@ def test_pair_image_and_text_batches(decoder):
     text = model(**only(batch, "input_ids", "attention_mask", "masked_token_ids"))
     assert text.token_logits().shape == (6, 61)
     assert text.pixel_predictions is None
-    assert not torch.allclose(image.pixel_predictions, pair.pixel_predictions, atol=1e-3), "text tells about pixels"
-    assert not torch.allclose(text.token_hidden, pair.token_hidden, atol=1e-3), "the image tells about words"
+    assert not torch.allclose(image.pixel_predictions, pair.pixel_predictions, atol=1e-3), "text must affect pixels"
+    assert not torch.allclose(text.token_hidden, pair.token_hidden, atol=1e-3), "the image must affect words"
     with pytest.raises(ValueError, match="no token logits"):
         image.token_logits()
 
 
 @pytest.mark.parametrize("decoder", ["cross", "self"])
-def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(decoder):
+def test_mixed_batch_gives_the_same_outputs_as_single_samples(decoder):
     model = small_model(pixel_decoder=SMALL.pixel_decoder.model_copy(update={"kind": decoder}))
     batch = pair_batch()
     batch["image_mask"] = torch.tensor([True, False, True])
     batch["pixel_values"] = batch["pixel_values"] * batch["image_mask"][:, None, None, None]
     batch["attention_mask"] = batch["attention_mask"] & torch.tensor([True, True, False])[:, None]
-    batch["masked_token_ids"] = batch["masked_token_ids"][:4]  # none in the sample without a caption
+    batch["masked_token_ids"] = batch["masked_token_ids"][:4]  # the sample without a caption has none
     mixed = model(**batch)
     names = ("pixel_values", "visible_patch_ids", "masked_patch_ids", "input_ids", "attention_mask")
     pair = model(**{name: batch[name][:1] for name in names}, masked_token_ids=torch.tensor([1, 3]))
@@ -135,7 +135,7 @@ def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(decoder):
     torch.testing.assert_close(mixed.pixel_predictions[2:], image.pixel_predictions, **ROUNDING)
 
 
-def test_no_masked_token_and_a_batch_without_anything():
+def test_no_masked_token_gives_empty_outputs_and_an_empty_batch_is_refused():
     model = small_model()
     batch = pair_batch() | {"masked_token_ids": torch.empty(0, dtype=torch.int64)}
     assert model(**batch).token_hidden.shape == (0, 32)
@@ -143,12 +143,12 @@ def test_no_masked_token_and_a_batch_without_anything():
         model()
 
 
-def test_text_longer_than_the_table():
+def test_text_longer_than_the_position_table_is_refused():
     with pytest.raises(ValueError, match=r"text of 13 tokens exceeds text_positions \(12\)"):
         small_model()(input_ids=torch.ones(1, 13, dtype=torch.int64))
 
 
-# --- what may influence what ------------------------------------------------------------------------------------------
+# --- influence of inputs on outputs -----------------------------------------------------------------------------------
 
 
 def test_masked_patches_never_reach_the_encoder():
@@ -183,7 +183,7 @@ def test_visible_patches_keep_their_positions():
 
 
 @pytest.mark.parametrize("decoder", [SMALL.pixel_decoder, SELF], ids=["cross", "self"])
-def test_a_patch_hidden_by_mask_is_as_good_as_removed(decoder):
+def test_patch_hidden_by_mask_equals_removed_patch(decoder):
     model = small_model(pixel_decoder=decoder).eval()
     batch = pair_batch()
     visible = batch["visible_patch_ids"]
@@ -196,7 +196,7 @@ def test_a_patch_hidden_by_mask_is_as_good_as_removed(decoder):
     assert not torch.allclose(hidden.pixel_predictions, model(**batch).pixel_predictions, **ROUNDING)
 
 
-def test_patch_projection_is_the_convolution():
+def test_patch_projection_equals_convolution():
     embedding = small_model().backbone.image_embedding
     pixel_values = pair_batch()["pixel_values"]
     expected = embedding.projection(pixel_values).flatten(2).transpose(1, 2)
@@ -205,7 +205,7 @@ def test_patch_projection_is_the_convolution():
 
 
 @pytest.mark.parametrize("decoder", ["cross", "self"])
-def test_padding_changes_nothing(decoder):
+def test_padding_does_not_change_outputs(decoder):
     model = small_model(pixel_decoder=SMALL.pixel_decoder.model_copy(update={"kind": decoder}))
     batch = pair_batch()
     before = model(**batch)
@@ -225,14 +225,14 @@ def test_padding_changes_nothing(decoder):
 
 
 @pytest.mark.parametrize("routing", ["dropless", "capacity"])
-def test_at_evaluation_a_sample_does_not_depend_on_its_batch(routing):
+def test_evaluation_of_a_sample_does_not_depend_on_its_batch(routing):
     moe = MoEConfig(
         num_experts=4, routing=routing, min_capacity=1, capacity_factor=0.5, router_jitter=0.5, second_choice_noise=True
     )
     model = small_model(moe=moe, drop_path_rate=0.5, text_dropout=0.5)
     batch = pair_batch()
     together = model(**batch)
-    assert torch.equal(model(**batch).pixel_predictions, together.pixel_predictions), "and is deterministic"
+    assert torch.equal(model(**batch).pixel_predictions, together.pixel_predictions), "must be deterministic"
     for row in range(3):
         alone = {name: value[row : row + 1] for name, value in batch.items() if name != "masked_token_ids"}
         output = model(**alone, masked_token_ids=torch.tensor([1, 3]))
@@ -257,7 +257,7 @@ def losses_and_gradients(model, batch):
     )
 
 
-def test_activation_checkpointing_changes_nothing():
+def test_activation_checkpointing_does_not_change_results():
     moe = MoEConfig(num_experts=4, router_jitter=0.3, second_choice_noise=True)
     model = small_model(moe=moe, drop_path_rate=0.4, text_dropout=0.3).train()
     batch = pair_batch()
@@ -266,10 +266,10 @@ def test_activation_checkpointing_changes_nothing():
     model.backbone.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
     model.backbone.activation_checkpointing = True
     loss_again, balance_again, gradients_again = losses_and_gradients(model, batch)
-    assert len(calls) == 2, "the block ran once more in the backward"
+    assert len(calls) == 2, "the block must run once more in the backward"
     assert torch.equal(loss, loss_again)
     assert torch.equal(balance, balance_again)
-    assert len(balance_again) == 2, "one load-balancing loss a layer, also when it runs twice"
+    assert len(balance_again) == 2, "one load-balancing loss per layer, even if the layer runs twice"
     assert gradients.keys() == gradients_again.keys()
     for name, gradient in gradients.items():
         assert torch.equal(gradient, gradients_again[name]), name
@@ -283,16 +283,16 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     packing = Packing.of([Layout.of(torch.tensor([[True, True, False]]).expand(20_000, -1))] * 2)
     kept = blocks[2].train().draw_kept(packing, torch.float32)
     per_sample = kept.view(2, 40_000, 2)
-    assert (per_sample == per_sample[..., :1]).all(), "a sample is dropped as a whole"
+    assert (per_sample == per_sample[..., :1]).all(), "a sample must be dropped as a whole"
     assert kept.unique().tolist() == pytest.approx([0, 1 / 0.6])
-    # Four standard deviations of a mean over 20,000 draws of variance 0.4 / 0.6.
+    # Four standard deviations of a mean over 20,000 draws with variance 0.4 / 0.6.
     means = per_sample.view(4, 20_000, 2).mean(dim=(1, 2))  # attention and feed-forward of both views
     assert means.tolist() == pytest.approx([1.0] * 4, abs=4 * math.sqrt(0.4 / 0.6 / 20_000))
     assert blocks[2].eval().draw_kept(packing, torch.float32) is None
     assert blocks[0].train().draw_kept(packing, torch.float32) is None
 
 
-def test_a_dropped_branch_adds_nothing_and_a_kept_one_is_scaled():
+def test_dropped_branch_adds_zero_and_kept_branch_is_scaled():
     block = randomize(EVE(SMALL).backbone.blocks[0].double())
     mask = key_mask()
     x = torch.randn(int(mask.sum()), 32, dtype=torch.float64)
@@ -316,7 +316,7 @@ INDUCTOR = pytest.param(
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 @pytest.mark.timeout(900)
-def test_compiled_model_gives_the_same(backend):
+def test_compiled_model_gives_the_same_results(backend):
     model = small_model(num_hidden_layers=2, moe_layers=[1]).train()
     batch = pair_batch()
     loss, balance, gradients = losses_and_gradients(model, batch)
@@ -328,8 +328,8 @@ def test_compiled_model_gives_the_same(backend):
         torch.testing.assert_close(gradients_again[f"_orig_mod.{name}"], gradient, **ROUNDING)
 
 
-def test_packed_tokens_give_what_padded_ones_do():
-    """Both forms of one model, padding kept as tokens that nobody looks at, in training mode with all gradients."""
+def test_packed_and_padded_tokens_give_the_same_results():
+    """Padding kept as tokens that attention ignores gives the same as packing, in training mode, with all gradients."""
     for kind in ("cross", "self"):
         decoder = SMALL.pixel_decoder.model_copy(update={"kind": kind})
         results = []
@@ -390,7 +390,7 @@ def test_self_attention_equals_a_softmax_loop():
 
 
 def varlen_by_loops(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k):
-    """`torch.nn.attention.varlen.varlen_attn`, which has kernels for GPUs only: (N, heads, D / heads) -> the same."""
+    """Loop version of `torch.nn.attention.varlen.varlen_attn`, which needs a GPU: (N, heads, D / heads) -> same."""
     out = torch.zeros_like(q)
     for sample in range(len(cu_seq_q) - 1):
         queries, keys = (slice(*ends[sample : sample + 2].tolist()) for ends in (cu_seq_q, cu_seq_k))
@@ -402,7 +402,7 @@ def varlen_by_loops(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k):
 
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
-def test_attention_over_packed_tokens_equals_that_over_padded_ones(kind, monkeypatch):
+def test_attention_over_packed_tokens_equals_attention_over_padded_tokens(kind, monkeypatch):
     mask = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
     layout = Layout.of(mask, 2)
     generator = torch.Generator().manual_seed(4)
@@ -425,7 +425,7 @@ def test_attention_over_packed_tokens_equals_that_over_padded_ones(kind, monkeyp
         torch.testing.assert_close(packed, padded, rtol=1e-12, atol=1e-12)
 
 
-def test_packed_attention_is_taken_on_a_gpu_where_there_is_padding():
+def test_packed_attention_is_used_on_a_gpu_if_there_is_padding():
     ragged, whole = Layout.of(key_mask()), Layout.of(torch.ones(2, 5, dtype=torch.bool))
     kept = Layout.of(key_mask(), keep_padding=True)
     on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
@@ -474,7 +474,7 @@ def self_by_loops(attention, x, mask, num_heads):
 
 
 def decoder_inputs():
-    """Stream, the same by sample with its mask, visible and masked patches."""
+    """Stream, the same tokens by sample with their mask, visible and masked patches."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(2, 8, 32, dtype=torch.float64, generator=generator)  # class token, 4 patches, 3 words
     mask = torch.ones(2, 8, dtype=torch.bool)
@@ -496,7 +496,7 @@ def test_cross_decoder_equals_loops():
     expected = layer_norm_by_hand(x, decoder.norm) @ decoder.pixels.weight.T + decoder.pixels.bias
     torch.testing.assert_close(decoder(stream, visible, masked), expected)
     one = decoder(stream, visible, masked[:, :1])
-    torch.testing.assert_close(one, expected[:, :1], msg="mask tokens do not see each other")
+    torch.testing.assert_close(one, expected[:, :1], msg="mask tokens must not see each other")
 
 
 def test_self_decoder_equals_loops():
@@ -506,7 +506,7 @@ def test_self_decoder_equals_loops():
     for row in range(2):
         for place, patch in enumerate(visible[row]):
             memory[row, 1 + place] += decoder.position[patch]
-    x = torch.cat([memory, decoder.mask_token + decoder.position[masked]], dim=1)  # another order than the decoder's
+    x = torch.cat([memory, decoder.mask_token + decoder.position[masked]], dim=1)  # unlike the decoder's token order
     mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.bool)], dim=1)
     for block in decoder.blocks:
         x = x + self_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), mask, 3)
@@ -515,7 +515,7 @@ def test_self_decoder_equals_loops():
     torch.testing.assert_close(decoder(stream, visible, masked), expected)
 
 
-def test_text_head_is_dense_gelu_norm_tied_to_the_word_embedding():
+def test_text_head_is_dense_gelu_norm_and_tied_to_the_word_embedding():
     head = randomize(TextHead(SMALL).double())
     x = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     h = x @ head.dense.weight.T + head.dense.bias
@@ -528,7 +528,7 @@ def test_text_head_is_dense_gelu_norm_tied_to_the_word_embedding():
     torch.testing.assert_close(output.token_logits(), expected)
 
 
-def test_shallow_block_is_the_formula():
+def test_shallow_block_equals_formula():
     block = randomize(Block(SMALL.model_copy(update={"moe_layers": []}), 0, None).double())
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     mask = key_mask()  # two image tokens, three words
@@ -540,13 +540,13 @@ def test_shallow_block_is_the_formula():
     assert moe is None
 
 
-# --- initialisation ---------------------------------------------------------------------------------------------------
+# --- initialization ---------------------------------------------------------------------------------------------------
 
 TRUNCATED_STD = math.sqrt(1 - 2 * math.exp(-0.5) / math.sqrt(2 * math.pi) / math.erf(1 / math.sqrt(2)))
 """Standard deviation of a standard normal truncated at -1 and 1: sqrt(1 - 2 phi(1) / (2 Phi(1) - 1)) = 0.5396."""
 
 
-def test_weights_are_truncated_normals_and_experts_differ():
+def test_initial_weights_are_truncated_normals_and_experts_differ():
     torch.manual_seed(1)
     config = SMALL.model_copy(
         update={"initializer_range": 0.02, "position_initializer_range": 0.1, "layer_scale_init": 0.3}
@@ -564,7 +564,7 @@ def test_weights_are_truncated_normals_and_experts_differ():
         else:
             std = 0.1 if kind in ("position", "class_token", "mask_token") else 0.02
             assert value.abs().max() <= std, name
-            # The standard deviation of n draws is off by about 1 / sqrt(2 n) of itself.
+            # The standard deviation of n draws has a relative error of about 1 / sqrt(2 n).
             tolerance = 5 / math.sqrt(2 * value.numel())
             assert float(value.std()) == pytest.approx(std * TRUNCATED_STD, rel=tolerance), name
     experts = model.backbone.blocks[1].moe.experts
@@ -573,7 +573,7 @@ def test_weights_are_truncated_normals_and_experts_differ():
         assert all(not torch.equal(one, other) for other in weights[first + 1 :])
 
 
-def test_the_seed_decides_the_weights():
+def test_seed_determines_the_initial_weights():
     def draw(seed):
         torch.manual_seed(seed)
         return EVE(SMALL).state_dict()
@@ -585,7 +585,7 @@ def test_the_seed_decides_the_weights():
     )
 
 
-def test_sincos_positions_by_loops():
+def test_sincos_positions_equal_loops():
     model = small_model(position_init="sincos")
     for position, width in ((model.backbone.image_embedding.position, 32), (model.pixel_decoder.position, 24)):
         rows = position[-16:]

@@ -1,4 +1,4 @@
-"""The plain mixture of experts: what it computes, and on what a token's output does and does not depend."""
+"""Plain mixture of experts: its results, and the inputs on which a token's output does and does not depend."""
 
 import math
 
@@ -42,8 +42,8 @@ def first_sample(inputs):
     return tuple(value[:1] for value in inputs)
 
 
-def token_in_a_loop(moe, x, modality, *, top_k=2):
-    """One token through its experts, nobody else around, in fp64: what a dropless layer has to give."""
+def token_by_loop(moe, x, modality, *, top_k=2):
+    """One token alone through its experts, in fp64: the required result of a dropless layer."""
     router = moe.router
     seen = x.double() + router.modality_embedding[modality].double()
     probabilities = (router.weight.double() @ seen).softmax(dim=0)
@@ -71,7 +71,7 @@ def test_dropless_layer_is_the_sum_over_chosen_experts(profile, top_k):
     gradients = [parameter.grad.clone() for parameter in moe.parameters()]
     moe.zero_grad()
     expected = torch.stack(
-        [token_in_a_loop(moe, t, m, top_k=top_k) for t, m in zip(x.flatten(0, 1), modality.flatten(), strict=True)]
+        [token_by_loop(moe, t, m, top_k=top_k) for t, m in zip(x.flatten(0, 1), modality.flatten(), strict=True)]
     ).view(x.shape)
     (expected * upstream).sum().backward()
     torch.testing.assert_close(ours.double(), expected, **FLOAT32)
@@ -113,7 +113,7 @@ class TestEvaluationByDefault:
 
 
 class TestOfficialEvaluation:
-    """The released behaviour, each quirk of which the default corrects."""
+    """Behavior of the release; the default profile corrects each of these quirks."""
 
     def test_depends_on_other_samples(self):
         moe = layer("official", capacity_factor=0.5)
@@ -130,13 +130,13 @@ class TestOfficialEvaluation:
         assert ours.statistics.tokens.tolist() == [15, 12 + 18]
         assert ours.load_balancing_loss != expected.load_balancing_loss
 
-    def test_second_choice_is_drawn_with_noise_if_asked_for(self):
+    def test_second_choice_is_noisy_if_enabled(self):
         noisy, quiet = (layer("official", second_choice_noise=noise, capacity_factor=9.0) for noise in (True, False))
         torch.manual_seed(0)
         assert not torch.equal(noisy(*batch()).hidden_states, noisy(*batch()).hidden_states)
         assert torch.equal(quiet(*batch()).hidden_states, quiet(*batch()).hidden_states)
 
-    def test_drops(self):
+    def test_drops_routes(self):
         assert layer("official", capacity_factor=0.5)(*batch()).statistics.dropped.sum() > 0
 
     def test_experts_see_the_modality_embedding(self):
@@ -148,7 +148,7 @@ class TestOfficialEvaluation:
 
 
 class TestTraining:
-    def test_capacity_drops_and_counts_what_it_dropped(self):
+    def test_capacity_drops_routes_and_counts_them(self):
         moe = layer(training=True, capacity_factor=0.5)
         inputs = batch(padding=2)
         routed = moe.router(inputs[0].flatten(0, 1), inputs[1].flatten(), inputs[2].flatten())
@@ -159,18 +159,18 @@ class TestTraining:
         assert (slots[:, 9:] == -1).all()
         assert routed.routing.counts.max() <= 9  # ceil(2 * 0.5 * 33 / 4)
 
-    def test_dropless_drops_nothing(self):
+    def test_dropless_drops_no_route(self):
         assert layer(training=True, routing="dropless")(*batch()).statistics.dropped.tolist() == [0, 0]
 
     @pytest.mark.parametrize("switch", [{"second_choice_noise": True}, {"router_jitter": 0.3}])
-    def test_noise_is_off_unless_asked_for(self, switch):
+    def test_noise_is_off_by_default(self, switch):
         noisy = layer(training=True, routing="dropless", **switch)
         quiet = layer(training=True, routing="dropless")
         assert not torch.equal(noisy(*batch()).hidden_states, noisy(*batch()).hidden_states)
         assert torch.equal(quiet(*batch()).hidden_states, quiet(*batch()).hidden_states)
 
     @pytest.mark.parametrize("top_k", [1, 2])
-    def test_router_learns_from_the_output_alone(self, top_k):
+    def test_router_gets_gradients_from_the_output_alone(self, top_k):
         moe = layer(training=True, routing="dropless", top_k=top_k)
         moe(*batch()).hidden_states.square().sum().backward()
         assert moe.router.weight.grad.abs().max() > 1e-3
@@ -178,7 +178,7 @@ class TestTraining:
 
 
 def test_second_choice_noise_draws_from_the_softmax_of_the_other_experts():
-    """Gumbel-max: the second expert is e with the probability of e among those not chosen first."""
+    """Gumbel-max: the second expert is e with the probability of e among the experts other than the first choice."""
     moe = layer(training=True, routing="dropless", second_choice_noise=True)
     x = batch(1, 1, 0)[0].flatten(0, 1).expand(20_000, -1)
     torch.manual_seed(0)
@@ -215,7 +215,7 @@ def test_losses_and_statistics_are_sums_over_routed_tokens():
     assert output.load_balancing_loss.item() == pytest.approx(EXPERTS * float((first * mean).sum()), rel=1e-5)
 
 
-def test_nothing_is_kept_on_the_module():
+def test_module_keeps_no_state_of_a_forward():
     moe = layer(training=True)
     before = set(vars(moe)) | set(vars(moe.router))
     moe(*batch())
@@ -223,7 +223,7 @@ def test_nothing_is_kept_on_the_module():
 
 
 @pytest.mark.parametrize("routing", ["capacity", "dropless"])
-def test_only_padding_gives_zeros_and_zero_gradients(routing):
+def test_batch_of_padding_gives_zeros_and_zero_gradients(routing):
     moe = layer(training=True, routing=routing)
     x, modality, mask = batch()
     output = moe(x, modality, torch.zeros_like(mask))
@@ -234,7 +234,7 @@ def test_only_padding_gives_zeros_and_zero_gradients(routing):
     assert all(parameter.grad.eq(0).all() for parameter in moe.parameters() if parameter.grad is not None)
 
 
-def test_bf16_tokens_are_routed_as_fp32_ones():
+def test_bf16_tokens_are_routed_in_fp32():
     moe = layer()
     x, modality, mask = batch()
     rounded = x.bfloat16()
@@ -244,7 +244,7 @@ def test_bf16_tokens_are_routed_as_fp32_ones():
     assert torch.equal(ours.gates, expected.gates)
 
 
-def test_router_metrics():
+def test_router_metrics_match_hand_computed_values():
     statistics = RouterStatistics(
         routes=torch.tensor([[6.0, 2.0, 0.0, 0.0], [1.0, 3.0, 0.0, 0.0]]),
         dropped=torch.tensor([2.0, 1.0]),
@@ -264,7 +264,7 @@ def test_router_metrics():
     }
 
 
-def test_statistics_of_all_layers_come_to_the_host_in_one_copy(monkeypatch):
+def test_statistics_of_all_layers_reach_the_host_in_one_copy(monkeypatch):
     copies, copy = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor) or copy(tensor))
     layers = [RouterStatistics(torch.rand(2, 4), torch.rand(2), torch.rand(2), torch.rand(())) for _ in range(3)]
@@ -276,7 +276,7 @@ def test_statistics_of_all_layers_come_to_the_host_in_one_copy(monkeypatch):
     assert on_host([]) == []
 
 
-def test_router_metrics_of_no_token_are_finite():
+def test_router_metrics_without_tokens_are_finite():
     zeros = RouterStatistics(torch.zeros(2, 4), torch.zeros(2), torch.zeros(2), torch.zeros(()))
     metrics = router_metrics(zeros)
     assert all(math.isfinite(value) for value in metrics.values())

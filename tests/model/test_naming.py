@@ -1,4 +1,4 @@
-"""Names of experts' weights in the plain model, in state dicts and as stacked parameters."""
+"""Names of experts' weights in the plain model, in state dicts and in stacked parameters."""
 
 import pytest
 
@@ -14,19 +14,19 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("infix", ["experts", "deepspeed_moe.experts.deepspeed_experts"])
-def test_a_stacked_parameter_holds_experts_in_order(infix):
+def test_stacked_parameter_holds_experts_in_order(infix):
     name = f"backbone.blocks.5.moe.{infix}.fc2.bias"
     assert is_stacked(name)
     assert plain_names(name, 6, 2) == tuple(f"backbone.blocks.5.moe.experts.{expert}.fc2.bias" for expert in (6, 7))
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_names_stay(name):
+def test_other_names_do_not_change(name):
     assert not is_stacked(name)
     assert plain_names(name, 4, 2) == (name,)
 
 
-def test_experts_have_numbers():
+def test_expert_id_is_read_from_the_name():
     assert expert_id("blocks.1.moe.experts.0.fc1.weight") == 0
     assert expert_id("backbone.blocks.11.moe.experts.31.fc2.bias") == 31
     assert [expert_id(name) for name in OTHERS[:-1]] == [None] * 4

@@ -1,8 +1,9 @@
-"""The built CPU ops against the reference in fp64, at ugly shapes, with random upstream gradients.
+"""Compiled CPU ops against the reference in fp64, for unusual shapes, with random upstream gradients.
 
-Tolerances. Integers are equal, given equal logits: the fp64 reference routes by the same fp32 logits, so a near tie
-falls the same way. fp32: FLOAT32 allows the last bits of a sum of a few hundred terms. bf16: what is stored is rounded
-once, to 8 bits, so within one unit in the last place, BFLOAT16, of the fp64 value of the same bf16 inputs.
+Tolerances. Integers must be equal for equal logits: the fp64 reference routes by the same fp32 logits, so near ties
+resolve the same way. fp32: FLOAT32 allows the last bits of a sum of a few hundred terms. bf16: a stored value is
+rounded once, to 8 bits, so it is within one unit in the last place, BFLOAT16, of the fp64 value for the same bf16
+inputs.
 """
 
 import itertools
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _fatal(monkeypatch):
-    """A build that fails is an error here, not a silent comparison of the reference with itself."""
+    """Make a failed build an error; otherwise these tests would compare the reference with itself."""
     monkeypatch.setenv("EVE_DS_OPS", "build")
 
 
@@ -55,7 +56,7 @@ def tolerance(dtype):
 
 
 def assert_close(ours, expected, dtype=torch.float32, scale=1.0):
-    """`scale`: the size of what was added up, where terms cancel."""
+    """Compare two tensors; `scale` is the size of the summed terms, for sums whose terms cancel."""
     allowed = tolerance(dtype)
     torch.testing.assert_close(
         ours.double(), expected.double(), rtol=allowed["rtol"], atol=allowed["atol"] * max(scale, 1.0)
@@ -63,7 +64,7 @@ def assert_close(ours, expected, dtype=torch.float32, scale=1.0):
 
 
 def both(name, *arguments, dtype, **options):
-    """Call the op built, and the reference in fp64, on leaves of their own; floating tensors follow the dtype."""
+    """Call the compiled op and the fp64 reference on leaves of their own; floating tensors take the dtype."""
     results = []
     for module, wanted in ((ops, dtype), (reference, torch.float64)):
         mine = [
@@ -106,7 +107,7 @@ def check_route(logits, top_k, capacity, valid=None, noise=None, bias=None, moda
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("capacity", [-1, 0, 3])
 @pytest.mark.parametrize("extras", [False, True])
-def test_routes_are_those_of_the_reference(shape, capacity, extras):
+def test_route_topk_matches_reference(shape, capacity, extras):
     tokens, experts, top_k, _ = SHAPES[shape]
     generator = torch.Generator().manual_seed(1)
     logits = random_logits(tokens, experts)
@@ -124,7 +125,7 @@ def test_routes_are_those_of_the_reference(shape, capacity, extras):
     )
 
 
-def test_all_to_one_expert_an_empty_expert_and_overflow():
+def test_route_topk_with_overflowing_and_empty_experts():
     logits = torch.full((300, 6), -3.0)
     logits[:, 4] = 5.0
     logits[:, 2] = 1.0
@@ -133,7 +134,7 @@ def test_all_to_one_expert_an_empty_expert_and_overflow():
         check_route(logits, 1, capacity)
 
 
-def test_everything_invalid():
+def test_route_topk_without_valid_tokens():
     check_route(random_logits(20, 4), 2, 5, valid=torch.zeros(20, dtype=torch.bool))
 
 
@@ -143,7 +144,7 @@ def test_ties_go_to_the_lowest_expert():
         assert routing.expert_ids.tolist() == [[0, 1, 2]] * 4
 
 
-def test_large_and_infinite_logits():
+def test_route_topk_with_large_and_infinite_logits():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-torch.inf, 2.0, 1.0], [80.0, 80.0, -80.0]])
     check = ops.route_topk(logits, top_k=2, capacity=-1)
     expected = reference.route_topk(logits.double(), top_k=2, capacity=-1)
@@ -153,14 +154,14 @@ def test_large_and_infinite_logits():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 6), st.integers(-1, 30), st.integers(0, 10**6))
-def test_routes_at_drawn_shapes(tokens, experts, top_k, capacity, seed):
+def test_route_topk_matches_reference_for_random_shapes(tokens, experts, top_k, capacity, seed):
     check_route(random_logits(tokens, experts, seed), min(top_k, experts), capacity)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("capacity", "embedded"), [(-1, False), (-1, True), (0, True), (4, False), (4, True)])
-def test_dispatch_and_combine(dtype, shape, capacity, embedded):
+def test_dispatch_and_combine_match_reference(dtype, shape, capacity, embedded):
     tokens, experts, top_k, width = SHAPES[shape]
     generator = torch.Generator().manual_seed(2)
     valid = torch.rand(tokens, generator=generator) > 0.2
@@ -194,10 +195,10 @@ def test_dispatch_and_combine(dtype, shape, capacity, embedded):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("embed_rows", [False, True])
 @pytest.mark.parametrize("capacity", [-1, 5])
-def test_route_and_dispatch_is_one_node_with_the_gradients_of_the_parts(dtype, embed_rows, capacity):
+def test_route_and_dispatch_is_one_node_with_the_gradients_of_its_parts(dtype, embed_rows, capacity):
     generator = torch.Generator().manual_seed(4)
     tokens, experts, width = 300, 8, 24
-    # Steps of 1/8: exact products, so that fp32 and fp64 logits tie and order alike.
+    # Multiples of 1/8 have exact products, so that fp32 and fp64 logits have the same order and ties.
     x = (torch.randn(tokens, width, generator=generator) * 8).round().div(8).to(dtype)
     weight = (torch.randn(experts, width, generator=generator) * 8).round() / 8
     embedding = (torch.randn(2, width, generator=generator) * 8).round() / 8
@@ -217,7 +218,7 @@ def test_route_and_dispatch_is_one_node_with_the_gradients_of_the_parts(dtype, e
         (total + (route.probability_sum * up_sum).sum() + route.z_sum / 50).backward()
     for index, kind in ((0, dtype), (1, torch.float32), (2, torch.float32)):
         error = (mine[index].grad.double() - theirs[index].grad).norm() / theirs[index].grad.norm()
-        # bf16: the gradient through the rows is rounded, then the sum with the one through the router.
+        # bf16: the gradient through the rows is rounded, then its sum with the gradient through the router.
         assert error < (2e-6 if kind == torch.float32 else 4e-3), index
 
 
@@ -225,7 +226,7 @@ def test_route_and_dispatch_is_one_node_with_the_gradients_of_the_parts(dtype, e
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("embed_rows", [False, True])
 @pytest.mark.parametrize("capacity", [-1, 0, 3])
-def test_no_tokens_give_rows_and_gradients_of_zeros(form, dtype, embed_rows, capacity):
+def test_zero_tokens_give_zero_rows_and_zero_gradients(form, dtype, embed_rows, capacity):
     generator = torch.Generator().manual_seed(12)
     experts, width, none = 4, 8, torch.zeros(0, dtype=torch.int64)
     x = torch.zeros(0, width, dtype=dtype, requires_grad=True)
@@ -252,7 +253,7 @@ def test_no_tokens_give_rows_and_gradients_of_zeros(form, dtype, embed_rows, cap
     [(70, 48, 501, 32), (70, 48, 501, 8), (1, 7, 3, 4), (9, 16, 64, 100), (0, 8, 16, 4), (0, 8, 16, None)],
 )
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear_cross_entropy(dtype, rows, width, vocabulary, chunk, with_bias):
+def test_linear_cross_entropy_matches_reference(dtype, rows, width, vocabulary, chunk, with_bias):
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(rows, width, generator=generator).to(dtype)
     weight = (torch.randn(vocabulary, width, generator=generator) * 0.3).to(dtype)
@@ -262,7 +263,7 @@ def test_linear_cross_entropy(dtype, rows, width, vocabulary, chunk, with_bias):
     theirs = [None if item is None else leaf(item, torch.float64) for item in (hidden, weight, bias)]
     loss = ops.linear_cross_entropy(*ours, target, chunk)
     expected = reference.linear_cross_entropy(*theirs, target)
-    # bf16 logits of up to 8 are rounded by up to 1/64 each, at random over the row.
+    # bf16 logits of up to 8 are rounded by up to 1/64 each; the errors are random over the row.
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-3, atol=1e-4)
     (loss * 0.7).backward()
     (expected * 0.7).backward()
@@ -275,7 +276,7 @@ def test_linear_cross_entropy(dtype, rows, width, vocabulary, chunk, with_bias):
         assert error < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
-def test_linear_cross_entropy_in_bf16_is_no_worse_than_torch():
+def test_linear_cross_entropy_in_bf16_is_as_accurate_as_torch():
     generator = torch.Generator().manual_seed(6)
     hidden = torch.randn(256, 64, generator=generator).bfloat16()
     weight = (torch.randn(1000, 64, generator=generator) * 0.3).bfloat16()
@@ -291,7 +292,7 @@ def test_linear_cross_entropy_in_bf16_is_no_worse_than_torch():
         assert mine < 1.1 * torchs
 
 
-def test_linear_cross_entropy_without_gradients_and_a_second_backward():
+def test_linear_cross_entropy_works_without_gradients_and_refuses_a_second_backward():
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     target = torch.arange(6)
     with torch.no_grad():
@@ -307,7 +308,7 @@ def test_linear_cross_entropy_without_gradients_and_a_second_backward():
 
 
 def pixel_loss_by_unfolding(pixels, predictions, ids, patch, normalize):
-    """Another way than the reference's to the same patches: unfolded, they are (B, channel * row * column, patches)."""
+    """Masked patches by an independent path: unfolded pixels are (B, channel * row * column, patches)."""
     patches = F.unfold(pixels, patch, stride=patch).unflatten(1, (3, patch * patch)).permute(0, 3, 2, 1).flatten(2)
     target = patches[torch.arange(len(ids)).unsqueeze(1), ids]
     if normalize:
@@ -323,7 +324,7 @@ def pixel_loss_by_unfolding(pixels, predictions, ids, patch, normalize):
     ("batch", "height", "width", "patch", "masked"),
     [(3, 28, 21, 7, 5), (1, 16, 16, 16, 1), (2, 8, 8, 1, 9), (2, 32, 16, 8, 0), (0, 28, 21, 7, 5), (0, 8, 8, 8, 0)],
 )
-def test_masked_pixel_loss(dtype, batch, height, width, patch, masked, normalize):
+def test_masked_pixel_loss_matches_reference(dtype, batch, height, width, patch, masked, normalize):
     generator = torch.Generator().manual_seed(7)
     pixels = torch.randn(batch, 3, height, width, generator=generator) * 2 + 1
     pixels[:, :, :patch, :patch] = 0.25  # a patch of one color, whose variance is 0
@@ -345,7 +346,7 @@ def test_masked_pixel_loss(dtype, batch, height, width, patch, masked, normalize
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000])
-def test_quick_gelu(dtype, count):
+def test_quick_gelu_matches_reference(dtype, count):
     generator = torch.Generator().manual_seed(10)
     x = (torch.randn(count, generator=generator) * 4).to(dtype)
     x[:3] = torch.tensor([0.0, 200.0, -200.0])[: min(count, 3)]
@@ -358,7 +359,7 @@ def test_quick_gelu(dtype, count):
 
 
 def one_by_one(rows, sizes, *parameters):
-    """Experts in a loop over rows."""
+    """Apply the experts in a loop over single rows."""
     owners = [expert for expert, size in enumerate(sizes.tolist()) for _ in range(size)]
     out = []
     for row, expert in zip(rows, owners, strict=False):
@@ -370,7 +371,7 @@ def one_by_one(rows, sizes, *parameters):
 
 
 def products_of_torch(*arguments):
-    """Grouped products where the ops between them are not built."""
+    """Grouped products with PyTorch ops between them, as if these were not compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EVE_DS_OPS", "reference")
         return grouped_products(*arguments)
@@ -388,7 +389,7 @@ FORMS = {
 @pytest.mark.parametrize("sizes", [(5, 0, 7, 1), (0, 0, 0, 0), (13, 0, 0, 0)])
 @pytest.mark.parametrize("empty", [0, 3])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_grouped_feed_forward(dtype, sizes, empty, form):
+def test_grouped_feed_forward_matches_reference(dtype, sizes, empty, form):
     generator = torch.Generator().manual_seed(11)
 
     def draw(*shape):
@@ -406,7 +407,7 @@ def test_grouped_feed_forward(dtype, sizes, empty, form):
     assert results[0][0][sum(sizes) :].eq(0).all()
     for ours, expected in zip(*results, strict=True):
         assert ours.dtype == dtype
-        # bf16: hidden states, activations and their gradients are rounded on the way, each to 8 bits.
+        # bf16: hidden states, activations and their gradients are each rounded to 8 bits.
         error = float((ours.double() - expected).norm() / expected.norm().clamp(min=1e-6))
         assert error < (2e-6 if dtype == torch.float32 else 1e-2)
 
@@ -414,16 +415,16 @@ def test_grouped_feed_forward(dtype, sizes, empty, form):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 37])
 @pytest.mark.parametrize(
-    ("sizes", "nobody"), [((0, 5, 0, 130, 300, 1, 0), 7), ((128, 256), 128), ((0, 0, 300), 0), ((0, 0), 9), ((0,), 0)]
+    ("sizes", "unowned"), [((0, 5, 0, 130, 300, 1, 0), 7), ((128, 256), 128), ((0, 0, 300), 0), ((0, 0), 9), ((0,), 0)]
 )
-def test_grouped_bias(dtype, width, sizes, nobody):
+def test_grouped_bias_matches_reference(dtype, width, sizes, unowned):
     generator = torch.Generator().manual_seed(12)
     filled, ends = sum(sizes), torch.tensor(sizes).cumsum(0).int()
     x, d_out, bias = (
         torch.randn(count, width, generator=generator).to(dtype)
-        for count in (filled + nobody, filled + nobody, len(sizes))
+        for count in (filled + unowned, filled + unowned, len(sizes))
     )
-    x[filled:], d_out[filled:] = float("nan"), float("nan")  # whatever a product left there
+    x[filled:], d_out[filled:] = float("nan"), float("nan")  # grouped products may leave any value here
     op = torch.ops.eve_ds
     wide_x, wide_bias = leaf(x, torch.float64), leaf(bias, torch.float64)
     plain = reference.grouped_bias(wide_x, wide_bias, ends)
@@ -443,8 +444,8 @@ def test_grouped_bias(dtype, width, sizes, nobody):
     assert_close(op.grouped_bias_backward(d_out, ends), expected[0], dtype, scale=20.0)
 
 
-def test_router_that_multiplies_short_numbers(monkeypatch):
-    """What CUDA does, with a product that stands for the one that the CPU lacks: same logits, rounded gradients."""
+def test_router_products_in_low_precision_give_the_same_logits(monkeypatch):
+    """Run the CUDA path with a product that replaces the missing CPU one: same logits, rounded gradients."""
     dtype, generator = torch.bfloat16, torch.Generator().manual_seed(13)
     x, weight, embedding = (torch.randn(count, 40, generator=generator).to(dtype) for count in (300, 8, 2))
     modality = torch.randint(0, 2, (300,), generator=generator)
@@ -458,7 +459,7 @@ def test_router_that_multiplies_short_numbers(monkeypatch):
 
     results = []
     for short in (False, True):
-        monkeypatch.setattr(routing_ops, "_multiplies_short", lambda x, weight, short=short: short)
+        monkeypatch.setattr(routing_ops, "_multiplies_in_low_precision", lambda x, weight, short=short: short)
         leaves = [leaf(each, dtype) for each in (x, weight, embedding)]
         with monkeypatch.context() as patch:
             if short:
@@ -485,7 +486,7 @@ def test_inputs_need_not_be_contiguous():
 
 
 def every_output():
-    """Outputs and gradients of all ops on fixed inputs, as one list."""
+    """Outputs and gradients of all ops for fixed inputs, as one list."""
     generator = torch.Generator().manual_seed(8)
     x = torch.randn(1500, 40, generator=generator, requires_grad=True)
     weight = torch.randn(16, 40, generator=generator, requires_grad=True)
@@ -515,7 +516,7 @@ def every_output():
     return [rows, out, *routing, losses, raw, scratch, row_losses, activated, d_scratch, *gradients]
 
 
-def test_bits_depend_neither_on_the_run_nor_on_the_threads():
+def test_results_are_bit_identical_across_runs_and_thread_counts():
     before = torch.get_num_threads()
     try:
         results = []
@@ -528,7 +529,7 @@ def test_bits_depend_neither_on_the_run_nor_on_the_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_bits_do_not_depend_on_the_instruction_set(tmp_path):
+def test_results_are_bit_identical_across_instruction_sets(tmp_path):
     code = (
         "import importlib.util, sys, torch; spec = importlib.util.spec_from_file_location('t', sys.argv[1]); "
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
@@ -542,14 +543,14 @@ def test_bits_do_not_depend_on_the_instruction_set(tmp_path):
             [sys.executable, "-c", code, __file__, str(file)], env=env, capture_output=True, text=True, check=False
         )
         if done.returncode and "EVE_DS_ISA" in done.stderr:
-            continue  # not on this processor
+            continue  # this processor does not have the instruction set
         assert done.returncode == 0, done.stderr
         results.append(torch.load(file))
     for one, other in itertools.pairwise(results):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_opcheck():
+def test_ops_pass_opcheck():
     generator = torch.Generator().manual_seed(9)
     logits = torch.randn(20, 8, generator=generator, requires_grad=True)
     modality = torch.randint(0, 2, (20,), generator=generator)
@@ -642,16 +643,16 @@ def test_bad_input_is_refused_before_memory_is_touched(call, expected):
     assert expected in str(caught.value)
 
 
-def forget_what_was_loaded():
+def clear_load_cache():
     build._loaded.cache_clear()
-    build._problem_of_loading.cache_clear()
+    build._loading_problem.cache_clear()
 
 
-def test_a_compiler_that_is_missing_falls_back_with_one_warning(monkeypatch, tmp_path, caplog):
+def test_missing_compiler_falls_back_with_one_warning(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("EVE_DS_CACHE", str(tmp_path))
-    forget_what_was_loaded()
+    clear_load_cache()
     try:
         monkeypatch.setenv("EVE_DS_OPS", "build")
         with pytest.raises(build.OpsBuildError, match=r"no C\+\+ compiler found .*apt install g\+\+"):
@@ -664,10 +665,10 @@ def test_a_compiler_that_is_missing_falls_back_with_one_warning(monkeypatch, tmp
         with pytest.raises(build.OpsBuildError, match=r"EVE_DS_OPS \(fast\) must be one of auto, build, reference"):
             build.use_built(torch.zeros(1))
     finally:
-        forget_what_was_loaded()
+        clear_load_cache()
 
 
-def test_a_build_that_failed_is_not_tried_again(monkeypatch):
+def test_failed_build_is_not_retried(monkeypatch):
     tried = []
 
     def fail(device_type):
@@ -676,17 +677,17 @@ def test_a_build_that_failed_is_not_tried_again(monkeypatch):
 
     monkeypatch.setattr(build, "build", fail)
     monkeypatch.setenv("EVE_DS_OPS", "build")
-    forget_what_was_loaded()
+    clear_load_cache()
     try:
         for _ in range(3):
             with pytest.raises(build.OpsBuildError, match="no compiler found"):
                 build.use_built(torch.zeros(1))
     finally:
-        forget_what_was_loaded()
+        clear_load_cache()
     assert tried == ["cpu"]
 
 
-def test_a_compiler_that_fails_says_why(monkeypatch, tmp_path):
+def test_compiler_error_is_reported(monkeypatch, tmp_path):
     sources = tmp_path / "kernels"
     shutil.copytree(build.KERNELS, sources, ignore=shutil.ignore_patterns("bench"))
     (sources / "routing_cpu.cpp").write_text("this is not C++;\n")
@@ -697,7 +698,7 @@ def test_a_compiler_that_fails_says_why(monkeypatch, tmp_path):
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
-def test_processes_that_start_together_build_once(monkeypatch, tmp_path):
+def test_concurrent_processes_build_once(monkeypatch, tmp_path):
     env = os.environ | {"EVE_DS_CACHE": str(tmp_path / "cache"), "EVE_DS_OPS": "build"}
     code = "import torch; from eve_ds import ops; ops.route_topk(torch.zeros(2, 4), top_k=1, capacity=-1)"
     processes = [
@@ -709,7 +710,7 @@ def test_processes_that_start_together_build_once(monkeypatch, tmp_path):
     assert len(list((tmp_path / "cache").glob("*.so"))) == 1
 
 
-def test_the_reference_on_request(monkeypatch):
+def test_reference_mode_never_builds(monkeypatch):
     monkeypatch.setenv("EVE_DS_OPS", "reference")
     assert not build.use_built(torch.zeros(1))
     assert ops.route_topk(torch.zeros(2, 4), top_k=1, capacity=-1).gates.shape == (2, 1)

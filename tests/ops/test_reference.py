@@ -1,4 +1,4 @@
-"""The reference operations against loops in double precision that follow the definitions one token at a time."""
+"""Reference operations against loops in double precision that follow the definitions token by token."""
 
 import itertools
 import math
@@ -9,10 +9,10 @@ import torch
 from eve_ds.ops import reference as ops
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
-"""fp32 results of a few dozen operations against the same in fp64."""
+"""fp32 results of a few dozen operations compared with fp64."""
 
 
-def route_in_a_loop(logits, top_k, capacity, valid, noise):
+def route_by_loop(logits, top_k, capacity, valid, noise):
     """GShard's algorithm 1, token by token: expert ids, slots, gates, source, counts, probabilities; fp64, autograd."""
     num_tokens, num_experts = logits.shape
     probabilities = logits.softmax(dim=1)
@@ -49,11 +49,11 @@ def route_in_a_loop(logits, top_k, capacity, valid, noise):
     return expert_ids, slots, gates, source, [len(queue) for queue in queues], probabilities
 
 
-def assert_routed_as_in_a_loop(logits, top_k, capacity, valid=None, noise=None):
+def assert_routed_like_loop(logits, top_k, capacity, valid=None, noise=None):
     ours_logits, loop_logits = logits.float().requires_grad_(), logits.clone().requires_grad_()
     ours = ops.route_topk(ours_logits, top_k=top_k, capacity=capacity, valid=valid, noise=noise)
     mask = torch.ones(len(logits), dtype=torch.bool) if valid is None else valid
-    expert_ids, slots, gates, source, counts, probabilities = route_in_a_loop(
+    expert_ids, slots, gates, source, counts, probabilities = route_by_loop(
         loop_logits, top_k, capacity, mask, None if noise is None else noise.double()
     )
     assert ours.expert_ids.tolist() == expert_ids
@@ -78,26 +78,26 @@ def assert_routed_as_in_a_loop(logits, top_k, capacity, valid=None, noise=None):
 
 
 def logits_with_ties(num_tokens, num_experts, seed):
-    """Multiples of 1/2 in [-2, 2]: exact in every precision, so that ties are ties, and there are many."""
+    """Multiples of 1/2 in [-2, 2]: exact in every precision, with many exact ties."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-4, 5, (num_tokens, num_experts), generator=generator).double() / 2
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 @pytest.mark.parametrize("capacity", [-1, 1, 3, 100])
-def test_routes_are_those_of_the_loop(top_k, capacity):
+def test_route_topk_matches_loop(top_k, capacity):
     for seed in range(4):
         logits = logits_with_ties(19, 4, seed)
         valid = torch.rand(19, generator=torch.Generator().manual_seed(seed)) < 0.7
         noise = logits_with_ties(19, 4, seed + 100).float()
-        assert_routed_as_in_a_loop(logits, top_k, capacity)
-        assert_routed_as_in_a_loop(logits, top_k, capacity, valid=valid, noise=noise)
+        assert_routed_like_loop(logits, top_k, capacity)
+        assert_routed_like_loop(logits, top_k, capacity, valid=valid, noise=noise)
 
 
 @pytest.mark.parametrize("capacity", [-1, 2])
 class TestUglyShapes:
     def test_one_token(self, capacity):
-        assert_routed_as_in_a_loop(logits_with_ties(1, 4, 0), 2, capacity)
+        assert_routed_like_loop(logits_with_ties(1, 4, 0), 2, capacity)
 
     def test_no_token(self, capacity):
         routing = ops.route_topk(torch.zeros(0, 4), top_k=2, capacity=capacity)
@@ -105,33 +105,33 @@ class TestUglyShapes:
         assert routing.source.tolist() == ([] if capacity < 0 else [-1] * 8)
 
     def test_one_expert(self, capacity):
-        assert_routed_as_in_a_loop(logits_with_ties(5, 1, 0), 1, capacity)
+        assert_routed_like_loop(logits_with_ties(5, 1, 0), 1, capacity)
 
     def test_every_expert_is_chosen(self, capacity):
-        assert_routed_as_in_a_loop(logits_with_ties(5, 4, 0), 4, capacity)
+        assert_routed_like_loop(logits_with_ties(5, 4, 0), 4, capacity)
 
     def test_all_tokens_to_one_expert(self, capacity):
         logits = logits_with_ties(9, 4, 0)
         logits[:, 2] = 5.0
-        routing = assert_routed_as_in_a_loop(logits, 1, capacity)
+        routing = assert_routed_like_loop(logits, 1, capacity)
         assert routing.counts.tolist() == [0, 0, 9 if capacity < 0 else 2, 0]
 
-    def test_nothing_is_valid(self, capacity):
+    def test_no_valid_token(self, capacity):
         valid = torch.zeros(6, dtype=torch.bool)
-        routing = assert_routed_as_in_a_loop(logits_with_ties(6, 4, 0), 2, capacity, valid=valid)
+        routing = assert_routed_like_loop(logits_with_ties(6, 4, 0), 2, capacity, valid=valid)
         assert routing.slots.eq(-1).all()
         assert routing.source.eq(-1).all()
 
     def test_all_logits_equal(self, capacity):
-        routing = assert_routed_as_in_a_loop(torch.zeros(6, 4).double(), 2, capacity)
+        routing = assert_routed_like_loop(torch.zeros(6, 4).double(), 2, capacity)
         assert routing.expert_ids.tolist() == [[0, 1]] * 6
 
 
-def test_first_choices_of_later_tokens_come_before_second_choices_of_earlier_ones():
+def test_first_choices_of_later_tokens_precede_second_choices_of_earlier_tokens():
     logits = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     routing = ops.route_topk(logits, top_k=2, capacity=1)
     assert routing.slots.tolist() == [[0, -1], [1, -1]]
-    assert routing.gates.tolist() == [[1.0, 0.0], [1.0, 0.0]]  # renormalised over what was kept
+    assert routing.gates.tolist() == [[1.0, 0.0], [1.0, 0.0]]  # renormalized over the kept choices
 
 
 def test_single_choice_keeps_its_probability_as_gate():
@@ -154,7 +154,7 @@ def test_modality_bias_is_added_by_modality():
     assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
 
 
-def test_low_precision_logits_are_routed_in_fp32():
+def test_bf16_logits_are_routed_in_fp32():
     logits = torch.randn(8, 4).bfloat16()
     ours, expected = (ops.route_topk(x, top_k=2, capacity=-1) for x in (logits, logits.float()))
     assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
@@ -176,7 +176,7 @@ def test_expert_capacity_is_rounded_up(tokens, experts, top_k, factor, minimum, 
     assert ops.expert_capacity(tokens, experts, top_k, factor, minimum) == slots
 
 
-def test_load_balancing_loss():
+def test_load_balancing_loss_matches_loop():
     first, probabilities = torch.tensor([3.0, 1.0, 0.0, 4.0]), torch.tensor([2.0, 2.5, 0.5, 3.0])
     expected = 4 * sum(float(f) / 8 * float(p) / 8 for f, p in zip(first, probabilities, strict=True))
     assert ops.load_balancing_loss(first, probabilities, torch.tensor(8.0)).item() == pytest.approx(expected)
@@ -204,13 +204,13 @@ def test_dispatch_copies_tokens_into_rows(embedded):
     torch.autograd.gradcheck(dispatch, (x, embedding))
 
 
-def test_dispatch_of_nothing_is_zero():
+def test_dispatch_without_routes_gives_zero_rows():
     rows = ops.moe_dispatch(torch.ones(2, 3), None, torch.full((4,), -1))
     assert torch.equal(rows, torch.zeros(4, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_combine_is_the_weighted_sum_of_rows(dtype):
+def test_combine_is_the_gated_sum_of_rows(dtype):
     rows = torch.randn(6, 3).to(dtype).requires_grad_()
     slots = torch.tensor([[3, 0], [-1, 5], [-1, -1], [2, 1]])
     gates = torch.tensor([[0.25, 0.75], [0.4, 1.0], [0.3, 0.7], [0.5, 0.5]], requires_grad=True)
@@ -233,7 +233,7 @@ def test_combine_is_the_weighted_sum_of_rows(dtype):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("num_tokens", [5, 1, 0])
-def test_linear_cross_entropy(num_tokens, with_bias):
+def test_linear_cross_entropy_matches_definition(num_tokens, with_bias):
     hidden, weight, bias = torch.randn(num_tokens, 4), torch.randn(7, 4), torch.randn(7)
     target = torch.randint(0, 7, (num_tokens,))
     ours_inputs = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
@@ -256,11 +256,11 @@ def test_linear_cross_entropy(num_tokens, with_bias):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_masked_pixel_loss(normalize):
+def test_masked_pixel_loss_matches_loop(normalize):
     size, patch = 6, 2
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, size, size, generator=generator)
-    pixels[1, :, 0:2, 2:4] = 0.25  # patch 1 of the second image is flat
+    pixels[1, :, 0:2, 2:4] = 0.25  # patch 1 of the second image is constant
     masked = torch.tensor([[8, 0], [1, 5]])
     predictions = torch.randn(2, 2, patch * patch * 3, generator=generator)
     ours_predictions = predictions.clone().requires_grad_()
@@ -292,7 +292,7 @@ def test_masked_pixel_loss(normalize):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("batch", "masked"), [(2, 0), (0, 3), (0, 0)])
-def test_masked_pixel_loss_of_no_patch_is_empty(batch, masked, normalize):
+def test_masked_pixel_loss_without_patches_is_empty(batch, masked, normalize):
     predictions = torch.zeros(batch, masked, 12, requires_grad=True)
     ids = torch.zeros(batch, masked, dtype=torch.int64)
     loss = ops.masked_pixel_loss(torch.zeros(batch, 3, 4, 4), predictions, ids, 2, normalize=normalize)
@@ -301,14 +301,14 @@ def test_masked_pixel_loss_of_no_patch_is_empty(batch, masked, normalize):
     assert predictions.grad.shape == predictions.shape
 
 
-def test_masked_pixel_loss_does_not_depend_on_the_scale_of_a_patch():
+def test_normalized_masked_pixel_loss_ignores_patch_scale():
     pixels, masked = torch.randn(1, 3, 4, 4), torch.tensor([[0, 3]])
     predictions = torch.randn(1, 2, 12)
     one, other = (ops.masked_pixel_loss(x, predictions, masked, 2) for x in (pixels, 100 * pixels + 7))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_raw_pixels_are_their_own_best_prediction():
+def test_raw_pixel_loss_is_zero_for_the_pixels_themselves():
     pixels = torch.randn(2, 3, 8, 6)
     every = torch.arange(12).expand(2, -1)
     predictions = ops.patchify(pixels, 2)

@@ -1,4 +1,4 @@
-"""The shipped DeepSpeed files hold nothing but DeepSpeed's keys and fit our configuration."""
+"""The shipped DeepSpeed files contain only keys of DeepSpeed and fit our configuration."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
 
 
-def test_folder_is_found():
+def test_folder_contains_files():
     assert "zero1_ep2_cpu" in [file.stem for file in FILES]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_file_resolves_and_deepspeed_takes_it(file):
+def test_every_file_resolves_and_deepspeed_accepts_it(file):
     overrides = ["optimizer.clip_grad_norm=0"] if file.stem == "zero0" else []
     settings = load_config("eve_tiny", [*overrides, "train.train_batch_size=64"])
     config, resolved = resolve_deepspeed_config(json.loads(file.read_text()), settings, world_size=2)
@@ -35,7 +35,7 @@ def test_every_file_resolves_and_deepspeed_takes_it(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_key_is_one_that_deepspeed_reads(file):
+def test_deepspeed_reads_every_key(file):
     constants = {value for value in vars(deepspeed_config).values() if isinstance(value, str)}
     known = constants | {"zero_optimization", "tensorboard", "csv_monitor", "zero_allow_untested_optimizer"}
     unknown = set(json.loads(file.read_text())) - known

@@ -1,4 +1,4 @@
-"""What of eve_ds.parallel needs one process only: initial draws, names, parameter groups, refusals."""
+"""Parts of eve_ds.parallel that need one process only: initial weights, names, parameter groups, refusals."""
 
 import functools
 
@@ -40,11 +40,11 @@ def eve(moe_cls=None, seed=0):
 
 
 def part(ep_size, ep_rank, seed=0):
-    """What rank `ep_rank` of an expert-parallel group holds."""
+    """Model part that rank `ep_rank` of an expert-parallel group holds."""
     return eve(functools.partial(DeepSpeedMoE, ep_size=ep_size, ep_rank=ep_rank), seed)
 
 
-def test_parts_of_all_ranks_are_the_plain_model_of_the_same_seed():
+def test_parts_of_all_ranks_equal_the_plain_model_with_the_same_seed():
     plain = eve().state_dict()
     for ep_size in (1, 2, 4, 8):
         seen = set()
@@ -56,7 +56,7 @@ def test_parts_of_all_ranks_are_the_plain_model_of_the_same_seed():
         assert seen == plain.keys()
 
 
-def test_experts_are_drawn_separately():
+def test_experts_have_different_initial_weights():
     weights = [
         tensor for name, tensor in part(2, 1).state_dict().items() if name.endswith("fc1.weight") and "expert" in name
     ]
@@ -65,7 +65,7 @@ def test_experts_are_drawn_separately():
         assert all(not torch.equal(weight, other) for other in weights[:index])
 
 
-def test_another_seed_draws_other_weights():
+def test_another_seed_gives_other_weights():
     one, other = (eve(seed=seed).state_dict() for seed in (0, 1))
     same = {name for name in one if torch.equal(one[name], other[name])}
     assert all("bias" in name or "norm" in name or "gamma" in name for name in same)
@@ -104,7 +104,7 @@ def test_layer_on_one_rank_needs_no_process_group():
     assert torch.equal(ours, expected)
 
 
-def test_experts_of_other_ranks_without_a_group_are_an_error_that_says_what_to_do():
+def test_missing_expert_parallel_group_error_says_what_to_do():
     layer = DeepSpeedMoE(CONFIG, ep_size=2, ep_rank=1)
     for parameter in layer.parameters():
         torch.nn.init.zeros_(parameter)
@@ -113,12 +113,12 @@ def test_experts_of_other_ranks_without_a_group_are_an_error_that_says_what_to_d
         layer(*arguments)
 
 
-def test_experts_that_cannot_be_shared_out_are_refused():
+def test_indivisible_number_of_experts_is_refused():
     with pytest.raises(ConfigError, match=r"num_experts \(8\) must be divisible by parallel\.ep_size \(3\)"):
         DeepSpeedMoE(CONFIG, ep_size=3)
 
 
-def test_transposed_blocks_are_in_the_other_order_and_back():
+def test_transpose_blocks_reorders_and_inverts():
     rows = torch.arange(10).unsqueeze(1)
     sizes = [[1, 0, 2], [3, 4, 0]]  # blocks 0 | | 1 2 and 3 4 5 | 6 7 8 9 |
     ours = transpose_blocks(rows, sizes)
@@ -127,7 +127,7 @@ def test_transposed_blocks_are_in_the_other_order_and_back():
 
 
 def group_names(model, weight_decay=0.05):
-    """Group of every parameter by its name: (decays, name of the group)."""
+    """Parameter name -> group, as (decays, name of the group)."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for group in optimizer_parameter_groups(model, weight_decay):
@@ -177,7 +177,7 @@ def test_plain_model_has_two_groups():
         {"zero_stage": 0, "ep_size": 1},
     ],
 )
-def test_sound_topologies_pass(change):
+def test_valid_topologies_are_accepted(change):
     check_topology(**TOPOLOGY | change)
 
 
@@ -202,6 +202,6 @@ def test_sound_topologies_pass(change):
         ({"data_before_expert": True}, r"use_data_before_expert_parallelism \(true\) must be left out"),
     ],
 )
-def test_topologies_that_fail_or_compute_something_else_are_refused(change, text):
+def test_topologies_that_fail_or_give_other_results_are_refused(change, text):
     with pytest.raises(ConfigError, match=text):
         check_topology(**TOPOLOGY | change)
