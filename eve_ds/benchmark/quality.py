@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eve_ds.data.synthetic.scene_tasks import unbound_accuracy
+from eve_ds.report.records import with_current_names
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launcher"
 AS_WRITTEN = (
@@ -49,7 +50,7 @@ PRICES: dict[str, tuple[str, ...]] = {
     )
 }
 """Pre-trainings with one of eve_tiny's cheaper masks as the paper has it, and one with a mask that is cheaper still."""
-WORDS = {"colour": "color", "shape": "shape", "size": "size", "position": "position"}
+WORDS = ("color", "shape", "size", "position")
 """Kinds of words that pre-training is asked for, by their keys in `metrics.jsonl`."""
 ANOTHER = ", another's picture"
 """What the name of a measure ends with where the model had the picture of another scene."""
@@ -65,7 +66,7 @@ MARKS = ("<!-- quality -->", "<!-- end of quality -->")
 RESULT_COLUMNS = ("seed", "start", "measure", "value")
 PRETRAINED = "checkpoints/latest"
 RESULT = "evaluation/*/metrics.json"
-COLOUR_AND_SHAPE = ("task.train.question_types=[color,shape]", "task.val.question_types=[color,shape]")
+COLOR_AND_SHAPE = ("task.train.question_types=[color,shape]", "task.val.question_types=[color,shape]")
 
 
 class Budget(NamedTuple):
@@ -145,7 +146,7 @@ def _finetune(task: str, start: str, seed: int, folder: Path, seconds: float) ->
     name = f"{task}-{start}"
     drawn = start in ("none", "scratch")
     settings = [f"train.seed={seed}", f"train.max_seconds={seconds:g}"]
-    settings += COLOUR_AND_SHAPE if task == "vqa" else ()
+    settings += COLOR_AND_SHAPE if task == "vqa" else ()
     command = [sys.executable, str(LAUNCHERS / "finetune.py"), "--task", task.partition("_")[0]]
     command += ["--config", f"tasks/scenes_{task}", "--model", "eve_tiny"]
     command += ["--init", "none" if drawn else str(folder / start), "--output_dir", str(folder / name)]
@@ -217,15 +218,16 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
 
 def _figures_of_pretraining(metrics: Path) -> dict[str, float]:
     """What it saw, and what it got right of hidden words and by how much a caption helped with hidden pixels."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    records = [with_current_names(json.loads(line)) for line in lines]
     found = {"pairs seen in pre-training": records[-1]["samples"]}
     evaluations = [record for record in records if record.get("kind") == "eval"]
     if not evaluations:
         return found
     last = evaluations[-1]
-    asked = {f"words of {title}": last[kind] for kind, title in WORDS.items()}
+    asked = {f"words of {kind}": last[kind] for kind in WORDS}
     asked["all words of captions hidden whole"] = last["hidden_words"]
-    asked |= {f"words of {WORDS[kind]}, a quarter of the patches": last["masked_image"][kind] for kind in WORDS}
+    asked |= {f"words of {kind}, a quarter of the patches": last["masked_image"][kind] for kind in WORDS}
     for name, answers in asked.items():
         found |= {name: round(answers["right"], 4), name + ANOTHER: round(answers["wrong"], 4)}
     error = last["pixel_loss"]

@@ -27,8 +27,8 @@ from eve_ds.distributed import all_reduce_sum
 from eve_ds.model.eve import EVE, EVEOutput
 from eve_ds.objectives.registry import objectives_of
 
-WORD_CLASSES = {"color": "colour", "shape": "shape", "size": "size", "position": "position"}
-"""Word class of :func:`eve_ds.data.synthetic.scenes.word_class` -> key of the result."""
+WORD_CLASSES = ("color", "shape", "size", "position")
+"""Word classes of :func:`eve_ds.data.synthetic.scenes.word_class`; keys of the result."""
 SIDES = ("right", "wrong")
 MASKED = "masked_image."
 """Before the names of what is asked beside a masked image."""
@@ -87,7 +87,7 @@ def evaluate_scenes(
         rank, world_size: which share this process takes.
 
     Returns:
-        Of a model that predicts words: `colour`, `shape`, `size`, `position` -> {right, wrong} accuracy of masked words
+        Of a model that predicts words: `color`, `shape`, `size`, `position` -> {right, wrong} accuracy of masked words
         beside the whole image, half of the caption being masked; `hidden_words` -> {right, wrong} accuracy of all words
         of captions that are hidden whole; for level `easy` `binding` -> probe -> {target, distractor}, shares of
         answers beside the whole image, phrases in random order; `masked_image` -> the word classes and `binding` again
@@ -125,10 +125,9 @@ def evaluate_scenes(
 
 def _names(config: ModelConfig, has_probes: bool) -> list[str]:
     """Every name that is tallied, the same on every rank."""
-    words = [f"{key}.{side}" for key in WORD_CLASSES.values() for side in SIDES]
+    words = [f"{key}.{side}" for key in WORD_CLASSES for side in SIDES]
     if has_probes:
-        kinds = [_british(kind) for kind in get_args(ProbeType)]
-        words += [f"binding.{kind}.{answer}" for kind in kinds for answer in ("target", "distractor")]
+        words += [f"binding.{kind}.{answer}" for kind in get_args(ProbeType) for answer in ("target", "distractor")]
     names = [f"pixel_loss.{side}" for side in SIDES] if config.predicts_pixels else []
     if config.predicts_words:
         names += [*words, *(f"hidden_words.{side}" for side in SIDES), *(MASKED + name for name in words)]
@@ -198,13 +197,12 @@ def _tally_words(tally: Tally, model: nn.Module, batch: Batch, tokenizer: PreTra
     whole = with_whole_image(batch)
     classes = [word_class(word) for word in tokenizer.convert_ids_to_tokens(_labels(batch).tolist())]
     chosen = {
-        key: torch.tensor([item == kind for item in classes], device=_labels(batch).device)
-        for kind, key in WORD_CLASSES.items()
+        kind: torch.tensor([item == kind for item in classes], device=_labels(batch).device) for kind in WORD_CLASSES
     }
     for prefix, asked in (("", whole), (MASKED, batch)):
         for side, hits in _hits(model, asked).items():
-            for key, of_class in chosen.items():
-                tally.add(f"{prefix}{key}.{side}", hits[of_class])
+            for kind, of_class in chosen.items():
+                tally.add(f"{prefix}{kind}.{side}", hits[of_class])
     for side, hits in _hits(model, with_hidden_caption(whole, int(tokenizer.mask_token_id))).items():
         tally.add(f"hidden_words.{side}", hits)
 
@@ -256,7 +254,7 @@ def _tally_binding(
         for prefix, whole_image in (("", True), (MASKED, False)):
             answers = answer_probes(model, chunk, collate, tokenizer, whole_image=whole_image)
             for probe, given in zip(chunk, answers, strict=True):
-                name = f"{prefix}binding.{_british(probe.probe_type)}"
+                name = f"{prefix}binding.{probe.probe_type}"
                 tally.add(f"{name}.target", torch.tensor(float(given == probe.target)))
                 tally.add(f"{name}.distractor", torch.tensor(float(given == probe.distractor)))
 
@@ -310,10 +308,6 @@ def evaluation_config(config: Config) -> Config:
             "train": config.train.model_copy(update={"seed": 0}),
         }
     )
-
-
-def _british(probe_type: ProbeType) -> str:
-    return probe_type.replace("color", "colour")
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Any]:

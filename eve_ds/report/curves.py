@@ -20,7 +20,7 @@ PANELS = {
     "load_balancing": ("load balancing (1 = balanced)", "#6b4fa0"),
     "lr": ("learning rate", FAINT),
 }
-EVALUATED = ("colour", "shape", "size", "position")
+EVALUATED = ("color", "shape", "size", "position")
 
 
 def plot_curves(records: list[Record], path: Path) -> Path:

@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 
 Record = dict[str, Any]
 
-
-FORMER_NAMES = {"pixel": "mim", "text": "mlm"}
-"""Loss terms as earlier versions wrote them."""
+FORMER_NAMES = {
+    "pixel": "mim",
+    "text": "mlm",
+    "colour": "color",
+    "position_to_colour": "position_to_color",
+    "colour_to_shape": "color_to_shape",
+    "shape_to_colour": "shape_to_color",
+}
+"""Keys that earlier versions wrote -> keys of this version."""
 
 
 class ReportError(ValueError):
@@ -43,6 +49,14 @@ def read_records(run: Path) -> list[Record]:
     if not history:
         raise ReportError(f"{path} holds no whole record{' yet' if torn else ''}")
     return history
+
+
+def with_current_names(record: Record) -> Record:
+    """Copy of a record or an evaluation, nested ones included, with the keys of :data:`FORMER_NAMES` renamed."""
+    return {
+        FORMER_NAMES.get(name, name): with_current_names(value) if isinstance(value, dict) else value
+        for name, value in record.items()
+    }
 
 
 def of_kind(records: list[Record], kind: str) -> list[Record]:
@@ -89,4 +103,4 @@ def _parse(line: str, where: str) -> Record:
         raise ReportError(f"{where} is not JSON: {error}") from None
     if not isinstance(record, dict) or not {"kind", "step", "seconds", "samples"} <= record.keys():
         raise ReportError(f"{where} is not a record with kind, step, seconds and samples")
-    return {FORMER_NAMES.get(str(name), str(name)): value for name, value in record.items()}
+    return with_current_names(record)

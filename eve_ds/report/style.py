@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 IMAGE_COLOR, TEXT_COLOR = "#2f6db3", "#e0862b"
-"""Of the two modalities; told apart by colour-blind readers too."""
+"""Of the two modalities; told apart by color-blind readers too."""
 RIGHT_COLOR, WRONG_COLOR = "#1b7f4d", "#b3261e"
 INK, FAINT = "#222222", "#8a8a8a"
 DOTS_PER_INCH = 130

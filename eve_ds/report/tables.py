@@ -13,13 +13,13 @@ from eve_ds.model.moe import RouterStatistics, router_metrics
 from eve_ds.report.experts import shares
 from eve_ds.report.records import Record, column, of_kind
 
-WORDS = ("colour", "shape", "size", "position")
+WORDS = ("color", "shape", "size", "position")
 LABELS = {"hidden_words": "all words of hidden captions"}
 PROBES = {
-    "position_to_colour": "position -> colour",
+    "position_to_color": "position -> color",
     "position_to_shape": "position -> shape",
-    "colour_to_shape": "colour -> shape",
-    "shape_to_colour": "shape -> colour",
+    "color_to_shape": "color -> shape",
+    "shape_to_color": "shape -> color",
 }
 
 
@@ -69,7 +69,7 @@ def evaluation_tables(result: dict[str, Any]) -> list[Table]:
     """
     tables = []
     masked = result.get("masked_image", {})
-    if "colour" in result:
+    if "color" in result:
         beside = "the whole image" if masked else "a masked image"
         names = [*WORDS, *(["hidden_words"] if "hidden_words" in result else [])]
         tables.append(_words_table(f"Masked words predicted right beside {beside}", result, names))

@@ -75,8 +75,8 @@ def test_a_price_is_one_mask_otherwise(tmp_path):
 
 def test_words_of_pre_training_stand_beside_those_of_another_picture(tmp_path):
     answers = {"right": 0.75, "wrong": 0.25}
-    kinds = dict.fromkeys(("colour", "shape", "size", "position"), answers)
-    last = {"samples": 640, "hidden_words": answers, "masked_image": kinds | {"colour": {"right": 0.5, "wrong": 0.1}}}
+    kinds = dict.fromkeys(("color", "shape", "size", "position"), answers)
+    last = {"samples": 640, "hidden_words": answers, "masked_image": kinds | {"color": {"right": 0.5, "wrong": 0.1}}}
     last |= kinds | {"kind": "eval", "pixel_loss": {"right": 0.3, "wrong": 0.4}, "binding": {}}
     for seed in range(2):
         for start in ("mim+mlm", "mim+mlm.image_view_share=1"):

@@ -30,7 +30,7 @@ from eve_ds.model.eve import EVE, EVEOutput
 from eve_ds.objectives.registry import OBJECTIVES
 
 NUM_SCENES, BATCH = 24, 8
-CLASSES = {"color": "colour", "shape": "shape", "size": "size", "position": "position"}
+CLASSES = ("color", "shape", "size", "position")
 CONFIG = parse_config({"model": {"image_size": 64, "patch_size": 8, "vocab_size": 256, "text_length": 24}})
 
 
@@ -110,12 +110,12 @@ def test_who_looks_at_the_image_is_right_with_it_and_misled_by_another(result, s
             kind = word_class(own[column])
             asked[kind] += 1
             hits[kind] += column < len(other) and own[column] == other[column]
-    for kind, name in CLASSES.items():
+    for kind in CLASSES:
         assert asked[kind] > 10
         for beside in (found, found["masked_image"]):  # the oracle needs no patch to know an image
-            assert beside[name]["right"] == 1.0
-            assert beside[name]["wrong"] == pytest.approx(hits[kind] / asked[kind])
-    assert found["colour"]["wrong"] < 0.5
+            assert beside[kind]["right"] == 1.0
+            assert beside[kind]["wrong"] == pytest.approx(hits[kind] / asked[kind])
+    assert found["color"]["wrong"] < 0.5
 
 
 def test_words_of_wholly_hidden_captions(result, scenes, tokenizer):
@@ -161,7 +161,7 @@ def test_foreground_pixels_with_the_right_and_with_another_caption(result, scene
 
 def test_binding_counts_target_and_distractor(result, scenes, tokenizer):
     found, _ = result
-    kinds = ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
+    kinds = ("position_to_color", "position_to_shape", "color_to_shape", "shape_to_color")
     assert found["binding"] == {kind: {"target": 1.0, "distractor": 0.0} for kind in kinds}
     assert found["masked_image"]["binding"] == found["binding"]
     easy = Scenes("easy", 0, "val")
@@ -246,7 +246,7 @@ def test_a_real_model_goes_through(tokenizer):
             "data": {"sources": [{"kind": "scenes", "level": "hard"}]},
         }
     )
-    words = {*CLASSES.values(), "hidden_words", "masked_image"}
+    words = {*CLASSES, "hidden_words", "masked_image"}
     for objectives, asked in (
         (["mim", "mlm"], {*words, "pixel_loss"}),
         (["joint"], {*words, "pixel_loss"}),

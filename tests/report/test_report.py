@@ -28,7 +28,7 @@ from eve_ds.objectives.registry import OBJECTIVES
 from eve_ds.report.curves import running_mean
 from eve_ds.report.experts import expert_use, shares
 from eve_ds.report.reconstruction import MASKED_GREY, note_on, reconstruct, unpatchify
-from eve_ds.report.records import ReportError, column, read_records, throughput
+from eve_ds.report.records import ReportError, column, read_records, throughput, with_current_names
 from eve_ds.report.run_report import Exported, write_report
 from eve_ds.report.tables import Table, evaluation_tables, loss_table, percent_lower, seeds_table
 from eve_ds.training.progress import MetricsWriter
@@ -36,13 +36,13 @@ from eve_ds.views import IMAGE, TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATION = {
-    **{name: {"right": 0.75, "wrong": 0.25} for name in ("colour", "shape", "size", "position")},
+    **{name: {"right": 0.75, "wrong": 0.25} for name in ("color", "shape", "size", "position")},
     "hidden_words": {"right": 0.8, "wrong": 0.3},
-    "masked_image": {name: {"right": 0.65, "wrong": 0.25} for name in ("colour", "shape", "size", "position")},
+    "masked_image": {name: {"right": 0.65, "wrong": 0.25} for name in ("color", "shape", "size", "position")},
     "pixel_loss": {"right": 0.18, "wrong": 0.2},
     "binding": {
         name: {"target": 0.5, "distractor": 0.25}
-        for name in ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
+        for name in ("position_to_color", "position_to_shape", "color_to_shape", "shape_to_color")
     },
 }
 
@@ -267,13 +267,13 @@ def test_markdown_of_a_table():
 def test_tables_of_an_evaluation():
     words, masked, pixels, binding = evaluation_tables(EVALUATION)
     assert words.title == "Masked words predicted right beside the whole image"
-    assert words.rows[0] == ("colour", "0.750", "0.250", "+0.500")
+    assert words.rows[0] == ("color", "0.750", "0.250", "+0.500")
     assert words.rows[-1] == ("all words of hidden captions", "0.800", "0.300", "+0.500")
     assert masked.title == "Masked words predicted right beside a masked image"
-    assert masked.rows[0] == ("colour", "0.650", "0.250", "+0.400")
+    assert masked.rows[0] == ("color", "0.650", "0.250", "+0.400")
     assert len(masked.rows) == 4
     assert pixels.rows == [("squared error", "0.1800", "0.2000", "10.0 %")]
-    assert binding.rows[0] == ("position -> colour", "0.500", "0.250", "+0.250")
+    assert binding.rows[0] == ("position -> color", "0.500", "0.250", "+0.250")
     hard = {name: value for name, value in EVALUATION.items() if name != "binding"}
     assert len(evaluation_tables(hard)) == 3
     earlier = {name: value for name, value in EVALUATION.items() if name not in ("masked_image", "hidden_words")}
@@ -292,10 +292,10 @@ def test_one_column_for_each_seed():
     table = seeds_table(entries)
     rows = {row[0].strip(): row[1:] for row in reversed(table.rows)}  # of two rows of one name the first
     assert table.columns == ("", "seed 0", "seed 4")
-    assert rows["colour"] == ("0.750 / 0.250",) * 2
-    assert [row[1] for row in table.rows if row[0].strip() == "colour"] == ["0.750 / 0.250", "0.650 / 0.250"]
+    assert rows["color"] == ("0.750 / 0.250",) * 2
+    assert [row[1] for row in table.rows if row[0].strip() == "color"] == ["0.750 / 0.250", "0.650 / 0.250"]
     assert rows["lower by"] == ("10.0 %",) * 2
-    assert rows["position -> colour"] == ("0.500 / 0.250",) * 2
+    assert rows["position -> color"] == ("0.500 / 0.250",) * 2
     assert rows["peak memory of a rank"] == ("1,024 MiB",) * 2
     assert rows["export: largest difference"] == ("1.0e-07", "not checked")
     assert all(len(row) == 3 for row in table.rows)
@@ -311,7 +311,7 @@ def test_losses_that_a_run_has_not_are_left_out():
 
 
 def write_run(folder, config, steps=30):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.model_dump_json())
     writer = MetricsWriter(folder)
     for step in range(10, steps + 1, 10):
@@ -328,7 +328,7 @@ def write_run(folder, config, steps=30):
 
 
 def is_drawn(path):
-    """A picture has a size, and more on it than one colour."""
+    """A picture has a size, and more on it than one color."""
     pixels = np.asarray(Image.open(path).convert("RGB"))
     return min(pixels.shape[:2]) > 200 and pixels.std() > 10
 
@@ -345,9 +345,9 @@ def test_report_of_a_run_on_scenes(tmp_path, parts):
     assert all(f"]({path.name})" in text for path in pictures)
     assert "| samples skipped: unreadable image | 3 |" in text
     assert "- step 30: something happened" in text
-    assert "| colour | 0.750 | 0.250 | +0.500 |" in text
+    assert "| color | 0.750 | 0.250 | +0.500 |" in text
     assert "| samples/s | 16.0 |" in text
-    # The first validation scene is on the grid, in its place and colours.
+    # The first validation scene is on the grid, in its place and colors.
     grid = np.asarray(Image.open(pictures[1]).convert("RGB")).reshape(-1, 3)
     color = Scenes("easy", split="val")[0].image[0, 0]
     assert (np.abs(grid.astype(int) - color).max(axis=1) <= 2).sum() > 1000
@@ -357,7 +357,7 @@ def test_report_without_a_model_is_of_the_training_alone(tmp_path, parts):
     run = write_run(tmp_path / "run", parts[0])
     written = write_report(run, tmp_path / "report")
     assert [path.name for path in written] == ["report.md", "curves.png"]
-    assert "| colour | 0.750 | 0.250 | +0.500 |" in written[0].read_text()  # of the run's own last evaluation
+    assert "| color | 0.750 | 0.250 | +0.500 |" in written[0].read_text()  # of the run's own last evaluation
 
 
 def test_report_of_a_run_on_shards_shows_its_own_data(tmp_path, parts):
@@ -373,6 +373,30 @@ def test_report_of_a_run_on_shards_shows_its_own_data(tmp_path, parts):
 def test_loss_terms_of_earlier_runs_have_their_names_of_today(tmp_path):
     folder = write_records(tmp_path, [record("train", 10, loss=3.0, pixel=1.0, text=2.0)])
     assert read_records(folder)[0] == record("train", 10, loss=3.0, mim=1.0, mlm=2.0)
+
+
+def in_former_spelling(evaluation):
+    """The evaluation as versions with British keys wrote it."""
+    return json.loads(json.dumps(evaluation).replace("color", "colour"))
+
+
+def test_evaluations_of_earlier_runs_are_read_with_the_keys_of_this_version(tmp_path):
+    former = in_former_spelling(EVALUATION)
+    assert former["binding"].keys() != EVALUATION["binding"].keys()
+    assert with_current_names(former) == EVALUATION
+    folder = write_records(tmp_path, [record("eval", 10, **former)])
+    assert read_records(folder) == [record("eval", 10, **EVALUATION)]
+
+
+def test_reports_of_earlier_and_of_current_runs_are_the_same(report, tmp_path, parts):
+    for name, spelled in (("current", lambda found: found), ("former", in_former_spelling)):
+        run = write_run(tmp_path / name / "run", parts[0])
+        lines = [spelled(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        write_records(run, lines)
+        (run / "evaluation.json").write_text(json.dumps(spelled(EVALUATION)))
+        assert report(run, "--evaluation", run / "evaluation.json")[0] == 0
+    current, former = (tmp_path / name / "run" / "report" / "report.md" for name in ("current", "former"))
+    assert former.read_text() == current.read_text()
 
 
 def test_curves_pass_over_what_was_not_finite(tmp_path):
