@@ -71,7 +71,7 @@ class Masker:
         return share > 0 and sample.image is not None and sample.caption is not None and rng.random() < share
 
     def patch_masks(self, rngs: Sequence[Generator], text_to_image: Sequence[bool]) -> dict[str, Tensor | None]:
-        """Return `visible_patch_ids`, `visible_patch_mask`, `masked_patch_ids` of B_i samples, with a generator each."""
+        """Return `visible_patch_ids`, `visible_patch_mask`, `masked_patch_ids` of B_i samples, one generator each."""
         ratio, share = self.config.patch_mask_ratio, self.config.predicted_patch_share
         num_masked = num_masked_patches(self.num_patches, ratio)
         visible = np.empty((len(rngs), self.num_patches - num_masked), dtype=np.int64)

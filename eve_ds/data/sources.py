@@ -123,7 +123,7 @@ class GeneratedSource:
         return Sample(key, epoch, image, caption)
 
     def key(self, shard: int, number: int) -> str:
-        """Return the seed of the world and the index of the scene."""
+        """Return the key of a scene, made of level, seed and index."""
         return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
 
     def describe(self, shard: int, number: int) -> str:
