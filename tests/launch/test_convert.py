@@ -268,7 +268,7 @@ def test_check_asks_for_recorded_outputs(convert, run, checkpoint, tmp_path):
     sign(checkpoint)
     code, _, stderr = convert(run, "--out", tmp_path / "other", "--check")
     assert code == 2
-    assert "holds no recorded outputs (check_batch.safetensors) to compare with" in stderr
+    assert "has no recorded outputs (check_batch.safetensors) to compare with" in stderr
     assert not (tmp_path / "other").exists()
 
 
@@ -453,7 +453,7 @@ def test_weights_that_compute_something_else_are_refused(refused, run, checkpoin
 
     change(checkpoint, nudge)
     assert re.search(
-        r"outputs of the weights of \S+ differ by \S+ \(relative\) from those that were recorded", refused(run)
+        r"outputs of the weights of \S+ differ by \S+ \(relative\) from the outputs recorded", refused(run)
     )
 
 
