@@ -15,7 +15,7 @@ Record = dict[str, Any]
 FORMER_NAMES = {
     "pixel": "mim",
     "text": "mlm",
-    "colour": "color",
+    "colour": "color",  # codespell:ignore colour
     "position_to_colour": "position_to_color",
     "colour_to_shape": "color_to_shape",
     "shape_to_colour": "shape_to_color",

@@ -45,7 +45,7 @@ def test_a_file_starts_from_a_preset_and_overrides_come_last(tmp_path):
     [
         ("model.hidden_sise=3", "eve_tiny: unknown key 'model.hidden_sise'; did you mean 'hidden_size'?"),
         ("model.moe.num_expert=3", "eve_tiny: unknown key 'model.moe.num_expert'; did you mean 'num_experts'?"),
-        ("optimiser.lr=1", "eve_tiny: unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("optim.lr=1", "eve_tiny: unknown key 'optim'; did you mean 'optimizer'?"),
         ("parallel.zzz=1", "eve_tiny: unknown key 'parallel.zzz'; known: ep_size"),
         (
             "data.sources=[{kind: scenes, levels: easy}]",

@@ -377,7 +377,7 @@ def test_loss_terms_of_earlier_runs_get_the_names_of_this_version(tmp_path):
 
 def in_former_spelling(evaluation):
     """The evaluation as versions with British keys wrote it."""
-    return json.loads(json.dumps(evaluation).replace("color", "colour"))
+    return json.loads(json.dumps(evaluation).replace("color", "colour"))  # codespell:ignore colour
 
 
 def test_evaluations_of_earlier_runs_are_read_with_the_keys_of_this_version(tmp_path):
