@@ -238,12 +238,12 @@ def free_port() -> int:
 
 def summarize(seed: int, run: Path) -> dict[str, Any]:
     """What one seed learnt and took, from the files of its run."""
-    from eve_ds.report.records import read_records, throughput
+    from eve_ds.report.records import read_records, throughput, with_current_names
 
     check = _read_json(run / "export" / "export.json")["check"]
     return {
         "seed": seed,
-        **_read_json(run / "evaluation.json"),
+        **with_current_names(_read_json(run / "evaluation.json")),
         **throughput(read_records(run)),
         "export_max_abs_diff": None if check is None else check["max_abs_diff"],
     }

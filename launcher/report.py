@@ -21,7 +21,7 @@ from typing import Any
 from eve_ds.config import ConfigError
 from eve_ds.distributed import get_logger
 from eve_ds.export import ExportError, load
-from eve_ds.report.records import ReportError
+from eve_ds.report.records import ReportError, with_current_names
 from eve_ds.report.run_report import Exported, write_report
 
 
@@ -58,9 +58,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ReportError(f"--evaluation {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ReportError(f"--evaluation {path} is not JSON: {error}") from None
-    if not isinstance(result, dict) or not {"pixel_loss", "colour"} & result.keys():
+    result = with_current_names(result) if isinstance(result, dict) else {}
+    if not {"pixel_loss", "color"} & result.keys():
         raise ReportError(
-            f"--evaluation {path} is not what `evaluate.py scenes --json` writes: it has neither colour nor pixel_loss"
+            f"--evaluation {path} is not what `evaluate.py scenes --json` writes: it has neither color nor pixel_loss"
         )
     return result
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
         *("tasks", "evaluation", "report"),
     },
     "benchmark": {
-        *("config", "ops", "data", "model", "objectives", "checkpoint", "parallel", "training", "views"),
+        *("config", "ops", "data", "model", "objectives", "checkpoint", "parallel", "training", "report", "views"),
     },
 }
 ONLY_IN = {  # library: parts that may import it

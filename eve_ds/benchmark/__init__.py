@@ -1,1 +1,1 @@
-"""Measure the project's own parts beside what others offer for the same work."""
+"""Benchmarks: our implementations against other implementations of the same work."""

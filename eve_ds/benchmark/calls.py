@@ -1,7 +1,7 @@
-"""Host calls of one optimizer step of the engine, against the same with DeepSpeed's own ZeRO optimizer.
+"""Host calls of one optimizer step of our engine, compared with DeepSpeed's own ZeRO optimizer.
 
-A call is an operator that reaches the dispatcher, however little it computes. Where the accelerator has less to do than
-the host has to call, these decide how long a step takes.
+A call is an operator that reaches the dispatcher, however little it computes. If the host needs longer for its calls
+than the accelerator for its work, the number of calls determines the time of a step.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from eve_ds.training.optimizer import build_optimizer
 from eve_ds.training.pretrain import Pretraining
 
 BATCH = 2
-"""Pairs of a step: few, so that time is the host's and not that of the products."""
+"""Pairs per step: few, so that host calls dominate the time, not matrix products."""
 ZERO_1 = {"zero_optimization": {"stage": 1, "contiguous_gradients": True, "reduce_scatter": True}}
-"""Of ds_configs/zero1_bf16.json what is not the default."""
+"""Settings of ds_configs/zero1_bf16.json that differ from the defaults."""
 PARTS = ("forward", "backward", "step")
-"""Of an optimizer step; the losses are part of the forward."""
+"""Parts of an optimizer step; the forward part includes the losses."""
 
 
 class CallCounter(TorchDispatchMode):
-    """Counts the operators that are called while it is entered, those of the backward included."""
+    """Context manager that counts operator calls, including those of the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,10 +51,16 @@ class CallCounter(TorchDispatchMode):
 
 
 class EngineStep:
-    """An engine with a model of its own, and the same batch for every step."""
+    """Engine with its own model that runs every step on the same batch."""
 
     def __init__(self, config: Config, ours: bool, zero: dict[str, Any] = ZERO_1) -> None:
-        """One micro-batch a step; `ours` False: what `deepspeed.initialize` returns as it is."""
+        """Build the engine, with one micro-batch per step.
+
+        Args:
+            config: preset of the model and the batch.
+            ours: True: our engine; False: the engine that `deepspeed.initialize` returns.
+            zero: DeepSpeed settings.
+        """
         join_group_of_one()
         torch.manual_seed(0)
         self.config, settings = resolve_deepspeed_config(zero, config, world_size=1)
@@ -77,7 +83,7 @@ class EngineStep:
         return batch
 
     def run(self, clock: Callable[[], float]) -> dict[str, float]:
-        """One step; how far the clock moved during each of `PARTS`."""
+        """Run one step and return the difference of the clock over each of `PARTS`."""
         marks = [clock()]
         output = self.engine(self.batch, self.counts)
         loss = poison_if_nonfinite(output.loss)
@@ -89,24 +95,24 @@ class EngineStep:
         return {part: after - before for part, before, after in zip(PARTS, marks, marks[1:], strict=False)}
 
     def count(self) -> dict[str, int]:
-        """Calls of one step by part."""
+        """Run one step and return its number of calls by part."""
         with CallCounter() as counter:
             return {part: int(calls) for part, calls in self.run(lambda: counter.calls).items()}
 
 
 def calls(seconds: float) -> Rows:
-    """A step of eve_tiny at ZeRO 1 in bf16, by part and whole: calls, and the time that the host spends."""
+    """Calls and host time of a step of eve_tiny at ZeRO 1 in bf16, by part and in total."""
     yield compare_calls(step_config("eve_tiny", BATCH), seconds)
 
 
 def step_config(preset: str, batch: int) -> Config:
-    """A preset in bf16 on generated scenes, one micro-batch of so many samples a step."""
+    """Return a preset in bf16 on generated scenes, with one micro-batch of `batch` samples per step."""
     data = ("data.sources=[{kind: scenes, level: easy}]", "data.tokenizer=scenes", "data.num_workers=0")
     return load_config(preset, [f"train.train_batch_size={batch}", "train.precision=bf16", *data])
 
 
 def compare_calls(config: Config, seconds: float) -> list[Measure]:
-    """Rows of both engines, timed in turn for about `seconds`, at least three rounds after one to warm up."""
+    """Compare both engines, timed alternately for about `seconds`, at least three rounds after a warm-up round."""
     sides = {name: EngineStep(config, ours=name == "ours") for name in ("ours", "deepspeed")}
     for side in sides.values():
         side.run(_host_milliseconds)
@@ -142,5 +148,5 @@ def _num_tensors(side: EngineStep) -> int:
 
 
 def _host_milliseconds() -> float:
-    """CPU time of the process; beside an accelerator, whose driver has threads of its own, time on the wall."""
+    """Milliseconds of CPU time; with an accelerator of wall-clock time, because its driver uses other threads."""
     return (time.process_time() if device().type == "cpu" else time.perf_counter()) * 1e3

@@ -1,10 +1,10 @@
-"""What a GPU does with the ops and with a training step: `python -m eve_ds.benchmark.gpu PART`, a JSON line a figure.
+"""Time the ops and a training step on a GPU: `python -m eve_ds.benchmark.gpu PART` writes one JSON line per result.
 
-`launcher/gpu.py` runs the parts one after the other, each in a process of its own with a time limit, so that a part
-that hangs or fails costs no other. On a CPU every part runs too, to be tested, and its times mean nothing.
+`launcher/gpu.py` runs the parts one after the other, each in its own process with a time limit, so that a part that
+hangs or fails does not affect the others. Every part also runs on a CPU, for tests; such times have no meaning.
 
-Times of ops are those of calls inside a CUDA graph, over inputs in turn that no cache holds together: the GPU's work
-without the host's. Times of steps are the host's clock around a synchronized step.
+Times of ops are measured in a CUDA graph, with alternating inputs that together exceed the cache, so they exclude the
+work of the host. Times of steps are measured by the clock of the host around a synchronized step.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ from eve_ds.training.flops import peak_flops
 from eve_ds.views import Layout
 
 Row = dict[str, Any]
-"""`part` and `what`, and the figures."""
+"""Result with the keys `part`, `what`, and one key per figure."""
 Run = Callable[[], object]
 EXPERTS, TOP_K, WIDTH, VOCABULARY = 32, 2, 768, 64_000
 TOKENS = (4096, 16384, 65536)
+"""Numbers of tokens of the parts `routing` and `layers`."""
 BEYOND_CACHE = 4e8
-"""Bytes of the inputs that take turns."""
+"""Total size of the alternating inputs, in bytes."""
 
 
 class Timing(NamedTuple):
-    """Microseconds of one call."""
+    """Time of one call, in microseconds: median, minimum and maximum."""
 
     median: float
     low: float
@@ -55,7 +56,7 @@ class Timing(NamedTuple):
 
 
 def facts() -> Iterator[Row]:
-    """Device, toolkit, and what a copy and matrix products reach."""
+    """Yield device, versions, and the speed of a copy and of matrix products."""
     cuda = torch.cuda.is_available()
     yield {
         "what": "device",
@@ -79,7 +80,7 @@ def facts() -> Iterator[Row]:
 
 
 def copy_bandwidth() -> float:
-    """TB/s read and written by a copy of 2 GB (on a CPU 2 MB)."""
+    """Return the TB/s that a copy of 2 GB (on a CPU 2 MB) reads and writes."""
     source = torch.empty(2**30 if torch.cuda.is_available() else 2**20, dtype=torch.bfloat16, device=device()).normal_()
     target = torch.empty_like(source)
     return 4 * source.numel() / graph_time([partial(target.copy_, source)]).median / 1e6
@@ -95,7 +96,7 @@ def build_ops() -> Iterator[Row]:
 
 
 def step(preset: str, batch: int, compiled: bool, profiled: bool) -> Iterator[Row]:
-    """A training step of two views in bf16: forward, backward and AdamW, without DeepSpeed."""
+    """Time a training step of two views in bf16: forward, backward and AdamW, without DeepSpeed."""
     training = Step(preset, batch)
     if compiled:
         training.model.backbone.compile_blocks()
@@ -128,7 +129,7 @@ def step(preset: str, batch: int, compiled: bool, profiled: bool) -> Iterator[Ro
 
 
 class Step:
-    """EVE with drawn weights, one batch, and an optimizer."""
+    """EVE with random weights, one batch, and an optimizer."""
 
     def __init__(self, preset: str, batch: int) -> None:
         torch.manual_seed(0)
@@ -142,15 +143,15 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def step(self) -> None:
-        """One step."""
+        """Run one training step."""
         backward(self.model, self.config, self.inputs)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
 def engine(preset: str, batch: int) -> Iterator[Row]:
-    """Host calls and milliseconds of a step of the DeepSpeed engine at ZeRO 1, against DeepSpeed's own optimizer."""
-    from eve_ds.benchmark.calls import compare_calls, step_config  # which import DeepSpeed
+    """Count host calls and milliseconds of an engine step at ZeRO 1, compared with DeepSpeed's own optimizer."""
+    from eve_ds.benchmark.calls import compare_calls, step_config  # imports DeepSpeed
 
     for row in compare_calls(step_config(preset, batch), 10.0 if torch.cuda.is_available() else 0.0):
         yield {
@@ -164,8 +165,8 @@ def engine(preset: str, batch: int) -> Iterator[Row]:
 
 
 def routing(tokens: Sequence[int]) -> Iterator[Row]:
-    """Routing, dispatch, combine and their backward in bf16, with the share of a copy's bandwidth."""
-    use_built(torch.zeros(1, device=device()))  # loads the ops, which are called here without their autograd
+    """Time routing, dispatch, combine and their backward passes in bf16, with their fraction of copy bandwidth."""
+    use_built(torch.zeros(1, device=device()))  # loads the ops; this part calls them without autograd
     copy = copy_bandwidth()
     for number in tokens:
         sides = [RoutedTokens(number) for _ in range(_turns(number * WIDTH * 6))]
@@ -192,7 +193,7 @@ def routing(tokens: Sequence[int]) -> Iterator[Row]:
 
 
 class RoutedTokens:
-    """Tokens in bf16, and where `route_topk` sends them."""
+    """Tokens in bf16 and their routes from `route_topk`."""
 
     def __init__(self, tokens: int) -> None:
         self.x, self.upstream = _normal(tokens, WIDTH), _normal(tokens, WIDTH)
@@ -201,7 +202,7 @@ class RoutedTokens:
         self.modality_ids = (torch.arange(tokens, device=device()) % 7 < 2).long()
         self.router = torch.randn(EXPERTS, WIDTH, device=device())
         self.router_bf16 = self.router.bfloat16()
-        # Kept apart from what is timed: results of a recorded call lie in memory of its graph.
+        # Not a result of a timed call: results of a recorded call are in the memory of its graph.
         self.route = self._route()
         self.gates, self.expert_ids, self.slots, self.source, self.sizes, self.probabilities = self.route[:6]
         self.rows = torch.ops.eve_ds.moe_dispatch(self.x, self.slots, self.source, None, None)
@@ -213,7 +214,7 @@ class RoutedTokens:
         return routed
 
     def runs(self) -> dict[str, Run]:
-        """What is timed, by name."""
+        """Return the timed calls by name."""
         op = torch.ops.eve_ds
         *_, log_sum_exp, z_sum = self.route
         kept = (self.probabilities, log_sum_exp, self.expert_ids, self.slots, self.gates, None, self.modality_ids, 2)
@@ -244,7 +245,7 @@ class RoutedTokens:
         torch.ops.eve_ds.moe_combine(rows, slots, gates, source)
 
     def _plain(self) -> None:
-        """What torch alone needs once the experts are chosen."""
+        """Sort, gather and sum with plain torch ops, given the chosen experts."""
         order = self.expert_ids.flatten().argsort(stable=True)
         token = order // TOP_K
         weighed = self.x[token] * self.gates.flatten()[order].unsqueeze(1).to(self.x.dtype)
@@ -252,13 +253,13 @@ class RoutedTokens:
 
     @staticmethod
     def _short_product(a: Tensor, b: Tensor) -> Tensor:
-        if a.device.type == "cpu":  # which has no product of bf16 into fp32
+        if a.device.type == "cpu":  # the CPU has no product of bf16 into fp32
             return a @ b
         return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def layers(tokens: Sequence[int]) -> Iterator[Row]:
-    """Experts, their activation, losses and attention in bf16, beside what torch has for the same."""
+    """Time experts, their activation, losses and attention in bf16, compared with torch."""
     use_built(torch.zeros(1, device=device()))
     for number in tokens:
         yield from _experts(number)
@@ -284,7 +285,7 @@ def _experts(tokens: int) -> Iterator[Row]:
 
     flop = 4 * rows * WIDTH * hidden
     plain_x, plain_weight = routed.rows, weights["fc1"].detach()[0]
-    if torch.cuda.is_available():  # on a CPU the ops read the sizes, which a row of zeros cannot show
+    if torch.cuda.is_available():  # omitted on a CPU, where the experts read the sizes on the host
         both = partial(_experts_both, x, routed.sizes, weights)
         yield _flop_row("experts, forward + backward", tokens, both, 3 * flop)
         yield from _experts_one_by_one(tokens, routed, weights, 3 * flop)
@@ -308,7 +309,7 @@ def _experts_both(x: Tensor, sizes: Tensor, weights: dict[str, Tensor]) -> None:
 
 
 def _experts_one_by_one(tokens: int, routed: RoutedTokens, weights: dict[str, Tensor], flop: float) -> Iterator[Row]:
-    """fp16 and fp32, for which the host waits, so that no graph records them: the host's clock."""
+    """Time fp16 and fp32 by the clock of the host: the host waits for the GPU, so no graph can record the calls."""
     for dtype in (torch.float16, torch.float32):
         x = routed.rows.to(dtype).requires_grad_()
         mine = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
@@ -320,7 +321,7 @@ def _experts_one_by_one(tokens: int, routed: RoutedTokens, weights: dict[str, Te
 
 
 def _between_products(tokens: int, routed: RoutedTokens, weights: dict[str, Tensor]) -> Iterator[Row]:
-    """A grouped product, and the ops that follow grouped products, with the bytes that these must move."""
+    """Time a grouped product and the ops that follow grouped products, with the bytes that they must move."""
     op, ends = torch.ops.eve_ds, routed.sizes.cumsum(0, dtype=torch.int32)
     fc1, fc1_bias, fc2_bias = (weights[name].detach() for name in ("fc1", "fc1_bias", "fc2_bias"))
     product = partial(F.grouped_mm, routed.rows, fc1.transpose(1, 2), offs=ends)
@@ -421,7 +422,7 @@ def _flop_row(name: str, tokens: int, run: Run, flop: float) -> Row:
 
 
 def graph_time(runs: Sequence[Run], repeats: int = 10) -> Timing:
-    """Time of one of the runs, all of them recorded into one CUDA graph; on a CPU of a pass through them."""
+    """Return the mean time of one run. All runs are recorded in one CUDA graph; on a CPU they run once."""
     if not torch.cuda.is_available():
         started = time.perf_counter()
         for run in runs:
@@ -430,7 +431,7 @@ def graph_time(runs: Sequence[Run], repeats: int = 10) -> Timing:
         return Timing(spent, spent, spent)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what the first calls set up must not be recorded
+    with torch.cuda.stream(stream):  # the setup of first calls must not be recorded
         for run in runs:
             run()
     torch.cuda.current_stream().wait_stream(stream)
@@ -459,7 +460,7 @@ def _turns(bytes_each: int) -> int:
 
 
 def _step_time(run: Run, repeats: int) -> tuple[float, float]:
-    """Milliseconds of a step, and of the host's part of it."""
+    """Return the median milliseconds of a step, and of the host until it has issued the step."""
     spans = []
     for _ in range(repeats):
         _synchronize()
@@ -473,7 +474,7 @@ def _step_time(run: Run, repeats: int) -> tuple[float, float]:
 
 
 def _waits(run: Run) -> dict[str, int]:
-    """Lines of this package at which the host waited for the GPU, with how often."""
+    """Return the lines of this package at which the host waited for the GPU, with counts."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
@@ -485,7 +486,7 @@ def _waits(run: Run) -> dict[str, int]:
 
 
 def _profile(run: Run) -> Iterator[Row]:
-    """Launches, time of the GPU, and the kernels that take most of it (on a CPU: operators)."""
+    """Yield number of launches, busy time of the GPU, and the 30 slowest kernels (on a CPU: operators)."""
     cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         run()
@@ -512,10 +513,10 @@ def _synchronize() -> None:
 
 
 def main() -> None:
-    """Run one part and write its rows, each as soon as it is known."""
+    """Run one part; print and write each row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=("facts", "build", "step", "routing", "layers", "engine"))
-    parser.add_argument("--rows", type=Path, required=True, metavar="FILE", help="lines of JSON are appended")
+    parser.add_argument("--rows", type=Path, required=True, metavar="FILE", help="file to append JSON lines to")
     parser.add_argument("--preset", default="eve_base")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--compiled", action="store_true")

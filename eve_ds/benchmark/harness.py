@@ -1,8 +1,8 @@
-"""Time and memory of several sides that do the same work, interleaved in one process.
+"""Measure time and memory of several sides that do the same work, interleaved in one process.
 
-CPU: one thread, CPU time of the process, so that other users of the machine count little. CUDA: device events. Every
-side has the same allocator: on the CPU, freed memory is kept while time is taken (fresh pages cost more than most of
-these ops), and given back while memory is.
+On a CPU, time is CPU time of the process on one thread, so that other users of the machine have little effect. On a
+GPU, time is that of CUDA events. All sides share the settings of the allocator: on a CPU, freed memory is kept while
+time is measured (new pages cost more than most of these ops), and returned to the system while memory is measured.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 class Measure(NamedTuple):
-    """One row: our side against one peer."""
+    """One row of results: our side compared with one peer."""
 
     measure: str
     dtype: str
@@ -45,24 +45,24 @@ class Measure(NamedTuple):
     ours_ms: float
     peer_ms: float
     ratio: float
-    """Peer's median over ours: above 1 we are faster."""
+    """Median time of the peer divided by ours; above 1, ours is faster."""
     ours_spread: float
-    """Difference of the quartiles over the median."""
+    """Interquartile range divided by the median."""
     peer_spread: float
     ours_mb: float | None
-    """Highest memory above what was there before, MB (10^6 bytes)."""
+    """Peak memory above the level before the call, in MB (10^6 bytes)."""
     peer_mb: float | None
     repeats: int
     ours_gflop: float | None = None
-    """Floating point operations of matrix products and attention, 10^9, where they were counted."""
+    """Floating-point operations of matrix products and attention, in units of 10^9; None: not counted."""
     peer_gflop: float | None = None
     ours_calls: int | None = None
-    """Operators called by the host, where they were counted."""
+    """Operators that the host called; None: not counted."""
     peer_calls: int | None = None
 
 
 class Absent(NamedTuple):
-    """A peer that is not installed or does not run here."""
+    """Peer that is not installed or does not run on this machine."""
 
     measure: str
     peer: str
@@ -72,7 +72,20 @@ class Absent(NamedTuple):
 def compare(
     measure: str, dtype: torch.dtype, shape: str, ours: Run, peers: dict[str, Run], seconds: float, memory: bool = False
 ) -> list[Measure]:
-    """Run `ours` and all peers in turn for about `seconds` (at least three rounds), after one round to warm up."""
+    """Time `ours` and all peers alternately for about `seconds`, at least three rounds after a warm-up round.
+
+    Args:
+        measure: name of the measure.
+        dtype: data type of the work.
+        shape: text of the shapes.
+        ours: our side.
+        peers: name of each peer -> its side.
+        seconds: approximate duration.
+        memory: whether to measure peak memory, too.
+
+    Returns:
+        One row for each peer.
+    """
     sides = {"ours": ours, **peers}
     peak = {name: peak_megabytes(run) if memory else None for name, run in sides.items()}
     times = interleave(sides, seconds)
@@ -85,7 +98,7 @@ def compare(
 
 
 def interleave(sides: dict[str, Run], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every run of each side, in turn for about `seconds`, after one round to warm up."""
+    """Return the milliseconds of every run of each side, alternating for about `seconds` after a warm-up round."""
     _keep_freed_memory(True)
     times: dict[str, list[float]] = {name: [] for name in sides}
     deadline = None
@@ -102,7 +115,7 @@ def interleave(sides: dict[str, Run], seconds: float) -> dict[str, list[float]]:
 def measured(
     measure: str, dtype: torch.dtype, shape: str, peer: str, ours_ms: list[float], peer_ms: list[float]
 ) -> Measure:
-    """The row of two sides that were timed in turn."""
+    """Return the row of two sides from their times in milliseconds."""
     ours, theirs = statistics.median(ours_ms), statistics.median(peer_ms)
     return Measure(
         measure,
@@ -121,7 +134,7 @@ def measured(
 
 
 def count_gflop(run: Run) -> float:
-    """Floating point operations of one run, 10^9; plain torch ops only, attention as two matrix products."""
+    """Count 10^9 floating-point operations of one run of plain torch ops; attention counts as two matrix products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return counter.get_total_flops() / 1e9
@@ -146,7 +159,10 @@ def _spread(values: list[float]) -> float:
 
 
 def peak_megabytes(run: Run) -> float | None:
-    """Highest memory of a call above what was there before; the first call, for what is kept, is not counted."""
+    """Return the peak memory of a call above the level before it, in MB; None if the system does not report it.
+
+    An unmeasured first call allocates the memory that the side keeps.
+    """
     run()
     gc.collect()
     if torch.cuda.is_available():
@@ -161,7 +177,7 @@ def peak_megabytes(run: Run) -> float | None:
         return None
     _keep_freed_memory(False)
     try:
-        reset.write_text("5")  # sets the peak to what is resident now
+        reset.write_text("5")  # resets the peak to the current resident size
     except OSError:
         return None
     before = _kilobytes(status, "VmRSS")
@@ -175,7 +191,7 @@ def _kilobytes(status: Path, name: str) -> int:
 
 
 def _keep_freed_memory(keep: bool) -> None:
-    """Let glibc keep what is freed, or give it back at once; elsewhere nothing is changed."""
+    """Make glibc keep freed memory, or return it at once; other C libraries are not changed."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
@@ -187,7 +203,7 @@ def _keep_freed_memory(keep: bool) -> None:
 
 
 def append_results(rows: list[Measure], file: Path) -> None:
-    """Append rows with device, versions, commit and date; the file gets a header when it is new."""
+    """Append rows with device, versions, commit and date; a new file gets a header."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as stream:
@@ -199,7 +215,7 @@ def append_results(rows: list[Measure], file: Path) -> None:
 
 
 def json_line(row: Measure) -> str:
-    """A row as one line of JSON."""
+    """Return a row as one line of JSON."""
     keys = ("measure", "dtype", "shape", "peer", "ours_ms", "peer_ms", "ratio", "ours_mb", "peer_mb")
     counted = ("ours_gflop", "peer_gflop", "ours_calls", "peer_calls")
     values = _rounded(row)
@@ -207,7 +223,7 @@ def json_line(row: Measure) -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Device, versions of what takes part, commit and date."""
+    """Return device, versions of torch and DeepSpeed, commit and date."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
-"""The measures of `launcher/benchmark.py`: routing, whole MoE layers, losses, training steps, the data pipeline.
+"""Measures of `launcher/benchmark.py`: routing, complete MoE layers, losses, training steps, the data pipeline.
 
-Each yields rows against every peer that is installed, and names the others.
+Each measure yields one row per installed peer, and an :class:`Absent` for each other peer.
 """
 
 from __future__ import annotations
@@ -40,26 +40,27 @@ from eve_ds.ops.feed_forward import grouped_products
 from eve_ds.views import layouts_of
 
 TOKENS, WIDTH, EXPERTS = 4096, 768, 32
+"""Sizes of the MoE layers of EVE-Base."""
 DTYPES = (torch.float32, torch.bfloat16)
 ANY_COUNTS = {"masked_patches": 1000.0, "masked_tokens": 100.0, "tokens": 1000.0}
 """Denominators of losses whose value does not matter."""
 REAL_TOKENS = 12
-"""Of a caption in the step benchmark, [CLS] and [SEP] included."""
+"""Tokens of a caption in the step benchmark, [CLS] and [SEP] included."""
 Rows = Iterator[list[Measure] | Absent]
 
 
 def is_quick(seconds: float) -> bool:
-    """Whether there is no time for the large shapes."""
+    """Whether the time budget is too short for large shapes."""
     return seconds < 1
 
 
 def device() -> torch.device:
-    """The accelerator if there is one."""
+    """Return the GPU if one is available, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def routing(seconds: float) -> Rows:
-    """Gate, dispatch and combine, forward and backward, without and with the router's matrix product."""
+    """Time gate, dispatch and combine, forward and backward, without and with the matrix product of the router."""
     stock = StockRouting(capacity_factor=1.0)
     capacity = ops.expert_capacity(TOKENS, EXPERTS, 2, 1.0, 4)
     for dtype in DTYPES:
@@ -150,9 +151,9 @@ def _megatron_permutation(inputs: dict[str, Tensor], megatron: object) -> None:
 
 
 def moe(seconds: float) -> Rows:
-    """A whole layer, packed, against DeepSpeed's with slots for capacity factors 1, 1.5 and 2; and experts alone.
+    """Time our dropless layer against DeepSpeed's layer with capacity factors 1, 1.5 and 2, and the experts alone.
 
-    Which form experts take (:func:`eve_ds.ops.grouped_feed_forward`) is decided by what is measured here.
+    The results determined the implementation of experts in :func:`eve_ds.ops.grouped_feed_forward`.
     """
     join_group_of_one()
     for dtype in DTYPES:
@@ -201,7 +202,7 @@ def _layer_step(layer: torch.nn.Module, inputs: dict[str, Tensor]) -> None:
 
 
 def losses(seconds: float) -> Rows:
-    """Linear cross entropy and masked pixel loss, forward and backward."""
+    """Time linear cross entropy and masked pixel loss, forward and backward."""
     yield from _cross_entropy(seconds)
     torch.manual_seed(0)
     pixels = torch.randn(32, 3, 224, 224, device=device())
@@ -261,9 +262,9 @@ def _pixel_step(pixels: Tensor, predictions: Tensor, ids: Tensor, normalized: bo
 
 
 def step(seconds: float) -> Rows:
-    """A training step (forward, backward, AdamW) with captions of 12 tokens.
+    """Time a training step (forward, backward, AdamW) with captions of 12 tokens.
 
-    The peer is the same model with DeepSpeed's MoE layer, torch losses, and captions padded to the model's length.
+    The peer is the same model with DeepSpeed's MoE layer, torch losses, and captions padded to `model.text_length`.
     """
     join_group_of_one()
     for preset, batch in (("eve_tiny", 32), ("eve_base", 4)):
@@ -283,7 +284,7 @@ def step(seconds: float) -> Rows:
 
 
 class BothForms:
-    """One set of weights but for the experts, and two ways to compute a step, each with an optimiser of its own."""
+    """Two implementations of a step that share all weights except the experts; each has its own optimizer."""
 
     def __init__(self, config: Config, batch: int) -> None:
         torch.manual_seed(0)
@@ -323,12 +324,12 @@ class BothForms:
         return {name: tensor.to(device()) for name, tensor in inputs.items()}, labels.to(device())
 
     def step(self, stock: bool) -> None:
-        """One step in one of the forms."""
+        """Run one step of the peer (`stock`) or of ours."""
         before = os.environ.get("EVE_DS_OPS")
         if stock:
             os.environ["EVE_DS_OPS"] = "reference"
         self.model.backbone.keep_padding = stock
-        self.model.pack_views = not stock  # DeepSpeed's layer takes the tokens of one view
+        self.model.pack_views = not stock  # DeepSpeed's layer accepts the tokens of one view only
         self._place(stock)
         output = self.model(**self.inputs, layouts=None if stock else self.layouts)
         targets = {
@@ -348,7 +349,7 @@ class BothForms:
 
 
 def data(seconds: float) -> Rows:
-    """Samples to tensors: the training loader against a bare webdataset loop with the same decode and crop."""
+    """Time the training loader against a plain webdataset loop with the same decoding and cropping."""
     count, batch = 512 if is_quick(seconds) else 2048, 32
     with tempfile.TemporaryDirectory(prefix="eve_ds_benchmark_") as folder:
         shards = Path(folder) / "scenes"
@@ -372,7 +373,7 @@ def _take_batches(loader: Loader, batches: int) -> None:
 
 
 def _bare_webdataset(files: list[str], config: Config, batch: int) -> None:
-    """Decode, crop and stack; nothing of tokens, masks, checks or position."""
+    """Decode, crop and stack images, without tokens, masks, checks and position."""
     transform = TrainTransform(config.model.image_size, config.data.crop_scale, config.data.horizontal_flip, seed=0)
     images = []
     for sample in webdataset.WebDataset(files, shardshuffle=False, empty_check=False):

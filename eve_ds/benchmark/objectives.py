@@ -1,7 +1,7 @@
-"""The paper's comparison (EVE Table 1): one optimizer step of its objective against sets with contrast and matching.
+"""Comparison of EVE Table 1: one optimizer step of the objective of the paper and of variants with `itc` and `itm`.
 
-All sets have the backbone, its weights and the pairs in common, and pass over real tokens only. The ratio of the times
-of two rows is the ratio of their samples/s.
+All variants share the backbone, its weights and the pairs, and compute real tokens only. The ratio of the times of two
+rows is the ratio of their samples/s.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ Inputs = dict[str, Any]
 """Arguments of `EVE.forward`."""
 PAPER = MaskingConfig()
 CHEAP = MaskingConfig(language_view_patch_share=0.5, predicted_patch_share=0.25)
-"""Half of the patches in the language view (FLIP), a quarter of the masked patches predicted (CrossMAE)."""
+"""Masking with half of the patches in the language view (FLIP) and a quarter of the masked patches predicted
+(CrossMAE)."""
 CHEAPER = {
     "language_view_patch_share": 0.5,
     "predicted_patch_share": 0.25,
     "image_view_share": 0.5,
     "image_view_word_share": 0.5,
 }
-"""Shares of :class:`eve_ds.config.MaskingConfig` that are timed one at a time."""
+"""Values of :class:`eve_ds.config.MaskingConfig` that are timed one at a time."""
 BATCHES = {"eve_tiny": 32, "eve_base": 2}
+"""Preset -> pairs per step."""
 FEW_PAIRS = 2
-"""Pairs of the smaller batch that memory is measured at."""
+"""Pairs of the smaller of the two batches that memory is measured with."""
 
 
 class Side(NamedTuple):
-    """One way to pre-train."""
+    """One variant of pre-training."""
 
     objectives: list[Objective]
     masking: MaskingConfig = PAPER
@@ -63,12 +65,12 @@ PEERS = {
     f"mim + mlm, {name} {share:g}": Side(["mim", "mlm"], MaskingConfig.model_validate({name: share}))
     for name, share in CHEAPER.items()
 }
-"""Table 1 of the paper has the first three; its fourth, tokens of another model as targets of `mim`, is not here. The
-last have one cheaper mask each."""
+"""The first three are in Table 1 of the paper. Its fourth variant, with tokens of another model as targets of `mim`, is
+not implemented. The last ones have one cheaper mask each."""
 
 
 def objectives(seconds: float) -> Rows:
-    """A training step (forward, backward, AdamW) of each set on the same pairs, captions of 12 tokens."""
+    """Time a training step (forward, backward, AdamW) of each variant on the same pairs with captions of 12 tokens."""
     for preset, batch in BATCHES.items():
         if preset == "eve_base" and is_quick(seconds):
             yield Absent(f"objectives, {preset}", ", ".join(PEERS), f"{preset} is left out by --quick")
@@ -77,7 +79,7 @@ def objectives(seconds: float) -> Rows:
 
 
 def compare_objectives(config: Config, batch: int, seconds: float) -> list[Measure]:
-    """Rows of the paper's objective, as written and cheaper, against each other set, all timed in turn."""
+    """Compare the objective of the paper, with its masks and cheaper ones, with every other variant."""
     sets = Objectives(config, batch)
     runs: dict[str, Run] = {name: partial(sets.step, name) for name in sets.models}
     gflop = {name: sets.count(name) for name in runs}
@@ -98,7 +100,7 @@ def compare_objectives(config: Config, batch: int, seconds: float) -> list[Measu
 
 
 class Objectives:
-    """One backbone under the heads of every set, and one batch; `models` are named as in OURS and PEERS."""
+    """One backbone shared by the heads of all variants, and one batch; `models` has the keys of OURS and PEERS."""
 
     def __init__(self, config: Config, batch: int) -> None:
         torch.manual_seed(0)
@@ -113,18 +115,18 @@ class Objectives:
             model.backbone, model.pack_views = backbone, self.sides[name].pack_views
         everything = nn.ModuleList(self.models.values()).to_empty(device=device()).train()
         draw_weights(everything)
-        # One for all: it passes over what has no gradient, and moments of the backbone are held once.
+        # One optimizer for all variants: it skips parameters without a gradient and holds moments of the backbone once.
         self.optimizer = torch.optim.AdamW(everything.parameters(), lr=1e-4, fused=True)
         self.inputs = self._batches(batch)
 
     def step(self, name: str) -> None:
-        """One step of a set."""
+        """Run one training step of a variant."""
         backward(self.models[name], self.config, self.inputs[name])
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def count(self, name: str) -> float:
-        """10^9 floating point operations of a step, by the plain torch ops on two pairs, as all are alike."""
+        """Return 10^9 floating-point operations of a step, extrapolated from two pairs with plain torch ops."""
         before = os.environ.get("EVE_DS_OPS")
         os.environ["EVE_DS_OPS"] = "reference"
         gflop = count_gflop(partial(self._gradients, name, self._batches(FEW_PAIRS)[name]))
@@ -135,9 +137,10 @@ class Objectives:
         return gflop * self.batch / FEW_PAIRS
 
     def megabytes(self, name: str) -> float | None:
-        """MB of memory that one more pair needs at the peak of forward and backward, weights and gradients aside.
+        """Return the MB that one more pair adds to the peak of forward and backward, without weights and gradients.
 
-        Gradients are there before: otherwise the peak of few pairs is at the end, when all gradients are.
+        Gradients exist before the measurement; otherwise the peak of few pairs would be at the end of the backward
+        pass, when all gradients exist.
         """
         more, fewer = FEW_PAIRS + self.batch, FEW_PAIRS
         peaks = [
@@ -156,7 +159,7 @@ class Objectives:
 
 
 def backward(model: EVE, config: Config, inputs: Inputs) -> None:
-    """Loss and gradients of what :func:`random_inputs` gives; the denominators are any."""
+    """Compute loss and gradients of inputs from :func:`random_inputs`; the denominators are arbitrary."""
     pixel_values = inputs["pixel_values"]
     targets = {
         "pixel_values": pixel_values[inputs["image_view_ids"]] if "image_view_ids" in inputs else pixel_values,
@@ -169,7 +172,7 @@ def backward(model: EVE, config: Config, inputs: Inputs) -> None:
 
 @torch.no_grad()
 def draw_weights(module: nn.Module) -> None:
-    """Any weights: drawing those of EVE-Base as training does takes a minute."""
+    """Draw arbitrary weights in place; the initialization of training takes a minute for EVE-Base."""
     for parameter in module.parameters():
         parameter.uniform_(-0.03, 0.03)
     for child in module.modules():
@@ -178,7 +181,7 @@ def draw_weights(module: nn.Module) -> None:
 
 
 def random_inputs(config: Config, masking: MaskingConfig, size: int) -> Inputs:
-    """Random pairs with masks for every task; half of the words are masked."""
+    """Return `size` random pairs with masks for all objectives; half of the words are masked."""
     model = config.model
     masked = num_masked_patches(model.num_patches, masking.patch_mask_ratio)
     order, seen = (torch.stack([torch.randperm(model.num_patches) for _ in range(size)]) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What others offer for the same work: stock DeepSpeed MoE and megatron-core."""
+"""Other implementations of the same work: stock DeepSpeed MoE and megatron-core."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from eve_ds.model.moe import MoE, MoEOutput, RouterStatistics
 
 
 def find(name: str) -> ModuleType | None:
-    """A module, or None where it is not installed or cannot be loaded."""
+    """Import a module; None if it is not installed or cannot be loaded."""
     try:
         return importlib.import_module(name)
-    except Exception:  # a package may fail in any way where its device is missing
+    except Exception:  # a package can fail in any way if its device is missing
         return None
 
 
 def join_group_of_one() -> None:
-    """DeepSpeed's layers ask for process groups, also on one process."""
+    """Create a process group of one process, which DeepSpeed's layers require."""
     import deepspeed
 
     if not dist.is_initialized():
-        store = tempfile.NamedTemporaryFile(prefix="eve_ds_store_", delete=False).name  # noqa: SIM115 - lives on
+        store = tempfile.NamedTemporaryFile(prefix="eve_ds_store_", delete=False).name  # noqa: SIM115, must outlive this call
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compilation that nothing here uses
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # skips a minute of compilation; not used here
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
 class StockRouting:
-    """DeepSpeed's gate, dispatch and combine (`deepspeed/moe/sharded_moe.py`), the parts of its MOELayer in order."""
+    """Gate, dispatch and combine of DeepSpeed's MOELayer (`deepspeed/moe/sharded_moe.py`) as separate steps."""
 
     def __init__(self, capacity_factor: float) -> None:
         from deepspeed.moe import sharded_moe
@@ -48,7 +48,7 @@ class StockRouting:
         self.capacity_factor = capacity_factor
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """(T, E) -> load-balancing loss, slots, gates, capacity."""
+        """Route (T, E) logits; return load-balancing loss, slots, gates and capacity."""
         balance, capacity, experts, indices, locations, gates, _ = self.sharded_moe.top2gating(
             logits, self.capacity_factor, 4, True, None, False, True
         )
@@ -56,18 +56,18 @@ class StockRouting:
         return balance, self.sharded_moe._route_slots(indices, locations, experts, capacity), gates, capacity
 
     def dispatch(self, x: Tensor, slots: Tensor, experts: int, capacity: int) -> Tensor:
-        """(T, D) -> (E, C, D)."""
+        """Copy tokens (T, D) to the slots of experts (E, C, D)."""
         return self.sharded_moe._sparse_encode(x, slots, experts, capacity)
 
     def combine(self, rows: Tensor, slots: Tensor, gates: Tensor, tokens: int) -> Tensor:
-        """(E * C, D) -> (T, D)."""
+        """Combine the rows of slots (E * C, D) to tokens (T, D)."""
         return self.sharded_moe._sparse_decode(rows, slots, gates, tokens)
 
 
 class StockMoE(nn.Module):
-    """DeepSpeed's MOELayer with the weights of one of ours: what EVE's released code does with DeepSpeed's layer.
+    """DeepSpeed's MOELayer with the weights of one of our layers, used as in the released code of EVE.
 
-    The token plus its modality embedding enters gate and experts, padding is routed, slots per expert are fixed.
+    Input of gate and experts is the token plus its modality embedding; padding is routed; experts have fixed capacity.
     """
 
     def __init__(self, moe: MoE, capacity_factor: float) -> None:
@@ -95,27 +95,27 @@ class StockMoE(nn.Module):
         attention_mask: Tensor | None = None,
         view_sizes: Sequence[int] | None = None,
     ) -> tuple[Tensor, ...]:
-        """As :meth:`eve_ds.model.moe.MoE.mix` of a single view; arguments of :meth:`output`."""
+        """Counterpart of :meth:`eve_ds.model.moe.MoE.mix` for one view; returns the arguments of :meth:`output`."""
         return self.layer(hidden_states + self.modality_embedding[modality_ids], None), self.layer.l_aux
 
     def output(self, hidden_states: Tensor, load_balancing_loss: Tensor) -> MoEOutput:
-        """MoEOutput without router statistics and z loss, which this layer lacks."""
+        """Return a MoEOutput with zeros for router statistics and z-loss, which this layer lacks."""
         nothing = hidden_states.new_zeros((), dtype=torch.float32)
         statistics = RouterStatistics(nothing, nothing, nothing, nothing)
         return MoEOutput(hidden_states, load_balancing_loss, nothing, statistics)
 
     def forward(self, hidden_states: Tensor, modality_ids: Tensor) -> MoEOutput:
-        """As :meth:`eve_ds.model.moe.MoE.forward` of a single view."""
+        """Counterpart of :meth:`eve_ds.model.moe.MoE.forward` for a single view."""
         return self.output(*self.mix(hidden_states, modality_ids))
 
 
 def stock_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """What `deepspeed.initialize` returns, with DeepSpeed's own ZeRO optimizer."""
+    """Return the engine of `deepspeed.initialize`, with DeepSpeed's own ZeRO optimizer."""
     import deepspeed
 
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
 
 def megatron_permutation() -> ModuleType | None:
-    """megatron-core's permute and unpermute of packed rows."""
+    """Return the module with megatron-core's permute and unpermute of packed rows; None if it cannot be loaded."""
     return find("megatron.core.transformer.moe.moe_utils")

@@ -1,8 +1,8 @@
-"""What pre-training is worth: objectives given the same seconds, then the same fine-tunes, beside none.
+"""Compare the quality of pre-training objectives with equal time budgets, followed by the same fine-tuning.
 
-Every job is a command that anybody could type, in a folder of its own; a job whose result is there is not run again.
-Seconds are those of training: of the process in fine-tuning, of the clock in pre-training, so that no more jobs should
-run at a time than there are idle cores.
+Random weights are the baseline. Every job is a command line of a launcher with its own output folder; a job with a
+result is not repeated. Budgets are seconds of training: process time in fine-tuning, wall-clock time in pre-training.
+Therefore at most as many jobs as idle cores should run at the same time.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eve_ds.data.synthetic.scene_tasks import unbound_accuracy
+from eve_ds.report.records import with_current_names
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launcher"
 AS_WRITTEN = (
     *("masking.max_text_mask_ratio=null", "masking.predicted_patch_share=1", "masking.text_to_image_share=0"),
     *("masking.image_view_share=1", "masking.language_view_patch_share=1", "loss.mlm_weight=1"),
 )
-"""What the paper has where eve_tiny is cheaper."""
+"""Settings of the paper where eve_tiny uses cheaper ones."""
 JOINT = (
     *("masking.predicted_patch_share=0.5", "masking.text_to_image_share=0.25", "optimizer.warmup_steps=100"),
     *("optimizer.lr=2e-3", "model.pixel_target=normalized"),
 )
-"""What was found for `joint` where eve_tiny is tuned for two views."""
+"""Settings tuned for `joint`, where those of eve_tiny are tuned for two views."""
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "mim+mlm": (),
     "mim+mlm.as_written": AS_WRITTEN,
@@ -40,7 +41,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "itc+itm": (),
     "mlm+itc+itm": (),
 }
-"""Pre-trainings: the set of objectives, after a dot the variant, and the settings of it beside eve_tiny's."""
+"""Pre-training runs: objectives, with a variant after a dot -> overrides of eve_tiny."""
 PRICES: dict[str, tuple[str, ...]] = {
     f"mim+mlm.{setting}": (f"masking.{setting}",)
     for setting in (
@@ -48,28 +49,31 @@ PRICES: dict[str, tuple[str, ...]] = {
         "image_view_word_share=0.5",
     )
 }
-"""Pre-trainings with one of eve_tiny's cheaper masks as the paper has it, and one with a mask that is cheaper still."""
-WORDS = {"colour": "color", "shape": "shape", "size": "size", "position": "position"}
-"""Kinds of words that pre-training is asked for, by their keys in `metrics.jsonl`."""
+"""Pre-training runs with one mask setting of the paper instead of eve_tiny's cheaper one, and one run with a mask that
+is even cheaper."""
+WORDS = ("color", "shape", "size", "position")
+"""Word classes of the evaluation in pre-training; keys in `metrics.jsonl`."""
 ANOTHER = ", another's picture"
-"""What the name of a measure ends with where the model had the picture of another scene."""
+"""Suffix of a measure for which the model received the image of another scene."""
 TASKS = ("vqa", "nlvr", "nlvr_words", "retrieval", "retrieval_words")
-"""Fine-tunes, by the names of their recipes; `words` are masked words (:mod:`eve_ds.tasks.words`)."""
+"""Fine-tuning tasks by the names of their recipes; `words` means masked words (:mod:`eve_ds.tasks.words`)."""
 ZERO_SHOT = "zero_shot"
 NLVR, BLIND = "nlvr_real", "blind"
-"""NLVR 1.0 itself: trained on split `hidden`, asked of `dev` what it has no sentence of; `blind` sees grey images."""
+"""NLVR 1.0: trained on split `hidden`, evaluated on sentences of `dev` that are not in it; `blind` sees gray images."""
 RERANK = 8
-"""Candidates that are ordered again in retrieval without fine-tuning."""
+"""Number of candidates to rerank in retrieval without fine-tuning."""
 MARKS = ("<!-- quality -->", "<!-- end of quality -->")
-"""Around the tables in a page."""
+"""Marks before and after the tables in a page."""
 RESULT_COLUMNS = ("seed", "start", "measure", "value")
 PRETRAINED = "checkpoints/latest"
+"""File that marks a completed pre-training run."""
 RESULT = "evaluation/*/metrics.json"
-COLOUR_AND_SHAPE = ("task.train.question_types=[color,shape]", "task.val.question_types=[color,shape]")
+"""Result of fine-tuning and of zero-shot retrieval."""
+COLOR_AND_SHAPE = ("task.train.question_types=[color,shape]", "task.val.question_types=[color,shape]")
 
 
 class Budget(NamedTuple):
-    """Seconds of training."""
+    """Time budgets, in seconds of training."""
 
     pretrain: float = 200.0
     vqa: float = 45.0
@@ -78,21 +82,21 @@ class Budget(NamedTuple):
     nlvr_real: float = 90.0
 
     def of(self, task: str) -> float:
-        """Seconds of one of :data:`TASKS`; by words as many as by class tokens."""
+        """Return the seconds of one of :data:`TASKS`, equal for class tokens and words."""
         seconds: float = getattr(self, task.partition("_")[0])
         return seconds
 
 
 class Job(NamedTuple):
-    """One command."""
+    """One command line."""
 
     name: str
-    """Folder under that of the seed."""
+    """Name of the output folder in the folder of the seed."""
     command: list[str]
     result: str
-    """Pattern of the file in the folder that says it is done."""
+    """Pattern of the file in the output folder that marks completion."""
     needs: str | None = None
-    """Name of the job whose model it starts from."""
+    """Name of the job that produces the initial model; None: no such job."""
 
 
 def jobs_of(
@@ -104,10 +108,20 @@ def jobs_of(
     curve: Sequence[float] = (),
     nlvr: Path | None = None,
 ) -> list[Job]:
-    """Pre-training by each set, then every task from each, and from random weights for its seconds and for both.
+    """Return the jobs of one seed, each after the job that it needs.
 
-    `curve`: shorter budgets of pre-training, each a run of its own; the questions and zero-shot retrieval from it.
-    `nlvr`: folder of NLVR 1.0, whose statements are one more task then.
+    Every pre-training run is followed by every task. Every task also starts from random weights, once with its own
+    budget (`none`) and once with the budget of pre-training added (`scratch`).
+
+    Args:
+        seed: seed of all runs.
+        folder: folder of the seed.
+        budget: time budgets.
+        objectives: keys of OBJECTIVES or PRICES to pre-train with.
+        tasks: members of :data:`TASKS`.
+        curve: shorter budgets of pre-training, in seconds; each is a separate run, followed by `vqa` and zero-shot
+            retrieval.
+        nlvr: folder of NLVR 1.0, which adds its statements as a task; None: no such task.
     """
     lengths = [(f"{objective}@{seconds:g}", seconds) for seconds in curve for objective in objectives]
     starts = [(objective, budget.pretrain) for objective in objectives] + lengths
@@ -134,18 +148,18 @@ def _pretrain(start: str, seed: int, folder: Path, seconds: float) -> Job:
         f"train.seed={seed}",
         f"train.max_seconds={seconds:g}",
     ]
-    # Whatever its speed, an objective ends its schedule with its budget.
+    # The schedule ends with the time budget, for fast and slow objectives.
     settings += ["train.max_steps=1000000", "optimizer.decay_by=seconds"]
     command = [sys.executable, str(LAUNCHERS / "pretrain.py"), "--config", "eve_tiny"]
     return Job(start, [*command, "--output_dir", str(folder / start), "--set", *settings], PRETRAINED)
 
 
 def _finetune(task: str, start: str, seed: int, folder: Path, seconds: float) -> Job:
-    """`start` names a pre-training; `none` and `scratch` draw the weights."""
+    """Return a fine-tuning job; `start` is a pre-training run, or `none` or `scratch` for random weights."""
     name = f"{task}-{start}"
     drawn = start in ("none", "scratch")
     settings = [f"train.seed={seed}", f"train.max_seconds={seconds:g}"]
-    settings += COLOUR_AND_SHAPE if task == "vqa" else ()
+    settings += COLOR_AND_SHAPE if task == "vqa" else ()
     command = [sys.executable, str(LAUNCHERS / "finetune.py"), "--task", task.partition("_")[0]]
     command += ["--config", f"tasks/scenes_{task}", "--model", "eve_tiny"]
     command += ["--init", "none" if drawn else str(folder / start), "--output_dir", str(folder / name)]
@@ -169,10 +183,16 @@ def _zero_shot(start: str, folder: Path) -> Job:
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, at_a_time: int, say: Callable[[str], None] = print) -> None:
-    """Run what has no result yet, `at_a_time` of them together, each after the one it needs.
+    """Run the jobs without a result, `at_a_time` in parallel, each after the job that it needs.
+
+    Args:
+        jobs: jobs in an order such that each follows the job that it needs.
+        folder: folder of the seed.
+        at_a_time: number of parallel jobs.
+        say: called with a line for each completed job.
 
     Raises:
-        RuntimeError: a command failed; names its log. Those under way are waited for.
+        RuntimeError: a command failed; the message names its log. Running jobs are completed first.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     started: dict[str, Future[None]] = {}
@@ -183,7 +203,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path, at_a_time: int, say: Callable[[s
         out = folder / job.name
         if any(out.glob(job.result)):
             return
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(out, ignore_errors=True)  # left by a killed run
         log = folder / f"{job.name}.log"
         with log.open("w") as file:
             done = subprocess.run(job.command, env=environment, stdout=file, stderr=file, check=False)
@@ -192,7 +212,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path, at_a_time: int, say: Callable[[s
         say(f"{out}: done")
 
     folder.mkdir(parents=True, exist_ok=True)
-    # What is needed comes first in the list, so that whoever waits for it does not keep it from running.
+    # A needed job precedes the jobs that need it, so waiting jobs cannot keep it from running.
     with ThreadPoolExecutor(at_a_time) as pool:
         for job in jobs:
             started[job.name] = pool.submit(run, job)
@@ -201,9 +221,9 @@ def run_jobs(jobs: Sequence[Job], folder: Path, at_a_time: int, say: Callable[[s
 
 
 def figures(folder: Path) -> dict[str, dict[str, float]]:
-    """Measure -> start -> value, of one seed, as far as there are results."""
+    """Return the available results of one seed: measure -> start -> value."""
     found: dict[str, dict[str, float]] = {}
-    for file in sorted(folder.glob(f"*/{PRETRAINED}")):  # others are under way, or fine-tuning
+    for file in sorted(folder.glob(f"*/{PRETRAINED}")):  # others are incomplete, or fine-tuning runs
         run = file.parents[1]
         for name, value in _figures_of_pretraining(run / "metrics.jsonl").items():
             found.setdefault(name, {})[run.name] = value
@@ -216,16 +236,17 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _figures_of_pretraining(metrics: Path) -> dict[str, float]:
-    """What it saw, and what it got right of hidden words and by how much a caption helped with hidden pixels."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    """Return pairs seen, accuracies of masked words, and the reduction of the pixel error by the caption."""
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    records = [with_current_names(json.loads(line)) for line in lines]
     found = {"pairs seen in pre-training": records[-1]["samples"]}
     evaluations = [record for record in records if record.get("kind") == "eval"]
     if not evaluations:
         return found
     last = evaluations[-1]
-    asked = {f"words of {title}": last[kind] for kind, title in WORDS.items()}
+    asked = {f"words of {kind}": last[kind] for kind in WORDS}
     asked["all words of captions hidden whole"] = last["hidden_words"]
-    asked |= {f"words of {WORDS[kind]}, a quarter of the patches": last["masked_image"][kind] for kind in WORDS}
+    asked |= {f"words of {kind}, a quarter of the patches": last["masked_image"][kind] for kind in WORDS}
     for name, answers in asked.items():
         found |= {name: round(answers["right"], 4), name + ANOTHER: round(answers["wrong"], 4)}
     error = last["pixel_loss"]
@@ -255,10 +276,11 @@ def _figures_of(task: str, metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
-    """Markdown: a row a measure, a column a start; mean over seeds and, of several, the lowest and highest.
+    """Return Markdown tables of the results of all seeds.
 
-    What was asked with another's picture as well has its mean after a stroke. Below, where they were measured, the
-    same for :data:`PRICES`, and for shorter pre-training a row a budget.
+    The first table has a row per measure and a column per start. A cell is the mean over seeds, with the range if there
+    are several. If a measure was also taken with the image of another scene, its mean follows after a slash. Further
+    tables, if measured, have the same rows for :data:`PRICES`, and a row per budget for shorter pre-training.
     """
     measures = [name for name in dict.fromkeys(key for seed in seeds for key in seed) if not name.endswith(ANOTHER)]
     found = {start for seed in seeds for row in seed.values() for start in row}
@@ -291,9 +313,12 @@ def _by_measure(
 
 
 def write_results(seeds: Sequence[dict[str, dict[str, float]]], file: Path, about: dict[str, str]) -> None:
-    """A row of CSV for every seed, start and measure, in place of what the file held.
+    """Replace a CSV file by one row for every seed, start and measure.
 
-    `about` stands in every row but those that the file had with the same value: they keep where they were measured.
+    Args:
+        seeds: results of :func:`figures` for each seed.
+        file: CSV file.
+        about: provenance columns of new and changed rows; rows whose value is unchanged keep their provenance.
     """
     known: dict[tuple[str, ...], dict[str, str]] = {}
     if file.exists():
@@ -312,7 +337,11 @@ def write_results(seeds: Sequence[dict[str, dict[str, float]]], file: Path, abou
 
 
 def put_into(page: Path, text: str) -> None:
-    """Replace what stands between the two marks of a page; raises ValueError where they are missing."""
+    """Replace the text between the two marks of a page.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
     before, opening, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     _, closing, after = rest.partition(MARKS[1])
     if not opening or not closing:

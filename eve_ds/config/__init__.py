@@ -1,7 +1,8 @@
-"""One typed configuration tree: a YAML preset, then a file or dotted overrides, then validation.
+"""Typed configuration tree: a YAML preset or file, then dotted overrides, then validation.
 
-Unknown keys are refused with the nearest known name. What DeepSpeed owns (ZeRO stage, precision, bucket sizes) stays in
-the DeepSpeed JSON; where both speak of one thing see :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
+An unknown key is an error that suggests the nearest known name. DeepSpeed's own settings (ZeRO stage, bucket sizes)
+stay in the DeepSpeed JSON. :func:`eve_ds.parallel.settings.resolve_deepspeed_config` reconciles the settings that
+both files have: batch sizes, precision, gradient clipping, expert parallelism.
 """
 
 from eve_ds.config.data import DataConfig, MaskingConfig, SourceConfig, ValidationConfig

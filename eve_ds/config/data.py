@@ -1,4 +1,4 @@
-"""Where samples come from, and what is hidden in them."""
+"""Configuration of the training data and of masking."""
 
 from __future__ import annotations
 
@@ -10,39 +10,44 @@ from eve_ds.config.section import Fraction, PositiveInt, Section, Share, require
 
 
 class MaskingConfig(Section):
-    """What is hidden in the views of a sample; masks derive from (seed, epoch, sample key, view).
+    """Masking of the views of a sample. Masks are a function of (seed, epoch, sample key, view).
 
-    The image view (`mim`) is a masked image beside the whole caption, the language view (`mlm`) the whole image beside
-    a masked caption. `joint` masks both in its only view, to which the settings of neither apply.
+    Defaults are the paper's. The image view, used by `mim`, pairs a masked image with the whole caption. The language
+    view, used by `mlm`, pairs the whole image with a masked caption. The only view of `joint` masks both; keys that
+    begin with `image_view` or `language_view` do not apply to it.
     """
 
     patch_mask_ratio: Fraction = 0.75
-    """Share of the patches that is hidden, `mim` and `joint`; at 1 the image view sees the caption alone."""
+    """Fraction of the patches that is masked in `mim` and `joint`. At 1 the image view consists of the caption only."""
     predicted_patch_share: Share = 1.0
-    """Share of the masked patches that is predicted, drawn anew for each sample (CrossMAE); the rest costs nothing."""
+    """Fraction of the masked patches that is predicted, drawn for each sample (CrossMAE); the decoder does not compute
+    the others."""
     text_mask_ratio: Fraction = 0.5
-    """Share of the words that is hidden, `mlm` and `joint`. A caption without an image keeps a word if it has two."""
+    """Fraction of the words that is masked in `mlm` and `joint`. A caption of two or more words without an image keeps
+    at least one word visible."""
     max_text_mask_ratio: Fraction | None = None
-    """If set, each sample draws its ratio uniformly between `text_mask_ratio` and this."""
+    """If set, each sample draws its ratio uniformly between `text_mask_ratio` and this value; None: every sample uses
+    `text_mask_ratio`."""
     text_to_image_share: Fraction = 0.0
-    """`mim` and `joint`: share of pairs of which even more of the image is hidden, beside a whole caption, so that
-    words decide pixels."""
+    """Fraction of the pairs in `mim` and `joint` that mask more of the image (`text_to_image_mask_ratio`) and nothing
+    of the caption, so that the model must read pixels off the words."""
     text_to_image_mask_ratio: Share = 1.0
-    """Of those, each hides a share of its patches drawn uniformly between this and 1."""
+    """Lower limit of the mask ratio of the pairs chosen by `text_to_image_share`; each draws its ratio uniformly
+    between this value and 1. At least `patch_mask_ratio`."""
     image_view_share: Share = 1.0
-    """Share of the samples with an image, drawn anew in every epoch, that have an image view."""
+    """Fraction of the samples with an image that get an image view, drawn in every epoch."""
     image_view_word_share: Share = 1.0
-    """Share of a caption's words that the image view sees, drawn at random; the others are left out of it."""
+    """Fraction of a caption's words that the image view contains, drawn at random; the other words are removed."""
     language_view_patch_share: Share = 1.0
-    """Share of an image's patches that the language view sees, drawn at random (FLIP, Li et al. 2023)."""
+    """Fraction of an image's patches that the language view contains, drawn at random (FLIP, Li et al. 2023)."""
     random_token_share: Fraction = 0.0
-    """Share of chosen tokens replaced by a random token instead of [MASK] (BERT: 0.1)."""
+    """Fraction of the chosen tokens that is replaced by a random token instead of [MASK] (BERT: 0.1)."""
     keep_token_share: Fraction = 0.0
-    """Share of chosen tokens left as they are, and still predicted (BERT: 0.1)."""
+    """Fraction of the chosen tokens that stays unchanged but is predicted (BERT: 0.1)."""
 
     @property
     def most_words_masked(self) -> float:
-        """The highest share of words that is hidden of a caption."""
+        """Highest fraction of a caption's words that can be masked."""
         return self.text_mask_ratio if self.max_text_mask_ratio is None else self.max_text_mask_ratio
 
     @model_validator(mode="after")
@@ -69,25 +74,26 @@ class SourceConfig(Section):
     """One source of the training mixture."""
 
     kind: Literal["scenes", "shards"]
-    """Generated scenes, or files."""
+    """`scenes`: generated scenes. `shards`: files."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of the mixture, relative to the other sources' weights."""
+    """Weight in the mixture, relative to the weights of the other sources."""
     modalities: Literal["pair", "image", "text", "any"] = "pair"
-    """What a sample must hold and gives: image and caption, the image alone, the caption alone, or whatever it has."""
+    """Content of the samples. `pair`: image and caption, both required. `image`, `text`: only the image or the caption;
+    the other is ignored. `any`: the content of each sample."""
     shards: str | list[str] | None = None
-    """`kind: shards`: paths, brace lists such as `cc3m-{00000..00331}.tar`, or a folder that holds an index.json."""
+    """`kind: shards`: paths, brace lists such as `cc3m-{00000..00331}.tar`, or a folder with an index.json."""
     level: Literal["easy", "hard"] = "easy"
     """`kind: scenes`: difficulty."""
     num_samples: PositiveInt = 1_000_000
     """`kind: scenes`: samples of one epoch."""
     seed: int = 0
-    """`kind: scenes`: seed of the generated world."""
+    """`kind: scenes`: seed of the generator."""
     reading_order_share: Fraction = 0.0
-    """`kind: scenes`: share of captions whose phrases stand in reading order (row, then column, of the image before a
-    flip) at the start of the run; the other captions keep random order."""
+    """`kind: scenes`: fraction of captions whose phrases are in reading order (row, then column, of the image before a
+    flip) at the start of the run; phrases of other captions are in random order."""
     reading_order_samples: PositiveInt | None = None
-    """`kind: scenes`: samples of the run over which that share falls linearly to 0; None: it never falls. All samples
-    count: of every source of the mixture, on every rank, those that cannot be used included."""
+    """`kind: scenes`: number of samples of the run over which `reading_order_share` falls linearly to 0; None: it stays
+    constant. The count covers all sources, all ranks and unusable samples."""
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
@@ -102,15 +108,15 @@ class SourceConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Pairs that a run never trains on; `train.eval_every` and the end of the run measure losses on them."""
+    """Held-out pairs; the losses on them are measured every `train.eval_every` steps and at the end of the run."""
 
     sources: list[SourceConfig] = []
-    """Sources of their own, of pairs; their shards may not be among those of `data.sources`."""
+    """Separate sources of pairs; their shards must not be in `data.sources`. Exclusive with `share`."""
     share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the samples of `data.sources` that is held out instead, chosen by a hash of the key: the same samples in
-    every run with this share."""
+    """Fraction of the samples of `data.sources` to hold out. The choice depends on a hash of the key, so it is the same
+    in every run with this value. Exclusive with `sources`."""
     num_samples: Annotated[int, Field(ge=2)] = 1024
-    """Most pairs of an evaluation, over all ranks."""
+    """Maximum number of pairs of an evaluation, over all ranks."""
 
     @model_validator(mode="after")
     def _check(self) -> ValidationConfig:
@@ -127,20 +133,22 @@ class ValidationConfig(Section):
 
 
 class DataConfig(Section):
-    """Where samples come from and how they reach the model."""
+    """Training mixture, tokenizer, loading and augmentation."""
 
     sources: list[SourceConfig] = [SourceConfig(kind="scenes")]
+    """Sources of the training mixture."""
     tokenizer: str = "scenes"
     """`scenes` (shipped), or a path or name of a Hugging Face fast tokenizer."""
     num_workers: Annotated[int, Field(ge=0)] = 0
-    """Loader processes per rank."""
+    """Data loader processes per rank; 0: the training process loads."""
     shuffle_buffer: PositiveInt = 1000
-    """Samples that are shuffled among themselves, on top of the shuffled shard order; none is held in memory."""
+    """Number of consecutive samples that are shuffled together, in addition to the order of shards. Shuffling permutes
+    indices, so no sample is held in memory."""
     crop_scale: tuple[Fraction, Fraction] = (1.0, 1.0)
-    """Area range of RandomResizedCrop; (1, 1) only resizes."""
+    """Range of the area of RandomResizedCrop, as fractions of the image; (1, 1) only resizes."""
     horizontal_flip: Fraction = 0.0
-    """Probability of a flip, for captions without left/right words only."""
+    """Probability of a horizontal flip. Images whose caption contains left or right are never flipped."""
     validation: ValidationConfig | None = None
-    """Pairs for held-out losses; None: none."""
+    """Pairs for held-out losses; None: no held-out losses."""
     max_bad_share: Fraction = 0.01
-    """Above this share of unusable samples on a rank, counted over at least 1,000, the run stops."""
+    """Largest fraction of unusable samples on a rank, of at least 1,000 samples; above it the run stops."""

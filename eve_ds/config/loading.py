@@ -1,4 +1,4 @@
-"""Configurations from presets, files and overrides, with one line for each problem."""
+"""Load configurations from presets, files and overrides; report each problem in one line."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ from eve_ds.config.tasks import TaskConfig
 from eve_ds.config.tree import Config
 
 REMOVED_KEYS: dict[str, dict[str, Any]] = {"task": {"word_passes": 0, "read_states": False}}
-"""Section -> keys of earlier versions with their default; configurations that runs wrote still hold them."""
+"""Section -> removed keys with their former default, which configurations of earlier runs still contain."""
 
 
 def presets() -> list[str]:
-    """Names of the presets shipped in `eve_ds/configs`, recipes of tasks as `tasks/NAME`."""
+    """Names of the presets shipped in `eve_ds/configs`, sorted; task recipes are named `tasks/NAME`."""
     folder = resources.files("eve_ds") / "configs"
     found = [("", item) for item in folder.iterdir()] + [("tasks/", item) for item in (folder / "tasks").iterdir()]
     return sorted(prefix + item.name.removesuffix(".yaml") for prefix, item in found if item.name.endswith(".yaml"))
 
 
 def load_config(preset_or_path: str, overrides: list[str] | None = None, under: dict[str, Any] | None = None) -> Config:
-    """Read a preset by name or a YAML file by path, apply `section.key=value` overrides, validate.
+    """Read a preset by name or a YAML file by path, apply overrides, and validate the result.
 
-    A file may name a preset to start from under the key `base`. Values of overrides are parsed as YAML. What neither
-    says is taken from the tree `under`.
+    Args:
+        preset_or_path: name of a preset, or path of a YAML file. A file may name the preset or file that it extends
+            under the key `base`.
+        overrides: strings `section.key=value`; each value is parsed as YAML.
+        under: tree that supplies every key which neither the file nor an override sets.
 
     Raises:
-        ConfigError: unknown preset, unreadable file, unknown key (with the nearest name), or a value against a rule.
+        ConfigError: unknown preset, unreadable file, unknown key (the message suggests the nearest name), or a value
+            that breaks a rule.
     """
     tree = _merge(under or {}, _read_tree(preset_or_path))
     for override in overrides or []:
@@ -43,7 +47,11 @@ def load_config(preset_or_path: str, overrides: list[str] | None = None, under: 
 
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
-    """Validate a nested dictionary; raises :class:`ConfigError` with one line per problem."""
+    """Validate a nested dictionary.
+
+    Raises:
+        ConfigError: all problems in one line, separated by semicolons; `where` names the source of the tree.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -51,12 +59,12 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
 
 
 def parse_written_config(tree: dict[str, Any], where: str) -> Config:
-    """Validate a configuration that a run wrote, with this version or an earlier one.
+    """Validate a configuration that a run of this or of an earlier version wrote.
 
-    Keys that this version no longer has are left out where they hold their former default.
+    Keys that this version removed are dropped if they hold their former default.
 
     Raises:
-        ConfigError: as :func:`parse_config`, or a removed key holds another value than its former default.
+        ConfigError: see :func:`parse_config`; or a removed key holds another value than its former default.
     """
     if not isinstance(tree, dict):
         return parse_config(tree, where)
@@ -65,13 +73,13 @@ def parse_written_config(tree: dict[str, Any], where: str) -> Config:
     if isinstance(model, dict):
         former: dict[str, Any] = {"pixel_target": FORMER_PIXEL_TARGET}
         if "objectives" not in model:
-            former["objective"] = "msm"  # the only one before the field existed
+            former["objective"] = "msm"  # the only objective before the field existed
         tree = tree | {"model": former | model}
     return parse_config(tree, where)
 
 
 def _without_removed(name: str, section: Any, where: str) -> Any:
-    """The section without removed keys; raises ConfigError where one of them had an effect."""
+    """Return the section without removed keys; raise ConfigError if one of them had an effect."""
     removed = REMOVED_KEYS.get(name, {})
     if not isinstance(section, dict):
         return section

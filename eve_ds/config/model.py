@@ -1,4 +1,4 @@
-"""Architecture of the model and its pre-training objectives."""
+"""Configuration of the model architecture and its pre-training objectives."""
 
 from __future__ import annotations
 
@@ -15,87 +15,117 @@ FORMER_OBJECTIVES: dict[str, list[Objective]] = {
     "itc_itm": ["itc", "itm"],
     "itc_itm_mlm": ["mlm", "itc", "itm"],
 }
-"""What earlier versions wrote as `model.objective`, which named one of three sets of tasks."""
+"""Values of `model.objective`, the key of earlier versions, which named one of three sets of objectives."""
 
 FORMER_PIXEL_TARGET = "normalized"
-"""What earlier versions had before `model.pixel_target` could be set."""
+"""Value of `model.pixel_target` in versions that did not have this key yet."""
 
 
 class MoEConfig(Section):
-    """Experts of the deep layers (EVE eq. 4 to 7; upstream `DeepSpeed MoE` and GShard top-2)."""
+    """Mixture of experts in the deep layers (EVE eq. 4 to 7; upstream DeepSpeed MoE and GShard top-2 gating)."""
 
     num_experts: PositiveInt = 32
+    """Experts of each MoE layer over all ranks; must be divisible by `parallel.ep_size`. Default: EVE-Base."""
     top_k: PositiveInt = 2
+    """Experts that process each token; at most `num_experts`. Default: EVE-Base."""
     routing: Literal["capacity", "dropless"] = "dropless"
-    """`capacity`: fixed slots per expert, tokens beyond them are dropped. `dropless`: every route is computed."""
+    """`capacity`: each expert has a fixed number of slots; tokens beyond them are dropped, as in the released code.
+    `dropless`: every route is computed."""
     capacity_factor: Annotated[float, Field(gt=0)] = 1.0
-    """Slots per expert = ceil(top_k * capacity_factor * tokens / num_experts)."""
+    """Scale of the capacity with `routing: capacity`: slots per expert = ceil(top_k * capacity_factor * tokens /
+    num_experts)."""
     min_capacity: PositiveInt = 4
+    """Smallest number of slots per expert with `routing: capacity`."""
     modality_embedding: bool = True
-    """The router sees each token plus the embedding of its modality (EVE eq. 4); False: the token alone (Table 8)."""
+    """True: the router input is the token plus the embedding of its modality (EVE eq. 4). False: the token alone
+    (EVE Table 8)."""
     router_jitter: Fraction = 0.0
-    """Multiplicative uniform noise of the router's input in training, in [1 - jitter, 1 + jitter]."""
+    """Half width of the multiplicative noise on the router input during training; factors are uniform in [1 - jitter,
+    1 + jitter]. 0 turns the noise off."""
     second_choice_noise: bool = False
-    """Draw every choice after the first with Gumbel noise in training (GShard's random second expert)."""
+    """True: add Gumbel noise to the router logits for every choice after the first (GShard's random second expert)
+    during training, with `profile: official` also in evaluation."""
     balance_over: Literal["rank", "data_parallel"] = "data_parallel"
-    """Tokens over which the load-balancing statistics are taken: this rank's, or all data-parallel ranks'."""
+    """Tokens that the load-balancing statistics cover: those of this rank, or those of all data-parallel ranks."""
 
 
 class PixelDecoderConfig(Section):
-    """Light decoder that predicts masked patches; not in the released files, so depth and width are free."""
+    """Light decoder that predicts masked patches. Released files do not contain it, so depth and width are free."""
 
     kind: Literal["cross", "self"] = "self"
-    """`self`: mask tokens join the encoded stream. `cross`: mask tokens query it and never see each other."""
+    """`self`: mask tokens are appended to the encoded tokens and all attend to each other. `cross`: mask tokens attend
+    to the encoded tokens only, not to each other (CrossMAE)."""
     num_layers: PositiveInt = 4
+    """Blocks of the decoder."""
     hidden_size: PositiveInt = 384
+    """Width of the decoder; must be divisible by `num_attention_heads`."""
     num_attention_heads: PositiveInt = 6
+    """Attention heads of each decoder block."""
 
 
 class ModelConfig(Section):
-    """Architecture. Defaults are EVE-Base at 224 pixels (475,197,696 backbone parameters)."""
+    """Architecture and objectives. Defaults: EVE-Base at 224 pixels (475,197,696 backbone parameters)."""
 
     profile: Literal["default", "official"] = "default"
-    """`official` reproduces the released forward, quirks included; see `eve_ds/model/moe.py`."""
+    """`official` reproduces the forward pass of the released code, quirks included; see `eve_ds/model/moe.py`."""
     objectives: Annotated[list[Objective], Field(min_length=1)] = ["mim", "mlm"]
-    """The tasks of pre-training, which decide its views of a sample and the model's heads.
+    """Pre-training objectives; determine which views of a sample and which heads are built.
 
-    `mim`: pixels of a masked image beside the whole caption. `mlm`: words of a masked caption beside the whole image.
-    Together they are the paper's objective (EVE eq. 8 to 10). `itc`, `itm`: image-text contrast, and matching on its
-    hard negatives (ALBEF), which the paper compares with. `joint`: `mim` and `mlm` in one pass over a masked image
-    beside a masked caption, which its Table 5 advises against; several times cheaper."""
+    `mim`: predict pixels of a masked image, given the whole caption. `mlm`: predict words of a masked caption, given
+    the whole image. `mim` and `mlm` together are the objective of the paper (EVE eq. 8 to 10). `itc`: image-text
+    contrastive loss. `itm`: image-text matching on the hard negatives of `itc` (ALBEF), so it requires `itc`; the
+    paper compares with both. `joint`: `mim` and `mlm` in one pass over a masked image and a masked caption; several
+    times cheaper, but EVE Table 5 advises against it, and it excludes `mim` and `mlm`."""
     hidden_size: PositiveInt = 768
+    """Width of the encoder; must be divisible by `num_attention_heads`."""
     num_hidden_layers: PositiveInt = 12
+    """Blocks of the encoder."""
     num_attention_heads: PositiveInt = 12
+    """Attention heads of each encoder block."""
     intermediate_size: PositiveInt = 3072
+    """Hidden width of each feed-forward network, experts included."""
     moe_layers: list[Annotated[int, Field(ge=0)]] = [10, 11]
+    """Deep layers, counted from 0, whose feed-forward part is chosen by `deep_ffn`. Default: the last two, as in
+    EVE-Base."""
     deep_ffn: Literal["soft_router", "hard_router", "shared"] = "soft_router"
-    """Feed-forward part of the layers `moe_layers` (EVE Table 7): experts chosen by a learnt router; one network per
-    modality, as in the layers below; one network for all tokens."""
+    """Feed-forward part of the layers in `moe_layers` (EVE Table 7). `soft_router`: experts chosen by a learned router.
+    `hard_router`: one network per modality, as in the shallow layers. `shared`: one network for all tokens."""
     moe: MoEConfig = MoEConfig()
+    """Mixture of experts, used with `deep_ffn: soft_router`."""
     image_size: PositiveInt = 224
+    """Height and width of the input image, in pixels; must be divisible by `patch_size`."""
     patch_size: PositiveInt = 16
+    """Height and width of a patch, in pixels."""
     vocab_size: PositiveInt = 64000
+    """Rows of the word embedding; every token ID of `data.tokenizer` must be smaller. Default: EVE-Base."""
     text_positions: PositiveInt = 196
-    """Rows of the text position table."""
+    """Rows of the text position table; at least `text_length`. Default: EVE-Base."""
     text_length: PositiveInt = 40
-    """Most tokens of a caption, [CLS] and [SEP] included; longer ones are truncated."""
+    """Maximum tokens of a caption, [CLS] and [SEP] included; longer captions are truncated."""
     layer_scale_init: float = 0.1
+    """Initial value of LayerScale, the learned factor of each residual branch."""
     drop_path_rate: Fraction = 0.1
-    """Of the last block; earlier blocks grow to it linearly from 0."""
+    """Stochastic depth: drop probability of the last block; it grows linearly from 0 at the first block."""
     text_dropout: Fraction = 0.1
+    """Dropout probability after the LayerNorm of the word embeddings."""
     layer_norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
-    """Standard deviation of the normal that weights are drawn from, truncated at one standard deviation."""
+    """Standard deviation of the normal distribution that initial weights are drawn from, truncated at one standard
+    deviation."""
     position_init: Literal["normal", "sincos"] = "normal"
-    """`sincos`: position tables start as sines and cosines (2-D for patches) and are learnt from there. A small model
-    learns where things are several times sooner; the released one drew them from the normal."""
+    """Initial values of the position tables, which are trained in both cases. `normal`: random, as in the released
+    model. `sincos`: sines and cosines (2-D for patches); a small model learns where objects are several times
+    sooner."""
     position_initializer_range: Annotated[float, Field(gt=0)] = 0.02
-    """Scale of position embeddings, class and mask tokens: standard deviation, or amplitude of the sines."""
+    """Scale of the initial position embeddings, class tokens and mask tokens: standard deviation of the normal
+    distribution, or amplitude of the sines."""
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
+    """Decoder that predicts masked patches; built for `mim` and `joint`."""
     pixel_target: Literal["raw", "normalized"] = "raw"
-    """What pixel predictions are compared with: pixels as the encoder gets them (the paper's words), or normalized by
-    mean and variance of their patch (MAE's `norm_pix_loss`). On scenes captions lower the error of raw pixels several
-    times as much, and shapes are learnt sooner; see the README."""
+    """Target of the pixel prediction. `raw`: pixels as the encoder receives them, as the paper describes. `normalized`:
+    pixels normalized by the mean and variance of their patch (MAE's `norm_pix_loss`). On scenes, captions reduce the
+    error of raw pixels several times as much, and shapes are learned sooner; see the README."""
 
     @model_validator(mode="before")
     @classmethod
@@ -148,7 +178,7 @@ class ModelConfig(Section):
         require(
             not self.predicts_pixels or self.num_patches > 1,
             f"image_size ({self.image_size}) and patch_size ({self.patch_size}) make a single patch, which cannot be "
-            "seen and predicted: make patch_size smaller, or leave mim and joint out of objectives",
+            "both visible and predicted: make patch_size smaller, or leave mim and joint out of objectives",
         )
         require(
             self.text_length <= self.text_positions,
@@ -159,7 +189,7 @@ class ModelConfig(Section):
     def _check_objectives(self) -> None:
         names = ", ".join(self.objectives)
         twice = sorted({name for name in self.objectives if self.objectives.count(name) > 1})
-        require(not twice, f"objectives ({names}) names {', '.join(twice)} twice: name every task once")
+        require(not twice, f"objectives ({names}) names {', '.join(twice)} twice: name each objective once")
         require(
             "itm" not in self.objectives or "itc" in self.objectives,
             f"objectives ({names}) has itm without itc, whose similarities choose the hard negatives: add itc",
@@ -171,35 +201,35 @@ class ModelConfig(Section):
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image."""
+        """Number of patches of one image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def expert_layers(self) -> list[int]:
-        """Layers with experts behind a learnt router, counted from 0, ascending."""
+        """Layers with experts behind a learned router, counted from 0, in ascending order."""
         return sorted(set(self.moe_layers)) if self.deep_ffn == "soft_router" else []
 
     @property
     def predicts_pixels(self) -> bool:
-        """Whether some task predicts masked patches."""
+        """Whether an objective predicts masked patches."""
         return bool({"mim", "joint"} & set(self.objectives))
 
     @property
     def normalizes_pixels(self) -> bool:
-        """Whether the target of pixels is normalized by patch."""
+        """Whether the pixel target is normalized per patch."""
         return self.pixel_target == "normalized"
 
     @property
     def predicts_words(self) -> bool:
-        """Whether some task predicts masked words."""
+        """Whether an objective predicts masked words."""
         return bool({"mlm", "joint"} & set(self.objectives))
 
     @property
     def contrasts_pairs(self) -> bool:
-        """Whether some objective compares features of images with features of texts."""
+        """Whether an objective compares features of images with features of texts."""
         return "itc" in self.objectives
 
     @property
     def matches_pairs(self) -> bool:
-        """Whether some objective judges if an image and a text belong together."""
+        """Whether an objective decides if an image and a text match."""
         return "itm" in self.objectives

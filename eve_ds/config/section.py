@@ -1,4 +1,4 @@
-"""Base of every section of the configuration, its error, and the types of its values."""
+"""Base class of every configuration section, the error for invalid configurations, and shared value types."""
 
 from __future__ import annotations
 
@@ -10,25 +10,34 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, its value and the rule."""
+    """Raised for an invalid configuration; the message names the key, its value and the rule."""
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and a key that is not a field is an error."""
+    """Base class of every section: immutable; a key that is not a field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError with the message unless the condition holds; pydantic turns it into a problem of the tree."""
+    """Raise ValueError with the message unless the condition holds; pydantic reports it as a validation error."""
     if not condition:
         raise ValueError(message)
 
 
 def renamed(tree: Any, old: str, new: str, value: Any = None) -> Any:
-    """The tree with the key `new` for `old`, which earlier versions wrote; raises ValueError where it has both.
+    """Return the tree with the key `old`, which earlier versions wrote, renamed to `new`.
 
-    `value` stands in for the one under `old`; None: it stays. One line of the log says what was read as what.
+    The change is logged once. A tree without `old` is returned unchanged.
+
+    Args:
+        tree: input of a pydantic `before` validator; a tree that is not a dictionary is returned unchanged.
+        old: key of earlier versions.
+        new: key of this version.
+        value: replaces the value under `old`; None keeps that value.
+
+    Raises:
+        ValueError: the tree has both keys.
     """
     if not isinstance(tree, dict) or old not in tree:
         return tree
@@ -42,12 +51,15 @@ def renamed(tree: Any, old: str, new: str, value: Any = None) -> Any:
 
 @functools.cache
 def _say_once(line: str) -> None:
-    """A run reads its own configuration several times."""
+    """Log the line once per process: a run reads its own configuration several times."""
     logging.getLogger("eve_ds").info(line)
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+"""Number in [0, 1]."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
+"""Integer of at least 1."""
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+"""Number in (0, 1]."""

@@ -1,4 +1,4 @@
-"""Downstream tasks and their examples."""
+"""Configuration of downstream tasks and their examples."""
 
 from __future__ import annotations
 
@@ -11,73 +11,88 @@ from eve_ds.config.section import Fraction, PositiveInt, Section, require
 
 
 class ExamplesConfig(Section):
-    """Where the examples of a task come from."""
+    """Source of the examples of a task, for training or for evaluation."""
 
     format: Literal["auto", "scenes", "json", "vqav2", "nlvr2", "nlvr", "karpathy"] = "scenes"
-    """`scenes`: generated. `json`: the released code's form. `vqav2`: a file of questions and one of annotations.
-    `nlvr2`: JSON lines. `nlvr`: NLVR 1.0 as published, a folder or a tar archive. `karpathy`: COCO or Flickr30K with
-    Karpathy's splits. `auto`: whichever of them the first file is."""
+    """`scenes`: generated scenes. `json`: format of the released code. `vqav2`: a file of questions and a file of
+    annotations. `nlvr2`: JSON lines. `nlvr`: NLVR 1.0 as published, a folder or a tar archive. `karpathy`: COCO or
+    Flickr30K with Karpathy's splits. `auto`: the format of the first file."""
     annotations: list[Path] = []
-    """Files, or for `nlvr` the folder or archive."""
+    """Annotation files; `nlvr`: the folder or archive."""
     images: Path | None = None
-    """Folder that image names are relative to; None: that of the first annotation file."""
+    """Folder that image names are relative to; None: the folder of the first annotation file."""
     split: str | None = None
-    """Which split of a file that holds several, or of the scenes; None: the one of the section's name."""
+    """Split of a file that holds several, or of the scenes; None: the name of the section, `train` or `val`."""
     level: Literal["easy", "hard"] = "easy"
     """`scenes`: difficulty."""
     seed: int = 0
-    """Generated: which world."""
+    """Generated examples: seed of the generator."""
     question_types: list[Literal["color", "shape", "count", "existence", "relation"]] = []
-    """`scenes`, `vqa`: what is asked; none means all."""
+    """`scenes`, task `vqa`: types of the questions; an empty list means all types."""
     num_examples: PositiveInt | None = None
-    """Generated: examples of an epoch or of the evaluation (None: 1,000,000 and 1,000); otherwise the first so many."""
+    """Generated examples: examples of a training epoch (None: 1,000,000) or of an evaluation (None: 1,000). Examples
+    from files: use only the first `num_examples`; None: all."""
     unseen_texts: bool = False
-    """`task.val`: leave out examples whose text is one of the training examples' too."""
+    """`task.val`: exclude examples whose text also occurs in a training example."""
 
 
 class TaskConfig(Section):
-    """A downstream task: its examples, its head, and what its fine-tuning adds to the other sections."""
+    """Downstream task: examples, head, and settings of fine-tuning that the other sections do not have."""
 
     name: Literal["vqa", "nlvr", "retrieval"]
+    """Task: visual question answering, statements about one or two images, or image-text retrieval."""
     train: ExamplesConfig = ExamplesConfig()
+    """Training examples."""
     val: ExamplesConfig = ExamplesConfig()
+    """Evaluation examples."""
     epochs: PositiveInt | None = None
-    """Sets `train.max_steps` from the number of examples; None leaves it."""
+    """Passes over the training examples, which limit `train.max_steps`; None: no such limit."""
     warmup_share: Fraction | None = None
-    """Share of the steps that warm up; None leaves `optimizer.warmup_steps`."""
+    """Warm-up as a fraction of all steps; None: `optimizer.warmup_steps`."""
     head_lr_multiple: Annotated[float, Field(gt=0)] = 1.0
-    """Learning rate of the new head over that of the backbone's last block."""
+    """Learning rate of the new head, as a multiple of the rate of the last backbone block."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Learning rate of a block over that of the next one (BEiT; Clark et al. 2020); embeddings come before block 0."""
+    """Learning rate of a block, as a fraction of the rate of the block above it (BEiT; Clark et al. 2020). Embeddings
+    count as the layer below block 0. 1 turns layer-wise decay off."""
     rand_augment_ops: Annotated[int, Field(ge=0)] = 0
-    """Operations that RandAugment applies to an image."""
+    """Number of RandAugment operations per image; 0 turns RandAugment off."""
     rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of the RandAugment operations, from 0 to 30."""
     color_jitter: Fraction = 0.0
-    """Largest change of brightness, contrast and saturation, and four times that of hue."""
+    """Largest relative change of brightness, contrast and saturation, and four times the largest change of hue; 0 turns
+    color jitter off."""
     blind: bool = False
-    """Grey images in training and evaluation: the control that reads the texts alone."""
+    """True: replace images by gray ones in training and evaluation, as a control that uses only the texts."""
     visible_patch_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of an image's patches, in training, drawn anew at every step (FLIP, Li et al. 2023); evaluation sees all."""
+    """Fraction of an image's patches that the model sees in training, drawn at every step (FLIP, Li et al. 2023);
+    evaluation uses all patches."""
     min_answer_count: PositiveInt = 9
-    """`vqa`: an answer enters the vocabulary if so many annotators gave it (9 leaves 3,129 answers of VQAv2)."""
+    """`vqa`: number of annotators that must give an answer for it to enter the answer vocabulary (9 yields the 3,129
+    answers of VQAv2)."""
     answer_loss: Literal["sigmoid", "softmax"] = "sigmoid"
-    """`vqa`: every answer judged by itself (official), or one against the others, where only one can be right."""
+    """`vqa`: loss of the answers. `sigmoid`: a binary decision per answer, as in the released code. `softmax`: one
+    choice among all answers, for data with a single correct answer."""
     num_images: Literal[1, 2] = 2
-    """`nlvr`: images of an example; 1 for NLVR 1.0."""
+    """`nlvr`: images of an example; 1 for NLVR 1.0, 2 for NLVR2."""
     features: Literal["class_token", "words"] = "class_token"
-    """What the head reads: states of class tokens, or the likelihood of masked words by pre-training's text head, which
-    `retrieval` multiplies (:mod:`eve_ds.tasks.words`) and `nlvr` compares with the statement's own words
-    (:mod:`eve_ds.tasks.agreement`)."""
+    """Input of the head. `class_token`: states of class tokens. `words`: likelihoods of masked words from the text head
+    of pre-training; `retrieval` multiplies them (:mod:`eve_ds.tasks.words`), `nlvr` compares them with the words of the
+    statement (:mod:`eve_ds.tasks.agreement`)."""
     hidden_words: PositiveInt = 13
-    """`nlvr`, features `words`: of the hidden caption; as many as long captions of the pre-training have."""
+    """`nlvr`, `features: words`: number of words of the hidden caption. Default: the length of long pre-training
+    captions."""
     freeze_backbone: bool = False
-    """Keep the pre-trained backbone as it is and train the head alone; weights that are drawn are always trained."""
+    """True: keep the pre-trained backbone fixed and train only the head. Without `train.init` the backbone is trained
+    anyway."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
-    """`retrieval`: of the contrastive loss, where it starts."""
+    """`retrieval`: initial temperature of the contrastive loss."""
     itc_weight: Annotated[float, Field(ge=0)] = 1.0
+    """`retrieval`: weight of the image-text contrastive loss."""
     itm_weight: Annotated[float, Field(ge=0)] = 1.0
+    """`retrieval`: weight of the image-text matching loss; 0 builds no matching head."""
     rerank: Annotated[int, Field(ge=0)] = 128
-    """`retrieval`: candidates of a query that image-text matching orders again; 0 leaves the dot product's order."""
+    """`retrieval`: number of candidates per query that image-text matching reranks; 0 keeps the order of the dot
+    product."""
 
     @model_validator(mode="after")
     def _check(self) -> TaskConfig:

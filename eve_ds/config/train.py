@@ -1,4 +1,4 @@
-"""Losses, optimizer, parallelism and the training loop."""
+"""Configuration of losses, optimizer, expert parallelism and the training loop."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from eve_ds.config.section import Fraction, PositiveInt, Section, renamed
 
 
 class LossConfig(Section):
-    """Weights of the loss terms; those of tasks that `model.objectives` does not name count for nothing."""
+    """Weights of the loss terms; weights of objectives that are not in `model.objectives` have no effect."""
 
     mim_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Of masked pixels, in `mim` and in `joint`."""
+    """Weight of the masked-pixel loss, used by `mim` and `joint`."""
     mlm_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Of masked words, in `mlm` and in `joint`."""
+    """Weight of the masked-word loss, used by `mlm` and `joint`."""
     itc_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the image-text contrastive loss, used by `itc` in pre-training."""
     itm_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the image-text matching loss, used by `itm` in pre-training."""
     load_balancing_weight: Annotated[float, Field(ge=0)] = 0.001
+    """Weight of the load-balancing loss of the routers, in pre-training and fine-tuning."""
     router_z_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the router z-loss, in pre-training and fine-tuning; 0 turns it off."""
 
     @model_validator(mode="before")
     @classmethod
@@ -34,66 +38,90 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its schedule: linear warm-up, then decay to `final_lr_share` of the peak."""
+    """AdamW and its learning rate schedule: linear warm-up, then decay to `final_lr_share` of the peak."""
 
     lr: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak learning rate. Default: the paper's for EVE-Base."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW decay rates of the first and second moment."""
     eps: float = 1e-8
+    """AdamW epsilon, added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """AdamW weight decay of matrices; biases, norms, LayerScale and embeddings do not decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10_000
+    """Optimizer steps of the linear warm-up; 0 turns it off."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay after the warm-up; `constant` keeps the peak."""
     decay_by: Literal["steps", "seconds"] = "steps"
-    """`seconds`: the decay follows training time against `train.max_seconds`, for runs with a time budget."""
+    """Progress that the decay follows. `steps`: steps after the warm-up, up to `train.max_steps`. `seconds`: training
+    time, up to `train.max_seconds`, for runs with a time budget."""
     final_lr_share: Fraction = 0.0
+    """Learning rate at the end of the decay, as a fraction of `lr`."""
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """0 turns clipping off."""
+    """Maximum norm of the gradient over all parameters; 0 turns clipping off."""
 
 
 class ParallelConfig(Section):
-    """How experts are spread."""
+    """Expert parallelism."""
 
     ep_size: Annotated[int, Field(ge=0)] = 1
-    """Ranks that share one full set of experts; 0 takes the most that divide both the ranks and the experts."""
+    """Number of ranks that share one full set of experts; must divide `model.moe.num_experts`. 0: the largest number
+    that divides both the ranks and the experts."""
 
 
 class TrainConfig(Section):
-    """The loop: how long, how large, what is written when."""
+    """Training loop: duration, batch, precision, logging, evaluation and checkpoints."""
 
     seed: int = 0
+    """Seed of initial weights, data order, masks, augmentation and dropout."""
     max_steps: PositiveInt = 480_000
+    """Optimizer steps after which the run ends. Default: the paper's for EVE-Base."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
-    """Stop after this much training time, without evaluation and saving: of the wall's clock on an accelerator, of the
-    training thread of rank 0 on CPUs (:func:`eve_ds.training.progress.training_clock`)."""
+    """Seconds of training after which the run ends, evaluation and saving excluded; None: no limit. Wall-clock time on
+    an accelerator, time of the training thread of rank 0 on CPUs (:func:`eve_ds.training.progress.training_clock`)."""
     train_batch_size: PositiveInt = 2048
-    """Samples of one optimiser step over all ranks and micro-steps."""
+    """Samples of one optimizer step over all ranks and micro-steps: micro_batch_size * gradient_accumulation_steps *
+    ranks. Default: the paper's."""
     micro_batch_size: PositiveInt | None = None
-    """Samples of one forward on one rank; None: what the other two sides of the triangle leave."""
+    """Samples of one forward pass on one rank; None: derived from the other two batch settings."""
     gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-steps of one optimizer step; None: derived from the other two batch settings."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Data type of the forward and backward pass; the optimizer updates fp32 master weights."""
     activation_checkpointing: bool = False
+    """True: recompute the activations of each block in the backward pass, which saves memory and costs time."""
     pack_views: bool = True
-    """Encode the views of a step that do not wait for each other in one pass over packed tokens; False: in a pass
-    each, which needs less memory at a time."""
+    """True: encode all views of a step that do not depend on each other in one pass over packed tokens. False: one pass
+    per view, which lowers peak memory."""
     compile: Literal["none", "blocks"] = "none"
-    """`blocks`: let `torch.compile` make one graph of every kind of block, at the first step; that takes minutes unless
-    an earlier run has left them in a cache. MoE layers stay as they are where `parallel.ep_size` is above 1, and so
-    does evaluation."""
+    """`blocks`: compile every kind of block into one graph with `torch.compile` at the first step, which takes minutes
+    unless the cache holds the graphs of an earlier run. Evaluation is not compiled; neither are MoE layers if
+    `parallel.ep_size` is above 1."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Reaction to a loss or gradient norm that is not finite; its update is not applied in either case. `stop`: end the
+    run. `skip`: continue with the next step. Overflows that the fp16 loss scaler handles do not count."""
     max_nonfinite_skips: PositiveInt = 10
+    """Number of non-finite steps that `on_nonfinite: skip` tolerates in a run."""
     log_every: PositiveInt = 50
-    """Steps between plain log lines (not on a terminal)."""
+    """Steps between log lines; a terminal shows a live progress line instead."""
     metrics_every: PositiveInt = 10
+    """Steps between training records in metrics.jsonl; `log_every` adds records at its own steps."""
     eval_every: PositiveInt | None = None
+    """Steps between evaluations; None: only at the end of the run."""
     save_every_steps: PositiveInt | None = None
+    """Steps between checkpoints. Without this key and `save_every_minutes`, a checkpoint is written only at the end of
+    the run or when a signal stops it."""
     save_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes between checkpoints; can be combined with `save_every_steps`."""
     keep_last: PositiveInt | None = None
-    """Checkpoints to keep, the newest ones; None keeps all."""
+    """Number of newest checkpoints to keep; None keeps all."""
     keep_every_steps: PositiveInt | None = None
-    """Keep those of every so many steps for good."""
+    """Keep every checkpoint whose step is a multiple of this number, in addition to `keep_last`."""
     async_save: bool = False
-    """Copy the state to the host's memory and write it while training goes on."""
+    """True: copy the state to host memory and write the checkpoint in a thread while training continues."""
     max_failed_saves: Annotated[int, Field(ge=0)] = 3
-    """Failed saves in a row (disk full, no permission) that a run survives."""
+    """Number of consecutive failed saves (disk full, no permission) that the run tolerates."""
     output_dir: Path = Path("runs/pretrain")
+    """Folder of the run: configuration, metrics, checkpoints."""
     init: Path | None = None
-    """Weights to start a new run from: an exported folder, a checkpoint or a run of the same model."""
+    """Weights to start a new run from: an export, a checkpoint or a run of the same model; None: random weights."""

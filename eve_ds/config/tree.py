@@ -1,4 +1,4 @@
-"""The whole configuration, and the rules between its sections."""
+"""Root of the configuration tree, and the rules that involve several sections."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from eve_ds.config.train import LossConfig, OptimizerConfig, ParallelConfig, Tra
 
 
 class Config(Section):
-    """The whole tree; `model_dump_json` of it travels with every checkpoint and export."""
+    """Root of the configuration tree; every checkpoint and every export contains it as JSON."""
 
     name: str = "eve"
+    """Name of the configuration; title of reports and model cards."""
     model: ModelConfig = ModelConfig()
+    """Architecture and pre-training objectives."""
     masking: MaskingConfig = MaskingConfig()
+    """Masking of images and captions in pre-training."""
     data: DataConfig = DataConfig()
+    """Training data of pre-training; fine-tuning uses its tokenizer, loader and augmentation settings."""
     loss: LossConfig = LossConfig()
+    """Weights of the loss terms."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning rate schedule."""
     parallel: ParallelConfig = ParallelConfig()
+    """Expert parallelism."""
     train: TrainConfig = TrainConfig()
+    """Training loop, precision, evaluation and checkpoints."""
     task: TaskConfig | None = None
-    """Of fine-tuning and of a fine-tuned model; None in pre-training."""
+    """Downstream task of fine-tuning and of a fine-tuned model; None in pre-training."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -46,7 +54,7 @@ class Config(Section):
         return self
 
     def _check_views(self) -> None:
-        """Every source serves some task, every task can be served, and every view hides and sees something."""
+        """Check that each source serves an objective, and that each view has masked and visible content."""
         objectives, masking = self.model.objectives, self.masking
         weights = {name: getattr(self.loss, f"{name}_weight") for name in objectives if name != "joint"}
         if "joint" in objectives:
@@ -75,14 +83,14 @@ class Config(Section):
 
     @property
     def tasks_without_source(self) -> list[str]:
-        """Tasks that no source has a picture or a caption for; what only they train stays as it was drawn."""
+        """Objectives that no source has an image or a caption for; their own parameters keep their initial values."""
         kinds = {source.modalities for source in self.data.sources}
         lacking = {"mim": {"text"}, "mlm": {"image"}}
         return [task for task in self.model.objectives if kinds <= lacking.get(task, set())]
 
 
 def _check_source(objectives: list[Objective], masking: MaskingConfig, source: SourceConfig, where: str) -> None:
-    """Raise ValueError where a source serves no task, a task lacks what it compares, or a view sees nothing."""
+    """Raise ValueError if a source serves no objective, if `itc` or `itm` lacks pairs, or if a view shows nothing."""
     kind, names = source.modalities, ", ".join(objectives)
     require(
         kind == "pair" or not {"itc", "itm"} & set(objectives),

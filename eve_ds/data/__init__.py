@@ -1,1 +1,1 @@
-"""Data: from published files and generated scenes to masked batches of tensors."""
+"""Data pipeline: from published files and generated scenes to masked batches of tensors."""

@@ -1,4 +1,4 @@
-"""Captions to token ids."""
+"""Encoding of captions to token IDs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eve_ds.config import Config, ConfigError
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
-    """Raise :class:`ConfigError` if the tokenizer has ids that the model has no embedding for."""
+    """Raise :class:`ConfigError` if the tokenizer has IDs without a row in the word embedding."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.model.vocab_size:
         raise ConfigError(
@@ -26,7 +26,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: Config) -> None
 
 
 class CaptionEncoder:
-    """Captions to token ids, one at a time: a batch call would start threads, which a forked worker must not have."""
+    """Encoder of single captions; a batch call would start threads, which a forked worker must not have."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
         self._tokenizer: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -37,7 +37,7 @@ class CaptionEncoder:
         self.pad_id, self.mask_id = int(tokenizer.pad_token_id), int(tokenizer.mask_token_id)
 
     def encode(self, caption: str | None) -> NDArray[np.int64]:
-        """(n,) [CLS] caption [SEP], cut to the longest length; empty for None."""
+        """Return the token IDs of [CLS] caption [SEP], (n,), truncated to the maximum length; empty for None."""
         if caption is None:
             return np.empty(0, dtype=np.int64)
         ids = self._tokenizer.encode(caption, add_special_tokens=False).ids[: self._max_length - 2]
@@ -45,7 +45,7 @@ class CaptionEncoder:
 
 
 def padded(rows: Sequence[NDArray[np.int64]], length: int, pad_id: int) -> Tensor:
-    """(B, length) int64: the rows, each followed by padding."""
+    """Return the rows with padding, (B, length) int64."""
     filled = np.full((len(rows), length), pad_id, dtype=np.int64)
     for place, row in zip(filled, rows, strict=True):
         place[: len(row)] = row

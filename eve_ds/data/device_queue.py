@@ -1,4 +1,4 @@
-"""Batches on their way to a device: copied beside what it computes, before they are asked for."""
+"""Queue that copies batches to a device ahead of their use, while the device computes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 
 
 class Movable(Protocol):
-    """A batch of any kind."""
+    """Batch of any type that can be moved between devices."""
 
     def tensors(self) -> Iterable[Tensor]:
-        """Every tensor of it."""
+        """All tensors of the batch."""
 
     def to(self: B, device: torch.device, non_blocking: bool = False) -> B:
-        """The same batch with every tensor on `device`."""
+        """Return the same batch with every tensor on `device`."""
 
 
 B = TypeVar("B", bound=Movable)
 
 
 class DeviceQueue(Generic[B]):
-    """First in, first out; what goes in lies anywhere, what comes out lies on the device.
+    """First-in, first-out queue that returns its batches on one device.
 
-    On a CUDA device copies begin as batches are put and run on a stream of their own. Neither `put` nor `get` makes the
-    host wait if the batches are in page-locked memory. On a CPU there is nothing to copy.
+    On a CUDA device each copy starts when its batch is put and runs on a separate stream. If the batches are in
+    page-locked memory, neither `put` nor `get` blocks the host. On a CPU nothing is copied.
 
     Args:
-        device: where batches are used.
+        device: device of the returned batches.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class DeviceQueue(Generic[B]):
         self._batches: deque[tuple[B, torch.cuda.Event | None]] = deque()
 
     def put(self, batch: B) -> None:
-        """Begin the copy of a batch."""
+        """Append a batch, on any device, and start its copy."""
         if self._stream is None:
             self._batches.append((batch.to(self._device), None))
             return
@@ -48,11 +48,15 @@ class DeviceQueue(Generic[B]):
         self._batches.append((moved, self._stream.record_event()))
 
     def get(self) -> B:
-        """The batch that was put first, for use on the current stream, which waits for its copy; IndexError if none."""
+        """Remove and return the oldest batch; the current stream waits for its copy.
+
+        Raises:
+            IndexError: the queue is empty.
+        """
         batch, copied = self._batches.popleft()
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
             for tensor in batch.tensors():
-                tensor.record_stream(stream)  # else its memory could go to the next copy while it is still read here
+                tensor.record_stream(stream)  # or its memory could be reused for the next copy while it is still read
         return batch

@@ -1,4 +1,4 @@
-"""Pairs that a run never trains on: from sources of their own, or a share of the training samples."""
+"""Held-out pairs that a run never trains on: from separate sources, or a share of the training samples."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from eve_ds.data.transforms import TrainTransform
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether a sample belongs to the held-out share; decided by its key alone, so every run agrees."""
+    """Whether a sample belongs to the held-out share; depends only on its key, so all runs agree."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8, person=b"held-out").digest()
     return int.from_bytes(digest, "little") < share * 2**64
 
 
 def held_out_share(config: Config) -> float:
-    """Share of the training sources that is held out; 0 without any."""
+    """Return the held-out share of the training sources; 0 if there is none."""
     return 0.0 if config.data.validation is None else config.data.validation.share
 
 
 def held_out_pairs(config: Config, rank: int, world_size: int) -> list[Sample]:
-    """This rank's pairs of `data.validation`, whole images resized; unusable ones are left out.
+    """Return this rank's pairs of `data.validation`, with whole, resized images; unusable pairs are omitted.
 
-    Pairs are chosen in the order of the sources, at most `num_samples` over all ranks, and dealt to the ranks in turn.
+    Pairs are chosen in the order of the sources, at most `num_samples` over all ranks, and assigned to the ranks in
+    turn.
 
     Raises:
-        ConfigError: shards that are missing, empty, or trained on too; or no pair was held out.
+        ConfigError: shards are missing, empty, or also used for training; or no pair is held out.
     """
     validation = config.data.validation
     assert validation is not None
@@ -46,7 +47,7 @@ def held_out_pairs(config: Config, rank: int, world_size: int) -> list[Sample]:
 
 
 def _places(sources: Sequence[Source], validation: ValidationConfig) -> Iterator[tuple[Source, tuple[int, int]]]:
-    """The first held-out places, by source, shard and number."""
+    """Yield the first held-out places: source, shard and index in the shard."""
     count = 0
     for source in sources:
         for shard, size in enumerate(source.shard_sizes):
@@ -71,7 +72,7 @@ def _key(source: Source, shard: int, number: int) -> str:
 
 
 def _read(source: Source, shard: int, number: int) -> Sample | None:
-    """The sample where it can be used and is a pair."""
+    """Read a sample; None if it is unusable or not a pair."""
     try:
         sample = source.read(Place(source=0, epoch=0, shard=shard, number=number, slot=0))
     except BadSample:

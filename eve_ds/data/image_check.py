@@ -1,4 +1,4 @@
-"""Decode an image once before it goes into a shard: what training would stumble over is left out here."""
+"""Decode an image once before it is written to a shard, so that training meets no unreadable image."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from eve_ds.data.importers.candidate import BadSample
 
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats whose bytes go into a shard as they are, and the suffix they get there; others become PNG."""
+"""Formats whose bytes are stored unchanged -> suffix in the shard. Other formats are converted to PNG."""
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is tried: not every format that Pillow knows, as some of them start other programs."""
+"""Formats that are read. Pillow knows more, but some of those start other programs."""
 JPEG_QUALITY = 95
+"""Quality of the JPEG files that shrinking writes."""
 PNG_HEADER = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 
 
 def check_image(data: bytes, max_size: int | None = None) -> tuple[bytes, str]:
     """Decode an image completely and return the bytes to store with their suffix (`jpg`, `png` or `webp`).
 
-    JPEG, PNG and WebP keep their bytes, whatever the colour mode; other formats are stored as RGB PNG.
+    JPEG, PNG and WebP keep their bytes in any color mode; other formats are stored as RGB PNG.
 
     Args:
         data: an encoded image.
-        max_size: pixels; an image whose shorter side is longer is shrunk to it and stored as RGB JPEG.
+        max_size: limit of the shorter side, in pixels; a larger image is shrunk to it and stored as RGB JPEG. None: no
+            limit.
 
     Raises:
-        BadSample: an empty file, no image of a known format, zero width or height, truncated or damaged content, or
-            more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+        BadSample: an empty file, an unknown format, zero width or height, truncated or damaged content, or more pixels
+            than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
     """
     if not data:
         raise BadSample("empty file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged EXIF and the like: not for the terminal of whoever prepares data
+        warnings.simplefilter("ignore")  # about damaged EXIF and the like; they would flood the terminal
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
@@ -54,7 +56,7 @@ def _store(image: Image.Image, data: bytes, max_size: int | None) -> tuple[bytes
     suffix = KEPT_FORMATS.get(image.format or "")
     shrink = max_size is not None and min(image.size) > max_size
     if shrink and max_size is not None:
-        # JPEG can be decoded at 1/2, 1/4, 1/8; twice the wanted size leaves the filter enough to work with.
+        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; twice the target size keeps enough detail for the filter.
         scale = 2 * max_size / min(image.size)
         image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
     image.load()

@@ -1,6 +1,6 @@
-"""Masks of a batch: which patches and words of its samples are hidden, by the ratios of `MaskingConfig`.
+"""Masks of a batch: masked patches and words of its samples, with the ratios of `MaskingConfig`.
 
-Pre-training objectives (:mod:`eve_ds.objectives`) decide which of these masks their views have.
+Pre-training objectives (:mod:`eve_ds.objectives`) determine which of these masks their views use.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class Collated(NamedTuple):
 
     samples: Sequence[Sample]
     tokens: list[NDArray[np.int64]]
-    """(n,) token ids of each sample's caption; empty without captions."""
+    """(n,) token IDs of each sample's caption; empty without captions."""
     length: int
     """Length of the longest caption, at least 1."""
 
 
 class Masker:
-    """Draws what views hide of the samples of a batch.
+    """Random masks of the samples of a batch.
 
     Args:
         config: masking ratios and seed.
-        tokenizer: its ordinary tokens replace words at `random_token_share`.
+        tokenizer: tokenizer whose ordinary tokens replace words (`random_token_share`).
         captions: encoder of the captions.
         has_images: whether batches have images.
         has_captions: whether batches have captions.
@@ -66,12 +66,12 @@ class Masker:
         self._random_ids = np.array(ids, dtype=np.int64)
 
     def is_text_to_image(self, sample: Sample, rng: Generator) -> bool:
-        """Draw whether words are to decide the pixels of a pair: even more of its image is hidden."""
+        """Draw whether a pair masks more of its image, so that words determine the pixels (`text_to_image_share`)."""
         share = self.config.text_to_image_share
         return share > 0 and sample.image is not None and sample.caption is not None and rng.random() < share
 
     def patch_masks(self, rngs: Sequence[Generator], text_to_image: Sequence[bool]) -> dict[str, Tensor | None]:
-        """`visible_patch_ids`, `visible_patch_mask`, `masked_patch_ids` of B_i samples, one generator each."""
+        """Return `visible_patch_ids`, `visible_patch_mask`, `masked_patch_ids` of B_i samples, one generator each."""
         ratio, share = self.config.patch_mask_ratio, self.config.predicted_patch_share
         num_masked = num_masked_patches(self.num_patches, ratio)
         visible = np.empty((len(rngs), self.num_patches - num_masked), dtype=np.int64)
@@ -96,7 +96,7 @@ class Masker:
         return torch.from_numpy(mask)
 
     def shown_words(self, captions: Sequence[tuple[NDArray[np.int64], Generator]], length: int) -> Tensor:
-        """(B_i, L) bool, True = a token that the image view shows, at `image_view_word_share`."""
+        """Return the tokens that the image view contains (`image_view_word_share`), (B_i, L) bool."""
         shown = np.zeros((len(captions), length), dtype=np.bool_)
         for row, (token_ids, rng) in zip(shown, captions, strict=True):
             if len(token_ids):
@@ -106,7 +106,7 @@ class Masker:
     def token_masks(
         self, batch: Collated, rngs: Sequence[Generator], text_to_image: Sequence[bool]
     ) -> dict[str, Tensor | None]:
-        """`masked_input_ids`, `masked_token_ids`, `token_labels`; a caption whose words decide pixels stays whole."""
+        """Return `masked_input_ids`, `masked_token_ids`, `token_labels`; captions of text-to-image pairs stay whole."""
         masked = [
             self._mask(token_ids, 0.0 if stays_whole else self._text_mask_ratio(rng), rng, sample.image is None)
             for sample, token_ids, rng, stays_whole in zip(

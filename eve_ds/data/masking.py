@@ -1,6 +1,6 @@
-"""What a view shows of a sample and what it hides: a function of (seed, epoch, sample key, view) and of nothing else.
+"""Random masks of images and captions, as functions of (seed, epoch, sample key, view) only.
 
-A resumed run, another number of ranks and another order of samples therefore see the same masks.
+A resumed run, another number of ranks and another order of samples therefore use the same masks.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from numpy.typing import NDArray
 
 
 class _HashSeed(ISeedSequence):
-    """Hands a hash to a bit generator as its initial state, in a quarter of the time of numpy's `SeedSequence`."""
+    """Seed sequence that passes a hash to a bit generator as initial state; four times faster than `SeedSequence`."""
 
     def __init__(self, digest: bytes) -> None:
         self._digest = digest
 
     def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[Any]:
-        """The first `n_words` words of the hash."""
+        """Return the first `n_words` words of the hash."""
         return np.frombuffer(self._digest, dtype=dtype, count=n_words)
 
 
 def sample_rng(seed: int, epoch: int, key: str, view: str = "") -> Generator:
-    """A generator that depends on (seed, epoch, key, view) alone.
+    """Return a random generator that depends on (seed, epoch, key, view) only.
 
-    The key is hashed (BLAKE2b, 256 bits) with the view's name, at most 16 bytes, as its personalization, so neighboring
-    keys and epochs, and the views of one sample, give unrelated streams.
+    Seed, epoch and key are hashed with BLAKE2b (256 bits); the name of the view, at most 16 bytes, is the
+    personalization of the hash. Similar keys, successive epochs and the views of one sample therefore get independent
+    streams.
     """
     text = f"{seed}/{epoch}/{key}".encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(text, digest_size=32, person=view.encode()).digest()
@@ -37,26 +38,26 @@ def sample_rng(seed: int, epoch: int, key: str, view: str = "") -> Generator:
 
 
 def num_masked_patches(num_patches: int, ratio: float) -> int:
-    """round(ratio * num_patches); none at 0, all at 1, and between them at least one patch on each side."""
+    """Return round(ratio * num_patches); for 0 < ratio < 1 at least one patch is masked and one visible."""
     if ratio in (0, 1):
         return round(ratio) * num_patches
     return min(max(round(ratio * num_patches), 1), num_patches - 1)
 
 
 def num_chosen(count: int, share: float) -> int:
-    """round(share * count), and at least one of any."""
+    """Return round(share * count), but at least 1 if `count` is positive."""
     return max(round(share * count), min(count, 1))
 
 
 def choose_patches(num_patches: int, share: float, rng: Generator) -> NDArray[np.int64]:
-    """num_chosen(num_patches, share) patches at random, int64 and ascending."""
+    """Draw num_chosen(num_patches, share) patch indices; int64, ascending."""
     chosen = rng.permutation(num_patches)[: num_chosen(num_patches, share)]
     chosen.sort()
     return chosen
 
 
 def choose_words(num_tokens: int, share: float, rng: Generator) -> NDArray[np.bool_]:
-    """(num_tokens,) bool: [CLS], [SEP] and a share of the words between them, at random."""
+    """Draw the tokens to keep, (num_tokens,) bool: [CLS], [SEP] and a random share of the words between them."""
     kept = np.zeros(num_tokens, dtype=np.bool_)
     kept[[0, -1]] = True
     kept[1 + choose_patches(num_tokens - 2, share, rng)] = True
@@ -69,8 +70,9 @@ def mask_patches(
     """Split the patches of one image at random.
 
     Returns:
-        visible (num_patches - M,) and predicted (num_chosen(M, predicted_share),), both int64 and ascending, with
-        M = num_masked_patches(num_patches, ratio): the same numbers for every sample, so that they stack.
+        Visible patches (num_patches - M,) and predicted patches (num_chosen(M, predicted_share),), both int64 and
+        ascending, with M = num_masked_patches(num_patches, ratio). Their numbers are the same for every sample, so
+        that samples can be stacked.
     """
     num_masked = num_masked_patches(num_patches, ratio)
     order = rng.permutation(num_patches)
@@ -81,23 +83,23 @@ def mask_patches(
 
 
 def keep_few_patches(num_patches: int, num_visible: int, ratio: float, rng: Generator) -> NDArray[np.bool_]:
-    """Which of the visible patches of an image stay so; (num_visible,) bool.
+    """Draw which of the visible patches of an image stay visible; (num_visible,) bool.
 
-    Their number is uniform between 0 and round((1 - ratio) * num_patches), and at most `num_visible`.
+    Their number is uniform between 0 and round((1 - ratio) * num_patches), but at most `num_visible`.
     """
     count = rng.integers(min(round((1 - ratio) * num_patches), num_visible) + 1)
     return rng.permutation(num_visible) < count
 
 
 class MaskedTokens(NamedTuple):
-    """One caption after masking."""
+    """Masked caption of L tokens, K of them chosen."""
 
     input_ids: NDArray[np.int64]
-    """(L,) with chosen tokens replaced."""
+    """(L,) tokens after replacement of the chosen ones."""
     positions: NDArray[np.int64]
-    """(K,) ascending positions of the chosen tokens."""
+    """(K,) positions of the chosen tokens, ascending."""
     labels: NDArray[np.int64]
-    """(K,) the original tokens at `positions`."""
+    """(K,) original tokens at `positions`."""
 
 
 def mask_tokens(
@@ -112,16 +114,24 @@ def mask_tokens(
     keep_share: float = 0.0,
     show_one: bool = False,
 ) -> MaskedTokens:
-    """Choose exactly round(ratio * n) of the n maskable tokens, and at least one if there is any and ratio > 0.
+    """Choose round(ratio * n) of the n maskable tokens, but at least one if n > 0 and ratio > 0.
 
-    With `show_one`, one of several tokens is never chosen: for a caption beside which the model sees no image.
-
-    A chosen token becomes [MASK], or with probability `random_share` a token drawn from `random_token_ids`, or with
-    probability `keep_share` stays as it is (BERT: 0.1 and 0.1); it is predicted in all three cases.
+    A chosen token becomes a random token with probability `random_share`, stays unchanged with probability
+    `keep_share` (BERT: 0.1 and 0.1), and becomes [MASK] otherwise. The model predicts it in all three cases.
 
     Args:
         token_ids: (L,) int64.
         maskable: (L,) bool; False for [CLS], [SEP] and padding.
+        ratio: fraction of the maskable tokens to choose.
+        rng: source of randomness.
+        mask_token_id: ID of [MASK].
+        random_token_ids: IDs that random tokens are drawn from; required if `random_share` is positive.
+        random_share: probability of a random token.
+        keep_share: probability of an unchanged token.
+        show_one: if n > 1, leave at least one token unchosen, for a caption without an image.
+
+    Raises:
+        ValueError: `random_share` is positive and `random_token_ids` is None.
     """
     candidates = np.flatnonzero(maskable)
     count = round(ratio * len(candidates))

@@ -1,8 +1,8 @@
-"""The order of the training stream: which sample is slot g, and which slots a rank and its workers serve.
+"""Order of the training stream: the sample of each slot, and the slots that a rank and its workers serve.
 
-The stream is endless and the same for every world size: slot g is a pure function of (seed, g), so a position is a
-number. A global batch is cut into lanes; lane v walks through its own part of every epoch. Where the ranks divide the
-lanes, each rank opens only the shards of its lanes, and where they do not, the order is still the same.
+The stream is endless and the same for every world size. Slot g is a pure function of (seed, g), so a position is a
+number. A global batch is divided into lanes; each lane reads its own part of every epoch. If the number of lanes is a
+multiple of the number of ranks, each rank opens only the shards of its lanes; otherwise the order is still the same.
 
     slot -> lane and turn -> source (mixture) -> epoch and position -> shard and index in the shard
 """
@@ -22,41 +22,43 @@ from eve_ds.config import ConfigError
 from eve_ds.data.masking import sample_rng
 
 MAX_LANES = 64
-"""Readers up to this number open disjoint shards; more readers share the shards of a lane."""
+"""Up to this number of readers open disjoint shards; more readers share the shards of a lane."""
 MIXTURE_BLOCK = 1024
-"""Slots of a lane in which every source gets exactly its share, so a share is met to 1 in 1024."""
+"""Slots of a lane in which every source gets exactly its share; shares are therefore accurate to 1/1024."""
 CACHED_LAYOUTS = 256
-"""Shuffled windows and mixture patterns kept: a few per lane."""
+"""Number of cached window permutations and of cached mixture patterns: a few per lane."""
 
 
 class Layout(NamedTuple):
-    """How a global batch is cut: `lanes` pieces of `width` consecutive slots."""
+    """Division of a global batch into `lanes` pieces of `width` consecutive slots."""
 
     lanes: int
     width: int
 
 
 def layout_for(train_batch_size: int) -> Layout:
-    """The most lanes, up to 64, that divide the global batch."""
+    """Return the layout with the largest number of lanes, at most MAX_LANES, that divides the global batch."""
     lanes = max(count for count in range(1, MAX_LANES + 1) if train_batch_size % count == 0)
     return Layout(lanes, train_batch_size // lanes)
 
 
 class Place(NamedTuple):
-    """Where one slot's sample lies."""
+    """Location of the sample of one slot."""
 
     source: int
+    """Index of the source in the mixture."""
     epoch: int
-    """Of that source: how often it has been walked through before."""
+    """Number of complete passes over that source before this sample."""
     shard: int
+    """Index of the shard in the source."""
     number: int
-    """Of the sample in its shard."""
+    """Index of the sample in the shard."""
     slot: int
-    """Of the stream: samples of all sources that come before this one, over all ranks, since the start of the run."""
+    """Index in the stream: number of earlier samples of all sources on all ranks since the start of the run."""
 
 
 class _Cache:
-    """The results of a function for the last `size` arguments."""
+    """Cache of a function's results for the last `size` different arguments."""
 
     def __init__(self, function: Callable[..., Any], size: int) -> None:
         self._function, self._size = function, size
@@ -73,21 +75,25 @@ class _Cache:
 
 class _Epoch(NamedTuple):
     shards: NDArray[np.int64]
-    """Shuffled shard numbers."""
+    """Shard indices in shuffled order."""
     ends: NDArray[np.int64]
-    """Position behind the last sample of each shuffled shard."""
+    """Position after the last sample of each shuffled shard."""
     lane_starts: list[int]
     """First position of each lane."""
     lane_sizes: list[int]
 
 
 class SourceOrder:
-    """Order of one source: its shards shuffled per epoch, laid end to end, cut into lanes, shuffled in windows.
+    """Order of one source.
+
+    In each epoch the shards are shuffled, concatenated and divided into lanes; each lane is shuffled in windows.
 
     Args:
-        shard_sizes: samples of each shard.
-        layout: lanes, and as width how many consecutive samples of this source belong to one lane.
-        window: samples of a lane that are shuffled among themselves.
+        name: label of the source, part of the random keys.
+        shard_sizes: number of samples of each shard.
+        layout: lanes; the width is the number of consecutive samples of this source that belong to one lane.
+        window: number of consecutive samples of a lane that are shuffled together.
+        seed: seed of the run.
     """
 
     def __init__(self, name: str, shard_sizes: Sequence[int], layout: Layout, window: int, seed: int) -> None:
@@ -98,7 +104,7 @@ class SourceOrder:
         self._windows = _Cache(self._make_window, CACHED_LAYOUTS)
 
     def locate(self, number: int) -> tuple[int, int, int]:
-        """Epoch, shard and index in the shard of the source's sample `number`, counted over all epochs."""
+        """Return epoch, shard, and index in the shard of sample `number` of the source, counted over all epochs."""
         epoch = number // self.num_samples
         lane = number // self._layout.width % self._layout.lanes
         turn = self._before(number, lane) - self._before(epoch * self.num_samples, lane)
@@ -110,7 +116,7 @@ class SourceOrder:
         return epoch, int(plan.shards[place]), position - start
 
     def _before(self, number: int, lane: int) -> int:
-        """How many of the numbers below `number` belong to the lane."""
+        """Return how many sample numbers below `number` belong to the lane."""
         lanes, width = self._layout
         rounds, rest = divmod(number, lanes * width)
         return rounds * width + min(max(rest - lane * width, 0), width)
@@ -132,12 +138,15 @@ class SourceOrder:
 class StreamOrder:
     """Order of a mixture of sources.
 
-    Args:
-        shard_sizes: per source, the samples of each shard.
-        weights: per source, its share of the mixture relative to the others.
-        window: see :class:`SourceOrder`.
+    With one source of N samples, slots e * N to (e + 1) * N - 1 are exactly epoch e. With several sources, each has its
+    own epochs.
 
-    With one source, slots e * N to (e + 1) * N - 1 are exactly epoch e. With several, each has its own epochs.
+    Args:
+        shard_sizes: for each source, the number of samples of each shard.
+        weights: weight of each source in the mixture, relative to the others.
+        layout: lanes of the global batch.
+        window: see :class:`SourceOrder`.
+        seed: seed of the run.
     """
 
     def __init__(
@@ -154,7 +163,7 @@ class StreamOrder:
         self._patterns = _Cache(partial(_mixture_pattern, self.quotas, seed), CACHED_LAYOUTS)
 
     def locate(self, slot: int) -> Place:
-        """The sample of slot number `slot`."""
+        """Return the location of the sample of slot `slot`."""
         lanes, width = self.layout
         rounds, rest = divmod(slot, lanes * width)
         lane, offset = divmod(rest, width)
@@ -165,7 +174,7 @@ class StreamOrder:
 
 
 def mixture_quotas(weights: Sequence[float], block: int) -> list[int]:
-    """Slots of each source in a block: at least one each, rounded so that they fill the block."""
+    """Return the number of slots of each source in a block: at least 1, rounded so that the sum is the block size."""
     if len(weights) > block:
         raise ConfigError(f"data.sources ({len(weights)}) must not be more than {block}")
     exact = np.asarray(weights) / sum(weights) * block
@@ -178,7 +187,7 @@ def mixture_quotas(weights: Sequence[float], block: int) -> list[int]:
 
 
 def _mixture_pattern(quotas: Sequence[int], seed: int, lane: int, block: int) -> list[tuple[int, int]]:
-    """For each turn of a lane in a block: the source, and how many turns of the block that source had before."""
+    """For each turn of a lane in a block: the source, and the number of earlier turns of that source in the block."""
     order = sample_rng(seed, block, f"mixture of lane {lane}").permutation(np.repeat(np.arange(len(quotas)), quotas))
     counts = np.zeros(len(order), dtype=np.int64)
     for source, quota in enumerate(quotas):
@@ -188,31 +197,36 @@ def _mixture_pattern(quotas: Sequence[int], seed: int, lane: int, block: int) ->
 
 @dataclass(frozen=True)
 class Position:
-    """What one rank has served and will serve.
+    """Position of one rank in the stream.
 
-    The rank's sequence of slots is `pending`, then from slot `origin` on every `world_size`-th run of `batch` slots.
-    Runs of `batch` of it go to the workers in turn, so that a worker fills one batch from each. A bad sample makes its
-    worker go on into its next run: batches stay full, and no other worker moves.
+    The slots of the rank are those in `pending`, then from slot `origin` every `world_size`-th run of `batch` slots.
+    Runs of `batch` slots are assigned to the workers in turn, and a worker fills one batch from each run. If a sample
+    is unusable, its worker continues into its own next run: batches stay full, and other workers are not affected.
     """
 
     rank: int
+    """Rank of this position."""
     world_size: int
+    """Number of ranks."""
     batch: int
+    """Samples per batch of one rank."""
     num_workers: int
-    """Streams the rank is split into; 1 for a loader without processes."""
+    """Number of streams of the rank; 1 for a loader without worker processes."""
     origin: int = 0
+    """First slot of the stream after those in `pending`."""
     pending: tuple[int, ...] = ()
+    """Slots before `origin` that are still to be served."""
     consumed: tuple[int, ...] = field(default=())
-    """Slots that each worker has used up, bad samples included."""
+    """Number of slots that each worker has consumed, unusable samples included."""
     next_worker: int = 0
-    """Who serves the next batch."""
+    """Worker that serves the next batch."""
 
     def __post_init__(self) -> None:
         if not self.consumed:
             object.__setattr__(self, "consumed", (0,) * self.num_workers)
 
     def slot(self, local: int) -> int:
-        """Slot number `local` of this rank's sequence."""
+        """Return the stream slot of the rank's slot number `local`."""
         local -= len(self.pending)
         if local < 0:
             return self.pending[local]
@@ -224,26 +238,26 @@ class Position:
         return (run * self.num_workers + worker) * self.batch + offset
 
     def slots(self, worker: int) -> Iterator[int]:
-        """Endless slots of one worker from its position on."""
+        """Yield the slots of one worker without end, starting at its position."""
         count = self.consumed[worker]
         while True:
             yield self.slot(self._local(worker, count))
             count += 1
 
     def advance(self, worker: int, consumed: int) -> Position:
-        """The position after `worker` has delivered a batch that took it to `consumed` slots."""
+        """Return the position after `worker` has delivered a batch and has consumed `consumed` slots in total."""
         counts = list(self.consumed)
         counts[worker] = consumed
         return replace(self, consumed=tuple(counts), next_worker=(worker + 1) % self.num_workers)
 
     def split(self, num_workers: int) -> Position:
-        """The same unserved slots for another number of workers."""
+        """Return a position with the same unserved slots for another number of workers."""
         if num_workers == self.num_workers:
             return self
         return replace(self._compact(), num_workers=num_workers, consumed=(0,) * num_workers, next_worker=0)
 
     def _compact(self) -> Position:
-        """The unserved slots up to the last served run as `pending`, the rest by a later `origin`; for one worker."""
+        """Return a position for one worker, with unserved slots up to the last served run in `pending`."""
         served = min(self.consumed) // self.batch * self.batch
         start = served * self.num_workers
         used = {self._local(worker, m) for worker, count in enumerate(self.consumed) for m in range(served, count)}
@@ -255,11 +269,16 @@ class Position:
 
 
 def merge_positions(positions: Sequence[Position], world_size: int, batch: int, num_workers: int) -> list[Position]:
-    """Deal what all ranks of a run have not served to another number of ranks: nothing twice, nothing lost.
+    """Distribute the unserved slots of all ranks of a run to another number of ranks: none repeated, none lost.
 
     Args:
-        positions: of every rank of the old run.
-        world_size: of the new run; one position per rank is returned.
+        positions: positions of all ranks of the old run.
+        world_size: number of ranks of the new run.
+        batch: samples per batch of one rank of the new run.
+        num_workers: workers per rank of the new run.
+
+    Returns:
+        One position for each rank of the new run.
     """
     compact = [position.split(1)._compact() for position in positions]
     origin = max(position.origin for position in compact)

@@ -1,10 +1,10 @@
-"""The training pipeline: an endless, resumable stream of batches for one rank.
+"""Training pipeline: an endless, resumable stream of batches for one rank.
 
     slots of a worker -> read, decode, crop -> fill batches, mask -> Loader (counts, position, bad samples)
 
-The first three are stages of a `webdataset.DataPipeline`, which runs in this process or in worker processes. Which
-sample comes when is decided beforehand (:mod:`eve_ds.data.order`), so a position is a few numbers, and resuming reads
-and decodes nothing that was served before.
+The first three are stages of a `webdataset.DataPipeline`, which runs in this process or in worker processes. The order
+of samples is fixed in advance (:mod:`eve_ds.data.order`), so a position is a few numbers, and a resumed run does not
+read or decode samples that were served before.
 """
 
 from __future__ import annotations
@@ -28,41 +28,45 @@ from eve_ds.data.sources import Source, UnusableData, open_sources
 from eve_ds.distributed import get_logger
 
 STATE_VERSION = 1
+"""Version of the saved data position."""
 HELD_OUT = "data.validation.share"
+"""Key of the held-out share in a saved data position."""
 MIN_COUNTED = 1000
-"""`data.max_bad_share` is a share of at least this many samples, so that a few early ones do not stop a run."""
+"""Smallest number of samples for `data.max_bad_share`, so that a few early bad samples do not stop a run."""
 MAX_BAD_RUN = 1000
-"""So many unusable samples before one batch is full stop the run, unless `data.max_bad_share` is 1."""
+"""Number of unusable samples before one batch is full that stops the run, unless `data.max_bad_share` is 1."""
 
 
 class Skipped(NamedTuple):
-    """A sample that was passed over."""
+    """Record of a skipped sample."""
 
     reason: str
+    """One of few fixed texts, under which the sample is counted."""
     where: str
     """Shard, key and detail."""
 
 
 class Delivery(NamedTuple):
-    """What a worker hands to the loader."""
+    """Message from a worker to the loader."""
 
     batch: Batch | None
-    """None: the worker gave up."""
+    """Full batch; None: the worker stopped."""
     consumed: int
-    """Slots the worker has used up with this batch."""
+    """Total number of slots that the worker has consumed, this batch included."""
     skipped: list[Skipped]
+    """Samples skipped since the previous batch."""
     error: str | None = None
-    """Why it gave up; raised by the loader, without the traceback that crossing a process would wrap around it."""
+    """Reason why the worker stopped. The loader raises it; an exception from a worker process would add a traceback."""
 
     def pin_memory(self) -> Delivery:
-        """The same with the batch in page-locked memory; torch's loader looks for this name."""
+        """Return the same message with the batch in page-locked memory; torch's loader calls this method by name."""
         return self if self.batch is None else self._replace(batch=self.batch.pin_memory())
 
 
 def worker_places(order: StreamOrder, position: Position) -> Iterator[tuple[int, Place]]:
-    """First stage: the places that this worker serves, each with the number of slots used up with it."""
+    """First stage: yield the places that this worker serves, each with the number of slots consumed so far."""
     info = get_worker_info()
-    # Worker processes deliver in turn from number 0 on, so number 0 takes the stream that is next.
+    # Worker processes deliver in turn, starting with number 0, so number 0 takes the next stream.
     worker = (position.next_worker + (info.id if info else 0)) % position.num_workers
     for consumed, slot in enumerate(position.slots(worker), start=position.consumed[worker] + 1):
         yield consumed, order.locate(slot)
@@ -71,7 +75,7 @@ def worker_places(order: StreamOrder, position: Position) -> Iterator[tuple[int,
 def read_samples(
     places: Iterable[tuple[int, Place]], sources: Sequence[Source], held_out_share: float = 0.0
 ) -> Iterator[tuple[int, Sample | Skipped | None]]:
-    """Second stage: read, decode and crop; unusable samples come out as :class:`Skipped`, held-out ones as None."""
+    """Second stage: read, decode and crop; yield an unusable sample as :class:`Skipped`, a held-out one as None."""
     for consumed, place in places:
         source = sources[place.source]
         try:
@@ -90,7 +94,7 @@ def fill_batches(
     collate: Callable[[Sequence[Sample]], Batch],
     max_bad_run: int,
 ) -> Iterator[Delivery]:
-    """Third stage: full batches, whatever had to be skipped between."""
+    """Third stage: yield full batches of usable samples; the stream ends after `max_bad_run` skips in one batch."""
     good: list[Sample] = []
     skipped: list[Skipped] = []
     consumed = 0
@@ -121,7 +125,7 @@ def _deliveries(
         collate_fn=_unchanged,  # type: ignore[arg-type]
         multiprocessing_context=start_method,
         pin_memory=pin_memory,  # in a thread of this process
-        generator=torch.Generator(),  # else it draws from torch's default generator, which the model's noise uses
+        generator=torch.Generator(),  # the default generator belongs to the noise of the model
     )
     return iter(loader)
 
@@ -131,11 +135,11 @@ def _unchanged(delivery: Delivery) -> Delivery:
 
 
 class Loader:
-    """Endless iterator of :class:`Batch` over epochs, for one rank; made by :func:`build_loader`.
+    """Endless iterator of :class:`Batch` for one rank; created by :func:`build_loader`.
 
     Attributes:
-        skipped: unusable samples by reason since the start of the run.
-        num_samples: samples handed out by this rank since the start of the run.
+        skipped: number of unusable samples by reason since the start of the run.
+        num_samples: number of samples that this rank has served since the start of the run.
     """
 
     def __init__(
@@ -165,10 +169,14 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch; raises :class:`UnusableData` when too many samples cannot be used."""
+        """Return the next batch.
+
+        Raises:
+            UnusableData: too many samples cannot be used.
+        """
         if self._closed:
             raise StopIteration
-        if self._stream is None:  # on first use: building a loader starts no process
+        if self._stream is None:  # on first use, so that building a loader starts no process
             self._stream = self._start()
         delivery = next(self._stream)
         self._position = self._position.advance(self._position.next_worker, delivery.consumed)
@@ -183,7 +191,7 @@ class Loader:
             self._last_skipped = item
             self.skipped[item.reason] += 1
             count = self.skipped[item.reason]
-            if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... of a kind
+            if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... sample with this reason
                 get_logger().warning("skipped %d samples so far for '%s'; %s", count, item.reason, item.where)
         bad = self.skipped.total()
         if skipped and bad > self._max_bad_share * max(bad + self.num_samples, MIN_COUNTED):
@@ -199,10 +207,9 @@ class Loader:
         return f"{reasons}; the last one: {self._last_skipped.where}"
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able position just after the last batch handed out by this rank.
+        """Return the position after the last batch that this rank served, as values that JSON can represent.
 
-        The states of all ranks together can be carried over to another number of ranks: give the list of them to
-        :func:`build_loader`.
+        To resume on another number of ranks, pass the list of the states of all ranks to :func:`build_loader`.
         """
         return {
             "version": STATE_VERSION,
@@ -213,8 +220,8 @@ class Loader:
         }
 
     def close(self) -> None:
-        """End the worker processes and close the shards; the loader then hands out nothing more."""
-        self._stream = None  # torch's iterator ends its workers when it is dropped
+        """Stop the worker processes and close the shards; the iterator then ends."""
+        self._stream = None  # torch's iterator stops its workers when it is deleted
         for source in self._sources:
             source.close()
         self._closed = True
@@ -232,22 +239,27 @@ def build_loader(
     start_method: str | None = None,
     pin_memory: bool = False,
 ) -> Loader:
-    """The batches of one rank, from the start or from a saved position.
+    """Build the loader of one rank, at the start of the stream or at a saved position.
 
-    With `data.num_workers` 0 samples are read in this process, otherwise in that many of its own.
+    `data.num_workers` worker processes read the samples; with 0, this process reads them.
 
     Args:
-        objectives: decide which views a batch has, as :func:`eve_ds.objectives.registry.objectives_of` returns them.
+        config: data, masking, model and seed.
+        tokenizer: tokenizer of the captions.
+        objectives: objectives that determine the views of a batch, from
+            :func:`eve_ds.objectives.registry.objectives_of`.
+        rank: rank of this process.
+        world_size: number of ranks.
         micro_batch_size: samples per batch.
-        state: what :meth:`Loader.state_dict` gave on this rank, or a list of what it gave on every rank in rank order.
-            The list may come from another number of ranks, or of samples per batch: what they had not served is dealt
-            anew, nothing twice and nothing lost. The number of workers may always change.
-        start_method: how worker processes start: "fork", "spawn", "forkserver"; None for Python's default.
-        pin_memory: put batches into page-locked memory, from which copies to a GPU can overlap with computation.
+        state: state from :meth:`Loader.state_dict` of this rank, or the states of all ranks in rank order. A list may
+            come from another number of ranks or samples per batch: unserved samples are redistributed, none repeated
+            and none lost. The number of workers may always change.
+        start_method: start method of worker processes: "fork", "spawn" or "forkserver"; None: Python's default.
+        pin_memory: put batches into page-locked memory, so that copies to a GPU can overlap with computation.
 
     Raises:
-        ConfigError: shards that are missing or empty, a tokenizer larger than the model's vocabulary, or a position of
-            other data, another seed, mixture or number of ranks.
+        ConfigError: shards that are missing or empty, a tokenizer larger than the vocabulary of the model, or a
+            position from other data, another seed, another mixture or another number of ranks.
     """
     sources = open_sources(config)
     collate = Collator(
@@ -299,10 +311,13 @@ def _order(config: Config, sources: Sequence[Source], layout: Layout) -> StreamO
 
 
 def _identity(config: Config, sources: Sequence[Source], states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What decides samples and their order; raises :class:`ConfigError` where a saved position was made with another.
+    """Return the settings that determine the samples and their order.
 
-    A source's fingerprint says in which order its captions are where that is not random order, so a position that was
-    saved before there was such a setting is read as one of random order.
+    The fingerprint of a source contains the order of its captions unless that is random, so a position saved before
+    the setting existed is read as one with random order.
+
+    Raises:
+        ConfigError: a saved position was made with other settings.
     """
     identity: dict[str, Any] = {
         "train.seed": config.train.seed,
@@ -315,13 +330,13 @@ def _identity(config: Config, sources: Sequence[Source], states: Sequence[dict[s
         if state.get("version") != STATE_VERSION:
             raise ConfigError(f"data position has version {state.get('version')}, only {STATE_VERSION} can be read")
         for name, value in identity.items():
-            saved = state.get(name, 0.0) if name == HELD_OUT else state[name]  # positions from before it existed
+            saved = state.get(name, 0.0) if name == HELD_OUT else state[name]  # earlier versions had no such key
             if saved != value:
                 raise ConfigError(
                     f"{name} ({value}) differs from the saved data position's ({saved}), so other samples "
                     "would come, or in another order; keep it, or start without the position"
                 )
-    # Follows from the batch size, but a run that goes on with another batch size keeps the order it started with.
+    # Derived from the batch size, but a run resumed with another batch size keeps its original order.
     identity["layout"] = states[0]["layout"] if states else list(layout_for(config.train.train_batch_size))
     return identity
 
@@ -353,7 +368,7 @@ def _read_position(state: dict[str, Any]) -> Position:
 def _restore_counts(loader: Loader, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
     own = [state for state in states if state["position"]["rank"] == rank]
     if states and states[0]["position"]["world_size"] != world_size:
-        own = list(states) if rank == 0 else []  # ranks that no longer exist are counted on the first
+        own = list(states) if rank == 0 else []  # rank 0 takes over the counts of all old ranks
     for state in own:
         loader.num_samples += state["num_samples"]
         loader.skipped.update(state["skipped"])

@@ -1,4 +1,4 @@
-"""Pixels as they travel, bytes, and as a model takes them, floats."""
+"""Conversion of pixels from bytes, as batches carry them, to normalized floats, the input of the model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def normalized(pixels: Tensor) -> Tensor:
-    """uint8 0..255 to float32 -1..1 of the same shape, with mean = std = 0.5; floats are normalized already.
+    """Convert uint8 pixels in 0..255 to float32 in -1..1 (mean = std = 0.5) of the same shape, on the same device.
 
-    Computed where the pixels are. Three plain passes and not one fused one, so that a GPU rounds as a CPU does.
+    Floating-point pixels are already normalized and are returned unchanged. Three separate passes instead of a fused
+    one, so that a GPU rounds like a CPU.
     """
     if pixels.is_floating_point():
         return pixels

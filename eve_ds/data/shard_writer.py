@@ -1,15 +1,16 @@
-"""Write WebDataset shards: parallel, restartable, and always the same bytes, also after a kill.
+"""Write WebDataset shards: parallel, restartable, with the same bytes in every run, also after a kill.
 
-A shard is one unit of work: `samples_per_shard` captions in the order of the source, whatever is left out of them, so
-the assignment depends neither on the number of workers nor on what an earlier run got done. A sample is three members
-of the tar: KEY.jpg (or png, webp), KEY.txt (the caption, UTF-8) and KEY.json (`image_id`, `name`). An image with
-several captions is written once per caption. Beside the shards:
+A shard is one unit of work: `samples_per_shard` captions in the order of the source, skipped ones included. The
+assignment of samples to shards therefore depends neither on the number of workers nor on the progress of an earlier
+run. A sample is three members of the tar: KEY.jpg (or png, webp), KEY.txt (the caption, UTF-8) and KEY.json
+(`image_id`, `name`). An image with several captions is written once per caption. The folder also contains:
 
-- index.json: `{"version": 1, "shards": [{"name", "samples", "bytes", "sha256"}]}`; written last, it marks a full set
-- report.json: source, options, counts, and what was left out, with a few names per reason
-- ids.txt: the image ids that were written, for `--exclude_ids` of another set
-- .prepare/ while it runs: one record per finished shard; a shard is finished once it and its record are renamed into
-  place
+- index.json: `{"version": 1, "shards": [{"name", "samples", "bytes", "sha256"}]}`; written last, it marks a complete
+  set
+- report.json: source, options, counts, and skipped samples with a few names per reason
+- ids.txt: IDs of the written images, for `--exclude_ids` of another set
+- .prepare/, only while the writer runs: one record per finished shard; a shard is finished once the shard and its
+  record are renamed into place
 """
 
 from __future__ import annotations
@@ -37,30 +38,34 @@ from eve_ds.data.image_check import check_image
 from eve_ds.data.importers.candidate import BadSample, Candidate, LazyCandidate, Skip, Source, SourceError
 
 VERSION = 1
+"""Version of index.json and report.json."""
 PROGRESS_FOLDER = ".prepare"
 EXAMPLES_PER_REASON = 5
+"""Names of skipped samples to keep for each reason."""
 TASKS_PER_WORKER = 2
-"""Shards handed out ahead; images of compressed archives wait in memory that long."""
+"""Shards that are assigned in advance, per worker; images of compressed archives stay in memory meanwhile."""
 
 
 class OutputError(ValueError):
-    """An output folder that cannot be written or belongs to something else; the message says what to do."""
+    """Raised for an output folder that cannot be written or has other contents; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class WriterOptions:
-    """What shapes the shards, besides the source."""
+    """Options that determine the shards, in addition to the source."""
 
     samples_per_shard: int = 1000
+    """Captions of one shard, skipped ones included; an image with several captions is never split."""
     max_size: int | None = None
-    """Pixels: shrink images whose shorter side is longer, as JPEG; None keeps the original bytes."""
+    """Limit of an image's shorter side, in pixels; larger images are shrunk and stored as JPEG. None keeps the original
+    bytes."""
     limit: int | None = None
-    """Take only the first candidates of the source."""
+    """Number of candidates to use from the start of the source; None: all."""
     exclude_ids: str | None = None
-    """Path of a file with one image id a line; images with such an id or alias are left out."""
+    """Path of a file with one image ID per line; images with such an ID or alias are skipped."""
 
     def describe(self) -> dict[str, Any]:
-        """As JSON, with the digest of the excluded ids, as the same path may hold others tomorrow."""
+        """Return the options for JSON, with a digest of the excluded IDs because their file may change."""
         listed = sorted(read_ids(self.exclude_ids))
         digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
         return asdict(self) | {"exclude_ids": digest if self.exclude_ids else None}
@@ -68,25 +73,25 @@ class WriterOptions:
 
 @dataclass
 class Skipped:
-    """Counts and a few names per reason."""
+    """Counts of skipped samples, with a few names per reason."""
 
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, reason: str, names: Iterable[str], count: int = 1) -> None:
-        """Count samples left out for a reason."""
+        """Count skipped samples for a reason."""
         entry = self.reasons.setdefault(reason, {"count": 0, "examples": []})
         entry["count"] += count
         entry["examples"] = (entry["examples"] + list(names))[:EXAMPLES_PER_REASON]
 
     @property
     def count(self) -> int:
-        """Over all reasons."""
+        """Number of skipped samples over all reasons."""
         return sum(entry["count"] for entry in self.reasons.values())
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The candidates of one shard; `first_index` counts candidates from the start of the source."""
+    """Candidates of one shard; `first_index` is the index of the first candidate in the source."""
 
     number: int
     first_index: int
@@ -101,7 +106,7 @@ class ShardTask:
 
 @dataclass
 class ShardRecord:
-    """What became of a task; `samples` 0 means that there is no such file."""
+    """Result of a task; if `samples` is 0, no file was written."""
 
     name: str
     candidates: int
@@ -109,20 +114,23 @@ class ShardRecord:
     bytes: int = 0
     sha256: str = ""
     ids: list[str] = field(default_factory=list)
+    """IDs of the written images."""
     excluded: list[str] = field(default_factory=list)
-    """Lines of the exclusion file that matched."""
+    """Lines of the exclusion file that matched a candidate."""
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Reason -> count and examples; see :class:`Skipped`."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One more shard is there: handed to the caller of :func:`write_shards`."""
+    """Report of one finished shard to the caller of :func:`write_shards`."""
 
     record: ShardRecord
+    """Record of the shard."""
     kept: bool
-    """Finished by an earlier run."""
+    """Whether an earlier run finished the shard."""
     total: int | None
-    """Candidates to expect, where known."""
+    """Expected number of candidates of the source; None: unknown."""
 
 
 def write_shards(
@@ -132,21 +140,31 @@ def write_shards(
     workers: int = 1,
     on_shard: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
-    """Write the shards of a source, or finish what an interrupted call began; returns the content of report.json.
+    """Write the shards of a source, or complete the shards of an interrupted call.
 
-    A folder that is already complete is left as it is.
+    A folder that is already complete is not changed.
+
+    Args:
+        source: candidates and their description.
+        out: folder to write.
+        options: options that determine the shards.
+        workers: number of worker processes; 1: this process writes.
+        on_shard: called after every finished shard, including shards of an earlier run.
+
+    Returns:
+        Content of report.json.
 
     Raises:
-        OutputError: a folder of another source or other options, a damaged complete folder, or one that cannot be
+        OutputError: the folder belongs to another source or other options, is complete but damaged, or cannot be
             written.
-        SourceError: the source turns out damaged, or not one of its samples could be used.
-        OSError: writing failed, as on a full disk; the same call continues.
+        SourceError: the source is damaged, or none of its samples can be used.
+        OSError: writing failed, for example on a full disk; the same call resumes.
     """
     folder = Path(out)
     plan = json.loads(json.dumps({"version": VERSION, "source": source.description, "options": options.describe()}))
     complete = completed_report(folder, plan)
     if complete is not None:
-        shutil.rmtree(folder / PROGRESS_FOLDER, ignore_errors=True)  # killed between the index and the last line
+        shutil.rmtree(folder / PROGRESS_FOLDER, ignore_errors=True)  # left by a run killed after it wrote the index
         return complete
     with _claimed(folder, plan):
         records = sorted(_records(source, folder, options, workers, on_shard), key=lambda record: record.name)
@@ -158,10 +176,10 @@ def write_shards(
 
 
 def completed_report(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a complete folder of this plan, None where there is work to do.
+    """Return the report of a complete folder of this plan; None if the folder is not complete.
 
     Raises:
-        OutputError: a complete folder of another plan, or one whose shards do not have the size in its index.
+        OutputError: the folder is complete for another plan, or a shard does not have the size in the index.
     """
     index_path, report_path = folder / "index.json", folder / "report.json"
     if not index_path.exists():
@@ -177,14 +195,18 @@ def completed_report(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | Non
     for path, size in entries:
         if not path.is_file() or path.stat().st_size != size:
             raise OutputError(
-                f"{path} is missing or has not the {size} bytes in index.json; remove {folder} and repeat"
+                f"{path} is missing or does not have the {size} bytes in index.json; remove {folder} and repeat"
             )
     return report
 
 
 @cache
 def read_ids(path: str | None) -> frozenset[str]:
-    """Ids of a file, one a line; raises :class:`SourceError`."""
+    """Read the IDs of a file, one per line; None gives the empty set.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
     if path is None:
         return frozenset()
     try:
@@ -198,7 +220,7 @@ def read_ids(path: str | None) -> frozenset[str]:
 
 
 def split_into_tasks(source: Iterable[LazyCandidate | Skip], options: WriterOptions) -> Iterator[ShardTask]:
-    """Cut a source into shards; what the importer itself leaves out takes no place in them."""
+    """Divide a source into shards; candidates that the importer itself skips do not count toward the shard size."""
     candidates: list[LazyCandidate] = []
     skips: list[Skip] = []
     number = first_index = captions = 0
@@ -220,7 +242,7 @@ def split_into_tasks(source: Iterable[LazyCandidate | Skip], options: WriterOpti
 
 
 def write_shard(task: ShardTask, folder: Path, options: WriterOptions) -> ShardRecord:
-    """Check and write the samples of one shard, then its record; both appear by an atomic rename."""
+    """Check and write the samples of one shard, then its record, each by an atomic rename."""
     record = ShardRecord(task.name, len(task.candidates))
     skipped = Skipped(record.skipped)
     for skip in task.skips:
@@ -278,11 +300,11 @@ def _require_not_excluded(candidate: Candidate, options: WriterOptions, record: 
 
 
 def _usable_captions(candidate: Candidate, skipped: Skipped) -> list[tuple[int, bytes]]:
-    """Captions as UTF-8 with their position; the others are counted one by one."""
+    """Return usable captions as UTF-8 with their index; each unusable caption is counted as skipped."""
     usable = []
     for number, caption in enumerate(candidate.captions):
         try:
-            # Surrogates stand for bytes that were not UTF-8 in a text file: encoding refuses them.
+            # Surrogates represent bytes of a text file that were not UTF-8; encoding rejects them.
             text = caption.decode("utf-8") if isinstance(caption, bytes) else caption
             data = text.strip().encode("utf-8")
         except UnicodeError:
@@ -296,7 +318,7 @@ def _usable_captions(candidate: Candidate, skipped: Skipped) -> list[tuple[int, 
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    # A fresh TarInfo has mtime, uid and gid 0, no owner names and mode 0644: nothing of this machine or hour.
+    # A new TarInfo has mtime, uid and gid 0, no owner names and mode 0644: independent of machine and time.
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -308,7 +330,7 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def _records(
     source: Source, folder: Path, options: WriterOptions, workers: int, on_shard: Callable[[Progress], None]
 ) -> Iterator[ShardRecord]:
-    """Records of all shards, those of an earlier run included, in the order in which they become known."""
+    """Yield the records of all shards, including those of an earlier run, as they become available."""
     kept: list[ShardRecord] = []
 
     def unfinished() -> Iterator[ShardTask]:
@@ -330,7 +352,7 @@ def _run(tasks: Iterator[ShardTask], folder: Path, options: WriterOptions, worke
     if workers == 1:
         yield from (write_shard(task, folder, options) for task in tasks)
         return
-    # Spawned, not forked: nothing of the caller (threads of a progress bar, open files) is inherited.
+    # Spawn instead of fork, so that nothing of the caller (progress bar threads, open files) is inherited.
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending: set[Future[ShardRecord]] = set()
     try:
@@ -344,19 +366,19 @@ def _run(tasks: Iterator[ShardTask], folder: Path, options: WriterOptions, worke
             yield from (future.result() for future in done)
     except BrokenProcessPool:
         raise OutputError(
-            "a worker was killed, perhaps for memory; the same command continues (fewer --workers?)"
+            "a worker was killed, perhaps for lack of memory; rerun the same command to resume (fewer --workers?)"
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """A killed parent leaves nobody who could tell the workers to stop."""
+    """Exit when the parent exits: a killed parent cannot stop its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -406,7 +428,7 @@ def _summary(skipped: Skipped) -> str:
 
 @contextlib.contextmanager
 def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Make the folder ours for this plan, without leftovers of a killed run, and lock it while the body runs."""
+    """Claim the folder for this plan, remove leftovers of a killed run, and lock the folder while the body runs."""
     progress = folder / PROGRESS_FOLDER
     plan_path = progress / "plan.json"
     try:
@@ -425,7 +447,7 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         except BlockingIOError:
             raise OutputError(f"another process is writing to {folder}") from None
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system does not support locks
         for leftover in (*progress.glob("*.tmp"), *folder.glob("*.tmp")):
             leftover.unlink(missing_ok=True)
         yield
@@ -474,7 +496,7 @@ def _write_atomically(path: Path, data: bytes) -> None:
 
 
 def _dump(tree: Any, indent: int | None = None) -> bytes:
-    # ASCII: names may hold bytes that are no valid text.
+    # ASCII output, because names may contain bytes that are not valid text.
     separators = None if indent else (",", ":")
     return json.dumps(tree, sort_keys=True, indent=indent, separators=separators).encode() + (b"\n" if indent else b"")
 
@@ -483,7 +505,9 @@ def _dump(tree: Any, indent: int | None = None) -> bytes:
 
 
 def read_captions(folder: str | Path) -> Iterator[str]:
-    """Captions (`.txt` members, UTF-8) of all shards of a folder, by name, in order; others' shards serve as well.
+    """Yield the captions (`.txt` members, UTF-8) of all shards of a folder, in order of shard name.
+
+    The shards may come from another tool.
 
     Raises:
         SourceError: a folder without shards, a damaged shard, or a caption that is not UTF-8.

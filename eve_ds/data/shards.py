@@ -1,8 +1,8 @@
-"""Shards: which there are, how many samples each holds, and random access to one sample of a tar.
+"""Shards: list them, count their samples, and read any sample of a tar directly.
 
-`webdataset` reads a tar from front to back. Here the headers of a shard are read once, and after that any sample is one
-read at a known offset: a resumed run, a rank or a worker touches the bytes of its own samples only. Members are grouped
-into samples by the same rules as there.
+`webdataset` reads a tar from front to back. This module reads the headers of a shard once; after that, any sample is
+one read at a known offset, so a resumed run, a rank or a worker reads only the bytes of its own samples. Members are
+grouped into samples by the rules of `webdataset`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ INDEX_VERSION = 1
 
 _BLOCK = 512
 _READ_AHEAD = 4096
-"""Bytes per read of a header: those of a caption and of the next image usually follow within them."""
+"""Bytes to read for a header; usually they include the headers of the caption and of the next image."""
 _META = re.compile(r"__[^/]*__($|/)")
-"""Names that webdataset reserves."""
+"""Names that `webdataset` reserves."""
 _REGULAR = (b"0", b"\0", b"7")
+"""Type flags of regular files."""
 
 
 class Shard(NamedTuple):
@@ -41,10 +42,10 @@ class Shard(NamedTuple):
 
 
 def find_shards(spec: str | Sequence[str]) -> list[Shard]:
-    """The shards that a path, a brace list, a folder, or a list of these names, with their sizes.
+    """Find the shards of a path, a brace list, a folder, or a list of these, with their numbers of samples.
 
-    Sizes come from the `index.json` beside the shards: `{"version": 1, "shards": [{"name", "samples", "bytes",
-    "sha256"}, ...]}`. A shard without an entry is scanned once, which reads its headers.
+    The numbers come from `index.json` in the folder of the shards: `{"version": 1, "shards": [{"name", "samples",
+    "bytes", "sha256"}, ...]}`. A shard without an entry is scanned once, which reads its headers.
 
     Raises:
         ConfigError: a shard that is missing, empty or named twice, a folder without shards, an unreadable index.
@@ -63,7 +64,7 @@ def find_shards(spec: str | Sequence[str]) -> list[Shard]:
     unlisted = [path for path in paths if path.name not in indices[path.parent]]
     if unlisted:
         get_logger().warning(
-            "%d of %d shards have no entry in an %s, such as %s: counting their samples now, which every start repeats",
+            "%d of %d shards have no entry in an %s, for example %s: counting their samples now, as at every start",
             len(unlisted),
             len(paths),
             INDEX_NAME,
@@ -75,7 +76,7 @@ def find_shards(spec: str | Sequence[str]) -> list[Shard]:
 def _expand(item: str) -> list[Path]:
     try:
         names = expand_urls(item)
-    except (ValueError, AssertionError) as error:  # unbalanced braces; ${NAME} without a variable WDS_NAME
+    except (ValueError, AssertionError) as error:  # unbalanced braces, or ${NAME} without a variable WDS_NAME
         raise ConfigError(f"data.sources.shards '{item}' cannot be expanded: {error}") from None
     return [path for name in names for path in _expand_folder(Path(name).expanduser())]
 
@@ -93,7 +94,7 @@ def _refuse_repeated(paths: Sequence[Path]) -> None:
     seen: set[Path] = set()
     for path in paths:
         if path in seen:
-            raise ConfigError(f"shard {path} is named twice in one source; use `weight` to see a source more often")
+            raise ConfigError(f"shard {path} is named twice in one source; raise the `weight` of the source instead")
         seen.add(path)
 
 
@@ -123,7 +124,7 @@ def _measure(path: Path, entry: dict[str, Any] | None) -> Shard:
         samples = entry["samples"]
         if entry["bytes"] not in (None, size):
             get_logger().warning(
-                "shard %s has %d bytes, its %s says %d: an unfinished copy?", path, size, INDEX_NAME, entry["bytes"]
+                "shard %s has %d bytes, its %s says %d: incomplete copy?", path, size, INDEX_NAME, entry["bytes"]
             )
     if size == 0 or samples == 0:
         raise ConfigError(f"shard {path} is empty ({size} bytes, {samples} samples); remove it from data.sources")
@@ -140,7 +141,7 @@ class ShardFile:
     """Random access to the samples of one tar.
 
     Args:
-        path: the tar; its headers are read here, its members are not.
+        path: path of the tar; the constructor reads its headers, not its members.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,7 +149,7 @@ class ShardFile:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115, closed in close()
         self._starts, self._ends = array("q"), array("q")
         self._gaps: set[int] = set()
-        """Samples with something between their members that is no member, such as a damaged header."""
+        """Indices of samples with data between their members that is not a member, such as a damaged header."""
         self._scan()
 
     def _scan(self) -> None:
@@ -166,11 +167,15 @@ class ShardFile:
             self._ends[-1] = last_end = member.end
 
     def __len__(self) -> int:
-        """Samples that can be reached; fewer than were written where the tar is damaged."""
+        """Number of readable samples; a damaged tar has fewer than were written."""
         return len(self._starts)
 
     def key(self, number: int) -> str:
-        """Key of one sample, from the header of its first member; raises :class:`BadSample` where it is missing."""
+        """Read the key of one sample from the header of its first member.
+
+        Raises:
+            BadSample: a damaged tar lacks the sample.
+        """
         if number >= len(self):
             raise BadSample("broken tar entry", f"only {len(self)} samples can be found in the shard")
         start, size = self._starts[number], self._ends[number] - self._starts[number]
@@ -178,10 +183,10 @@ class ShardFile:
         return next(prefix for member in members if (prefix := _split_name(member.name)[0]) is not None)
 
     def read(self, number: int) -> tuple[str, dict[str, bytes]]:
-        """Key and members (lower-case extension to bytes) of one sample.
+        """Read the key and the members (lower-case extension -> bytes) of one sample.
 
         Raises:
-            BadSample: the tar is damaged and has no such sample, or the sample has two members of one extension.
+            BadSample: a damaged tar lacks the sample, or the sample has two members with the same extension.
         """
         if number >= len(self):
             raise BadSample("broken tar entry", f"only {len(self)} samples can be found in the shard")
@@ -189,7 +194,7 @@ class ShardFile:
         data = os.pread(self._file.fileno(), end - start, start)
         fields: dict[str, bytes] = {}
         key = ""
-        # Checksums were verified when the shard was opened; where members follow each other, that need not be repeated.
+        # Checksums were verified when the shard was opened; adjacent members need no second check.
         for member in _members(lambda offset: data[offset : offset + _BLOCK], len(data), verify=number in self._gaps):
             prefix, extension = _split_name(member.name)
             if prefix is None or extension is None:
@@ -213,18 +218,18 @@ def _split_name(name: str) -> tuple[str | None, str | None]:
 
 
 class _Member(NamedTuple):
-    """A regular file in a tar."""
+    """Regular file in a tar."""
 
     name: str
     header: int
-    """Offset of its first header block, extension headers included."""
+    """Offset of the first header block, extension headers included."""
     end: int
-    """Offset behind its last byte."""
+    """Offset after the last byte."""
     size: int
 
 
 def _block_reader(descriptor: int) -> Callable[[int], bytes]:
-    """Read 512 bytes at an offset, from a small buffer where they are already in it."""
+    """Return a function that reads 512 bytes at an offset through a small read-ahead buffer."""
     start, buffer = 0, b""
 
     def block(offset: int) -> bytes:
@@ -237,10 +242,15 @@ def _block_reader(descriptor: int) -> Callable[[int], bytes]:
 
 
 def _members(block: Callable[[int], bytes], size: int, verify: bool = True) -> Iterator[_Member]:
-    """Regular members of a tar (ustar, GNU long names, pax) of `size` bytes; `verify` their checksums.
+    """Yield the regular members of a tar (ustar, GNU long names, pax) of `size` bytes.
 
-    Where a header is damaged the next valid one is searched for, so one broken entry costs that entry. Zero blocks are
-    passed over in the same way. A member that reaches beyond the end is left out.
+    After a damaged header the search continues at the next valid one, so a broken entry costs only that entry. Zero
+    blocks are skipped in the same way. A member that extends beyond the end is omitted.
+
+    Args:
+        block: function that reads 512 bytes at an offset.
+        size: size of the tar, in bytes.
+        verify: whether to check the checksums of headers.
     """
     offset, first, name, length = 0, None, None, None
     while offset + _BLOCK <= size:
@@ -274,7 +284,7 @@ class _Header(NamedTuple):
 
 
 def _parse_header(block: bytes, verify: bool) -> _Header | None:
-    """One header block; None unless its checksum is right (POSIX.1-2017, pax, "ustar Interchange Format")."""
+    """Parse one header block; None if its checksum is wrong (POSIX.1-2017, pax, "ustar Interchange Format")."""
     try:
         if len(block) < _BLOCK:
             return None
@@ -290,7 +300,7 @@ def _parse_header(block: bytes, verify: bool) -> _Header | None:
 
 
 def _number(data: bytes) -> int:
-    if data[0] & 0x80:  # GNU: base 256, for sizes of 8 GiB and more
+    if data[0] & 0x80:  # GNU extension: base 256, for sizes of 8 GiB and more
         return int.from_bytes(data[1:], "big")
     return int(data.strip(b"\0 ") or b"0", 8)
 
@@ -308,7 +318,7 @@ def _span(block: Callable[[int], bytes], offset: int, length: int) -> bytes:
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
-    """Records of the form `LENGTH KEY=VALUE\\n`, LENGTH counting the whole record."""
+    """Parse records of the form `LENGTH KEY=VALUE\\n`, where LENGTH is that of the whole record."""
     records = {}
     while data:
         digits, _, _ = data.partition(b" ")

@@ -1,4 +1,4 @@
-"""Where samples come from: generated scenes, or shards. A source knows its sizes and reads one sample at a time."""
+"""Sources of samples: generated scenes, or shards. A source knows its sizes and reads one sample at a time."""
 
 from __future__ import annotations
 
@@ -16,67 +16,80 @@ from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.transforms import TrainTransform
 
 GENERATED_PER_SHARD = 1000
-"""Generated samples are ordered as if they lay in shards of this many."""
+"""Generated samples are ordered as if stored in shards of this size."""
 MAX_OPEN_SHARDS = 128
-"""Two per lane: the one being read and the next."""
+"""Shards that a source keeps open: two per lane, the current one and the next."""
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+"""Extensions of images in shards; the first one present is used."""
 
 
 class UnusableData(ValueError):
-    """The data cannot be trained on; the message names shard, key and reason."""
+    """Raised if the data cannot be used for training; the message names shard, key and reason."""
 
 
 class Source(Protocol):
     """One source of the mixture."""
 
     shard_sizes: list[int]
+    """Number of samples of each shard."""
     has_images: bool
+    """Whether samples can have an image."""
     has_captions: bool
+    """Whether samples can have a caption."""
 
     def read(self, place: Place) -> Sample:
-        """The sample that lies at the place; raises :class:`BadSample`."""
+        """Read the sample at a place.
+
+        Raises:
+            BadSample: the sample cannot be used.
+        """
 
     def key(self, shard: int, number: int) -> str:
-        """Key of a sample, without reading its members; raises :class:`BadSample`."""
+        """Return the key of a sample without reading its members.
+
+        Raises:
+            BadSample: the sample is missing.
+        """
 
     def describe(self, shard: int, number: int) -> str:
-        """Shard and sample in words, for messages."""
+        """Name shard and sample, for messages."""
 
     def fingerprint(self) -> str:
-        """Changes when other samples would come, or in another order: a saved position is not used for other data."""
+        """Text that changes with the samples or their order, so that a saved position is not used with other data."""
 
     def close(self) -> None:
-        """Close files; they are opened again when needed."""
+        """Close all files; :meth:`read` opens them again."""
 
 
 class ReadingOrder:
-    """Which captions of scenes have their phrases in reading order: a share of them that falls linearly over the run.
+    """Choice of the scene captions whose phrases are in reading order; their share falls linearly over the run.
 
-    A caption is in reading order where a hash of (seed, epoch, key), as a fraction of its range, is below the share at
-    the slot. Ranks, workers and a resumed run therefore agree, and what is in order late would have been so earlier.
+    A caption is in reading order if a hash of (seed, epoch, key), as a fraction of its range, is below the share at the
+    slot. Ranks, workers and a resumed run therefore agree, and a caption in order at a late slot would also be in order
+    at an earlier one.
 
     Args:
-        share: of the captions at slot 0.
-        num_samples: slots over which the share falls to 0; None: it never falls.
-        seed: of the run.
+        share: share of the captions at slot 0.
+        num_samples: number of slots over which the share falls to 0; None: the share is constant.
+        seed: seed of the run.
     """
 
     def __init__(self, share: float, num_samples: int | None, seed: int) -> None:
         self._share, self._num_samples, self._seed = share, num_samples, seed
 
     def share(self, slot: int) -> float:
-        """The share at slot number `slot` of the stream, which counts the samples of all sources and ranks."""
+        """Return the share at stream slot `slot`; slots count the samples of all sources and ranks."""
         left = 1.0 if self._num_samples is None else max(1 - slot / self._num_samples, 0.0)
         return self._share * left
 
     def holds(self, slot: int, epoch: int, key: str) -> bool:
-        """Whether this caption is in reading order at that slot."""
+        """Whether the caption of sample `key` is in reading order at stream slot `slot`."""
         share = self.share(slot)
-        # Not the masks' generator: captions in order and others are to be masked alike.
+        # Not the generator of the masks, so that captions in order are masked like others.
         return share > 0 and sample_rng(self._seed, epoch, f"{key}/order").random() < share
 
     def __str__(self) -> str:
-        """The setting in words; nothing where the share is 0, as before there was one."""
+        """Text of the setting for fingerprints; empty if the share is 0, as before the setting existed."""
         if self._share == 0:
             return ""
         falling = "" if self._num_samples is None else f" falling to 0 over {self._num_samples} samples"
@@ -87,8 +100,9 @@ class GeneratedSource:
     """Generated scenes of one level and one seed.
 
     Args:
-        transform: from a generated image to one of the model's size.
-        seed: of the run, which captions in reading order are drawn from.
+        config: section of the source.
+        transform: transform from a generated image to the image size of the model.
+        seed: seed of the run, which determines the captions in reading order.
     """
 
     def __init__(self, config: SourceConfig, transform: TrainTransform, seed: int) -> None:
@@ -109,23 +123,23 @@ class GeneratedSource:
         return Sample(key, epoch, image, caption)
 
     def key(self, shard: int, number: int) -> str:
-        """World and number of the scene."""
+        """Return the key of a scene, made of level, seed and index."""
         return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
 
     def describe(self, shard: int, number: int) -> str:
-        """The key; what is generated has no shards."""
+        """Return the key of the sample; generated samples have no shards."""
         return self.key(shard, number)
 
     def fingerprint(self) -> str:
-        """Level, seed and number of samples, and the order of captions where it is not random."""
+        """Return level, seed and number of samples, and the order of captions if it is not random."""
         return f"{self._name} x {sum(self.shard_sizes)}{self._reading_order}"
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 class ShardsSource:
-    """Samples of WebDataset shards: KEY.jpg, png, jpeg or webp, and KEY.txt."""
+    """Samples from WebDataset shards: image KEY.jpg, .png, .jpeg or .webp, and caption KEY.txt."""
 
     def __init__(self, config: SourceConfig, transform: TrainTransform) -> None:
         self._modalities, self._transform = config.modalities, transform
@@ -150,7 +164,7 @@ class ShardsSource:
         return Sample(key, epoch, image, caption)
 
     def key(self, shard: int, number: int) -> str:
-        """Name of the sample's members without extension."""
+        """Return the name of the sample's members without extension."""
         try:
             return self._shard_file(shard).key(number)
         except OSError as error:
@@ -197,11 +211,11 @@ class ShardsSource:
         return encoded
 
     def describe(self, shard: int, number: int) -> str:
-        """Path of the shard and number of the sample in it."""
+        """Return the path of the shard and the index of the sample in it."""
         return f"shard {self._shards[shard].path}, sample {number}"
 
     def fingerprint(self) -> str:
-        """Names and sizes of the shards in their order, wherever their folder lies."""
+        """Return a digest of names and sizes of the shards in their order, independent of their folder."""
         listing = "\n".join(f"{Path(shard.path).name} {shard.num_samples}" for shard in self._shards)
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
         return f"{len(self._shards)} shards, {sum(self.shard_sizes)} samples, {digest}"
@@ -213,7 +227,11 @@ class ShardsSource:
 
 
 def open_sources(config: Config) -> list[Source]:
-    """Sources of the training mixture, in its order; raises :class:`ConfigError` for missing or empty shards."""
+    """Open the sources of the training mixture, in the order of `data.sources`.
+
+    Raises:
+        ConfigError: no source, or shards that are missing or empty.
+    """
     if not config.data.sources:
         raise ConfigError("data.sources is empty; name at least one source")
     data, seed = config.data, config.train.seed
@@ -222,7 +240,11 @@ def open_sources(config: Config) -> list[Source]:
 
 
 def open_source(source: SourceConfig, transform: TrainTransform, seed: int) -> Source:
-    """One source whose images go through `transform`; raises :class:`ConfigError` for missing or empty shards."""
+    """Open one source whose images are transformed by `transform`.
+
+    Raises:
+        ConfigError: shards are missing or empty.
+    """
     if source.kind == "shards":
         return ShardsSource(source, transform)
     return GeneratedSource(source, transform, seed)

@@ -1,4 +1,4 @@
-"""Tokenizers: any Hugging Face fast tokenizer, or a lower-case BPE one trained on captions."""
+"""Tokenizers: any Hugging Face fast tokenizer, or a lower-case BPE tokenizer trained on captions."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-"""In the order of their ids in tokenizers trained here; read ids from the tokenizer, others order them differently."""
+"""Special tokens in the order of their IDs in tokenizers trained here. Other tokenizers use another order, so read IDs
+from the tokenizer."""
 SHIPPED = ("scenes",)
 CONTINUATION = "##"
-"""Marks a piece that does not start a word, so that a whole word's token is the word itself."""
+"""Prefix of a piece that does not start a word, so that the token of a whole word is the word itself."""
 MAX_ALPHABET = 1000
-"""Most frequent characters that get a token; the others become [UNK]."""
+"""Number of characters, the most frequent ones, that get a token; others become [UNK]."""
 
 _NORMALIZER = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
 _PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
-    """`scenes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a name on the Hub.
+    """Load `scenes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a Hub name.
 
     Raises:
-        ConfigError: nothing there, not a fast tokenizer, a missing special token, or text that is not encoded as
-            [CLS] text [SEP].
+        ConfigError: the tokenizer does not exist, is not a fast tokenizer, lacks a special token, or does not encode
+            text as [CLS] text [SEP].
     """
     path = Path(name_or_path)
     if str(name_or_path) in SHIPPED:
@@ -52,19 +53,19 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train BPE (Sennrich et al. 2016) on captions: NFKC, lower case, words and punctuation apart.
+    """Train a BPE tokenizer (Sennrich et al. 2016) on captions: NFKC, lower case, words and punctuation separated.
 
-    Special tokens get the ids 0 to 4 in the order of :data:`SPECIAL_TOKENS`. The same captions in any order give the
-    same tokenizer. The vocabulary ends up smaller than `vocab_size` where the captions hold no more pairs to merge.
+    Special tokens get the IDs 0 to 4 in the order of :data:`SPECIAL_TOKENS`. The result does not depend on the order of
+    the captions. The vocabulary is smaller than `vocab_size` if the captions contain no more pairs to merge.
 
     Raises:
-        ConfigError: no captions, or a vocabulary too small for the characters of the captions.
+        ConfigError: no captions, or `vocab_size` is too small for the characters of the captions.
     """
     words = Counter(
         word for caption in captions for word, _ in _PRE_TOKENIZER.pre_tokenize_str(_NORMALIZER.normalize_str(caption))
     )
     if not words:
-        raise ConfigError("captions to train the tokenizer on are empty; give at least one word")
+        raise ConfigError("captions to train the tokenizer on are empty; provide at least one word")
     tokenizer = Tokenizer(_train_bpe(words, vocab_size))
     tokenizer.normalizer = _NORMALIZER
     tokenizer.pre_tokenizer = _PRE_TOKENIZER
@@ -79,10 +80,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
 
 def _train_bpe(words: Counter[str], vocab_size: int) -> models.BPE:
-    """BPE model of counted words whose ids depend on the counts alone.
+    """Train a BPE model on counted words; its token IDs depend on the counts only.
 
-    The trainer numbers continuation pieces in the order of a randomly seeded hash map and breaks ties by number, so
-    they are given to it beforehand, as special tokens that the returned model no longer knows as such.
+    The trainer numbers continuation pieces in the order of a randomly seeded hash map and breaks ties by number.
+    Therefore it receives these pieces as special tokens; the returned model treats them as ordinary tokens.
     """
     characters = Counter[str]()
     for word, count in words.items():
@@ -119,7 +120,7 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def _read_tokenizer_file(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises bare Exception for missing and malformed files alike
+    except Exception as error:  # the Rust code raises plain Exception for both missing and malformed files
         raise ConfigError(f"tokenizer file {path} cannot be read: {error}") from None
     missing = [token for token in SPECIAL_TOKENS.values() if tokenizer.token_to_id(token) is None]
     if missing:
@@ -132,7 +133,7 @@ def _read_tokenizer_file(path: Path) -> Tokenizer:
 
 def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        # A name on the Hub is `name` or `owner/name`; asking it for a path would only wait for the network.
+        # A Hub name is `name` or `owner/name`; a Hub request for a path would only wait for the network.
         raise ConfigError(f"tokenizer folder {name} does not exist")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, use_fast=True)
@@ -150,7 +151,7 @@ def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
 def _check(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     missing = [key for key in SPECIAL_TOKENS if getattr(tokenizer, key) is None]
     if missing:
-        raise ConfigError(f"tokenizer '{name}' has no {', '.join(missing)}; masked signal modelling needs all of them")
+        raise ConfigError(f"tokenizer '{name}' has no {', '.join(missing)}; masked signal modeling needs all of them")
     ids = tokenizer("a")["input_ids"]
     if len(ids) < 3 or ids[0] != tokenizer.cls_token_id or ids[-1] != tokenizer.sep_token_id:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Image bytes to the model's pixels: decode, random resized crop, flip, normalize."""
+"""Image transforms from encoded bytes to model pixels: decode, random resized crop, flip, normalize."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 
 MAX_PIXELS = 89_478_485
-"""Pillow's own bound: a quarter of a gigabyte as RGB. Larger images are refused before they are decoded."""
+"""Largest number of pixels of an image: the default of Pillow, a quarter of a gigabyte as RGB. Larger images are
+refused before decoding."""
 ASPECT_RATIOS = (3 / 4, 4 / 3)
-"""Range of width / height that a random crop is drawn from."""
+"""Range of the aspect ratio (width / height) of a random crop."""
 CROP_ATTEMPTS = 10
+"""Random crops to try before a central crop."""
 
-# Pillow only says that it cannot identify such an image. PNG: IHDR; JPEG: the frame header, height before width.
+# Pillow reports zero-size images only as unidentified. PNG: IHDR chunk; JPEG: frame header, height before width.
 _ZERO_SIZE = re.compile(
     rb"\x89PNG\r\n\x1a\n.{4}IHDR(\0{4}|.{4}\0{4})|\xff\xd8.*?\xff[\xc0-\xc2]..[\x08\x0c](\0\0|..\0\0)", re.DOTALL
 )
@@ -34,12 +36,12 @@ Box = tuple[float, float, float, float]
 
 
 def names_direction(caption: str) -> bool:
-    """Whether a caption has a left/right word (`left`, `Right-hand`, `leftmost`): a flip would make it false."""
+    """Whether a caption has a left/right word (`left`, `Right-hand`, `leftmost`), which a flip would make false."""
     return _DIRECTION.search(caption) is not None
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Read the header of an encoded image; no pixel is decoded yet.
+    """Read the header of an encoded image without decoding pixels.
 
     Raises:
         BadSample: zero-size image, decompression bomb, truncated image, unreadable image.
@@ -50,7 +52,7 @@ def open_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise BadSample("decompression bomb", str(error)) from None
-    except Exception as error:  # decoders raise a dozen types on damaged bytes; none of our code is inside
+    except Exception as error:  # decoders raise a dozen exception types on damaged bytes
         if _ZERO_SIZE.match(data):
             raise BadSample("zero-size image", "its header gives a width or height of 0") from None
         raise _undecodable(error) from None
@@ -61,9 +63,15 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], rng: Generator) -> Box:
-    """RandomResizedCrop (Szegedy et al. 2015, as in torchvision): a share of the area, then an aspect ratio.
+    """Draw the box of RandomResizedCrop (Szegedy et al. 2015, as in torchvision): an area, then an aspect ratio.
 
-    Where ten draws do not fit, the central crop of the nearest allowed aspect ratio. Scale (1, 1) is the whole image.
+    If ten draws do not fit into the image, the box is the central crop with the nearest allowed aspect ratio.
+
+    Args:
+        width: width of the image, in pixels.
+        height: height of the image, in pixels.
+        scale: range of the area, as fractions of the image; (1, 1) gives the whole image.
+        rng: source of randomness.
     """
     if scale == (1.0, 1.0):
         return 0, 0, width, height
@@ -83,10 +91,10 @@ def crop_box(width: int, height: int, scale: tuple[float, float], rng: Generator
 
 
 def resize(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
-    """Decode and resample the part of an image inside `box` (bicubic, antialiased) to (size, size, 3) uint8 RGB.
+    """Decode the part of an image inside `box` and resample it (bicubic, antialiased) to (size, size, 3) uint8 RGB.
 
-    A JPEG that is more than twice as large as needed is decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg does by
-    leaving out high frequencies.
+    A JPEG more than twice as large as needed is decoded at 1/2, 1/4 or 1/8 of its size; libjpeg does so by omitting
+    high frequencies.
 
     Raises:
         BadSample: truncated image, unreadable image.
@@ -97,7 +105,7 @@ def resize(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
         if rgb.size != (size, size) or box != (0, 0, size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.asarray(rgb)
-    except Exception as error:  # as in open_image: the decoder runs here
+    except Exception as error:  # the decoder runs here, see open_image
         raise _undecodable(error) from None
 
 
@@ -117,12 +125,13 @@ def _decode_smaller(image: Image.Image, box: Box, size: int) -> Box:
 
 
 class TrainTransform:
-    """Random resized crop and flip of one sample, drawn from (seed, epoch, key).
+    """Random resized crop and flip of one sample, as functions of (seed, epoch, key).
 
     Args:
-        size: pixels of a side of the result.
-        crop_scale: see :func:`crop_box`.
-        flip: probability of a horizontal flip where the caption names no direction.
+        size: height and width of the result, in pixels.
+        crop_scale: range of the area of the crop; see :func:`crop_box`.
+        flip: probability of a horizontal flip if the caption contains no left/right word.
+        seed: seed of the run.
     """
 
     def __init__(self, size: int, crop_scale: tuple[float, float], flip: float, seed: int) -> None:
@@ -132,14 +141,18 @@ class TrainTransform:
     def __call__(
         self, image: bytes | NDArray[np.uint8], caption: str | None, epoch: int, key: str
     ) -> NDArray[np.uint8]:
-        """(size, size, 3) uint8 from encoded bytes or an (H, W, 3) uint8 array; raises :class:`BadSample`.
+        """Transform encoded bytes or an (H, W, 3) uint8 array into (size, size, 3) uint8.
 
-        An array that already has the size is passed through when nothing is to be drawn.
+        An array of this size is returned unchanged if neither crop nor flip is random.
+
+        Raises:
+            BadSample: the image cannot be decoded.
         """
         is_ready = isinstance(image, np.ndarray) and image.shape == (self._size, self._size, 3)
         if is_ready and not self._random:
             return image  # type: ignore[return-value]
-        rng = sample_rng(self._seed, epoch, f"{key}/crop")  # not the masks' generator: they do not depend on the crop
+        # Not the generator of the masks, which must not depend on the crop.
+        rng = sample_rng(self._seed, epoch, f"{key}/crop")
         picture = open_image(image) if isinstance(image, bytes) else Image.fromarray(image)
         pixels = resize(picture, crop_box(*picture.size, self._crop_scale, rng), self._size)
         flips = rng.random() < self._flip and not (caption and names_direction(caption))
@@ -147,10 +160,10 @@ class TrainTransform:
 
 
 def channels_first(images: NDArray[np.uint8]) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) uint8."""
+    """Permute (B, H, W, 3) uint8 to (B, 3, H, W) uint8."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def normalize(images: NDArray[np.uint8]) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 with mean = std = 0.5, that is 0..255 to -1..1."""
+    """Convert (B, H, W, 3) uint8 to (B, 3, H, W) float32 with mean = std = 0.5, from 0..255 to -1..1."""
     return normalized(channels_first(images))

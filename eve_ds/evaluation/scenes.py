@@ -1,9 +1,9 @@
-"""What a model has learnt from scenes: masked words and pixels, with the right and with a wrong other modality.
+"""Evaluation on scenes: masked words and pixels, given the right or a wrong other modality, and binding.
 
-A model that looks at the image predicts a masked word better with the right image than with another scene's; the gap is
-the number to watch. Words are asked beside the whole image and pixels beside the whole caption, as the paper trains
-them; words also beside a masked image, as `joint` does. The binding probe asks more: in a scene of two objects, which
-attribute belongs to which object?
+A model that uses the image predicts a masked word better with the right image than with that of another scene; the gap
+is the number to watch. As in the training of the paper, words are predicted given the whole image, and pixels given
+the whole caption. Words are also predicted given a masked image, as in `joint`. The binding probe tests whether the
+model knows which attribute belongs to which object in a scene of two objects.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from eve_ds.distributed import all_reduce_sum
 from eve_ds.model.eve import EVE, EVEOutput
 from eve_ds.objectives.registry import objectives_of
 
-WORD_CLASSES = {"color": "colour", "shape": "shape", "size": "size", "position": "position"}
-"""Word class of :func:`eve_ds.data.synthetic.scenes.word_class` -> key of the result."""
+WORD_CLASSES = ("color", "shape", "size", "position")
+"""Word classes of :func:`eve_ds.data.synthetic.scenes.word_class`; keys of the result."""
 SIDES = ("right", "wrong")
+"""The other modality: of the same scene, or of another scene."""
 MASKED = "masked_image."
-"""Before the names of what is asked beside a masked image."""
+"""Prefix of results with a masked image."""
 SCENES_SEED = 0
-"""World of the evaluation scenes; their descriptions occur in no training scene of any seed."""
+"""Seed of the evaluation scenes; their descriptions occur in no training scene of any seed."""
 
 
 class Tally:
-    """Sums by name that several ranks can add up."""
+    """Sums and counts by name, for means over several ranks."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -48,15 +49,15 @@ class Tally:
         self.sums[name][1] += values.numel()
 
     def means(self, names: Sequence[str]) -> dict[str, float]:
-        """Mean of each name over all ranks; `names` must be the same on every rank."""
+        """Return the mean of each name over all ranks; `names` must be the same on every rank."""
         total = all_reduce_sum(torch.tensor([self.sums[name] for name in names], dtype=torch.float64))
         return {name: float(total[i, 0] / total[i, 1].clamp(min=1)) for i, name in enumerate(names)}
 
 
 def trains_on_scenes(config: Config) -> bool:
-    """Whether the run is one that :func:`evaluate_scenes` says something about.
+    """Whether :func:`evaluate_scenes` applies to the run.
 
-    It is where masked words or pixels of scenes at their own size are predicted in pairs.
+    It applies if the run predicts masked words or pixels, and a source has pairs of scenes at their original size.
     """
     pairs = any(source.kind == "scenes" and source.modalities in ("pair", "any") for source in config.data.sources)
     predicts = config.model.predicts_words or config.model.predicts_pixels
@@ -74,32 +75,43 @@ def evaluate_scenes(
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, Any]:
-    """Masked words, foreground pixels and binding on validation scenes of the level that the model was trained on.
+    """Evaluate masked words, foreground pixels and binding on validation scenes of the level of the training.
 
-    Every rank takes each `world_size`-th scene and runs the same number of forwards, as expert parallelism needs.
+    Rank r evaluates every `world_size`-th scene, starting with scene r. All ranks run the same number of forward
+    passes, as expert parallelism requires.
 
     Args:
-        model: an EVE; put into evaluation mode and back.
-        config: of the run; its share of masked patches is used, its seed is not.
-        tokenizer: one token per word of the captions.
-        num_scenes: scenes over all ranks, a multiple of 2 * `world_size`; half as many are used for each probe.
-        batch_size: scenes of one forward.
-        rank, world_size: which share this process takes.
+        model: an EVE; in evaluation mode during the call.
+        config: configuration of the run; its ratio of masked patches is used, its seed is not.
+        tokenizer: tokenizer with one token per word of the captions.
+        num_scenes: number of scenes over all ranks, a multiple of 2 * `world_size`; binding uses half as many.
+        batch_size: scenes per forward pass.
+        rank: rank of this process.
+        world_size: number of ranks.
 
     Returns:
-        Of a model that predicts words: `colour`, `shape`, `size`, `position` -> {right, wrong} accuracy of masked words
-        beside the whole image, half of the caption being masked; `hidden_words` -> {right, wrong} accuracy of all words
-        of captions that are hidden whole; for level `easy` `binding` -> probe -> {target, distractor}, shares of
-        answers beside the whole image, phrases in random order; `masked_image` -> the word classes and `binding` again
-        beside an image with masked patches. Of a model that predicts pixels: `pixel_loss` -> {right, wrong} squared
-        error of masked foreground patches beside the whole caption, in the terms of `model.pixel_target`.
+        For a model that predicts words:
+
+        - `color`, `shape`, `size`, `position` -> {right, wrong}: accuracy of masked words, given the whole image; half
+          of the words are masked.
+        - `hidden_words` -> {right, wrong}: accuracy of all words, given the whole image; all words are masked.
+        - `binding` (level `easy` only) -> probe -> {target, distractor}: fractions of the answers, given the whole
+          image; phrases are in random order.
+        - `masked_image`: the word classes and `binding` again, given an image with masked patches.
+
+        For a model that predicts pixels:
+
+        - `pixel_loss` -> {right, wrong}: squared error of masked foreground patches, given the whole caption, with the
+          target of `model.pixel_target`.
 
     Raises:
-        ConfigError: no task of the pre-training predicts words or pixels.
+        ConfigError: no objective predicts words or pixels.
     """
     if not (config.model.predicts_words or config.model.predicts_pixels):
         names = ", ".join(config.model.objectives)
-        raise ConfigError(f"model.objectives ({names}) must hold mim, mlm or joint for masked signals of scenes")
+        raise ConfigError(
+            f"model.objectives ({names}) must include mim, mlm or joint to evaluate masked signals of scenes"
+        )
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -114,7 +126,7 @@ def evaluate_scenes(
             _tally_words(tally, model, batch, tokenizer)
         if config.model.predicts_pixels:
             _tally_pixels(tally, model, batch, chunk, config.model)
-    has_probes = scenes.level.name == "easy"  # captions of the other level give no positions to name an object by
+    has_probes = scenes.level.name == "easy"  # captions of the other level have no positions, which probes need
     if config.model.predicts_words and has_probes:
         probes = list(binding_probes(scenes, num_scenes // 2))[rank::world_size]
         _tally_binding(tally, model, probes, collate, tokenizer, batch_size)
@@ -124,11 +136,10 @@ def evaluate_scenes(
 
 
 def _names(config: ModelConfig, has_probes: bool) -> list[str]:
-    """Every name that is tallied, the same on every rank."""
-    words = [f"{key}.{side}" for key in WORD_CLASSES.values() for side in SIDES]
+    """Return all names of the tally; they are the same on every rank."""
+    words = [f"{key}.{side}" for key in WORD_CLASSES for side in SIDES]
     if has_probes:
-        kinds = [_british(kind) for kind in get_args(ProbeType)]
-        words += [f"binding.{kind}.{answer}" for kind in kinds for answer in ("target", "distractor")]
+        words += [f"binding.{kind}.{answer}" for kind in get_args(ProbeType) for answer in ("target", "distractor")]
     names = [f"pixel_loss.{side}" for side in SIDES] if config.predicts_pixels else []
     if config.predicts_words:
         names += [*words, *(f"hidden_words.{side}" for side in SIDES), *(MASKED + name for name in words)]
@@ -136,12 +147,12 @@ def _names(config: ModelConfig, has_probes: bool) -> list[str]:
 
 
 def samples_of(scenes: Sequence[Scene]) -> list[Sample]:
-    """Scenes as decoded samples; keys count from 0, so masks are the same at every call."""
+    """Convert scenes to decoded samples; keys count from 0, so masks are the same in every call."""
     return [Sample(f"eval-{i}", 0, scene.image, scene.caption) for i, scene in enumerate(scenes)]
 
 
 def ask(model: nn.Module, batch: Batch) -> EVEOutput:
-    """What an EVE predicts from one view: the patches and words that the batch shows, whatever its objectives."""
+    """Predict masked patches and words of one view, the visible parts of the batch, whatever the objectives are."""
     return cast(EVE, model).predict(
         pixel_values=batch.normalized_pixels,
         image_mask=batch.image_mask,
@@ -155,17 +166,17 @@ def ask(model: nn.Module, batch: Batch) -> EVEOutput:
 
 
 def with_whole_image(batch: Batch) -> Batch:
-    """The batch with every patch to be seen and none to be predicted."""
+    """Return the batch with all patches visible and none to predict."""
     return replace(batch, visible_patch_ids=None, visible_patch_mask=None, masked_patch_ids=None)
 
 
 def with_whole_caption(batch: Batch) -> Batch:
-    """The batch with every word to be seen and none to be predicted."""
+    """Return the batch with all words visible and none to predict."""
     return replace(batch, masked_input_ids=None, masked_token_ids=None, token_labels=None)
 
 
 def with_hidden_caption(batch: Batch, mask_token_id: int) -> Batch:
-    """The batch with every word hidden and to be predicted."""
+    """Return the batch with all words masked and to be predicted."""
     assert batch.input_ids is not None
     assert batch.attention_mask is not None
     place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
@@ -179,13 +190,13 @@ def with_hidden_caption(batch: Batch, mask_token_id: int) -> Batch:
 
 
 def with_another_image(batch: Batch) -> Batch:
-    """Every caption beside the image of the next sample."""
+    """Return the batch in which each caption has the image of another sample."""
     assert batch.pixel_values is not None
     return replace(batch, pixel_values=batch.pixel_values.roll(1, dims=0))
 
 
 def with_another_caption(batch: Batch) -> Batch:
-    """Every image beside the whole caption of the next sample."""
+    """Return the batch in which each image has the whole caption of another sample."""
     whole = with_whole_caption(batch)
     assert whole.input_ids is not None
     assert whole.attention_mask is not None
@@ -198,19 +209,18 @@ def _tally_words(tally: Tally, model: nn.Module, batch: Batch, tokenizer: PreTra
     whole = with_whole_image(batch)
     classes = [word_class(word) for word in tokenizer.convert_ids_to_tokens(_labels(batch).tolist())]
     chosen = {
-        key: torch.tensor([item == kind for item in classes], device=_labels(batch).device)
-        for kind, key in WORD_CLASSES.items()
+        kind: torch.tensor([item == kind for item in classes], device=_labels(batch).device) for kind in WORD_CLASSES
     }
     for prefix, asked in (("", whole), (MASKED, batch)):
         for side, hits in _hits(model, asked).items():
-            for key, of_class in chosen.items():
-                tally.add(f"{prefix}{key}.{side}", hits[of_class])
+            for kind, of_class in chosen.items():
+                tally.add(f"{prefix}{kind}.{side}", hits[of_class])
     for side, hits in _hits(model, with_hidden_caption(whole, int(tokenizer.mask_token_id))).items():
         tally.add(f"hidden_words.{side}", hits)
 
 
 def _hits(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """(M,) fp32, 1 = this masked word is predicted right, beside the right image and beside another."""
+    """Return whether each masked word is predicted correctly, (M,) fp32, for the right and for a wrong image."""
     shown = {"right": batch, "wrong": with_another_image(batch)}
     return {
         side: (ask(model, batch).token_logits().argmax(dim=-1) == _labels(batch)).float()
@@ -256,7 +266,7 @@ def _tally_binding(
         for prefix, whole_image in (("", True), (MASKED, False)):
             answers = answer_probes(model, chunk, collate, tokenizer, whole_image=whole_image)
             for probe, given in zip(chunk, answers, strict=True):
-                name = f"{prefix}binding.{_british(probe.probe_type)}"
+                name = f"{prefix}binding.{probe.probe_type}"
                 tally.add(f"{name}.target", torch.tensor(float(given == probe.target)))
                 tally.add(f"{name}.distractor", torch.tensor(float(given == probe.distractor)))
 
@@ -269,7 +279,7 @@ def answer_probes(
     *,
     whole_image: bool = True,
 ) -> list[str]:
-    """The word that the model puts at the asked place of each probe, beside the whole image or a masked one."""
+    """Return the predicted word of each probe, given the whole image or a masked one."""
     batch = collate(samples_of([probe.scene for probe in probes]))
     assert batch.attention_mask is not None
     input_ids = torch.full(batch.attention_mask.shape, tokenizer.pad_token_id)
@@ -286,14 +296,14 @@ def answer_probes(
 
 
 def _level(config: Config) -> LevelName:
-    """Level of the scenes that the run was trained on; `easy` where it was trained on other data."""
+    """Level of the scenes that the run was trained on; `easy` if it was trained on other data."""
     return next((source.level for source in config.data.sources if source.kind == "scenes"), "easy")
 
 
 def evaluation_config(config: Config) -> Config:
-    """The run's configuration with a fixed seed and fixed masks, so that every run is asked the same.
+    """Return the configuration with a fixed seed and fixed masks, so that all runs are evaluated alike.
 
-    Batches made with it mask images and captions at once, half of the words, and predict every masked patch.
+    With it, batches mask the image and half of the words at once, and every masked patch is predicted.
     """
     fixed = {
         "text_mask_ratio": 0.5,
@@ -310,10 +320,6 @@ def evaluation_config(config: Config) -> Config:
             "train": config.train.model_copy(update={"seed": 0}),
         }
     )
-
-
-def _british(probe_type: ProbeType) -> str:
-    return probe_type.replace("color", "colour")
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Plain PyTorch weights: out of a run, from released files and image Transformers, and back into a model."""
+"""Plain PyTorch weights: export them from a run, convert released files and image Transformers, and load them."""
 
 from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.export.importing import import_weights

@@ -1,9 +1,9 @@
-"""Dense image Transformers as others publish them: what their tensors are called, their sizes, and what they lack.
+"""Read published dense image Transformers: names of their tensors, sizes, and missing parts.
 
-ViT, BEiT   Hugging Face's folders: config.json describes model.safetensors or pytorch_model.bin.
-BEiTv2      its authors' file (microsoft/unilm, folder beit2), pre-trained or fine-tuned; timm's folder, whose
-            config.json names an architecture such as beitv2_base_patch16_224, or the file in it alone. Names are those
-            of the authors in all of these, and sizes are read from the tensors. Activation, eps of LayerNorms and the
+ViT, BEiT   Folders of Hugging Face: config.json describes model.safetensors or pytorch_model.bin.
+BEiTv2      File of the authors (microsoft/unilm, folder beit2), pre-trained or fine-tuned; folder of timm, whose
+            config.json names an architecture such as beitv2_base_patch16_224, or only the file in it. All of these use
+            the names of the authors, and sizes are read from the tensors. Activation, epsilon of LayerNorms and
             normalization of pixels are those of the published code.
 """
 
@@ -19,26 +19,28 @@ from torch import Tensor
 from eve_ds.export.weight_files import WeightFileError, read_tensors
 
 FILES = ("model.safetensors", "pytorch_model.bin")
+"""Weight files that are read from a folder; the first one present is used."""
 KINDS = {"vit": "vit.", "beit": "beit."}
-"""model_type -> prefix of its names in models with a head."""
+"""model_type -> prefix of tensor names in models with a head."""
 ARCHITECTURES = "beitv2_"
-"""How timm's names of BEiTv2 start."""
+"""Prefix of timm's names for BEiTv2."""
 SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "patch_size")
+"""Sizes that must be equal in checkpoint and model; keys of :class:`eve_ds.config.ModelConfig`."""
 
 
 class Names(NamedTuple):
-    """What a checkpoint calls its modules and tensors; names from `norm1` on come after the prefix of a layer."""
+    """Names of the modules and tensors of a checkpoint; the names from `norm1` on follow the prefix of a layer."""
 
     projection: str
     class_token: str
     position: str
     norm: str
     layer: str
-    """Prefix of a layer, {} for its number."""
+    """Prefix of a layer, with {} for its index."""
     norm1: str
     norm2: str
     qkv: tuple[str, ...]
-    """Weights of queries, keys and values: of each, or of all, stacked."""
+    """Weights of queries, keys and values: three tensors, or one stacked tensor."""
     q_bias: str
     v_bias: str
     proj: str
@@ -93,35 +95,41 @@ _BEIT2_LEFT_OUT = {
 
 
 class Dense(NamedTuple):
-    """A checkpoint that an EVE can start from."""
+    """Dense checkpoint that an EVE can be initialized from."""
 
     source: Path
+    """Folder or file."""
     kind: str
-    """What it is with its article, for messages."""
+    """Kind of the checkpoint with its article, for messages."""
     names: Names
+    """Names of its modules and tensors."""
     tensors: dict[str, Tensor]
-    """In the precision of the file; names without the prefix of a model with a head."""
+    """Tensors in the precision of the file, by names without the prefix of a model with a head."""
     sizes: dict[str, Any]
-    """`num_hidden_layers` and SIZES under the keys of our config, without those that the checkpoint does not tell."""
+    """`num_hidden_layers` and those of SIZES that the checkpoint determines, by the keys of our config."""
     has_position: bool
+    """Whether there is a position table."""
     has_norm: bool
-    """LayerNorm after the last layer, applied to every token."""
+    """Whether there is a LayerNorm after the last layer that applies to every token."""
     has_bias: bool
-    """Of queries and values."""
+    """Whether queries and values have a bias."""
     has_scale: bool
+    """Whether there is LayerScale."""
     activation: str
+    """Activation of the feed-forward networks."""
     eps: float
+    """Epsilon of the LayerNorms."""
     left_out: dict[str, str]
-    """What a note says of tensors that no rule needs ("": nothing, as nothing is lost) -> pattern of their names."""
+    """Text of a note on unused tensors (empty: no note, because nothing is lost) -> pattern of their names."""
     notes: tuple[str, ...] = ()
-    """What else the model computes differently, in sentences."""
+    """Further differences of the model from the checkpoint, as sentences."""
 
 
 def read_dense(source: Path) -> Dense:
-    """Read a folder of Hugging Face or timm, or a file of BEiTv2; :func:`read_tensors` says how pickles are read.
+    """Read a folder of Hugging Face or timm, or a file of BEiTv2; see :func:`read_tensors` for pickles.
 
     Raises:
-        WeightFileError: it cannot be read, is of another kind, or lacks what tells its sizes.
+        WeightFileError: the source cannot be read, is of another kind, or lacks tensors that determine its sizes.
     """
     if not source.is_dir():
         return _beit2(source, read_tensors(source))
@@ -131,7 +139,7 @@ def read_dense(source: Path) -> Dense:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a kind that is read."""
+    """Read config.json and check that it describes a supported kind."""
     file = folder / "config.json"
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
@@ -183,7 +191,7 @@ def _beit2(source: Path, tensors: dict[str, Tensor]) -> Dense:
         tensors=tensors,
         sizes=_beit2_sizes(source, tensors),
         has_position="pos_embed" in tensors,
-        # Models that classify have fc_norm instead, on the average of patches: a part of their head.
+        # Classifiers have fc_norm instead, on the average of patches; it is part of their head.
         has_norm="norm.weight" in tensors or "fc_norm.weight" not in tensors,
         has_bias=True,
         has_scale=True,
@@ -195,7 +203,7 @@ def _beit2(source: Path, tensors: dict[str, Tensor]) -> Dense:
 
 
 def _beit2_sizes(source: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """What the shapes tell; of heads only the bias tables (distances, heads) do."""
+    """Return the sizes that shapes determine; only the bias tables (distances, heads) determine the number of heads."""
     layers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
     sizes = {
         "hidden_size": _extent(source, tensors, "cls_token", "1, 1, width"),
@@ -210,7 +218,7 @@ def _beit2_sizes(source: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _extent(source: Path, tensors: dict[str, Tensor], name: str, shape: str, axis: int = -1) -> int:
-    """Length of one axis of a tensor that has as many axes as `shape` names."""
+    """Return the length of one axis of a tensor, after a check that it has as many axes as `shape` names."""
     if name not in tensors:
         raise WeightFileError(f"{source} lacks {name}, which a BEiTv2 has: take it as its authors or timm publish it")
     found = tuple(tensors[name].shape)

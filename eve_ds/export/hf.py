@@ -1,10 +1,10 @@
-"""EVE as transformers classes: `AutoModel` and `AutoProcessor` load a folder that `export_hf` has written.
+"""EVE as transformers classes: `AutoModel` and `AutoProcessor` load the folders that `export_hf` writes.
 
     import eve_ds.export.hf
     model = AutoModel.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
 
-Importing this module registers the classes. A file of weights has the names of :mod:`eve_ds.export.plain`.
+Importing this module registers the classes. Weight files have the tensor names of :mod:`eve_ds.export.plain`.
 """
 
 from __future__ import annotations
@@ -45,37 +45,43 @@ from eve_ds.checkpoint.manifest import CONFIG
 from eve_ds.config import Config, ModelConfig, parse_config
 from eve_ds.data.transforms import normalize, open_image, resize
 from eve_ds.export.plain import REPORT, WEIGHTS, ExportError, check_weights, load, replacing
+from eve_ds.export.provenance import describe_objectives
 from eve_ds.model.eve import EVE
 
 CARD = "README.md"
 FILES = {CARD, CONFIG, WEIGHTS, "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-"""What `export_hf` writes."""
+"""Files that `export_hf` writes."""
 
 
-class EveConfig(PreTrainedConfig):  # noqa: PLW1641, as mutable and unhashable as every config of transformers
-    """The fields of :class:`eve_ds.config.ModelConfig`, with its defaults, as attributes; `moe` and `pixel_decoder` are
-    dictionaries.
+class EveConfig(PreTrainedConfig):  # noqa: PLW1641, mutable and unhashable like every config of transformers
+    """Configuration with the fields and defaults of :class:`eve_ds.config.ModelConfig` as attributes.
+
+    `moe` and `pixel_decoder` are dictionaries.
 
     Raises:
-        ConfigError: a name that is neither a field nor known to transformers, or a value against a rule.
+        ConfigError: a name is neither a field nor known to transformers, or a value breaks a rule.
     """
 
     model_type = "eve"
-    # transformers makes a dataclass of this, whose own comparison would see none of the fields.
+    # transformers makes this class a dataclass, whose own comparison would ignore the fields.
     __eq__ = PreTrainedConfig.__eq__
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Called with whatever is not an attribute of every transformers config."""
+        """Validate the fields; `kwargs` are arguments that are not attributes of every transformers config."""
         inherited = {name: kwargs.pop(name) for name in list(kwargs) if _is_of_every_config(name)}
         super().__post_init__(**inherited, **_validated(kwargs).model_dump(mode="json"))
 
     def to_model_config(self) -> ModelConfig:
-        """The same as EVE takes it; raises :class:`ConfigError` where an attribute was set against a rule."""
+        """Return the configuration for EVE.
+
+        Raises:
+            ConfigError: an attribute was set to a value that breaks a rule.
+        """
         return _validated({name: getattr(self, name) for name in ModelConfig.model_fields})
 
 
 def _is_of_every_config(name: str) -> bool:
-    """Such as `dtype`, or `attn_implementation`, which is kept under `_attn_implementation`."""
+    """Whether every transformers config has the name, such as `dtype`, or `attn_implementation` with an underscore."""
     return hasattr(PreTrainedConfig, name) or hasattr(PreTrainedConfig, f"_{name}")
 
 
@@ -85,26 +91,26 @@ def _validated(fields: dict[str, Any]) -> ModelConfig:
 
 @dataclass
 class EveModelOutput(ModelOutput):
-    """Encoded samples, S = image tokens (class token first), then text tokens; and what was asked to be predicted."""
+    """Encoded samples and requested predictions; S = image tokens (class token first), then text tokens."""
 
     last_hidden_state: Tensor | None = None
-    """(B, S, D), zero where no token is."""
+    """(B, S, D) states of tokens; zero for padding."""
     attention_mask: Tensor | None = None
-    """(B, S) bool, True = a real token."""
+    """(B, S) bool; True: a real token."""
     image_embedding: Tensor | None = None
-    """(B, D) state of the class token, zero for a sample without an image; None without images."""
+    """(B, D) state of the class token; zero for a sample without an image; None without images."""
     text_embedding: Tensor | None = None
     """(B, D) state of [CLS]; None without text."""
     pixel_predictions: Tensor | None = None
-    """(B, N_masked, P * P * 3), as `pixel_target` of the config says."""
+    """(B, N_masked, P * P * 3) predictions in the form of `pixel_target` of the config."""
     token_logits: Tensor | None = None
-    """(M, V)."""
+    """(M, V) logits of masked tokens."""
 
 
 class EveModel(PreTrainedModel):
-    """EVE with everything that it was pre-trained with: backbone, and the heads of its objectives; others are None.
+    """EVE with backbone and the heads of its pre-training objectives; other heads are None.
 
-    A model made from a config is drawn as :class:`eve_ds.model.eve.EVE` is.
+    A model created from a config has the same random initialization as :class:`eve_ds.model.eve.EVE`.
     """
 
     config_class = EveConfig
@@ -114,15 +120,15 @@ class EveModel(PreTrainedModel):
     def __init__(self, config: EveConfig) -> None:
         super().__init__(config)
         eve = EVE(config.to_model_config())
-        # Its parts and not EVE itself, so that names need no prefix: a state dict of this model, a file that it saved,
-        # a plain export and a run's checkpoint all name a weight alike. Nothing is tied: the text head has no matrix of
-        # its own, `forward` multiplies by the word embedding, and both exist once.
+        # The parts of EVE instead of EVE itself, so that names have no additional prefix: a state dict of this model, a
+        # file that it saved, a plain export and a checkpoint of a run use the same names. No weights are tied: the text
+        # head has no matrix, `forward` multiplies by the word embedding, and the matrix exists once.
         self.backbone, self.pixel_decoder, self.text_head = eve.backbone, eve.pixel_decoder, eve.text_head
         self.matching = eve.matching
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """EVE has drawn them."""
+        """Do nothing: EVE has initialized its weights."""
 
     def forward(
         self,
@@ -135,9 +141,9 @@ class EveModel(PreTrainedModel):
         masked_patch_ids: Tensor | None = None,
         masked_token_ids: Tensor | None = None,
     ) -> EveModelOutput:
-        """Encode images (B, 3, H, W), text (B, L) int64, or pairs, and predict what is masked and there is a head for.
+        """Encode images (B, 3, H, W), text (B, L) int64, or pairs; predict masked parts for which there is a head.
 
-        Arguments and errors are those of :meth:`eve_ds.model.eve.EVE.predict`; masks may be integers too.
+        Arguments and errors are those of :meth:`eve_ds.model.eve.EVE.predict`; masks can also be integers.
         """
         encoded = self.backbone(
             pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask
@@ -160,11 +166,11 @@ class EveModel(PreTrainedModel):
         )
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D)."""
+        """Encode images (B, 3, H, W) to embeddings (B, D)."""
         return self(pixel_values).image_embedding
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, L) int64, (B, L) -> (B, D)."""
+        """Encode token IDs (B, L) int64 with an optional mask (B, L) to embeddings (B, D)."""
         return self(input_ids=input_ids, attention_mask=attention_mask).text_embedding
 
     @staticmethod
@@ -175,13 +181,17 @@ class EveModel(PreTrainedModel):
         load_config: LoadStateDictConfig,
         expected_keys: list[str] | None = None,
     ) -> tuple[LoadStateDictInfo, dict[Any, Any]]:
-        """The step of `from_pretrained` that fills the model, until now on the meta device; may raise ExportError.
+        """Load the weights in `from_pretrained`; until this step the model is on the meta device.
 
-        That of transformers sets a parameter by each name of the state dict, where a stacked one has a name for every
-        expert; it draws at random what the files lack, and passes over what the model lacks.
+        The method of transformers is not usable: it sets one parameter for each name of the state dict, but a stacked
+        parameter has a name for every expert. It also initializes missing weights at random and ignores unknown ones.
+
+        Raises:
+            ExportError: the weights are not those of the config.
+            ValueError: `device_map` or quantization was requested.
         """
         if load_config.device_map is not None or load_config.is_quantized:
-            raise ValueError("EveModel is loaded as it is, on the CPU: leave out device_map and quantization_config")
+            raise ValueError("EveModel loads only unquantized on the CPU: leave out device_map and quantization_config")
         if state_dict is None:
             state_dict = {name: w for file in checkpoint_files or [] for name, w in load_state_dict(file).items()}
         where = str(load_config.pretrained_model_name_or_path)
@@ -189,7 +199,7 @@ class EveModel(PreTrainedModel):
             check_weights(state_dict, model.config.to_model_config(), where)
         except CheckpointError as error:
             raise ExportError(f"{where} cannot be loaded: {error}") from None
-        # Copied for the same reason as in `eve_ds.export.load`.
+        # Copied for the reason given in `eve_ds.export.plain.load`.
         weights = {name: weight.to(model.dtype, copy=True) for name, weight in state_dict.items()}
         model.load_state_dict(weights, assign=True)
         nothing = LoadStateDictInfo(
@@ -204,18 +214,18 @@ class EveModel(PreTrainedModel):
 
 
 PixelSource = bytes | Image.Image | NDArray[np.uint8]
-"""An encoded image, one that Pillow has opened, or (H, W, 3) uint8."""
+"""Encoded image, opened Pillow image, or (H, W, 3) uint8 array."""
 
 
 class EveImageProcessor(BaseImageProcessor):
-    """Whole images to the model's pixels, exactly as :mod:`eve_ds.data.transforms` makes them for evaluation.
+    """Image processor with exactly the evaluation transform of :mod:`eve_ds.data.transforms`.
 
     Args:
-        image_size: pixels of a side of the result.
-        kwargs: what transformers keeps beside it.
+        image_size: height and width of the result, in pixels.
+        kwargs: further arguments of the base class.
     """
 
-    model_input_names = ["pixel_values"]  # noqa: RUF012, as transformers declares it
+    model_input_names = ["pixel_values"]  # noqa: RUF012, declared like this by transformers
 
     def __init__(self, image_size: int = 224, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -224,10 +234,10 @@ class EveImageProcessor(BaseImageProcessor):
     def preprocess(
         self, images: PixelSource | Sequence[PixelSource], return_tensors: str | None = "pt"
     ) -> BatchFeature:
-        """`pixel_values` (B, 3, image_size, image_size) float32, -1 to 1, of one image or several.
+        """Convert one image or several to `pixel_values` (B, 3, image_size, image_size) float32 in -1..1.
 
         Raises:
-            ValueError: an array that is not (H, W, 3) uint8, or an image that cannot be decoded.
+            ValueError: an array is not (H, W, 3) uint8, or an image cannot be decoded.
         """
         several: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
         pixels = [self._resize(_opened(image)) for image in several]
@@ -245,18 +255,19 @@ def _opened(image: PixelSource) -> Image.Image:
             raise ValueError(f"an image of shape {image.shape} and dtype {image.dtype} must be (H, W, 3) uint8")
         return Image.fromarray(image)
     if isinstance(image, JpegImageFile) and image.tile and image.fp:
-        # Not decoded yet: `resize` decodes it smaller, as in training, which would change the caller's image.
+        # Not decoded yet. `resize` decodes it at a smaller size, as in training, which would change the caller's image.
         image.fp.seek(0)
         return open_image(image.fp.read())
     return image
 
 
 class EveProcessor(ProcessorMixin):
-    """Images and captions to the inputs of :class:`EveModel`.
+    """Processor that converts images and captions to the inputs of :class:`EveModel`.
 
     Args:
-        image_processor: for images.
-        tokenizer: for captions; its `model_max_length` is the most tokens of one, [CLS] and [SEP] included.
+        image_processor: processor of images.
+        tokenizer: tokenizer of captions; its `model_max_length` limits the tokens of a caption, including [CLS] and
+            [SEP].
     """
 
     def __init__(self, image_processor: EveImageProcessor, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -268,14 +279,15 @@ class EveProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
-        """Inputs of the model for images, captions, or as many of both.
+        """Return the inputs of the model for images, captions, or equal numbers of both.
 
         Returns:
-            `pixel_values` (B, 3, H, W) float32; `input_ids` (B, L) int64 and `attention_mask` (B, L) bool, where L is
-            the longest caption, cut to the tokenizer's `model_max_length`. They equal those of training.
+            `pixel_values` (B, 3, H, W) float32; `input_ids` (B, L) int64 and `attention_mask` (B, L) bool. L is the
+            length of the longest caption, at most `model_max_length` of the tokenizer. The values are those of
+            training.
 
         Raises:
-            ValueError: neither images nor captions, not as many of both, or an image that cannot be used.
+            ValueError: neither images nor captions, different numbers of both, or an image that cannot be used.
         """
         inputs: dict[str, Tensor] = {}
         if images is not None:
@@ -284,11 +296,11 @@ class EveProcessor(ProcessorMixin):
             inputs |= self._encode([text] if isinstance(text, str) else list(text))
         sizes = {name: len(tensor) for name, tensor in inputs.items()}
         if not inputs or len(set(sizes.values())) > 1:
-            raise ValueError(f"give images, captions, or as many of both; these are {sizes or 'neither'}")
+            raise ValueError(f"pass images, captions, or equal numbers of both; these are {sizes or 'neither'}")
         return BatchFeature(inputs, tensor_type=return_tensors)
 
     def _encode(self, captions: list[str]) -> dict[str, Tensor]:
-        """[CLS] caption [SEP] as :mod:`eve_ds.data.collate` writes it, whatever else this tokenizer would add."""
+        """Encode captions as [CLS] caption [SEP], like :mod:`eve_ds.data.collate`, whatever the tokenizer would add."""
         tokenizer = self.tokenizer
         encoded = tokenizer(captions, add_special_tokens=False, padding=False, truncation=False, verbose=False)
         cut = [ids[: tokenizer.model_max_length - 2] for ids in encoded["input_ids"]]
@@ -301,18 +313,18 @@ class EveProcessor(ProcessorMixin):
 
 
 def export_hf(source: Path | str, out: Path | str, dtype: torch.dtype = torch.float32) -> None:
-    """Write the export in the folder `source` as a transformers model into the folder `out`.
+    """Write the export in the folder `source` as a transformers model to the folder `out`.
 
-    `out` is new or empty, or holds nothing but an earlier result of this function, which is replaced. A killed call
-    leaves no half-written `out`.
+    A killed call leaves no incomplete `out`.
 
     Args:
-        source: a folder that :func:`eve_ds.export.load` reads.
-        out: gets weights, config, tokenizer and processor, and a model card.
-        dtype: of the weights.
+        source: folder that :func:`eve_ds.export.load` reads.
+        out: folder for weights, config, tokenizer, processor and model card. It is new or empty, or contains only an
+            earlier result of this function, which is replaced.
+        dtype: data type of the weights.
 
     Raises:
-        ExportError: `source` is not an export, or `out` holds something else.
+        ExportError: `source` is not an export, or `out` has other contents.
         OSError: writing failed.
     """
     source, out = Path(source), Path(out)
@@ -324,8 +336,8 @@ def export_hf(source: Path | str, out: Path | str, dtype: torch.dtype = torch.fl
     tokenizer.model_max_length = config.model.text_length
     processor = EveProcessor(EveImageProcessor(config.model.image_size), tokenizer)
     with replacing(out) as folder:
-        model.save_pretrained(folder, max_shard_size="1000GB")  # one file, so that its name is known
-        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read it
+        model.save_pretrained(folder, max_shard_size="1000GB")  # a single file, so that its name is known
+        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes files readable by their owner only
         processor.save_pretrained(folder)
         (folder / CARD).write_text(_card(config, source, dtype), encoding="utf-8")
 
@@ -336,13 +348,13 @@ def _check_out(out: Path) -> None:
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if foreign := names - FILES:
         raise ExportError(f"{out} is not empty, it holds {listed(foreign)}: name a new or empty folder")
-    mark = f'"model_type": "{EveConfig.model_type}"'  # as transformers writes it
+    mark = f'"model_type": "{EveConfig.model_type}"'  # in the form that transformers writes
     if names and (CONFIG not in names or mark not in (out / CONFIG).read_text(encoding="utf-8")):
-        raise ExportError(f"{out} is not empty, and no EVE for transformers: name a new or empty folder")
+        raise ExportError(f"{out} is not empty, and is not an EVE for transformers: name a new or empty folder")
 
 
 def _card(config: Config, source: Path, dtype: torch.dtype) -> str:
-    """Model card; where the weights are from if the export says so."""
+    """Return the model card, with the origin of the weights if the export has a report."""
     origin = ""
     if (source / REPORT).is_file():
         report = json.loads((source / REPORT).read_text(encoding="utf-8"))
@@ -353,7 +365,11 @@ tags: [eve, vision-language, mixture-of-experts]
 ---
 # {config.name}
 
-EVE (Chen et al., AAAI 2024), pre-trained with eve_ds; {str(dtype).removeprefix("torch.")}.
+EVE (Chen et al., AAAI 2024), pre-trained with eve_ds on these objectives:
+
+{describe_objectives(config)}
+
+Data type of the weights: {str(dtype).removeprefix("torch.")}.
 {origin}
 ```python
 import eve_ds.export.hf

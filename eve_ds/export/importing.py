@@ -1,4 +1,4 @@
-"""Released weights in: a file under the released names becomes a folder that :func:`eve_ds.export.load` reads."""
+"""Import released weights: convert a file with released names to a folder that :func:`eve_ds.export.load` reads."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def import_weights(
     tokenizer: str | None = None,
     image_size: int | None = None,
 ) -> StartReport:
-    """Write the backbone that `file` holds under the released names into the folder `out`, as fp32.
+    """Write the backbone from a file with released names to the folder `out`, in fp32.
 
-    Position tables are fitted to the model: images of another size by bicubic interpolation with the class row kept,
-    texts by leaving out the last rows. Pixel decoder and text head, which a released file lacks, are drawn as those of
-    a new model with `config.train.seed`.
+    Position tables are fitted to the model: the image table by bicubic interpolation of all rows except the class row,
+    the text table by omitting its last rows. A released file lacks pixel decoder and text head; these get the initial
+    weights of a new model with `config.train.seed`.
 
     Args:
-        file: .pth, .pt, .bin or .safetensors; see :func:`eve_ds.export.weight_files.read_tensors`. Names may have the
-            prefix `backbone.` or not.
-        out: a new or empty folder.
-        config: of the model; everything but the position tables must have the shapes of the file.
-        tokenizer: what :func:`eve_ds.data.tokenizer.load_tokenizer` takes; None: `config.data.tokenizer`.
-        image_size: takes the place of `config.model.image_size`.
+        file: .pth, .pt, .bin or .safetensors file; see :func:`eve_ds.export.weight_files.read_tensors`. Names may have
+            the prefix `backbone.` or not.
+        out: new or empty folder.
+        config: configuration of the model; the shapes of all tensors except the position tables must match the file.
+        tokenizer: argument of :func:`eve_ds.data.tokenizer.load_tokenizer`; None: `config.data.tokenizer`.
+        image_size: replaces `config.model.image_size`; None: no change.
 
     Raises:
-        WeightFileError: `file` cannot be read, or does not hold exactly the released backbone, heads included.
+        WeightFileError: `file` cannot be read, lacks tensors of the backbone, or contains others, such as heads.
         ConfigError: the tokenizer cannot be used, or `image_size` is not a multiple of the patch size.
-        ExportError: `out` holds something.
+        ExportError: `out` is not empty.
         CheckpointError: a weight is not finite.
         OSError: writing failed.
     """
@@ -61,7 +61,10 @@ def import_weights(
 
 
 def read_backbone(file: Path, config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """The backbone of a released file under our names, fp32, position tables fitted; and what was fitted, in sentences.
+    """Read the backbone of a released file with our names, in fp32 and with fitted position tables.
+
+    Returns:
+        The tensors, and one sentence for each fitted table.
 
     Raises:
         WeightFileError: see :func:`import_weights`.
@@ -71,7 +74,10 @@ def read_backbone(file: Path, config: ModelConfig) -> tuple[dict[str, Tensor], l
 
 
 def _read_backbone(file: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Tensors under the released names with the prefix, compared with what the model needs, tables' rows excepted."""
+    """Read the tensors with released names and prefix; check that names and shapes are those of the model.
+
+    Rows of position tables may differ.
+    """
     state = read_tensors(file)
     prefix = PREFIX if any(name.startswith(PREFIX) for name in state) else ""
     with torch.device("meta"):
@@ -89,7 +95,7 @@ def _read_backbone(file: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _misfit(name: str, found: Tensor, expected: Tensor) -> str | None:
-    """What is wrong with a tensor of the file, or None."""
+    """Describe the problem of a tensor of the file; None if there is none."""
     stem = name.removeprefix(PREFIX)
     if PREFIX + stem in POSITION_BUFFERS:
         return None
@@ -102,10 +108,13 @@ def _misfit(name: str, found: Tensor, expected: Tensor) -> str | None:
 
 
 def fit_positions(weights: dict[str, Tensor], config: ModelConfig, where: str) -> list[str]:
-    """Fit both position tables to the model in place; what was done, in sentences.
+    """Fit both position tables to the model in place.
+
+    Returns:
+        One sentence for each changed table.
 
     Raises:
-        WeightFileError: a table that cannot be fitted.
+        WeightFileError: a table cannot be fitted.
     """
     before = {name: weights[name].shape[0] for name in (IMAGE_POSITIONS, TEXT_POSITIONS)}
     try:

@@ -1,7 +1,7 @@
-"""Names of the released EVE backbone, to and from ours.
+"""Conversion between the tensor names of the released EVE backbone and ours.
 
-The released files prefix everything with `backbone.`, as we do. Shapes of EVE-Base are in
-`tests/export/test_official.py`. Spelling mistakes of the original (`pre_layrnorm`, `mlp_imag`) are theirs.
+The released files use the prefix `backbone.` for all names, as we do. Shapes of EVE-Base are in
+`tests/export/test_official.py`. Misspelled names (`pre_layrnorm`, `mlp_imag`) are those of the original.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 PREFIX = "backbone."
 POSITION_BUFFERS = {"backbone.position_ids_vision", "backbone.position_ids_text"}
-"""Counts from 0; fine-tuning code makes them anew, so that not every file has them."""
+"""Buffers with counts from 0. Fine-tuning code creates them, so not every file has them."""
 
 _STEM = {
     "class_embedding_vision": "image_embedding.class_token",
@@ -45,10 +45,10 @@ _STEM_BACK, _BLOCK_BACK = ({ours: theirs for theirs, ours in table.items()} for 
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Backbone state dict under the released names -> the same under ours, with the prefix `backbone.` or without.
+    """Convert a backbone state dict from released names, with or without the prefix `backbone.`, to our names.
 
-    The two modality embeddings of a router become the rows of one tensor, position buffers are left out. Tensors are
-    not copied, and names that the table does not have stay as they are.
+    The two modality embeddings of a router become the rows of one tensor; position buffers are omitted. Tensors are not
+    copied. Unknown names are not changed.
     """
     ours = {}
     for name, tensor in state.items():
@@ -65,15 +65,15 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of :class:`eve_ds.model.eve.EVE` -> the backbone under the released names, prefix included.
+    """Convert a state dict of :class:`eve_ds.model.eve.EVE` to the backbone with released names and prefix.
 
-    The inverse of :func:`from_official`: 510 tensors for EVE-Base, the two int64 position buffers among them. Pixel
-    decoder and text head have no place in a released file and are left out. Tensors are not copied. A router without
-    modality embedding gets zeros, which say the same.
+    Inverse of :func:`from_official`. EVE-Base has 510 tensors, including two int64 position buffers. Pixel decoder and
+    text head are omitted, because released files do not contain them. Tensors are not copied. A router without modality
+    embedding gets embeddings of zeros, which are equivalent.
 
     The released code routes differently from our default profile (see :mod:`eve_ds.model.moe`): its experts see the
-    modality embedding, and capacity drops at evaluation. A model trained under `profile: official` computes the same
-    there as here, any other something close to it.
+    modality embedding, and it drops tokens beyond the capacity in evaluation. A model trained with `profile: official`
+    has the same outputs in the released code; the outputs of other models are only similar.
     """
     official = {}
     for name, tensor in state.items():
@@ -101,9 +101,9 @@ def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_official(state: dict[str, Tensor], file: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the backbone of an EVE state dict as a file that the released fine-tuning code loads.
 
-    `torch.save` of the flat dictionary of :func:`to_official`, floating-point tensors in `dtype`. The released
-    `load_pretrain_beit` takes what is under the key `model` if there is one, otherwise the dictionary itself. A killed
-    write leaves no half-written `file`.
+    The file is a `torch.save` of the flat dictionary of :func:`to_official`, with floating-point tensors in `dtype`.
+    The released `load_pretrain_beit` reads the value under the key `model` if that exists, otherwise the dictionary
+    itself. A killed write leaves no incomplete `file`.
 
     Raises:
         OSError: writing failed.

@@ -1,8 +1,8 @@
-"""Plain weights: out of a checkpoint into a folder, and from there into a model; neither step knows DeepSpeed.
+"""Export plain weights from a checkpoint to a folder, and load them into a model, both without DeepSpeed.
 
-`export` writes model.safetensors, config.json, tokenizer/, export.json (what was written and how it was checked) and
-README.md (the same for people). It reads them back and compares the model's outputs with those that the engine
-recorded at the save.
+`export` writes model.safetensors, config.json, tokenizer/, export.json (report of the export and its check) and
+README.md (model card). It then loads the folder and compares outputs of the model with outputs that the engine recorded
+when it saved the checkpoint.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from eve_ds.model.naming import expert_id
 
 REPORT, CARD = "export.json", "README.md"
 OFFICIAL = "eve_official.pth"
-"""Beside them where it was asked for; see :func:`eve_ds.export.official.write_official`."""
+"""Optional file in the folder of an export; see :func:`eve_ds.export.official.write_official`."""
 _OWN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer|export\.json|"
     r"README\.md|eve_official\.pth"
 )
-"""What an export may hold."""
+"""Names of files and folders that an export can contain."""
 TOLERANCES = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 5e-3}
-"""Of the norm of a difference in outputs to the norm of the outputs: the order of sums in fp32; a few units of the last
-place of bf16 (2^-8) and fp16 (2^-11)."""
+"""Precision -> largest ratio ||difference|| / ||outputs||. Reasons: the order of summation in fp32; a few units in the
+last place of bf16 (2^-8) and fp16 (2^-11)."""
 TOLERANCE_ACROSS_DEVICES = 1e-4
-"""The same for fp32 outputs recorded on an accelerator, whose kernels sum and round differently."""
+"""Same ratio for fp32 outputs that were recorded on an accelerator, whose kernels sum and round differently."""
 
 
 class ExportError(ValueError):
-    """An export that cannot be written, or a folder that is not one; the message says what to do."""
+    """Raised if an export cannot be written, or a folder is not an export; the message says what to do."""
 
 
 def export(
@@ -62,21 +62,23 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     must_check: bool = False,
 ) -> ExportReport:
-    """Write the weights, config and tokenizer of a run or checkpoint into the folder `out`.
+    """Write weights, config and tokenizer of a run or checkpoint to the folder `out`.
 
-    `out` is new or empty, or holds an earlier export of the same run, which is replaced. A killed export leaves no
-    half-written `out`.
+    A killed export leaves no incomplete `out`.
 
     Args:
-        source: run or checkpoint.
-        out: folder to write.
-        dtype: of the file; fp32 masters are rounded to it.
-        max_shard_bytes: weights beyond this go into several files with an index.
-        must_check: refuse a checkpoint without recorded outputs, which the export could not be compared with.
+        source: folder of a run or checkpoint.
+        out: folder that is new, empty, or an earlier export of the same run, which is replaced.
+        dtype: data type of the file; fp32 master weights are rounded to it.
+        max_shard_bytes: largest file of weights, in bytes; more weights are split into several files with an index.
+        must_check: refuse a checkpoint without recorded outputs, because its export cannot be checked.
+
+    Returns:
+        Report of the export.
 
     Raises:
-        CheckpointError: `source` cannot be read, or does not hold exactly the weights that its config asks for.
-        ExportError: `out` holds something else, or the outputs of what was written differ from the recorded ones.
+        CheckpointError: `source` cannot be read, or its weights are not those of its config.
+        ExportError: `out` has other contents, or outputs of the exported model differ from the recorded ones.
         OSError: writing failed.
     """
     checkpoint = find_checkpoint(source)
@@ -84,17 +86,17 @@ def export(
     state = manifest.read_json(checkpoint / manifest.STATE)
     _check_out(out, config)
     if must_check and not (checkpoint / CHECK_BATCH).is_file():
-        raise CheckpointError(f"{checkpoint} holds no recorded outputs ({CHECK_BATCH}) to compare with")
+        raise CheckpointError(f"{checkpoint} has no recorded outputs ({CHECK_BATCH}) to compare with")
     weights = read_weights(checkpoint, config.model)
     check_weights(weights, config.model, str(checkpoint))
     if twins := _equal_experts(weights):
-        raise CheckpointError(f"{checkpoint}: {listed(twins)}, so they were not drawn or trained separately")
+        raise CheckpointError(f"{checkpoint}: {listed(twins)}, so they were not initialized or trained separately")
     with replacing(out) as folder:
         metadata = {"format": "pt", "step": str(state["step"])}
         files = write_weights(folder, weights, dtype, max_shard_bytes, metadata)
         (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
         for file in files:
-            shutil.copymode(folder / CONFIG, file)  # safetensors lets nobody else read it
+            shutil.copymode(folder / CONFIG, file)  # safetensors makes files readable by their owner only
         shutil.copytree(checkpoint / TOKENIZER, folder / TOKENIZER)
         report = ExportReport(
             checkpoint=checkpoint.name,
@@ -109,7 +111,7 @@ def export(
         )
         (folder / REPORT).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
         evaluation = None
-        if checkpoint.parent.name == manifest.FOLDER:  # still in its run
+        if checkpoint.parent.name == manifest.FOLDER:  # the checkpoint is in the folder of its run
             evaluation = last_evaluation(checkpoint.parent.parent, report.step)
         (folder / CARD).write_text(model_card(report, config, state, evaluation), encoding="utf-8")
     return report
@@ -118,7 +120,7 @@ def export(
 def write_weights(
     folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int, metadata: dict[str, str]
 ) -> list[Path]:
-    """Write model.safetensors, or numbered parts of it and an index; returns the files with tensors."""
+    """Write model.safetensors, or numbered parts and an index; return the files with tensors."""
     rounded = {name: weights[name].to(dtype).contiguous() for name in sorted(weights)}
     plan = split_torch_state_dict_into_shards(
         rounded, max_shard_size=max_shard_bytes, filename_pattern=WEIGHTS.replace(".", "{suffix}.", 1)
@@ -132,10 +134,10 @@ def write_weights(
 
 
 def read_weights(checkpoint: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """fp32 masters of all tensors of a verified checkpoint, in the shapes that the model has.
+    """Read the fp32 master weights of a verified checkpoint, in the shapes of the model.
 
     Raises:
-        CheckpointError: tensors that the model lacks or does not know, or of other sizes.
+        CheckpointError: tensors are missing, unknown to the model, or of other sizes.
     """
     shapes = model_shapes(config)
     read = checkpoint_reader(checkpoint, shapes)
@@ -143,7 +145,7 @@ def read_weights(checkpoint: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def load(folder: Path | str) -> tuple[EVE, Config, PreTrainedTokenizerFast]:
-    """Model (fp32, on CPU, in evaluation mode), config and tokenizer of an export.
+    """Load the model (fp32, on the CPU, in evaluation mode), config and tokenizer of an export.
 
     Raises:
         ExportError: the folder is not an export, or its weights are not those of its config.
@@ -168,23 +170,27 @@ def load(folder: Path | str) -> tuple[EVE, Config, PreTrainedTokenizerFast]:
     with torch.device("meta"):
         model = EVE(config.model)
     model.pack_views = config.train.pack_views
-    # Copied, since in the file they lie at any address, and products of matrices are rounded by how their operands are
-    # aligned: the same weights should give the same outputs wherever they come from.
+    # Copied, because tensors of a file can have any alignment, and the alignment of operands affects the rounding of
+    # matrix products. The same weights must give the same outputs, wherever they come from.
     model.load_state_dict({name: weight.float().clone() for name, weight in weights.items()}, assign=True)
     return model.eval(), config, tokenizer
 
 
 def check_weights(weights: dict[str, Tensor], config: ModelConfig, where: str) -> None:
-    """Names and shapes must be those of the model, nothing missing, nothing surplus, every number finite.
+    """Check that names and shapes are exactly those of the model, and that all values are finite.
 
     Raises:
-        CheckpointError: naming the first tensors that are not.
+        CheckpointError: the check failed; the message names the first tensors with problems.
     """
     check_tensors(weights, model_shapes(config), where)
 
 
 def check_tensors(weights: dict[str, Tensor], shapes: dict[str, torch.Size], where: str) -> None:
-    """The same for any model, of which the names and shapes are given."""
+    """Check tensors like :func:`check_weights`, for any model with the given names and shapes.
+
+    Raises:
+        CheckpointError: the check failed; the message names the first tensors with problems.
+    """
     expected = {name: tuple(shape) for name, shape in shapes.items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     problems = [f"lacks {listed(missing)}"] if (missing := expected.keys() - found) else []
@@ -203,11 +209,18 @@ def check_tensors(weights: dict[str, Tensor], shapes: dict[str, torch.Size], whe
 
 
 def _check_outputs(folder: Path, checkpoint: Path, precision: str, dtype: torch.dtype) -> OutputCheck | None:
-    """Run the exported model on the samples that the engine ran at the save."""
+    """Run the exported model on the samples whose outputs the engine recorded.
+
+    Returns:
+        The comparison; None if the checkpoint has no recorded outputs.
+
+    Raises:
+        ExportError: the outputs differ by more than the tolerance.
+    """
     if not (checkpoint / CHECK_BATCH).is_file():
         return None
     inputs, recorded, device = _read_check_batch(checkpoint / CHECK_BATCH)
-    if not recorded:  # nothing was hidden in those samples
+    if not recorded:  # nothing was masked in those samples
         return None
     model, *_ = load(folder)
     with torch.no_grad():
@@ -227,7 +240,7 @@ def _check_outputs(folder: Path, checkpoint: Path, precision: str, dtype: torch.
     )
     if not check.relative <= check.tolerance:
         raise ExportError(
-            f"outputs of the weights of {checkpoint} differ by {check.relative:.1e} (relative) from those that were "
+            f"outputs of the weights of {checkpoint} differ by {check.relative:.1e} (relative) from the outputs "
             f"recorded when it was saved, more than {check.tolerance:.0e} in {precision}; nothing was written"
         )
     return check
@@ -237,10 +250,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _read_check_batch(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    """Inputs of EVE.forward, recorded outputs that have any elements, and the type of device they are from."""
+    """Read inputs of EVE.forward, recorded non-empty outputs, and the device type that computed them."""
     try:
         with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no mapping
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
             device = opened.metadata()["device"]
     except SafetensorError as error:
         raise CheckpointError(f"{file} cannot be read ({error}): take another checkpoint of the run") from None
@@ -271,16 +284,16 @@ def _check_out(out: Path, config: Config) -> None:
 
 
 def _identity(config: Config) -> tuple[Any, ...]:
-    """What does not change within a run."""
+    """Return the settings that do not change within a run."""
     return config.model, config.masking, config.data, config.loss, config.train.seed, config.train.output_dir
 
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place at the end, or vanishes on an error."""
+    """Yield a hidden folder next to `out` that replaces `out` at the end, or is deleted after an error."""
     out = out.absolute()
     hidden, earlier = (out.with_name(f".{out.name}.{what}") for what in ("writing", "earlier"))
-    for leftover in (hidden, earlier):  # of a killed export
+    for leftover in (hidden, earlier):  # left by a killed export
         shutil.rmtree(leftover, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
@@ -294,7 +307,7 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def _equal_experts(weights: dict[str, Tensor]) -> list[str]:
-    """Pairs of experts of one layer whose first matrix is the same."""
+    """Describe the pairs of experts of one layer whose first matrices are equal."""
     seen: dict[tuple[str, bytes], str] = {}
     found = []
     for name in sorted(weights):
@@ -310,14 +323,14 @@ def _equal_experts(weights: dict[str, Tensor]) -> list[str]:
 
 
 def experts_per_layer(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Layer -> number of different experts among the names."""
+    """Return layer -> number of different experts, according to the names."""
     experts = {(name.partition(".moe.")[0], expert_id(name)) for name in weights if expert_id(name) is not None}
     counts = Counter(block.rpartition(".")[2] for block, _ in experts)
     return dict(sorted(counts.items(), key=lambda item: int(item[0])))
 
 
 def sha256(*paths: Path) -> str:
-    """Of a file, or of several one after the other, in hexadecimal."""
+    """Return the hexadecimal SHA-256 of the concatenation of files."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What an export says of itself: a report for programs, and a README.md for people."""
+"""Provenance of an export: a report for programs, and a model card (README.md) for people."""
 
 from __future__ import annotations
 
@@ -7,44 +7,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eve_ds.config import Config
+from eve_ds.config import Config, Objective
+
+OBJECTIVES: dict[Objective, str] = {
+    "mim": "`mim`, masked image modeling: predict the pixels of masked image patches, given the caption.",
+    "mlm": "`mlm`, masked language modeling: predict the masked words of a caption, given the image.",
+    "itc": "`itc`, image-text contrastive learning: tell the caption of an image from the captions of other images.",
+    "itm": "`itm`, image-text matching: decide whether an image and a caption match, on hard negatives.",
+    "joint": "`joint`, joint masked modeling: predict masked patches and masked words in one pass over both.",
+}
+"""Sentence of the model card for each pre-training objective."""
 
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """Outputs of the exported model against those that the engine recorded, computed in the precision of training."""
+    """Comparison of the exported model with outputs that the engine recorded, in the precision of training."""
 
     precision: str
+    """Precision of training: fp32, bf16 or fp16."""
     outputs: dict[str, list[int]]
     """Name -> shape."""
     max_abs_diff: float
+    """Largest absolute difference over all outputs."""
     relative: float
-    """Largest over the outputs of |difference| / |recorded|, as Euclidean norms."""
+    """Largest ratio ||difference|| / ||recorded|| over the outputs (Euclidean norms)."""
     tolerance: float
+    """Allowed value of `relative`."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written; export.json holds the same."""
+    """Report of an export; export.json contains the same."""
 
     checkpoint: str
+    """Name of the checkpoint folder."""
     step: int
+    """Optimizer step of the checkpoint."""
     dtype: str
-    """Of the weights in the file; they were made of fp32 masters."""
+    """Data type of the exported weights, which are converted from fp32 masters."""
     tensors: int
     parameters: int
     experts: dict[str, int]
-    """Layer -> experts found in it, all different."""
+    """Layer -> number of its experts, all of which are different."""
     bytes: int
-    """Of model.safetensors, or its parts together."""
+    """Size of model.safetensors, or of all its parts."""
     sha256: str
-    """Of the same, one after the other."""
+    """Checksum of model.safetensors, or of its concatenated parts."""
     check: OutputCheck | None
-    """None where the checkpoint holds no recorded outputs."""
+    """Comparison with recorded outputs; None: the checkpoint has none."""
 
 
 def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
-    """The newest evaluation in the metrics of a run up to a step; None where there is none."""
+    """Return the newest evaluation in the metrics of a run up to a step; None if there is none."""
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         return None
@@ -53,14 +67,27 @@ def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
     return found[-1] if found else None
 
 
+def trained_objectives(config: Config) -> list[Objective]:
+    """Return the objectives that the run trained: those with a positive loss weight and a source of samples."""
+    weights = {name: getattr(config.loss, f"{name}_weight") for name in ("mim", "mlm", "itc", "itm")}
+    weights["joint"] = weights["mim"] + weights["mlm"]
+    unserved = config.tasks_without_source
+    return [name for name in config.model.objectives if weights[name] > 0 and name not in unserved]
+
+
+def describe_objectives(config: Config) -> str:
+    """Return a Markdown list with one sentence for each objective that the run trained."""
+    return "\n".join(f"- {OBJECTIVES[name]}" for name in trained_objectives(config))
+
+
 def model_card(report: ExportReport, config: Config, state: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
-    """Markdown.
+    """Return the model card as Markdown.
 
     Args:
-        report: what was exported.
-        config: of the run.
-        state: of the checkpoint: step, samples, topology.
-        evaluation: a record of the run's metrics, or None.
+        report: report of the export.
+        config: configuration of the run.
+        state: state of the checkpoint: step, samples, topology.
+        evaluation: evaluation record from the metrics of the run, or None.
     """
     model, check = config.model, report.check
     experts = ", ".join(f"{count} experts in layer {layer}" for layer, count in report.experts.items())
@@ -71,7 +98,9 @@ def model_card(report: ExportReport, config: Config, state: dict[str, Any], eval
     lines = [
         f"# {config.name}",
         "",
-        "EVE (Chen et al., AAAI 2024), pre-trained by masked signal modeling with eve_ds.",
+        "EVE (Chen et al., AAAI 2024), pre-trained with eve_ds on these objectives:",
+        "",
+        describe_objectives(config),
         "",
         "| | |",
         "|---|---|",

@@ -1,4 +1,4 @@
-"""A folder of weights that training starts from: the form of an export, with a report of where each tensor is from."""
+"""Folder of initial weights for training: an export with a report on the origin of each tensor."""
 
 from __future__ import annotations
 
@@ -31,25 +31,27 @@ from eve_ds.model.eve import EVE, initialize_weights
 from eve_ds.objectives.contrastive import MatchingHeads
 
 DRAWN = "drawn"
-"""Where a tensor is from that a new model of the same seed has too."""
+"""Origin of a tensor that has the initial value of a new model with the same seed."""
 
 
 @dataclass(frozen=True)
 class StartReport:
-    """What was written and where it is from; export.json holds the same."""
+    """Report of initial weights and their origins; export.json contains the same."""
 
     source: str
+    """Path of the source checkpoint."""
     origins: dict[str, str]
-    """Tensor -> what it was made of, or DRAWN."""
+    """Tensor -> its source, or DRAWN."""
     notes: list[str]
-    """What a reader should know, one sentence each."""
+    """Remarks for the user, one sentence each."""
     tensors: int
     parameters: int
     experts: dict[str, int]
-    """Layer -> experts in it."""
+    """Layer -> number of its experts."""
     bytes: int
-    """Of model.safetensors."""
+    """Size of model.safetensors."""
     sha256: str
+    """Checksum of model.safetensors."""
 
 
 def check_new(out: Path) -> None:
@@ -61,7 +63,7 @@ def check_new(out: Path) -> None:
 
 
 def changed(config: Config, tokenizer: str | None, image_size: int | None = None) -> Config:
-    """The config with another `data.tokenizer` and `model.image_size`, where they are given.
+    """Return the config with another `data.tokenizer` and `model.image_size`, if these are not None.
 
     Raises:
         ConfigError: the image size is not a multiple of the patch size.
@@ -75,10 +77,10 @@ def changed(config: Config, tokenizer: str | None, image_size: int | None = None
 
 
 def fitting_tokenizer(config: Config) -> PreTrainedTokenizerFast:
-    """The tokenizer of `config.data.tokenizer`.
+    """Load the tokenizer of `config.data.tokenizer`.
 
     Raises:
-        ConfigError: it cannot be loaded, or has ids that the word embedding has no row for.
+        ConfigError: the tokenizer cannot be loaded, or has IDs without a row in the word embedding.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(tokenizer, config)
@@ -86,9 +88,9 @@ def fitting_tokenizer(config: Config) -> PreTrainedTokenizerFast:
 
 
 def draw_weights(config: Config) -> dict[str, Tensor]:
-    """fp32 state dict of a new :class:`EVE`, a function of the model's config and `train.seed`.
+    """Return the fp32 state dict of a new :class:`EVE`, as a function of `config.model` and `train.seed`.
 
-    The default generator is left as it was.
+    The state of the default random generator does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
@@ -96,9 +98,9 @@ def draw_weights(config: Config) -> dict[str, Tensor]:
 
 
 def draw_decoders(config: Config) -> dict[str, Tensor]:
-    """The part of :func:`draw_weights` that no released file has, without drawing the backbone, which takes a minute.
+    """Return the part of :func:`draw_weights` outside the backbone, whose initialization would take a minute.
 
-    A parameter's values depend on its name and the seed that :class:`EVE` draws first.
+    The values of a parameter depend on its name and on the seed that :class:`EVE` draws first.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
@@ -108,7 +110,7 @@ def draw_decoders(config: Config) -> dict[str, Tensor]:
         for name, part in (("pixel_decoder", PixelDecoder), ("text_head", TextHead), ("matching", MatchingHeads)):
             if getattr(model, name) is not None:
                 setattr(model, name, part(config.model))
-        initialize_weights(model, config.model, seed)  # leaves what is on the meta device
+        initialize_weights(model, config.model, seed)  # skips parameters on the meta device
     return {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
 
 
@@ -122,7 +124,7 @@ def write_start(
     origins: dict[str, str],
     notes: list[str],
 ) -> StartReport:
-    """Write what :func:`eve_ds.export.load` reads; a killed call leaves no half-written `out`.
+    """Write a folder that :func:`eve_ds.export.load` reads; a killed call leaves no incomplete `out`.
 
     Raises:
         OSError: writing failed.
@@ -130,7 +132,7 @@ def write_start(
     with replacing(out) as folder:
         save_file({name: weights[name].contiguous() for name in sorted(weights)}, folder / WEIGHTS, {"format": "pt"})
         (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
-        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read it
+        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes files readable by their owner only
         tokenizer.save_pretrained(folder / TOKENIZER)
         report = StartReport(
             source=source,

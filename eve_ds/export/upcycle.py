@@ -1,29 +1,31 @@
-"""Dense to mixture of experts: an EVE that starts from an image Transformer (sparse upcycling, arXiv 2212.05055).
+"""Initialize an EVE from a dense image Transformer (sparse upcycling, arXiv 2212.05055).
 
-Reads the folders of Hugging Face's ViT and BEiT, and BEiTv2, which the paper starts from, as its authors (a .pth file)
-and timm (a folder, or its file) publish it; :mod:`eve_ds.export.dense` knows their names. What is taken from layer N:
+Supported are folders of Hugging Face's ViT and BEiT, and BEiTv2, the initialization of the paper, as published by its
+authors (a .pth file) and by timm (a folder or its file); :mod:`eve_ds.export.dense` has their names. From layer N are
+taken:
 
-attention             fused q, k, v. BEiT's keys have no bias, as ours. ViT's bias b of keys is dropped, which is exact:
-                      it adds q . b to the scores of a query with every key alike, and softmax does not see that.
-LayerNorms            those before attention and before the feed-forward network
-gamma_1, gamma_2      BEiT's lambda_1, lambda_2, BEiTv2's gamma_1, gamma_2; 1 where the checkpoint has no LayerScale
-feed-forward          of images in a shallow layer, and on demand of texts; every expert of an MoE layer, each with
-                      noise of its own so that experts differ
+attention             fused q, k, v. Keys of BEiT have no bias, like ours. The bias b of ViT's keys is dropped without
+                      error: it adds q . b to the scores of a query for all keys, which does not change the softmax.
+LayerNorms            before attention and before the feed-forward network
+gamma_1, gamma_2      lambda_1, lambda_2 of BEiT; gamma_1, gamma_2 of BEiTv2; 1 if the checkpoint has no LayerScale
+feed-forward          for the image network of a shallow layer, on request for its text network; for every expert of an
+                      MoE layer, each with its own noise, so that experts differ
 
-and besides: patch projection, class token, position table (resized to the model's images; most BEiTs have relative
-position biases instead, for which we have no place, and ours is drawn), final LayerNorm where there is one. All else is
-drawn as in a new model: words, routers, modality embeddings, decoders.
+Also taken are patch projection, class token, position table (resized to the images of the model) and, if there is one,
+the final LayerNorm. Most BEiTs have relative position biases instead of a position table; EVE has no counterpart, so
+the position table then has its random initialization. Everything else is initialized as in a new model: words, routers,
+modality embeddings, decoders.
 
-Of a BEiTv2, notes name what has no place here: relative position biases, the token of masked patches, heads (with them
-fc_norm, which normalizes averages of patches), the second decoder of the class token. Tensors that are none of these
-are refused, as a file that holds them may compute something else. Sizes are read from the tensors; the number of heads
-from the bias tables, and where there are none, that of the config is taken and a note says so.
+For BEiTv2, notes list tensors without a counterpart in EVE: relative position biases, the token of masked patches,
+heads (including fc_norm, which normalizes averages of patches), and the second decoder of the class token. Other
+tensors are refused, because a file with them may compute something else. Sizes are read from the tensors. The number of
+heads is read from the bias tables; without bias tables it is that of the config, and a note says so.
 
-What the blocks compute is not exactly what they did: EVE's activation is quick_gelu where these checkpoints were
-trained with gelu (at most 0.02 apart), LayerNorms have eps 1e-6 for the 1e-12 of Hugging Face's, and relative position
-biases are gone. With quick_gelu there too, equal eps, biases of 0, no noise and top_k of 2 or more (gates that sum to
-1) a block equals its source. The whole model does not even then: its pre_norm normalizes the embedded stream, which no
-weight undoes.
+The blocks do not compute exactly the same as their sources: EVE's activation is quick_gelu, but these checkpoints were
+trained with gelu (the difference is at most 0.02); LayerNorms have eps 1e-6 instead of 1e-12 in Hugging Face's models;
+relative position biases are dropped. With quick_gelu in the source, equal eps, biases of 0, no noise and top_k of at
+least 2 (gates that sum to 1), a block equals its source. The complete model differs even then: its pre_norm normalizes
+the embedded tokens, which no weight can undo.
 """
 
 from __future__ import annotations
@@ -47,45 +49,46 @@ from eve_ds.model.embeddings import resize_positions
 
 
 class Upcycled(NamedTuple):
-    """A state dict to start from."""
+    """Initial state dict."""
 
     weights: dict[str, Tensor]
-    """fp32, of :class:`eve_ds.model.eve.EVE`."""
+    """fp32 state dict of :class:`eve_ds.model.eve.EVE`."""
     origins: dict[str, str]
-    """Tensor -> names in the checkpoint that it was made of, or DRAWN."""
+    """Tensor -> names of its sources in the checkpoint, or DRAWN."""
     notes: list[str]
-    """What was not taken, and what is computed differently, in sentences."""
+    """Unused tensors of the checkpoint and differences in computation, as sentences."""
 
 
 class _Rule(NamedTuple):
-    """How one of our tensors is made."""
+    """Rule that computes one tensor of EVE."""
 
     sources: tuple[str, ...]
-    """Names in the checkpoint, without the prefix."""
+    """Names of the sources in the checkpoint, without the prefix of a model with a head."""
     make: Callable[..., Tensor]
-    """fp32 sources -> the tensor."""
+    """Function from the sources in fp32 to the tensor."""
     remark: str = ""
+    """Text to append to the origin."""
 
 
 def upcycle(source: Path, config: Config, *, noise: float = 0.01, text_from_image: bool = False) -> Upcycled:
-    """State dict of an EVE from a ViT, BEiT or BEiTv2 of its width.
+    """Return the initial state dict of an EVE from a ViT, BEiT or BEiTv2 of the same width.
 
-    Nothing is fetched. Pickles are read by torch.load(weights_only=True) alone, which calls nothing but what rebuilds
-    tensors and plain containers, and refuses a file that names anything else.
+    Nothing is downloaded. Pickles are read only by torch.load(weights_only=True), which calls nothing except functions
+    that rebuild tensors and plain containers, and refuses a file that refers to anything else.
 
     Args:
-        source: folder with config.json and model.safetensors or pytorch_model.bin, as save_pretrained or timm writes
-            them; or a file of BEiTv2.
-        config: of the model; width, heads, feed-forward width and patch size must be those of the checkpoint, which
-            must have as many layers at least. `train.seed` decides what is drawn.
-        noise: standard deviation of what is added to each tensor of an expert, relative to that of the tensor.
-        text_from_image: start the text networks of shallow layers from the image networks, instead of drawing them.
+        source: folder with config.json and model.safetensors or pytorch_model.bin, from save_pretrained or timm; or a
+            file of BEiTv2.
+        config: configuration of the model. Width, heads, feed-forward width and patch size must be those of the
+            checkpoint, which must have at least as many layers. `train.seed` determines random weights.
+        noise: standard deviation of the noise on each tensor of an expert, relative to that of the tensor.
+        text_from_image: initialize text networks of shallow layers from the image networks instead of at random.
 
     Raises:
-        WeightFileError: the source cannot be read, is of another kind or size, lacks tensors, or is a BEiTv2 that
-            holds unknown ones.
-        CheckpointError: a weight has another shape than the config says, or is not finite.
-        ValueError: negative noise.
+        WeightFileError: the source cannot be read, is of another kind or size, lacks tensors, or is a BEiTv2 with
+            unknown tensors.
+        CheckpointError: the shape of a weight differs from the config, or a weight is not finite.
+        ValueError: `noise` is negative.
     """
     if noise < 0:
         raise ValueError(f"noise ({noise}) must not be negative")
@@ -94,7 +97,7 @@ def upcycle(source: Path, config: Config, *, noise: float = 0.01, text_from_imag
     rules = _rules(dense, config.model, noise, text_from_image, config.train.seed)
     needed = {name for rule in rules.values() for name in rule.sources}
     if missing := needed - dense.tensors.keys():
-        raise WeightFileError(f"{source} lacks {listed(missing)}, which {dense.kind} has: take one that is whole")
+        raise WeightFileError(f"{source} lacks {listed(missing)}, which {dense.kind} has: take a complete one")
     notes = _left_out(dense, dense.tensors.keys() - needed, config.model.num_hidden_layers)
     weights = draw_weights(config) | {name: _make(name, rule, dense) for name, rule in rules.items()}
     check_weights(weights, config.model, str(source))
@@ -111,15 +114,22 @@ def write_upcycled(
     noise: float = 0.01,
     text_from_image: bool = False,
 ) -> StartReport:
-    """Write what :func:`upcycle` makes of `source` into the new or empty folder `out`, for `eve_ds.export.load`.
+    """Write the result of :func:`upcycle` to a folder that :func:`eve_ds.export.load` reads.
 
-    `tokenizer` is what :func:`eve_ds.data.tokenizer.load_tokenizer` takes; None: `config.data.tokenizer`.
+    Args:
+        source: see :func:`upcycle`.
+        out: new or empty folder.
+        config: see :func:`upcycle`.
+        tokenizer: argument of :func:`eve_ds.data.tokenizer.load_tokenizer`; None: `config.data.tokenizer`.
+        noise: see :func:`upcycle`.
+        text_from_image: see :func:`upcycle`.
 
     Raises:
-        WeightFileError, ValueError: as :func:`upcycle`.
+        WeightFileError: see :func:`upcycle`.
+        CheckpointError: see :func:`upcycle`.
+        ValueError: see :func:`upcycle`.
         ConfigError: the tokenizer cannot be used.
-        ExportError: `out` holds something.
-        CheckpointError: a weight has another shape than the config says, or is not finite.
+        ExportError: `out` is not empty.
         OSError: writing failed.
     """
     check_new(out)
@@ -130,7 +140,7 @@ def write_upcycled(
 
 
 def _rules(dense: Dense, config: ModelConfig, noise: float, text_from_image: bool, seed: int) -> dict[str, _Rule]:
-    """Our name -> how it is made."""
+    """Return our name -> its rule, for all tensors that are taken from the checkpoint."""
     names = dense.names
     image = "backbone.image_embedding."
     rules = _copied(f"{image}projection", names.projection)
@@ -162,7 +172,7 @@ def _rules(dense: Dense, config: ModelConfig, noise: float, text_from_image: boo
 
 
 def _attention_rules(ours: str, theirs: str, dense: Dense, width: int) -> dict[str, _Rule]:
-    """Attention, the LayerNorm before it, and both LayerScales."""
+    """Return the rules of attention, the LayerNorm before it, and both LayerScales."""
     names = dense.names
     rules = _copied(f"{ours}norm1", theirs + names.norm1)
     rules |= _copied(f"{ours}attention.proj", theirs + names.proj)
@@ -199,7 +209,7 @@ def _copied(ours: str, theirs: str) -> dict[str, _Rule]:
 def _make(name: str, rule: _Rule, dense: Dense) -> Tensor:
     try:
         return rule.make(*(dense.tensors[source].float() for source in rule.sources))
-    except (RuntimeError, ValueError) as error:  # shapes that do not go together
+    except (RuntimeError, ValueError) as error:  # shapes that do not match
         raise WeightFileError(f"{dense.source}: {name} cannot be made of {listed(rule.sources)}: {error}") from None
 
 
@@ -208,7 +218,7 @@ def _stacked(*parts: Tensor) -> Tensor:
 
 
 def _resized(position: Tensor, side: int) -> Tensor:
-    """(1, 1 + N, D) -> (1 + side * side, D)."""
+    """Resize a position table (1, 1 + N, D) to (1 + side * side, D)."""
     return resize_positions(position[0], side)
 
 
@@ -218,7 +228,7 @@ def _noisy(tensor: Tensor, noise: float, generator: torch.Generator) -> Tensor:
 
 
 def _check_sizes(dense: Dense, config: ModelConfig) -> None:
-    """Compare what the checkpoint tells with the config."""
+    """Check that the sizes of the checkpoint match the config."""
     sizes = dense.sizes
     problems = [
         f"{key} {sizes[key]} where the model has {getattr(config, key)}"
@@ -235,7 +245,7 @@ def _check_sizes(dense: Dense, config: ModelConfig) -> None:
 
 
 def _left_out(dense: Dense, unused: set[str], depth: int) -> list[str]:
-    """Notes on the tensors that are not taken into a model of `depth` layers."""
+    """Return notes on tensors that a model of `depth` layers does not use."""
     deeper = "|".join(
         re.escape(dense.names.layer.format(layer)) for layer in range(depth, dense.sizes["num_hidden_layers"])
     )
@@ -254,18 +264,20 @@ def _left_out(dense: Dense, unused: set[str], depth: int) -> list[str]:
 
 
 def _differences(dense: Dense, config: ModelConfig) -> list[str]:
-    """Notes on what the checkpoint lacks, and on what the model computes differently."""
+    """Return notes on missing tensors of the checkpoint, and on differences in computation."""
     notes = []
     if not dense.has_position:
-        notes.append("the checkpoint has no position table: that of images is drawn")
+        notes.append("the checkpoint has no position table: that of images is newly initialized")
     if not dense.has_norm:
-        notes.append("the checkpoint has no LayerNorm of every token after its last layer: the final one is drawn")
+        notes.append(
+            "the checkpoint has no LayerNorm of every token after its last layer: the final one is newly initialized"
+        )
     if "num_attention_heads" not in dense.sizes:
         notes.append(
-            f"the checkpoint does not tell its heads: num_attention_heads {config.num_attention_heads} is ours"
+            f"the checkpoint does not determine num_attention_heads: the config's {config.num_attention_heads} is used"
         )
     if dense.activation != "quick_gelu":
-        notes.append(f"the checkpoint was trained with {dense.activation}, the model computes quick_gelu")
+        notes.append(f"the checkpoint was trained with {dense.activation}, the model uses quick_gelu")
     if dense.eps != config.layer_norm_eps:
         notes.append(f"the checkpoint has layer_norm_eps {dense.eps:g}, the model {config.layer_norm_eps:g}")
     return [*notes, *dense.notes]

@@ -1,4 +1,4 @@
-"""Tensors out of files that others wrote, without running what a pickle may hold."""
+"""Read tensors from files of other programs, without running code that a pickle may contain."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from torch import Tensor
 from eve_ds.checkpoint.files import listed
 
 TORCH_SUFFIXES = {".pth", ".pt", ".bin"}
+"""Suffixes of files from `torch.save`."""
 WRAPPERS = ("model", "state_dict", "module")
-"""Keys under which training code puts the weights beside its other state; `module` is DeepSpeed's."""
+"""Keys that training code uses for weights next to other state; `module` is the key of DeepSpeed."""
 
 
 class WeightFileError(ValueError):
-    """A file of weights that cannot be used; the message names it, and the tensors that are wrong."""
+    """Raised for a weight file that cannot be used; the message names the file and the tensors with problems."""
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Name -> tensor, on the CPU and in the precision of the file, which may stay mapped into memory.
+    """Read name -> tensor, on the CPU in the precision of the file, which may stay mapped into memory.
 
-    Reads .safetensors, and what torch.save wrote (.pth, .pt, .bin): a dictionary of tensors, or one that has it under
-    the key `model`, `state_dict` or `module`. Pickles go through torch.load(weights_only=True) alone: one that refers
-    to anything but tensors and plain data is refused, and what it refers to is not called.
+    Supported are .safetensors and files of torch.save (.pth, .pt, .bin) with a dictionary of tensors, either directly
+    or under the key `model`, `state_dict` or `module`. Pickles are read only by torch.load(weights_only=True): a pickle
+    that refers to anything except tensors and plain data is refused, and nothing that it refers to is called.
 
     Raises:
-        WeightFileError: no such file, a file of another kind, or values that are not dense tensors.
+        WeightFileError: the file does not exist, is of another kind, or has values that are not dense tensors.
     """
     if not file.is_file():
         raise WeightFileError(
@@ -77,13 +78,13 @@ def _read_pickle(file: Path) -> Any:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"refers to {name[1]}, which could run code" if name else "holds more than tensors, or is damaged"
         raise WeightFileError(f"{file} {what}: give a file of tensors alone, such as .safetensors") from None
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+    except Exception as error:  # a damaged pickle can raise any exception
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise WeightFileError(f"{file} cannot be read ({reason}): it may be damaged") from None
 
 
 def _is_legacy(file: Path) -> bool:
-    """Whether a file starts as those that torch.save wrote before version 1.6."""
+    """Whether a file starts like the files of torch.save before version 1.6."""
     start = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
     with file.open("rb") as opened:
         return opened.read(len(start)) == start

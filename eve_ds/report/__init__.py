@@ -1,1 +1,1 @@
-"""Pictures and tables from what a run wrote to disk: `metrics.jsonl`, an export, an evaluation."""
+"""Reports: figures and tables from the files of a run: `metrics.jsonl`, an export, an evaluation."""

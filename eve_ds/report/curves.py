@@ -1,4 +1,4 @@
-"""Curves of a run over its steps: loss terms, learning rate, and what periodic evaluations found."""
+"""Curves of a run over its steps: loss terms, learning rate, and results of periodic evaluations."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ PANELS = {
     "load_balancing": ("load balancing (1 = balanced)", "#6b4fa0"),
     "lr": ("learning rate", FAINT),
 }
-EVALUATED = ("colour", "shape", "size", "position")
+EVALUATED = ("color", "shape", "size", "position")
+"""Word classes with a panel if the run was evaluated at least twice."""
 
 
 def plot_curves(records: list[Record], path: Path) -> Path:
-    """Draw one panel for each loss term that the run has, and one for each word class if it was evaluated twice.
+    """Draw one panel for each recorded loss term, and one for each word class if the run was evaluated at least twice.
 
     Args:
-        records: of :func:`eve_ds.report.records.read_records`, at least one of training.
+        records: records from :func:`eve_ds.report.records.read_records`, with at least one training record.
         path: PNG to write.
+
+    Returns:
+        The path.
     """
     train, evals = of_kind(records, "train"), of_kind(records, "eval")
     terms = [name for name in PANELS if np.isfinite(column(train, name)).any()]
@@ -73,7 +77,7 @@ def _draw_term(axes: Axes, train: list[Record], name: str) -> None:
 
 
 def _draw_evaluations(axes: Axes, evals: list[Record], name: str) -> None:
-    tidy(axes, f"{name}: masked words predicted right")
+    tidy(axes, f"{name}: masked words predicted correctly")
     steps = column(evals, "step")
     for side, color, label in (("right", RIGHT_COLOR, "with its image"), ("wrong", WRONG_COLOR, "with another image")):
         values = [record[name][side] if name in record else np.nan for record in evals]
@@ -84,7 +88,7 @@ def _draw_evaluations(axes: Axes, evals: list[Record], name: str) -> None:
 
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """(n,) mean of the values at most `window` places away on either side; NaNs are passed over."""
+    """Return the mean (n,) of the values at most `window` places away on either side, without NaNs."""
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])

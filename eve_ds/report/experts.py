@@ -1,4 +1,4 @@
-"""Which experts serve which modality: router statistics of an evaluation pass, and their picture."""
+"""Use of experts by modality: router statistics of an evaluation pass, and their figure."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from eve_ds.views import IMAGE, TEXT
 
 @torch.no_grad()
 def expert_use(model: nn.Module, batches: Iterable[Batch]) -> tuple[RouterStatistics, ...]:
-    """Router statistics of each MoE layer, shallow to deep, summed over views and batches.
+    """Return the router statistics of each MoE layer, from shallow to deep, summed over views and batches.
 
-    `model` is an EVE in evaluation mode.
+    Args:
+        model: an EVE in evaluation mode.
+        batches: at least one batch.
 
     Raises:
-        ValueError: no batch.
+        ValueError: there is no batch.
     """
     total: list[RouterStatistics] | None = None
     for batch in batches:
@@ -36,17 +38,20 @@ def expert_use(model: nn.Module, batches: Iterable[Batch]) -> tuple[RouterStatis
 
 
 def shares(statistics: RouterStatistics) -> Tensor:
-    """(2, E) fp32: share of a modality's routes that chose each expert; zeros for a modality without tokens."""
+    """Return the share of each modality's routes that chose each expert, (2, E) fp32; zeros without tokens."""
     return statistics.routes / statistics.routes.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def plot_expert_use(statistics: tuple[RouterStatistics, ...], layers: list[int], path: Path) -> Path:
-    """Draw one panel for each MoE layer: share of the image's and the text's routes that chose each expert.
+    """Draw one panel for each MoE layer with the shares of image and text routes that chose each expert.
 
     Args:
-        statistics: of :func:`expert_use`, at least one.
-        layers: numbers of those layers, counted from 0.
+        statistics: statistics of at least one layer, from :func:`expert_use`.
+        layers: indices of these layers, counted from 0.
         path: PNG to write.
+
+    Returns:
+        The path.
     """
     num_experts = statistics[0].routes.shape[1]
     figure = Figure(figsize=(max(6.5, 2.5 + 0.4 * num_experts), 0.5 + 2.3 * len(statistics)), layout="constrained")
@@ -70,5 +75,5 @@ def plot_expert_use(statistics: tuple[RouterStatistics, ...], layers: list[int],
         axes.set_ylabel("% of routes", fontsize=8, color=INK)
         axes.legend(fontsize=7.5, frameon=False, loc="upper right", ncols=2)
     panels[0].set_ylim(0, 1.22 * panels[0].get_ylim()[1])  # room for the legend
-    panels[-1].set_xlabel("expert (dashed: all used alike)", fontsize=8, color=INK)
+    panels[-1].set_xlabel("expert (dashed: uniform use)", fontsize=8, color=INK)
     return save(figure, path)

@@ -1,4 +1,4 @@
-"""What a model makes of masked pairs: the picture that it fills in, the words that it guesses."""
+"""Predictions of a model for masked pairs: reconstructed images and predicted words, and their figure."""
 
 from __future__ import annotations
 
@@ -18,56 +18,63 @@ from eve_ds.data.batch import Batch
 from eve_ds.evaluation.scenes import ask, with_whole_caption, with_whole_image
 from eve_ds.report.style import FAINT, INK, RIGHT_COLOR, WRONG_COLOR, save
 
-MASKED_GREY = 0.62
+MASKED_GRAY = 0.62
+"""Value of masked patches in figures, in [0, 1]."""
 ROW_HEIGHT, PICTURE, GAP, TEXT_WIDTH = 1.3, 1.18, 0.12, 5.0
-"""Inches."""
+"""Sizes of the figure, in inches."""
 FONT_SIZE = 9.5
+"""Font size of captions, in points."""
 CHARACTER = 0.602 * FONT_SIZE / 72
-"""Inches that a character of DejaVu Sans Mono, which matplotlib ships, is wide."""
+"""Width of a character of DejaVu Sans Mono, the monospace font of matplotlib, in inches."""
 LINE = 0.235
+"""Distance of text lines, in inches."""
 
 
 class Word(NamedTuple):
     """One token of a caption."""
 
     text: str
-    """As it is in the caption."""
+    """Token in the caption."""
     prediction: str | None
-    """What the model put in its place; None: it was visible."""
+    """Prediction of the model; None: the token was visible."""
 
 
 class Example(NamedTuple):
     """One sample; images are (H, W, 3) fp32 in [0, 1]."""
 
     original: Tensor
+    """Image before masking."""
     masked: Tensor
-    """Hidden patches are grey."""
+    """Image with masked patches in gray."""
     reconstructed: Tensor
-    """Visible patches as they are, hidden ones as predicted."""
+    """Image with masked patches as predicted."""
     words: tuple[Word, ...]
-    """Special tokens left out; empty without a caption."""
+    """Tokens of the caption without special tokens; empty without a caption."""
 
 
 @torch.no_grad()
 def reconstruct(
     model: nn.Module, batch: Batch, tokenizer: PreTrainedTokenizerFast, config: ModelConfig, eps: float = 1e-6
 ) -> list[Example]:
-    """Predict the hidden patches and words of a batch, in the views that the model was trained on.
+    """Predict the masked patches and words of a batch in the views that the model was trained on.
 
-    With `mim` and `mlm` patches are predicted beside the whole caption, and words beside the whole image; with `joint`
-    both beside what is hidden of the other. Where the model predicts normalized pixels they are put back with the true
-    patch's mean and deviation to be looked at, as in the visualization of masked autoencoders (He et al. 2022): the
-    shade of a patch is given, its contents are predicted.
+    With `mim` and `mlm`, patches are predicted given the whole caption, and words given the whole image. With `joint`,
+    both are predicted at once from the visible parts. Normalized pixel predictions are converted back with the mean and
+    standard deviation of the true patch, as in the figures of masked autoencoders (He et al. 2022): the average color
+    and contrast of a patch are given, its content is predicted.
 
     Args:
         model: an EVE in evaluation mode.
-        batch: with images, every hidden patch to be predicted; samples without an image are left out.
-        tokenizer: of the batch.
-        config: of the model.
-        eps: that the training loss adds to the variance.
+        batch: batch with images, in which every masked patch is to be predicted.
+        tokenizer: tokenizer of the batch.
+        config: configuration of the model.
+        eps: value that the training loss adds to the variance.
+
+    Returns:
+        One example for each sample with an image.
 
     Raises:
-        ValueError: hidden patches that are not to be predicted; they would look as if they had been seen.
+        ValueError: some masked patches are not to be predicted; the figure would show them as visible.
     """
     pixel_values = batch.normalized_pixels
     assert pixel_values is not None
@@ -77,7 +84,7 @@ def reconstruct(
     unseen = true.shape[1] - batch.visible_patch_ids.shape[1]
     if batch.masked_patch_ids.shape[1] != unseen:
         raise ValueError(
-            f"patches to predict ({batch.masked_patch_ids.shape[1]}) must be all hidden ones ({unseen}): "
+            f"patches to predict ({batch.masked_patch_ids.shape[1]}) must be all masked patches ({unseen}): "
             "collate with masking.predicted_patch_share 1"
         )
     is_joint = "joint" in config.objectives
@@ -90,8 +97,8 @@ def reconstruct(
     if config.pixel_target == "normalized":
         mean, variance = hidden.mean(dim=-1, keepdim=True), hidden.var(dim=-1, keepdim=True)
         predicted = predicted * (variance + eps).sqrt() + mean
-    grey = torch.full_like(hidden, 2 * MASKED_GREY - 1)
-    versions = [true, true.scatter(1, index, grey), true.scatter(1, index, predicted)]
+    gray = torch.full_like(hidden, 2 * MASKED_GRAY - 1)
+    versions = [true, true.scatter(1, index, gray), true.scatter(1, index, predicted)]
     side = pixel_values.shape[-1]
     original, masked, filled = (
         (unpatchify(patches, config.patch_size, side).permute(0, 2, 3, 1) * 0.5 + 0.5).clamp(0, 1).cpu()
@@ -111,18 +118,18 @@ def unpatchify(patches: Tensor, patch_size: int, image_size: int) -> Tensor:
 
 
 def note_on(config: ModelConfig) -> str:
-    """What was hidden, what was seen, and how predictions are shown."""
+    """Return the note of the figure: masked parts, visible parts, and display of predictions."""
     shown = (
-        "both were predicted at once from what was left."
+        "both were predicted at once from the visible parts."
         if "joint" in config.objectives
-        else "patches were predicted beside the whole caption, words beside the whole image."
+        else "patches were predicted given the whole caption, words given the whole image."
     )
     shade = "\nPredicted patches are shown with the true patch's mean and deviation."
-    return f"Patches and words in boxes were hidden; {shown}{shade if config.pixel_target == 'normalized' else ''}"
+    return f"Patches and words in boxes were masked; {shown}{shade if config.pixel_target == 'normalized' else ''}"
 
 
 def plot_reconstructions(examples: list[Example], path: Path, title: str, note: str) -> Path:
-    """Draw one row for each example: original, masked, reconstructed, and its caption; the note stands below."""
+    """Draw one row per example (original, masked, reconstructed, caption), with the note below; returns the path."""
     top, bottom = 0.95, 0.5
     width = 3 * PICTURE + 4 * GAP + TEXT_WIDTH
     height = top + ROW_HEIGHT * len(examples) + bottom
@@ -135,7 +142,11 @@ def plot_reconstructions(examples: list[Example], path: Path, title: str, note: 
     for i, heading in enumerate(("original", "masked", "reconstructed")):
         canvas.text(GAP + i * (PICTURE + GAP), height - 0.75, heading, fontsize=9, color=FAINT, va="center")
     left = 3 * (PICTURE + GAP) + 2 * GAP
-    key = (Word("visible word", None), Word("predicted right", "predicted right"), Word("truth", "predicted wrong"))
+    key = (
+        Word("visible word", None),
+        Word("predicted correctly", "predicted correctly"),
+        Word("truth", "wrong prediction"),
+    )
     _draw_words(canvas, key, left, height - 0.75)
     for row, example in enumerate(examples):
         base = height - top - (row + 1) * ROW_HEIGHT + (ROW_HEIGHT - PICTURE) / 2
@@ -143,7 +154,7 @@ def plot_reconstructions(examples: list[Example], path: Path, title: str, note: 
             x = GAP + i * (PICTURE + GAP)
             canvas.imshow(image.numpy(), extent=(x, x + PICTURE, base, base + PICTURE), interpolation="nearest")
         _draw_words(canvas, example.words or (Word("(no caption)", None),), left, base + PICTURE - 0.22)
-    canvas.set_xlim(0, width)  # imshow has set its own
+    canvas.set_xlim(0, width)  # imshow changed the limits
     canvas.set_ylim(0, height)
     canvas.set_aspect("auto")
     canvas.text(GAP, bottom / 2, note, fontsize=7.5, color=FAINT, va="center")
@@ -175,7 +186,7 @@ def _shown(tokenizer: PreTrainedTokenizerFast, token_id: int) -> str:
 
 
 def _draw_words(canvas: Axes, words: tuple[Word, ...], left: float, y: float) -> None:
-    """Left to right, wrapped at the width of the text column; at most five lines."""
+    """Draw words from left to right, wrapped at the width of the text column, on at most five lines."""
     x, right, lowest = left, left + TEXT_WIDTH - 2 * GAP, y - 4 * LINE
     for word in words:
         right_guess = word.prediction == word.text

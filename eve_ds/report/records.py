@@ -1,4 +1,4 @@
-"""Reads `metrics.jsonl` as one clean history, whatever stops and restarts the run went through."""
+"""Read `metrics.jsonl` as one consistent history, also of a run that was stopped and resumed."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ from numpy.typing import NDArray
 
 Record = dict[str, Any]
 
-
-FORMER_NAMES = {"pixel": "mim", "text": "mlm"}
-"""Loss terms as earlier versions wrote them."""
+FORMER_NAMES = {
+    "pixel": "mim",
+    "text": "mlm",
+    "colour": "color",  # codespell:ignore colour
+    "position_to_colour": "position_to_color",
+    "colour_to_shape": "color_to_shape",
+    "shape_to_colour": "shape_to_color",
+}
+"""Keys that earlier versions wrote -> keys of this version."""
 
 
 class ReportError(ValueError):
-    """A run that nothing can be reported of; the message names the file and what is wrong with it."""
+    """Raised if a run cannot be reported; the message names the file and the problem."""
 
 
 def read_records(run: Path) -> list[Record]:
-    """All records of a run's `metrics.jsonl`, steps ascending.
+    """Read all records of a run's `metrics.jsonl`, in order of steps.
 
-    A run that was killed and resumed from an earlier checkpoint has written some steps twice: the later records count.
-    A last line that was cut off is left out.
+    A run that was killed and resumed from an earlier checkpoint has written some steps twice; the later records are
+    used. An incomplete last line is ignored. Keys of earlier versions are renamed.
 
     Raises:
-        ReportError: no such file, no record in it, or a line that is not a record.
+        ReportError: the file does not exist, has no record, or has a line that is not a record.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
-        raise ReportError(f"{path} does not exist: {run} is not the output folder of a run that has begun to train")
+        raise ReportError(f"{path} does not exist: {run} is not the output folder of a run that has started training")
     history: list[Record] = []
     *lines, torn = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -41,29 +47,37 @@ def read_records(run: Path) -> list[Record]:
             history = [earlier for earlier in history if earlier["step"] < record["step"]]
         history.append(record)
     if not history:
-        raise ReportError(f"{path} holds no whole record{' yet' if torn else ''}")
+        raise ReportError(f"{path} has no complete record{' yet' if torn else ''}")
     return history
 
 
+def with_current_names(record: Record) -> Record:
+    """Copy of a record or an evaluation, nested ones included, with the keys of :data:`FORMER_NAMES` renamed."""
+    return {
+        FORMER_NAMES.get(name, name): with_current_names(value) if isinstance(value, dict) else value
+        for name, value in record.items()
+    }
+
+
 def of_kind(records: list[Record], kind: str) -> list[Record]:
-    """Records of one kind: `train`, `eval` or `event`."""
+    """Select the records of one kind: `train`, `eval` or `event`."""
     return [record for record in records if record["kind"] == kind]
 
 
 def column(records: list[Record], name: str) -> NDArray[np.float64]:
-    """(n,) values of one number over records; NaN where it is missing or was not finite."""
+    """Return the values of one key, (n,); NaN if the value is missing or was not finite."""
     return np.array([np.nan if record.get(name) is None else record[name] for record in records], dtype=np.float64)
 
 
 def throughput(records: list[Record]) -> dict[str, float]:
-    """`train_seconds`, `steps`, `samples_per_second` and `peak_memory_bytes` (largest, of rank 0) of the whole run.
+    """Return `train_seconds`, `steps`, `samples_per_second` and `peak_memory_bytes` (maximum of rank 0) of the run.
 
     Raises:
         ReportError: the run has no training record.
     """
     train = of_kind(records, "train")
     if not train:
-        raise ReportError("metrics.jsonl holds no training record: the run stopped before its first one")
+        raise ReportError("metrics.jsonl has no training record: the run stopped before its first one")
     last = train[-1]
     return {
         "train_seconds": last["seconds"],
@@ -74,7 +88,7 @@ def throughput(records: list[Record]) -> dict[str, float]:
 
 
 def _went_back(history: list[Record], record: Record) -> bool:
-    """Whether a record is the first after a restart; a step has one record of each kind, and any number of events."""
+    """Whether a record is the first after a restart; a step has one record of each kind, but any number of events."""
     if not history or history[-1]["step"] < record["step"]:
         return False
     same_step = itertools.takewhile(lambda earlier: earlier["step"] == record["step"], reversed(history))
@@ -89,4 +103,4 @@ def _parse(line: str, where: str) -> Record:
         raise ReportError(f"{where} is not JSON: {error}") from None
     if not isinstance(record, dict) or not {"kind", "step", "seconds", "samples"} <= record.keys():
         raise ReportError(f"{where} is not a record with kind, step, seconds and samples")
-    return {FORMER_NAMES.get(str(name), str(name)): value for name, value in record.items()}
+    return with_current_names(record)

@@ -1,4 +1,4 @@
-"""The report of one run: report.md beside its pictures."""
+"""Report of one run: report.md and its figures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from eve_ds.report.records import Record, of_kind, read_records, throughput
 from eve_ds.report.tables import Table, evaluation_tables, expert_table, loss_table
 
 EXAMPLES, BATCH_SIZE, BATCHES = 8, 64, 8
-"""Rows of the grid of reconstructions; samples whose routes are counted."""
+"""Rows of the grid of reconstructions; batch size and number of batches of the router statistics."""
 
 
 class Exported(NamedTuple):
-    """What `eve_ds.export.load` returns: a plain model in evaluation mode with what it was trained by."""
+    """Result of `eve_ds.export.load`: a plain model in evaluation mode with its configuration and tokenizer."""
 
     model: nn.Module
     config: Config
@@ -38,13 +38,16 @@ class Exported(NamedTuple):
 def write_report(
     run: Path, out: Path, exported: Exported | None = None, evaluation: dict[str, Any] | None = None
 ) -> list[Path]:
-    """Write `report.md` and its pictures; returns what was written, report.md first.
+    """Write `report.md` and its figures.
 
     Args:
         run: output folder of a run, finished or not.
         out: folder to write to.
-        exported: of the run; without it there are curves and figures of training only.
-        evaluation: of :func:`eve_ds.evaluation.scenes.evaluate_scenes`; None takes the run's last one, if it has any.
+        exported: export of the run; None: the report covers only training and evaluation.
+        evaluation: result of :func:`eve_ds.evaluation.scenes.evaluate_scenes`; None: the last one of the run, if any.
+
+    Returns:
+        The written files, report.md first.
 
     Raises:
         ReportError: the run has no usable `metrics.jsonl`.
@@ -65,9 +68,9 @@ def write_report(
 
 
 def sample_batches(config: Config, tokenizer: PreTrainedTokenizerFast) -> Iterator[Batch]:
-    """Batches to look at: validation scenes if the run was trained on scenes alone, otherwise its training data.
+    """Yield batches for figures: validation scenes if the run was trained on scenes only, otherwise training data.
 
-    Masks are those of the evaluation: half of the words, and every hidden patch is predicted.
+    Masks are those of the evaluation: half of the words are masked, and every masked patch is predicted.
     """
     config, sources = evaluation_config(config), config.data.sources
     objectives = objectives_of(config.model)
@@ -94,7 +97,7 @@ def _model_pictures(exported: Exported, out: Path) -> tuple[dict[str, Path], lis
         kind = "validation scenes" if on_scenes else "samples of the training data"
         title = f"The first {len(examples)} {kind}, not selected"
         path = plot_reconstructions(examples, out / "reconstructions.png", title, note_on(config.model))
-        pictures["Masked, reconstructed, and the words it guessed"] = path
+        pictures["Masked and reconstructed images, with predicted words"] = path
     if config.model.expert_layers:
         layers = config.model.expert_layers
         statistics = expert_use(model, batches)

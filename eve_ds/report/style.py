@@ -1,4 +1,4 @@
-"""How figures look; figures are made without pyplot, so no state is shared and no display is needed."""
+"""Style of figures. Figures are created without pyplot, so they share no state and need no display."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 IMAGE_COLOR, TEXT_COLOR = "#2f6db3", "#e0862b"
-"""Of the two modalities; told apart by colour-blind readers too."""
+"""Colors of the two modalities; color-blind readers can distinguish them."""
 RIGHT_COLOR, WRONG_COLOR = "#1b7f4d", "#b3261e"
+"""Colors of correct and wrong predictions, or of the right and a wrong other modality."""
 INK, FAINT = "#222222", "#8a8a8a"
+"""Colors of text and of secondary lines."""
 DOTS_PER_INCH = 130
 
 
 def tidy(axes: Axes, title: str) -> None:
-    """Title on the left, no box, a light grid."""
+    """Set a title on the left, remove the box, and draw a light grid."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
@@ -25,7 +27,7 @@ def tidy(axes: Axes, title: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG and return its path."""
+    """Write the figure as a PNG and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white")
     return path

@@ -13,13 +13,14 @@ from eve_ds.model.moe import RouterStatistics, router_metrics
 from eve_ds.report.experts import shares
 from eve_ds.report.records import Record, column, of_kind
 
-WORDS = ("colour", "shape", "size", "position")
+WORDS = ("color", "shape", "size", "position")
+"""Word classes of the evaluation on scenes, in the order of rows."""
 LABELS = {"hidden_words": "all words of hidden captions"}
 PROBES = {
-    "position_to_colour": "position -> colour",
+    "position_to_color": "position -> color",
     "position_to_shape": "position -> shape",
-    "colour_to_shape": "colour -> shape",
-    "shape_to_colour": "shape -> colour",
+    "color_to_shape": "color -> shape",
+    "shape_to_color": "shape -> color",
 }
 
 
@@ -31,13 +32,13 @@ class Table(NamedTuple):
     rows: Sequence[tuple[str, ...]]
 
     def to_markdown(self) -> str:
-        """GitHub-flavoured Markdown."""
+        """Return the table as GitHub-flavored Markdown."""
         rule = " | ".join(["---", *["---:"] * (len(self.columns) - 1)])
         body = [" | ".join(row) for row in (self.columns, *self.rows)]
         return f"**{self.title}**\n\n" + "\n".join(f"| {line} |" for line in (body[0], rule, *body[1:])) + "\n"
 
     def to_rich(self) -> rich.table.Table:
-        """For a terminal; sections begin at rows of which only the first cell is filled."""
+        """Return the table for a terminal."""
         table = rich.table.Table(title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
         for index, name in enumerate(self.columns):
             table.add_column(name, justify="right" if index else "left", no_wrap=bool(index))
@@ -47,7 +48,7 @@ class Table(NamedTuple):
 
 
 def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
-    """Figures of a task's evaluation, nested names joined by dots; what was not measured is a dash."""
+    """Return a table of the metrics of a task; nested names are joined by dots, missing values are dashes."""
     return Table(title, ("metric", "value"), [(name, _figure(value)) for name, value in _flat(metrics)])
 
 
@@ -63,18 +64,18 @@ def _figure(value: float | None) -> str:
 
 
 def evaluation_tables(result: dict[str, Any]) -> list[Table]:
-    """What :func:`eve_ds.evaluation.scenes.evaluate_scenes` returned: words, pixels and, where asked, binding.
+    """Return the tables of a result of :func:`eve_ds.evaluation.scenes.evaluate_scenes`: words, pixels, binding.
 
-    Evaluations of earlier versions, which asked words beside masked images only, have no `masked_image`.
+    Results of earlier versions, which predicted words only with masked images, have no `masked_image`.
     """
     tables = []
     masked = result.get("masked_image", {})
-    if "colour" in result:
-        beside = "the whole image" if masked else "a masked image"
+    if "color" in result:
+        given = "the whole image" if masked else "a masked image"
         names = [*WORDS, *(["hidden_words"] if "hidden_words" in result else [])]
-        tables.append(_words_table(f"Masked words predicted right beside {beside}", result, names))
+        tables.append(_words_table(f"Masked words predicted correctly, given {given}", result, names))
     if masked:
-        tables.append(_words_table("Masked words predicted right beside a masked image", masked, WORDS))
+        tables.append(_words_table("Masked words predicted correctly, given a masked image", masked, WORDS))
     if "pixel_loss" in result:
         tables.append(_pixels_table(result["pixel_loss"]))
     if "binding" in result:
@@ -107,14 +108,14 @@ def _pixels_table(pixel_loss: dict[str, float]) -> Table:
 
 
 def percent_lower(pixel_loss: dict[str, float]) -> str:
-    """By how much the right caption lowers the loss, such as `8.0 %`."""
+    """Return by how much the right caption lowers the loss, for example `8.0 %`; a dash if the other loss is 0."""
     return f"{100 * (1 - pixel_loss['right'] / pixel_loss['wrong']):.1f} %" if pixel_loss["wrong"] else "-"
 
 
 def _binding_table(binding: dict[str, dict[str, float]]) -> Table:
     return Table(
-        "Binding: the attribute of the object that is named by another",
-        ("given -> asked", "named object's", "other object's", "gap"),
+        "Binding: an attribute of the object that another attribute identifies",
+        ("given -> predicted", "identified object", "other object", "gap"),
         [
             (label, f"{answer['target']:.3f}", f"{answer['distractor']:.3f}", f"{_gap(answer):+.3f}")
             for name, label in PROBES.items()
@@ -132,24 +133,24 @@ def _pair(value: dict[str, float]) -> tuple[str, str]:
 
 
 def seeds_table(entries: Sequence[dict[str, Any]]) -> Table:
-    """One column for each seed: what it learnt, what it took.
+    """Return a table with one column per seed: results of the evaluation and cost of the training.
 
     Args:
-        entries: what :func:`eve_ds.evaluation.scenes.evaluate_scenes` returned of a model that predicts words and
-            pixels, with `seed`, `train_seconds`, `steps`, `samples_per_second`, `peak_memory_bytes` and
-            `export_max_abs_diff`.
+        entries: for each seed, the result of :func:`eve_ds.evaluation.scenes.evaluate_scenes` for a model that predicts
+            words and pixels, with the keys `seed`, `train_seconds`, `steps`, `samples_per_second`,
+            `peak_memory_bytes` and `export_max_abs_diff` added.
     """
-    rows = [("masked words right, its whole image / another's", *[""] * len(entries))]
+    rows = [("masked words correct, whole own image / another", *[""] * len(entries))]
     names = (*WORDS, "hidden_words")
     rows += [(f"  {LABELS.get(name, name)}", *(" / ".join(_pair(entry[name])) for entry in entries)) for name in names]
-    rows.append(("the same beside a masked image", *[""] * len(entries)))
+    rows.append(("the same, given a masked image", *[""] * len(entries)))
     masked = [entry["masked_image"] for entry in entries]
     rows += [(f"  {name}", *(" / ".join(_pair(words[name])) for words in masked)) for name in WORDS]
-    rows.append(("masked pixels, right caption / another's", *[""] * len(entries)))
+    rows.append(("masked pixels, own caption / another", *[""] * len(entries)))
     losses = [entry["pixel_loss"] for entry in entries]
     rows.append(("  squared error", *(f"{loss['right']:.4f} / {loss['wrong']:.4f}" for loss in losses)))
     rows.append(("  lower by", *map(percent_lower, losses)))
-    rows.append(("binding, named object's / other's", *[""] * len(entries)))
+    rows.append(("binding, identified object / other object", *[""] * len(entries)))
     for name, label in PROBES.items():
         answers = [entry["binding"][name] for entry in entries]
         rows.append((f"  {label}", *(f"{answer['target']:.3f} / {answer['distractor']:.3f}" for answer in answers)))
@@ -167,7 +168,7 @@ def _difference(value: float | None) -> str:
 
 
 def loss_table(records: list[Record]) -> Table:
-    """Each loss term at the first and at the last record of training."""
+    """Return a table of each loss term in the first and in the last training record."""
     train = of_kind(records, "train")
     rows = []
     for name in ("loss", "mim", "mlm", "itc", "itm", "load_balancing", "router_z"):
@@ -181,7 +182,10 @@ def loss_table(records: list[Record]) -> Table:
 
 
 def expert_table(statistics: tuple[RouterStatistics, ...], layers: list[int]) -> Table:
-    """Router statistics of each MoE layer; `image experts` take at least twice the share of the image's routes."""
+    """Return a table of the router statistics of each MoE layer.
+
+    The share of image routes of an `image expert` is at least twice its share of text routes; `text experts` likewise.
+    """
     rows = []
     for layer, counted in zip(layers, statistics, strict=True):
         numbers = router_metrics(counted)

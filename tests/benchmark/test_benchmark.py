@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic and files, and that every side of every measure runs and computes the same thing."""
+"""Benchmark harness: arithmetic, files, and equal work of all sides of every measure."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from eve_ds.objectives.pretraining import pretraining_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_CALLS = 2500
-"""Operators that the host may call in a step of eve_tiny at ZeRO 1 in bf16."""
+"""Limit of host calls in a step of eve_tiny at ZeRO 1 in bf16."""
 
 
 def burn(milliseconds):
@@ -29,11 +29,11 @@ def burn(milliseconds):
         pass
 
 
-def test_sides_are_timed_in_turn_and_memory_is_the_peak_of_one_call():
+def test_sides_alternate_and_memory_is_the_peak_of_one_call():
     order = []
 
     def side(name, milliseconds, megabytes):
-        # Within the time, as touching fresh pages takes milliseconds of its own, and more where others do so too.
+        # Allocated within the timed part, because touching new pages takes milliseconds, and more on a busy machine.
         end = time.process_time() + milliseconds / 1e3
         order.append(name)
         torch.ones(megabytes * 250_000)
@@ -41,7 +41,7 @@ def test_sides_are_timed_in_turn_and_memory_is_the_peak_of_one_call():
             pass
 
     (row,) = compare("m", torch.float32, "s", partial(side, "a", 25, 40), {"b": partial(side, "b", 75, 120)}, 0.3, True)
-    assert order[:4] == ["a", "a", "b", "b"]  # one call to warm up and one for the memory of each
+    assert order[:4] == ["a", "a", "b", "b"]  # for each side a warm-up call and a measured call of memory
     assert order[4:8] == ["a", "b", "a", "b"]
     assert row.ours_ms == pytest.approx(25, rel=0.2)
     assert row.ratio == pytest.approx(3, rel=0.2)
@@ -51,7 +51,7 @@ def test_sides_are_timed_in_turn_and_memory_is_the_peak_of_one_call():
         assert row.peer_mb == pytest.approx(120, abs=5)
 
 
-def test_rows_are_appended_with_their_provenance(tmp_path):
+def test_rows_are_appended_with_provenance(tmp_path):
     rows = compare("m", torch.bfloat16, "T=1", partial(burn, 1), {"p": partial(burn, 1), "q": partial(burn, 1)}, 0.01)
     append_results(rows, tmp_path / "bench" / "results.csv")
     append_results(rows, tmp_path / "bench" / "results.csv")
@@ -66,7 +66,7 @@ def test_rows_are_appended_with_their_provenance(tmp_path):
     assert line["dtype"] == "bfloat16"
 
 
-def layers_of_both_kinds(rank, world_size):
+def outputs_of_both_layers(rank, world_size):
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, moe=MoEConfig(num_experts=4))
     layer = MoE(config)
@@ -79,14 +79,14 @@ def layers_of_both_kinds(rank, world_size):
     return [(output.hidden_states, output.load_balancing_loss) for output in outputs]
 
 
-def test_stock_layer_computes_what_ours_does(run_ranks):
-    """Otherwise the comparison is between different work: no slot is short here, and tokens carry no modality."""
-    ((ours, stock),) = run_ranks(layers_of_both_kinds, 1)
+def test_stock_layer_and_our_layer_compute_the_same(run_ranks):
+    """The comparison requires equal work; here capacity suffices for all tokens, and modality embeddings are zero."""
+    ((ours, stock),) = run_ranks(outputs_of_both_layers, 1)
     for mine, theirs in zip(ours, stock, strict=True):
         torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
 
 
-def losses_of_both_forms(rank, world_size):
+def losses_of_both_implementations(rank, world_size):
     config = measures.load_config("eve_tiny", ["model.text_length=12", "model.moe.capacity_factor=8.0"])
     both = measures.BothForms(config, 3)
     with torch.no_grad():
@@ -106,8 +106,8 @@ def losses_of_both_forms(rank, world_size):
     return found
 
 
-def test_both_forms_of_a_step_have_the_same_loss_without_padding_and_drops(run_ranks):
-    ((packed, stock),) = run_ranks(losses_of_both_forms, 1)
+def test_both_implementations_of_a_step_have_the_same_loss_without_padding_and_drops(run_ranks):
+    ((packed, stock),) = run_ranks(losses_of_both_implementations, 1)
     for name in ("mim", "mlm", "load_balancing"):
         torch.testing.assert_close(packed[name], stock[name], rtol=1e-5, atol=1e-5)
 
@@ -130,7 +130,7 @@ def test_both_sides_of_routing_have_the_same_gradients(ours, theirs, monkeypatch
         torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-4)
 
 
-def test_every_set_of_objectives_is_timed_in_turn_and_its_operations_are_counted():
+def test_all_variants_of_objectives_are_compared_and_their_operations_counted():
     config = load_config("eve_tiny")
     rows = objectives.compare_objectives(config, 2, 0.0)
     assert [(row.measure, row.peer) for row in rows] == [
@@ -138,7 +138,7 @@ def test_every_set_of_objectives_is_timed_in_turn_and_its_operations_are_counted
     ]
 
     def expected(side):
-        # A step costs three forwards, less the gradient of pixels and, of what attention costs here, padding.
+        # A step costs three forward passes, minus the gradient of the pixels; padding costs attention here.
         model = config.model.model_copy(update={"objectives": side.objectives})
         return 3 * pretraining_flops(model, side.masking, measures.REAL_TOKENS) / 1e9 * 2
 
@@ -152,7 +152,7 @@ def test_every_set_of_objectives_is_timed_in_turn_and_its_operations_are_counted
     assert full.peer_mb > full.ours_mb
 
 
-def test_sides_share_the_backbone_and_each_step_trains_its_own_part():
+def test_variants_share_the_backbone_and_each_step_trains_all_parameters_of_its_variant():
     sides = objectives.Objectives(load_config("eve_tiny"), 2)
     models = list(sides.models.values())
     assert len({id(model.backbone) for model in models}) == 1
@@ -175,15 +175,15 @@ def test_a_step_at_zero_1_makes_few_host_calls(run_ranks):
     (forward, backward, step, whole), (*of_parts, of_whole) = ([row[side] for row in rows] for side in (2, 3))
     assert whole == forward + backward + step
     assert whole < MOST_CALLS
-    assert step < 150, "the update has no call for each parameter"
-    assert of_parts[0] == forward, "both engines have the same model"
+    assert step < 150, "the number of calls of the update must not grow with the number of parameters"
+    assert of_parts[0] == forward, "both engines run the same model"
     assert of_whole == sum(of_parts) > 2 * whole
     assert all(milliseconds > 0 for *_, milliseconds, _ in rows)
     assert json.loads(rows[-1][-1])["ours_calls"] == whole
 
 
 @pytest.mark.timeout(240)
-def test_the_command_runs_quickly_and_prints_json(tmp_path):
+def test_command_runs_quickly_and_prints_json(tmp_path):
     results = tmp_path / "results.csv"
     command = [sys.executable, "launcher/benchmark.py", "routing", "data", "--quick", "--json", "--results", results]
     done = subprocess.run(

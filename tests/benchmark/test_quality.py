@@ -1,4 +1,4 @@
-"""The benchmark of what pre-training is worth: its plan, running it, and the table. Training itself is not run here."""
+"""Benchmark of pre-training quality: jobs, their execution, and tables. These tests run no training."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECALL = {"text_retrieval": {"R@1": 0.5}, "image_retrieval": {"R@1": 0.25}}
 
 
-def test_every_task_starts_from_every_objective_and_from_nothing(tmp_path):
+def test_every_task_starts_from_every_objective_and_from_random_weights(tmp_path):
     jobs = {job.name: job for job in jobs_of(3, tmp_path, Budget(100, 10, 20, 30), ("mim+mlm", "itc+itm"))}
     starts = ("mim+mlm", "itc+itm", "none", "scratch")
     tuned = {f"{task}-{start}" for task in TASKS for start in starts}
@@ -36,20 +36,20 @@ def test_every_task_starts_from_every_objective_and_from_nothing(tmp_path):
     assert set(jobs) == {"mim+mlm", "itc+itm", *tuned, "zero_shot-mim+mlm", "zero_shot-itc+itm"}
     assert jobs["nlvr-itc+itm"].needs == "itc+itm"
     assert jobs["vqa-scratch"].needs is None
-    assert "train.max_seconds=110" in jobs["vqa-scratch"].command, "all the seconds"
+    assert "train.max_seconds=110" in jobs["vqa-scratch"].command, "budget of pre-training and fine-tuning"
     assert "train.max_seconds=30" in jobs["retrieval-none"].command
     assert "task.train.question_types=[color,shape]" in jobs["vqa-none"].command
     assert {"train.max_seconds=30", "tasks/scenes_retrieval_words"} <= set(jobs["retrieval_words-none"].command)
     assert {"train.max_seconds=20", "nlvr", "tasks/scenes_nlvr_words"} <= set(jobs["nlvr_words-mim+mlm"].command)
     assert jobs["zero_shot-mim+mlm"].needs == "mim+mlm"
     assert all(("train.seed=3" in job.command) == ("zero_shot" not in name) for name, job in jobs.items())
-    # Not by steps: the slow objective would never come to the low learning rates.
+    # A decay by steps would never reach low learning rates with a slow objective.
     assert all("optimizer.decay_by=seconds" in jobs[name].command for name in ("mim+mlm", "itc+itm"))
     order = list(jobs)
     assert max(order.index("mim+mlm"), order.index("itc+itm")) < min(order.index(name) for name in order if "-" in name)
 
 
-def test_variants_of_a_set_have_settings_of_their_own(tmp_path):
+def test_variants_of_objectives_have_their_own_settings(tmp_path):
     jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm.as_written", "joint"], ["vqa"])}
     written = jobs["mim+mlm.as_written"].command
     assert {"model.objectives=[mim,mlm]", "masking.language_view_patch_share=1", "loss.mlm_weight=1"} <= set(written)
@@ -60,7 +60,7 @@ def test_variants_of_a_set_have_settings_of_their_own(tmp_path):
     assert jobs["vqa-mim+mlm.as_written"].needs == "mim+mlm.as_written"
 
 
-def test_a_price_is_one_mask_otherwise(tmp_path):
+def test_each_price_run_changes_one_mask_setting(tmp_path):
     ours, paper = load_config("eve_tiny").masking, MaskingConfig()
     for start in PRICES:
         (command, zero_shot) = (job.command for job in jobs_of(0, tmp_path, Budget(), [start], []))
@@ -73,10 +73,10 @@ def test_a_price_is_one_mask_otherwise(tmp_path):
         assert (getattr(masking, setting) == getattr(paper, setting)) == cheaper
 
 
-def test_words_of_pre_training_stand_beside_those_of_another_picture(tmp_path):
+def test_word_accuracies_of_pre_training_include_those_with_another_image(tmp_path):
     answers = {"right": 0.75, "wrong": 0.25}
-    kinds = dict.fromkeys(("colour", "shape", "size", "position"), answers)
-    last = {"samples": 640, "hidden_words": answers, "masked_image": kinds | {"colour": {"right": 0.5, "wrong": 0.1}}}
+    kinds = dict.fromkeys(("color", "shape", "size", "position"), answers)
+    last = {"samples": 640, "hidden_words": answers, "masked_image": kinds | {"color": {"right": 0.5, "wrong": 0.1}}}
     last |= kinds | {"kind": "eval", "pixel_loss": {"right": 0.3, "wrong": 0.4}, "binding": {}}
     for seed in range(2):
         for start in ("mim+mlm", "mim+mlm.image_view_share=1"):
@@ -103,7 +103,7 @@ def test_words_of_pre_training_stand_beside_those_of_another_picture(tmp_path):
         assert "| pairs seen in pre-training | 640 |" in text
 
 
-def test_a_curve_adds_shorter_pre_training_and_what_it_is_worth(tmp_path):
+def test_curve_adds_shorter_pre_training_with_vqa_and_zero_shot_retrieval(tmp_path):
     whole = {job.name for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm"], ["vqa", "retrieval"])}
     jobs = {job.name: job for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm"], ["vqa", "retrieval"], [50.0])}
     assert jobs.keys() - whole == {"mim+mlm@50", "vqa-mim+mlm@50", "zero_shot-mim+mlm@50"}
@@ -111,7 +111,7 @@ def test_a_curve_adds_shorter_pre_training_and_what_it_is_worth(tmp_path):
     assert jobs["vqa-mim+mlm@50"].needs == jobs["zero_shot-mim+mlm@50"].needs == "mim+mlm@50"
 
 
-def test_nlvr_itself_is_asked_with_and_without_images(tmp_path):
+def test_nlvr_is_evaluated_with_and_without_images(tmp_path):
     whole = {job.name for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm", "itc+itm"], ["vqa"])}
     jobs = {
         job.name: job for job in jobs_of(0, tmp_path, Budget(), ["mim+mlm", "itc+itm"], ["vqa"], nlvr=tmp_path / "n")
@@ -132,7 +132,7 @@ def test_nlvr_itself_is_asked_with_and_without_images(tmp_path):
 
 
 def writes(tmp_path, name, text, needs=None):
-    """A job that copies what its predecessor wrote, and adds to it."""
+    """Return a job that appends text to the result of the job that it needs."""
     before = f"open(r'{tmp_path / (needs or '')}/result').read()" if needs else "''"
     made = f"import pathlib; p = pathlib.Path(r'{tmp_path / name}'); p.mkdir()"
     code = f"{made}; (p / 'result').write_text({before} + '{text}')"
@@ -140,7 +140,7 @@ def writes(tmp_path, name, text, needs=None):
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 5])
-def test_jobs_wait_for_what_they_need_and_run_once(tmp_path, at_a_time):
+def test_jobs_wait_for_needed_jobs_and_run_once(tmp_path, at_a_time):
     jobs = [writes(tmp_path, "a", "A"), writes(tmp_path, "b", "B"), writes(tmp_path, "c", "C", "a")]
     jobs.append(writes(tmp_path, "d", "D", "b"))
     said = []
@@ -151,14 +151,14 @@ def test_jobs_wait_for_what_they_need_and_run_once(tmp_path, at_a_time):
     assert len(said) == 4
 
 
-def test_what_a_killed_job_left_is_removed(tmp_path):
+def test_output_of_a_killed_job_is_removed(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "half").write_text("")
     run_jobs([writes(tmp_path, "a", "A")], tmp_path, 1, lambda _: None)
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["result"]
 
 
-def test_a_job_that_fails_names_its_log(tmp_path):
+def test_error_of_a_failed_job_names_its_log(tmp_path):
     bad = Job("bad", [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"], "result")
     good = writes(tmp_path, "good", "G")
     with pytest.raises(RuntimeError, match=r"bad ended with code 3: see .*bad\.log"):
@@ -174,7 +174,7 @@ def write(folder, name, metrics):
     (out / "metrics.json").write_text(json.dumps(metrics))
 
 
-def test_the_table_has_a_row_a_measure_and_a_column_a_start(tmp_path):
+def test_table_has_a_row_per_measure_and_a_column_per_start(tmp_path):
     for seed in range(2):
         folder = tmp_path / str(seed)
         recall = RECALL | {"text_retrieval": {"R@1": 0.5 + seed / 10}}
@@ -184,7 +184,7 @@ def test_the_table_has_a_row_a_measure_and_a_column_a_start(tmp_path):
         (folder / "mim+mlm" / "checkpoints").mkdir(parents=True)
         (folder / "mim+mlm" / "checkpoints" / "latest").write_text("step-00000001")
         (folder / "itc+itm").mkdir()
-        (folder / "itc+itm" / "metrics.jsonl").write_text("")  # has just begun
+        (folder / "itc+itm" / "metrics.jsonl").write_text("")  # a run that has written nothing yet
         (folder / "mim+mlm" / "metrics.jsonl").write_text(f'{{"samples": 64}}\n{{"samples": {6400 + 64 * seed}}}\n')
     found = [figures(tmp_path / str(seed)) for seed in range(2)]
     assert found[0]["statements"] == {"none": 0.5}
@@ -202,7 +202,7 @@ def test_the_table_has_a_row_a_measure_and_a_column_a_start(tmp_path):
     assert "| statements | 0.500 |" in table(found[:1])
 
 
-def test_zero_shot_and_shorter_pre_training_have_rows_of_their_own(tmp_path):
+def test_zero_shot_and_shorter_pre_training_have_their_own_rows(tmp_path):
     write(tmp_path, "zero_shot-mim+mlm", {"dot": RECALL, "reranked": RECALL | {"image_retrieval": {"R@1": 1.0}}})
     write(tmp_path, "retrieval_words-mim+mlm", {"dot": RECALL})
     write(tmp_path, "nlvr_words-mim+mlm", {"accuracy": 0.75, "consistency": 0.5})
@@ -221,7 +221,7 @@ def test_zero_shot_and_shorter_pre_training_have_rows_of_their_own(tmp_path):
 
 
 def read_results(file):
-    """Rows of a CSV file of results, as `table` takes them."""
+    """Read a CSV file of results; returns the results of each seed, for `table`."""
     seeds = defaultdict(dict)
     with file.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
@@ -231,7 +231,7 @@ def read_results(file):
     return [seeds[number] for number in sorted(seeds)]
 
 
-def test_results_file_holds_a_row_for_every_value(tmp_path):
+def test_results_file_has_a_row_for_every_value(tmp_path):
     seeds = [
         {"statements": {"mim+mlm": 0.5, "none": 0.25}, "pairs seen in pre-training": {"mim+mlm@50": 640}},
         {"statements": {"mim+mlm": 1.0}},
@@ -243,7 +243,7 @@ def test_results_file_holds_a_row_for_every_value(tmp_path):
     ] == '0,mim+mlm,statements,0.5,"a CPU, two cores",2026-01-01'
 
 
-def test_results_that_stay_keep_where_they_were_measured(tmp_path):
+def test_unchanged_results_keep_their_provenance(tmp_path):
     file = tmp_path / "quality.csv"
     write_results([{"statements": {"mim+mlm": 0.5, "none": 0.25}}], file, {"commit": "a", "date": "2026-01-01"})
     write_results([{"statements": {"mim+mlm": 0.5, "none": 0.75}}, {}], file, {"commit": "b", "date": "2026-02-02"})
@@ -254,7 +254,7 @@ def test_results_that_stay_keep_where_they_were_measured(tmp_path):
     ]
 
 
-def test_a_page_gets_the_table_between_its_marks(tmp_path):
+def test_table_replaces_the_text_between_the_marks_of_a_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
     put_into(page, "| new |")
@@ -265,6 +265,6 @@ def test_a_page_gets_the_table_between_its_marks(tmp_path):
         put_into(page, "| new |")
 
 
-def test_the_table_of_the_readme_is_made_from_the_stored_results():
+def test_table_of_the_readme_matches_the_stored_results():
     text = table(read_results(ROOT / "kernels" / "bench" / "quality.csv"))
     assert f"{MARKS[0]}\n{text}\n{MARKS[1]}" in (ROOT / "README.md").read_text(encoding="utf-8")

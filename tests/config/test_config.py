@@ -45,7 +45,7 @@ def test_a_file_starts_from_a_preset_and_overrides_come_last(tmp_path):
     [
         ("model.hidden_sise=3", "eve_tiny: unknown key 'model.hidden_sise'; did you mean 'hidden_size'?"),
         ("model.moe.num_expert=3", "eve_tiny: unknown key 'model.moe.num_expert'; did you mean 'num_experts'?"),
-        ("optimiser.lr=1", "eve_tiny: unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("optim.lr=1", "eve_tiny: unknown key 'optim'; did you mean 'optimizer'?"),
         ("parallel.zzz=1", "eve_tiny: unknown key 'parallel.zzz'; known: ep_size"),
         (
             "data.sources=[{kind: scenes, levels: easy}]",
@@ -100,7 +100,7 @@ def test_unknown_keys_get_the_nearest_name(override, text):
             "model.objectives.1 ('mml'): Input should be 'mim', 'mlm', 'itc', 'itm' or 'joint'",
         ),
         ("model.objectives=[]", "model.objectives ([]): List should have at least 1 item"),
-        ("model.objectives=[mlm, mim, mlm]", "objectives (mim, mlm, mlm) names mlm twice: name every task once"),
+        ("model.objectives=[mlm, mim, mlm]", "objectives (mim, mlm, mlm) names mlm twice: name each objective once"),
         (
             "model.objectives=[mlm, itm]",
             "objectives (mlm, itm) has itm without itc, whose similarities choose the hard negatives: add itc",
@@ -131,7 +131,7 @@ def test_unknown_keys_get_the_nearest_name(override, text):
             "loss weights of mim, mlm (mim_weight, mlm_weight) are all 0: raise one of them",
         ),
         ("model.text_length=2", "text_length (2) must be at least 3: [CLS], a word and [SEP]"),
-        ("model.patch_size=64", "image_size (64) and patch_size (64) make a single patch, which cannot be seen and"),
+        ("model.patch_size=64", "image_size (64) and patch_size (64) make a single patch, which cannot be both"),
         (
             "masking={patch_mask_ratio: 0, text_to_image_mask_ratio: 1}",
             "masking.patch_mask_ratio (0) leaves nothing to predict for mim: raise it, or leave mim out of "

@@ -355,7 +355,7 @@ def test_a_damaged_complete_folder_is_named(tmp_path):
     write_shards(GeneratedScenes(3), tmp_path, WriterOptions())
     (tmp_path / "shard-000000.tar").write_bytes(b"cut")
     with pytest.raises(
-        OutputError, match=r"shard-000000\.tar is missing or has not the \d+ bytes in index\.json; remove"
+        OutputError, match=r"shard-000000\.tar is missing or does not have the \d+ bytes in index\.json; remove"
     ):
         write_shards(GeneratedScenes(3), tmp_path, WriterOptions())
 

@@ -261,4 +261,4 @@ def test_a_shard_of_another_size_than_the_index_says_is_reported(tmp_path, caplo
         file.truncate(3000)
     with caplog.at_level(logging.WARNING):
         find_shards(str(folder))
-    assert "shard-000000.tar has 3000 bytes, its index.json says 10240: an unfinished copy?" in caplog.text
+    assert "shard-000000.tar has 3000 bytes, its index.json says 10240: incomplete copy?" in caplog.text

@@ -174,7 +174,7 @@ def test_tokenizers_without_mask_or_template_are_refused(tmp_path):
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=plain, **specials).save_pretrained(tmp_path / "no_mask")
-    with pytest.raises(ConfigError, match="has no mask_token; masked signal modelling needs all of them"):
+    with pytest.raises(ConfigError, match="has no mask_token; masked signal modeling needs all of them"):
         load_tokenizer(tmp_path / "no_mask")
     PreTrainedTokenizerFast(tokenizer_object=plain, **specials, mask_token="[MASK]").save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match=r"does not put \[CLS\] before and \[SEP\] after a text"):

@@ -1,4 +1,4 @@
-"""Decode, crop, flip, normalise; and the images that cannot be used, by reason."""
+"""Decode, crop, flip, normalize; and the images that cannot be used, by reason."""
 
 import io
 import struct

@@ -623,7 +623,7 @@ def test_what_a_run_writes(finished):
         assert "moe0/mim/image_routes/3" not in record
     evals = records(folder / "written", "eval")
     assert [record["step"] for record in evals] == [4, 7]
-    assert all({"seconds", "samples", "colour", "binding", "pixel_loss"} <= set(record) for record in evals)
+    assert all({"seconds", "samples", "color", "binding", "pixel_loss"} <= set(record) for record in evals)
     assert evaluations == 2
     assert not [text for text in peer_texts if text.startswith("step ")]
     lines = [text for text in texts if text.startswith("step ")]

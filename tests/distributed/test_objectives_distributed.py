@@ -109,7 +109,7 @@ def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
         first, last = ([item[name] for item in part] for part in (history[:5], history[-5:]))
         assert sum(last) < 0.97 * sum(first), name
     (evaluation,) = records(tmp_path, "eval")
-    assert {"colour", "hidden_words"} <= evaluation.keys()
+    assert {"color", "hidden_words"} <= evaluation.keys()
     assert "pixel_loss" not in evaluation, "the model has no decoder"
 
 

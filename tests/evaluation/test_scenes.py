@@ -1,4 +1,4 @@
-"""Evaluation on scenes with models whose answers are known beforehand."""
+"""Evaluation on scenes with models whose answers are known in advance."""
 
 from collections import Counter
 
@@ -30,7 +30,7 @@ from eve_ds.model.eve import EVE, EVEOutput
 from eve_ds.objectives.registry import OBJECTIVES
 
 NUM_SCENES, BATCH = 24, 8
-CLASSES = {"color": "colour", "shape": "shape", "size": "size", "position": "position"}
+CLASSES = ("color", "shape", "size", "position")
 CONFIG = parse_config({"model": {"image_size": 64, "patch_size": 8, "vocab_size": 256, "text_length": 24}})
 
 
@@ -47,10 +47,10 @@ def scenes():
 
 
 class Oracle(nn.Module):
-    """Knows every scene by its image: says the words and paints the pixels of the caption that belongs to the image.
+    """Model that recognizes every scene by its image.
 
-    Words: as the image's caption has them, whatever else the text says. Pixels: right where the visible text is that
-    of the image, otherwise all zero, whose squared error is the mean square of the pixels.
+    Words: those of the image's own caption, whatever the visible text is. Pixels: correct if the visible text is the
+    image's own caption, otherwise 0, so that the squared error is the mean square of the pixels.
     """
 
     def __init__(self, scenes, tokenizer):
@@ -96,11 +96,11 @@ def result(scenes, tokenizer):
     return found, model
 
 
-def test_who_looks_at_the_image_is_right_with_it_and_misled_by_another(result, scenes, tokenizer):
+def test_words_of_a_model_that_uses_the_image_are_right_with_the_right_image_only(result, scenes, tokenizer):
     found, _ = result
     collate = Collator(evaluation_config(CONFIG), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True)
     hits, asked = Counter(), Counter()
-    for start in range(0, NUM_SCENES, BATCH):  # counted word by word
+    for start in range(0, NUM_SCENES, BATCH):  # reference count, word by word
         chunk = scenes[0][start : start + BATCH]
         batch = collate(samples_of(chunk))
         length = batch.input_ids.shape[1]
@@ -110,15 +110,15 @@ def test_who_looks_at_the_image_is_right_with_it_and_misled_by_another(result, s
             kind = word_class(own[column])
             asked[kind] += 1
             hits[kind] += column < len(other) and own[column] == other[column]
-    for kind, name in CLASSES.items():
+    for kind in CLASSES:
         assert asked[kind] > 10
-        for beside in (found, found["masked_image"]):  # the oracle needs no patch to know an image
-            assert beside[name]["right"] == 1.0
-            assert beside[name]["wrong"] == pytest.approx(hits[kind] / asked[kind])
-    assert found["colour"]["wrong"] < 0.5
+        for given in (found, found["masked_image"]):  # the oracle recognizes masked images, too
+            assert given[kind]["right"] == 1.0
+            assert given[kind]["wrong"] == pytest.approx(hits[kind] / asked[kind])
+    assert found["color"]["wrong"] < 0.5
 
 
-def test_words_of_wholly_hidden_captions(result, scenes, tokenizer):
+def test_words_of_completely_masked_captions(result, scenes, tokenizer):
     found, _ = result
     hits = asked = 0
     for start in range(0, NUM_SCENES, BATCH):
@@ -131,10 +131,10 @@ def test_words_of_wholly_hidden_captions(result, scenes, tokenizer):
     assert found["hidden_words"]["wrong"] == pytest.approx(hits / asked)
 
 
-def test_words_are_asked_beside_whole_and_masked_images_and_pixels_beside_masked_ones(result):
+def test_words_are_predicted_from_whole_and_masked_images_and_pixels_from_masked_images(result):
     _, model = result
     chunks = NUM_SCENES // BATCH
-    probes = 2 * NUM_SCENES // BATCH  # of four types, half as many scenes each
+    probes = 2 * NUM_SCENES // BATCH  # four types, with half as many scenes each
     assert model.views == {
         ("words", True): 2 * 2 * chunks + probes,
         ("words", False): 2 * chunks + probes,
@@ -161,14 +161,14 @@ def test_foreground_pixels_with_the_right_and_with_another_caption(result, scene
 
 def test_binding_counts_target_and_distractor(result, scenes, tokenizer):
     found, _ = result
-    kinds = ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
+    kinds = ("position_to_color", "position_to_shape", "color_to_shape", "shape_to_color")
     assert found["binding"] == {kind: {"target": 1.0, "distractor": 0.0} for kind in kinds}
     assert found["masked_image"]["binding"] == found["binding"]
     easy = Scenes("easy", 0, "val")
     probes = list(binding_probes(easy, 6))
 
     class Swapper(Oracle):
-        """Answers with the other object's word."""
+        """Model that answers with the word of the other object."""
 
         def predict(self, **inputs):
             output = super().predict(**inputs)
@@ -182,7 +182,7 @@ def test_binding_counts_target_and_distractor(result, scenes, tokenizer):
     assert answer_probes(swapper, probes, collate, tokenizer) == [probe.distractor for probe in probes]
 
 
-def test_evaluation_runs_without_gradients_and_gives_the_mode_back(result, scenes, tokenizer):
+def test_evaluation_runs_without_gradients_and_restores_the_mode(result, scenes, tokenizer):
     found, model = result
     assert set(model.grad_modes) == {(False, False)}
     assert model.training
@@ -194,8 +194,8 @@ def test_evaluation_runs_without_gradients_and_gives_the_mode_back(result, scene
     model.train()
 
 
-def test_ranks_share_the_scenes(scenes, tokenizer, monkeypatch):
-    """What two ranks tally adds up to what one process that keeps to their chunks would."""
+def test_ranks_divide_the_scenes(scenes, tokenizer, monkeypatch):
+    """The sums of two ranks cover the same scenes as those of one process."""
     from eve_ds.evaluation import scenes as evaluation
 
     seen = []
@@ -205,13 +205,13 @@ def test_ranks_share_the_scenes(scenes, tokenizer, monkeypatch):
         evaluate_scenes(model, CONFIG, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH, rank=rank, world_size=2)
     evaluate_scenes(model, CONFIG, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH)
     first, second, whole = seen
-    assert (first[:, 1] + second[:, 1])[-1] == whole[-1, 1], "every probe is asked once"
+    assert (first[:, 1] + second[:, 1])[-1] == whole[-1, 1], "every probe must be used once"
     assert abs(float((first[:, 1] + second[:, 1])[0] / whole[0, 1]) - 1) < 0.5
-    right = [2, 4, 6, 8]  # words with their image; the pixels come first
+    right = [2, 4, 6, 8]  # words with the right image; pixels come first
     assert (first[right, 0] == first[right, 1]).all()
 
 
-def test_scenes_and_probes_keep_random_order_whatever_training_has(result, scenes, tokenizer, monkeypatch):
+def test_scenes_and_probes_keep_random_order_if_training_uses_reading_order(result, scenes, tokenizer, monkeypatch):
     from eve_ds.evaluation import scenes as evaluation
 
     source = {"kind": "scenes", "reading_order_share": 1.0}
@@ -221,14 +221,14 @@ def test_scenes_and_probes_keep_random_order_whatever_training_has(result, scene
     model = Oracle([*scenes[0], *scenes[1]], tokenizer)
     assert evaluate_scenes(model, config, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH) == result[0]
     chunks = [scenes[1][start : start + BATCH] for start in range(0, len(scenes[1]), BATCH)]
-    probed = [scene for chunk in chunks for scene in 2 * chunk]  # beside the whole image, and beside a masked one
+    probed = [scene for chunk in chunks for scene in 2 * chunk]  # once with the whole image, once with a masked one
     assert [scene.caption for scene in seen] == [scene.caption for scene in (*scenes[0], *probed)]
     pairs = [scene.objects for scene in seen if len(scene.objects) == 2]
     in_order = sum((first.row, first.column) < (second.row, second.column) for first, second in pairs)
     assert 0.35 < in_order / len(pairs) < 0.65
 
 
-def test_a_real_model_goes_through(tokenizer):
+def test_real_models_can_be_evaluated(tokenizer):
     config = parse_config(
         {
             "model": {
@@ -246,7 +246,7 @@ def test_a_real_model_goes_through(tokenizer):
             "data": {"sources": [{"kind": "scenes", "level": "hard"}]},
         }
     )
-    words = {*CLASSES.values(), "hidden_words", "masked_image"}
+    words = {*CLASSES, "hidden_words", "masked_image"}
     for objectives, asked in (
         (["mim", "mlm"], {*words, "pixel_loss"}),
         (["joint"], {*words, "pixel_loss"}),
@@ -255,11 +255,11 @@ def test_a_real_model_goes_through(tokenizer):
     ):
         one = config.model_copy(update={"model": config.model.model_copy(update={"objectives": objectives})})
         found = evaluate_scenes(EVE(one.model), one, tokenizer, num_scenes=8, batch_size=8)
-        assert set(found) == asked, "captions of level hard name no positions to probe by"
+        assert set(found) == asked, "captions of level hard have no positions, so no probes"
         assert "pixel_loss" not in found or 0.2 < found["pixel_loss"]["right"] < 5
 
 
-def test_batches_that_show_something_else(scenes, tokenizer):
+def test_batches_with_other_visible_parts(scenes, tokenizer):
     collate = Collator(evaluation_config(CONFIG), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True)
     batch = collate(samples_of(scenes[0][:4]))
     image = with_another_image(batch)

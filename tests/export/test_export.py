@@ -1,4 +1,4 @@
-"""Exports of real runs: four gloo ranks train for three steps under DeepSpeed, and tell what their model computes."""
+"""Exports of real runs: four gloo ranks train for three steps with DeepSpeed and return outputs of their models."""
 
 import json
 import os
@@ -26,14 +26,14 @@ MODEL = [
     "train.max_steps=3",
     "optimizer.warmup_steps=0",
 ]
-RUNS = {  # name: overrides, ZeRO stage
+RUNS = {  # name -> (overrides, ZeRO stage)
     "fp32": (["parallel.ep_size=2"], 1),
     "bf16": (["parallel.ep_size=2", "train.precision=bf16"], 1),
     "bf16_zero2": (["parallel.ep_size=4", "train.precision=bf16", "train.gradient_accumulation_steps=2"], 2),
     "bf16_zero0": (["parallel.ep_size=2", "train.precision=bf16", "optimizer.clip_grad_norm=0"], 0),
 }
 TOLERANCE = 1e-6
-"""Absolute; outputs are of order 1."""
+"""Absolute tolerance; outputs are of order 1."""
 
 
 def config_of(name, folder):
@@ -58,7 +58,7 @@ def fixed_inputs():
 
 
 def train(rank, world_size, folder):
-    """Train every run; for each: this rank's weights and fp32 masters under plain names, and rank 0's outputs."""
+    """Train every run; return this rank's weights and fp32 masters with plain names, and outputs, for each run."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     from eve_ds.model.moe import plain_named_tensors
@@ -90,13 +90,13 @@ def train(rank, world_size, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Holds the runs, once they are trained."""
+    """Folder of the runs."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture
 def runs(folder, run_ranks):
-    """(folder of the runs, name -> what the ranks returned together); trained by the first test that asks."""
+    """(folder of the runs, name -> merged results of the ranks); the first test that uses the fixture trains them."""
     stored = folder / "live.pt"
     if not stored.exists():
         per_rank = run_ranks(train, WORLD_SIZE, folder, timeout=240.0)
@@ -113,7 +113,7 @@ def runs(folder, run_ranks):
 
 
 def without_deepspeed(*command, blocker):
-    """Run Python where `import deepspeed` raises ModuleNotFoundError."""
+    """Run Python in an environment where `import deepspeed` raises ModuleNotFoundError."""
     blocker.mkdir(exist_ok=True)
     (blocker / "sitecustomize.py").write_text("import sys\nsys.modules['deepspeed'] = None\n")
     env = os.environ | {"PYTHONPATH": str(blocker)}
@@ -129,7 +129,7 @@ try:
 except ModuleNotFoundError:
     pass
 else:
-    raise SystemExit("deepspeed can be imported, so this shows nothing")
+    raise SystemExit("deepspeed can be imported, so this test is void")
 from eve_ds.export import load
 model, config, tokenizer = load(sys.argv[1])
 assert not model.training and not torch.distributed.is_initialized()
@@ -142,7 +142,7 @@ print(tokenizer("a red circle")["input_ids"])
 """
 
 
-def test_without_deepspeed_the_plain_model_computes_what_the_trained_one_does(runs, tmp_path):
+def test_plain_model_without_deepspeed_computes_the_outputs_of_the_trained_model(runs, tmp_path):
     folder, live = runs
     out, blocker = tmp_path / "export", tmp_path / "blocker"
     converted = without_deepspeed(ROOT / "launcher" / "convert.py", folder / "fp32", "--out", out, blocker=blocker)
@@ -167,7 +167,7 @@ def test_without_deepspeed_the_plain_model_computes_what_the_trained_one_does(ru
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_weight_is_there_once_and_equal_to_the_live_one(runs, tmp_path, name):
+def test_every_weight_is_exported_once_and_equals_the_trained_weight(runs, tmp_path, name):
     folder, live = runs
     report = export.export(folder / name, tmp_path / "export")
     weights = live[name]["weights"]

@@ -1,4 +1,4 @@
-"""The transformers classes against what they stand for: the plain export, and the transform and tokens of training."""
+"""Transformers classes compared with the plain export and with image transform and tokens of training."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def fields(config=CONFIG.model, **changes):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A plain export of random weights, none of them 0 or 1 as biases and norms are at first."""
+    """Plain export of random weights; biases and norms are not 0 or 1 as initially."""
     folder = tmp_path_factory.mktemp("plain")
     torch.manual_seed(7)
     weights = EVE(CONFIG.model).state_dict()
@@ -86,7 +86,7 @@ def inputs(kind="masked"):
 
 @torch.no_grad()
 def expected_outputs(eve, kind):
-    """The same tensors from EVE; `kind` says which arguments it gets."""
+    """Return the same tensors from EVE, for the inputs of `kind`."""
     arguments = inputs(kind)
     prediction = eve.predict(**arguments)
     encoder = {k: v for k, v in arguments.items() if k not in ("masked_patch_ids", "masked_token_ids")}
@@ -111,7 +111,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["image", "text", "pair", "masked"])
-def test_outputs_are_those_of_the_plain_model_bit_for_bit(plain, exported, kind, dtype):
+def test_outputs_equal_those_of_the_plain_model_bit_for_bit(plain, exported, kind, dtype):
     eve = load(plain)[0].to(dtype)
     model = AutoModel.from_pretrained(exported, dtype=dtype)
     assert model.dtype == dtype
@@ -119,7 +119,7 @@ def test_outputs_are_those_of_the_plain_model_bit_for_bit(plain, exported, kind,
         assert_same(dict(model(**inputs(kind)).items()), expected_outputs(eve, kind))
 
 
-def test_encoders_give_the_embeddings_of_one_modality(exported):
+def test_encoders_return_the_embeddings_of_one_modality(exported):
     model = AutoModel.from_pretrained(exported)
     with torch.no_grad():
         image = model.encode_image(**inputs("image"))
@@ -144,7 +144,7 @@ print(type(processor).__name__, processor(text="a red circle")["input_ids"].toli
 """
 
 
-def test_three_lines_in_a_fresh_process_without_deepspeed(plain, exported, tmp_path):
+def test_three_lines_load_the_model_in_a_new_process_without_deepspeed(plain, exported, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['deepspeed'] = None\n")
     save_file(inputs(), tmp_path / "inputs")
     command = [sys.executable, "-c", THREE_LINES, exported, tmp_path / "inputs", tmp_path / "outputs"]
@@ -159,7 +159,7 @@ def test_three_lines_in_a_fresh_process_without_deepspeed(plain, exported, tmp_p
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_size", ["1GB", "60KB"])
-def test_saving_and_loading_keeps_every_bit(plain, exported, tmp_path, dtype, max_shard_size):
+def test_saving_and_loading_preserve_every_bit(plain, exported, tmp_path, dtype, max_shard_size):
     first = AutoModel.from_pretrained(exported, dtype=dtype)
     first.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -174,24 +174,24 @@ def test_saving_and_loading_keeps_every_bit(plain, exported, tmp_path, dtype, ma
     assert_same(again.state_dict(), first.state_dict())
 
 
-def test_the_text_head_reads_the_word_embedding_which_is_stored_once(exported):
+def test_text_head_uses_the_word_embedding_which_is_stored_once(exported):
     model = AutoModel.from_pretrained(exported)
     vocabulary = [name for name, weight in load_file(exported / "model.safetensors").items() if len(weight) == 256]
     assert sorted(vocabulary) == [WORDS, "text_head.bias"]
     assert model.all_tied_weights_keys == {}
     with torch.no_grad():
         before = model(**inputs()).token_logits
-        model.backbone.text_embedding.word.weight[200:] = 0.0  # words of no caption
+        model.backbone.text_embedding.word.weight[200:] = 0.0  # words in no caption
         after = model(**inputs()).token_logits
     assert torch.equal(after[:, 200:], model.text_head.bias[200:].expand(4, -1))
     assert torch.equal(after[:, :200], before[:, :200])
 
 
-def test_torch_dtype_is_understood(exported):
+def test_torch_dtype_is_accepted(exported):
     assert AutoModel.from_pretrained(exported, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_model_from_a_config_is_drawn_as_eve_is():
+def test_model_from_a_config_has_the_initialization_of_eve():
     torch.manual_seed(5)
     expected = EVE(CONFIG.model).state_dict()
     torch.manual_seed(5)
@@ -199,7 +199,7 @@ def test_a_model_from_a_config_is_drawn_as_eve_is():
 
 
 def rewrite(exported, folder, change, sharded):
-    """A copy of the export with a changed set of tensors."""
+    """Write a copy of the export with changed tensors."""
     model = AutoModel.from_pretrained(exported)
     model.save_pretrained(folder, max_shard_size="60KB" if sharded else "1GB")
     for file in folder.glob("*.safetensors"):
@@ -207,7 +207,7 @@ def rewrite(exported, folder, change, sharded):
         if EXPERT in weights:
             change(weights)
             save_file(weights, file, {"format": "pt"})
-    if sharded:  # what transformers goes by
+    if sharded:  # transformers reads names from the index
         index = folder / "model.safetensors.index.json"
         tree = json.loads(index.read_text())
         names = {n: f.name for f in folder.glob("*.safetensors") for n in load_file(f)}
@@ -224,21 +224,21 @@ def rewrite(exported, folder, change, sharded):
         (lambda w: w[EXPERT].fill_(torch.nan), rf"{EXPERT} not finite"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(exported, tmp_path, change, message, sharded):
+def test_weights_that_do_not_match_are_named(exported, tmp_path, change, message, sharded):
     rewrite(exported, tmp_path, change, sharded)
     with pytest.raises(ExportError, match=message) as caught:
         AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
     assert "\n" not in str(caught.value)
 
 
-def test_loading_straight_onto_devices_is_refused(exported, monkeypatch):
+def test_loading_directly_onto_devices_is_refused(exported, monkeypatch):
     monkeypatch.setattr("transformers.modeling_utils.check_and_set_device_map", lambda device_map: {"": "cpu"})
     monkeypatch.setattr("transformers.modeling_utils._get_device_map", lambda model, device_map, *_: device_map)
     with pytest.raises(ValueError, match="leave out device_map"):
         AutoModel.from_pretrained(exported, device_map="auto")
 
 
-def test_a_config_holds_every_field_and_survives_a_file(tmp_path):
+def test_config_has_every_field_and_can_be_saved_and_loaded(tmp_path):
     config = EveConfig(**fields())
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
@@ -248,7 +248,7 @@ def test_a_config_holds_every_field_and_survives_a_file(tmp_path):
     assert EveConfig().to_model_config() == ModelConfig()
 
 
-def test_configs_are_equal_when_their_fields_are():
+def test_configs_are_equal_if_their_fields_are():
     assert EveConfig(**fields()) == EveConfig(**fields())
     assert EveConfig(**fields()) != EveConfig(**fields(text_length=9))
 
@@ -263,7 +263,7 @@ def test_configs_are_equal_when_their_fields_are():
         ({"vocab_size": "many"}, r"vocab_size \('many'\): Input should be a valid integer"),
     ],
 )
-def test_a_config_against_a_rule_is_refused_in_one_line(tmp_path, changes, message):
+def test_invalid_config_is_refused_in_one_line(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         EveConfig(**fields(**changes))
     assert "\n" not in str(caught.value)
@@ -272,7 +272,7 @@ def test_a_config_against_a_rule_is_refused_in_one_line(tmp_path, changes, messa
         AutoConfig.from_pretrained(tmp_path)
 
 
-def test_a_field_that_is_set_later_is_checked_too(exported):
+def test_field_that_is_set_later_is_checked(exported):
     with pytest.raises(ConfigError, match=r"hidden_size \(33\) must be divisible"):
         AutoModel.from_pretrained(exported, hidden_size=33)
 
@@ -302,9 +302,9 @@ def evaluation_transform(image):
         encode(picture(90, 70), "JPEG"),
         encode(picture(700, 530), "JPEG"),  # decoded at a fraction of its size
     ],
-    ids=["png", "right size", "grey", "alpha", "jpeg", "large jpeg"],
+    ids=["png", "right size", "gray", "alpha", "jpeg", "large jpeg"],
 )
-def test_an_image_becomes_what_the_evaluation_transform_makes_of_it(exported, data, tmp_path):
+def test_images_are_processed_by_the_evaluation_transform(exported, data, tmp_path):
     processor = AutoImageProcessor.from_pretrained(exported)
     expected = evaluation_transform(data)
     (tmp_path / "image").write_bytes(data)
@@ -318,7 +318,7 @@ def test_an_image_becomes_what_the_evaluation_transform_makes_of_it(exported, da
     assert expected.shape == (1, 3, SIZE, SIZE)
 
 
-def test_captions_become_what_the_collator_makes_of_them(exported):
+def test_captions_are_processed_like_in_the_collator(exported):
     processor = AutoProcessor.from_pretrained(exported)
     images = [picture(SIZE, SIZE), picture(SIZE, SIZE), picture(SIZE, SIZE)]
     collate = Collator(
@@ -333,7 +333,7 @@ def test_captions_become_what_the_collator_makes_of_them(exported):
     assert torch.equal(processor(text="blue")["input_ids"], processor(text=["blue"])["input_ids"])
 
 
-def test_a_tokenizer_with_ways_of_its_own_is_used_as_the_collator_uses_it():
+def test_tokenizer_with_other_settings_is_used_like_in_the_collator():
     tokenizer = load_tokenizer("scenes")
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[MASK]", "[SEP]")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS] [MASK] $A [SEP]", special_tokens=special)
@@ -346,7 +346,7 @@ def test_a_tokenizer_with_ways_of_its_own_is_used_as_the_collator_uses_it():
     assert_same(dict(found), {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
 
 
-def test_what_a_processor_returns_goes_into_the_model(exported):
+def test_model_accepts_the_output_of_the_processor(exported):
     model, processor = AutoModel.from_pretrained(exported), AutoProcessor.from_pretrained(exported)
     with torch.no_grad():
         output = model(**processor(images=picture(80, 60), text="a red circle"))
@@ -362,17 +362,17 @@ def test_what_a_processor_returns_goes_into_the_model(exported):
         ({"images": np.zeros((9, 9, 3))}, "dtype float64 must be"),
     ],
 )
-def test_a_processor_refuses_what_makes_no_batch(exported, arguments, message):
+def test_processor_refuses_inputs_that_form_no_batch(exported, arguments, message):
     with pytest.raises(ValueError, match=message):
         AutoProcessor.from_pretrained(exported)(**arguments)
 
 
-def test_a_damaged_image_is_a_bad_sample(exported):
+def test_damaged_image_is_a_bad_sample(exported):
     with pytest.raises(BadSample, match="truncated image"):
         AutoImageProcessor.from_pretrained(exported)(encode(picture(90, 70), "PNG")[:300])
 
 
-def test_an_export_holds_a_card_and_replaces_an_earlier_one(plain, tmp_path):
+def test_export_has_a_model_card_and_replaces_an_earlier_export(plain, tmp_path):
     out = tmp_path / "deep" / "model"
     export_hf(plain, out)
     export_hf(plain, out, torch.bfloat16)
@@ -383,9 +383,13 @@ def test_an_export_holds_a_card_and_replaces_an_earlier_one(plain, tmp_path):
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "step 300" in card
     assert "`c0ffee`" in card
+    assert "- `mim`, " in card
+    assert "- `mlm`, " in card
+    assert "`itc`" not in card
+    assert "bfloat16" in card
 
 
-def test_an_export_without_a_report_has_a_card_without_an_origin(plain, tmp_path):
+def test_export_without_a_report_has_a_model_card_without_an_origin(plain, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in ("model.safetensors", "config.json", "tokenizer"):
@@ -395,21 +399,21 @@ def test_an_export_without_a_report_has_a_card_without_an_origin(plain, tmp_path
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "README.md"])
-def test_an_export_leaves_other_folders_alone(plain, tmp_path, name):
+def test_export_does_not_change_other_folders(plain, tmp_path, name):
     (tmp_path / name).write_text("{}")
     with pytest.raises(ExportError, match="is not empty"):
         export_hf(plain, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_an_earlier_export_with_somebodys_file_in_it_is_kept(plain, tmp_path):
+def test_earlier_export_with_an_additional_file_is_kept(plain, tmp_path):
     export_hf(plain, tmp_path)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ExportError, match=r"holds notes\.txt: name a new"):
         export_hf(plain, tmp_path)
 
 
-def test_an_export_onto_a_file_or_its_own_source_is_refused(plain, tmp_path):
+def test_export_onto_a_file_or_its_source_is_refused(plain, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="is a file"):
         export_hf(plain, tmp_path / "file")
@@ -417,7 +421,7 @@ def test_an_export_onto_a_file_or_its_own_source_is_refused(plain, tmp_path):
         export_hf(plain, plain)
 
 
-def test_a_failed_export_leaves_the_earlier_one(plain, exported, tmp_path, monkeypatch):
+def test_failed_export_keeps_the_earlier_export(plain, exported, tmp_path, monkeypatch):
     out = tmp_path / "model"
     export_hf(plain, out)
     before = (out / "model.safetensors").read_bytes()

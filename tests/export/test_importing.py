@@ -1,4 +1,4 @@
-"""Files under the released names, of every form, into a folder that loads; and what is refused, by its text."""
+"""Import of released files in all forms, and error messages for refused files."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def config_of(*overrides):
 
 @pytest.fixture(scope="module")
 def weights():
-    """State dict of a model whose biases and norms are no longer what they were drawn as."""
+    """State dict of a model whose biases and norms differ from their initial values."""
     torch.manual_seed(1)
     return {
         name: tensor + torch.randn_like(tensor) / 10 for name, tensor in EVE(config_of().model).state_dict().items()
@@ -52,7 +52,7 @@ def file(weights, tmp_path):
 
 @pytest.fixture
 def refused(tmp_path):
-    """Expects a WeightFileError of one line and no folder; returns what the error says."""
+    """Function that expects a WeightFileError of one line and no folder; returns the message."""
 
     def call(file, config=None, **options):
         with pytest.raises(WeightFileError) as error:
@@ -111,13 +111,13 @@ def test_every_form_of_file_gives_the_same_model(weights, released, tmp_path, fo
     assert json.loads((tmp_path / "out" / "export.json").read_text())["origins"] == report.origins
 
 
-def test_the_file_of_torch_before_1_6(weights, released, tmp_path):
+def test_files_of_torch_before_1_6_are_read(weights, released, tmp_path):
     torch.save(released, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     import_weights(tmp_path / "old.pth", tmp_path / "out", config=config_of())
     assert torch.equal(load(tmp_path / "out")[0].backbone.norm.bias, weights["backbone.norm.bias"])
 
 
-def test_half_precision_becomes_fp32(weights, tmp_path):
+def test_half_precision_is_converted_to_fp32(weights, tmp_path):
     write_official(weights, tmp_path / "eve.pth", torch.bfloat16)
     import_weights(tmp_path / "eve.pth", tmp_path / "out", config=config_of())
     norm = load(tmp_path / "out")[0].backbone.norm.bias
@@ -126,7 +126,7 @@ def test_half_precision_becomes_fp32(weights, tmp_path):
 
 
 @pytest.mark.parametrize("draw", [draw_decoders, draw_weights])
-def test_drawing_leaves_the_default_generator_alone(draw):
+def test_initialization_keeps_the_default_generator(draw):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -143,19 +143,19 @@ def test_drawing_leaves_the_default_generator_alone(draw):
         "model.objectives=[mlm,itc,itm]",
     ],
 )
-def test_heads_are_those_of_a_new_model(heads):
+def test_heads_equal_those_of_a_new_model(heads):
     config = config_of("train.seed=3", heads, "model.position_init=normal")
     new, decoders = draw_weights(config), draw_decoders(config)
     assert decoders.keys() == {name for name in new if not name.startswith("backbone.")}
     assert all(torch.equal(tensor, new[name]) for name, tensor in decoders.items())
 
 
-def test_the_official_profile_needs_no_note(file, tmp_path):
+def test_official_profile_has_no_note(file, tmp_path):
     config = config_of("model.profile=official", "model.moe.routing=capacity")
     assert import_weights(file, tmp_path / "out", config=config).notes == []
 
 
-def test_an_image_size_of_its_own(weights, file, tmp_path):
+def test_position_tables_are_fitted_to_another_image_size(weights, file, tmp_path):
     report = import_weights(file, tmp_path / "out", config=config_of("model.text_positions=30"), image_size=96)
     model, config, _ = load(tmp_path / "out")
     assert config.model.image_size == 96
@@ -173,7 +173,7 @@ def test_an_image_size_of_its_own(weights, file, tmp_path):
 
 
 def cubic(distance):
-    """The kernel of bicubic interpolation with a = -0.75 (Keys 1981, eq. 15)."""
+    """Kernel of bicubic interpolation with a = -0.75 (Keys 1981, eq. 15)."""
     a, x = -0.75, abs(distance)
     if x <= 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1
@@ -181,7 +181,7 @@ def cubic(distance):
 
 
 @pytest.mark.parametrize(("old", "new"), [(2, 5), (6, 4), (3, 3), (1, 2)])
-def test_positions_are_interpolated_as_a_loop_does(old, new):
+def test_positions_are_interpolated_like_in_a_loop(old, new):
     position = torch.randn(1 + old * old, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float()
     expected = torch.zeros(1 + new * new, 3)
     expected[0] = position[0]
@@ -195,16 +195,16 @@ def test_positions_are_interpolated_as_a_loop_does(old, new):
     torch.testing.assert_close(resize_positions(position, new), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_resized_positions_keep_their_precision():
+def test_resized_positions_keep_their_dtype():
     assert resize_positions(torch.randn(5, 4).bfloat16(), 3).dtype == torch.bfloat16
 
 
-def test_positions_that_are_no_square():
+def test_positions_that_form_no_square_are_refused():
     with pytest.raises(ValueError, match="a position table of 7 rows is not a class token and a square of patches"):
         resize_positions(torch.zeros(7, 4), 3)
 
 
-def test_text_positions_are_cut_and_not_made_up():
+def test_text_positions_are_cut_but_never_extended():
     table = torch.arange(6.0).view(3, 2)
     assert torch.equal(cut_positions(table, 2), table[:2])
     with pytest.raises(ValueError, match=r"text position table of 3 rows cannot serve text_positions \(4\)"):
@@ -218,7 +218,7 @@ class Harmful:
 
 @pytest.mark.parametrize("where", [("backbone.norm.bias",), ("args",), ("model", "args")])
 @pytest.mark.parametrize("new", [True, False])
-def test_pickles_are_not_run(refused, released, tmp_path, monkeypatch, where, new):
+def test_code_in_pickles_is_not_run(refused, released, tmp_path, monkeypatch, where, new):
     monkeypatch.chdir(tmp_path)
     state = {"model": released} if len(where) > 1 else released
     inner = state["model"] if len(where) > 1 else state
@@ -228,11 +228,11 @@ def test_pickles_are_not_run(refused, released, tmp_path, monkeypatch, where, ne
         r"eve\.pth refers to \w+\.system, which could run code: give a file of", refused(tmp_path / "eve.pth")
     )
     assert not (tmp_path / "harmed").exists()
-    torch.load(tmp_path / "eve.pth", weights_only=False)  # it would have
+    torch.load(tmp_path / "eve.pth", weights_only=False)  # an unsafe load runs the code
     assert (tmp_path / "harmed").exists()
 
 
-def test_a_fine_tuned_head_is_named(refused, released, tmp_path):
+def test_fine_tuned_head_is_named(refused, released, tmp_path):
     released |= {"output.0.weight": torch.zeros(2, 2), "output.0.bias": torch.zeros(2)}
     assert refused(save(released, tmp_path / "vqa.pth")) == (
         f"{tmp_path / 'vqa.pth'} holds output.0.bias, output.0.weight, no part of the backbone: it is not the backbone "
@@ -240,7 +240,7 @@ def test_a_fine_tuned_head_is_named(refused, released, tmp_path):
     )
 
 
-def test_missing_tensors_are_named_as_in_the_file(refused, released, tmp_path):
+def test_missing_tensors_are_named_with_the_prefix_of_the_file(refused, released, tmp_path):
     del released["backbone.encoder.layers.1.mlp_moe.moe.text_embed"]
     line = refused(save(released, tmp_path / "eve.pth"))
     assert " lacks backbone.encoder.layers.1.mlp_moe.moe.text_embed: it is not" in line
@@ -248,7 +248,7 @@ def test_missing_tensors_are_named_as_in_the_file(refused, released, tmp_path):
     assert " lacks encoder.layers.1.mlp_moe.moe.text_embed: it is not" in line
 
 
-def test_another_architecture_is_named(refused, file):
+def test_differences_of_another_architecture_are_named(refused, file):
     line = refused(file, config_of("model.moe.num_experts=2"))
     assert "holds backbone.encoder.layers.1.mlp_moe.moe.experts.experts.2.fc1.bias, " in line
     assert "and 5 more, no part of the backbone; " in line
@@ -257,7 +257,7 @@ def test_another_architecture_is_named(refused, file):
     assert "has backbone.patch_embed.weight (32, 3, 8, 8) where the config asks for (32, 3, 16, 16)" in line
 
 
-def test_tables_of_another_width_or_length(refused, released, tmp_path):
+def test_position_tables_that_cannot_be_fitted_are_refused(refused, released, tmp_path):
     file = save(released | {"backbone.pos_embed_vision": torch.zeros(65, 31)}, tmp_path / "eve.pth")
     assert "has backbone.pos_embed_vision (65, 31) where the config asks for (65, 32)" in refused(file)
     file = save(released | {"backbone.pos_embed_vision": torch.zeros(66, 32)}, tmp_path / "eve.pth")
@@ -268,12 +268,12 @@ def test_tables_of_another_width_or_length(refused, released, tmp_path):
     )
 
 
-def test_weights_of_integers(refused, released, tmp_path):
+def test_integer_weights_are_refused(refused, released, tmp_path):
     released["backbone.norm.bias"] = released["backbone.norm.bias"].to(torch.int8)
     assert "has backbone.norm.bias in int8: it is not" in refused(save(released, tmp_path / "eve.pth"))
 
 
-def test_weights_that_are_not_finite(released, tmp_path):
+def test_weights_that_are_not_finite_are_refused(released, tmp_path):
     file = save(released | {"backbone.norm.bias": torch.full((32,), float("nan"))}, tmp_path / "eve.pth")
     with pytest.raises(ValueError, match=r"eve\.pth: backbone\.norm\.bias not finite \(NaN or infinity\)"):
         import_weights(file, tmp_path / "out", config=config_of())
@@ -293,11 +293,11 @@ def test_weights_that_are_not_finite(released, tmp_path):
         ([torch.zeros(3)], "holds no dictionary of tensors"),
     ],
 )
-def test_what_is_no_dictionary_of_tensors(refused, tmp_path, state, text):
+def test_files_without_a_dictionary_of_tensors_are_refused(refused, tmp_path, state, text):
     assert text in refused(save(state, tmp_path / "eve.pth"))
 
 
-def test_damaged_files(refused, released, file, tmp_path):
+def test_damaged_files_are_refused(refused, released, file, tmp_path):
     content = file.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"hello" * 100):
         file.write_bytes(damaged)
@@ -312,21 +312,21 @@ def test_damaged_files(refused, released, file, tmp_path):
     assert "eve.safetensors cannot be read (" in refused(other)
 
 
-def test_what_is_no_file(refused, file, tmp_path):
+def test_paths_that_are_no_weight_file_are_refused(refused, file, tmp_path):
     assert "nowhere.pth does not exist: name a file of weights" in refused(tmp_path / "nowhere.pth")
     assert f"{tmp_path} is not a file: name a file of weights" in refused(tmp_path)
     other = file.rename(tmp_path / "eve.ckpt")
     assert "eve.ckpt has the suffix '.ckpt': only files named .bin, .pt, .pth, .safetensors are read" in refused(other)
 
 
-def test_a_tokenizer_with_more_tokens_than_words(released, file, tmp_path):
+def test_tokenizer_larger_than_the_word_embedding_is_refused(released, file, tmp_path):
     word = "backbone.word_embedding.weight"
     save(released | {word: released[word][:100]}, file)
     with pytest.raises(ConfigError, match=r"tokenizer 'scenes' has a vocabulary of \d+ tokens, larger than "):
         import_weights(file, tmp_path / "out", config=config_of("model.vocab_size=100"), tokenizer="scenes")
 
 
-def test_the_tokenizer_may_be_a_folder(file, tmp_path):
+def test_tokenizer_can_be_a_folder(file, tmp_path):
     from eve_ds.data.tokenizer import train_tokenizer
 
     train_tokenizer(["a red circle", "a blue square"], 60).save_pretrained(tmp_path / "mine")
@@ -338,12 +338,12 @@ def test_the_tokenizer_may_be_a_folder(file, tmp_path):
         import_weights(file, tmp_path / "other", config=config_of(), tokenizer=str(tmp_path / "nowhere"))
 
 
-def test_an_image_size_that_patches_do_not_fill(file, tmp_path):
+def test_image_size_that_is_no_multiple_of_the_patch_size_is_refused(file, tmp_path):
     with pytest.raises(ConfigError, match=r"image_size \(60\) must be divisible by patch_size \(8\)"):
         import_weights(file, tmp_path / "out", config=config_of(), image_size=60)
 
 
-def test_what_is_in_the_folder_is_kept(file, tmp_path):
+def test_nonempty_output_folder_is_refused(file, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     import_weights(file, out, config=config_of())

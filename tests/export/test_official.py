@@ -1,4 +1,4 @@
-"""Released names both ways, and the `official` profile against what the released backbone computes."""
+"""Conversion to and from released names, and the `official` profile compared with the released backbone."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from eve_ds.export.official import from_official, to_official, write_official
 from eve_ds.model.eve import EVE, Backbone
 
 DATA = os.environ.get("EVE_DS_TEST_DATA")
-# Two orders of summation in fp32 over rows of 64 to 128 values of order 1: a few 1e-6.
 TOLERANCE = 1e-5
+"""Two orders of summation in fp32 over rows of 64 to 128 values of order 1 differ by a few 1e-6."""
 
 
 @pytest.fixture(scope="module")
 def golden():
     if DATA is None:
-        pytest.skip("EVE_DS_TEST_DATA does not name the folder of the golden tensors")
+        pytest.skip("EVE_DS_TEST_DATA is not set to the folder of the golden tensors")
     path = Path(DATA) / "official_golden" / "tiny.safetensors"
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}, json.loads(file.metadata()["about"])
@@ -64,7 +64,7 @@ def test_official_profile_equals_the_released_backbone(golden, case, kind, capac
     assert dropped == expected
 
 
-def test_default_profile_differs_from_the_released_behaviour(golden):
+def test_default_profile_differs_from_the_released_behavior(golden):
     tensors, _ = golden
     model = backbone(golden, 1.0)
     for block in model.blocks:
@@ -76,7 +76,7 @@ def test_default_profile_differs_from_the_released_behaviour(golden):
 
 
 def base_names():
-    """Names and shapes of the released EVE-Base at 224 pixels."""
+    """Return names and shapes of the released EVE-Base at 224 pixels."""
     vector, ffn = (
         (768,),
         {"fc1.weight": (3072, 768), "fc1.bias": (3072,), "fc2.weight": (768, 3072), "fc2.bias": (768,)},
@@ -117,7 +117,7 @@ def test_eve_base_has_the_names_and_shapes_of_the_released_file():
     assert buffers == {"backbone.position_ids_vision", "backbone.position_ids_text"}
 
 
-def test_the_released_class_has_exactly_these_tensors(golden):
+def test_conversion_of_the_released_tensors_is_reversible(golden):
     released = {name: tensor for name, tensor in golden[0].items() if name.startswith("backbone.")}
     assert "backbone.position_ids_text" in released
     assert_same(to_official(from_official(released)), released)
@@ -130,7 +130,7 @@ def tiny():
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", ""])
-def test_names_come_back(tiny, prefix):
+def test_conversion_of_our_tensors_is_reversible(tiny, prefix):
     released = {prefix + name.removeprefix("backbone."): tensor for name, tensor in to_official(tiny).items()}
     ours = {
         prefix + name.removeprefix("backbone."): tensor
@@ -148,7 +148,7 @@ def assert_same(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-def test_rows_of_the_modality_embedding_are_image_and_text(tiny):
+def test_rows_of_the_modality_embedding_are_image_then_text(tiny):
     rows = tiny["backbone.blocks.2.moe.router.modality_embedding"]
     released = to_official(tiny)
     assert torch.equal(released["backbone.encoder.layers.2.mlp_moe.moe.vision_embed"], rows[0])
@@ -156,7 +156,7 @@ def test_rows_of_the_modality_embedding_are_image_and_text(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_file_is_one_flat_dictionary(tiny, tmp_path, dtype):
+def test_file_is_one_flat_dictionary(tiny, tmp_path, dtype):
     file = tmp_path / "eve_official.pth"
     write_official(tiny, file, dtype)
     expected = {
@@ -166,7 +166,7 @@ def test_a_file_is_one_flat_dictionary(tiny, tmp_path, dtype):
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-def test_a_failed_write_leaves_the_earlier_file(tiny, tmp_path, monkeypatch):
+def test_failed_write_keeps_the_earlier_file(tiny, tmp_path, monkeypatch):
     file = tmp_path / "eve_official.pth"
     file.write_text("earlier")
 

@@ -1,4 +1,4 @@
-"""EVEs that start from tiny ViTs and BEiTs with random weights: what is taken, what they compute, what is refused."""
+"""EVE initialized from tiny ViTs and BEiTs with random weights: taken tensors, outputs, and refused checkpoints."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ SIZES = {
     "hidden_act": "quick_gelu",
 }
 TOLERANCE = 1e-5
-"""Absolute, of hidden states of order 1 to 10 after three layers in fp32."""
+"""Absolute tolerance of hidden states of order 1 to 10 after three layers in fp32."""
 
 
 def config_of(*overrides):
@@ -52,8 +52,8 @@ def config_of(*overrides):
     )
 
 
-def randomised(model):
-    """Biases, norms, class tokens and scales that are not what they are drawn as, where a mistake would not show."""
+def randomized(model):
+    """Change biases, norms, class tokens and scales from their initial values, which could hide a mistake."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,12 +63,12 @@ def randomised(model):
 
 def vit(**options):
     torch.manual_seed(0)
-    return randomised(ViTModel(ViTConfig(**SIZES | options), add_pooling_layer=False))
+    return randomized(ViTModel(ViTConfig(**SIZES | options), add_pooling_layer=False))
 
 
 def beit(**options):
     torch.manual_seed(0)
-    return randomised(BeitModel(BeitConfig(**SIZES | options), add_pooling_layer=False))
+    return randomized(BeitModel(BeitConfig(**SIZES | options), add_pooling_layer=False))
 
 
 MODELS = {
@@ -87,7 +87,7 @@ def dense(request):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Writes a model, and returns the folder."""
+    """Function that writes a model and returns its folder."""
 
     def write(model):
         model.save_pretrained(tmp_path / "dense")
@@ -114,7 +114,7 @@ def model_of(config, upcycled):
 
 
 def run_blocks(backbone, embedded):
-    """States of (B, S, D) image tokens after every block, and after the final norm."""
+    """Return the states of (B, S, D) image tokens after every block, and after the final norm."""
     shape = embedded.shape[:2]
     packing = Packing.of([Layout.of(torch.ones(shape, dtype=torch.bool), shape[1])])
     states, x = [], embedded.flatten(0, 1)
@@ -129,7 +129,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("moe_layers", ["[]", "[1]", "[0, 1, 2]"])
-def test_blocks_with_equal_experts_compute_what_the_dense_layers_do(dense, folder, moe_layers):
+def test_blocks_with_equal_experts_compute_the_outputs_of_the_dense_layers(dense, folder, moe_layers):
     config = config_of(f"model.moe_layers={moe_layers}")
     backbone = model_of(config, upcycle(folder(dense), config, noise=0.0)).backbone
     pixel_values = torch.randn(2, 3, 32, 32)
@@ -142,18 +142,18 @@ def test_blocks_with_equal_experts_compute_what_the_dense_layers_do(dense, folde
     assert_close(final, expected.last_hidden_state)
 
 
-def test_embedded_images_are_those_of_the_checkpoint_but_for_their_type(dense, folder):
+def test_embedded_images_equal_those_of_the_checkpoint_except_for_the_modality(dense, folder):
     config = config_of()
     image = model_of(config, upcycle(folder(dense), config)).backbone.image_embedding
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = dense.embeddings(pixel_values)
         if dense.embeddings.position_embeddings is None:
-            expected = expected + image.position  # drawn, as there is none to take
+            expected = expected + image.position  # newly initialized, because the checkpoint has none
         assert_close(image(pixel_values) - image.modality, expected)
 
 
-def test_texts_may_start_from_the_network_of_images(folder):
+def test_text_networks_can_be_initialized_from_image_networks(folder):
     config = config_of()
     ffn = model_of(config, upcycle(folder(vit()), config, text_from_image=True)).backbone.blocks[0].ffn
     for own, other in ((ffn.text, ffn.image), (ffn.norm_text, ffn.norm_image)):
@@ -161,7 +161,7 @@ def test_texts_may_start_from_the_network_of_images(folder):
             assert torch.equal(parameter, other.get_parameter(name))
 
 
-def test_what_is_not_taken_is_drawn_as_in_a_new_model(folder):
+def test_other_tensors_are_initialized_as_in_a_new_model(folder):
     config = config_of("train.seed=4")
     upcycled = upcycle(folder(vit()), config)
     torch.manual_seed(4)
@@ -188,7 +188,7 @@ def test_what_is_not_taken_is_drawn_as_in_a_new_model(folder):
     assert upcycled.origins["backbone.blocks.1.gamma_1"] == "1, the checkpoint has no LayerScale"
 
 
-def test_noise_tells_experts_apart_by_its_size(folder):
+def test_experts_differ_by_noise_of_the_given_size(folder):
     dense = vit()
     weights = upcycle(folder(dense), config_of(), noise=0.1).weights
     source = dense.layers[1].mlp.fc1.weight.detach()
@@ -202,14 +202,14 @@ def test_noise_tells_experts_apart_by_its_size(folder):
     assert not torch.equal(other[name], weights[name])
 
 
-def test_images_of_another_size(folder):
+def test_position_table_is_resized_for_images_of_another_size(folder):
     dense = vit()
     weights = upcycle(folder(dense), config_of("model.image_size=48")).weights
     expected = resize_positions(dense.embeddings.position_embeddings[0].detach(), 6)
     assert torch.equal(weights["backbone.image_embedding.position"], expected)
 
 
-def test_deeper_checkpoints_give_their_first_layers(folder):
+def test_first_layers_of_a_deeper_checkpoint_are_taken(folder):
     dense = vit(num_hidden_layers=4)
     upcycled = upcycle(folder(dense), config_of())
     assert torch.equal(upcycled.weights["backbone.blocks.2.norm1.bias"], dense.layers[2].layernorm_before.bias)
@@ -227,9 +227,9 @@ def test_deeper_checkpoints_give_their_first_layers(folder):
         (BeitForMaskedImageModeling, BeitConfig(**SIZES, use_shared_relative_position_bias=True, use_mask_token=True)),
     ],
 )
-def test_models_with_a_head(folder, make, config):
+def test_models_with_a_head_are_read(folder, make, config):
     torch.manual_seed(0)
-    dense = randomised(make(config))
+    dense = randomized(make(config))
     upcycled = upcycle(folder(dense), config_of())
     base = dense.base_model
     assert torch.equal(upcycled.weights["backbone.blocks.0.norm1.bias"], base.layers[0].layernorm_before.bias)
@@ -240,15 +240,15 @@ def test_models_with_a_head(folder, make, config):
         assert torch.equal(upcycled.weights["backbone.norm.bias"], norm.bias)
 
 
-def test_what_is_computed_differently_is_noted(folder):
+def test_differences_in_computation_are_noted(folder):
     dense = vit(hidden_act="gelu", layer_norm_eps=1e-12)
     assert upcycle(folder(dense), config_of()).notes[-2:] == [
-        "the checkpoint was trained with gelu, the model computes quick_gelu",
+        "the checkpoint was trained with gelu, the model uses quick_gelu",
         "the checkpoint has layer_norm_eps 1e-12, the model 1e-06",
     ]
 
 
-def test_weights_in_a_pickle_of_tensors_and_in_half_precision(folder):
+def test_weights_in_a_pickle_and_in_half_precision_are_read(folder):
     dense = vit()
     path = folder(dense)
     weights = load_file(path / "model.safetensors")
@@ -266,13 +266,13 @@ class Harmful:
         return open, (str(self.file), "w")
 
 
-def test_pickles_are_not_run(folder, refused, tmp_path):
+def test_code_in_pickles_is_not_run(folder, refused, tmp_path):
     path = folder(vit())
     (path / "model.safetensors").unlink()
     torch.save({"embeddings.cls_token": Harmful(tmp_path / "harmed")}, path / "pytorch_model.bin")
     assert "pytorch_model.bin refers to" in refused(path)
     assert not (tmp_path / "harmed").exists()
-    torch.load(path / "pytorch_model.bin", weights_only=False)  # it would have
+    torch.load(path / "pytorch_model.bin", weights_only=False)  # an unsafe load runs the code
     assert (tmp_path / "harmed").exists()
 
 
@@ -302,7 +302,7 @@ def test_missing_tensors_are_named(folder, refused):
     change(path, lambda weights: [weights.pop(f"layernorm.{kind}") for kind in ("weight", "bias")])
     assert (
         refused(path)
-        == f"{path} lacks layernorm.bias, layernorm.weight, which a vit of its config.json has: take one that is whole"
+        == f"{path} lacks layernorm.bias, layernorm.weight, which a vit of its config.json has: take a complete one"
     )
 
 
@@ -318,7 +318,7 @@ def test_tensors_of_another_shape_are_named(folder, refused):
     )
 
 
-def test_folders_of_another_kind(folder, refused, tmp_path):
+def test_folders_of_another_kind_are_refused(folder, refused, tmp_path):
     path = folder(vit())
     assert f"{tmp_path / 'config.json'} cannot be read (No such file or directory): name a folder" in refused(tmp_path)
     shutil.move(path / "model.safetensors", path / "model-00001-of-00002.safetensors")
@@ -335,6 +335,6 @@ def test_folders_of_another_kind(folder, refused, tmp_path):
     assert "config.json is not JSON (" in refused(path)
 
 
-def test_negative_noise(folder):
+def test_negative_noise_is_refused(folder):
     with pytest.raises(ValueError, match=r"noise \(-0\.1\) must not be negative"):
         upcycle(folder(vit()), config_of(), noise=-0.1)

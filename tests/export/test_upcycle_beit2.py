@@ -1,4 +1,4 @@
-"""EVEs that start from tiny BEiTv2 files under the published names, with random tensors: what is taken and refused."""
+"""EVE initialized from tiny BEiTv2 files with published names and random tensors: taken tensors, refused files."""
 
 import json
 
@@ -15,9 +15,9 @@ from eve_ds.views import Layout, Packing
 
 WIDTH, LAYERS, HEADS, FFN, PATCH, SIDE = 32, 3, 4, 48, 8, 4
 DISTANCES = (2 * SIDE - 1) ** 2 + 3
-"""Between patches, and three that the class token has."""
+"""Number of distances: between patches, and three for the class token."""
 TOLERANCE = 1e-5
-"""Absolute, of hidden states of order 1 to 10 after one layer in fp32."""
+"""Absolute tolerance of hidden states of order 1 to 10 after one layer in fp32."""
 
 
 def config_of(*overrides):
@@ -70,7 +70,7 @@ def drawn(shapes, indices=()):
 
 
 def pretrained(layers=LAYERS):
-    """As the authors publish it after pre-training: shared biases, a second decoder, the head that predicts codes."""
+    """Tensors that the authors publish after pre-training: shared biases, a second decoder, a head for codes."""
     table = {"rel_pos_bias.relative_position_bias_table": (DISTANCES, HEADS)}
     heads = {"mask_token": (1, 1, WIDTH), **affine("norm"), "lm_head.weight": (64, WIDTH), "lm_head.bias": (64,)}
     decoder = layer_shapes("cls_pt_layers.0") | layer_shapes("cls_pt_layers.1")
@@ -78,7 +78,7 @@ def pretrained(layers=LAYERS):
 
 
 def finetuned():
-    """As the authors publish it after classifying: biases of each layer, no norm but that of the average."""
+    """Tensors that the authors publish after fine-tuning as a classifier: biases of each layer, no norm but fc_norm."""
     state = timm()
     return state | drawn({}, [f"blocks.{layer}.attn.relative_position_index" for layer in range(LAYERS)])
 
@@ -98,7 +98,7 @@ def state(request):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a state dict as the authors do, and returns the file."""
+    """Function that writes a state dict like the authors and returns the file."""
 
     def call(state, key="model"):
         torch.save({key: state}, tmp_path / "beitv2.pth")
@@ -123,7 +123,7 @@ def without(state, *names):
 
 
 def expected_layer(state, layer):
-    """Tensors of one of our layers, without noise."""
+    """Return the tensors of one of our layers, without noise."""
     ours, theirs = f"backbone.blocks.{layer}", f"blocks.{layer}"
     made = {f"{ours}.{name}": state[f"{theirs}.{name}"] for name in ("gamma_1", "gamma_2")}
     made |= {f"{ours}.attention.{name}": state[f"{theirs}.attn.{name}"] for name in ("q_bias", "v_bias", "qkv.weight")}
@@ -137,7 +137,7 @@ def expected_layer(state, layer):
     return made
 
 
-def test_every_tensor_that_is_taken(state, write):
+def test_taken_tensors_equal_those_of_the_file(state, write):
     config = config_of()
     upcycled = upcycle(write(state), config, noise=0.0)
     expected = {"backbone.image_embedding.class_token": state["cls_token"].reshape(WIDTH)}
@@ -159,7 +159,7 @@ def test_every_tensor_that_is_taken(state, write):
 
 
 def plain_layer(state, layer, x):
-    """BEiTv2's layer with relative position biases of 0 and quick_gelu: (B, S, D) -> (B, S, D)."""
+    """Layer of BEiTv2 with relative position biases of 0 and quick_gelu: (B, S, D) -> (B, S, D)."""
 
     def of(name):
         return state[f"blocks.{layer}.{name}"]
@@ -178,7 +178,7 @@ def plain_layer(state, layer, x):
     return x + of("gamma_2") * y
 
 
-def test_blocks_compute_what_the_layers_do_without_biases(state, write):
+def test_blocks_compute_the_outputs_of_layers_without_relative_biases(state, write):
     config = config_of()
     model = EVE(config.model).eval()
     model.load_state_dict(upcycle(write(state), config, noise=0.0).weights)
@@ -194,7 +194,7 @@ def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_same_tensors_in_every_file(write, tmp_path):
+def test_every_file_format_gives_the_same_tensors(write, tmp_path):
     state = timm()
     expected = upcycle(write(state), config_of())
     save_file(state, tmp_path / "bare.safetensors")
@@ -206,7 +206,7 @@ def test_the_same_tensors_in_every_file(write, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_folders_of_timm(write, tmp_path, name):
+def test_folders_of_timm_are_read(write, tmp_path, name):
     state = timm()
     folder = tmp_path / "timm"
     folder.mkdir()
@@ -220,12 +220,12 @@ def test_folders_of_timm(write, tmp_path, name):
 
 
 ALWAYS_NOTED = [
-    "the checkpoint was trained with gelu, the model computes quick_gelu",
+    "the checkpoint was trained with gelu, the model uses quick_gelu",
     "the checkpoint was trained on pixels with ImageNet's mean and deviation, the model has .5 and .5",
 ]
 
 
-def test_what_a_pretrained_file_loses_is_noted(write):
+def test_unused_tensors_of_a_pretrained_file_are_noted(write):
     assert upcycle(write(pretrained()), config_of()).notes == [
         "not taken, relative position biases: rel_pos_bias.relative_position_bias_table, "
         "rel_pos_bias.relative_position_index",
@@ -233,30 +233,30 @@ def test_what_a_pretrained_file_loses_is_noted(write):
         "not taken, heads: lm_head.bias, lm_head.weight",
         "not taken, second decoder of the class token: cls_pt_layers.0.attn.proj.bias, "
         "cls_pt_layers.0.attn.proj.weight, cls_pt_layers.0.attn.q_bias and 27 more",
-        "the checkpoint has no position table: that of images is drawn",
+        "the checkpoint has no position table: that of images is newly initialized",
         *ALWAYS_NOTED,
     ]
 
 
-def test_what_a_finetuned_file_loses_is_noted(write):
+def test_unused_tensors_of_a_finetuned_file_are_noted(write):
     assert upcycle(write(finetuned()), config_of()).notes == [
         "not taken, relative position biases: blocks.0.attn.relative_position_bias_table, "
         "blocks.0.attn.relative_position_index, blocks.1.attn.relative_position_bias_table and 3 more",
         "not taken, heads: fc_norm.bias, fc_norm.weight, head.bias and 1 more",
-        "the checkpoint has no position table: that of images is drawn",
-        "the checkpoint has no LayerNorm of every token after its last layer: the final one is drawn",
+        "the checkpoint has no position table: that of images is newly initialized",
+        "the checkpoint has no LayerNorm of every token after its last layer: the final one is newly initialized",
         *ALWAYS_NOTED,
     ]
 
 
-def test_decoders_with_a_head_of_their_own(write):
+def test_second_decoder_with_its_own_head_is_noted(write):
     own = drawn({**affine("cls_pt_norm"), "cls_pt_lm_head.weight": (64, WIDTH), "cls_pt_lm_head.bias": (64,)})
     notes = upcycle(write(pretrained() | own), config_of()).notes
     assert "not taken, heads: cls_pt_lm_head.bias, cls_pt_lm_head.weight, lm_head.bias and 1 more" in notes
     assert notes[3].endswith("cls_pt_layers.0.attn.q_bias and 29 more")
 
 
-def test_layers_beyond_those_of_the_model(write):
+def test_layers_beyond_those_of_the_model_are_noted(write):
     state = pretrained(layers=12)
     upcycled = upcycle(write(state), config_of("model.num_hidden_layers=2"))
     assert torch.equal(upcycled.weights["backbone.blocks.0.gamma_1"], state["blocks.0.gamma_1"])
@@ -266,7 +266,7 @@ def test_layers_beyond_those_of_the_model(write):
     )
 
 
-def test_position_tables_are_taken_where_there_is_one(write):
+def test_position_table_is_taken_if_present(write):
     state = pretrained() | drawn({"pos_embed": (1, SIDE**2 + 1, WIDTH)})
     upcycled = upcycle(write(state), config_of("model.image_size=48"))
     assert torch.equal(
@@ -275,10 +275,10 @@ def test_position_tables_are_taken_where_there_is_one(write):
     assert not any("position table" in note for note in upcycled.notes)
 
 
-def test_heads_are_the_config_s_where_no_bias_table_tells_them(write):
+def test_number_of_heads_without_bias_tables_is_that_of_the_config(write):
     state = {name: tensor for name, tensor in timm().items() if "relative_position" not in name}
     notes = upcycle(write(state), config_of("model.num_attention_heads=8")).notes
-    assert "the checkpoint does not tell its heads: num_attention_heads 8 is ours" in notes
+    assert "the checkpoint does not determine num_attention_heads: the config's 8 is used" in notes
 
 
 @pytest.mark.parametrize(
@@ -298,12 +298,12 @@ def test_other_sizes_are_refused(state, write, refused, override, text):
 @pytest.mark.parametrize("name", ["blocks.1.gamma_2", "blocks.2.attn.q_bias", "blocks.0.attn.qkv.weight", "norm.bias"])
 def test_missing_tensors_are_named(write, refused, name):
     source = write(without(pretrained(), name))
-    assert refused(source) == f"lacks {name}, which a BEiTv2 has: take one that is whole"
+    assert refused(source) == f"lacks {name}, which a BEiTv2 has: take a complete one"
 
 
-def test_a_final_norm_is_missing_unless_a_head_has_it(write, refused):
+def test_missing_final_norm_is_an_error_unless_there_is_fc_norm(write, refused):
     source = write(without(timm(), "fc_norm.weight", "fc_norm.bias"))
-    assert refused(source) == "lacks norm.bias, norm.weight, which a BEiTv2 has: take one that is whole"
+    assert refused(source) == "lacks norm.bias, norm.weight, which a BEiTv2 has: take a complete one"
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_unknown_tensors_are_named(state, write, refused, name):
 
 
 @pytest.mark.parametrize("name", ["cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"])
-def test_files_that_are_no_beit2(write, refused, name):
+def test_files_of_another_kind_are_refused(write, refused, name):
     published = "take it as its authors or timm publish it"
     assert refused(write(without(timm(), name))) == f"lacks {name}, which a BEiTv2 has: {published}"
     message = refused(write(timm() | {name: torch.zeros(3)}))
@@ -347,17 +347,17 @@ class Harmful:
         return open, (str(self.file), "w")
 
 
-def test_what_pickles_refer_to_is_not_called(write, refused, tmp_path):
+def test_references_in_pickles_are_not_called(write, refused, tmp_path):
     source = write(timm() | {"head.bias": Harmful(tmp_path / "harmed")})
     assert refused(source) == (
         "refers to io.open, which could run code: give a file of tensors alone, such as .safetensors"
     )
     assert not (tmp_path / "harmed").exists()
-    torch.load(source, weights_only=False)  # it would have
+    torch.load(source, weights_only=False)  # an unsafe load runs the code
     assert (tmp_path / "harmed").exists()
 
 
-def test_sources_that_are_not_there(refused, tmp_path):
+def test_missing_sources_are_refused(refused, tmp_path):
     assert refused(tmp_path / "nowhere.pth") == "does not exist: name a file of weights"
     assert refused(tmp_path) == (
         f"{tmp_path / 'config.json'} cannot be read (No such file or directory): name a folder of save_pretrained or "

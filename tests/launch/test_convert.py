@@ -242,9 +242,9 @@ def test_for_transformers(convert, run, tmp_path):
 
 def test_the_card_says_where_weights_are_from(convert, run, checkpoint, tmp_path):
     records = [
-        {"kind": "eval", "step": 5, "colour": {"right": 0.1}},
-        {"kind": "eval", "step": 7, "seconds": 1.5, "samples": 9, "colour": {"right": 0.8, "wrong": 0.125}, "n": 3},
-        {"kind": "eval", "step": 9, "colour": {"right": 0.9}},
+        {"kind": "eval", "step": 5, "color": {"right": 0.1}},
+        {"kind": "eval", "step": 7, "seconds": 1.5, "samples": 9, "color": {"right": 0.8, "wrong": 0.125}, "n": 3},
+        {"kind": "eval", "step": 9, "color": {"right": 0.9}},
     ]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"kind": "ev')
     assert convert(run, "--out", tmp_path / "out")[0] == 0
@@ -254,7 +254,7 @@ def test_the_card_says_where_weights_are_from(convert, run, checkpoint, tmp_path
         "| architecture | 3 layers, width 32, 4 experts in layer 1, 4 experts in layer 2 |",
         "| compared with the training engine | relative difference of outputs ",
         "Evaluation at step 7:",
-        "| colour | right 0.800, wrong 0.125 |",
+        "| color | right 0.800, wrong 0.125 |",
         "| n | 3 |",
         json.loads((tmp_path / "out" / "export.json").read_text())["sha256"],
     ):
@@ -268,7 +268,7 @@ def test_check_asks_for_recorded_outputs(convert, run, checkpoint, tmp_path):
     sign(checkpoint)
     code, _, stderr = convert(run, "--out", tmp_path / "other", "--check")
     assert code == 2
-    assert "holds no recorded outputs (check_batch.safetensors) to compare with" in stderr
+    assert "has no recorded outputs (check_batch.safetensors) to compare with" in stderr
     assert not (tmp_path / "other").exists()
 
 
@@ -453,7 +453,7 @@ def test_weights_that_compute_something_else_are_refused(refused, run, checkpoin
 
     change(checkpoint, nudge)
     assert re.search(
-        r"outputs of the weights of \S+ differ by \S+ \(relative\) from those that were recorded", refused(run)
+        r"outputs of the weights of \S+ differ by \S+ \(relative\) from the outputs recorded", refused(run)
     )
 
 

@@ -98,7 +98,7 @@ def test_a_dense_checkpoint_becomes_a_folder_that_loads(convert, dense, tmp_path
     code, stdout, _ = convert("upcycle", dense, "--out", out, "--noise", "0", "--text_from_image", *CONFIG)
     assert code == 0
     assert f"{out}: weights to start from, of {dense}" in stdout
-    assert "note        the checkpoint was trained with gelu, the model computes quick_gelu" in stdout
+    assert "note        the checkpoint was trained with gelu, the model uses quick_gelu" in stdout
     blocks = load(out)[0].backbone.blocks
     assert torch.equal(blocks[1].moe.experts.fc1.weight[0], blocks[1].moe.experts.fc1.weight[3])
     assert torch.equal(blocks[0].ffn.text.fc1.weight, blocks[0].ffn.image.fc1.weight)
@@ -130,7 +130,7 @@ def test_a_beit2_file_becomes_a_folder_that_loads(convert, refused, beit2, tmp_p
     code, stdout, _ = convert("upcycle", beit2, "--out", out, "--noise", "0", *CONFIG)
     assert code == 0
     assert "note        not taken, relative position biases: rel_pos_bias.relative_position_bias_table" in stdout
-    assert "note        the checkpoint has no position table: that of images is drawn" in stdout
+    assert "note        the checkpoint has no position table: that of images is newly initialized" in stdout
     published = torch.load(beit2, weights_only=True)["model"]
     blocks = load(out)[0].backbone.blocks
     assert torch.equal(blocks[0].attention.qkv.weight, published["blocks.0.attn.qkv.weight"])

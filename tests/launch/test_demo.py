@@ -19,8 +19,8 @@ from eve_ds.config import ConfigError, load_config
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launcher" / "demo.py"
 SEED = 3
-PROBES = ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
-SIDES = {name: {"right", "wrong"} for name in ("colour", "shape", "size", "position", "hidden_words", "pixel_loss")}
+PROBES = ("position_to_color", "position_to_shape", "color_to_shape", "shape_to_color")
+SIDES = {name: {"right", "wrong"} for name in ("color", "shape", "size", "position", "hidden_words", "pixel_loss")}
 SIDES |= {name: {"target", "distractor"} for name in PROBES}
 LIMIT = 800.0
 """Seconds a demo of 20 steps may take; on an idle machine it is about one minute."""
@@ -82,7 +82,7 @@ def test_summary_holds_every_figure(first):
 def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(first):
     out, completed = first
     table, _, paths = completed.stdout.partition("What the demo measured")[2].partition(f"seed {SEED}\n  plain weights")
-    for row in ("colour", "lower by", "position -> colour", "samples/s", "peak memory of a rank", "export: largest"):
+    for row in ("color", "lower by", "position -> color", "samples/s", "peak memory of a rank", "export: largest"):
         assert any(line.strip().startswith(row) for line in table.splitlines()), row
     for name in ("export", "report/report.md", "report/curves.png", "metrics.jsonl"):
         path = out / f"seed-{SEED}" / name

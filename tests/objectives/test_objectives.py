@@ -256,7 +256,7 @@ def test_scenes_are_not_asked_of_a_model_without_a_decoder():
     assert trains_on_scenes(config_of(["joint"]))
     assert trains_on_scenes(config_of(WITH_WORDS))
     assert not trains_on_scenes(config)
-    with pytest.raises(ConfigError, match=r"model.objectives \(itc, itm\) must hold mim, mlm or joint"):
+    with pytest.raises(ConfigError, match=r"model.objectives \(itc, itm\) must include mim, mlm or joint"):
         evaluate_scenes(EVE(config.model), config, load_tokenizer("scenes"))
 
 

@@ -1,4 +1,4 @@
-"""Reports: records of a run, what pictures are made of, tables, and the files of a whole report."""
+"""Reports: records of a run, contents of figures, tables, and the files of a complete report."""
 
 import json
 import math
@@ -27,8 +27,8 @@ from eve_ds.model.eve import EVE
 from eve_ds.objectives.registry import OBJECTIVES
 from eve_ds.report.curves import running_mean
 from eve_ds.report.experts import expert_use, shares
-from eve_ds.report.reconstruction import MASKED_GREY, note_on, reconstruct, unpatchify
-from eve_ds.report.records import ReportError, column, read_records, throughput
+from eve_ds.report.reconstruction import MASKED_GRAY, note_on, reconstruct, unpatchify
+from eve_ds.report.records import ReportError, column, read_records, throughput, with_current_names
 from eve_ds.report.run_report import Exported, write_report
 from eve_ds.report.tables import Table, evaluation_tables, loss_table, percent_lower, seeds_table
 from eve_ds.training.progress import MetricsWriter
@@ -36,13 +36,13 @@ from eve_ds.views import IMAGE, TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATION = {
-    **{name: {"right": 0.75, "wrong": 0.25} for name in ("colour", "shape", "size", "position")},
+    **{name: {"right": 0.75, "wrong": 0.25} for name in ("color", "shape", "size", "position")},
     "hidden_words": {"right": 0.8, "wrong": 0.3},
-    "masked_image": {name: {"right": 0.65, "wrong": 0.25} for name in ("colour", "shape", "size", "position")},
+    "masked_image": {name: {"right": 0.65, "wrong": 0.25} for name in ("color", "shape", "size", "position")},
     "pixel_loss": {"right": 0.18, "wrong": 0.2},
     "binding": {
         name: {"target": 0.5, "distractor": 0.25}
-        for name in ("position_to_colour", "position_to_shape", "colour_to_shape", "shape_to_colour")
+        for name in ("position_to_color", "position_to_shape", "color_to_shape", "shape_to_color")
     },
 }
 
@@ -60,7 +60,7 @@ def write_records(folder, records, end="\n"):
 # ------------------------------------------------------------------------------------------------------- records
 
 
-def test_a_run_that_went_back_to_a_checkpoint_is_read_as_one(tmp_path):
+def test_records_of_a_resumed_run_form_one_history(tmp_path):
     before = [record("train", step, loss=1.0) for step in (10, 20, 30)] + [record("eval", 30), record("train", 40)]
     after = [record("train", step, loss=0.5) for step in (30, 40, 50)] + [record("eval", 50)]
     history = read_records(write_records(tmp_path, before + after))
@@ -71,12 +71,12 @@ def test_a_run_that_went_back_to_a_checkpoint_is_read_as_one(tmp_path):
     assert [item["loss"] for item in history[:5]] == [1.0, 1.0, 0.5, 0.5, 0.5]
 
 
-def test_records_of_one_step_are_kept_side_by_side(tmp_path):
+def test_all_records_of_one_step_are_kept(tmp_path):
     records = [record("event", 5, message="a"), record("event", 5, message="b"), record("train", 5), record("eval", 5)]
     assert read_records(write_records(tmp_path, records)) == records
 
 
-def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
+def test_incomplete_last_line_is_ignored(tmp_path):
     write_records(tmp_path, [record("train", 1), record("train", 2)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tra')
@@ -86,13 +86,13 @@ def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "metrics.jsonl does not exist: .* is not the output folder of a run that has begun to train"),
-        ("", "metrics.jsonl holds no whole record"),
+        (None, "metrics.jsonl does not exist: .* is not the output folder of a run that has started training"),
+        ("", "metrics.jsonl has no complete record"),
         ("{]\n", r"metrics.jsonl:1 is not JSON"),
         ('{"step": 1}\n', r"metrics.jsonl:1 is not a record with kind, step, seconds and samples"),
     ],
 )
-def test_what_is_no_history_is_refused(tmp_path, text, message):
+def test_invalid_history_is_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(ReportError, match=message):
@@ -107,7 +107,7 @@ def test_throughput_of_the_whole_run():
         throughput(records[2:])
 
 
-def test_missing_and_null_are_nan():
+def test_missing_and_null_values_are_nan():
     assert np.isnan(column([{"a": None}, {}], "a")).all()
 
 
@@ -142,7 +142,7 @@ def scene_batch(parts, count=3, **changes):
 
 
 class Oracle(nn.Module):
-    """Predicts the pixels that are there, and for every word `answer` or, without one, the word that is there."""
+    """Model that predicts the true pixels, and for every word `answer` or, if that is None, the true word."""
 
     def __init__(self, batch, answer=None, normalized=False):
         super().__init__()
@@ -169,7 +169,7 @@ def test_unpatchify_is_the_inverse_of_patchify():
 
 
 @pytest.mark.parametrize("target", ["raw", "normalized"])
-def test_a_perfect_model_gives_the_original_back(parts, target):
+def test_reconstruction_of_a_perfect_model_is_the_original(parts, target):
     scenes, batch = scene_batch(parts)
     config = parts[0].model.model_copy(update={"pixel_target": target})
     examples = reconstruct(Oracle(batch, normalized=target == "normalized"), batch, parts[1], config)
@@ -177,13 +177,13 @@ def test_a_perfect_model_gives_the_original_back(parts, target):
         original = torch.from_numpy(scene.image) / 255
         torch.testing.assert_close(example.original, original, atol=1e-5, rtol=0)
         torch.testing.assert_close(example.reconstructed, original, atol=1e-5, rtol=0)
-        grey = torch.zeros(8, 8, dtype=torch.bool).flatten().scatter(0, hidden, True).view(8, 8)
-        grey = grey.repeat_interleave(8, 0).repeat_interleave(8, 1)
-        torch.testing.assert_close(example.masked[~grey], original[~grey], atol=1e-5, rtol=0)
-        torch.testing.assert_close(example.masked[grey], torch.full((48 * 64, 3), MASKED_GREY), atol=1e-5, rtol=0)
+        gray = torch.zeros(8, 8, dtype=torch.bool).flatten().scatter(0, hidden, True).view(8, 8)
+        gray = gray.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        torch.testing.assert_close(example.masked[~gray], original[~gray], atol=1e-5, rtol=0)
+        torch.testing.assert_close(example.masked[gray], torch.full((48 * 64, 3), MASKED_GRAY), atol=1e-5, rtol=0)
 
 
-def test_patches_and_words_are_predicted_in_the_views_of_the_training(parts):
+def test_patches_and_words_are_predicted_in_the_views_of_training(parts):
     _, batch = scene_batch(parts)
     model, config = Oracle(batch), parts[0].model
     reconstruct(model, batch, parts[1], config)
@@ -192,24 +192,24 @@ def test_patches_and_words_are_predicted_in_the_views_of_the_training(parts):
     assert pixels["visible_patch_ids"] is batch.visible_patch_ids
     assert words["input_ids"] is batch.masked_input_ids
     assert words["visible_patch_ids"] is None
-    assert "beside the whole caption" in note_on(config)
+    assert "given the whole caption" in note_on(config)
     model.shown.clear()
     joint = config.model_copy(update={"objectives": ["joint"]})
     reconstruct(model, batch, parts[1], joint)
     for shown in model.shown:
         assert shown["input_ids"] is batch.masked_input_ids
         assert shown["visible_patch_ids"] is batch.visible_patch_ids
-    assert note_on(joint).endswith("both were predicted at once from what was left.")
+    assert note_on(joint).endswith("both were predicted at once from the visible parts.")
 
 
-def test_a_hidden_patch_that_nobody_predicts_is_not_passed_off_as_seen(parts):
+def test_masked_patches_without_a_prediction_are_refused(parts):
     _, batch = scene_batch(parts)
     part = replace(batch, masked_patch_ids=batch.masked_patch_ids[:, ::2])
-    with pytest.raises(ValueError, match=r"patches to predict \(24\) must be all hidden ones \(48\)"):
+    with pytest.raises(ValueError, match=r"patches to predict \(24\) must be all masked patches \(48\)"):
         reconstruct(Oracle(batch), part, parts[1], parts[0].model)
 
 
-def test_words_are_those_of_the_caption_with_what_was_put_in_their_place(parts):
+def test_words_of_an_example_are_those_of_the_caption_with_predictions(parts):
     scenes, batch = scene_batch(parts)
     tokenizer = parts[1]
     wrong = tokenizer.convert_tokens_to_ids("ring")
@@ -249,7 +249,7 @@ def test_expert_use_adds_up_batches(parts):
     for single, double in zip(once, twice, strict=True):
         assert torch.equal(double.routes, 2 * single.routes)
         assert double.entropy_sum == pytest.approx(2 * float(single.entropy_sum))
-        assert single.tokens[IMAGE] == 5 * (1 + 16) + 5 * (1 + 64)  # of the image view and of the language view
+        assert single.tokens[IMAGE] == 5 * (1 + 16) + 5 * (1 + 64)  # image view and language view
         assert single.tokens[TEXT] == 2 * batch.attention_mask.sum()
         torch.testing.assert_close(shares(single).sum(dim=1), torch.ones(2))
     with pytest.raises(ValueError, match="at least one batch"):
@@ -266,42 +266,42 @@ def test_markdown_of_a_table():
 
 def test_tables_of_an_evaluation():
     words, masked, pixels, binding = evaluation_tables(EVALUATION)
-    assert words.title == "Masked words predicted right beside the whole image"
-    assert words.rows[0] == ("colour", "0.750", "0.250", "+0.500")
+    assert words.title == "Masked words predicted correctly, given the whole image"
+    assert words.rows[0] == ("color", "0.750", "0.250", "+0.500")
     assert words.rows[-1] == ("all words of hidden captions", "0.800", "0.300", "+0.500")
-    assert masked.title == "Masked words predicted right beside a masked image"
-    assert masked.rows[0] == ("colour", "0.650", "0.250", "+0.400")
+    assert masked.title == "Masked words predicted correctly, given a masked image"
+    assert masked.rows[0] == ("color", "0.650", "0.250", "+0.400")
     assert len(masked.rows) == 4
     assert pixels.rows == [("squared error", "0.1800", "0.2000", "10.0 %")]
-    assert binding.rows[0] == ("position -> colour", "0.500", "0.250", "+0.250")
+    assert binding.rows[0] == ("position -> color", "0.500", "0.250", "+0.250")
     hard = {name: value for name, value in EVALUATION.items() if name != "binding"}
     assert len(evaluation_tables(hard)) == 3
     earlier = {name: value for name, value in EVALUATION.items() if name not in ("masked_image", "hidden_words")}
     words, _, _ = evaluation_tables(earlier)
-    assert words.title == "Masked words predicted right beside a masked image"
+    assert words.title == "Masked words predicted correctly, given a masked image"
     assert len(words.rows) == 4
     assert [table.title for table in evaluation_tables({"pixel_loss": EVALUATION["pixel_loss"]})] == [pixels.title]
     assert percent_lower({"right": 0.22, "wrong": 0.2}) == "-10.0 %"
 
 
-def test_one_column_for_each_seed():
+def test_seeds_table_has_one_column_per_seed():
     costs = {"train_seconds": 9.0, "steps": 1200, "samples_per_second": 8.0, "peak_memory_bytes": 2**30}
     entries = [
         {"seed": seed, **EVALUATION, **costs, "export_max_abs_diff": diff} for seed, diff in ((0, 1e-7), (4, None))
     ]
     table = seeds_table(entries)
-    rows = {row[0].strip(): row[1:] for row in reversed(table.rows)}  # of two rows of one name the first
+    rows = {row[0].strip(): row[1:] for row in reversed(table.rows)}  # the first of two rows with the same name
     assert table.columns == ("", "seed 0", "seed 4")
-    assert rows["colour"] == ("0.750 / 0.250",) * 2
-    assert [row[1] for row in table.rows if row[0].strip() == "colour"] == ["0.750 / 0.250", "0.650 / 0.250"]
+    assert rows["color"] == ("0.750 / 0.250",) * 2
+    assert [row[1] for row in table.rows if row[0].strip() == "color"] == ["0.750 / 0.250", "0.650 / 0.250"]
     assert rows["lower by"] == ("10.0 %",) * 2
-    assert rows["position -> colour"] == ("0.500 / 0.250",) * 2
+    assert rows["position -> color"] == ("0.500 / 0.250",) * 2
     assert rows["peak memory of a rank"] == ("1,024 MiB",) * 2
     assert rows["export: largest difference"] == ("1.0e-07", "not checked")
     assert all(len(row) == 3 for row in table.rows)
 
 
-def test_losses_that_a_run_has_not_are_left_out():
+def test_loss_table_omits_terms_without_values():
     table = loss_table([record("train", 10, loss=3.0, mlm=2.0), record("train", 20, loss=1.0, mlm=0.5)])
     assert table.columns == ("term", "steps to 10", "steps 11 to 20", "change")
     assert table.rows == [("loss", "3.0000", "1.0000", "-2.0000"), ("mlm", "2.0000", "0.5000", "-1.5000")]
@@ -311,7 +311,7 @@ def test_losses_that_a_run_has_not_are_left_out():
 
 
 def write_run(folder, config, steps=30):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.model_dump_json())
     writer = MetricsWriter(folder)
     for step in range(10, steps + 1, 10):
@@ -328,7 +328,7 @@ def write_run(folder, config, steps=30):
 
 
 def is_drawn(path):
-    """A picture has a size, and more on it than one colour."""
+    """Whether the figure has a reasonable size and more than one color."""
     pixels = np.asarray(Image.open(path).convert("RGB"))
     return min(pixels.shape[:2]) > 200 and pixels.std() > 10
 
@@ -345,22 +345,22 @@ def test_report_of_a_run_on_scenes(tmp_path, parts):
     assert all(f"]({path.name})" in text for path in pictures)
     assert "| samples skipped: unreadable image | 3 |" in text
     assert "- step 30: something happened" in text
-    assert "| colour | 0.750 | 0.250 | +0.500 |" in text
+    assert "| color | 0.750 | 0.250 | +0.500 |" in text
     assert "| samples/s | 16.0 |" in text
-    # The first validation scene is on the grid, in its place and colours.
+    # The grid contains the first validation scene with its colors.
     grid = np.asarray(Image.open(pictures[1]).convert("RGB")).reshape(-1, 3)
     color = Scenes("easy", split="val")[0].image[0, 0]
     assert (np.abs(grid.astype(int) - color).max(axis=1) <= 2).sum() > 1000
 
 
-def test_report_without_a_model_is_of_the_training_alone(tmp_path, parts):
+def test_report_without_a_model_covers_training_only(tmp_path, parts):
     run = write_run(tmp_path / "run", parts[0])
     written = write_report(run, tmp_path / "report")
     assert [path.name for path in written] == ["report.md", "curves.png"]
-    assert "| colour | 0.750 | 0.250 | +0.500 |" in written[0].read_text()  # of the run's own last evaluation
+    assert "| color | 0.750 | 0.250 | +0.500 |" in written[0].read_text()  # from the last evaluation of the run
 
 
-def test_report_of_a_run_on_shards_shows_its_own_data(tmp_path, parts):
+def test_report_of_a_run_on_shards_shows_its_data(tmp_path, parts):
     write_shards(GeneratedScenes(80), tmp_path / "shards", WriterOptions(samples_per_shard=40))
     source = {"kind": "shards", "shards": str(tmp_path / "shards")}
     config = load_config("eve_tiny", [f"data.sources={json.dumps([source])}", "data.num_workers=2"])
@@ -370,12 +370,36 @@ def test_report_of_a_run_on_shards_shows_its_own_data(tmp_path, parts):
     assert is_drawn(grid)
 
 
-def test_loss_terms_of_earlier_runs_have_their_names_of_today(tmp_path):
+def test_loss_terms_of_earlier_runs_get_the_names_of_this_version(tmp_path):
     folder = write_records(tmp_path, [record("train", 10, loss=3.0, pixel=1.0, text=2.0)])
     assert read_records(folder)[0] == record("train", 10, loss=3.0, mim=1.0, mlm=2.0)
 
 
-def test_curves_pass_over_what_was_not_finite(tmp_path):
+def in_former_spelling(evaluation):
+    """The evaluation as versions with British keys wrote it."""
+    return json.loads(json.dumps(evaluation).replace("color", "colour"))  # codespell:ignore colour
+
+
+def test_evaluations_of_earlier_runs_are_read_with_the_keys_of_this_version(tmp_path):
+    former = in_former_spelling(EVALUATION)
+    assert former["binding"].keys() != EVALUATION["binding"].keys()
+    assert with_current_names(former) == EVALUATION
+    folder = write_records(tmp_path, [record("eval", 10, **former)])
+    assert read_records(folder) == [record("eval", 10, **EVALUATION)]
+
+
+def test_reports_of_earlier_and_of_current_runs_are_the_same(report, tmp_path, parts):
+    for name, spelled in (("current", lambda found: found), ("former", in_former_spelling)):
+        run = write_run(tmp_path / name / "run", parts[0])
+        lines = [spelled(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        write_records(run, lines)
+        (run / "evaluation.json").write_text(json.dumps(spelled(EVALUATION)))
+        assert report(run, "--evaluation", run / "evaluation.json")[0] == 0
+    current, former = (tmp_path / name / "run" / "report" / "report.md" for name in ("current", "former"))
+    assert former.read_text() == current.read_text()
+
+
+def test_curves_skip_values_that_are_not_finite(tmp_path):
     records = [record("train", step, loss=1.0, mim=math.nan if step == 2 else 0.5, lr=1.0) for step in range(1, 60)]
     for item in records:
         item |= {"peak_memory_bytes": 1}
@@ -397,7 +421,7 @@ def report(monkeypatch, capsys):
     return run
 
 
-def test_command_line_writes_beside_the_run(report, tmp_path, parts):
+def test_command_line_writes_into_the_run_folder(report, tmp_path, parts):
     run = write_run(tmp_path / "run", parts[0])
     code, output = report(run)
     assert code == 0
@@ -414,7 +438,7 @@ def test_command_line_writes_beside_the_run(report, tmp_path, parts):
         (["nowhere", "--evaluation", "other.json"], "report: --evaluation other.json is not what `evaluate.py scenes"),
     ],
 )
-def test_command_line_says_in_one_line_what_is_wrong(report, tmp_path, monkeypatch, arguments, message):
+def test_command_line_reports_an_error_in_one_line(report, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("broken.json").write_text("{")
     Path("other.json").write_text("{}")

@@ -1,0 +1,44 @@
+"""Model card of an export: the objectives that it names."""
+
+import pytest
+
+from eve_ds.config import load_config
+from eve_ds.export.provenance import OBJECTIVES, ExportReport, model_card, trained_objectives
+
+REPORT = ExportReport(
+    checkpoint="step-00000007",
+    step=7,
+    dtype="float32",
+    tensors=3,
+    parameters=30,
+    experts={"1": 4},
+    bytes=120,
+    sha256="c0ffee",
+    check=None,
+)
+
+
+def card_of(config):
+    return model_card(REPORT, config, {"samples": 56}, None)
+
+
+@pytest.mark.parametrize("objectives", ["mim", "mlm", "joint", "mim,mlm", "itc", "itc,itm", "mim,mlm,itc,itm"])
+def test_model_card_describes_exactly_the_objectives_of_the_run(objectives):
+    names = objectives.split(",")
+    card = card_of(load_config("eve_tiny", [f"model.objectives=[{objectives}]"]))
+    assert [name for name, sentence in OBJECTIVES.items() if f"- {sentence}\n" in card] == names
+    assert "masked signal modeling" not in card
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["loss.mim_weight=0"], ["mlm"]),
+        (["data.sources=[{kind: scenes, modalities: text}]"], ["mlm"]),
+        (["model.objectives=[joint]", "loss.mim_weight=0"], ["joint"]),
+    ],
+)
+def test_objectives_without_a_weight_or_a_source_are_not_named(overrides, expected):
+    config = load_config("eve_tiny", overrides)
+    assert trained_objectives(config) == expected
+    assert [name for name, sentence in OBJECTIVES.items() if sentence in card_of(config)] == expected
