@@ -19,6 +19,7 @@ FORMER_NAMES = {
     "position_to_colour": "position_to_color",
     "colour_to_shape": "color_to_shape",
     "shape_to_colour": "shape_to_color",
+    "model_flops_utilisation": "model_flops_utilization",  # codespell:ignore utilisation
 }
 """Keys that earlier versions wrote -> keys of this version."""
 

@@ -115,7 +115,7 @@ class ProgressLine:
 
 LAST = ("load_balancing", "lr", "samples_per_second")
 """Numbers at the end of a progress line."""
-HIDDEN = ("router_z", "grad_norm", "peak_memory_bytes", "tokens_per_second", "model_flops_utilisation")
+HIDDEN = ("router_z", "grad_norm", "peak_memory_bytes", "tokens_per_second", "model_flops_utilization")
 """Numbers that a progress line leaves out, as it does names with a slash; all other numbers are loss terms."""
 LIVE = {"lr": "lr {:.2g}", "samples_per_second": "{:.4g}/s", "load_balancing": "balance {:.3g}"}
 """Shorter forms in the live line, which must fit 80 columns."""

@@ -202,7 +202,7 @@ class Trainer:
             numbers["grad_norm"] = float(norm)
         peak, flops = peak_flops(self.config.train.precision), self.job.forward_flops(self.window.totals, samples)
         if peak is not None and flops is not None:
-            numbers["model_flops_utilisation"] = 3 * samples * flops / elapsed / (peak * self.topology.world_size)
+            numbers["model_flops_utilization"] = 3 * samples * flops / elapsed / (peak * self.topology.world_size)
         skipped = {f"skipped/{reason}": count for reason, count in self.feed.position.get("skipped", {}).items()}
         self.metrics.write("train", **self._stamp(), **numbers, **skipped)
         if self.engine.monitor.enabled and rank_zero():
