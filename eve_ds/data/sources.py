@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from eve_ds.config import Config, ConfigError, SourceConfig
-from eve_ds.data.batch import BadSample, Sample
+from eve_ds.data.batch import Sample
+from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
 from eve_ds.data.shards import ShardFile, find_shards
@@ -26,7 +27,7 @@ class UnusableData(ValueError):
     """The data cannot be trained on; the message names shard, key and reason."""
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """One source of the mixture."""
 
     shard_sizes: list[int]
@@ -212,7 +213,7 @@ class ShardsSource:
             self._open.popitem()[1].close()
 
 
-def open_sources(config: Config) -> list[Source]:
+def open_sources(config: Config) -> list[SampleSource]:
     """Sources of the training mixture, in its order; raises :class:`ConfigError` for missing or empty shards."""
     if not config.data.sources:
         raise ConfigError("data.sources is empty; name at least one source")
@@ -221,7 +222,7 @@ def open_sources(config: Config) -> list[Source]:
     return [open_source(source, transform, seed) for source in data.sources]
 
 
-def open_source(source: SourceConfig, transform: TrainTransform, seed: int) -> Source:
+def open_source(source: SourceConfig, transform: TrainTransform, seed: int) -> SampleSource:
     """One source whose images go through `transform`; raises :class:`ConfigError` for missing or empty shards."""
     if source.kind == "shards":
         return ShardsSource(source, transform)

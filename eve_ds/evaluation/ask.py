@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eve_ds.config import ConfigError
-from eve_ds.data.batch import BadSample
+from eve_ds.data.errors import BadSample
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.nlvr import NLVR

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config, TaskConfig
-from eve_ds.data.batch import BadSample
 from eve_ds.data.captions import CaptionEncoder, check_vocabulary
+from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 from eve_ds.data.transforms import TrainTransform, channels_first

@@ -6,19 +6,18 @@ when it is read, and counted there.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
 
 from eve_ds.config import Config, ConfigError, ExamplesConfig
-from eve_ds.data.importers.candidate import SourceError
-from eve_ds.data.importers.nlvr import IMAGE_NAME, PERMUTATIONS, annotated_split, archive_members, folder_splits
-from eve_ds.tasks.examples import Example, ImageSource, scene_examples
+from eve_ds.data.formats import karpathy, nlvr, nlvr2, released, vqav2
+from eve_ds.data.formats.entries import Entry, list_entries
+from eve_ds.data.formats.images import first_existing, probe_step, require_some_image
+from eve_ds.data.formats.sniff import sniff
+from eve_ds.tasks.examples import Example, scene_examples
 
-PROBED_IMAGES = 20
-"""Images spread over a set of which at least one must exist, or the image folder is taken to be wrong."""
 TASKS_OF = {
     "json": ("vqa", "nlvr", "retrieval"),
     "vqav2": ("vqa",),
@@ -27,8 +26,6 @@ TASKS_OF = {
     "karpathy": ("retrieval",),
 }
 """Format -> tasks it has examples of."""
-KARPATHY_SPLITS = {"train": ("train", "restval")}
-"""Splits that count as one."""
 
 
 def load_examples(config: Config, section: Literal["train", "val"]) -> Sequence[Example]:
@@ -76,223 +73,70 @@ def _read(task: str, kind: str, source: ExamplesConfig, section: str) -> list[Ex
     if kind == "karpathy":
         return list(_karpathy(files[0], images, split))
     read = {"nlvr2": _nlvr2, "vqa": _questions, "nlvr": _statements, "retrieval": _captions}
-    return list(read["nlvr2" if kind == "nlvr2" else task](_entries(files), images))
+    return list(read["nlvr2" if kind == "nlvr2" else task](list_entries(files), images))
 
 
-def sniff(path: Path) -> str:
-    """Format of an annotation file, folder or archive; raises ConfigError for none that is known."""
-    if path.is_dir() or ".tar" in path.suffixes:
-        return "nlvr"
-    tree = _read_json(path)
-    keys = {"questions": "vqav2", "annotations": "vqav2", "images": "karpathy"}
-    if isinstance(tree, dict):
-        for key, kind in keys.items():
-            if isinstance(tree.get(key), list):
-                return kind
-    elif tree and isinstance(tree[0], dict):
-        return "nlvr2" if "identifier" in tree[0] else "json"
-    raise ConfigError(
-        f"{path} is in no known form: a list of entries, VQAv2's questions or annotations, JSON lines of NLVR2, "
-        "Karpathy's images, or NLVR's folder or archive"
-    )
+def _questions(entries: Iterable[Entry], images: Path) -> Iterator[Example]:
+    """Questions of the released code."""
+    for item in map(released.question, entries):
+        yield Example(item.question_id, (images / item.image,), item.question, item.question_type, item.answers)
 
 
-def _read_json(path: Path) -> Any:
-    """A JSON document, or the list of those that stand one a line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"annotation file {path} cannot be read: {error}") from None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as whole:
-        try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError:
-            raise ConfigError(f"annotation file {path} is not JSON: {whole}") from None
+def _statements(entries: Iterable[Entry], images: Path) -> Iterator[Example]:
+    """Statements of the released code; a key is the number of the statement."""
+    for number, item in enumerate(map(released.statement, entries)):
+        paths = tuple(images / name for name in item.images)
+        yield Example(str(number), paths, item.sentence, item.sentence, label=item.label)
 
 
-class _Entry:
-    """One entry of a file, which knows where it stands."""
-
-    def __init__(self, content: Any, path: Path, number: int) -> None:
-        self.content, self.where, self.number = content, f"{path} entry {number}", number
-        if not isinstance(content, dict):
-            raise self.error("must be an object")
-
-    def error(self, problem: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {problem}")
-
-    def text(self, key: str) -> str:
-        """A string, or a number as one."""
-        value = self.content.get(key)
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise self.error(f"{key} ({value!r}) must be a text")
-        return str(value)
-
-    def texts(self, key: str) -> list[str]:
-        """One string or a list of them."""
-        value = self.content.get(key)
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(f"{key} ({value!r}) must be a text or a list of texts")
-        return value
-
-    def label(self) -> bool | None:
-        """True or false, in any case of letters; None where the file has no labels."""
-        value = self.content.get("label")
-        known = {"true": True, "false": False}
-        if value is None:
-            return None
-        if str(value).lower() not in known:
-            raise self.error(f"label ({value!r}) must be true or false")
-        return known[str(value).lower()]
-
-
-def _entries(files: Iterable[Path]) -> Iterator[_Entry]:
-    for path in files:
-        tree = _read_json(path)
-        if not isinstance(tree, list):
-            raise ConfigError(f"{path} must be a list of entries, not an object")
-        yield from (_Entry(content, path, number) for number, content in enumerate(tree))
-
-
-def _questions(entries: Iterable[_Entry], images: Path) -> Iterator[Example]:
-    """`[{image, question, question_id, answer}]`; `answer` is a text or one per annotator, absent in a test set."""
-    for entry in entries:
-        answers = tuple(entry.texts("answer")) if entry.content.get("answer") is not None else ()
-        yield Example(
-            key=entry.text("question_id"),
-            images=(images / entry.text("image"),),
-            text=entry.text("question"),
-            group=str(entry.content.get("question_type", "")),
-            answers=answers,
-        )
-
-
-def _statements(entries: Iterable[_Entry], images: Path) -> Iterator[Example]:
-    """`[{images: [left, right], sentence, label}]`."""
-    for number, entry in enumerate(entries):
-        sentence = entry.text("sentence")
-        paths = tuple(images / name for name in entry.texts("images"))
-        yield Example(str(number), paths, sentence, sentence, label=entry.label())
-
-
-def _captions(entries: Iterable[_Entry], images: Path) -> Iterator[Example]:
-    """`[{image, caption, image_id}]`, captions of one image in several entries or in a list."""
+def _captions(entries: Iterable[Entry], images: Path) -> Iterator[Example]:
+    """Captions of the released code; a key is the number of the caption."""
     number = 0
-    for entry in entries:
-        image = entry.text("image")
-        captions = entry.texts("caption")
-        if not captions:
-            raise entry.error(f"image {image} has no caption: give one, or leave the image out")
-        group = str(entry.content.get("image_id", image))
-        for caption in captions:
-            yield Example(str(number), (images / image,), caption, group)
+    for item in map(released.captioned_image, entries):
+        if not item.captions:
+            raise item.entry.error(f"image {item.image} has no caption: give one, or leave the image out")
+        group = item.image if item.image_id is None else item.image_id
+        for caption in item.captions:
+            yield Example(str(number), (images / item.image,), caption, group)
             number += 1
 
 
-def _nlvr2(entries: Iterable[_Entry], images: Path) -> Iterator[Example]:
-    """JSON lines of NLVR2; images `SPLIT-SET-PAIR-img0.png`, where needed in the folder that `directory` names."""
-    for entry in entries:
-        identifier, sentence = entry.text("identifier"), entry.text("sentence")
-        stem = identifier.rpartition("-")[0]
-        folders = [images / str(entry.content["directory"])] if "directory" in entry.content else []
-        names = [f"{stem}-img{side}.png" for side in (0, 1)]
-        paths = tuple(_existing([*(folder / name for folder in folders), images / name]) for name in names)
-        yield Example(identifier, paths, sentence, sentence, label=entry.label())
+def _nlvr2(entries: Iterable[Entry], images: Path) -> Iterator[Example]:
+    """Statements of NLVR2; statements with the same sentence are one group."""
+    for item in map(nlvr2.statement, entries):
+        paths = tuple(first_existing(images, names) for names in item.images)
+        yield Example(item.identifier, paths, item.sentence, item.sentence, label=item.label)
 
 
 def _vqav2(files: Sequence[Path], images: Path) -> Iterator[Example]:
-    """VQAv2's questions and, for all but a test set, annotations, in any order of the files."""
-    questions: list[tuple[_Entry, str]] = []
-    annotations: dict[str, _Entry] = {}
-    for path in files:
-        tree = _read_json(path)
-        subtype = str(tree.get("data_subtype", ""))
-        questions += [(_Entry(item, path, i), subtype) for i, item in enumerate(tree.get("questions", []))]
-        for entry in (_Entry(item, path, i) for i, item in enumerate(tree.get("annotations", []))):
-            annotations[entry.text("question_id")] = entry
-    if not questions:
-        raise ConfigError(f"{files[0]} holds no questions: give the file of questions beside that of annotations")
-    for entry, subtype in questions:
-        key = entry.text("question_id")
-        annotation = annotations.get(key)
-        if annotations and annotation is None:
-            raise entry.error(f"question {key} has no annotation: the two files are of different sets")
-        name = f"COCO_{subtype}_{int(entry.text('image_id')):012d}.jpg"
-        yield Example(
-            key=key,
-            images=(_existing([images / name, images / subtype / name]),),
-            text=entry.text("question"),
-            group="" if annotation is None else str(annotation.content.get("question_type", "")),
-            answers=() if annotation is None else _annotators(annotation),
-        )
-
-
-def _annotators(annotation: _Entry) -> tuple[str, ...]:
-    answers = annotation.content.get("answers")
-    if not isinstance(answers, list) or not all(isinstance(item, dict) and "answer" in item for item in answers):
-        raise annotation.error("answers must be a list of objects with `answer`")
-    return tuple(str(item["answer"]) for item in answers)
+    """Questions of VQAv2."""
+    for item in vqav2.read_questions(files):
+        path = first_existing(images, item.images)
+        yield Example(item.question_id, (path,), item.question, item.question_type, item.answers)
 
 
 def _karpathy(path: Path, images: Path, split: str) -> Iterator[Example]:
-    """`{"images": [{filename, filepath, split, sentences: [{raw}]}]}`; `restval` belongs to `train`."""
-    tree = _read_json(path)
-    wanted = KARPATHY_SPLITS.get(split, (split,))
-    number, found = 0, Counter[str]()
-    for entry in (_Entry(item, path, i) for i, item in enumerate(tree["images"])):
-        found[entry.text("split")] += 1
-        if entry.text("split") not in wanted:
-            continue
-        name = str(PurePosixPath(str(entry.content.get("filepath", ""))) / entry.text("filename"))
-        sentences = entry.content.get("sentences")
-        if not isinstance(sentences, list) or not sentences:
-            raise entry.error(f"image {name} has no sentences: give one, or leave the image out")
-        for sentence in sentences:
-            yield Example(str(number), (images / name,), _Entry(sentence, path, entry.number).text("raw"), name)
+    """Captions of one of Karpathy's splits; `restval` belongs to `train`; a key is the number of the caption."""
+    entries = karpathy.read_entries(path)
+    for entry in entries:
+        entry.text("split")
+    number = 0
+    for entry in karpathy.of_splits(entries, karpathy.TRAIN_SPLITS if split == "train" else (split,), path):
+        item = karpathy.captioned_image(entry)
+        if not item.captions or not all(item.captions):
+            raise entry.error(f"image {item.path} has no sentences or an empty one: give one, or leave the image out")
+        for caption in item.captions:
+            yield Example(str(number), (images / item.path,), caption, item.path)
             number += 1
-    if not number:
-        have = ", ".join(f"{name} ({count})" for name, count in sorted(found.items()))
-        raise ConfigError(f"{path} has no image of split {split}; it has: {have}")
 
 
 def _nlvr(path: Path, split: str | None) -> Iterator[Example]:
-    """NLVR 1.0 as published: every example once for each of the six pictures of it."""
-    files = _folder_files(path) if path.is_dir() else archive_members(path)
-    images: dict[str, ImageSource] = {}
-    entries: list[tuple[str, _Entry]] = []
-    try:
-        for name, content in files:
-            if (annotated := annotated_split(name)) is not None and split in (None, annotated):
-                lines = (content() if callable(content) else content).splitlines()
-                entries += [(annotated, _Entry(json.loads(line), path, i)) for i, line in enumerate(lines)]
-            elif (match := IMAGE_NAME.fullmatch(name.name)) and split in (None, match["split"]):
-                images[name.stem] = path / name if callable(content) else content
-    except (SourceError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as NLVR: {error}") from None
-    if not entries:
-        raise ConfigError(f"{path} has no SPLIT.json{f' of split {split}' if split else ''}: it is not NLVR's layout")
-    for stem, entry in entries:
-        identifier = entry.text("identifier")
-        for permutation in range(PERMUTATIONS):
-            key = f"{stem}-{identifier}-{permutation}"
-            image = images.get(key, Path(f"{key}.png"))  # one that is missing is found when it is read
-            group = identifier.partition("-")[0]
-            yield Example(key, (image,), entry.text("sentence"), group, label=entry.label())
-
-
-def _folder_files(folder: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
-    """Annotations and images of a folder's splits, whose bytes are read when they are called for."""
-    for sentences, images in folder_splits(folder):
-        for path in (sentences, *sorted(images.rglob("*.png"))):
-            yield PurePosixPath(path.relative_to(folder)), path.read_bytes
-
-
-def _existing(candidates: Sequence[Path]) -> Path:
-    """The first that exists, otherwise the last, which is found to be missing when it is read."""
-    return next((path for path in candidates if path.is_file()), candidates[-1])
+    """Statements of NLVR 1.0, each about each of its six images; statements with the same sentence are one group."""
+    corpus = nlvr.read_corpus(path, split)
+    for item in corpus.statements:
+        for key in item.image_names:
+            image = corpus.images.get(key, Path(f"{key}.png"))  # an image that is missing is found when it is read
+            yield Example(key, (image,), item.sentence, item.identifier.partition("-")[0], label=item.label)
 
 
 def _check(examples: Sequence[Example], num_images: int, where: Path) -> None:
@@ -309,11 +153,8 @@ def _check(examples: Sequence[Example], num_images: int, where: Path) -> None:
 
 
 def _probe(examples: Sequence[Example], where: Path) -> None:
-    """Refuse an image folder under which nothing is found, before an hour has gone into skipping every example."""
-    chosen = examples[:: max(1, len(examples) // PROBED_IMAGES)]
+    """Raise :class:`SourceError` where no image of a few examples spread over the set exists."""
+    chosen = examples[:: probe_step(len(examples))]
     paths = [source for example in chosen for source in example.images if isinstance(source, Path)]
-    if paths and len(paths) >= len(chosen) and not any(path.is_file() for path in paths):
-        raise ConfigError(
-            f"{where}: none of {len(paths)} probed images exists (the first: {paths[0]}): set the folder of the images "
-            "with --images"
-        )
+    if len(paths) >= len(chosen):
+        require_some_image(paths, where)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eve_ds.config import Config
-from eve_ds.data.batch import BadSample
 from eve_ds.data.captions import CaptionEncoder
+from eve_ds.data.errors import BadSample
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.distributed import gather_objects
 from eve_ds.model.eve import MoEFactory

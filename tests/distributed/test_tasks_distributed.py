@@ -171,7 +171,7 @@ def fetched_ahead(rank, world_size, tree, folder):
     from deepspeed import DeepSpeedEngine
 
     from eve_ds.config import parse_config
-    from eve_ds.data.batch import BadSample
+    from eve_ds.data.errors import BadSample
     from eve_ds.training import finetune as finetuning
 
     def recorded(name, original):

@@ -15,8 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
 from eve_ds.config import ConfigError, ModelConfig, load_config
-from eve_ds.data.batch import BadSample, Sample
+from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
+from eve_ds.data.errors import BadSample
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.transforms import TrainTransform, normalize
 from eve_ds.export import ExportError, load

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
 
 from eve_ds.config import ConfigError, load_config, parse_config, presets
-from eve_ds.data.batch import BadSample
+from eve_ds.data.errors import BadSample
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation.ask import ask, rank
 from eve_ds.export import ExportError

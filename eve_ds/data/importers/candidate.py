@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-
-class SourceError(ValueError):
-    """A source that cannot be imported; the message names the file, what is wrong and what was expected."""
-
-
-class BadSample(ValueError):
-    """A sample that is left out; the message is the reason, one of a few fixed texts that the report counts."""
+from eve_ds.data.errors import BadSample, SourceError
 
 
 class Readable(Protocol):

@@ -14,7 +14,8 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eve_ds.data.importers.candidate import BadSample, Candidate, FileSlice, Skip, SourceError, existing_folder
+from eve_ds.data.errors import BadSample, SourceError
+from eve_ds.data.importers.candidate import Candidate, FileSlice, Skip, existing_folder
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
