@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.checkpoint import manifest
-from eve_ds.checkpoint.files import CheckpointError, listed
+from eve_ds.checkpoint.files import CheckpointError, listed, shape_problem
 from eve_ds.checkpoint.manifest import CONFIG, TOKENIZER
 from eve_ds.checkpoint.weights import export_files, find_checkpoint, weight_reader
 from eve_ds.config import Config, ConfigError, ModelConfig, parse_written_config
@@ -149,7 +149,7 @@ def start_weights(init: Path, config: ModelConfig) -> Callable[[str], Tensor]:
     except (CheckpointError, WeightFileError) as error:
         raise ConfigError(f"--init {error}") from None
     wrong = [
-        f"{name} {tuple(source.get(name, ()))} where the model has {tuple(shape)}"
+        shape_problem(name, source.get(name, torch.Size()), shape)
         for name, shape in shapes.items()
         if source.get(name) != shape
     ]
