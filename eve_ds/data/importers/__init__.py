@@ -1,4 +1,4 @@
-"""Published data sets as people have them, read as a stream of image-caption candidates; one format per file."""
+"""Readers of published data sets, each a stream of image-caption candidates for shards; one module per kind."""
 
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.importers.annotations import CaptionJson, Karpathy, Table

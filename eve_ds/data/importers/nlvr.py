@@ -25,23 +25,23 @@ from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, R
 
 @dataclass
 class Annotations:
-    """Sentences of one split."""
+    """Sentences of one split, by identifier."""
 
     captions: dict[str, str | None] = field(default_factory=dict)
-    """By identifier; None where the sentence is labeled false."""
+    """Identifier -> sentence; None where the sentence is labeled false."""
     missing: dict[str, None] = field(default_factory=dict)
-    """Images of true sentences that have not been seen yet, in the order of the file."""
+    """Names of images of true sentences that are still to come, in the order of the file."""
 
 
 class Nlvr:
-    """Images of one or more splits with the sentences that are true of them."""
+    """Images of one or more splits, each with the sentence that is true of it."""
 
     def __init__(self, paths: Sequence[str | Path], splits: Sequence[str] | None = None) -> None:
-        """Check that annotations are found; raises :class:`SourceError`.
+        """Check that every path has annotations; raises :class:`SourceError` for one that has none.
 
         Args:
             paths: archives, or folders that hold `SPLIT` folders or are one.
-            splits: which splits to take; None takes all.
+            splits: names of the splits to read; None reads all.
         """
         self._paths = [existing(path, "source") for path in paths]
         self._splits = None if splits is None else frozenset(splits)
@@ -58,7 +58,7 @@ class Nlvr:
             self._check_layout(path)
 
     def __iter__(self) -> Iterator[Candidate | Skip]:
-        """Images in archive order, or sorted by path; images that are missing come last."""
+        """Images in the order of the archive, or sorted by path; missing images come last."""
         self._annotations, self.total = {}, 0
         for path in self._paths:
             yield from self._folder(path) if path.is_dir() else self._archive(path)
@@ -86,7 +86,7 @@ class Nlvr:
                     yield from self._image(image.stem, FileSlice(str(image)))
 
     def _archive(self, path: Path) -> Iterator[Candidate | Skip]:
-        # Published archives have the annotations before the images. Images that come earlier are held until then.
+        # Published archives hold the annotations before the images. Images that come earlier are kept until then.
         early: list[tuple[str, bytes]] = []
         for name, data in archive_members(path):
             split = annotated_split(name)
