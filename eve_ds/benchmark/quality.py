@@ -54,7 +54,7 @@ WORDS = {"colour": "color", "shape": "shape", "size": "size", "position": "posit
 ANOTHER = ", another's picture"
 """What the name of a measure ends with where the model had the picture of another scene."""
 TASKS = ("vqa", "nlvr", "nlvr_words", "retrieval", "retrieval_words")
-"""Fine-tunes, by the names of their recipes; `words` are masked words (:mod:`eve_ds.tasks.words`)."""
+"""Fine-tunes, by the names of their recipes; `words` are masked words (:mod:`eve_ds.tasks.features.words`)."""
 ZERO_SHOT = "zero_shot"
 NLVR, BLIND = "nlvr_real", "blind"
 """NLVR 1.0 itself: trained on split `hidden`, asked of `dev` what it has no sentence of; `blind` sees grey images."""

@@ -1,69 +1,81 @@
-"""Visual question answering: one of a vocabulary of answers, soft targets, official accuracy by question type."""
+"""The task of visual question answering."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eve_ds.config import Config, ConfigError
+from eve_ds.config import Config, ConfigError, ExamplesConfig
 from eve_ds.distributed import get_logger
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
 from eve_ds.objectives.router import router_losses
-from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
-from eve_ds.tasks.encoder import Classifier, ClassifierOutput, classify
-from eve_ds.tasks.examples import Example, SceneExamples, all_scene_answers
-from eve_ds.tasks.vqa_metric import normalize_answer, soft_targets, vqa_accuracy
+from eve_ds.tasks.batches import TaskBatch
+from eve_ds.tasks.classification import ClassificationTask, ClassifierOutput
+from eve_ds.tasks.examples import Example, SceneExamples, Section
+from eve_ds.tasks.features.class_token import Classifier
+from eve_ds.tasks.task import Reader, Record, task_section
+from eve_ds.tasks.vqa.examples import SceneQuestions, read_released, read_vqav2
+from eve_ds.tasks.vqa.metric import soft_targets, vqa_accuracy
+from eve_ds.tasks.vqa.vocabulary import build_vocabulary, read_vocabulary, write_vocabulary
 
-ANSWERS = "answers.json"
 
-
-class VQA:
-    """The task with its vocabulary.
+class VQA(ClassificationTask):
+    """Visual question answering with a fixed vocabulary.
 
     Args:
-        config: with `model` and `task`.
-        answers: vocabulary in the order of the logits, normalised.
+        config: configuration with `model` and `task`.
+        answers: normalized vocabulary in the order of the logits.
     """
 
+    name = "vqa"
+    recipe = "tasks/vqa"
+    scenes_recipe = "tasks/scenes_vqa"
+    readers: ClassVar[Mapping[str, Reader]] = {"json": read_released, "vqav2": read_vqav2}
+
     def __init__(self, config: Config, answers: list[str]) -> None:
-        assert config.task is not None
-        self.config, self.answers = config, answers
-        self.softmax = config.task.answer_loss == "softmax"
+        super().__init__(config)
+        self.answers = answers
+        self.softmax = self.section.answer_loss == "softmax"
         self._ids = {answer: number for number, answer in enumerate(answers)}
 
     @classmethod
-    def from_examples(cls, config: Config, examples: Sequence[Example]) -> VQA:
-        """Collect the vocabulary; raises ConfigError if no answer is frequent enough."""
-        assert config.task is not None
-        return cls(config, build_vocabulary(examples, config.task.min_answer_count))
+    def check(cls, config: Config) -> None:
+        """Raise ConfigError for features of masked words."""
+        if task_section(config).features != "class_token":
+            raise ConfigError("task.features ('words') is for the tasks nlvr and retrieval: leave it out")
 
     @classmethod
-    def load(cls, config: Config, folder: Path) -> VQA:
-        """With the vocabulary of a saved model; raises ConfigError if it cannot be read."""
-        return cls(config, read_vocabulary(folder / ANSWERS))
+    def from_examples(cls, config: Config, examples: Sequence[Example]) -> Self:
+        """Collect the vocabulary; raises ConfigError if no answer is frequent enough."""
+        return cls(config, build_vocabulary(examples, task_section(config).min_answer_count))
+
+    @classmethod
+    def load(cls, config: Config, folder: Path) -> Self:
+        """The task with the vocabulary of a saved model; raises ConfigError if it cannot be read."""
+        return cls(config, read_vocabulary(folder))
 
     def save(self, folder: Path) -> None:
         """Write the vocabulary."""
-        (folder / ANSWERS).write_text(json.dumps(self.answers, indent=0, ensure_ascii=False), encoding="utf-8")
+        write_vocabulary(self.answers, folder)
+
+    @classmethod
+    def scene_examples(cls, config: Config, source: ExamplesConfig, section: Section) -> SceneExamples:
+        """Questions about generated scenes."""
+        return SceneQuestions.of(source, section)
 
     def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
-        """A model whose logits are the answers, with weights not yet drawn."""
+        """A model with one logit per answer, weights not drawn yet."""
         return Classifier(self.config, moe_cls, 1, len(self.answers))
 
-    def pretrained_names(self) -> dict[str, str]:
-        """None: the head is new."""
-        return {}
-
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """Questions of which some answer is in the vocabulary; raises ConfigError for a set without answers."""
+        """Questions with an answer in the vocabulary; raises ConfigError for a set without answers."""
         if isinstance(examples, SceneExamples):
             return examples
         if not any(example.answers for example in examples):
@@ -79,7 +91,7 @@ class VQA:
         return kept
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
-        """(B, A) float32 soft scores; answers outside the vocabulary have no place in them."""
+        """(B, A) float32 soft scores; answers outside the vocabulary are left out."""
         scores = torch.zeros(len(examples), len(self.answers))
         for row, example in enumerate(examples):
             for answer, score in soft_targets(example.answers).items():
@@ -88,7 +100,7 @@ class VQA:
         return scores
 
     def losses(self, output: ClassifierOutput, batch: TaskBatch) -> dict[str, Tensor]:
-        """Cross-entropy summed over answers, a mean over questions: binary (official: mean times 3128), or softmax."""
+        """Cross-entropy summed over answers, mean over questions: binary (official: mean times 3128), or softmax."""
         assert batch.targets is not None
         logits = output.logits.float()
         if self.softmax:
@@ -98,39 +110,20 @@ class VQA:
         return {"vqa": entropy / len(batch)} | router_losses(output.moe, output.num_tokens)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(..., A) -> (..., A): of each answer, by the loss that taught them."""
-        return logits.softmax(dim=-1) if self.softmax else logits.sigmoid()
+        """(..., A) -> (..., A), the probability of each answer under the training loss."""
+        return super().probabilities(logits) if self.softmax else logits.sigmoid()
 
     def settings(self) -> dict[str, Any]:
-        """What predictions depend on besides model and examples."""
+        """Size of the vocabulary."""
         return {"answers": len(self.answers)}
 
-    def queries(self, examples: Sequence[Example]) -> list[str]:
-        """Keys of the predictions that an evaluation makes."""
-        return [example.key for example in examples]
+    def record(self, logits: Tensor) -> Record:
+        """The best answer and its probability."""
+        best = int(logits.argmax())
+        return {"answer": self.answers[best], "score": round(float(self.probabilities(logits)[best]), 5)}
 
-    def predict(
-        self,
-        model: nn.Module,
-        examples: Sequence[Example],
-        todo: Sequence[str],
-        collate: TaskCollator,
-        batch_size: int,
-    ) -> Iterator[dict[str, Any]]:
-        """A record for each key of `todo`: the answer and its probability."""
-        wanted = set(todo)
-        chosen = [example for example in examples if example.key in wanted]
-        reader = ImageReader(self.config, training=False)
-        for example, logits, reason in classify(model, chosen, reader, collate, batch_size):
-            if logits is None:
-                yield {"key": example.key, "skipped": reason}
-            else:
-                best = int(logits.argmax())
-                score = round(float(self.probabilities(logits)[best]), 5)
-                yield {"key": example.key, "answer": self.answers[best], "score": score}
-
-    def metrics(self, examples: Sequence[Example], predictions: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Official accuracy, plain accuracy by type of question, and the share of answers in the vocabulary."""
+    def metrics(self, examples: Sequence[Example], predictions: dict[str, Record]) -> dict[str, Any]:
+        """Official accuracy, the same by type of question, and the share of questions answerable by the vocabulary."""
         scores: dict[str, list[float]] = defaultdict(list)
         reachable: list[float] = []
         for example in examples:
@@ -147,37 +140,6 @@ class VQA:
             "answerable": _mean(reachable),
             "num_examples": len(everything),
         }
-
-
-def build_vocabulary(examples: Sequence[Example], min_count: int) -> list[str]:
-    """Normalised answers that at least `min_count` annotators gave, the most frequent first; all those of scenes.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if isinstance(examples, SceneExamples):
-        return sorted({normalize_answer(answer) for answer in all_scene_answers(examples)})
-    counts = Counter(normalize_answer(answer) for example in examples for answer in example.answers)
-    frequent = sorted((answer for answer, count in counts.items() if count >= min_count), key=lambda a: (-counts[a], a))
-    if not frequent:
-        raise ConfigError(
-            f"none of the {len(counts)} answers was given task.min_answer_count ({min_count}) times: lower it"
-        )
-    return frequent
-
-
-def read_vocabulary(file: Path) -> list[str]:
-    """A JSON list of strings; raises ConfigError for anything else, and for an answer that is there twice."""
-    try:
-        answers = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"answer vocabulary {file} cannot be read: {error}") from None
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ConfigError(f"answer vocabulary {file} must be a JSON list of strings")
-    twice = [answer for answer, count in Counter(answers).items() if count > 1]
-    if twice:
-        raise ConfigError(f"answer vocabulary {file} holds '{twice[0]}' twice: remove one")
-    return answers
 
 
 def _mean(values: Sequence[float]) -> float | None:
