@@ -26,11 +26,11 @@ STATEMENTS = [
 NUM_HIDDEN = 5
 
 
-@pytest.fixture
 def optimizer_of(model, config, task):
     return build_optimizer(model, config, ZERO, Finetuning(config, task, []).lr_scale())
 
 
+@pytest.fixture
 def encoder():
     return CaptionEncoder(load_tokenizer("scenes"), max_length=24)
 
