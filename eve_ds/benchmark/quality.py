@@ -56,7 +56,7 @@ WORDS = ("color", "shape", "size", "position")
 ANOTHER = ", another's picture"
 """Suffix of a measure for which the model received the image of another scene."""
 TASKS = ("vqa", "nlvr", "nlvr_words", "retrieval", "retrieval_words")
-"""Fine-tuning tasks by the names of their recipes; `words` means masked words (:mod:`eve_ds.tasks.words`)."""
+"""Fine-tuning tasks by the names of their recipes; `words` means masked words (:mod:`eve_ds.tasks.features.words`)."""
 ZERO_SHOT = "zero_shot"
 NLVR, BLIND = "nlvr_real", "blind"
 """NLVR 1.0: trained on split `hidden`, evaluated on sentences of `dev` that are not in it; `blind` sees gray images."""

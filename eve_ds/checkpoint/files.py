@@ -15,7 +15,7 @@ import json
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +58,27 @@ def listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = len(ordered) - SHOWN
     return ", ".join(ordered[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def tensor_problems(found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]) -> list[str]:
+    """Differences between tensors that were found and those of a model: missing, surplus, of another shape.
+
+    Returns:
+        One phrase for each of the three kinds that occurs, such as "lacks a, b"; empty if the tensors fit.
+    """
+    problems = [f"lacks {listed(missing)}"] if (missing := shapes.keys() - found.keys()) else []
+    problems += [f"holds {listed(surplus)}, unknown to the model"] if (surplus := found.keys() - shapes.keys()) else []
+    other = [
+        shape_problem(name, found[name], shape)
+        for name, shape in shapes.items()
+        if tuple(found.get(name, shape)) != tuple(shape)
+    ]
+    return problems + ([f"has {listed(other)}"] if other else [])
+
+
+def shape_problem(name: str, found: torch.Size, expected: torch.Size) -> str:
+    """Phrase for one tensor whose shape is not that of the model."""
+    return f"{name} {tuple(found)} where the model has {tuple(expected)}"
 
 
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> FileRecord:

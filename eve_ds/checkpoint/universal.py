@@ -23,6 +23,7 @@ from eve_ds.checkpoint.files import (
     record_of,
     write_pieces,
 )
+from eve_ds.checkpoint.output_folder import check_output_folder
 
 FILE_BYTES = 2**28
 """Size beyond which a file is closed, so that little data is in memory at a time."""
@@ -44,12 +45,11 @@ def write_universal(checkpoint: Path, out: Path) -> UniversalReport:
     `out`, which the next process removes.
 
     Raises:
-        CheckpointError: `out` exists and is not empty, or the checkpoint does not hold every tensor whole.
+        CheckpointError: `out` is a file or is not empty, or the checkpoint does not hold every tensor whole.
         OSError: writing failed.
     """
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"--out {out} exists and is not empty: name a new folder")
+    check_output_folder(out, CheckpointError)
     hidden = out.with_name(f".{out.name}.writing")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eve_ds.checkpoint import manifest
-from eve_ds.checkpoint.files import CheckpointError, PieceReader, listed
+from eve_ds.checkpoint.files import CheckpointError, PieceReader, tensor_problems
 from eve_ds.distributed import get_logger
 
 WEIGHTS = "model.safetensors"
@@ -101,14 +101,7 @@ def _shape(file: Path, name: str) -> torch.Size:
 
 
 def _compare(found: dict[str, torch.Size], shapes: dict[str, torch.Size], where: Path) -> None:
-    problems = [f"lacks {listed(missing)}"] if (missing := shapes.keys() - found) else []
-    problems += [f"holds {listed(surplus)}, unknown to the model"] if (surplus := found.keys() - shapes) else []
-    other = {
-        f"{name} {tuple(found[name])} where the model has {tuple(shape)}"
-        for name, shape in shapes.items()
-        if found.get(name, shape) != shape
-    }
-    problems += [f"has {listed(other)}"] if other else []
+    problems = tensor_problems(found, shapes)
     if problems:
         raise CheckpointError(
             f"{where} {'; '.join(problems)}: these are the weights of another model than the config's"

@@ -102,7 +102,7 @@ def _read_tree(preset_or_path: str) -> dict[str, Any]:
         text = (resources.files("eve_ds") / "configs" / f"{preset_or_path}.yaml").read_text(encoding="utf-8")
     else:
         raise ConfigError(
-            f"config '{preset_or_path}' is neither a file nor a preset{_nearest(preset_or_path, presets())}; "
+            f"config '{preset_or_path}' is neither a file nor a preset{nearest(preset_or_path, presets())}; "
             f"presets: {', '.join(presets())}"
         )
     tree = _parse_yaml(text, f"config {preset_or_path}") or {}
@@ -150,7 +150,7 @@ def _problem(error: Any, where: str) -> str:
     location = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        return f"{where}: unknown key '{'.'.join(location)}'{_nearest(location[-1], known)}"
+        return f"{where}: unknown key '{'.'.join(location)}'{nearest(location[-1], known)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}"
@@ -167,6 +167,7 @@ def _known_keys(location: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """End of a message about an unknown name: the nearest known name, or all of them."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(sorted(known))}"

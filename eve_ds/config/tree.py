@@ -44,12 +44,6 @@ class Config(Section):
             self.optimizer.decay_by == "steps" or self.train.max_seconds is not None,
             "optimizer.decay_by ('seconds') needs train.max_seconds",
         )
-        if self.task is not None and self.task.name == "nlvr" and self.task.features == "words":
-            require(
-                self.task.hidden_words + 2 <= self.model.text_positions,
-                f"task.hidden_words ({self.task.hidden_words}) and two special tokens must not exceed "
-                f"model.text_positions ({self.model.text_positions})",
-            )
         self._check_views()
         return self
 

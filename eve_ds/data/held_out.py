@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from eve_ds.config import Config, ConfigError, SourceConfig, ValidationConfig
-from eve_ds.data.batch import BadSample, Sample
+from eve_ds.data.batch import Sample
+from eve_ds.data.errors import BadSample
 from eve_ds.data.order import Place
 from eve_ds.data.shards import find_shards
-from eve_ds.data.sources import Source, open_source
+from eve_ds.data.sources import SampleSource, open_source
 from eve_ds.data.transforms import TrainTransform
 
 
@@ -46,7 +47,9 @@ def held_out_pairs(config: Config, rank: int, world_size: int) -> list[Sample]:
     return [sample for sample in found if sample is not None]
 
 
-def _places(sources: Sequence[Source], validation: ValidationConfig) -> Iterator[tuple[Source, tuple[int, int]]]:
+def _places(
+    sources: Sequence[SampleSource], validation: ValidationConfig
+) -> Iterator[tuple[SampleSource, tuple[int, int]]]:
     """Yield the first held-out places: source, shard and index in the shard."""
     count = 0
     for source in sources:
@@ -64,14 +67,14 @@ def _places(sources: Sequence[Source], validation: ValidationConfig) -> Iterator
         )
 
 
-def _key(source: Source, shard: int, number: int) -> str:
+def _key(source: SampleSource, shard: int, number: int) -> str:
     try:
         return source.key(shard, number)
     except BadSample:
         return ""
 
 
-def _read(source: Source, shard: int, number: int) -> Sample | None:
+def _read(source: SampleSource, shard: int, number: int) -> Sample | None:
     """Read a sample; None if it is unusable or not a pair."""
     try:
         sample = source.read(Place(source=0, epoch=0, shard=shard, number=number, slot=0))

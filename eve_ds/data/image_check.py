@@ -7,7 +7,7 @@ import warnings
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from eve_ds.data.importers.candidate import BadSample
+from eve_ds.data.errors import BadSample
 
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes are stored unchanged -> suffix in the shard. Other formats are converted to PNG."""

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerFast
 from webdataset import DataPipeline
 
 from eve_ds.config import Config, ConfigError
-from eve_ds.data.batch import BadSample, Batch, Sample
+from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator, PretrainingObjective
+from eve_ds.data.errors import BadSample
 from eve_ds.data.held_out import held_out_share, is_held_out
 from eve_ds.data.order import Layout, Place, Position, StreamOrder, layout_for, merge_positions
-from eve_ds.data.sources import Source, UnusableData, open_sources
+from eve_ds.data.sources import SampleSource, UnusableData, open_sources
 from eve_ds.distributed import get_logger
 
 STATE_VERSION = 1
@@ -73,7 +74,7 @@ def worker_places(order: StreamOrder, position: Position) -> Iterator[tuple[int,
 
 
 def read_samples(
-    places: Iterable[tuple[int, Place]], sources: Sequence[Source], held_out_share: float = 0.0
+    places: Iterable[tuple[int, Place]], sources: Sequence[SampleSource], held_out_share: float = 0.0
 ) -> Iterator[tuple[int, Sample | Skipped | None]]:
     """Second stage: read, decode and crop; yield an unusable sample as :class:`Skipped`, a held-out one as None."""
     for consumed, place in places:
@@ -145,7 +146,7 @@ class Loader:
     def __init__(
         self,
         pipeline: DataPipeline,
-        sources: Sequence[Source],
+        sources: Sequence[SampleSource],
         position: Position,
         identity: dict[str, Any],
         *,
@@ -300,7 +301,7 @@ def build_loader(
     return loader
 
 
-def _order(config: Config, sources: Sequence[Source], layout: Layout) -> StreamOrder:
+def _order(config: Config, sources: Sequence[SampleSource], layout: Layout) -> StreamOrder:
     return StreamOrder(
         [source.shard_sizes for source in sources],
         [source.weight for source in config.data.sources],
@@ -310,7 +311,7 @@ def _order(config: Config, sources: Sequence[Source], layout: Layout) -> StreamO
     )
 
 
-def _identity(config: Config, sources: Sequence[Source], states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _identity(config: Config, sources: Sequence[SampleSource], states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the settings that determine the samples and their order.
 
     The fingerprint of a source contains the order of its captions unless that is random, so a position saved before

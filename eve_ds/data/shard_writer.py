@@ -34,8 +34,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.image_check import check_image
-from eve_ds.data.importers.candidate import BadSample, Candidate, LazyCandidate, Skip, Source, SourceError
+from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
 
 VERSION = 1
 """Version of index.json and report.json."""
@@ -281,7 +282,7 @@ def _write_candidate(
             return
         image, suffix = check_image(candidate.image.read(), options.max_size)
     except BadSample as bad:
-        skipped.add(str(bad), [lazy.name])
+        skipped.add(bad.reason, [lazy.name])
         return
     about = {"image_id": candidate.image_id, "name": candidate.name}
     for number, caption in captions:

@@ -19,7 +19,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from eve_ds.config import ConfigError
-from eve_ds.data.batch import BadSample
+from eve_ds.data.errors import BadSample
 from eve_ds.distributed import get_logger
 
 INDEX_NAME = "index.json"

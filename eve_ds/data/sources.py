@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from eve_ds.config import Config, ConfigError, SourceConfig
-from eve_ds.data.batch import BadSample, Sample
+from eve_ds.data.batch import Sample
+from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
 from eve_ds.data.shards import ShardFile, find_shards
@@ -27,7 +28,7 @@ class UnusableData(ValueError):
     """Raised if the data cannot be used for training; the message names shard, key and reason."""
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """One source of the mixture."""
 
     shard_sizes: list[int]
@@ -226,7 +227,7 @@ class ShardsSource:
             self._open.popitem()[1].close()
 
 
-def open_sources(config: Config) -> list[Source]:
+def open_sources(config: Config) -> list[SampleSource]:
     """Open the sources of the training mixture, in the order of `data.sources`.
 
     Raises:
@@ -239,7 +240,7 @@ def open_sources(config: Config) -> list[Source]:
     return [open_source(source, transform, seed) for source in data.sources]
 
 
-def open_source(source: SourceConfig, transform: TrainTransform, seed: int) -> Source:
+def open_source(source: SourceConfig, transform: TrainTransform, seed: int) -> SampleSource:
     """Open one source whose images are transformed by `transform`.
 
     Raises:

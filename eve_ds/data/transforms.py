@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from eve_ds.data.batch import BadSample
+from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 

@@ -1,7 +1,8 @@
-"""Evaluation: every query predicted exactly once over all ranks, records on disk as they are made, metrics from them.
+"""Evaluation: all ranks together predict every query exactly once, write each record at once, and compute metrics.
 
-Ranks append to files of their own. A restart, with any number of ranks, keeps every whole line and does the rest; at
-the end `predictions.jsonl` holds one line per query in the order of the data, and `metrics.json` is computed from it.
+Each rank appends to its own file. A restart with any number of ranks keeps every complete line and predicts the rest.
+At the end `predictions.jsonl` holds one line per query in the order of the data, and `metrics.json` is computed from
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from eve_ds.topology import Topology
 
 PREDICTIONS, METRICS, IDENTITY = "predictions.jsonl", "metrics.json", "evaluation.json"
 FLUSH_EVERY = 64
-"""Records between two writes to the disk."""
+"""Number of records between two writes to disk."""
 
 
 def evaluate(
@@ -37,19 +38,19 @@ def evaluate(
     weights: str,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Predict what is not predicted yet, write `out`, return the metrics; collective over the ranks there are.
+    """Predict the queries that `out` lacks, complete the folder and return the metrics; collective over all ranks.
 
     Args:
-        task: what the model is for.
-        model: the plain model, on its device; every rank has all of it, so that nobody waits for others.
-        examples: the same on every rank.
-        collate: of the model.
-        out: folder; predictions of the same model and data that it holds are kept.
-        weights: hash of the model's weights, by which they are known.
-        batch_size: examples of one forward; what is predicted does not depend on it.
+        task: task of the model.
+        model: the plain model on its device; every rank has the whole model, so that no rank waits for others.
+        examples: equal on every rank.
+        collate: makes batches for the model.
+        out: output folder; predictions of the same model and data that it holds already are kept.
+        weights: hash of the model's weights, which identifies them.
+        batch_size: examples per forward; predictions do not depend on it.
 
     Raises:
-        ConfigError: `out` holds predictions of something else, or two examples have one key.
+        ConfigError: `out` holds predictions of another model, data or task, or two examples have the same key.
     """
     queries = task.queries(examples)
     twice = [key for key, count in Counter(queries).items() if count > 1]
@@ -80,7 +81,7 @@ def _part(out: Path, rank: int) -> Path:
 
 
 def _begin(out: Path, identity: dict[str, Any]) -> tuple[set[str], str | None]:
-    """Keys that are predicted already, and what speaks against going on."""
+    """Keys with a prediction in `out`, and the reason why the folder cannot be used, or None."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         problem = _check_identity(out / IDENTITY, identity)
@@ -114,7 +115,7 @@ def _parts(out: Path) -> list[Path]:
 
 
 def _collect(out: Path) -> dict[str, dict[str, Any]]:
-    """Whole lines of all files, by key; the last line of a killed writer may be cut off."""
+    """Complete lines of all files by key; the last line of a killed writer may be cut off."""
     records = {}
     for file in (out / PREDICTIONS, *_parts(out)):
         if file.is_file():
@@ -126,7 +127,7 @@ def _collect(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _finish(task: Task, examples: Sequence[Example], queries: list[str], out: Path) -> dict[str, Any]:
-    """Put the files together in the order of the data and compute the metrics."""
+    """Merge the files in the order of the data and compute the metrics."""
     records = _collect(out)
     if records.keys() != set(queries):
         raise RuntimeError(f"{out} holds {len(records)} predictions for {len(queries)} queries, which is a bug")
@@ -149,7 +150,7 @@ def _write_lines(file: Path, records: Any) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the whole file or leave it unchanged."""
     unfinished = file.with_name(f".{file.name}")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, file)

@@ -40,8 +40,9 @@ from transformers.modeling_utils import LoadStateDictConfig, load_state_dict
 from transformers.utils import ModelOutput
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from eve_ds.checkpoint.files import CheckpointError, listed
+from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.manifest import CONFIG
+from eve_ds.checkpoint.output_folder import check_output_folder, not_empty
 from eve_ds.config import Config, ModelConfig, parse_config
 from eve_ds.data.transforms import normalize, open_image, resize
 from eve_ds.export.plain import REPORT, WEIGHTS, ExportError, check_weights, load, replacing
@@ -343,14 +344,10 @@ def export_hf(source: Path | str, out: Path | str, dtype: torch.dtype = torch.fl
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"{out} is a file: name a new or empty folder")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if foreign := names - FILES:
-        raise ExportError(f"{out} is not empty, it holds {listed(foreign)}: name a new or empty folder")
-    mark = f'"model_type": "{EveConfig.model_type}"'  # in the form that transformers writes
+    names = check_output_folder(out, ExportError, FILES.__contains__)
+    mark = f'"model_type": "{EveConfig.model_type}"'  # as transformers writes it
     if names and (CONFIG not in names or mark not in (out / CONFIG).read_text(encoding="utf-8")):
-        raise ExportError(f"{out} is not empty, and is not an EVE for transformers: name a new or empty folder")
+        raise ExportError(f"{not_empty(out, names)}; it is no EVE for transformers")
 
 
 def _card(config: Config, source: Path, dtype: torch.dtype) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eve_ds.checkpoint.files import listed
+from eve_ds.checkpoint.files import listed, shape_problem
+from eve_ds.checkpoint.output_folder import check_output_folder
 from eve_ds.config import Config, ModelConfig
 from eve_ds.export.official import POSITION_BUFFERS, PREFIX, from_official, to_official
-from eve_ds.export.plain import check_weights
-from eve_ds.export.start import DRAWN, StartReport, changed, check_new, draw_decoders, fitting_tokenizer, write_start
+from eve_ds.export.plain import ExportError, check_weights
+from eve_ds.export.start import DRAWN, StartReport, changed, draw_decoders, fitting_tokenizer, write_start
 from eve_ds.export.weight_files import WeightFileError, read_tensors
 from eve_ds.model.embeddings import cut_positions, resize_positions
 from eve_ds.model.eve import EVE
@@ -49,7 +50,7 @@ def import_weights(
         CheckpointError: a weight is not finite.
         OSError: writing failed.
     """
-    check_new(out)
+    check_output_folder(out, ExportError)
     config = changed(config, tokenizer, image_size)
     loaded = fitting_tokenizer(config)
     taken, fitted = read_backbone(file, config.model)
@@ -104,7 +105,7 @@ def _misfit(name: str, found: Tensor, expected: Tensor) -> str | None:
     free = 1 if PREFIX + stem in _TABLES else 0
     if found.ndim == expected.ndim and found.shape[free:] == expected.shape[free:]:
         return None
-    return f"{name} {tuple(found.shape)} where the config asks for {tuple(expected.shape)}"
+    return shape_problem(name, found.shape, expected.shape)
 
 
 def fit_positions(weights: dict[str, Tensor], config: ModelConfig, where: str) -> list[str]:

@@ -27,8 +27,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.checkpoint import manifest
-from eve_ds.checkpoint.files import CheckpointError, listed
+from eve_ds.checkpoint.files import CheckpointError, listed, tensor_problems
 from eve_ds.checkpoint.manifest import CHECK_BATCH, CONFIG, TOKENIZER
+from eve_ds.checkpoint.output_folder import check_output_folder, not_empty
 from eve_ds.checkpoint.weights import INDEX, WEIGHTS, checkpoint_reader, export_files, find_checkpoint
 from eve_ds.config import Config, ConfigError, ModelConfig, parse_written_config
 from eve_ds.data.tokenizer import load_tokenizer
@@ -191,16 +192,7 @@ def check_tensors(weights: dict[str, Tensor], shapes: dict[str, torch.Size], whe
     Raises:
         CheckpointError: the check failed; the message names the first tensors with problems.
     """
-    expected = {name: tuple(shape) for name, shape in shapes.items()}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    problems = [f"lacks {listed(missing)}"] if (missing := expected.keys() - found) else []
-    problems += [f"holds {listed(surplus)}, unknown to the model"] if (surplus := found.keys() - expected) else []
-    other = {
-        f"{name} {found[name]} where the config asks for {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    }
-    problems += [f"has {listed(other)}"] if other else []
+    problems = tensor_problems({name: weight.shape for name, weight in weights.items()}, shapes)
     if problems:
         raise CheckpointError(f"{where} {'; '.join(problems)}: config.json is not the one of these weights")
     broken = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
@@ -267,14 +259,11 @@ def _read_config(folder: Path) -> Config:
 
 
 def _check_out(out: Path, config: Config) -> None:
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"--out {out} is a file: name a new or empty folder")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    names = check_output_folder(out, ExportError, _OWN.fullmatch)
     if not names:
         return
-    foreign = {name for name in names if not _OWN.fullmatch(name)}
-    if foreign or REPORT not in names:
-        raise ExportError(f"--out {out} is not empty, it holds {listed(foreign or names)}: name a new or empty folder")
+    if REPORT not in names:
+        raise ExportError(not_empty(out, names))
     try:
         same = _identity(_read_config(out)) == _identity(config)
     except (CheckpointError, ConfigError):

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from eve_ds.checkpoint.files import listed
 from eve_ds.config import Config, parse_config
 from eve_ds.data.captions import check_vocabulary
 from eve_ds.data.tokenizer import load_tokenizer
@@ -21,7 +20,6 @@ from eve_ds.export.plain import (
     REPORT,
     TOKENIZER,
     WEIGHTS,
-    ExportError,
     experts_per_layer,
     replacing,
     sha256,
@@ -52,14 +50,6 @@ class StartReport:
     """Size of model.safetensors."""
     sha256: str
     """Checksum of model.safetensors."""
-
-
-def check_new(out: Path) -> None:
-    """Raise :class:`ExportError` unless `out` is new or an empty folder."""
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"--out {out} is a file: name a new or empty folder")
-    if out.is_dir() and (names := [path.name for path in out.iterdir()]):
-        raise ExportError(f"--out {out} is not empty, it holds {listed(names)}: name a new or empty folder")
 
 
 def changed(config: Config, tokenizer: str | None, image_size: int | None = None) -> Config:

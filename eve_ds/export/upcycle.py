@@ -40,10 +40,11 @@ import torch
 from torch import Tensor
 
 from eve_ds.checkpoint.files import listed
+from eve_ds.checkpoint.output_folder import check_output_folder
 from eve_ds.config import Config, ModelConfig
 from eve_ds.export.dense import SIZES, Dense, Names, read_dense
-from eve_ds.export.plain import check_weights
-from eve_ds.export.start import DRAWN, StartReport, changed, check_new, draw_weights, fitting_tokenizer, write_start
+from eve_ds.export.plain import ExportError, check_weights
+from eve_ds.export.start import DRAWN, StartReport, changed, draw_weights, fitting_tokenizer, write_start
 from eve_ds.export.weight_files import WeightFileError
 from eve_ds.model.embeddings import resize_positions
 
@@ -132,7 +133,7 @@ def write_upcycled(
         ExportError: `out` is not empty.
         OSError: writing failed.
     """
-    check_new(out)
+    check_output_folder(out, ExportError)
     config = changed(config, tokenizer)
     loaded = fitting_tokenizer(config)
     made = upcycle(source, config, noise=noise, text_from_image=text_from_image)

@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al. 2020) and colour jitter with torchvision's definitions, on pillow images.
+"""RandAugment (Cubuk et al. 2020) and color jitter with torchvision's definitions, on pillow images.
 
 Signs, ranges and the order of draws follow `torchvision.transforms.RandAugment` and `ColorJitter`; the numbers come
-from a generator that is passed in, so that an image's augmentation depends on its key alone.
+from a given generator, so that an image's augmentation depends on its key alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 NUM_MAGNITUDES = 31
-"""Magnitudes go from 0 to 30."""
+"""Number of magnitudes, 0 to 30."""
 
 Operation = Callable[[Image.Image, float], Image.Image]
 
@@ -24,9 +24,9 @@ def rand_augment(image: NDArray[np.uint8], num_ops: int, magnitude: int, rng: Ge
     """(H, W, 3) uint8 -> the same shape after `num_ops` operations drawn with replacement.
 
     Args:
-        image: RGB.
-        num_ops: how many operations.
-        magnitude: 0 to 30; what it means for each operation is in OPERATIONS.
+        image: (H, W, 3) uint8 RGB.
+        num_ops: number of operations.
+        magnitude: 0 to 30; OPERATIONS holds the strength of each operation at 30.
         rng: draws operations and signs.
     """
     picture = Image.fromarray(np.ascontiguousarray(image))
@@ -43,7 +43,7 @@ def rand_augment(image: NDArray[np.uint8], num_ops: int, magnitude: int, rng: Ge
 def color_jitter(image: NDArray[np.uint8], strength: float, rng: Generator) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 -> brightness, contrast and saturation times 1 +- `strength`, hue shifted by +- a quarter of it.
 
-    In random order, as `ColorJitter(strength, strength, strength, strength / 4)`; hue is a share of the circle.
+    The order is random, as in `ColorJitter(strength, strength, strength, strength / 4)`; hue is a share of the circle.
     """
     picture = Image.fromarray(np.ascontiguousarray(image))
     for step in rng.permutation(4):

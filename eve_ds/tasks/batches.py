@@ -1,4 +1,4 @@
-"""Examples to batches: read and augment images, tokenize, stack; and the order in which training sees them."""
+"""Batches of examples: images are read and augmented, texts tokenized, both stacked; and the order of training."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config, TaskConfig
-from eve_ds.data.batch import BadSample
 from eve_ds.data.captions import CaptionEncoder, check_vocabulary
+from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.tasks.augment import color_jitter, rand_augment
 from eve_ds.tasks.examples import Example, ImageSource
 
-GREY = 128
+GRAY = 128
+"""Pixel value of the images of a blind model."""
 MAX_REPLACEMENTS = 100
-"""Unusable examples in a row that training passes over."""
+"""Number of unusable examples in a row at which training stops."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class TaskBatch:
     """B examples of I images each."""
 
     examples: list[Example]
-    """Without their pixels where they came from a loader process."""
+    """Examples without their images in training, where a loader process made the batch."""
     pixel_values: Tensor
-    """(B, I, 3, H, W) uint8, or floats that are normalized already."""
+    """(B, I, 3, H, W) uint8, or floats that are already normalized."""
     input_ids: Tensor
     """(B, L) int64."""
     attention_mask: Tensor
     """(B, L) bool, True = real token."""
     targets: Tensor | None = None
-    """Of the task: (B, A) float32 soft scores of answers, (B,) int64 labels, (B,) int64 image numbers."""
+    """Targets of the task: (B, A) float32 soft scores of answers, (B,) int64 labels, or (B,) int64 image numbers."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Reason -> examples that could not be used and were replaced."""
+    """Reason -> number of examples that could not be used and were replaced."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -58,11 +59,11 @@ class TaskBatch:
 
     @cached_property
     def normalized_pixels(self) -> Tensor:
-        """(B, I, 3, H, W) float32, or the dtype of floats that were given, with mean = std = 0.5; computed once."""
+        """(B, I, 3, H, W) float32, or the dtype of given floats, with mean = std = 0.5; computed once."""
         return normalized(self.pixel_values)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that travels."""
+        """Every tensor of the batch."""
         return list(self._fields().values())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TaskBatch:
@@ -85,11 +86,11 @@ class TaskBatch:
 
 
 class ImageReader:
-    """Images of an example at the model's size; augmented by (seed, epoch, key) in training, only resized otherwise.
+    """Reads the images of an example at the model's size; augments them by (seed, epoch, key) in training.
 
     Args:
         config: `model.image_size`, `data.crop_scale`, `data.horizontal_flip`, `train.seed`; augmentation in `task`.
-        training: whether to augment.
+        training: whether to augment; otherwise images are only resized.
     """
 
     def __init__(self, config: Config, training: bool) -> None:
@@ -103,7 +104,7 @@ class ImageReader:
 
     def __call__(self, example: Example, epoch: int = 0) -> NDArray[np.uint8]:
         """(I, size, size, 3) uint8; raises :class:`BadSample` for an image that is missing or damaged."""
-        # What a mirror image would make false may stand in the question or in its answer.
+        # A flip can make the question false, or its answer.
         said = " ".join((example.text, *example.answers))
         images = []
         for number, source in enumerate(example.images):
@@ -111,7 +112,7 @@ class ImageReader:
             image = self._transform(_encoded(source), said, epoch, key)
             images.append(self._augment(image, epoch, key))
         stacked = np.stack(images)
-        return np.full_like(stacked, GREY) if self._blind else stacked
+        return np.full_like(stacked, GRAY) if self._blind else stacked
 
     def _augment(self, image: NDArray[np.uint8], epoch: int, key: str) -> NDArray[np.uint8]:
         task = self._task
@@ -135,12 +136,15 @@ def _encoded(source: ImageSource) -> bytes | NDArray[np.uint8]:
 
 
 class TaskCollator:
-    """Stacks examples and their images to a :class:`TaskBatch`.
+    """Stacks examples and their images into a :class:`TaskBatch`.
 
     Args:
-        config: `model.text_length` cuts texts.
-        tokenizer: of the model; raises ConfigError if it does not fit.
-        targets: makes the targets of examples; None: none.
+        config: texts are cut to `model.text_length`.
+        tokenizer: tokenizer of the model.
+        targets: computes the targets of examples; None: the batch has none.
+
+    Raises:
+        ConfigError: the tokenizer does not fit the model.
     """
 
     def __init__(
@@ -156,7 +160,7 @@ class TaskCollator:
     def __call__(
         self, examples: Sequence[Example], images: Sequence[NDArray[np.uint8]], skipped: Counter[str] | None = None
     ) -> TaskBatch:
-        """One batch of examples and their (I, H, W, 3) images."""
+        """One batch of examples and their (I, H, W, 3) uint8 images."""
         stacked = np.stack(images)  # (B, I, H, W, 3)
         pixels = channels_first(stacked.reshape(-1, *stacked.shape[2:]))
         input_ids, mask = self.encode([example.text for example in examples])
@@ -170,7 +174,7 @@ class TaskCollator:
         )
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(B, L) int64 token ids and (B, L) bool mask; L is that of the longest text."""
+        """(B, L) int64 token ids and (B, L) bool mask; L is the length of the longest text."""
         rows = [torch.from_numpy(self._texts.encode(text)) for text in texts]
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._texts.pad_id)
         lengths = torch.tensor([len(row) for row in rows])
@@ -184,7 +188,7 @@ class _Item(NamedTuple):
 
 
 class _TrainingExamples(Dataset[_Item]):
-    """Item (epoch, index): the example, or, where its images cannot be used, the next one that can."""
+    """Data set whose item (epoch, index) is that example, or the next whose images can be used."""
 
     def __init__(self, examples: Sequence[Example], reader: ImageReader) -> None:
         self._examples, self._reader = examples, reader
@@ -205,9 +209,9 @@ class _TrainingExamples(Dataset[_Item]):
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
-    """Endless batches of this rank: the epochs' shuffled examples one after the other, cut into steps, then ranks.
+    """Endless batches of one rank: shuffled epochs one after the other, cut into steps, then into ranks.
 
-    What a step consists of depends on the seed and the global batch size, not on the number of ranks.
+    The examples of a step depend on the seed and the global batch size, not on the number of ranks.
     """
 
     def __init__(self, size: int, seed: int, step: int, per_step: int, rank: int, world_size: int, micro: int) -> None:
@@ -240,10 +244,17 @@ def training_batches(
     micro_batch_size: int,
     pin_memory: bool = False,
 ) -> Iterator[TaskBatch]:
-    """Endless micro-batches of one rank from optimiser step number `step` on.
+    """Endless micro-batches of one rank, beginning with those of optimizer step `step`.
 
     Args:
-        pin_memory: put them into page-locked memory, from which copies to a GPU can overlap with computation.
+        examples: all training examples, equal on every rank.
+        config: settings of batch size, seed, images and loader processes.
+        collate: makes batches for the model.
+        step: number of the first optimizer step.
+        rank: number of this rank.
+        world_size: number of ranks.
+        micro_batch_size: examples per micro-batch.
+        pin_memory: whether batches go to page-locked memory, from which copies to a GPU overlap with computation.
 
     Raises:
         BadSample: too many unusable examples in a row.
@@ -262,7 +273,7 @@ def training_batches(
 
 
 class _Stack:
-    """Items of the data set to a batch; a class, as loader processes get it by pickle."""
+    """Makes a batch of items of the data set; a class, as loader processes receive it by pickle."""
 
     def __init__(self, collate: TaskCollator) -> None:
         self._collate = collate
@@ -273,7 +284,7 @@ class _Stack:
 
 
 class Read(NamedTuple):
-    """A batch to predict, and the examples that could not be read: (example, reason)."""
+    """A batch to predict, and the examples that could not be read, as (example, reason)."""
 
     batch: TaskBatch | None
     skipped: list[tuple[Example, str]]
@@ -282,7 +293,7 @@ class Read(NamedTuple):
 def evaluation_batches(
     examples: Sequence[Example], reader: ImageReader, collate: TaskCollator, batch_size: int
 ) -> Iterator[Read]:
-    """Every example once, in order; a batch is None where none of its examples could be read."""
+    """Batches of every example once, in order; a batch is None if none of its examples could be read."""
     for start in range(0, len(examples), batch_size):
         chosen: list[Example] = []
         images: list[NDArray[np.uint8]] = []

@@ -1,4 +1,4 @@
-"""The configuration of a fine-tuning run: the model's own, a recipe over it, the command line over both."""
+"""Configuration of a fine-tuning run: that of the model, a recipe over it, and the command line over both."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eve_ds.config import Config, ConfigError, load_config, parse_config
+from eve_ds.tasks.registry import named_task, task_class
 from eve_ds.tasks.saved import read_start
-
-RECIPES = {"vqa": "tasks/vqa", "nlvr": "tasks/nlvr2", "retrieval": "tasks/retrieval_coco"}
-"""Of the paper's fine-tuning, for data from files."""
-SCENES_RECIPES = {name: f"tasks/scenes_{name}" for name in RECIPES}
 
 
 def task_config(
@@ -25,20 +22,23 @@ def task_config(
     images: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
-    """Put a fine-tuning configuration together.
+    """Assemble the configuration of a fine-tuning run.
 
     Args:
-        task: `vqa`, `nlvr` or `retrieval`.
-        init: where the backbone comes from; None: drawn.
-        model: preset or YAML file of the model where `init` is None or a file of released weights.
-        recipe: preset or YAML file; None: the paper's for files, one for minutes on a CPU for scenes.
-        train_data, val_data: `scenes`, `scenes:hard`, or annotation files; None leaves what the recipe says.
+        task: name of the task.
+        init: source of the backbone; None: drawn.
+        model: preset or YAML file of the model if `init` is None or a file of released weights.
+        recipe: preset or YAML file; None: the paper's recipe for files, one for minutes on a CPU for scenes.
+        train_data: `scenes`, `scenes:hard`, or annotation files; None leaves the data of the recipe.
+        val_data: the same for the evaluation; None: as `train_data`.
         images: folder that image names are relative to.
         overrides: `section.key=value`.
 
     Raises:
-        ConfigError: see :func:`eve_ds.config.load_config`; `init` cannot be read, or the recipe is of another task.
+        ConfigError: see :func:`eve_ds.config.load_config`; an unknown task, settings that the task refuses, an `init`
+            that cannot be read, or a recipe of another task.
     """
+    chosen = named_task(task)
     under = _of_model(init, model)
     under["task"] = {"name": task} | {
         section: _source(data, images)
@@ -46,16 +46,17 @@ def task_config(
         if data is not None
     }
     scenes = train_data is None or train_data[0].startswith("scenes")
-    chosen = recipe or (SCENES_RECIPES if scenes else RECIPES)[task]
-    config = load_config(chosen, list(overrides), under)
+    recipe = recipe or (chosen.scenes_recipe if scenes else chosen.recipe)
+    config = load_config(recipe, list(overrides), under)
     if config.task is None or config.task.name != task:
-        raise ConfigError(f"recipe {chosen} is for the task '{config.task and config.task.name}', not '{task}'")
+        raise ConfigError(f"recipe {recipe} is for the task '{config.task and config.task.name}', not '{task}'")
+    task_class(config)
     train = config.train.model_copy(update={"init": init})
     return config.model_copy(update={"train": train, "name": f"{config.name}-{task}"})
 
 
 def _of_model(init: Path | None, model: str) -> dict[str, Any]:
-    """What a recipe lies over: the model and its tokenizer."""
+    """Sections under a recipe: the model and its tokenizer."""
     if init is not None and not init.exists():
         raise ConfigError(f"--init {init} does not exist: name an export, a run, a checkpoint, a file, or none")
     if init is None or init.is_file():
@@ -70,7 +71,7 @@ def _of_model(init: Path | None, model: str) -> dict[str, Any]:
 
 
 def _source(data: Sequence[str], images: Path | None) -> dict[str, Any]:
-    """The section of one set of examples, from the command line."""
+    """Section of one set of examples as the command line names it."""
     kind, _, level = data[0].partition(":")
     if kind == "scenes":
         if len(data) > 1:
@@ -83,7 +84,14 @@ def _source(data: Sequence[str], images: Path | None) -> dict[str, Any]:
 def evaluated_on(
     config: Config, data: Sequence[str] | None, images: Path | None, split: str | None, limit: int | None
 ) -> Config:
-    """The configuration of a fine-tuned model whose `task.val` is what the command line says.
+    """Configuration of a fine-tuned model, with `task.val` from the command line.
+
+    Args:
+        config: configuration of the model.
+        data: `scenes`, `scenes:hard`, or annotation files; None leaves those of the configuration.
+        images: folder that image names are relative to.
+        split: split of the data; None leaves it.
+        limit: number of examples; None leaves it.
 
     Raises:
         ConfigError: scenes mixed with files, or no configuration of a fine-tuned model.

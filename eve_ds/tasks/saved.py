@@ -1,7 +1,7 @@
 """Fine-tuned models on disk, and the weights that fine-tuning starts from.
 
 A fine-tuned model is a folder like an export: model.safetensors with `backbone.*` and `head.*`, config.json with the
-section `task`, tokenizer/, task.json (where it is from) and, for VQA, answers.json.
+section `task`, tokenizer/, task.json (origin of the weights) and the files of the task, such as answers.json of VQA.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.checkpoint import manifest
-from eve_ds.checkpoint.files import CheckpointError, listed
+from eve_ds.checkpoint.files import CheckpointError, listed, shape_problem
 from eve_ds.checkpoint.manifest import CONFIG, TOKENIZER
 from eve_ds.checkpoint.weights import export_files, find_checkpoint, weight_reader
 from eve_ds.config import Config, ConfigError, ModelConfig, parse_written_config
@@ -28,15 +28,19 @@ from eve_ds.export import ExportError, WeightFileError
 from eve_ds.export.importing import IMAGE_POSITIONS, TEXT_POSITIONS, fit_positions, read_backbone
 from eve_ds.export.plain import check_tensors, replacing, sha256, write_weights
 from eve_ds.model.eve import model_shapes
-from eve_ds.tasks.task import Task, saved_task
+from eve_ds.tasks.registry import saved_task
+from eve_ds.tasks.task import Task
 
 PROVENANCE = "task.json"
+"""Name of the file with the origin of the weights."""
 BACKBONE = "backbone."
+"""Prefix of the names of the backbone's tensors."""
 MAX_FILE_BYTES = 5 * 10**9
+"""Size at which weights are split into several files."""
 
 
 class TaskModel(NamedTuple):
-    """A fine-tuned model as it was loaded."""
+    """A fine-tuned model that was loaded."""
 
     task: Task
     model: nn.Module
@@ -44,11 +48,11 @@ class TaskModel(NamedTuple):
     config: Config
     tokenizer: PreTrainedTokenizerFast
     sha256: str
-    """Of the weights."""
+    """SHA-256 of the files of weights."""
 
 
 def task_shapes(task: Task) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors of a task's model; nothing is allocated."""
+    """Names and shapes of the tensors of a task's model; no memory is allocated."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in task.model().state_dict().items()}
 
@@ -61,10 +65,18 @@ def save_task_model(
     weights: dict[str, Tensor],
     provenance: dict[str, Any],
 ) -> None:
-    """Write the folder, in place of an earlier one; a killed call leaves that, or none.
+    """Write the folder of a fine-tuned model, replacing an earlier one; a killed call leaves the earlier one, or none.
+
+    Args:
+        out: the folder.
+        task: task of the model.
+        config: configuration with `task`.
+        tokenizer: tokenizer of the model.
+        weights: all tensors of the task's model by name.
+        provenance: JSON-able origin of the weights, for task.json.
 
     Raises:
-        CheckpointError: the weights are not those of the task's model, or not finite.
+        CheckpointError: the weights do not fit the task's model, or are not finite.
         OSError: writing failed.
     """
     check_tensors(weights, task_shapes(task), str(out))
@@ -72,17 +84,17 @@ def save_task_model(
         files = write_weights(folder, weights, torch.float32, MAX_FILE_BYTES, {"format": "pt"})
         (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
         for file in files:
-            shutil.copymode(folder / CONFIG, file)  # safetensors lets nobody else read it
+            shutil.copymode(folder / CONFIG, file)  # safetensors makes files unreadable for others
         tokenizer.save_pretrained(folder / TOKENIZER)
         task.save(folder)
         (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1, default=str), encoding="utf-8")
 
 
 def load_task_model(folder: Path | str) -> TaskModel:
-    """Read what :func:`save_task_model` wrote.
+    """Read a folder that :func:`save_task_model` wrote.
 
     Raises:
-        ExportError: the folder is something else, such as a pre-trained model, or damaged.
+        ExportError: the folder is no fine-tuned model, such as a pre-trained one, or is damaged.
     """
     folder = Path(folder)
     try:
@@ -102,23 +114,24 @@ def load_task_model(folder: Path | str) -> TaskModel:
         raise ExportError(f"{folder} cannot be loaded: {error}") from None
     with torch.device("meta"):
         model = task.model()
-    # Copied for the reason that eve_ds.export.plain.load gives: the same weights, the same outputs.
+    # Copied for the reason given in eve_ds.export.plain.load: equal weights must give equal outputs.
     model.load_state_dict({name: weight.float().clone() for name, weight in weights.items()}, assign=True)
     return TaskModel(task, model.eval(), config, tokenizer, sha256(*files))
 
 
 class Start(NamedTuple):
-    """What a model to fine-tune has of its own."""
+    """Configuration and tokenizer of a model to fine-tune."""
 
     config: Config
     tokenizer: str
+    """Path of the folder."""
 
 
 def read_start(init: Path) -> Start:
-    """Config and tokenizer of an export, a fine-tuned model, a checkpoint or a run.
+    """Configuration and tokenizer of an export, a fine-tuned model, a checkpoint or a run.
 
     Raises:
-        ConfigError: `init` is none of them, or cannot be read.
+        ConfigError: `init` is none of these, or cannot be read.
     """
     try:
         folder = init if (init / TOKENIZER).is_dir() else find_checkpoint(init)
@@ -129,14 +142,14 @@ def read_start(init: Path) -> Start:
 
 
 def start_weights(init: Path, config: ModelConfig) -> Callable[[str], Tensor]:
-    """A function from the name of a backbone tensor to the tensor, position tables fitted to the model.
+    """Reader of backbone tensors by name, with position tables fitted to the model.
 
     Args:
         init: file of released weights, export, fine-tuned model, checkpoint or run.
-        config: of the model that is fine-tuned.
+        config: configuration of the model that is fine-tuned.
 
     Raises:
-        ConfigError: weights that cannot be read, or do not fit; names the first tensors that do not.
+        ConfigError: weights that cannot be read or do not fit; names the first tensors that do not fit.
     """
     try:
         if init.is_file():
@@ -149,7 +162,7 @@ def start_weights(init: Path, config: ModelConfig) -> Callable[[str], Tensor]:
     except (CheckpointError, WeightFileError) as error:
         raise ConfigError(f"--init {error}") from None
     wrong = [
-        f"{name} {tuple(source.get(name, ()))} where the model has {tuple(shape)}"
+        shape_problem(name, source.get(name, torch.Size()), shape)
         for name, shape in shapes.items()
         if source.get(name) != shape
     ]
@@ -162,11 +175,11 @@ def start_weights(init: Path, config: ModelConfig) -> Callable[[str], Tensor]:
 
 
 def start_head_weights(init: Path, names: dict[str, str]) -> dict[str, Tensor]:
-    """What `init` holds of a task's head, by the names of the task's model; empty where there is nothing.
+    """Tensors of a task's head that `init` holds, by their names in the task's model; may be empty.
 
     Args:
         init: as for :func:`start_weights`.
-        names: start of a name in the task's model -> start of the name in a pre-trained one.
+        names: prefix of names in the task's model -> their prefix in a pre-trained model.
 
     Raises:
         ConfigError: weights that cannot be read.

@@ -1,52 +1,194 @@
-"""What fine-tuning and evaluation need to know of a task, and which tasks there are."""
+"""Interface of a downstream task: everything that fine-tuning, evaluation and the commands need of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
-from eve_ds.config import Config, ConfigError
+from eve_ds.config import Config, ConfigError, ExamplesConfig, ModelConfig, TaskConfig
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.batches import TaskBatch, TaskCollator
-from eve_ds.tasks.examples import Example
-from eve_ds.tasks.nlvr import NLVR
-from eve_ds.tasks.retrieval import Retrieval
-from eve_ds.tasks.vqa import VQA
+from eve_ds.tasks.examples import Example, SceneExamples, Section
+
+Record = dict[str, Any]
+"""JSON-able prediction with `key`; with `skipped`, a reason, where there is no answer."""
 
 
-class Task(Protocol):
-    """A head, a loss, a metric, and how to predict."""
+class Published(NamedTuple):
+    """Published files that examples are read from."""
 
-    config: Config
+    files: Sequence[Path]
+    images: Path
+    """Folder that image names are relative to."""
+    section: Section
+    split: str | None
+    """Name of the split in files that hold several; None: all of them, or the one of the section's name."""
 
-    def save(self, folder: Path) -> None:
-        """Write what belongs to the model besides its weights."""
 
-    def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
-        """The model, `backbone` and `head`, with weights not yet drawn."""
+Reader = Callable[[Published], Iterable[Example]]
 
-    def pretrained_names(self) -> dict[str, str]:
-        """Start of a head's tensor names -> how they start in a pre-trained model that has them."""
+
+class Answer(NamedTuple):
+    """One answer to a question about an image, or one judgment of a statement."""
+
+    question: str
+    answer: str
+    score: float
+    """Probability of the answer."""
+
+
+class Match(NamedTuple):
+    """One caption and how well it fits an image."""
+
+    caption: str
+    similarity: float
+    """Cosine of the two features; for a model of words the log-likelihood of the caption's words, all hidden."""
+    match: float | None
+    """Probability that image and caption belong together; None for a model that was trained without matching."""
+
+
+class Task(ABC):
+    """A head, its loss, its metric and its predictions; a subclass states what it needs beyond the defaults.
+
+    Args:
+        config: configuration with the sections `model` and `task`.
+    """
+
+    name: ClassVar[str]
+    """`task.name` of the configuration, and by default the name of the only loss term."""
+    recipe: ClassVar[str]
+    """Preset for data from files."""
+    scenes_recipe: ClassVar[str]
+    """Preset for generated scenes."""
+    readers: ClassVar[Mapping[str, Reader]] = {}
+    """Published format (:mod:`eve_ds.data.formats`) -> reader of its examples for this task."""
+    command: ClassVar[Literal["ask", "rank"] | None] = None
+    """Command of launcher/evaluate.py by which a person uses the model."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def section(self) -> TaskConfig:
+        """Section `task` of the configuration."""
+        return task_section(self.config)
+
+    # --- how the task is made -----------------------------------------------------------------------------------------
+
+    @classmethod  # noqa: B027, most tasks have no rules of their own
+    def check(cls, config: Config) -> None:
+        """Raise ConfigError for settings that contradict each other in this task; by default any are accepted."""
+
+    @classmethod
+    def from_examples(cls, config: Config, examples: Sequence[Example]) -> Self:
+        """The task with the state that it collects from training examples; by default it collects nothing.
+
+        Raises:
+            ConfigError: the task cannot be learned from the examples.
+        """
+        return cls(config)
+
+    @classmethod
+    def load(cls, config: Config, folder: Path) -> Self:
+        """The task of a saved model, with the files that :meth:`save` wrote; raises ConfigError if one is damaged."""
+        return cls(config)
+
+    def save(self, folder: Path) -> None:  # noqa: B027, most tasks have no state
+        """Write the state of the task that belongs to the model besides its weights; by default there is none."""
+
+    @classmethod
+    def zero_shot_settings(cls, model: ModelConfig, features: str | None, rerank: int) -> list[str]:
+        """Overrides of the configuration with which a pre-trained model does the task without fine-tuning.
+
+        Args:
+            model: configuration of the pre-trained model.
+            features: `task.features` that the user asked for; None: the best that pre-training taught.
+            rerank: candidates of a query that the model scores again pair by pair.
+
+        Raises:
+            ConfigError: pre-training did not teach it; by default it teaches no task.
+        """
+        raise ConfigError(f"task '{cls.name}' needs a new head: fine-tune the model first")
+
+    @classmethod
+    def zero_shot(cls, config: Config, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> Self:
+        """The task of a pre-trained model under the settings of :meth:`zero_shot_settings`."""
+        return cls(config)
+
+    # --- examples -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def num_images(cls, config: Config) -> int:
+        """Number of images of each example."""
+        return 1
+
+    @classmethod
+    def scene_examples(cls, config: Config, source: ExamplesConfig, section: Section) -> SceneExamples:
+        """Generated examples; raises ConfigError for a task that has none, or an unknown split."""
+        raise ConfigError(f"task '{cls.name}' has no generated examples: name annotation files with --data")
 
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """Those that the loss can learn from; raises ConfigError where what is to be learnt is not published."""
+        """Examples that the loss can learn from, by default all.
 
+        Raises:
+            ConfigError: the examples lack the published answers that the loss needs.
+        """
+        return examples
+
+    @abstractmethod
     def targets(self, examples: Sequence[Example]) -> Tensor:
-        """What the loss compares with."""
+        """Tensor of B rows that the loss compares the model's output with."""
 
+    # --- model and loss -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def model(self, moe_cls: MoEFactory = MoE) -> nn.Module:
+        """The model with the parts `backbone` and `head`, weights not drawn yet."""
+
+    def draw_head(self, model: nn.Module) -> None:  # noqa: B027, most heads are drawn like the backbone
+        """Draw weights of the head for which the distribution of the backbone is unsuitable; by default none.
+
+        Draws from torch's default generator.
+        """
+
+    def pretrained_names(self) -> dict[str, str]:
+        """Prefix of tensor names of the head -> their prefix in a pre-trained model; by default the head is new."""
+        return {}
+
+    @abstractmethod
     def losses(self, output: Any, batch: TaskBatch) -> dict[str, Tensor]:
-        """Loss terms of the model's output by name, each () fp32 and a mean over the rank's micro-batch."""
+        """Loss terms by name, each () fp32 and a mean over the rank's micro-batch."""
+
+    def term_weights(self) -> dict[str, float]:
+        """Weights of the task's own loss terms; by default one term with the name of the task and weight 1."""
+        return {self.name: 1.0}
+
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of all loss terms, those of the routers included."""
+        loss = self.config.loss
+        return {
+            **self.term_weights(),
+            "load_balancing": loss.load_balancing_weight,
+            "router_z": loss.router_z_weight,
+        }
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
-        """Of an evaluation: what predictions depend on besides model and examples."""
+        """JSON-able settings that predictions depend on besides model and examples; by default none."""
+        return {}
 
     def queries(self, examples: Sequence[Example]) -> list[str]:
-        """Keys of the predictions that an evaluation makes."""
+        """Keys of the predictions of an evaluation, by default those of the examples."""
+        return [example.key for example in examples]
 
+    @abstractmethod
     def predict(
         self,
         model: nn.Module,
@@ -54,31 +196,33 @@ class Task(Protocol):
         todo: Sequence[str],
         collate: TaskCollator,
         batch_size: int,
-    ) -> Iterator[dict[str, Any]]:
-        """JSON-able records with `key`, one for each of `todo`; with `skipped`, a reason, where there is no answer."""
+    ) -> Iterator[Record]:
+        """One record for each key of `todo`."""
 
-    def metrics(self, examples: Sequence[Example], predictions: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    @abstractmethod
+    def metrics(self, examples: Sequence[Example], predictions: dict[str, Record]) -> dict[str, Any]:
         """JSON-able figures of an evaluation."""
 
+    @classmethod
+    def write_csv(cls, predictions: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+        """Write predictions in the form that the data set's own scoring script reads.
 
-_TASKS: dict[str, type[VQA] | type[NLVR] | type[Retrieval]] = {"vqa": VQA, "nlvr": NLVR, "retrieval": Retrieval}
+        Raises:
+            ConfigError: there is no such form, which is the default.
+        """
+        raise ConfigError(f"--csv {file}: task '{cls.name}' has no published form of predictions: leave --csv out")
+
+    def ask(self, model: nn.Module, batch: TaskBatch, top: int) -> list[Answer]:
+        """The `top` answers to each text of a batch, best first; for tasks whose `command` is `ask`."""
+        raise NotImplementedError
+
+    def rank(self, model: nn.Module, batch: TaskBatch) -> list[Match]:
+        """Texts of a batch of one repeated image, best first; for tasks whose `command` is `rank`."""
+        raise NotImplementedError
 
 
-def new_task(config: Config, examples: Sequence[Example]) -> Task:
-    """The task of `config.task`, with what it collects from training examples.
-
-    Raises:
-        ConfigError: no `task` section, or examples that the task cannot use.
-    """
-    return _TASKS[_name(config)].from_examples(config, examples)
-
-
-def saved_task(config: Config, folder: Path) -> Task:
-    """The task of a saved model; raises ConfigError if a file of it cannot be read."""
-    return _TASKS[_name(config)].load(config, folder)
-
-
-def _name(config: Config) -> str:
+def task_section(config: Config) -> TaskConfig:
+    """Section `task` of a configuration; raises ConfigError without one."""
     if config.task is None:
         raise ConfigError("the configuration has no section `task`: it is that of a pre-trained model; fine-tune it")
-    return config.task.name
+    return config.task

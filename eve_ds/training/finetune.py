@@ -26,10 +26,10 @@ from eve_ds.model.with_losses import ModelWithLosses
 from eve_ds.parallel.moe import load_plain_state_dict
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
-from eve_ds.tasks.agreement import AgreementHead
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.formats import load_examples
+from eve_ds.tasks.registry import new_task
 from eve_ds.tasks.saved import (
     BACKBONE,
     load_task_model,
@@ -38,7 +38,7 @@ from eve_ds.tasks.saved import (
     start_weights,
     task_shapes,
 )
-from eve_ds.tasks.task import Task, new_task
+from eve_ds.tasks.task import Task
 from eve_ds.training.job import Evaluation, Loading
 from eve_ds.training.run_folder import check_output_dir, on_rank_zero
 from eve_ds.training.start import start
@@ -133,7 +133,7 @@ class Finetuning:
         """Model of the task, with weights drawn or from `train.init`."""
         model = self.task.model(moe_cls)
         prepare_weights(model, self.config, self.task)
-        return ModelWithLosses(model, self._losses, loss_weights(self.config))
+        return ModelWithLosses(model, self._losses, self.task.loss_weights())
 
     def _losses(self, output: Any, batch: TaskBatch, counts: Mapping[str, float]) -> dict[str, Tensor]:
         return self.task.losses(output, batch)
@@ -292,9 +292,7 @@ def _task(config: Config) -> TaskConfig:
 def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
     """Draw all weights, then take from `train.init`, if there is one, the backbone and what it has of the head."""
     initialize_weights(model, config.model, int(torch.randint(2**62, (), device="cpu")))
-    head = model.get_submodule("head")
-    if isinstance(head, AgreementHead):
-        head.draw_weights()
+    task.draw_head(model)
     backbone = cast(Backbone, model.get_submodule("backbone"))
     backbone.activation_checkpointing = config.train.activation_checkpointing
     if config.train.compile == "blocks":
@@ -333,19 +331,6 @@ def lr_scale(name: str, num_layers: int, layer_decay: float, head_multiple: floa
 def frozen(config: Config) -> bool:
     """Whether the backbone stays as it is."""
     return _task(config).freeze_backbone and config.train.init is not None
-
-
-def loss_weights(config: Config) -> dict[str, float]:
-    """Weight of every loss term that a task may have."""
-    task, loss = _task(config), config.loss
-    return {
-        "vqa": 1.0,
-        "nlvr": 1.0,
-        "itc": task.itc_weight,
-        "itm": task.itm_weight,
-        "load_balancing": loss.load_balancing_weight,
-        "router_z": loss.router_z_weight,
-    }
 
 
 def _new_folder(folder: Path) -> None:

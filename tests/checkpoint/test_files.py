@@ -325,7 +325,7 @@ def test_universal_checkpoint_joins_pieces(tmp_path, monkeypatch):
         stored |= load_file(file)
     assert stored.keys() == {f"{kind}/{name}/0" for kind, name in expected}
     assert all(torch.equal(stored[f"{kind}/{name}/0"], values) for (kind, name), values in expected.items())
-    with pytest.raises(CheckpointError, match=r"whole exists and is not empty: name a new folder"):
+    with pytest.raises(CheckpointError, match=r"whole is not empty, it holds .*: name a new or empty folder"):
         write_universal(folder, tmp_path / "deep" / "whole")
 
 

@@ -90,7 +90,9 @@ def test_karpathy_errors_name_what_was_expected(tmp_path):
         Karpathy(path, splits=["dev"])
     with pytest.raises(SourceError, match=r"is not a Karpathy JSON: expected .*sentences.*found a list of 2"):
         Karpathy(write_json(tmp_path / "b.json", [1, 2]))
-    with pytest.raises(SourceError, match="none of 2 probed images lies under the image folder"):
+    with pytest.raises(
+        SourceError, match=r"a\.json: none of 2 probed images exists .*COCO_1\.jpg\): set the folder of the images with"
+    ):
         Karpathy(path)
     with pytest.raises(SourceError, match=r"annotation file .*nothing\.json does not exist"):
         Karpathy(tmp_path / "nothing.json")
@@ -294,7 +296,7 @@ def check_nlvr(items, name="dev"):
     assert sorted((item.reason, item.name) for item in skipped) == [
         ("missing file", f"{name}-2-0-5"),
         ("no annotation", f"{name}-9-9-0"),
-        *(("sentence labelled false", f"{name}-1-1-{k}") for k in range(6)),
+        *(("sentence labeled false", f"{name}-1-1-{k}") for k in range(6)),
     ]
     assert found[0].image.read() == image_bytes(image_format="PNG")
 
@@ -349,7 +351,7 @@ def test_nlvr_corpus_has_its_published_counts():
     source = Nlvr([Path(TEST_DATA) / "nlvr-dev.tar.xz"])
     found, skipped = split(source)
     assert len(found) + len(skipped) == 5934
-    assert {item.reason for item in skipped} == {"sentence labelled false"}
+    assert {item.reason for item in skipped} == {"sentence labeled false"}
     assert source.total == len(found) == 6 * 547
     assert len({item.image_id for item in found}) == len(found)
     by_example = {}

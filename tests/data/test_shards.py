@@ -10,7 +10,7 @@ import pytest
 from webdataset.tariterators import tarfile_samples
 
 from eve_ds.config import ConfigError
-from eve_ds.data.batch import BadSample
+from eve_ds.data.errors import BadSample
 from eve_ds.data.shards import ShardFile, find_shards
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from eve_ds.data.batch import BadSample
+from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.transforms import (
     ASPECT_RATIOS,

@@ -17,8 +17,8 @@ def contrastive_gradients(rank, world_size, tree, lengths):
     from eve_ds.config import parse_config
     from eve_ds.model.eve import initialize_weights
     from eve_ds.tasks.batches import TaskBatch
+    from eve_ds.tasks.features.words import Template
     from eve_ds.tasks.retrieval import Retrieval
-    from eve_ds.tasks.words import Template
 
     task = Retrieval(parse_config(tree), Template(lengths, cls_id=2, sep_id=3, mask_id=4) if lengths else None)
     model = task.model()
@@ -171,7 +171,7 @@ def fetched_ahead(rank, world_size, tree, folder):
     from deepspeed import DeepSpeedEngine
 
     from eve_ds.config import parse_config
-    from eve_ds.data.batch import BadSample
+    from eve_ds.data.errors import BadSample
     from eve_ds.training import finetune as finetuning
 
     def recorded(name, original):

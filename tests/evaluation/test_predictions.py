@@ -12,7 +12,7 @@ from eve_ds.model.eve import initialize_weights
 from eve_ds.tasks.batches import TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.formats import load_examples
-from eve_ds.tasks.task import new_task
+from eve_ds.tasks.registry import new_task
 
 
 class Prepared:

@@ -252,14 +252,14 @@ def test_differences_of_another_architecture_are_named(refused, file):
     line = refused(file, config_of("model.moe.num_experts=2"))
     assert "holds backbone.encoder.layers.1.mlp_moe.moe.experts.experts.2.fc1.bias, " in line
     assert "and 5 more, no part of the backbone; " in line
-    assert "has backbone.encoder.layers.1.mlp_moe.moe.gate.wg.weight (4, 32) where the config asks for (2, 32)" in line
+    assert "has backbone.encoder.layers.1.mlp_moe.moe.gate.wg.weight (4, 32) where the model has (2, 32)" in line
     line = refused(file, config_of("model.patch_size=16"))
-    assert "has backbone.patch_embed.weight (32, 3, 8, 8) where the config asks for (32, 3, 16, 16)" in line
+    assert "has backbone.patch_embed.weight (32, 3, 8, 8) where the model has (32, 3, 16, 16)" in line
 
 
 def test_position_tables_that_cannot_be_fitted_are_refused(refused, released, tmp_path):
     file = save(released | {"backbone.pos_embed_vision": torch.zeros(65, 31)}, tmp_path / "eve.pth")
-    assert "has backbone.pos_embed_vision (65, 31) where the config asks for (65, 32)" in refused(file)
+    assert "has backbone.pos_embed_vision (65, 31) where the model has (65, 32)" in refused(file)
     file = save(released | {"backbone.pos_embed_vision": torch.zeros(66, 32)}, tmp_path / "eve.pth")
     assert "eve.pth: a position table of 66 rows is not a class token and a square" in refused(file)
     file = save(released, tmp_path / "eve.pth")

@@ -302,7 +302,7 @@ def test_universal(convert, run, tmp_path):
     assert load_file(tmp_path / "one" / "model.safetensors").keys() == load(tmp_path / "other")[0].state_dict().keys()
     assert json.loads((tmp_path / "one" / "export.json").read_text())["check"]["max_abs_diff"] == 0
     code, _, stderr = convert("universal", run, "--out", out)
-    assert (code, "whole exists and is not empty: name a new folder" in stderr) == (2, True)
+    assert (code, "whole is not empty, it holds " in stderr) == (2, True)
 
 
 def test_a_checkpoint_folder_may_be_named(convert, run, checkpoint, tmp_path):

@@ -97,7 +97,7 @@ def test_nlvr_and_a_tokenizer_of_its_captions(tmp_path):
     done = prepare("nlvr", archive, "--limit", 120, "--samples-per-shard", 50, "--out", tmp_path / "nlvr")
     assert done.returncode == 0, done.stderr
     assert "120 samples of 120 images in 3 shards" in done.stdout
-    assert "sentence labelled false (as dev-" in done.stdout
+    assert "sentence labeled false (as dev-" in done.stdout
     with tarfile.open(tmp_path / "nlvr" / "shard-000000.tar") as tar:
         assert len(tar.getnames()) == 150
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from eve_ds.config import ConfigError, parse_config
-from eve_ds.tasks.formats import load_examples, sniff
+from eve_ds.data.formats.sniff import sniff
+from eve_ds.tasks.formats import load_examples
 
 
 def png():

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
 
 from eve_ds.config import ConfigError, load_config, parse_config, presets
-from eve_ds.data.batch import BadSample
+from eve_ds.data.errors import BadSample
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation.ask import ask, rank
 from eve_ds.export import ExportError
@@ -249,7 +249,7 @@ def test_folders_that_are_no_fine_tuned_model_say_so(export, task_tree, tmp_path
         load_task_model(tmp_path)
     save(VQA(parse_config(task_tree("vqa")), ["red", "blue"]), tmp_path / "model")
     (tmp_path / "model" / "answers.json").write_text('["red"]')
-    with pytest.raises(ExportError, match=r"head\.3\.weight \(2, 64\) where the config asks for \(1, 64\)"):
+    with pytest.raises(ExportError, match=r"head\.3\.weight \(2, 64\) where the model has \(1, 64\)"):
         load_task_model(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "tokenizer")
     with pytest.raises(ExportError, match="cannot be loaded"):

@@ -1,7 +1,8 @@
-"""Published data sets as people have them, read as a stream of image-caption candidates; one format per file."""
+"""Readers of published data sets, each a stream of image-caption candidates for shards; one module per kind."""
 
+from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.importers.annotations import CaptionJson, Karpathy, Table
-from eve_ds.data.importers.candidate import BadSample, Candidate, FileSlice, InlineBytes, Skip, Source, SourceError
+from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Skip, Source
 from eve_ds.data.importers.generated import GeneratedScenes
 from eve_ds.data.importers.img2dataset import Img2dataset
 from eve_ds.data.importers.nlvr import Nlvr

@@ -1,4 +1,4 @@
-"""What an importer hands to the shard writer: candidates whose bytes are read only by the worker that writes them."""
+"""Candidates that importers hand to the shard writer; only the worker that writes a candidate reads its bytes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-
-class SourceError(ValueError):
-    """A source that cannot be imported; the message names the file, what is wrong and what was expected."""
-
-
-class BadSample(ValueError):
-    """A sample that is left out; the message is the reason, one of a few fixed texts that the report counts."""
+from eve_ds.data.errors import BadSample, SourceError
 
 
 class Readable(Protocol):
-    """Bytes that are fetched when asked for."""
+    """Bytes that are fetched on demand."""
 
     def read(self) -> bytes:
         """The bytes; raises :class:`BadSample`."""
@@ -48,7 +42,7 @@ class FileSlice:
 
 @dataclass(frozen=True)
 class InlineBytes:
-    """Bytes already read, as from a compressed archive, which can only be read in order."""
+    """Bytes that were read already, such as those of a compressed archive, which can only be read in order."""
 
     data: bytes
 
@@ -59,7 +53,7 @@ class InlineBytes:
 
 @dataclass(frozen=True)
 class Skip:
-    """A sample that the importer itself leaves out."""
+    """A sample that the importer leaves out and the report counts."""
 
     name: str
     reason: str
@@ -70,11 +64,11 @@ class Candidate:
     """One image with its captions.
 
     Attributes:
-        name: what the source calls it, for reports.
-        image: its encoded bytes.
-        captions: text, or UTF-8 bytes that nobody has checked yet; one sample is written per caption.
-        image_id: written to `ids.txt`; a test set's `ids.txt` keeps its images out of training.
-        aliases: further names that exclude the image.
+        name: name of the image in the source, for reports.
+        image: encoded bytes of the image.
+        captions: text, or bytes that are not yet known to be UTF-8; one sample is written per caption.
+        image_id: written to `ids.txt`; the `ids.txt` of a test set keeps its images out of training.
+        aliases: further names by which a list of excluded ids may call the image.
     """
 
     name: str
@@ -85,42 +79,42 @@ class Candidate:
 
     @property
     def num_captions(self) -> int:
-        """Samples that it can become."""
+        """Number of samples that the candidate becomes at most."""
         return len(self.captions)
 
     def resolve(self) -> Candidate:
-        """Itself: everything but the image is known."""
+        """The candidate itself, as everything but the image is known."""
         return self
 
 
 class LazyCandidate(Protocol):
-    """A candidate whose captions or id must be read first; :class:`Candidate` is one that is ready."""
+    """A candidate whose captions or id must be read first; a :class:`Candidate` needs no reading."""
 
     @property
     def name(self) -> str:
-        """What the source calls it."""
+        """Name of the image in the source."""
 
     @property
     def num_captions(self) -> int:
-        """Samples that it can become."""
+        """Number of samples that the candidate becomes at most."""
 
     def resolve(self) -> Candidate:
-        """The candidate with captions and id; raises :class:`BadSample`."""
+        """The candidate with captions and id; raises :class:`BadSample` if they cannot be read."""
 
 
 class Source(Protocol):
-    """A data set: the same candidates in the same order at every iteration."""
+    """A data set that yields the same candidates in the same order at every iteration."""
 
     description: dict[str, Any]
-    """What makes it this source, as JSON; a half-written output folder is continued only by an equal one."""
+    """JSON-able identity of the source; an unfinished output folder is continued only by a source with an equal one."""
     total: int | None
-    """Candidates to expect where that is known; for progress only, may become known while iterating."""
+    """Expected number of candidates, or None; for progress only, may become known during iteration."""
 
     def __iter__(self) -> Iterator[LazyCandidate | Skip]: ...
 
 
 def existing(path: str | Path, what: str) -> Path:
-    """The absolute path of something that must exist; raises :class:`SourceError`."""
+    """Absolute path of a file or folder that must exist; raises :class:`SourceError` with `what` as its name."""
     resolved = Path(path).resolve()
     if not resolved.exists():
         raise SourceError(f"{what} {path} does not exist")
@@ -128,7 +122,7 @@ def existing(path: str | Path, what: str) -> Path:
 
 
 def existing_folder(path: str | Path, what: str) -> Path:
-    """The absolute path of a folder that must exist; raises :class:`SourceError`."""
+    """Absolute path of a folder that must exist; raises :class:`SourceError`."""
     resolved = existing(path, what)
     if not resolved.is_dir():
         raise SourceError(f"{what} {path} is not a folder")
@@ -136,7 +130,7 @@ def existing_folder(path: str | Path, what: str) -> Path:
 
 
 def existing_file(path: str | Path, what: str) -> Path:
-    """The absolute path of a file that must exist; raises :class:`SourceError`."""
+    """Absolute path of a file that must exist; raises :class:`SourceError`."""
     resolved = existing(path, what)
     if not resolved.is_file():
         raise SourceError(f"{what} {path} is not a file")

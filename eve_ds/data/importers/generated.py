@@ -1,4 +1,4 @@
-"""Generated scenes as a source, so that the default data can be looked at and mixed in as ordinary shards."""
+"""Generated scenes as a source, so that the default data can be inspected and mixed in as ordinary shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Level = Literal["easy", "hard"]
 
 @dataclass(frozen=True)
 class SceneCandidate:
-    """A scene that is drawn by the worker; its id names level, seed, split and index."""
+    """A scene that the worker draws; its id names level, seed, split and index."""
 
     level: Level
     seed: int
@@ -28,7 +28,7 @@ class SceneCandidate:
 
     @property
     def name(self) -> str:
-        """Level, seed, split and index."""
+        """Level, seed, split and index of the scene."""
         return f"scenes-{self.level}-{self.seed}-{self.split}-{self.index}"
 
     def resolve(self) -> Candidate:

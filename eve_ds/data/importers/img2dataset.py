@@ -1,6 +1,6 @@
 """Output of img2dataset: `webdataset` shards (tars) or `files` (numbered folders) of KEY.jpg, KEY.txt and KEY.json.
 
-Tar headers are listed here; captions, metadata and images are read by the worker at their offset.
+The importer lists tar headers; the worker reads captions, metadata and images at their offsets.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eve_ds.data.importers.candidate import BadSample, Candidate, FileSlice, Skip, SourceError, existing_folder
+from eve_ds.data.errors import BadSample, SourceError
+from eve_ds.data.importers.candidate import Candidate, FileSlice, Skip, existing_folder
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
 class Img2datasetCandidate:
-    """One sample whose caption and metadata are still unread."""
+    """One sample whose caption and metadata are not read yet."""
 
     name: str
     image: FileSlice
@@ -31,7 +32,7 @@ class Img2datasetCandidate:
     num_captions: int = 1
 
     def resolve(self) -> Candidate:
-        """Read caption and id; raises :class:`BadSample`."""
+        """Read caption and id; raises :class:`BadSample` without a caption, or for metadata that cannot be read."""
         metadata = self._metadata()
         caption = metadata.get("caption") if self.text is None else self.text.read()
         if not isinstance(caption, str | bytes):
@@ -51,7 +52,7 @@ class Img2datasetCandidate:
 
 
 class Img2dataset:
-    """A folder that img2dataset wrote; an image id is its `id_field` in the metadata (the URL unless told)."""
+    """A folder that img2dataset wrote; the metadata field `id_field` is the image id (default: the URL)."""
 
     def __init__(self, folder: str | Path, id_field: str = "url") -> None:
         """Find the shards; raises :class:`SourceError` for a folder with neither tars nor images."""
@@ -81,7 +82,7 @@ class Img2dataset:
             where = Path(folder).relative_to(self._folder)
             for key, members in groupby(sorted(names, key=_key_then_name), key=_key):
                 slices = [(name, FileSlice(os.path.join(folder, name))) for name in members]
-                # Beside the images lie KEY_stats.json and KEY.parquet of a whole folder: not samples.
+                # KEY_stats.json and KEY.parquet beside the images describe a whole folder: they are no samples.
                 if any(name.lower().endswith((*IMAGE_SUFFIXES, ".txt")) for name, _ in slices):
                     yield from self._sample(str(where / key), slices)
 
@@ -105,14 +106,14 @@ def _key_then_name(name: str) -> tuple[str, str]:
 
 
 def _list_tar(path: Path) -> tuple[list[tuple[str, FileSlice]], bool]:
-    """Names and places of the members up to the end or to the first damage, and whether there is any."""
+    """Names and offsets of the members up to the end or the first damage, and whether the tar is damaged."""
     members = []
     try:
         with tarfile.open(path, mode="r:") as archive:
             for member in archive:
                 if member.isfile():
                     members.append((member.name, FileSlice(str(path), member.offset_data, member.size)))
-            # tarfile ends without an error at a header that it cannot read; a sound archive ends with zeros.
+            # tarfile stops without an error at a header that it cannot read; an intact archive ends with zeros.
             with path.open("rb") as file:
                 file.seek(archive.offset)
                 return members, any(file.read(tarfile.BLOCKSIZE))

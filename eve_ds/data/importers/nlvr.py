@@ -1,49 +1,47 @@
-"""NLVR 1.0 (Suhr et al., ACL 2017) in its published layout, as a folder or as tar archives of any compression.
+"""NLVR 1.0 as a source of image-caption pairs: images with the sentences that are true of them.
 
-`SPLIT/SPLIT.json` holds one JSON object a line with `sentence`, `label`, `identifier` (N-M) and `directory`; the image
-`SPLIT/images/DIRECTORY/SPLIT-N-M-K.png` shows permutation K (0 to 5) of the three boxes, so a sentence that is true of
-one is true of all six. Sentences labelled true are the captions; the others have none and are counted as skipped.
-Images are 400x100 RGBA with an opaque alpha channel and keep their bytes.
+Sentences labeled true are the captions; images of the others have none and are counted as skipped. Images keep their
+bytes. The layout is described in :mod:`eve_ds.data.formats.nlvr`.
 """
 
 from __future__ import annotations
 
-import json
-import lzma
-import re
-import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Readable, Skip, SourceError, existing
-
-PERMUTATIONS = 6
-IMAGE_NAME = re.compile(r"(?P<split>[A-Za-z]\w*)-(?P<identifier>\d+-\d+)-[0-5]\.png")
-LAYOUT = "expected SPLIT/SPLIT.json beside SPLIT/images/DIRECTORY/SPLIT-N-M-K.png"
+from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.nlvr import (
+    IMAGE_NAME,
+    LAYOUT,
+    annotated_split,
+    archive_members,
+    folder_splits,
+    read_statements,
+)
+from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Readable, Skip, existing
 
 
 @dataclass
 class Annotations:
-    """Sentences of one split."""
+    """Sentences of one split, by identifier."""
 
     captions: dict[str, str | None] = field(default_factory=dict)
-    """By identifier; None where the sentence is labelled false."""
+    """Identifier -> sentence; None where the sentence is labeled false."""
     missing: dict[str, None] = field(default_factory=dict)
-    """Images of true sentences that have not been seen yet, in the order of the file."""
+    """Names of images of true sentences that are still to come, in the order of the file."""
 
 
 class Nlvr:
-    """Images of one or more splits with the sentences that are true of them."""
+    """Images of one or more splits, each with the sentence that is true of it."""
 
     def __init__(self, paths: Sequence[str | Path], splits: Sequence[str] | None = None) -> None:
-        """Check that annotations are found; raises :class:`SourceError`.
+        """Check that every path has annotations; raises :class:`SourceError` for one that has none.
 
         Args:
             paths: archives, or folders that hold `SPLIT` folders or are one.
-            splits: which splits to take; None takes all.
+            splits: names of the splits to read; None reads all.
         """
         self._paths = [existing(path, "source") for path in paths]
         self._splits = None if splits is None else frozenset(splits)
@@ -60,7 +58,7 @@ class Nlvr:
             self._check_layout(path)
 
     def __iter__(self) -> Iterator[Candidate | Skip]:
-        """Images in archive order, or sorted by path; images that are missing come last."""
+        """Images in the order of the archive, or sorted by path; missing images come last."""
         self._annotations, self.total = {}, 0
         for path in self._paths:
             yield from self._folder(path) if path.is_dir() else self._archive(path)
@@ -88,7 +86,7 @@ class Nlvr:
                     yield from self._image(image.stem, FileSlice(str(image)))
 
     def _archive(self, path: Path) -> Iterator[Candidate | Skip]:
-        # Published archives have the annotations before the images. Images that come earlier are held until then.
+        # Published archives hold the annotations before the images. Images that come earlier are kept until then.
         early: list[tuple[str, bytes]] = []
         for name, data in archive_members(path):
             split = annotated_split(name)
@@ -113,18 +111,15 @@ class Nlvr:
 
     def _read_annotations(self, split: str, data: bytes, path: Path) -> None:
         annotations = Annotations()
-        for number, line in enumerate(data.splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                identifier, true = entry["identifier"], entry["label"] == "true"
-                annotations.captions[identifier] = entry["sentence"] if true else None
-            except (ValueError, KeyError, TypeError):
+        for statement in read_statements(data, split, path):
+            if statement.label is None:
                 raise SourceError(
-                    f"{path}: line {number} of {split}.json is not an NLVR example; expected one JSON object a line "
-                    "with sentence, label, identifier"
-                ) from None
-            if true:
-                annotations.missing |= {f"{split}-{identifier}-{k}": None for k in range(PERMUTATIONS)}
+                    f"{path}: sentence {statement.identifier} of {split}.json has no label, so nobody knows whether it "
+                    "is a caption: take a split that publishes labels"
+                )
+            annotations.captions[statement.identifier] = statement.sentence if statement.label else None
+            if statement.label:
+                annotations.missing |= dict.fromkeys(statement.image_names)
         self._annotations[split] = annotations
         self.total = (self.total or 0) + len(annotations.missing)
 
@@ -139,20 +134,9 @@ class Nlvr:
         caption = split.captions[match["identifier"]]
         split.missing.pop(image_name, None)
         if caption is None:
-            yield Skip(image_name, "sentence labelled false")
+            yield Skip(image_name, "sentence labeled false")
         else:
             yield Candidate(image_name, image, (caption,), image_name)
-
-
-def folder_splits(folder: Path) -> list[tuple[Path, Path]]:
-    """Pairs of annotation file and image folder of the splits at, below, or two levels below the folder."""
-    found = [path for pattern in ("*.json", "*/*.json", "*/*/*.json") for path in folder.glob(pattern)]
-    return [(path, path.parent / "images") for path in sorted(found) if (path.parent / "images").is_dir()]
-
-
-def annotated_split(path: PurePosixPath) -> str | None:
-    """Split whose annotations a file has by its place in the layout; None for other files."""
-    return path.stem if path.suffix == ".json" and path.parent.name in {path.stem, ""} else None
 
 
 def _folder_names(folder: Path) -> Iterator[str]:
@@ -161,19 +145,3 @@ def _folder_names(folder: Path) -> Iterator[str]:
 
 def _archive_names(path: Path) -> Iterator[str]:
     return (split for name, _ in archive_members(path) if (split := annotated_split(name)) is not None)
-
-
-def archive_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Files of an archive in order, read as a stream; raises :class:`SourceError` where it is damaged."""
-    read = 0
-    try:
-        with tarfile.open(path, mode="r|*") as archive:
-            for member in archive:
-                file = archive.extractfile(member) if member.isfile() else None
-                if file is not None:
-                    read += 1
-                    yield PurePosixPath(member.name), file.read()
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        if read:
-            raise SourceError(f"{path} is damaged after {read} files ({error}); get it again") from None
-        raise SourceError(f"{path} is not a tar archive ({error}); {LAYOUT}") from None

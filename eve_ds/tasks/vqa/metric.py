@@ -1,6 +1,6 @@
-"""Official VQA accuracy (Antol et al. 2015; `vqaEval.py` of VQAv2): normalise answers, leave one annotator out.
+"""Official VQA accuracy (Antol et al. 2015; `vqaEval.py` of VQAv2): normalize answers, leave one annotator out.
 
-The contractions of the official table are those of CONTRACTIONS with any of their apostrophes left out.
+The keys of the official table of contractions are those of CONTRACTIONS with any of their apostrophes left out.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 ENOUGH = 3
-"""Annotators that must agree with an answer for it to count in full."""
+"""Number of annotators whose agreement gives an answer full accuracy."""
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer without punctuation and articles, lower case, numbers up to ten as digits, contractions spelt out."""
+    """The answer in lower case, without punctuation and articles, numbers up to ten as digits, apostrophes restored."""
     words = _without_punctuation(answer).lower().split()
     words = [NUMBERS.get(word, word) for word in words]
     kept = (word for word in words if word not in ARTICLES)
@@ -36,7 +36,9 @@ def normalize_answer(answer: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Marks beside a space, or anywhere in a text with a comma in a number, vanish; others become a space."""
+    """Text without punctuation: a mark beside a space, or in a text with a number like 1,000, vanishes; others become a
+    space.
+    """
     has_number_comma = re.search(r"\d,\d", text) is not None
     cleaned = text
     for mark in PUNCTUATION:
@@ -46,9 +48,9 @@ def _without_punctuation(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, annotations: Sequence[str]) -> float:
-    """Mean over annotators of min(1, agreeing others / 3); with a single annotator, whether it is the same answer.
+    """Mean over annotators of min(1, agreeing others / 3); with a single annotator, 1.0 for the same answer, else 0.0.
 
-    As in the official code, nothing is normalised where all annotators say the same.
+    As in the official code, nothing is normalized where all annotators agree.
     """
     said = [_one_line(text) for text in annotations]
     answer = _one_line(answer)
@@ -67,11 +69,11 @@ def _one_line(text: str) -> str:
 
 
 SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
-"""Target of an answer that 0, 1, 2, 3, or 4 and more of ten annotators gave (EVE)."""
+"""Target of an answer that 0, 1, 2, 3, or at least 4 of ten annotators gave (EVE)."""
 
 
 def soft_targets(annotations: Sequence[str]) -> dict[str, float]:
-    """Normalised answer -> target; where there are not ten annotators, their counts are scaled to ten."""
+    """Normalized answer -> target; counts of another number of annotators are scaled to ten."""
     counts = Counter(normalize_answer(text) for text in annotations)
     share = {answer: round(10 * count / len(annotations)) for answer, count in counts.items()}
     return {answer: SOFT_SCORES[min(count, len(SOFT_SCORES) - 1)] for answer, count in share.items()}

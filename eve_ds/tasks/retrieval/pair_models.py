@@ -16,17 +16,20 @@ from eve_ds.config import Config
 from eve_ds.distributed import gather_rows
 from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.moe import MoEOutput
-from eve_ds.tasks.encoder import VisiblePatches, image_class_states, sum_outputs, text_class_states
+from eve_ds.tasks.features.class_token import VisiblePatches, image_class_states, sum_outputs, text_class_states
+from eve_ds.tasks.task import task_section
 
 IGNORED = -100
 """Label of a pair that enters no loss."""
 
 
 class PairScorer(Protocol):
-    """What searching needs: features that are multiplied, and logits of pairs to order the best candidates by."""
+    """Model for retrieval: features that are compared by their dot product, and logits of pairs for re-ranking."""
 
-    centred: bool
-    """Whether features of images count by how they differ from the mean over all candidates."""
+    centered: bool
+    """Whether the mean over all candidates is subtracted from the features of images."""
+    matching: bool
+    """Whether training computes pairs for ITM (three fifths of its cost), so that `match_logits` are log odds."""
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, F) fp32."""
@@ -35,21 +38,21 @@ class PairScorer(Protocol):
         """(B, L) int64, (B, L) bool -> (B, F) fp32."""
 
     def match_logits(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pairs (B, 3, H, W), (B, L), (B, L) -> (B,) fp32, the larger the better they go together."""
+        """Pairs (B, 3, H, W), (B, L), (B, L) -> (B,) fp32, larger for a better match."""
 
 
 class RetrievalOutput(NamedTuple):
-    """Of one training forward."""
+    """Output of one training forward."""
 
     image_logits: Tensor
-    """(B, G) similarity of this rank's images to all ranks' texts over the temperature."""
+    """(B, G) similarity of this rank's images to all ranks' texts, divided by the temperature."""
     text_logits: Tensor
-    """(B, G) of this rank's texts to all ranks' images."""
+    """(B, G) similarity of this rank's texts to all ranks' images, divided by the temperature."""
     same: Tensor
-    """(B, G) bool, whether the two are of one image."""
+    """(B, G) bool, True where image and text belong to the same image."""
     matching_logits: Tensor | None
-    """(3 B, 2) of true pairs, then every image with a wrong text, then every text with a wrong image; None without
-    ITM."""
+    """(3 B, 2) logits of true pairs, then of every image with a wrong text, then of every text with a wrong image; None
+    without ITM."""
     matching_labels: Tensor | None
     """(3 B,) int64: 1 = true pair, 0 = wrong pair, IGNORED where there was no wrong partner in the batch."""
     moe: tuple[MoEOutput, ...]
@@ -57,7 +60,12 @@ class RetrievalOutput(NamedTuple):
 
 
 class RetrievalHead(nn.Module):
-    """Projections for the dot product, learnt temperature, and the classifier of pairs."""
+    """Projections for the dot product, learned temperature, and classifier of pairs.
+
+    Args:
+        width: D, width of the backbone.
+        temperature: initial temperature of the contrastive loss.
+    """
 
     def __init__(self, width: int, temperature: float) -> None:
         super().__init__()
@@ -68,25 +76,32 @@ class RetrievalHead(nn.Module):
 
 
 class RetrievalModel(nn.Module):
-    """One backbone for images alone, texts alone and pairs."""
+    """Retrieval with one backbone for images alone, texts alone and pairs; a :class:`PairScorer`.
 
-    centred = False
+    Args:
+        config: configuration with `model` and `task`.
+        moe_cls: makes the MoE of a layer.
+    """
+
+    centered = False
 
     def __init__(self, config: Config, moe_cls: MoEFactory) -> None:
         super().__init__()
-        assert config.task is not None
         self.backbone = Backbone(config.model, moe_cls)
         self.visible_patches = VisiblePatches(config)
-        self.head = RetrievalHead(config.model.hidden_size, config.task.temperature)
-        self.matching = config.task.itm_weight > 0
-        """Whether training computes pairs for ITM, three fifths of its cost."""
+        self.head = RetrievalHead(config.model.hidden_size, task_section(config).temperature)
+        self.matching = task_section(config).itm_weight > 0
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
     ) -> RetrievalOutput:
-        """Training: (B, 1, 3, H, W), (B, L), (B, L), and (B,) int64 numbers that are equal for the same image.
+        """Similarities and pairs of one training step; a collective to which every rank brings B samples.
 
-        A collective: all ranks bring B samples.
+        Args:
+            pixel_values: (B, 1, 3, H, W).
+            input_ids: (B, L) int64.
+            attention_mask: (B, L) bool.
+            targets: (B,) int64, equal for captions of the same image.
         """
         pixel_values = pixel_values.squeeze(1)
         image_pass = self.backbone(pixel_values, visible_patch_ids=self.visible_patches(pixel_values))

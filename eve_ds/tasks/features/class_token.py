@@ -1,9 +1,8 @@
-"""What the tasks share: states of class tokens, the head of a classification, start of a new head."""
+"""States of class tokens as features, and the classifier on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +10,20 @@ from torch import Tensor, nn
 from eve_ds.config import Config
 from eve_ds.model.eve import Backbone, BackboneOutput, MoEFactory
 from eve_ds.model.moe import MoEOutput
-from eve_ds.tasks.batches import ImageReader, TaskCollator, evaluation_batches
-from eve_ds.tasks.examples import Example
-
-
-class ClassifierOutput(NamedTuple):
-    """Of a model that classifies."""
-
-    logits: Tensor
-    """(B, classes)."""
-    moe: tuple[MoEOutput, ...]
-    num_tokens: int
-    """That entered the backbone on this rank."""
+from eve_ds.tasks.classification import ClassifierOutput
+from eve_ds.tasks.task import task_section
 
 
 class Classifier(nn.Module):
-    """Images and text together through the backbone, a perceptron on the text's [CLS] (EVE: VQA and NLVR2 heads).
+    """Backbone on images and text together, and a perceptron on the text's [CLS] (heads of VQA and NLVR2 in EVE).
 
     Each of the I images of an example is paired with the text, and the I states are concatenated.
+
+    Args:
+        config: configuration with `model` and `task`.
+        moe_cls: makes the MoE of a layer.
+        num_images: I.
+        num_classes: number of logits.
     """
 
     def __init__(self, config: Config, moe_cls: MoEFactory, num_images: int, num_classes: int) -> None:
@@ -46,7 +41,7 @@ class Classifier(nn.Module):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor | None = None
     ) -> ClassifierOutput:
-        """(B, I, 3, H, W), (B, L) int64, (B, L) bool -> logits (B, classes); `targets` are not looked at."""
+        """(B, I, 3, H, W), (B, L) int64, (B, L) bool -> logits (B, classes); `targets` are ignored."""
         num_images = pixel_values.shape[1]
         pixel_values = pixel_values.flatten(0, 1)
         encoded = self.backbone(
@@ -60,13 +55,16 @@ class Classifier(nn.Module):
 
 
 class VisiblePatches(nn.Module):
-    """Which patches the encoder sees: all in evaluation, `task.visible_patch_share` of them, at random, in training."""
+    """Choice of the patches that the encoder sees: all in evaluation, a random `task.visible_patch_share` in training.
+
+    Args:
+        config: configuration with `model` and `task`.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        assert config.task is not None
         self.num_patches = (config.model.image_size // config.model.patch_size) ** 2
-        self.count = max(1, round(config.task.visible_patch_share * self.num_patches))
+        self.count = max(1, round(task_section(config).visible_patch_share * self.num_patches))
 
     def forward(self, pixel_values: Tensor) -> Tensor | None:
         """(B, 3, H, W) -> (B, count) int64, ascending, or None for all; draws from torch's default generator."""
@@ -74,28 +72,6 @@ class VisiblePatches(nn.Module):
             return None
         order = torch.rand(len(pixel_values), self.num_patches, device=pixel_values.device).argsort(dim=1)
         return order[:, : self.count].sort(dim=1).values
-
-
-class Classified(NamedTuple):
-    """An example and its logits, or why it has none."""
-
-    example: Example
-    logits: Tensor | None
-    """(classes,) fp32 on the host."""
-    skipped: str = ""
-
-
-@torch.no_grad()
-def classify(
-    model: nn.Module, examples: Sequence[Example], reader: ImageReader, collate: TaskCollator, batch_size: int
-) -> Iterator[Classified]:
-    """Every example once; within a batch those that could not be read come first."""
-    device = next(model.parameters()).device
-    for read in evaluation_batches(examples, reader, collate, batch_size):
-        yield from (Classified(example, None, reason) for example, reason in read.skipped)
-        if read.batch is not None:
-            logits = model(**read.batch.to(device).model_inputs()).logits.float().cpu()
-            yield from (Classified(*pair) for pair in zip(read.batch.examples, logits, strict=True))
 
 
 def text_class_states(encoded: BackboneOutput) -> Tensor:
@@ -109,6 +85,7 @@ def image_class_states(encoded: BackboneOutput) -> Tensor:
 
 
 def _states_at(encoded: BackboneOutput, position: int) -> Tensor:
+    """(B, D) final states at one position of every padded sample."""
     layout = encoded.stream.layout
     batch, length = layout.mask.shape
     positions = torch.arange(batch, device=layout.places.device) * length + position
@@ -116,6 +93,6 @@ def _states_at(encoded: BackboneOutput, position: int) -> Tensor:
 
 
 def sum_outputs(passes: Sequence[BackboneOutput]) -> tuple[tuple[MoEOutput, ...], int]:
-    """MoE outputs of all passes of a step, one after the other, and the tokens of all."""
+    """MoE outputs of all passes of a step in their order, and the total number of tokens."""
     tokens = sum(encoded.stream.hidden_states.shape[0] for encoded in passes)
     return tuple(layer for encoded in passes for layer in encoded.moe), tokens

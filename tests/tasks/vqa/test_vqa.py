@@ -10,10 +10,12 @@ import torch
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.model.eve import initialize_weights
 from eve_ds.tasks.batches import TaskBatch
-from eve_ds.tasks.encoder import ClassifierOutput, VisiblePatches
+from eve_ds.tasks.classification import ClassifierOutput
 from eve_ds.tasks.examples import Example
-from eve_ds.tasks.vqa import VQA, build_vocabulary, read_vocabulary
-from eve_ds.tasks.vqa_metric import normalize_answer, soft_targets, vqa_accuracy
+from eve_ds.tasks.features.class_token import VisiblePatches
+from eve_ds.tasks.vqa import VQA
+from eve_ds.tasks.vqa.metric import normalize_answer, soft_targets, vqa_accuracy
+from eve_ds.tasks.vqa.vocabulary import build_vocabulary, read_vocabulary
 
 
 def question(key, *answers, kind=""):
@@ -98,7 +100,7 @@ def test_vocabulary_is_counted_over_annotators_and_sorted_by_frequency():
 def test_damaged_vocabulary_is_an_error(tmp_path, content, message):
     (tmp_path / "answers.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
-        read_vocabulary(tmp_path / "answers.json")
+        read_vocabulary(tmp_path)
 
 
 def test_loss_is_binary_cross_entropy_summed_over_answers(task_tree):

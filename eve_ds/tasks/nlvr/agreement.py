@@ -1,15 +1,15 @@
-"""Statements judged by agreement: how well each of their words fits what the image lets expect.
+"""Judgment of statements by agreement: likelihood of each word of the statement beside the image.
 
-A classifier on class tokens has to learn from true and false alone that a word must match something in the image: of
-statements that are balanced, neither text nor image gives it any gradient before the two are multiplied. Masked signal
-modelling has learnt the match already. Beside a caption whose words are all hidden, the image makes every word likely
-or unlikely at each place (:mod:`eve_ds.tasks.words`), and looking up the words of the statement there is a product of
-image and text. For word j of the statement and place n of the hidden caption,
+A classifier on class tokens has to learn from the labels alone that a word must match something in the image. With
+balanced statements, neither text nor image gives a gradient before the two are multiplied. Masked signal modeling has
+learned the match already: beside a caption whose words are all hidden, the image gives every word a likelihood at each
+place (:mod:`eve_ds.tasks.features.words`), and looking up the words of the statement there is a product of image and
+text. For word j of the statement and place n of the hidden caption,
 
     a_j = log sum over n of p(word_j at n)
     b_j = log sum over n of p(word_j at n) p(word_j+1 at n+1)
 
-A small Transformer over the statement reads a and b of each image beside the words, which say what must agree.
+A small Transformer over the statement reads a and b of each image beside the words, which determine what must agree.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from torch import Tensor, nn
 
 from eve_ds.config import Config
 from eve_ds.model.eve import MoEFactory
-from eve_ds.tasks.encoder import ClassifierOutput
-from eve_ds.tasks.words import HiddenWords, Template, WordHead, WordModel, inner_words
+from eve_ds.tasks.classification import ClassifierOutput
+from eve_ds.tasks.features.words import HiddenWords, Template, WordHead, WordModel, inner_words
+from eve_ds.tasks.task import task_section
 
 LEAST = -8.0
-"""Log-likelihoods below it are not told apart: of words that no caption of the pre-training has they mean nothing."""
+"""Log-likelihoods below it count alike: they carry no information for words that no pre-training caption has."""
 NUM_LAYERS = 2
+"""Layers of the Transformer over the statement."""
 
 
 class AgreementHead(WordHead):
     """The text head of pre-training, and a Transformer of half the backbone's width over the statement.
 
     Args:
-        config: `model` and `task.num_images`.
+        config: configuration with `model` and `task`.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        assert config.task is not None
-        model, num_images = config.model, config.task.num_images
+        model, num_images = config.model, task_section(config).num_images
         width = model.hidden_size // 2
         self.word = nn.Linear(model.hidden_size, width)
         self.agreement = nn.Linear(2 * num_images, width)
@@ -52,9 +53,9 @@ class AgreementHead(WordHead):
         self.classifier = nn.Linear(width, 2)
 
     def draw_weights(self) -> None:
-        """Draw what is new, from torch's default generator, with variance 1 / inputs; biases are 0 already.
+        """Draw the new weight matrices from torch's default generator with variance 1 / inputs; biases stay 0.
 
-        The backbone's range is meant for its own widths: with it, agreement, of few inputs, was hardly heard.
+        The backbone's initializer range suits its own widths; with it, agreement has little effect, having few inputs.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and not name.startswith("text_head."):
@@ -70,7 +71,7 @@ class AgreementHead(WordHead):
             attention_mask: (B, L) bool.
         """
         tokens = self.word(words) + self.place[: words.shape[1]] + self.agreement(agreement)
-        first = tokens[:, :1] + self.image(images)[:, None]  # [CLS] hears of the images as a whole
+        first = tokens[:, :1] + self.image(images)[:, None]  # [CLS] gets the states of the images as a whole
         tokens = torch.cat([first, tokens[:, 1:]], dim=1)
         states = self.layers(tokens, src_key_padding_mask=~attention_mask)
         logits: Tensor = self.classifier(states[:, 0])
@@ -78,12 +79,12 @@ class AgreementHead(WordHead):
 
 
 class AgreementModel(WordModel):
-    """A statement about I images: two logits, false and true.
+    """Judgment of a statement about I images: two logits, false and true.
 
     Args:
-        config: with `task`.
+        config: configuration with `model` and `task`.
         moe_cls: makes the MoE of a layer.
-        template: of the hidden caption, of one length.
+        template: hidden caption of one length.
     """
 
     def __init__(self, config: Config, moe_cls: MoEFactory, template: Template) -> None:
@@ -93,7 +94,7 @@ class AgreementModel(WordModel):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor | None = None
     ) -> ClassifierOutput:
-        """(B, I, 3, H, W), (B, L) int64, (B, L) bool -> logits (B, 2); `targets` are not looked at."""
+        """(B, I, 3, H, W), (B, L) int64, (B, L) bool -> logits (B, 2); `targets` are ignored."""
         hidden = self.hidden_words(pixel_values.flatten(0, 1), self.template.lengths[0])
         fits = self.agreement(hidden, input_ids, attention_mask).permute(0, 2, 1, 3).flatten(2)  # (B, L, 2 I)
         words, _ = self.words(input_ids)
@@ -103,10 +104,10 @@ class AgreementModel(WordModel):
         return ClassifierOutput(logits, hidden.moe, hidden.num_tokens)
 
     def agreement(self, hidden: HiddenWords, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, I, L, 2) fp32: a and b of every word for each image, -1 for LEAST and 1 for certain, 0 at special tokens.
+        """(B, I, L, 2) fp32, a and b of every word for each image: -1 for LEAST, 1 for certain, 0 at special tokens.
 
         Args:
-            hidden: of B * I images.
+            hidden: predictions for B * I images.
             input_ids: (B, L) int64.
             attention_mask: (B, L) bool, True = real token.
         """
@@ -123,5 +124,5 @@ class AgreementModel(WordModel):
 
 
 def _scaled(likelihood: Tensor) -> Tensor:
-    """-1 for LEAST and below, 1 for certain."""
+    """Log-likelihoods on the scale where LEAST and below is -1, and 0 (certain) is 1."""
     return likelihood.clamp(min=LEAST) * (-2 / LEAST) + 1

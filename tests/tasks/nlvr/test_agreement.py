@@ -9,10 +9,10 @@ from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.captions import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import load
-from eve_ds.tasks import agreement
 from eve_ds.tasks.batches import TaskCollator
 from eve_ds.tasks.examples import Example
-from eve_ds.tasks.nlvr import NLVR
+from eve_ds.tasks.nlvr import NLVR, agreement
+from eve_ds.tasks.registry import task_class
 from eve_ds.tasks.saved import load_task_model, save_task_model
 from eve_ds.tasks.vqa import VQA
 from eve_ds.training.finetune import Finetuning, prepare_weights
@@ -26,11 +26,11 @@ STATEMENTS = [
 NUM_HIDDEN = 5
 
 
-@pytest.fixture
 def optimizer_of(model, config, task):
     return build_optimizer(model, config, ZERO, Finetuning(config, task, []).lr_scale())
 
 
+@pytest.fixture
 def encoder():
     return CaptionEncoder(load_tokenizer("scenes"), max_length=24)
 
@@ -170,8 +170,8 @@ def test_saved_and_loaded_it_judges_the_same(start, tmp_path):
 
 def test_settings_that_cannot_be_are_refused(task_tree):
     with pytest.raises(ConfigError, match=r"task\.features \('words'\) is for the tasks nlvr and retrieval"):
-        parse_config(task_tree("vqa", features="words"))
+        task_class(parse_config(task_tree("vqa", features="words")))
     expected = r"task\.hidden_words \(39\) and two special tokens must not exceed model\.text_positions \(40\)"
     with pytest.raises(ConfigError, match=expected):
-        parse_config(task_tree("nlvr", features="words", hidden_words=39))
-    parse_config(task_tree("nlvr", features="words", hidden_words=38))
+        task_class(parse_config(task_tree("nlvr", features="words", hidden_words=39)))
+    assert task_class(parse_config(task_tree("nlvr", features="words", hidden_words=38))) is NLVR

@@ -11,8 +11,9 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import initialize_weights
 from eve_ds.tasks.batches import TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
-from eve_ds.tasks.pair_models import IGNORED, draw_negatives
+from eve_ds.tasks.registry import task_class
 from eve_ds.tasks.retrieval import Retrieval, contrastive_loss
+from eve_ds.tasks.retrieval.pair_models import IGNORED, draw_negatives
 
 
 def caption(key, group, text="a small red circle"):
@@ -127,4 +128,4 @@ def test_candidates_are_those_of_a_loop_over_all_pairs(task_tree):
 
 def test_reranking_needs_matching(task_tree):
     with pytest.raises(ConfigError, match=r"task\.rerank \(4\) needs image-text matching: set it to 0"):
-        parse_config(task_tree("retrieval", itm_weight=0))
+        task_class(parse_config(task_tree("retrieval", itm_weight=0)))

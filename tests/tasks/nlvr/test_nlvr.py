@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.tasks.batches import TaskBatch
-from eve_ds.tasks.encoder import ClassifierOutput
+from eve_ds.tasks.classification import ClassifierOutput
 from eve_ds.tasks.examples import Example
-from eve_ds.tasks.nlvr import NLVR, write_published_csv
+from eve_ds.tasks.nlvr import NLVR
 
 
 def statement(key, label, group="g", images=2):
@@ -54,7 +54,7 @@ def test_the_two_images_are_not_exchangeable(task_tree):
 def test_published_csv_reads_as_the_corpus_script_reads_it(tmp_path):
     """`metrics_images.py` of NLVR takes what stands before the first dot, without the split, and the second column."""
     predictions = {f"dev-12-0-{k}": {"answer": k != 3} for k in range(6)} | {"dev-13-1-0": {"skipped": "missing image"}}
-    write_published_csv(predictions, tmp_path / "out.csv")
+    NLVR.write_csv(predictions, tmp_path / "out.csv")
     lines = (tmp_path / "out.csv").read_text().splitlines()
     assert lines[:2] == ["dev-12-0-0.png,true", "dev-12-0-1.png,true"]
     read = {"-".join(line.split(",")[0].split(".")[0].split("-")[1:]): line.split(",")[1] for line in lines}

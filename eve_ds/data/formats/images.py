@@ -1,0 +1,44 @@
+"""Rules for image files that annotations name: which of several paths is meant, and whether the folder is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from eve_ds.data.errors import SourceError
+
+PROBED_IMAGES = 20
+"""Images spread over a set of which at least one must exist, or the image folder is taken to be wrong."""
+
+
+def first_existing(folder: Path, names: Sequence[str]) -> Path:
+    """The first of several paths below the folder that is a file; without any the last, whose reader reports it."""
+    paths = [folder / name for name in names]
+    return next((path for path in paths if path.is_file()), paths[-1])
+
+
+def probe_step(total: int) -> int:
+    """Distance between the probed ones of `total` entries."""
+    return max(1, total // PROBED_IMAGES)
+
+
+def require_some_image(paths: Iterable[Path], where: str | Path) -> None:
+    """Refuse an image folder in which no probed image exists, before an hour is spent skipping every sample.
+
+    Args:
+        paths: probed images; none are read after the first that exists. No path at all passes.
+        where: annotation file, for the message.
+
+    Raises:
+        SourceError: no path is a file.
+    """
+    missing = []
+    for path in paths:
+        if path.is_file():
+            return
+        missing.append(path)
+    if missing:
+        raise SourceError(
+            f"{where}: none of {len(missing)} probed images exists (the first: {missing[0]}): set the folder of the "
+            "images with --images"
+        )

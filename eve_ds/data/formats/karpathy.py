@@ -1,0 +1,70 @@
+"""COCO and Flickr30K captions with Karpathy's splits: `dataset_coco.json`, `dataset_flickr30k.json`.
+
+`{"images": [{filename, filepath, split, cocoid, sentences: [{raw}]}]}`; `filepath` and `cocoid` only for COCO.
+https://cs.stanford.edu/people/karpathy/deepimagesent
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.entries import Entry, Undecodable, described, numbered, read_json
+
+TRAIN_SPLITS = ("train", "restval")
+"""Splits that are trained on together."""
+
+
+class CaptionedImage(NamedTuple):
+    """One image with its captions."""
+
+    entry: Entry
+    path: str
+    """Below the image folder."""
+    captions: tuple[str, ...]
+    """May be empty, and so may each of them."""
+    cocoid: str | None
+    """Number of the image in COCO."""
+
+
+def read_entries(path: Path, undecodable: Undecodable = "refuse") -> list[Entry]:
+    """Entries of all splits in the order of the file; raises :class:`SourceError` for a file of another form."""
+    tree = read_json(path, undecodable)
+    if not (isinstance(tree, dict) and isinstance(tree.get("images"), list)):
+        raise SourceError(
+            f'{path} is not a Karpathy JSON: expected {{"images": [{{"filename", "split", "sentences": '
+            f'[{{"raw"}}]}}]}}, found {described(tree)}'
+        )
+    return numbered(tree["images"], path)
+
+
+def of_splits(entries: Sequence[Entry], splits: Sequence[str], path: Path) -> list[Entry]:
+    """Entries of the splits, and those that are no objects, which the reader of records judges.
+
+    Raises:
+        SourceError: no entry is of one of the splits; names the splits of the file.
+    """
+    found = Counter(entry.content.get("split") for entry in entries if isinstance(entry.content, dict))
+    if not any(split in found for split in splits):
+        have = ", ".join(f"{name} ({count})" for name, count in sorted(found.items(), key=str))
+        raise SourceError(f"{path} has no image of split {' or '.join(splits)}; it has: {have or 'no images'}")
+    return [entry for entry in entries if not isinstance(entry.content, dict) or entry.content.get("split") in splits]
+
+
+def captioned_image(entry: Entry) -> CaptionedImage:
+    """Record of an entry; raises :class:`SourceError` for a field that is missing or malformed."""
+    folder = entry.get("filepath", "")
+    if not isinstance(folder, str):
+        raise entry.error(f"filepath ({folder!r}) must be a text")
+    path = str(PurePosixPath(folder) / entry.file_name("filename"))
+    sentences = entry.get("sentences")
+    if not isinstance(sentences, list) or not all(isinstance(item, dict) for item in sentences):
+        raise entry.error(f"image {path} has no sentences but {sentences!r}: give a list of objects with `raw`")
+    captions = tuple(item.get("raw") for item in sentences)
+    if not all(isinstance(caption, str) for caption in captions):
+        raise entry.error(f"raw of a sentence of image {path} must be a text")
+    cocoid = entry.get("cocoid")
+    return CaptionedImage(entry, path, captions, None if cocoid is None else str(cocoid))

@@ -1,0 +1,132 @@
+"""NLVR 1.0 (Suhr et al., ACL 2017) in its published layout, as a folder or as a tar archive of any compression.
+
+`SPLIT/SPLIT.json` holds one JSON object a line with `sentence`, `label`, `identifier` (N-M) and `directory`; the image
+`SPLIT/images/DIRECTORY/SPLIT-N-M-K.png` shows permutation K (0 to 5) of three boxes, so a sentence that is true of one
+permutation is true of all six. Images are 400x100 RGBA with an opaque alpha channel.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.entries import Entry
+
+PERMUTATIONS = 6
+IMAGE_NAME = re.compile(r"(?P<split>[A-Za-z]\w*)-(?P<identifier>\d+-\d+)-[0-5]\.png")
+LAYOUT = "expected SPLIT/SPLIT.json beside SPLIT/images/DIRECTORY/SPLIT-N-M-K.png"
+
+
+class Statement(NamedTuple):
+    """One sentence about six images."""
+
+    split: str
+    identifier: str
+    """`N-M`; N is shared by the statements with the same sentence."""
+    sentence: str
+    label: bool | None
+    """Whether the sentence is true; None where it is not published."""
+
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """Names of the six images, without suffix."""
+        return tuple(f"{self.split}-{self.identifier}-{k}" for k in range(PERMUTATIONS))
+
+
+def read_statements(data: bytes, split: str, path: Path) -> Iterator[Statement]:
+    """Statements of one annotation file.
+
+    Args:
+        data: content of the file.
+        split: the split that it belongs to.
+        path: folder or archive, for messages.
+
+    Raises:
+        SourceError: a line is not an NLVR example.
+    """
+    for number, line in enumerate(data.splitlines(), start=1):
+        where = f"line {number} of {split}.json"
+        try:
+            entry = Entry(json.loads(line), where)
+            yield Statement(split, entry.text("identifier"), entry.text("sentence"), entry.label())
+        except ValueError as error:  # SourceError of the entry, JSONDecodeError, UnicodeDecodeError
+            raise SourceError(
+                f"{path}: {where} is not an NLVR example; expected one JSON object a line with sentence, label, "
+                f"identifier ({error})"
+            ) from None
+
+
+def folder_splits(folder: Path) -> list[tuple[Path, Path]]:
+    """Pairs of annotation file and image folder of the splits at, below, or two levels below the folder."""
+    found = [path for pattern in ("*.json", "*/*.json", "*/*/*.json") for path in folder.glob(pattern)]
+    return [(path, path.parent / "images") for path in sorted(found) if (path.parent / "images").is_dir()]
+
+
+def annotated_split(path: PurePosixPath) -> str | None:
+    """Split whose annotations a file has by its place in the layout; None for other files."""
+    return path.stem if path.suffix == ".json" and path.parent.name in {path.stem, ""} else None
+
+
+def image_split(name: PurePosixPath) -> str | None:
+    """Split whose image a file is by its name; None for other files."""
+    match = IMAGE_NAME.fullmatch(name.name)
+    return match["split"] if match else None
+
+
+def archive_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Files of an archive in order, read as a stream; raises :class:`SourceError` where it is damaged."""
+    read = 0
+    try:
+        with tarfile.open(path, mode="r|*") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    read += 1
+                    yield PurePosixPath(member.name), file.read()
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        if read:
+            raise SourceError(f"{path} is damaged after {read} files ({error}); get it again") from None
+        raise SourceError(f"{path} is not a tar archive ({error}); {LAYOUT}") from None
+
+
+class Corpus(NamedTuple):
+    """Statements and images of a folder or an archive."""
+
+    statements: list[Statement]
+    images: dict[str, Path | bytes]
+    """By name without suffix: path of a file of a folder, content of a member of an archive."""
+
+
+def read_corpus(path: Path, split: str | None) -> Corpus:
+    """Statements and images of one split, or of all.
+
+    Images of an archive are held in memory; those of a folder are not read.
+
+    Raises:
+        SourceError: a damaged archive, a malformed line, or no annotations of the split.
+    """
+    corpus = Corpus([], {})
+    for name, content in _folder_files(path) if path.is_dir() else archive_members(path):
+        annotated = annotated_split(name)
+        if annotated is not None and split in (None, annotated):
+            data = content.read_bytes() if isinstance(content, Path) else content
+            corpus.statements.extend(read_statements(data, annotated, path))
+        elif (shown := image_split(name)) is not None and split in (None, shown):
+            corpus.images[name.stem] = content
+    if not corpus.statements:
+        raise SourceError(f"{path} has no SPLIT.json{f' of split {split}' if split else ''}: it is not NLVR's layout")
+    return corpus
+
+
+def _folder_files(folder: Path) -> Iterator[tuple[PurePosixPath, Path | bytes]]:
+    """Annotations, then images, of each split of a folder."""
+    for sentences, images in folder_splits(folder):
+        for path in (sentences, *sorted(images.rglob("*.png"))):
+            yield PurePosixPath(path.relative_to(folder)), path

@@ -1,0 +1,93 @@
+"""JSON lists of the released code of ALBEF, X-VLM and EVE: captions, questions, and statements about images.
+
+Captions: `[{image, caption, image_id}]`; `caption` is a text or a list, `image_id` may be absent.
+Questions: `[{image, question, question_id, answer, question_type}]`; `answer` is a text or one text per annotator,
+absent in a test set.
+Statements: `[{images: [left, right], sentence, label}]`; `label` is absent in a test set.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.entries import Entry, described
+
+
+class CaptionedImage(NamedTuple):
+    """One image with one or more captions; several entries may describe the same image."""
+
+    entry: Entry
+    image: str
+    """Path below the image folder."""
+    captions: tuple[str, ...]
+    """May be empty, and so may each of them."""
+    image_id: str | None
+    """None where the entry has none."""
+
+
+class Question(NamedTuple):
+    """One question about one image."""
+
+    question_id: str
+    image: str
+    """Path below the image folder."""
+    question: str
+    question_type: str
+    """Empty where the entry has none."""
+    answers: tuple[str, ...]
+    """One per annotator; empty in a test set."""
+
+
+class Statement(NamedTuple):
+    """One statement about images."""
+
+    images: tuple[str, ...]
+    """Paths below the image folder, left to right."""
+    sentence: str
+    label: bool | None
+    """Whether the statement is true; None in a test set."""
+
+
+def captioned_image(entry: Entry) -> CaptionedImage:
+    """Record of an entry with captions; raises :class:`SourceError` for a field that is missing or malformed."""
+    image_id = entry.get("image_id")
+    return CaptionedImage(
+        entry, entry.file_name("image"), entry.texts("caption"), None if image_id is None else str(image_id)
+    )
+
+
+def question(entry: Entry) -> Question:
+    """Record of an entry with a question; raises :class:`SourceError` for a field that is missing or malformed."""
+    return Question(
+        question_id=entry.text("question_id"),
+        image=entry.file_name("image"),
+        question=entry.text("question"),
+        question_type=str(entry.get("question_type", "")),
+        answers=entry.texts("answer") if entry.get("answer") is not None else (),
+    )
+
+
+def statement(entry: Entry) -> Statement:
+    """Record of an entry with a statement; raises :class:`SourceError` for a field that is missing or malformed."""
+    return Statement(entry.texts("images"), entry.text("sentence"), entry.label())
+
+
+def require_captions(tree: Any, path: Path) -> None:
+    """Raise :class:`SourceError` unless the document is a list whose first entry has an image and captions."""
+    if isinstance(tree, list) and tree and _has_captions(Entry(tree[0], str(path))):
+        return
+    found = f"a list of {described(tree[0])}" if isinstance(tree, list) and tree else described(tree)
+    raise SourceError(
+        f'{path} is not a caption JSON: expected [{{"image": path, "caption": text or list, "image_id": id}}], '
+        f"found {found}"
+    )
+
+
+def _has_captions(entry: Entry) -> bool:
+    try:
+        captioned_image(entry)
+    except SourceError:
+        return False
+    return True

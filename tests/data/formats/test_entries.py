@@ -1,0 +1,94 @@
+"""Entries name their file and number; JSON files may be documents or lines, and image folders are probed."""
+
+import json
+
+import pytest
+
+from eve_ds.config import ConfigError
+from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.entries import Entry, list_entries, read_json
+from eve_ds.data.formats.images import first_existing, probe_step, require_some_image
+from eve_ds.data.formats.sniff import sniff
+
+
+def test_errors_of_sources_are_errors_of_the_configuration():
+    assert issubclass(SourceError, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("content", "read", "message"),
+    [
+        (7, lambda entry: entry.text("a"), "must be an object"),
+        ({"a": ""}, lambda entry: entry.text("a"), r"a \(''\) must be a text"),
+        ({"a": True}, lambda entry: entry.text("a"), r"a \(True\) must be a text"),
+        ({"a": 5}, lambda entry: entry.file_name("a"), r"a \(5\) must be a text"),
+        ({"a": ["x", 1]}, lambda entry: entry.texts("a"), r"a \(\['x', 1\]\) must be a text or a list of texts"),
+        ({"label": "maybe"}, lambda entry: entry.label(), r"label \('maybe'\) must be true or false"),
+    ],
+)
+def test_a_bad_field_is_one_line_with_its_place(content, read, message):
+    with pytest.raises(SourceError, match=rf"^a\.json entry 3: {message}$"):
+        read(Entry(content, "a.json entry 3"))
+
+
+def test_fields_are_converted():
+    entry = Entry({"id": 7, "one": "x", "many": ["x", ""], "label": "TRUE"}, "here")
+    assert (entry.text("id"), entry.texts("one"), entry.texts("many")) == ("7", ("x",), ("x", ""))
+    assert (entry.label(), Entry({}, "here").label()) == (True, None)
+
+
+def test_entries_are_numbered_within_their_file(tmp_path):
+    (tmp_path / "list.json").write_text('[{"a": 1}, {"a": 2}]')
+    (tmp_path / "lines.json").write_text('{"a": 3}\n\n{"a": 4}\n')
+    found = list(list_entries([tmp_path / "list.json", tmp_path / "lines.json"]))
+    assert [entry.get("a") for entry in found] == [1, 2, 3, 4]
+    assert [entry.where for entry in found] == [
+        f"{tmp_path}/{f}.json entry {i}" for f in ("list", "lines") for i in (0, 1)
+    ]
+    (tmp_path / "object.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"object\.json must be a list of entries, not an object"):
+        list(list_entries([tmp_path / "object.json"]))
+
+
+def test_bytes_that_are_not_utf8_are_refused_or_kept(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf["\xff"]')
+    assert read_json(path, "keep") == ["\udcff"]
+    with pytest.raises(SourceError, match=r"annotation file .*a\.json cannot be read: 'utf-8' codec"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("tree", "name"),
+    [
+        ({"questions": []}, "vqav2"),
+        ({"annotations": []}, "vqav2"),
+        ({"images": []}, "karpathy"),
+        ([{"identifier": "dev-1-0-0"}], "nlvr2"),
+        ([{"image": "a.jpg"}], "json"),
+    ],
+)
+def test_a_format_is_recognized_by_its_content(tmp_path, tree, name):
+    (tmp_path / "a.json").write_text(json.dumps(tree))
+    assert sniff(tmp_path / "a.json") == name
+    assert sniff(tmp_path) == sniff(tmp_path / "gone.tar.xz") == "nlvr"
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[3]", "{}"])
+def test_a_file_without_a_known_form_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SourceError, match=r"a\.json is in no known form: a list of entries, VQAv2's questions"):
+        sniff(tmp_path / "a.json")
+
+
+def test_an_image_folder_passes_if_one_probed_image_exists(tmp_path):
+    (tmp_path / "b.jpg").touch()
+    assert first_existing(tmp_path, ("a.jpg", "b.jpg", "c.jpg")) == tmp_path / "b.jpg"
+    assert first_existing(tmp_path, ("a.jpg", "c.jpg")) == tmp_path / "c.jpg"
+    later = (tmp_path / name for name in ("a.jpg", "b.jpg", "c.jpg"))
+    require_some_image(later, "x.json")
+    assert list(later) == [tmp_path / "c.jpg"], "no path is looked at after the first that exists"
+    require_some_image([], "x.json")
+    with pytest.raises(SourceError, match=r"x\.json: none of 2 probed images exists .*a\.jpg\): set the folder of the"):
+        require_some_image([tmp_path / "a.jpg", tmp_path / "c.jpg"], "x.json")
+    assert [probe_step(total) for total in (1, 20, 45)] == [1, 1, 2]

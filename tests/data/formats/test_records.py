@@ -1,0 +1,167 @@
+"""Records of each published format, and the one-line errors of files and entries of another form."""
+
+import json
+import tarfile
+
+import pytest
+
+from eve_ds.config import parse_config
+from eve_ds.data.errors import SourceError
+from eve_ds.data.formats import karpathy, nlvr, nlvr2, released, tables, vqav2
+from eve_ds.data.formats.entries import Entry
+from eve_ds.data.importers import CaptionJson, Karpathy
+from eve_ds.tasks.formats import load_examples
+
+
+def entry(**content):
+    return Entry(content, "a.json entry 0")
+
+
+def write_json(path, tree):
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return path
+
+
+# --- Karpathy ---------------------------------------------------------------------------------------------------------
+
+
+def test_karpathy_record():
+    coco = entry(filepath="val2014", filename="1.jpg", cocoid=1, sentences=[{"raw": "one"}, {"raw": ""}])
+    assert karpathy.captioned_image(coco)[1:] == ("val2014/1.jpg", ("one", ""), "1")
+    flickr = entry(filename="2.jpg", sentences=[])
+    assert karpathy.captioned_image(flickr)[1:] == ("2.jpg", (), None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"sentences": []}, r"filename \(None\) must be a text"),
+        ({"filename": "a", "filepath": 3, "sentences": []}, r"filepath \(3\) must be a text"),
+        ({"filename": "a"}, "image a has no sentences but None: give a list of objects with `raw`"),
+        ({"filename": "a", "sentences": ["x"]}, r"image a has no sentences but \['x'\]"),
+        ({"filename": "a", "sentences": [{"raw": 3}]}, "raw of a sentence of image a must be a text"),
+    ],
+)
+def test_malformed_karpathy_entries(content, message):
+    with pytest.raises(SourceError, match=rf"^a\.json entry 0: {message}"):
+        karpathy.captioned_image(entry(**content))
+
+
+def test_entries_of_karpathy_splits(tmp_path):
+    images = [{"split": "train"}, 7, {"split": "val"}, {}]
+    path = write_json(tmp_path / "a.json", {"images": images})
+    entries = karpathy.read_entries(path)
+    chosen = karpathy.of_splits(entries, karpathy.TRAIN_SPLITS, path)
+    assert [item.content for item in chosen] == [{"split": "train"}, 7]
+    with pytest.raises(SourceError, match=r"no image of split test or dev; it has: train \(1\), val \(1\), None \(1\)"):
+        karpathy.of_splits(entries, ("test", "dev"), path)
+
+
+# --- released code ----------------------------------------------------------------------------------------------------
+
+
+def test_released_records():
+    caption = released.captioned_image(entry(image="a.jpg", caption="one", image_id=17))
+    assert caption[1:] == ("a.jpg", ("one",), "17")
+    assert released.captioned_image(entry(image="a.jpg", caption=[], image_id=None))[2:] == ((), None)
+    question = released.question(entry(image="a.jpg", question="who?", question_id=7, answer="x"))
+    assert question == ("7", "a.jpg", "who?", "", ("x",))
+    statement = released.statement(entry(images=["a.jpg", "b.jpg"], sentence="so", label="False"))
+    assert statement == (("a.jpg", "b.jpg"), "so", False)
+
+
+# --- VQAv2 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ([1], r"a\.json must be an object with `questions` or `annotations`, not a list of 1"),
+        ({"questions": [{"question_id": 1, "image_id": "x"}]}, r"entry 0: image_id \('x'\) must be the number of a CO"),
+        ({"questions": [], "annotations": [{"question_id": 1}]}, r"a\.json holds no questions"),
+    ],
+)
+def test_vqav2_of_another_form(tmp_path, tree, message):
+    with pytest.raises(SourceError, match=message):
+        list(vqav2.read_questions([write_json(tmp_path / "a.json", tree)]))
+
+
+def test_vqav2_answers_must_be_objects(tmp_path):
+    tree = {
+        "questions": [{"question_id": 1, "image_id": 2, "question": "who?"}],
+        "annotations": [{"question_id": 1, "answers": ["x"]}],
+    }
+    with pytest.raises(SourceError, match="entry 0: answers must be a list of objects with `answer`"):
+        list(vqav2.read_questions([write_json(tmp_path / "a.json", tree)]))
+
+
+# --- NLVR2 and NLVR ---------------------------------------------------------------------------------------------------
+
+
+def test_nlvr2_record_names_the_places_of_its_images():
+    record = nlvr2.statement(entry(identifier="dev-1-0-2", sentence="so", label="True", directory=7))
+    left, right = ((f"7/dev-1-0-img{side}.png", f"dev-1-0-img{side}.png") for side in (0, 1))
+    assert record == ("dev-1-0-2", "so", True, (left, right))
+    assert nlvr2.statement(entry(identifier="dev-1-0-2", sentence="so")).images[0] == ("dev-1-0-img0.png",)
+
+
+def write_nlvr(folder):
+    line = {"sentence": "there is a box", "label": "true", "identifier": "12-1", "directory": "0"}
+    for split in ("dev", "test"):
+        (folder / split / "images" / "0").mkdir(parents=True)
+        (folder / split / f"{split}.json").write_text(json.dumps(line) + "\n")
+        (folder / split / "images" / "0" / f"{split}-12-1-0.png").write_bytes(b"png")
+        (folder / split / "images" / "0" / "notes.png").write_bytes(b"png")
+    return folder
+
+
+def test_nlvr_of_a_folder_is_read_lazily_and_of_an_archive_as_a_stream(tmp_path):
+    folder = write_nlvr(tmp_path / "nlvr")
+    with tarfile.open(tmp_path / "nlvr.tar.gz", "w:gz") as archive:
+        archive.add(folder, "nlvr")
+    image = folder / "dev" / "images" / "0" / "dev-12-1-0.png"
+    for path, content in ((folder, image), (tmp_path / "nlvr.tar.gz", b"png")):
+        corpus = nlvr.read_corpus(path, "dev")
+        assert corpus.statements == [nlvr.Statement("dev", "12-1", "there is a box", True)]
+        assert corpus.images == {"dev-12-1-0": content}
+        assert len(nlvr.read_corpus(path, None).statements) == 2
+        with pytest.raises(SourceError, match=r"has no SPLIT\.json of split hidden: it is not NLVR's layout"):
+            nlvr.read_corpus(path, "hidden")
+
+
+@pytest.mark.parametrize("line", ["{", "7", '{"sentence": "a"}', '{"sentence": "a", "identifier": "1", "label": 2}'])
+def test_a_line_that_is_no_nlvr_example(tmp_path, line):
+    with pytest.raises(
+        SourceError, match=r"here: line 1 of dev\.json is not an NLVR example; expected .* identifier \("
+    ):
+        list(nlvr.read_statements(line.encode(), "dev", "here"))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_table_are_read_as_a_stream(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("image\tcaption\na.jpg\tone\nb.jpg\n")
+    rows = iter(tables.Table(path, tables.Columns("image", "caption", None)))
+    assert next(rows) == (1, "a.jpg", "one", None)
+    assert next(rows) == (2, "b.jpg", None, None)
+
+
+# --- both readers -----------------------------------------------------------------------------------------------------
+
+
+def test_shards_and_tasks_read_the_same_captions(tmp_path, task_tree):
+    (tmp_path / "a.jpg").touch()
+    sentences = [{"raw": "one"}, {"raw": "two"}]
+    trees = {
+        "karpathy": {"images": [{"filename": "a.jpg", "split": "train", "sentences": sentences}]},
+        "json": [{"image": "a.jpg", "caption": ["one", "two"]}],
+    }
+    for name, tree in trees.items():
+        path = write_json(tmp_path / f"{name}.json", tree)
+        source = {"format": "auto", "annotations": [str(path)]}
+        examples = load_examples(parse_config(task_tree("retrieval", train=source)), "train")
+        (candidate,) = Karpathy(path) if name == "karpathy" else CaptionJson([path])
+        assert tuple(example.text for example in examples) == candidate.captions
+        assert {str(example.images[0]) for example in examples} == {candidate.image.path}
