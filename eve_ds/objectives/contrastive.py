@@ -28,6 +28,10 @@ INITIAL_TEMPERATURE, LOWEST_TEMPERATURE = 0.07, 0.01
 """CLIP (Radford et al., 2021) section 2.5: similarities are multiplied by at most 100."""
 
 
+IGNORED = -100
+"""Label of a pair that enters no loss."""
+
+
 class MatchingOutput(NamedTuple):
     """Predictions of `itc` and `itm` for B pairs."""
 
@@ -208,11 +212,11 @@ def matching_loss(logits: Tensor, labels: Tensor | None = None) -> Tensor:
     Args:
         logits: (3 * B, 2), see :class:`MatchingOutput`. Their negatives were drawn from the pairs of this rank's
             micro-batch, so another split draws others.
-        labels: (3 * B,) int64, 1 = match; None: the first third matches. -100 leaves a row out.
+        labels: (3 * B,) int64, 1 = match; None: the first third matches. IGNORED leaves a row out.
     """
     if labels is None:
         labels = (torch.arange(len(logits), device=logits.device) < len(logits) // 3).long()
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
 
 
 @torch.no_grad()
@@ -227,15 +231,15 @@ def draw_hard_negatives(similarity: Tensor, same: Tensor | None = None) -> tuple
         same: (B, B) bool, symmetric: further pairs that would be right; None: the diagonal alone.
 
     Returns:
-        image_ids (B,) int64: an image for every text; text_ids (B,) int64: a text for every image. Where every partner
-        would be right, the id is one of those.
+        image_ids (B,) int64: an image for every text; text_ids (B,) int64: a text for every image. Where `same` leaves
+        no wrong partner, the id is that of a right one.
 
     Raises:
-        ValueError: a single pair, for which no negative exists.
+        ValueError: a single pair without `same`, for which no negative exists.
     """
-    if len(similarity) < 2:
-        raise ValueError("hard negatives need at least two pairs of an image and a text")
     if same is None:
+        if len(similarity) < 2:
+            raise ValueError("hard negatives need at least two pairs of an image and a text")
         logits = similarity.clone().fill_diagonal_(-math.inf)
     else:
         logits = similarity.masked_fill(same & ~same.all(dim=1, keepdim=True), -math.inf)

@@ -3,6 +3,6 @@
 Li et al., ALBEF (NeurIPS 2021), sections 3.2 and 4, with one backbone for images, texts and pairs.
 """
 
-from eve_ds.tasks.retrieval.task import Retrieval, contrastive_loss
+from eve_ds.tasks.retrieval.task import Retrieval
 
-__all__ = ["Retrieval", "contrastive_loss"]
+__all__ = ["Retrieval"]

@@ -16,11 +16,9 @@ from eve_ds.config import Config
 from eve_ds.distributed import gather_rows
 from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.moe import MoEOutput
+from eve_ds.objectives.contrastive import IGNORED, GlobalPairs, draw_hard_negatives
 from eve_ds.tasks.features.class_token import VisiblePatches, image_class_states, sum_outputs, text_class_states
 from eve_ds.tasks.task import task_section
-
-IGNORED = -100
-"""Label of a pair that enters no loss."""
 
 
 class PairScorer(Protocol):
@@ -112,8 +110,8 @@ class RetrievalModel(nn.Module):
         logits = contrastive_logits(images, texts, scale, targets)
         if not self.matching:
             return RetrievalOutput(*logits, None, None, *sum_outputs((image_pass, text_pass)))
-        wrong_texts, has_wrong = draw_negatives(scale * images @ texts.t(), targets)
-        wrong_images, _ = draw_negatives(scale * texts @ images.t(), targets)
+        same = targets.unsqueeze(1) == targets.unsqueeze(0)
+        wrong_images, wrong_texts = draw_hard_negatives((scale * images @ texts.t()).detach(), same)
         paired_images = torch.cat([pixel_values, pixel_values, pixel_values[wrong_images]])
         pair_pass = self.backbone(
             paired_images,
@@ -121,7 +119,7 @@ class RetrievalModel(nn.Module):
             torch.cat([attention_mask, attention_mask[wrong_texts], attention_mask]),
             visible_patch_ids=self.visible_patches(paired_images),
         )
-        wrong = torch.where(has_wrong, 0, IGNORED)
+        wrong = torch.where(same.all(dim=1), IGNORED, 0)
         return RetrievalOutput(
             *logits,
             self.head.matching(text_class_states(pair_pass)),
@@ -156,28 +154,10 @@ def contrastive_logits(images: Tensor, texts: Tensor, scale: Tensor, targets: Te
     Returns:
         (B, G) of images to texts, (B, G) of texts to images, (B, G) bool.
     """
+    everyone = GlobalPairs.of(images, texts, gather_rows)
     same = targets.unsqueeze(1) == gather_rows(targets)[0].unsqueeze(0)
-    return scale * images @ gather_rows(texts)[0].t(), scale * texts @ gather_rows(images)[0].t(), same
+    return scale * images @ everyone.texts.t(), scale * texts @ everyone.images.t(), same
 
 
 def _unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1)
-
-
-@torch.no_grad()
-def draw_negatives(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """A wrong partner for each row, drawn in proportion to the softmax of its logits: hard ones more often.
-
-    Args:
-        logits: (B, B) of this rank's batch.
-        targets: (B,) int64, equal for partners that would be right.
-
-    Returns:
-        (B,) int64 partners, and (B,) bool whether there was one; where not, the partner is the row itself.
-    """
-    same = targets.unsqueeze(1) == targets.unsqueeze(0)
-    has_wrong = ~same.all(dim=1)
-    # A floor, so that a row whose softmax has underflowed everywhere but at the right partner can still draw.
-    weights = (logits.float().softmax(dim=1) + 1e-6).masked_fill(same, 0.0)
-    weights[~has_wrong] = torch.eye(len(targets), device=logits.device)[~has_wrong]
-    return torch.multinomial(weights, 1).squeeze(1), has_wrong

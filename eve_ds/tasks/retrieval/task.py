@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -17,25 +16,20 @@ from eve_ds.data.captions import CaptionEncoder
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
+from eve_ds.objectives.contrastive import contrastive_loss, matching_loss
 from eve_ds.objectives.router import router_losses
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example, SceneExamples, Section
 from eve_ds.tasks.features.words import Template
 from eve_ds.tasks.retrieval.examples import SceneCaptions, read_karpathy, read_released
 from eve_ds.tasks.retrieval.gallery import IMAGE, RECALL_AT, TEXT, Gallery
-from eve_ds.tasks.retrieval.pair_models import IGNORED, PairScorer, RetrievalModel, RetrievalOutput
+from eve_ds.tasks.retrieval.pair_models import PairScorer, RetrievalModel, RetrievalOutput
 from eve_ds.tasks.retrieval.word_model import WordRetrievalModel
 from eve_ds.tasks.retrieval.zero_shot import MAX_LENGTHS, zero_shot_settings
 from eve_ds.tasks.task import Match, Reader, Record, Task, task_section
 
 PROBED_CAPTIONS = 4096
 """Number of captions, spread over the set, that a template is made from."""
-
-
-def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
-    """Cross-entropy of (B, G) logits with the right columns, (B, G) bool, sharing the target evenly; mean over rows."""
-    target = same.float() / same.sum(dim=1, keepdim=True)
-    return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
 class Retrieval(Task):
@@ -134,10 +128,9 @@ class Retrieval(Task):
 
     def losses(self, output: RetrievalOutput, batch: TaskBatch) -> dict[str, Tensor]:
         """ITC, the mean over both directions, and ITM over true and drawn pairs."""
-        contrast = [contrastive_loss(logits, output.same) for logits in (output.image_logits, output.text_logits)]
-        terms = {"itc": torch.stack(contrast).mean()}
+        terms = {"itc": contrastive_loss(output.image_logits, output.text_logits, output.same)}
         if output.matching_logits is not None and output.matching_labels is not None:
-            terms["itm"] = F.cross_entropy(output.matching_logits.float(), output.matching_labels, ignore_index=IGNORED)
+            terms["itm"] = matching_loss(output.matching_logits.float(), output.matching_labels)
         return terms | router_losses(output.moe, output.num_tokens)
 
     def term_weights(self) -> dict[str, float]:

@@ -9,11 +9,11 @@ import torch
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import initialize_weights
+from eve_ds.objectives.contrastive import IGNORED, contrastive_loss, draw_hard_negatives
 from eve_ds.tasks.batches import TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.registry import task_class
-from eve_ds.tasks.retrieval import Retrieval, contrastive_loss
-from eve_ds.tasks.retrieval.pair_models import IGNORED, draw_negatives
+from eve_ds.tasks.retrieval import Retrieval
 
 
 def caption(key, group, text="a small red circle"):
@@ -35,30 +35,43 @@ def test_contrastive_loss_shares_the_target_among_captions_of_one_image():
         total = sum(math.exp(value) for value in logits[row])
         right = [-math.log(math.exp(logits[row, column]) / total) for column in range(3) if same[row, column]]
         expected += sum(right) / len(right) / 2
-    assert float(contrastive_loss(logits, same)) == pytest.approx(expected)
+    assert float(contrastive_loss(logits, logits, same)) == pytest.approx(expected)
+
+
+def same_image(*targets):
+    numbers = torch.tensor(targets)
+    return numbers.unsqueeze(1) == numbers.unsqueeze(0)
 
 
 def test_negatives_are_never_of_the_same_image_and_hard_ones_come_more_often():
-    logits = torch.tensor([[9.0, 5.0, 3.0, 8.0]]).repeat(4, 1)
-    targets = torch.tensor([7, 8, 9, 7])  # rows 0 and 3 are of one image
+    similarity = torch.tensor([[9.0, 5.0, 3.0, 8.0]]).repeat(4, 1)
     torch.manual_seed(0)
-    draws = torch.stack([draw_negatives(logits, targets)[0] for _ in range(400)])
+    same = same_image(7, 8, 9, 7)  # rows 0 and 3 are of one image
+    draws = torch.stack([draw_hard_negatives(similarity, same)[1] for _ in range(400)])
     assert set(draws[:, 0].tolist()) == {1, 2}
     assert set(draws[:, 1].tolist()) <= {0, 2, 3}
     chances = (draws[:, 0] == 1).float().mean()  # e^5 to e^3
     assert float(chances) == pytest.approx(1 / (1 + math.exp(-2)), abs=0.06)
 
 
-def test_a_batch_of_one_image_has_no_negatives():
-    partners, has_wrong = draw_negatives(torch.zeros(2, 2), torch.tensor([4, 4]))
-    assert partners.tolist() == [0, 1]
-    assert not has_wrong.any()
+def test_a_batch_of_one_image_has_no_negatives(task_tree):
+    task = Retrieval(parse_config(task_tree("retrieval")))
+    examples = [caption("0", "a"), caption("1", "a")]
+    batch = TaskBatch(
+        examples,
+        torch.randn(2, 1, 3, 64, 64),
+        torch.tensor([[2, 5, 3], [2, 6, 3]]),
+        torch.ones(2, 3, dtype=torch.bool),
+        task.targets(examples),
+    )
+    output = drawn(task).train()(**batch.model_inputs())
+    assert output.matching_labels.tolist() == [1, 1, IGNORED, IGNORED, IGNORED, IGNORED]
 
 
 def test_a_confident_row_still_draws_a_negative():
-    partners, has_wrong = draw_negatives(torch.tensor([[200.0, -200.0], [-200.0, 200.0]]), torch.tensor([0, 1]))
-    assert partners.tolist() == [1, 0]
-    assert has_wrong.all()
+    similarity = torch.tensor([[200.0, -200.0], [-200.0, 200.0]])
+    image_ids, text_ids = draw_hard_negatives(similarity, same_image(0, 1))
+    assert image_ids.tolist() == text_ids.tolist() == [1, 0]
 
 
 def test_training_forward_gives_finite_terms_and_gradients_to_all_of_the_head(task_tree):
