@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
+import eve_ds
 from eve_ds.config import load_config, presets
 from eve_ds.config.tree import Config
 
@@ -92,3 +94,8 @@ def test_named_flags_and_make_targets_exist(page):
 
 def test_readme_is_short():
     assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 130
+
+
+def test_citation_and_changelog_name_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == eve_ds.__version__
+    assert f"## {eve_ds.__version__}" in TEXTS[ROOT / "CHANGELOG.md"]
