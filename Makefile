@@ -1,9 +1,12 @@
-# make demo    installs into .venv, pre-trains a small EVE on two expert-parallel ranks, shows what it learnt
-# make test    the same environment, then every test
-# make soak    minutes of faults: 25 kills in a row, a checkpoint of 4 GiB
-# make gpu     on a machine with a GPU: build, tests, sanitizers, speed, in eight minutes; WHEELS=DIR without network
-# make gpu-wheels  collects that folder: what a machine with torch, transformers and pytest still lacks
-# make lint    ruff (rules and format), mypy, codespell
+# make demo        install into .venv, pre-train a small EVE on two expert-parallel ranks, report what it learned
+# make demo-seeds  the same for three seeds
+# make test        install the development tools as well, then run every test
+# make lint        ruff (rules and format), mypy, codespell
+# make format      apply ruff's fixes and formatting
+# make soak        minutes of fault tests: 25 kills in a row, a checkpoint of 4 GiB
+# make gpu         on a machine with a GPU: build, test, sanitize and time the ops in eight minutes
+#                  (without network: make gpu WHEELS=DIR)
+# make gpu-wheels  collect DIR: the packages that a machine with torch, transformers and pytest still lacks
 # Another interpreter: make PYTHON=python3.12 ...    Single tests: make test TESTS="tests/config -k nearest"
 
 PYTHON ?= python3
@@ -11,32 +14,40 @@ TESTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
 GPU_PYTHON ?= 3.12
 GPU_PACKAGES := pydantic|pydantic_core|annotated-types|typing-inspection|webdataset|braceexpand|msgpack
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-# The launchers (deepspeed, torchrun, mpirun) and the programs they start are those of the environment.
+# Take the launchers (deepspeed, torchrun, mpirun) and the programs they start from the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# No DeepSpeed extension is compiled at installation; none is needed on a CPU.
+# Compile no DeepSpeed extension at installation; a CPU needs none.
 export DS_BUILD_OPS := 0
-# One thread per rank: two per rank on shared cores can be ten times slower.
+# Run one thread per rank: two per rank on shared cores can be ten times slower.
 export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: venv demo demo-seeds test soak gpu gpu-wheels lint format clean
+.PHONY: venv venv-dev demo demo-seeds test soak gpu gpu-wheels lint format clean
 
 venv: $(INSTALLED)
 
-# Without a driver, the CPU build comes first, so that no later line pulls CUDA packages: from pip's own sources where
-# they have it (a local mirror, a folder of wheels), otherwise from PyTorch's index of CPU builds.
+venv-dev: $(INSTALLED_DEV)
+
+# Without a GPU driver, install the CPU build of torch first, so that no later line pulls CUDA packages: from pip's own
+# sources if they have it (a local mirror, a folder of wheels), otherwise from PyTorch's index of CPU builds.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " \
 	  + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
-	@echo "Installing into $(VENV): some minutes, mostly downloads"
+	@echo "Installing into $(VENV): a few minutes, mostly downloads"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	nvidia-smi > /dev/null 2>&1 || $(BIN)/pip install -q -c constraints.txt torch==$(TORCH)+cpu 2> /dev/null || \
 	  $(BIN)/pip install -q -c constraints.txt --index-url $(CPU_INDEX) torch==$(TORCH)
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+# Tests and linters on top; the stamp of the runtime is a prerequisite, so that both follow the same files.
+$(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -46,35 +57,35 @@ demo: $(INSTALLED)
 demo-seeds: $(INSTALLED)
 	$(BIN)/python launcher/demo.py --out runs/demo --seeds 3
 
-# A killed DeepSpeed build leaves a lock in its cache of extensions that the next one waits for: a new cache per run.
-test: $(INSTALLED)
+# Use a new cache of DeepSpeed extensions per run: a killed build leaves a lock there, and the next build waits for it.
+test: $(INSTALLED_DEV)
 	@extensions=$$(mktemp -d) && trap 'rm -rf "$$extensions"' EXIT && \
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} TORCH_EXTENSIONS_DIR="$$extensions" $(BIN)/pytest $(TESTS)
 
-soak: $(INSTALLED)
+soak: $(INSTALLED_DEV)
 	EVE_DS_SOAK=1 $(MAKE) test TESTS="-s tests/launch/test_kills.py tests/launch/test_universal_memory.py"
 
 gpu:
 	$(PYTHON) launcher/gpu.py --out runs/gpu $(if $(WHEELS),--wheels $(WHEELS))
 
-# The versions of this environment for the other machine's interpreter. DeepSpeed compiles its ops where they are used.
+# Collect the versions of this environment for the other machine's interpreter. DeepSpeed compiles its ops on first use.
 gpu-wheels: $(INSTALLED)
 	$(BIN)/pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels \
 	  $$($(BIN)/pip freeze | grep -i -E '^($(GPU_PACKAGES))==')
 	$(BIN)/pip wheel -q --no-deps -w wheels $$($(BIN)/pip freeze | grep -E '^(deepspeed|hjson)==')
 
-lint: $(INSTALLED)
+lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-format: $(INSTALLED)
+format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Runs and data sets stay.
+# Keep runs and data sets.
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

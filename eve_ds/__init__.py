@@ -1,3 +1,3 @@
 """EVE: one vision-language Transformer with modality-aware experts, pre-trained by masked prediction."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -31,7 +31,9 @@ import torch
 
 from eve_ds.distributed import get_logger
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+PACKAGE = Path(__file__).resolve().parents[1]
+KERNELS = (PACKAGE if (PACKAGE / "kernels").is_dir() else PACKAGE.parent) / "kernels"
+"""Sources of the ops: inside the package if it was installed from a wheel, beside the package in a checkout."""
 MODES = ("auto", "build", "reference")
 HEADERS = Path(torch.__file__).parent / "include"
 LIBRARIES = Path(torch.__file__).parent / "lib"
@@ -132,7 +134,7 @@ def build(device_type: str) -> Path:
     """
     if not KERNELS.is_dir():
         raise OpsBuildError(
-            f"the sources of the fused ops are not at {KERNELS}: install from a checkout with pip install -e ."
+            f"the sources of the fused ops are not at {KERNELS}: install eve_ds again, from a wheel or a checkout"
         )
     jobs, link = _cuda_jobs() if device_type == "cuda" else _cpu_jobs()
     folder = cache_folder()
