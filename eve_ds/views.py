@@ -212,7 +212,7 @@ class HasViews(Protocol):
 
 
 def views_of(objectives: Iterable[HasViews], inputs: Mapping[str, Any]) -> dict[str, View]:
-    """Views that objectives need of a batch, by name, each with its layout where `inputs["layouts"]` has it."""
+    """Views of a batch that the objectives need, by name, each with its layout if `inputs["layouts"]` has one."""
     layouts = inputs.get("layouts") or {}
     views = {name: view for objective in objectives for name, view in objective.views(inputs).items()}
     return {name: view._replace(layout=layouts.get(name)) for name, view in views.items()}
@@ -224,16 +224,16 @@ def layouts_of(
     num_patches: int,
     keep_padding: bool = False,
 ) -> dict[str, Layout]:
-    """Layouts of the tokens of a batch's views, by view.
+    """Layout of each view of a batch, by view name.
 
     Args:
-        objectives: make the views.
+        objectives: objectives whose views are needed.
         fields: keyword arguments of `eve_ds.model.eve.EVE.forward`; further ones are ignored.
-        num_patches: patches of a whole image.
+        num_patches: number of patches of a whole image.
         keep_padding: see :meth:`Layout.of`.
     """
     inputs: dict[str, Any] = dict(fields)
-    inputs["masked_input_ids"] = None  # replaced words do not change how many tokens a view has
+    inputs["masked_input_ids"] = None  # replaced words do not change the number of tokens
     if (pixel_values := fields.get("pixel_values")) is not None:
         inputs["pixel_values"] = pixel_values[:, :0]  # a view of some samples copies their pixels
     views = views_of(objectives, inputs)
@@ -241,7 +241,7 @@ def layouts_of(
 
 
 def whole_view(inputs: Mapping[str, Any]) -> View:
-    """All images beside the whole captions."""
+    """View with all images and the whole captions."""
     return View(*(inputs.get(name) for name in ("pixel_values", "input_ids", "attention_mask", "image_mask")))
 
 
@@ -254,7 +254,7 @@ def chosen_samples(view: View, rows: Tensor | None) -> View:
 
 
 def only_captioned_images(view: View) -> View:
-    """View without the images that have no caption: nothing would be predicted from them."""
+    """View without images that have no caption, because no prediction would use them."""
     if view.pixel_values is None or view.attention_mask is None:
         return view
     captioned = view.attention_mask.any(dim=1)

@@ -42,14 +42,14 @@ def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
     for name, parameter in model.named_parameters():
         start, tensors = held(engine, parameter, masters)
         if tensors:
-            found += _by_tensor(plain_names_of(model, name, parameter), parameter, start, tensors)
+            found += _split_by_tensor(plain_names_of(model, name, parameter), parameter, start, tensors)
     return found
 
 
 def pieces_to_write(engine: DeepSpeedEngine, topology: Topology) -> list[Piece]:
-    """This rank's share of the state: with those of all ranks, everything exactly once."""
+    """This rank's share of the state; the shares of all ranks together hold everything exactly once."""
     held = fragments(engine)
-    if engine.zero_optimization_stage() == 0:  # replicas: take turns
+    if engine.zero_optimization_stage() == 0:  # the ranks hold replicas, so they take turns
         held = [
             fragment
             for number, fragment in enumerate(held)
@@ -194,7 +194,7 @@ def _masters_at_stage_0(engine: DeepSpeedEngine) -> Masters:
     return {parameter: master for low, high in pairs for parameter, master in zip(low, high, strict=True)}
 
 
-def _by_tensor(
+def _split_by_tensor(
     names: tuple[str, ...], parameter: nn.Parameter, start: int, tensors: dict[str, Tensor]
 ) -> Iterator[Fragment]:
     """Split a range of a parameter at the borders of its tensors: of the experts, if it holds several."""
