@@ -69,15 +69,18 @@ def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
 
 def trained_objectives(config: Config) -> list[Objective]:
     """Return the objectives that the run trained: those with a positive loss weight and a source of samples."""
-    weights = {name: getattr(config.loss, f"{name}_weight") for name in ("mim", "mlm", "itc", "itm")}
-    weights["joint"] = weights["mim"] + weights["mlm"]
-    unserved = config.tasks_without_source
-    return [name for name in config.model.objectives if weights[name] > 0 and name not in unserved]
+    terms = {"joint": ("mim", "mlm")}
+    weights, unserved = config.loss.weights, config.tasks_without_source
+    return [
+        name
+        for name in config.model.objectives
+        if name not in unserved and any(weights.get(term, 1.0) > 0 for term in terms.get(name, (name,)))
+    ]
 
 
 def describe_objectives(config: Config) -> str:
-    """Return a Markdown list with one sentence for each objective that the run trained."""
-    return "\n".join(f"- {OBJECTIVES[name]}" for name in trained_objectives(config))
+    """Return a Markdown list with one sentence, or else the name, of each objective that the run trained."""
+    return "\n".join(f"- {OBJECTIVES.get(name, f'`{name}`')}" for name in trained_objectives(config))
 
 
 def model_card(report: ExportReport, config: Config, state: dict[str, Any], evaluation: dict[str, Any] | None) -> str:

@@ -42,3 +42,10 @@ def test_objectives_without_a_weight_or_a_source_are_not_named(overrides, expect
     config = load_config("eve_tiny", overrides)
     assert trained_objectives(config) == expected
     assert [name for name, sentence in OBJECTIVES.items() if sentence in card_of(config)] == expected
+
+
+def test_new_objective_without_a_sentence_is_named():
+    config = load_config("eve_tiny", ["model.objectives=[mlm]"])
+    model = config.model.model_copy(update={"objectives": ["mlm", "count_words"]})
+    card = card_of(config.model_copy(update={"model": model}))
+    assert f"- {OBJECTIVES['mlm']}\n- `count_words`\n" in card
