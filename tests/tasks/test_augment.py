@@ -1,4 +1,4 @@
-"""RandAugment and colour jitter: torchvision's definitions, drawn from a key alone."""
+"""RandAugment and color jitter follow torchvision's definitions and depend on the key alone."""
 
 import hashlib
 
@@ -32,9 +32,9 @@ BY_TORCHVISION = {
     "autocontrast": ("412fe4e885cd",),
     "equalize": ("f753df8652ba",),
 }
-"""What torchvision 0.28.0 makes of `pattern()` at magnitude 17 of 30, with either sign: start of the SHA-256."""
+"""Start of the SHA-256 of `pattern()` after each operation of torchvision 0.28.0 at magnitude 17 of 30, by sign."""
 HUE_BY_TORCHVISION = {-0.1: "9fbf42dd08c0", 0.07: "00634d74e49f"}
-"""And `adjust_hue`, by the share of the circle."""
+"""The same for `adjust_hue`, by share of the circle."""
 
 
 def pattern():
@@ -51,7 +51,7 @@ def applied(name, magnitude=30, sign=1):
     return np.asarray(apply(Image.fromarray(PICTURE), sign * largest * magnitude / 30))
 
 
-def test_the_fourteen_operations_of_torchvision_and_which_of_them_have_a_sign():
+def test_operations_and_signs_are_those_of_torchvision():
     assert len(OPERATIONS) == 14
     signed = {name for name, (_, _, has_sign) in OPERATIONS.items() if has_sign}
     geometric = {"shear_x", "shear_y", "translate_x", "translate_y", "rotate"}
@@ -59,13 +59,13 @@ def test_the_fourteen_operations_of_torchvision_and_which_of_them_have_a_sign():
 
 
 @pytest.mark.parametrize("name", sorted(BY_TORCHVISION))
-def test_every_operation_makes_the_pixels_that_torchvision_makes(name):
+def test_every_operation_gives_the_pixels_of_torchvision(name):
     apply, largest, signed = OPERATIONS[name]
     made = [digest(apply(Image.fromarray(pattern()), sign * largest * 17 / 30)) for sign in (1, -1)[: 1 + signed]]
     assert tuple(made) == BY_TORCHVISION[name]
 
 
-def test_hue_is_shifted_as_by_torchvision():
+def test_hue_shift_gives_the_pixels_of_torchvision():
     made = {share: digest(_shift_hue(Image.fromarray(pattern()), share)) for share in HUE_BY_TORCHVISION}
     assert made == HUE_BY_TORCHVISION
 
@@ -93,7 +93,7 @@ def test_every_operation_keeps_shape_and_type(name):
         assert out.dtype == np.uint8
 
 
-def test_augmentation_depends_on_the_generator_alone():
+def test_augmentation_depends_only_on_the_generator():
     twice = [rand_augment(PICTURE, 2, 9, np.random.default_rng(4)) for _ in range(2)]
     assert (twice[0] == twice[1]).all()
     others = [rand_augment(PICTURE, 2, 9, np.random.default_rng(seed)) for seed in range(8)]
@@ -105,7 +105,7 @@ def test_jitter_stays_in_its_range_and_wraps_the_hue():
     out = np.stack([color_jitter(red, 0.4, np.random.default_rng(seed)) for seed in range(20)]).astype(int)
     assert (color_jitter(red, 0.0, np.random.default_rng(0)) == red).all()
     assert len({tuple(pixel) for pixel in out[:, 0, 0]}) > 10
-    assert (out[:, 0, 0, 0] > out[:, 0, 0].min(axis=1)).all()  # never grey
+    assert (out[:, 0, 0, 0] > out[:, 0, 0].min(axis=1)).all()  # never gray
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_evaluation_only_resizes_and_training_augments_by_epoch(task_tree):
     assert (epochs[0] != epochs[2]).any()
 
 
-def test_a_blind_reader_shows_grey_in_training_and_evaluation(task_tree):
+def test_a_blind_reader_gives_gray_images_in_training_and_evaluation(task_tree):
     config = parse_config(task_tree("nlvr", blind=True))
     example = Example("1", (LEFT_HALF, LEFT_HALF), "a red circle")
     for training in (True, False):

@@ -1,4 +1,4 @@
-"""Annotation files to examples, and one clear line for each entry that cannot be meant."""
+"""Examples from annotation files, and one-line errors for invalid entries."""
 
 import io
 import json
@@ -137,7 +137,7 @@ def test_splits_of_karpathy(load):
         ("retrieval", {"images": [{"filename": "a.jpg", "split": "val", "sentences": []}]}, r"a\.jpg has no sentences"),
     ],
 )
-def test_bad_entries_are_one_clear_line(load, task, content, message):
+def test_an_invalid_entry_is_a_one_line_error(load, task, content, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load(task, content)
     assert "\n" not in str(caught.value)
@@ -160,7 +160,7 @@ def write_nlvr(folder, splits=("dev",)):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_published_nlvr_has_six_pictures_of_each_example(tmp_path, task_tree, packed):
+def test_published_nlvr_has_six_images_per_statement(tmp_path, task_tree, packed):
     write_nlvr(tmp_path / "nlvr", ("dev", "test"))
     path = tmp_path / "nlvr"
     if packed:

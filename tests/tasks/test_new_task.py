@@ -1,4 +1,4 @@
-"""A task that is defined in this file alone is trained, saved, evaluated and asked by the code that knows no task."""
+"""A task that is defined in this file alone is trained, saved, evaluated and asked by generic code."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -81,11 +81,11 @@ class Crowd(ClassificationTask):
         return {"accuracy": sum(right) / len(right), "num_examples": len(right)}
 
 
-# --- the code that knows no task --------------------------------------------------------------------------------------
+# --- generic code -----------------------------------------------------------------------------------------------------
 
 
 def trained_and_asked(rank, world_size, tree, folder):
-    """Metrics of fine-tuning, metrics of a second evaluation, losses, and what the saved model answers."""
+    """Metrics of fine-tuning, metrics of a second evaluation, losses, and answers of the saved model."""
     import json
 
     from PIL import Image

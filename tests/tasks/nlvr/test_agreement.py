@@ -1,4 +1,4 @@
-"""Statements judged by agreement, against loops over words and places in fp64, and how the head is trained."""
+"""Agreement of statements and images against loops over words and places in fp64, and training of the head."""
 
 import math
 
@@ -37,7 +37,7 @@ def encoder():
 
 @pytest.fixture
 def start(pretrained, task_tree):
-    """The function `start(**of_task)`: the task and its model from an export, and the export."""
+    """The function `start(**of_task)`, which returns a task, its model initialized from an export, and the export."""
 
     def make(**of_task):
         folder = pretrained("mim+mlm")
@@ -59,14 +59,14 @@ def encoded(statements):
 
 @torch.no_grad()
 @pytest.mark.parametrize("least", [-8.0, -30.0])
-def test_agreement_is_what_loops_over_words_and_places_find(start, encoder, monkeypatch, least):
-    """The lower bound is for pairs of words, which drawn weights make less likely than the usual one."""
+def test_agreement_equals_loops_over_words_and_places(start, encoder, monkeypatch, least):
+    """The lower bound is for pairs of words, which random weights make less likely than the default bound."""
     monkeypatch.setattr(agreement, "LEAST", least)
     _, model, folder = start()
     eve, _, _ = load(folder)
     pixels = torch.randn(len(STATEMENTS), 2, 3, 64, 64)
     input_ids, mask = encoded(STATEMENTS)
-    # Sharper than drawn weights are: places differ, and some words fall below the least likelihood and others do not.
+    # Sharper than random weights: places differ, and only some words fall below the bound.
     for backbone in (eve.backbone, model.backbone):
         backbone.text_embedding.word.weight.mul_(10)
         backbone.text_embedding.position.mul_(50)
@@ -89,11 +89,11 @@ def test_agreement_is_what_loops_over_words_and_places_find(start, encoder, monk
                 expected = [max(math.log(value), least) * -2 / least + 1 for value in (alone, pair)]
                 assert found[number, image, j].tolist() == pytest.approx(expected, abs=1e-4)
     pairs = found[..., 1][found[..., 1] != 0]
-    assert ((pairs == -1).float().mean() < 0.5) == (least < -8), "both kinds were compared"
+    assert ((pairs == -1).float().mean() < 0.5) == (least < -8), "both kinds must be compared"
 
 
 @torch.no_grad()
-def test_a_judgement_depends_on_its_own_images_and_words_alone(start):
+def test_a_judgment_depends_only_on_its_own_images_and_words(start):
     _, model, _ = start()
     pixels = torch.randn(len(STATEMENTS), 2, 3, 64, 64)
     input_ids, mask = encoded(STATEMENTS)
@@ -102,7 +102,7 @@ def test_a_judgement_depends_on_its_own_images_and_words_alone(start):
         alone = model(pixels[number : number + 1], *encoded([statement])).logits[0]
         torch.testing.assert_close(together[number], alone, atol=1e-5, rtol=1e-5)
     swapped = model(pixels.flip(1), input_ids, mask).logits
-    assert ((together - swapped).abs().amax(dim=1) > 1e-3).all(), "left and right are told apart"
+    assert ((together - swapped).abs().amax(dim=1) > 1e-3).all(), "left and right must be distinguished"
 
 
 def test_the_loss_reaches_every_weight_of_the_head(start):
@@ -117,7 +117,7 @@ def test_the_loss_reaches_every_weight_of_the_head(start):
     assert model.backbone.text_embedding.word.weight.grad.abs().sum() > 0
 
 
-def test_weights_are_those_of_pre_training_or_drawn_alike(start):
+def test_head_weights_are_pre_trained_or_drawn_with_unit_gain(start):
     task, model, folder = start()
     eve, _, _ = load(folder)
     for name, weight in eve.text_head.state_dict().items():
@@ -130,7 +130,7 @@ def test_weights_are_those_of_pre_training_or_drawn_alike(start):
     assert float(drawn.std()) == pytest.approx(0.25, abs=0.03)
 
 
-def test_a_model_that_has_judged_statements_gives_its_whole_head(start, task_tree, tmp_path):
+def test_a_fine_tuned_nlvr_model_initializes_the_whole_head(start, task_tree, tmp_path):
     task, model, _ = start()
     save_task_model(tmp_path / "saved", task, task.config, load_tokenizer("scenes"), model.state_dict(), {})
     config = task.config.model_copy(update={"train": task.config.train.model_copy(update={"init": tmp_path / "saved"})})
@@ -142,7 +142,7 @@ def test_a_model_that_has_judged_statements_gives_its_whole_head(start, task_tre
     prepare_weights(asked.model(), asked.config.model_copy(update={"train": config.train}), asked)
 
 
-def test_what_is_frozen_has_no_learning_rate(start, task_tree):
+def test_a_frozen_backbone_has_learning_rate_zero(start, task_tree):
     task, model, _ = start(freeze_backbone=True)
     scales = {id(p): g["lr_scale"] for g in optimizer_of(model, task.config, task).param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
@@ -150,13 +150,13 @@ def test_what_is_frozen_has_no_learning_rate(start, task_tree):
     drawn = parse_config(task_tree("nlvr", features="words", freeze_backbone=True))
     model = NLVR.from_examples(drawn, []).model()
     groups = optimizer_of(model, drawn, task).param_groups
-    assert {group["lr_scale"] for group in groups} == {1.0}, "what is drawn is always trained"
+    assert {group["lr_scale"] for group in groups} == {1.0}, "a random backbone must be trained"
 
 
 ZERO = {"zero_optimization": {"stage": 1}}
 
 
-def test_saved_and_loaded_it_judges_the_same(start, tmp_path):
+def test_a_saved_model_gives_the_same_logits(start, tmp_path):
     task, model, _ = start()
     save_task_model(tmp_path / "saved", task, task.config, load_tokenizer("scenes"), model.state_dict(), {})
     loaded = load_task_model(tmp_path / "saved")
@@ -168,7 +168,7 @@ def test_saved_and_loaded_it_judges_the_same(start, tmp_path):
         NLVR.load(task.config, tmp_path / "saved")
 
 
-def test_settings_that_cannot_be_are_refused(task_tree):
+def test_contradictory_settings_are_refused(task_tree):
     with pytest.raises(ConfigError, match=r"task\.features \('words'\) is for the tasks nlvr and retrieval"):
         task_class(parse_config(task_tree("vqa", features="words")))
     expected = r"task\.hidden_words \(39\) and two special tokens must not exceed model\.text_positions \(40\)"

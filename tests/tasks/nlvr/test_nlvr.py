@@ -1,4 +1,4 @@
-"""Statements: loss, accuracy, consistency, and the published form of predictions."""
+"""Loss, accuracy and consistency of statements, and the published form of predictions."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_loss_is_cross_entropy_with_true_as_class_1(task_tree):
     assert float(task.losses(ClassifierOutput(logits, (), 1), batch)["nlvr"]) == pytest.approx(float(expected))
 
 
-def test_consistent_is_a_group_of_which_all_are_right(task_tree):
+def test_a_group_is_consistent_if_all_its_statements_are_judged_right(task_tree):
     task = NLVR(parse_config(task_tree("nlvr")))
     examples = [statement("1", True, "a"), statement("2", False, "a"), statement("3", True, "b"), statement("4", None)]
     said = {"1": True, "2": False, "3": False, "4": True}
@@ -51,8 +51,8 @@ def test_the_two_images_are_not_exchangeable(task_tree):
     assert not torch.allclose(one, other)
 
 
-def test_published_csv_reads_as_the_corpus_script_reads_it(tmp_path):
-    """`metrics_images.py` of NLVR takes what stands before the first dot, without the split, and the second column."""
+def test_csv_has_the_form_that_the_corpus_script_reads(tmp_path):
+    """NLVR's `metrics_images.py` reads the first column up to the first dot without split, and the second column."""
     predictions = {f"dev-12-0-{k}": {"answer": k != 3} for k in range(6)} | {"dev-13-1-0": {"skipped": "missing image"}}
     NLVR.write_csv(predictions, tmp_path / "out.csv")
     lines = (tmp_path / "out.csv").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Retrieval: contrast and negatives against loops, recall with several captions per image, re-ranking."""
+"""Contrastive loss and negatives against loops, recall with several captions per image, and re-ranking."""
 
 import math
 
@@ -43,7 +43,7 @@ def same_image(*targets):
     return numbers.unsqueeze(1) == numbers.unsqueeze(0)
 
 
-def test_negatives_are_never_of_the_same_image_and_hard_ones_come_more_often():
+def test_negatives_are_of_other_images_and_hard_ones_are_drawn_more_often():
     similarity = torch.tensor([[9.0, 5.0, 3.0, 8.0]]).repeat(4, 1)
     torch.manual_seed(0)
     same = same_image(7, 8, 9, 7)  # rows 0 and 3 are of one image
@@ -116,7 +116,7 @@ def test_recall_counts_any_caption_of_the_image(task_tree):
     assert metrics["reranked"]["text_retrieval"] == {"R@1": 0.5, "R@5": 0.5, "R@10": 0.5}
 
 
-def test_candidates_are_those_of_a_loop_over_all_pairs(task_tree):
+def test_candidates_equal_a_loop_over_all_pairs(task_tree):
     task = Retrieval(parse_config(task_tree("retrieval", rerank=3)))
     model, collate = drawn(task), TaskCollator(task.config, load_tokenizer("scenes"))
     words = ("red circle", "blue square", "green cross", "white triangle", "cyan circle")

@@ -1,4 +1,4 @@
-"""Retrieval by masked words and by a pre-trained model as it is, against loops over captions and words."""
+"""Retrieval by masked words and by a pre-trained model without fine-tuning, against loops over captions and words."""
 
 import json
 
@@ -35,7 +35,7 @@ def encoder():
 
 
 def of_words(folder, task_tree, template):
-    """The model to fine-tune, from an export."""
+    """The task and its model, initialized from an export."""
     tree = task_tree("retrieval", **WORDS)
     config = parse_config(tree | {"train": {"init": str(folder)}})
     task = Retrieval(config, template)
@@ -52,14 +52,14 @@ def encoded(captions):
 
 @torch.no_grad()
 def likelihood(eve, pixels, ids, hidden, encoder):
-    """Sum over `hidden` places of the log-probability of the word that stands there, one caption, by EVE itself."""
+    """Log-probability, summed over the `hidden` places, of the words of one caption under EVE."""
     masked = ids.clone()
     masked[hidden] = encoder.mask_id
     logits = eve(pixels[None], input_ids=masked[None], masked_token_ids=torch.tensor(hidden)).token_logits().double()
     return sum(float(row.log_softmax(0)[ids[place]]) for row, place in zip(logits, hidden, strict=True))
 
 
-def test_features_multiply_to_the_likelihood_of_every_caption(pretrained, task_tree, encoder):
+def test_dot_products_of_features_are_log_likelihoods_of_captions(pretrained, task_tree, encoder):
     folder = pretrained("mim+mlm")
     eve, _, _ = load(folder)
     template = Template.of(CAPTIONS, encoder, most=4)
@@ -75,9 +75,7 @@ def test_features_multiply_to_the_likelihood_of_every_caption(pretrained, task_t
             assert float(found[image, number]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_caption_of_another_length_is_read_off_the_next_longer_one_and_a_longest_is_cut(
-    pretrained, task_tree, encoder
-):
+def test_a_caption_is_compared_with_the_next_longer_length_and_cut_to_the_longest(pretrained, task_tree, encoder):
     folder = pretrained("mim+mlm")
     eve, _, _ = load(folder)
     template = Template((4, 6), encoder.cls_id, encoder.sep_id, encoder.mask_id)
@@ -97,7 +95,7 @@ def test_a_caption_of_another_length_is_read_off_the_next_longer_one_and_a_longe
         assert float(found[0, number]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_pairs_are_scored_by_each_word_beside_every_other_one(pretrained, task_tree, encoder):
+def test_pairs_are_scored_by_each_word_beside_half_of_the_others(pretrained, task_tree, encoder):
     folder = pretrained("mim+mlm")
     eve, _, _ = load(folder)
     _, model = of_words(folder, task_tree, Template.of(CAPTIONS, encoder, most=1))
@@ -153,15 +151,15 @@ def test_the_template_is_saved_with_the_model(pretrained, task_tree, tmp_path):
         Retrieval.load(config, tmp_path / "saved")
 
 
-def test_a_person_gets_captions_by_their_likelihood(pretrained, task_tree, encoder, tmp_path):
+def test_captions_are_ranked_by_likelihood(pretrained, task_tree, encoder, tmp_path):
     template = Template.of(CAPTIONS, encoder, most=1)
     task, model = of_words(pretrained("mim+mlm"), task_tree, template)
     Image.new("RGB", (64, 64), (225, 45, 45)).save(tmp_path / "image.png")
     found = rank(TaskModel(task, model, task.config, load_tokenizer("scenes"), ""), tmp_path / "image.png", CAPTIONS)
     similarity = [item.similarity for item in found]
     assert similarity == sorted(similarity, reverse=True)
-    assert all(value < 0 for value in similarity), "a logarithm"
-    assert {item.match for item in found} == {None}, "no probability that anything has taught"
+    assert all(value < 0 for value in similarity), "logarithms of probabilities"
+    assert {item.match for item in found} == {None}, "no training has taught a match"
 
 
 def test_words_have_no_matching_loss(task_tree):
@@ -174,7 +172,7 @@ def test_words_have_no_matching_loss(task_tree):
 # --- without fine-tuning ----------------------------------------------------------------------------------------------
 
 
-def test_zero_shot_by_words_ranks_by_likelihood_over_that_of_other_images(pretrained, encoder, tmp_path):
+def test_zero_shot_by_words_ranks_by_likelihood_relative_to_other_images(pretrained, encoder, tmp_path):
     torch.manual_seed(0)  # weights under which no two likelihoods are equal up to rounding
     folder = pretrained("mim+mlm")
     eve, _, _ = load(folder)
@@ -188,12 +186,12 @@ def test_zero_shot_by_words_ranks_by_likelihood_over_that_of_other_images(pretra
         ids = torch.from_numpy(encoder.encode(example.text))
         for row in range(6):
             table[row, column] = likelihood(eve, pixels[row], ids, list(range(1, len(ids) - 1)), encoder)
-    centred = table - table.mean(dim=0)
+    centered = table - table.mean(dim=0)
     for row, example in enumerate(examples):
-        order = [examples[i].key for i in centred[row].argsort(descending=True).tolist()]
+        order = [examples[i].key for i in centered[row].argsort(descending=True).tolist()]
         assert records[f"image:{example.group}"]["dot"] == order
         assert sorted(records[f"image:{example.group}"]["reranked"]) == sorted(order[:3])
-        order = [examples[i].group for i in centred[:, row].argsort(descending=True).tolist()]
+        order = [examples[i].group for i in centered[:, row].argsort(descending=True).tolist()]
         assert records[f"text:{example.key}"]["dot"] == order
 
 

@@ -1,4 +1,4 @@
-"""Question answering: official accuracy by hand, soft targets, the loss against a loop, the vocabulary."""
+"""Official accuracy against numbers computed by hand, soft targets, the loss against a loop, and the vocabulary."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def question(key, *answers, kind=""):
         ("couldnt've", "couldn't've"),
     ],
 )
-def test_answers_are_normalised_as_officially(answer, expected):
+def test_answers_are_normalized_as_in_the_official_code(answer, expected):
     assert normalize_answer(answer) == expected
 
 
@@ -71,7 +71,7 @@ def test_accuracy_equals_the_official_loop():
         assert vqa_accuracy(answer, annotators) == pytest.approx(sum(by_annotator) / 10)
 
 
-def test_nothing_is_normalised_where_all_annotators_agree():
+def test_nothing_is_normalized_where_all_annotators_agree():
     assert vqa_accuracy("red.", ["red"] * 10) == 0.0
     assert vqa_accuracy("red", ["red"] * 10) == 1.0
 
@@ -152,7 +152,7 @@ def test_training_questions_outside_the_vocabulary_are_left_out(task_tree):
         task.trainable([question("1")])
 
 
-def test_vocabulary_travels_with_the_model(tmp_path, task_tree):
+def test_vocabulary_is_saved_with_the_model(tmp_path, task_tree):
     config = parse_config(task_tree("vqa"))
     VQA(config, ["crème brûlée", "red"]).save(tmp_path)
     assert json.loads((tmp_path / "answers.json").read_text(encoding="utf-8")) == ["crème brûlée", "red"]
@@ -190,7 +190,7 @@ def test_training_sees_a_random_share_of_the_patches_and_evaluation_all(task_tre
     assert VisiblePatches(parse_config(task_tree("vqa"))).train()(torch.zeros(2, 3, 64, 64)) is None
 
 
-def test_a_classifier_in_training_does_not_look_at_hidden_patches(task_tree, monkeypatch):
+def test_hidden_patches_do_not_change_the_output_in_training(task_tree, monkeypatch):
     task = VQA(parse_config(task_tree("vqa", visible_patch_share=0.25)), ["red", "blue"])
     model = task.model().train()
     initialize_weights(model, task.config.model, seed=1)
