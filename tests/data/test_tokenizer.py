@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import ConfigError
-from eve_ds.data.synthetic.scene_tasks import Questions, Statements
+from eve_ds.data.synthetic.questions import Questions
 from eve_ds.data.synthetic.scenes import Scenes
+from eve_ds.data.synthetic.statements import Statements
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 
 CAPTIONS = [
