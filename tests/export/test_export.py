@@ -140,7 +140,7 @@ def test_plain_model_without_deepspeed_computes_the_outputs_of_the_trained_model
     assert converted.returncode == 0, converted.stderr
     report = json.loads((out / "export.json").read_text())
     assert report["step"] == 3
-    assert report["experts"] == {"1": 8, "2": 8}
+    assert report["experts"] == {"1": 4, "2": 4}
     assert report["check"]["outputs"].keys() == {"pixel_predictions", "token_logits"}
     assert report["check"]["max_abs_diff"] <= TOLERANCE
     assert f"sha256      {report['sha256']}" in converted.stdout
