@@ -25,8 +25,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="eve_ds_extensions_"))
 
 import pytest
+from tiny import MODEL
 
 RANK_MAIN = Path(__file__).parent / "distributed" / "rank_main.py"
+SUPPORT = Path(__file__).parent / "support"
+"""Folder of modules that test files share."""
 GRACE_SECONDS = 3.0
 """What the other ranks get to write their own traceback once one rank has failed or run out of time."""
 
@@ -45,13 +48,7 @@ def task_tree() -> Callable[..., dict[str, Any]]:
 
     def tree(task: str, **of_task: Any) -> dict[str, Any]:
         return {
-            "model": {
-                **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32},
-                **{"moe_layers": [1], "moe": {"num_experts": 4}, "image_size": 64, "patch_size": 16},
-                **{"vocab_size": 256, "text_positions": 40, "text_length": 24, "initializer_range": 0.08},
-                **{"layer_scale_init": 1.0, "drop_path_rate": 0.0, "text_dropout": 0.0},
-                "pixel_decoder": {"hidden_size": 32, "num_attention_heads": 4},
-            },
+            "model": MODEL | {"num_hidden_layers": 2, "moe_layers": [1], "patch_size": 16},
             "optimizer": {"lr": 1e-3, "warmup_steps": 0},
             "train": {"train_batch_size": 8, "max_steps": 3, "metrics_every": 1},
             "task": {"name": task, "val": {"num_examples": 20}, "rerank": 4, **of_task},
@@ -123,6 +120,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
 def _start_rank(target: list[str], folder: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
     # A file store needs no port; the address is only there for code that reads it.
     env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(rank),

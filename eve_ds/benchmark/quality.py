@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eve_ds.data.synthetic.scene_tasks import unbound_accuracy
+from eve_ds.data.synthetic.questions import unbound_accuracy
 from eve_ds.report.records import with_current_names
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launcher"

@@ -21,7 +21,7 @@ from eve_ds import ops
 from eve_ds.config import Config, ConfigError, ModelConfig
 from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
-from eve_ds.data.synthetic.scene_tasks import BindingProbe, ProbeType, binding_probes
+from eve_ds.data.synthetic.probes import BindingProbe, ProbeType, binding_probes
 from eve_ds.data.synthetic.scenes import IMAGE_SIZE, LevelName, Scene, Scenes, word_class
 from eve_ds.distributed import all_reduce_sum
 from eve_ds.model.eve import EVE, EVEOutput

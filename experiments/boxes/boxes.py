@@ -1,11 +1,11 @@
-"""Boxes: generated 100x400 pictures of three grey boxes with true statements, in the style of the NLVR corpus 1.0.
+"""Boxes: generated 100x400 images of three gray boxes with true statements, in the style of the NLVR corpus 1.0.
 
-The corpus (Suhr et al., ACL 2017) shows towers of blocks or scattered items; so do these pictures, pixel by pixel. A
-caption is a statement of a small grammar that is true of its picture. The grammar is enumerated: every family yields
-all its texts, each with the predicate that decides it, so one dictionary answers for a text whoever wrote it.
+The corpus (Suhr et al., ACL 2017) shows towers of blocks or scattered items, and these images copy its pixels. A
+caption describes its image or is a true statement of a small grammar. The grammar is enumerated: every family yields
+all its texts, each with the predicate that decides it, so that one dictionary decides any text, also one of the corpus.
 
-A sample is a pure function of (seed, split, index). Splits are cut by what a picture shows, whatever the order of the
-boxes: the corpus shows each picture in all six orders.
+A sample is a pure function of (seed, split, index). The split of an image depends on its contents but not on the order
+of the boxes, because the corpus shows each image in all six orders.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ Kind = Literal["tower", "scatter"]
 
 IMAGE_SHAPE = (100, 400, 3)
 BOX_SIDE = 100
-"""Pixels of a side of a box; between two boxes lies a darker bar of half the width."""
+"""Height and width of a box in pixels; a darker bar of half the width lies between two boxes."""
 BOX_COLOR = (211, 211, 211)
 BAR_COLOR = (128, 128, 128)
 COLORS: dict[str, tuple[int, int, int]] = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
 SHAPES = ("square", "triangle", "circle")
 SIZES = (10, 20, 30)
 MAX_ITEMS = 8
-"""Of a box of scattered items."""
+"""Largest number of scattered items in a box."""
 MAX_BLOCKS = 4
-"""Of a tower."""
+"""Largest number of blocks in a tower."""
 BLOCK_SIZE, BLOCK_LEFT, BLOCK_TOPS = 20, 40, (80, 59, 38, 17)
 
 _COLOR_CODES = {name: code for code, name in enumerate(COLORS)}
 _SHAPE_CODES = {name: code for code, name in enumerate(SHAPES)}
 _PITCH = 150
 _SPLIT_CODES: dict[str, int] = {name: code for code, name in enumerate(get_args(Split))}
-# Streams of random numbers of a data set.
+# Values of `purpose` in `Boxes.rng`.
 _SCENE, _STATEMENT, _OTHER = 0, 1, 2
 
 
 class Item(NamedTuple):
-    """One item of a box; x and y are its left and top in pixels from the corner of the box."""
+    """An item of a box; x and y are its left and top edges in pixels from the top left corner of the box."""
 
     shape: str
     color: str
@@ -57,15 +57,15 @@ class Item(NamedTuple):
 
 
 Box = tuple[Item, ...]
-"""Items of a box; those of a tower from the base up."""
+"""Items of a box; blocks of a tower from the base up."""
 Picture = tuple[Box, Box, Box]
 
 
-# Pictures
+# Images
 
 
 def render(boxes: Picture) -> NDArray[np.uint8]:
-    """(100, 400, 3) uint8, RGB."""
+    """Return pixels (100, 400, 3) uint8, RGB."""
     image = _empty().copy()
     stamps = _stamps()
     for number, box in enumerate(boxes):
@@ -86,7 +86,7 @@ def _empty() -> NDArray[np.uint8]:
 
 @cache
 def _stamps() -> dict[tuple[str, str, int], NDArray[np.uint8]]:
-    """Every item on the grey of a box; items keep a pixel apart, so a stamp may cover its whole square."""
+    """Return images of all items on the gray of a box; items are a pixel apart, so a stamp may fill its square."""
     stamps = {}
     for shape, color, size in product(SHAPES, COLORS, SIZES):
         share = _coverage(shape, size)[..., None]
@@ -96,7 +96,7 @@ def _stamps() -> dict[tuple[str, str, int], NDArray[np.uint8]]:
 
 
 def _coverage(shape: str, size: int) -> NDArray[np.float64]:
-    """(size, size): the share of each pixel that the shape covers, on four scan lines a pixel as the corpus has it."""
+    """Return the covered share of each pixel, (size, size), from four scan lines per pixel as in the corpus."""
     lines, points = 4, 16
     y = ((np.arange(size * lines) + 0.5) / lines)[:, None]
     x = ((np.arange(size * points) + 0.5) / points)[None, :] - size / 2
@@ -109,20 +109,20 @@ def _coverage(shape: str, size: int) -> NDArray[np.float64]:
 
 
 def draw_boxes(kind: Kind, rng: SplitMix64) -> Picture:
-    """Boxes of one picture; the places of scattered items follow the corpus."""
+    """Draw the boxes of an image; places of scattered items are distributed as in the corpus."""
     draw = draw_tower if kind == "tower" else draw_scatter
     return draw(rng), draw(rng), draw(rng)
 
 
 def draw_tower(rng: SplitMix64) -> Box:
-    """A tower of one to four blocks of any colours."""
+    """Draw a tower of one to four blocks of any colors."""
     towers = _towers()[rng.below(MAX_BLOCKS)]
     return towers[rng.below(len(towers))]
 
 
 @cache
 def _towers() -> tuple[tuple[Box, ...], ...]:
-    """All towers by height."""
+    """Return all towers, grouped by height."""
     return tuple(
         tuple(
             tuple(
@@ -135,15 +135,15 @@ def _towers() -> tuple[tuple[Box, ...], ...]:
 
 
 def draw_scatter(rng: SplitMix64) -> Box:
-    """One to eight items with a pixel or more between any two; an item that finds no place is left out."""
+    """Draw one to eight items at least a pixel apart; items for which no place is found are left out."""
     return _scatter([_LOOKS[rng.below(len(_LOOKS))] for _ in range(1 + rng.below(MAX_ITEMS))], rng)
 
 
 def rearrange(boxes: Picture, rng: SplitMix64) -> Picture:
-    """The same items in boxes and places drawn anew: colours, shapes and their numbers say nothing new.
+    """Redistribute the items over boxes and places, so that the counts of colors and shapes in the image stay the same.
 
-    So the corpus makes the pictures that a sentence is false of. Towers keep one to four blocks; a scattered item that
-    finds no place is left out.
+    The corpus makes the images for false sentences in this way. Towers keep one to four blocks; scattered items for
+    which no place is found are left out.
     """
     items = [item for box in boxes for item in box]
     order = [items[number] for number in _shuffled(len(items), rng)]
@@ -157,7 +157,7 @@ def rearrange(boxes: Picture, rng: SplitMix64) -> Picture:
         return one, two, three
     looks: tuple[list[_Look], ...] = ([], [], [])
     for number, item in enumerate(order):
-        # Everybody gets one first: no box is empty.
+        # The first three items go to different boxes, so that no box is empty.
         looks[number if number < 3 else rng.below(3)].append((item.shape, item.color, item.size))
     return _scatter(looks[0], rng), _scatter(looks[1], rng), _scatter(looks[2], rng)
 
@@ -172,7 +172,7 @@ def _shuffled(count: int, rng: SplitMix64) -> list[int]:
 
 @cache
 def _heights_of(total: int) -> list[tuple[int, int, int]]:
-    """Heights of three towers of so many blocks."""
+    """Return the possible heights of three towers with `total` blocks."""
     each = range(1, MAX_BLOCKS + 1)
     return [(a, b, c) for a, b, c in product(each, each, each) if a + b + c == total]
 
@@ -183,10 +183,10 @@ _Look = tuple[str, str, int]
 def _scatter(looks: Iterable[_Look], rng: SplitMix64) -> Box:
     items: list[Item] = []
     for shape, color, size in looks:
-        # The look stays while places are tried: a new one each time would be a small one too often.
+        # Shape, color and size stay while places are tried: redrawing them would favor small items.
         most = BOX_SIDE - size
         for _ in range(_PLACES_TRIED):
-            # Places beyond the box are pulled back to its edge: hence the many items at the right and the bottom.
+            # Places beyond the box move back to its edge, which puts many items at the right and the bottom.
             x, y = min(rng.below(BOX_SIDE + 1), most), min(rng.below(BOX_SIDE + 1), most)
             if all(x > o.x + o.size or o.x > x + size or y > o.y + o.size or o.y > y + size for o in items):
                 items.append(Item(shape, color, size, x, y))
@@ -199,8 +199,8 @@ _LOOKS = tuple(product(SHAPES, COLORS, SIZES))
 
 
 def split_of(boxes: Picture) -> Split:
-    """Split that a picture belongs to: a hash of what it shows, whatever the order of boxes and of their items."""
-    # A stream keyed by the codes; its first number below ten is the tenth of all pictures.
+    """Return the split of an image: a hash of its contents, independent of the order of boxes and items."""
+    # The first number of a stream keyed by the codes assigns the image to a tenth of all images.
     tenth = SplitMix64(*sorted(map(_box_code, boxes))).below(10)
     return "train" if tenth < 8 else "val" if tenth == 8 else "test"
 
@@ -213,14 +213,14 @@ def _item_code(item: Item) -> int:
 
 
 def _box_code(box: Box) -> int:
-    # The sum of hashes does not know an order.
+    # A sum of hashes does not depend on the order.
     return sum(map(_item_code, box))
 
 
-# Words: what a phrase says, as a predicate
+# Phrases with their predicates
 
 Count = Callable[[int], bool]
-"""Whether a number of things is what a phrase says."""
+"""Predicate of a number of objects."""
 OfItem = Callable[[Item], bool]
 OfBox = Callable[[Box], bool]
 OfPicture = Callable[[Picture], bool]
@@ -230,7 +230,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 class Claim(NamedTuple):
-    """A text and what decides it."""
+    """A text and the predicate that decides it."""
 
     text: str
     holds: OfPicture
@@ -239,7 +239,7 @@ class Claim(NamedTuple):
 class _Amount(NamedTuple):
     phrase: str
     one: bool
-    """Whether a noun in the singular follows."""
+    """Whether the noun is singular."""
     fits: Count
 
     def of(self, noun: str) -> str:
@@ -254,21 +254,21 @@ class _Amount(NamedTuple):
 
 
 class _Lead(NamedTuple):
-    """How a sentence begins, and of how many boxes its trait is then said."""
+    """Beginning of a sentence, and a predicate of the number of boxes that have the trait."""
 
     text: str
     fits: Count
 
 
 class _Trait(NamedTuple):
-    """What is said of one box, as it follows `with` or `has`: `two blue blocks`."""
+    """Property of a box in the words that follow `with` or `has`, such as `two blue blocks`."""
 
     text: str
     fits: OfBox
 
 
 class _Thing(NamedTuple):
-    """What is said of one item: `blue circle`."""
+    """Property of an item, such as `blue circle`."""
 
     noun: str
     fits: OfItem
@@ -304,7 +304,7 @@ _NO = _Amount("no", True, _equal(0))
 
 
 def _amounts(least: int, most: int, *bounds: str, bare: Callable[[int], Count] = _at_least) -> list[_Amount]:
-    """`two`, `2`, `exactly two` and so on; `bare` is what a number without a bound means."""
+    """Return `two`, `2`, `exactly two` and so on; `bare` is the meaning of a number without a bound."""
     amounts = []
     for bound, number in product(bounds, range(least, most + 1)):
         fits = _BOUNDS[bound](number) if bound else bare(number)
@@ -322,7 +322,7 @@ def _usual(most: int) -> list[_Amount]:
 
 
 def _things(*nouns: str) -> list[_Thing]:
-    """`item`, `blue item`, `circle`, `blue circle`; a noun that is no shape stands for every shape."""
+    """Return `item`, `blue item`, `circle`, `blue circle`; a noun that names no shape matches every shape."""
     return [
         _Thing(f"{color} {noun}" if color else noun, _looks(color, noun if noun in SHAPES else None))
         for noun, color in product(nouns, (None, *COLORS))
@@ -358,7 +358,7 @@ def _colors(box: Iterable[Item]) -> set[str]:
 
 
 def _only(*colors: str) -> OfBox:
-    """Of all these colours and no other."""
+    """Return the predicate that a box has all of these colors and no other."""
     wanted = set(colors)
     return lambda box: _colors(box) == wanted
 
@@ -384,12 +384,12 @@ def _at(place: ColorsAt, color: str) -> OfBox:
 
 
 def _steps(box: Box, lower: str, upper: str) -> int:
-    """How often a block of one colour lies right below one of the other."""
+    """Count blocks of the color `lower` directly below blocks of the color `upper`."""
     return sum(1 for a, b in pairwise(box) if a.color == lower and b.color == upper)
 
 
 def _stacked(count: Count, color: str) -> OfBox:
-    """A number of blocks of a colour with no other in between."""
+    """Return the predicate of the longest run of blocks of a color."""
 
     def fits(box: Box) -> bool:
         same = (int(item.color == color) for item in box)
@@ -413,13 +413,13 @@ _PLACES: dict[str, ColorsAt] = {
 }
 _ABOVE = ("above", "on", "over", "on top of")
 _BELOW = ("below", "bellow", "under", "beneath")  # codespell:ignore
-"""As the corpus spells them."""
+"""Spellings of the corpus."""
 _PAIRS = tuple((a, b) for a, b in product(COLORS, COLORS) if a != b)
 _HEIGHTS = ((1, "one"), (2, "two"), (3, "three"), (4, "four"))
 
 
 class _Said(Sequence[Claim]):
-    """Every trait after every lead, made when asked for: all at once they would take seconds and much memory."""
+    """Combinations of leads and traits, made on access: all of them would take seconds and much memory."""
 
     def __init__(self, leads: Iterable[_Lead], traits: Iterable[_Trait]) -> None:
         self.leads = tuple(leads)
@@ -479,13 +479,13 @@ def _tower_has() -> list[_Lead]:
 
 def _heights(*bounds: str) -> list[_Trait]:
     amounts = _amounts(1, MAX_BLOCKS, *bounds, bare=_equal)
-    # At least one block says nothing of a tower.
+    # `at least one block` is true of every tower.
     said = [amount for amount in amounts if not (amount.one and "at least" in amount.phrase)]
     return [_Trait(amount.of("block"), _size(amount.fits)) for amount in said]
 
 
 def _is_low(height: _Trait) -> bool:
-    """Whether no tower of that height has a block in the middle."""
+    """Return whether no tower of this height has a block in the middle."""
     return not any(height.fits(towers[0]) for towers in _towers()[2:])
 
 
@@ -541,7 +541,7 @@ def _tower_height_and() -> Sequence[Claim]:
 
 
 def _tower_blocks() -> Sequence[Claim]:
-    """How many blocks of a colour."""
+    """Return statements about the number of blocks of a color."""
     traits = []
     for amount, color in product(_amounts(1, MAX_BLOCKS, "", "exactly", "only", "at least"), COLORS):
         block = amount.of(f"{color} block")
@@ -603,7 +603,7 @@ def _between(inner: str, outer: str) -> OfBox:
 
 
 def _the_tower() -> Iterator[Claim]:
-    """Of a tower known by its height: `the tower with four blocks has a blue block above a black block`."""
+    """Yield `the tower with four blocks has a blue block above a black block` and the like."""
     traits = [*_block_at(), *_end(), *_stacks()]
     for first, second in _PAIRS:
         traits.append(_Trait(f"a {first} block in between two {second} blocks", _between(first, second)))
@@ -627,7 +627,7 @@ def _below_top(color: str) -> OfBox:
 
 
 def _block_as() -> Iterator[Claim]:
-    """A block as the top or base of a tower."""
+    """Yield statements about a block at the top or base of a tower."""
     of: list[_Trait] = [_Trait("a tower", lambda box: True)]
     of += [_Trait(f"a tower with {height.text}", height.fits) for height in _heights("", "exactly", "only", "at least")]
     of += [_Trait(f"tower with {height.text}", height.fits) for height in _heights("")]
@@ -645,7 +645,7 @@ def _block_as() -> Iterator[Claim]:
 
 
 def _block_on() -> Iterator[Claim]:
-    """A block on another, counted over the picture."""
+    """Yield statements about blocks on other blocks, counted over the image."""
     for amount, (first, second), article in product(_usual(3), product(COLORS, COLORS), ("a", "the")):
         lead = amount.there(f"{first} block")
         for words in _ABOVE:
@@ -715,7 +715,7 @@ def _items_on_top() -> Iterator[Claim]:
 
 
 def _ordered_items() -> Sequence[Claim]:
-    """A tower as a box with items."""
+    """Return statements that call a tower a box with items."""
     traits = []
     for color, number in product(COLORS, (2, 3, 4)):
         size = _size(_equal(number))
@@ -765,7 +765,7 @@ _ITEMS = ("item", "object")
 
 
 def _box_number(most: int) -> Sequence[Claim]:
-    # Not those that are true of no box or of every box.
+    # Statements that are true of no box or of every box are left out.
     amounts = [
         *_amounts(1, most, "", "exactly", "only", bare=_equal),
         *_amounts(2, most, "at least", "less than"),
@@ -776,14 +776,14 @@ def _box_number(most: int) -> Sequence[Claim]:
 
 
 def _box_things(nouns: Sequence[str]) -> Sequence[Claim]:
-    """How many items of a colour or shape."""
+    """Return statements about the number of items of a color or shape."""
     things = [thing for thing in _things(*nouns) if thing.noun not in _ITEMS]
     amounts = [_A, *_amounts(1, 4, "", "exactly", "only", "at least")]
     return _Said(_box_has(), [_Trait(a.of(t.noun), _has(a.fits, t.fits)) for a, t in product(amounts, things)])
 
 
 def _box_two_things() -> Sequence[Claim]:
-    """`a yellow circle and two triangles`."""
+    """Return `a yellow circle and two triangles` and the like."""
     amounts = [_A, *_amounts(1, 2, ""), *_amounts(2, 2, "at least")]
     things = [thing for thing in _things("item", *SHAPES) if thing.noun != "item"]
     said = [(a.of(t.noun), t.noun, _has(a.fits, t.fits)) for a, t in product(amounts, things)]
@@ -798,7 +798,7 @@ def _box_two_things() -> Sequence[Claim]:
 
 
 def _sized(most: int) -> list[tuple[int, str, OfBox]]:
-    """`3 items`: exactly as many, with the number."""
+    """Return `3 items` and the like, which mean exactly this number, with the number."""
     return [
         (number, f"{word} {noun}s", _size(_equal(number)))
         for number in range(2, most + 1)
@@ -807,7 +807,7 @@ def _sized(most: int) -> list[tuple[int, str, OfBox]]:
 
 
 def _small(most: int) -> list[tuple[int, str]]:
-    """Two and three, up to `most`."""
+    """Return the numbers two and three, at most `most`."""
     return [(number, word) for number in (2, 3) for word in _words(number) if number <= most]
 
 
@@ -864,7 +864,7 @@ def _same_number(first: str, second: str) -> OfBox:
 
 
 def _box_of_which(most: int) -> Sequence[Claim]:
-    """`5 items of which at least 2 are blue`."""
+    """Return `5 items of which at least 2 are blue` and the like."""
     counted = _sized(most)
     for number, word in _small(3):
         counted.append((most, f"items of {word} different colors", _num_colors(_equal(number))))
@@ -878,7 +878,7 @@ def _box_of_which(most: int) -> Sequence[Claim]:
 
 
 def _box_of_which_shape() -> Sequence[Claim]:
-    """`only yellow items of which one is a triangle`."""
+    """Return `only yellow items of which one is a triangle` and the like."""
     traits = []
     for color, shape, amount in product(COLORS, SHAPES, _amounts(1, 3, "", bare=_equal)):
         which = f"of which {amount.phrase} {f'is a {shape}' if amount.one else f'are {shape}s'}"
@@ -954,7 +954,7 @@ def _touching_in_box() -> Sequence[Claim]:
 
 
 def _touching_and_things() -> Sequence[Claim]:
-    """`a yellow square touching the wall and two triangles`."""
+    """Return `a yellow square touching the wall and two triangles` and the like."""
     traits = []
     others = [thing for thing in _things("item", *SHAPES) if thing.noun != "item"]
     for thing, side, amount, other in product(
@@ -979,7 +979,7 @@ def _colors_touching(edge: OfItem, count: Count) -> OfPicture:
     return lambda boxes: count(len({item.color for box in boxes for item in box if edge(item)}))
 
 
-# Items of the whole picture
+# Items of the whole image
 
 
 def _num_things() -> Iterator[Claim]:
@@ -1006,7 +1006,7 @@ def _in_every_box(nouns: Sequence[str]) -> Iterator[Claim]:
 class _Family(NamedTuple):
     make: Callable[[], Iterable[Claim]]
     tower: int
-    """Weight among captions of towers, about the number of sentences of the corpus; 0: not said of towers."""
+    """Weight among captions of towers, near the number of sentences in the corpus; 0: not used for towers."""
     scatter: int
 
 
@@ -1052,7 +1052,7 @@ _FAMILIES = (
 
 @cache
 def _families(kind: Kind) -> tuple[tuple[int, Sequence[Claim]], ...]:
-    """The claims of each family with the sum of weights up to it."""
+    """Return the claims of each family with the cumulative weight."""
     found: list[tuple[int, Sequence[Claim]]] = []
     total = 0
     for make, tower, scatter in _FAMILIES:
@@ -1066,13 +1066,13 @@ def _families(kind: Kind) -> tuple[tuple[int, Sequence[Claim]], ...]:
 
 @cache
 def statements(kind: Kind) -> tuple[Claim, ...]:
-    """All statements of the grammar on pictures of a kind; this takes seconds, data sets do without."""
+    """Return all statements of the grammar about images of a kind; takes seconds, and data sets do not need it."""
     return _distinct(claim for _, claims in _families(kind) for claim in claims)
 
 
 @cache
 def vocabulary() -> tuple[str, ...]:
-    """Every word of the grammar, sorted; commas are no words."""
+    """Return every word of the grammar, sorted, without commas."""
     words: set[str] = set()
     kinds: tuple[Kind, ...] = get_args(Kind)
     for kind in kinds:
@@ -1086,7 +1086,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def boxes_corpus() -> Iterator[str]:
-    """Every word, and the characters of others; `train_tokenizer(boxes_corpus(), 512)` gives the shipped tokenizer."""
+    """Yield every word, and all characters; `train_tokenizer(boxes_corpus(), 512)` gives boxes_tokenizer.json."""
     letters = string.ascii_lowercase
     yield f"{' '.join(letters + string.digits + _MARKS)} x{letters}"  # at the start of a word, and within
     for _ in range(_REPEATS):
@@ -1095,20 +1095,20 @@ def boxes_corpus() -> Iterator[str]:
 
 _MARKS = ",'-."
 _REPEATS = 9
-"""More than characters have, whose pairs would be merged otherwise."""
+"""Repetitions of words; more than those of characters, whose pairs would be merged otherwise."""
 
 # Samples
 
 _TRIES = 30
-"""Texts of a family before another is drawn: some families have nothing true to say of some pictures."""
+"""Texts tried before another family is drawn, because some families have no true text for some images."""
 _NUM_OTHERS = 256
 _REDRAWS = 12
-"""Pictures before a text is given up: few texts that are true of less than one in twelve come through."""
+"""Images tried before a text is dropped; texts that are true of less than one in twelve are mostly dropped."""
 
 
 @dataclass(frozen=True, eq=False)
 class BoxScene:
-    """A picture and a statement that is true of it; `image` is (100, 400, 3) uint8, RGB."""
+    """An image and its caption; `image` is (100, 400, 3) uint8, RGB."""
 
     image: NDArray[np.uint8]
     caption: str
@@ -1117,7 +1117,7 @@ class BoxScene:
 
 @dataclass(frozen=True, eq=False)
 class BoxStatement:
-    """A picture, a statement and whether it is true of it."""
+    """An image, a statement and whether the statement is true of the image."""
 
     image: NDArray[np.uint8]
     text: str
@@ -1126,20 +1126,20 @@ class BoxStatement:
 
 
 def kind_of(boxes: Picture) -> Kind:
-    """What a picture shows; it may be one of the corpus."""
+    """Return the kind of an image, which may also be one of the corpus."""
     block = ("square", BLOCK_SIZE, BLOCK_LEFT)
     is_tower = all((item.shape, item.size, item.x) == block for box in boxes for item in box)
     return "tower" if is_tower else "scatter"
 
 
 def statement(boxes: Picture, rng: SplitMix64) -> tuple[str, bool]:
-    """A statement drawn without a look at the boxes but for their kind, and whether it is true of them."""
+    """Draw a statement that depends on the kind of the boxes only, and return it with its truth."""
     text, holds = _draw_claim(kind_of(boxes), rng)
     return text, holds(boxes)
 
 
 def truth(text: str, boxes: Picture) -> bool | None:
-    """Whether a text, in lower case without a full stop, is true; None where the grammar does not know it."""
+    """Return whether a text (lower case, without a period) is true; None if the grammar does not contain it."""
     holds = _by_text(kind_of(boxes)).get(text)
     return None if holds is None else holds(boxes)
 
@@ -1165,9 +1165,9 @@ def _draw_claim(kind: Kind, rng: SplitMix64) -> Claim:
 
 
 def draw_caption(kind: Kind, boxes: Picture, rng: SplitMix64) -> str:
-    """A true statement; half of the time one is sought that is false of another picture: what holds of any is empty."""
+    """Draw a true statement; half of them are false of another image, so that not all captions are truisms."""
     while True:
-        # Drawn in every round, as nothing may tell the two pictures apart: they can show the same towers.
+        # Redrawn in every round, because the two images may show the same towers.
         other = _others(kind)[rng.below(_NUM_OTHERS)] if rng.below(2) else None
         claims = _draw_claims(kind, rng)
         for _ in range(_TRIES):
@@ -1177,11 +1177,11 @@ def draw_caption(kind: Kind, boxes: Picture, rng: SplitMix64) -> str:
 
 
 def describe(kind: Kind, boxes: Picture) -> str:
-    """Five words a box: its side, then the colours of a tower from the base up, `none` where it ends, or numbers.
+    """Describe each box in five words: its side, then the colors of a tower from the base up and `none` above it.
 
-    The numbers are those of yellow, black and blue items and of all: `left 2 0 1 3`. Every picture is described in as
-    many words, so that a caption whose words are all hidden (:mod:`eve_ds.tasks.words`) asks for everything, each at
-    its place.
+    For scattered items the four words are the numbers of yellow, black and blue items and of all: `left 2 0 1 3`. All
+    descriptions have the same length, so that a caption of hidden words (:mod:`eve_ds.tasks.words`) predicts each
+    property at a fixed place.
     """
     words: list[str] = []
     for side, box in zip(("left", "middle", "right"), boxes, strict=True):
@@ -1195,16 +1195,16 @@ def describe(kind: Kind, boxes: Picture) -> str:
 
 @cache
 def _others(kind: Kind) -> tuple[Picture, ...]:
-    """Pictures to compare with, the same for all data sets: they are not shown, so splits do not matter."""
+    """Return images for comparison, the same for all data sets; they are never shown, so splits do not matter."""
     return tuple(draw_boxes(kind, SplitMix64(_OTHER, index)) for index in range(_NUM_OTHERS))
 
 
 class Boxes:
-    """Endless map-style data set of pictures with a caption: any index from 0 on is a sample.
+    """Endless map-style data set of images with captions: every index from 0 on has a sample.
 
     Args:
-        seed: Which world of pictures; splits stay disjoint across seeds.
-        split: `train` (80 % of all pictures), `val` or `test` (10 % each).
+        seed: seed of the generated world; splits stay disjoint across seeds.
+        split: `train` (80 % of all images), `val` or `test` (10 % each).
 
     Raises:
         ConfigError: unknown split.
@@ -1215,37 +1215,37 @@ class Boxes:
         self.split = check_split(split)
 
     def rng(self, index: int, purpose: int = 0) -> SplitMix64:
-        """Generator of one sample; another `purpose` gives an independent one for the same index."""
+        """Return the generator of a sample; every `purpose` has an independent one for the same index."""
         if index < 0:
             raise IndexError(f"index ({index}) must not be negative; the data set is endless")
         return SplitMix64(self.seed, _SPLIT_CODES[self.split], purpose, index)
 
     def draw(self, kind: Kind, rng: SplitMix64) -> Picture:
-        """Boxes of the split."""
+        """Draw boxes of the split."""
         boxes = draw_boxes(kind, rng)
         while split_of(boxes) != self.split:
             boxes = draw_boxes(kind, rng)
         return boxes
 
     def __getitem__(self, index: int) -> BoxScene:
-        """Sample number `index`."""
+        """Return sample number `index`."""
         rng = self.rng(index, _SCENE)
         kind = _draw_kind(rng)
         boxes = self.draw(kind, rng)
-        # Pictures are learnt from descriptions; from statements, which say little of a picture, they are not.
+        # Models learn images from descriptions; statements alone did not teach them, as they say little about an image.
         caption = describe(kind, boxes) if rng.below(4) else draw_caption(kind, boxes, rng)
         return BoxScene(render(boxes), caption, boxes)
 
 
 class BoxStatements:
-    """Endless map-style data set of labelled statements; items 2k and 2k + 1 share a text, one of them is true.
+    """Endless map-style data set of labeled statements; items 2k and 2k + 1 share a text, and exactly one is true.
 
-    The two pictures of a text are drawn apart, or, for every other text, show the same items rearranged. The corpus has
-    the latter only, where counting colours tells nothing; from those alone nothing was learnt in minutes.
+    The two images of a text are drawn independently or, for half of the texts, show the same items rearranged. The
+    corpus has only the latter, where counting colors does not help; from those alone nothing was learned in minutes.
 
     Args:
-        seed: Which world of statements.
-        split: `train`, `val` or `test`, of the pictures; all splits share the grammar.
+        seed: seed of the generated world.
+        split: `train`, `val` or `test`, the split of the images; all splits share the grammar.
 
     Raises:
         ConfigError: unknown split.
@@ -1255,7 +1255,7 @@ class BoxStatements:
         self.boxes = Boxes(seed, split)
 
     def __getitem__(self, index: int) -> BoxStatement:
-        """Statement number `index`."""
+        """Return statement number `index`."""
         group, turn = divmod(index, 2)
         rng = self.boxes.rng(group, _STATEMENT)
         label = bool(rng.below(2)) == bool(turn)
@@ -1263,7 +1263,7 @@ class BoxStatements:
         return BoxStatement(render(shown[label]), text, label, shown[label])
 
     def _pair(self, rng: SplitMix64) -> tuple[str, dict[bool, Picture]]:
-        """A text with a picture for either label; both items of a pair go this same way, so the text leaks nothing."""
+        """Draw a text and an image for each label; both items of a pair draw the same, so no text reveals its label."""
         while True:
             kind = _draw_kind(rng)
             text, holds = _draw_claim(kind, rng)
@@ -1276,7 +1276,7 @@ class BoxStatements:
                 boxes = self._rearranged(boxes, rng) if same else self.boxes.draw(kind, rng)
 
     def _rearranged(self, boxes: Picture, rng: SplitMix64) -> Picture:
-        """Of the split, as the first one was."""
+        """Rearrange the boxes until they fall in the split."""
         while True:
             boxes = rearrange(boxes, rng)
             if split_of(boxes) == self.boxes.split:

@@ -1,4 +1,4 @@
-"""Boxes: renderer and truth against the real corpus where it lies ready, captions against loops written out here."""
+"""Boxes: images and truth against the real corpus if EVE_DS_TEST_DATA names it, predicates against plain loops."""
 
 import io
 import json
@@ -54,12 +54,12 @@ NUMBERS |= {str(n): n for n in range(9)} | {"a": 1, "an": 1, "no": 0}
 
 
 def same(boxes):
-    """What a picture shows whatever the order."""
+    """Return the contents of an image, independent of the order."""
     return tuple(sorted(tuple(sorted(box)) for box in boxes))
 
 
 def number_fits(words, count):
-    """`two`, `exactly 2`, `at least two`, `no`: whether a count is so many."""
+    """Return whether a count agrees with `two`, `exactly 2`, `at least two`, `no` and the like."""
     *bound, number = words
     number = NUMBERS[number]
     if bound in (["exactly"], ["only"]) or words == ["no"]:
@@ -71,7 +71,7 @@ def number_fits(words, count):
 # ------------------------------------------------------------------------------------------------- the corpus
 
 
-def picture_of(structured):
+def boxes_of(structured):
     colors = {"Yellow": "yellow", "Black": "black", "#0099ff": "blue"}
     return tuple(
         tuple(Item(i["type"], colors[i["color"]], i["size"], i["x_loc"], i["y_loc"]) for i in box) for box in structured
@@ -80,7 +80,7 @@ def picture_of(structured):
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Examples of the hidden split, and the images of the first order of the boxes of some."""
+    """Return the examples of the hidden split, and 150 images with the boxes in their first order."""
     examples, images = [], {}
     with tarfile.open(Path(TEST_DATA) / "nlvr-hidden.tar.xz") as archive:
         for member in archive:
@@ -94,9 +94,9 @@ def corpus():
 
 
 @needs_corpus
-def test_pictures_equal_those_of_the_corpus(corpus):
+def test_images_equal_those_of_the_corpus(corpus):
     examples, images = corpus
-    pictures = {example["identifier"]: picture_of(example["structured_rep"]) for example in examples}
+    pictures = {example["identifier"]: boxes_of(example["structured_rep"]) for example in examples}
     assert len(images) == 150
     assert {kind_of(pictures[identifier]) for identifier in images} == set(KINDS)
     for identifier, real in images.items():
@@ -107,12 +107,12 @@ def test_pictures_equal_those_of_the_corpus(corpus):
 
 @needs_corpus
 def test_truth_agrees_with_the_labels_of_the_corpus(corpus):
-    """What disagrees are labels that other examples of the same sentence contradict."""
+    """The labels that disagree are contradicted by other examples of the same sentence."""
     examples, _ = corpus
     agree, sentences = [], set()
     for example in examples:
         text = " ".join(example["sentence"].lower().rstrip(" .").split())
-        answer = truth(text, picture_of(example["structured_rep"]))
+        answer = truth(text, boxes_of(example["structured_rep"]))
         if answer is not None:
             agree.append(answer == (example["label"] == "true"))
             sentences.add(text)
@@ -121,17 +121,17 @@ def test_truth_agrees_with_the_labels_of_the_corpus(corpus):
     assert np.mean(agree) >= 0.98
 
 
-# ------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------- images
 
 
-def test_an_item_fills_its_square_in_its_color_on_the_grey_of_its_box():
-    (yellow, black, blue), grey = COLORS.values(), (211, 211, 211)
+def test_items_are_drawn_in_their_color_on_gray_boxes():
+    (yellow, black, blue), gray = COLORS.values(), (211, 211, 211)
     image = render(((Item("square", "blue", 20, 0, 80),), (Item("circle", "black", 30, 70, 0),), ()))
     assert (image.shape, image.dtype) == ((100, 400, 3), np.uint8)
     np.testing.assert_array_equal(image[80:, :20], np.broadcast_to(blue, (20, 20, 3)))
-    assert tuple(image[79, 0]) == tuple(image[80, 20]) == tuple(image[50, 350]) == grey
+    assert tuple(image[79, 0]) == tuple(image[80, 20]) == tuple(image[50, 350]) == gray
     assert tuple(image[15, 235]) == black
-    assert tuple(image[0, 220]) == grey, "no corner of the circle's square is the circle's"
+    assert tuple(image[0, 220]) == gray, "the corners of a circle's square are gray"
     assert {tuple(image[50, x]) for x in (100, 149, 250, 299)} == {(128, 128, 128)}
     triangle = render(((Item("triangle", "yellow", 10, 5, 5),), (), ()))
     wide = [(triangle[y, :BOX_SIDE] == yellow).all(axis=1).sum() for y in range(5, 15)]
@@ -140,7 +140,7 @@ def test_an_item_fills_its_square_in_its_color_on_the_grey_of_its_box():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_boxes_hold_what_the_corpus_has(kind):
+def test_boxes_hold_the_items_of_the_corpus(kind):
     seen = defaultdict(set)
     for index in range(400):
         boxes = draw_boxes(kind, SplitMix64(index))
@@ -185,7 +185,7 @@ def test_sample_is_a_function_of_seed_split_and_index():
     assert [(pairs[i].text, pairs[i].boxes) for i in (5, 4)] == [(pairs[i].text, pairs[i].boxes) for i in (4, 5)][::-1]
 
 
-def test_samples_that_are_not_there_are_refused():
+def test_bad_index_and_bad_split_are_refused():
     with pytest.raises(IndexError, match="must not be negative"):
         Boxes()[-1]
     with pytest.raises(IndexError, match="must not be negative"):
@@ -194,14 +194,14 @@ def test_samples_that_are_not_there_are_refused():
         Boxes(split="dev")
 
 
-def test_two_thirds_are_towers_and_captions_vary():
+def test_two_thirds_of_the_images_show_towers_and_captions_vary():
     scenes = [Boxes()[i] for i in range(600)]
     assert np.mean([kind_of(scene.boxes) == "tower" for scene in scenes]) == pytest.approx(2 / 3, abs=0.05)
     assert len({scene.caption for scene in scenes}) > 540
     assert all(scene.caption == scene.caption.lower().strip(". ") for scene in scenes)
 
 
-def test_splits_are_disjoint_whatever_the_order_and_the_seed():
+def test_splits_are_disjoint_for_every_order_and_seed():
     shown = {split: {same(Boxes(seed, split)[i].boxes) for seed in (0, 1) for i in range(150)} for split in SPLITS}
     for split, pictures in shown.items():
         assert all(split_of(boxes) == split for boxes in pictures)
@@ -211,7 +211,7 @@ def test_splits_are_disjoint_whatever_the_order_and_the_seed():
     assert [share.count(split) / 2000 for split in SPLITS] == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
 
 
-def test_text_alone_scores_exactly_one_half():
+def test_accuracy_by_text_alone_is_exactly_one_half():
     data = BoxStatements(1)
     labels = defaultdict(list)
     for index in range(400):
@@ -223,10 +223,10 @@ def test_text_alone_scores_exactly_one_half():
             assert sample.text == data[index - 1].text
     assert all(len(found) == 2 * sum(found) for found in labels.values())
     first = [data[index].label for index in range(0, 400, 2)]
-    assert 0.4 < np.mean(first) < 0.6, "neither place of a pair is the true one"
+    assert 0.4 < np.mean(first) < 0.6, "the true item of a pair is the first in half of the pairs"
 
 
-def test_labels_are_the_truth():
+def test_labels_equal_the_truth():
     data = BoxStatements(2, "val")
     for index in range(60):
         sample = data[index]
@@ -249,7 +249,7 @@ def test_captions_are_true(kind):
 
 
 def split_words(text):
-    """The number and what follows it, of `there is/are NUMBER REST`."""
+    """Split `there is/are NUMBER REST` into the words of number and rest."""
     words = text.split()[2:]
     cut = 3 if words[:2] == ["at", "least"] else 2 if words[0] in ("exactly", "only") else 1
     return words[:cut], words[cut:]
@@ -380,7 +380,7 @@ def test_truth_equals_counting_in_loops(family):
     assert min(found.values()) > 50
 
 
-def test_texts_that_families_share_mean_the_same():
+def test_families_agree_on_shared_texts():
     from boxes import _FAMILIES
 
     pictures = {kind: [draw_boxes(kind, SplitMix64(i, 3)) for i in range(40)] for kind in KINDS}
@@ -394,24 +394,24 @@ def test_texts_that_families_share_mean_the_same():
                     assert all(claim.holds(p) == known[claim.text](p) for p in pictures[kind][:4]), claim.text
 
 
-def test_a_picture_that_nothing_tells_from_the_other_has_a_caption_too(monkeypatch):
+def test_image_equal_to_the_one_for_comparison_has_a_caption(monkeypatch):
     picture = Boxes()[0].boxes
     monkeypatch.setattr(boxes_module, "_others", lambda kind: (picture,) * 256)
     for index in range(20):
         assert truth(draw_caption(kind_of(picture), picture, SplitMix64(index)), picture)
 
 
-def test_every_other_text_has_two_pictures_of_the_same_items():
+def test_half_of_the_texts_have_two_images_of_the_same_items():
     data = BoxStatements(5)
     pairs = [(data[i].boxes, data[i + 1].boxes) for i in range(0, 400, 2)]
     pairs = [pair for pair in pairs if kind_of(pair[0]) == "tower"]
     looks = [[sorted(item[:3] for box in boxes for item in box) for boxes in pair] for pair in pairs]
-    # Of two pictures drawn apart few have as many blocks of every colour; some texts no rearranging decides.
+    # Few images drawn independently have equal counts of every color; some texts are true of every arrangement.
     assert 0.25 < np.mean([one == other for one, other in looks]) < 0.6
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rearranged_boxes_are_legal_and_any_arrangement_comes_out(kind):
+def test_rearranging_gives_valid_boxes_of_every_arrangement(kind):
     start = next(boxes for boxes in (draw_boxes(kind, SplitMix64(i)) for i in range(99)) if sum(map(len, boxes)) > 6)
     seen = set()
     for index in range(300):
@@ -419,7 +419,7 @@ def test_rearranged_boxes_are_legal_and_any_arrangement_comes_out(kind):
         assert kind_of(boxes) == kind
         assert all(boxes)
         looks = [Counter(item[:3] for box in shown for item in box) for shown in (boxes, start)]
-        # A scattered item that finds no place is left out; nothing comes in.
+        # Items may be left out for lack of place, but none are added.
         assert looks[0] == looks[1] if kind == "tower" else looks[0] <= looks[1]
         if kind == "tower":
             for box in boxes:
@@ -448,7 +448,7 @@ def test_most_captions_describe_every_box_in_five_words():
     assert {kind_of(boxes) for _, boxes in described} == set(KINDS)
 
 
-def test_written_data_is_what_the_tools_read(tmp_path):
+def test_shards_and_statements_are_read_as_written(tmp_path):
     write_shards(BoxSource(3, 5), tmp_path / "shards", WriterOptions())
     write_statements(tmp_path / "val", 2, "val", 4)
     sources = [{"kind": "shards", "shards": str(tmp_path / "shards")}]
@@ -468,7 +468,9 @@ def test_written_data_is_what_the_tools_read(tmp_path):
         assert {(example.text, example.label) for example in orders} == {(expected.text, expected.label)}
         with Image.open(orders[0].images[0]) as image:
             np.testing.assert_array_equal(np.asarray(image), expected.image)
-        assert len({Path(example.images[0]).read_bytes() for example in orders}) > 1, "other orders of the boxes"
+        assert len({Path(example.images[0]).read_bytes() for example in orders}) > 1, (
+            "images differ in the order of the boxes"
+        )
     assert examples[0].group == examples[6].group != examples[12].group
 
 
@@ -479,7 +481,7 @@ def test_tokenizer_has_one_token_per_word_and_letters_for_others():
     assert tokenizer.unk_token_id not in typed
 
 
-def test_tokenizer_is_what_training_gives():
+def test_tokenizer_equals_one_trained_on_its_corpus():
     trained = train_tokenizer(boxes_corpus(), 512)
     written = (HERE / "boxes_tokenizer.json").read_text(encoding="utf-8")
     assert json.loads(trained.backend_tokenizer.to_str()) == json.loads(written)

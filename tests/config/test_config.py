@@ -27,10 +27,10 @@ def test_presets_are_shipped_and_valid():
     for name in presets():
         config = load_config(name)
         assert isinstance(config, Config)
-        assert parse_config(config.model_dump(mode="json")) == config, "what is written can be read"
+        assert parse_config(config.model_dump(mode="json")) == config, "a written configuration can be read"
 
 
-def test_a_file_starts_from_a_preset_and_overrides_come_last(tmp_path):
+def test_file_extends_its_base_and_overrides_come_last(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("base: eve_tiny\nmodel: {moe: {num_experts: 4}}\ntrain: {seed: 3}\n")
     config = load_config(str(file), ["train.seed=5", "optimizer.betas=[0.8, 0.9]", "data.num_workers=1"])
@@ -53,7 +53,7 @@ def test_a_file_starts_from_a_preset_and_overrides_come_last(tmp_path):
         ),
     ],
 )
-def test_unknown_keys_get_the_nearest_name(override, text):
+def test_error_for_an_unknown_key_suggests_the_nearest_one(override, text):
     assert problem(override) == text
 
 
@@ -152,8 +152,8 @@ def test_unknown_keys_get_the_nearest_name(override, text):
         ("optimizer.lr=fast", "optimizer.lr ('fast'): Input should be a valid number"),
     ],
 )
-def test_values_against_a_rule(override, text):
-    # The shipped preset may come to use a time budget; these rules hold for any.
+def test_error_for_a_bad_value_gives_the_rule(override, text):
+    # Independent of whether the preset sets a time budget.
     found = problem(override, "train.max_seconds=null" if "seconds" in override else "train.seed=0")
     assert found.startswith("eve_tiny: ")
     assert text in found
@@ -215,7 +215,7 @@ ONLY = "data.sources=[{{kind: scenes}}, {{kind: scenes, modalities: {}}}]"
         ),
     ],
 )
-def test_views_that_hide_nothing_or_show_nothing(overrides, text):
+def test_views_without_hidden_or_without_visible_parts_are_refused(overrides, text):
     found = problem(*overrides, "masking.max_text_mask_ratio=null" if "joint" in overrides[0] else "train.seed=0")
     assert found.startswith("eve_tiny: ")
     assert text in found
@@ -224,24 +224,24 @@ def test_views_that_hide_nothing_or_show_nothing(overrides, text):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["masking.patch_mask_ratio=1", "masking.text_to_image_mask_ratio=1"],  # a caption to be painted
-        ["masking.text_mask_ratio=1", "masking.max_text_mask_ratio=1"],  # a picture to be described
+        ["masking.patch_mask_ratio=1", "masking.text_to_image_mask_ratio=1"],  # image views show the caption alone
+        ["masking.text_mask_ratio=1", "masking.max_text_mask_ratio=1"],  # language views show the image alone
         ["model.objectives=[mlm]", "masking={patch_mask_ratio: 0}"],
         [ONLY.format("image")],
         [ONLY.format("text")],
         ["model.objectives=[joint]", "masking={patch_mask_ratio: 0}", "masking.text_mask_ratio=1"],
     ],
 )
-def test_views_with_something_on_both_sides(overrides):
+def test_views_with_hidden_and_visible_parts_are_accepted(overrides):
     load_config("eve_tiny", overrides)
 
 
-def test_objectives_of_former_configurations_are_read_with_a_line_that_says_so(caplog):
+def test_former_names_of_objectives_are_read_and_logged(caplog):
     caplog.set_level("INFO", logger="eve_ds")
     section._say_once.cache_clear()
     config = parse_config({"model": {"objective": "msm"}, "loss": {"pixel_weight": 0.5, "text_weight": 2}})
     assert config.model.objectives == ["joint"]
-    assert config.model.pixel_target == "normalized", "what it had before raw pixels became the default"
+    assert config.model.pixel_target == "normalized", "the default of that time"
     assert (config.loss.mim_weight, config.loss.mlm_weight) == (0.5, 2.0)
     assert [record.getMessage() for record in caplog.records] == [
         "objective ('msm') is read as objectives (['joint'])",
@@ -251,7 +251,7 @@ def test_objectives_of_former_configurations_are_read_with_a_line_that_says_so(c
     assert parse_config({"model": {"objective": "itc_itm_mlm"}}).model.objectives == ["mlm", "itc", "itm"]
     assert parse_config({}).model.objectives == ["mim", "mlm"]
     raw = parse_config({"model": {"objective": "msm", "pixel_target": "raw"}, "loss": {}}).model.pixel_target
-    assert raw == "raw", "what is said stays"
+    assert raw == "raw", "an explicit value is kept"
 
 
 @pytest.mark.parametrize(
@@ -263,20 +263,20 @@ def test_objectives_of_former_configurations_are_read_with_a_line_that_says_so(c
         ({"objectives": ["mim"], "pixel_target": "raw"}, ["mim"], "raw"),
     ],
 )
-def test_written_configs_from_before_a_field_existed_are_read_as_what_they_were(written, objectives, pixel_target):
+def test_written_configs_without_newer_fields_get_the_values_of_their_time(written, objectives, pixel_target):
     model = parse_written_config({"model": written}, "x").model
     assert (model.objectives, model.pixel_target) == (objectives, pixel_target)
 
 
-def test_written_config_with_removed_keys_is_read_where_they_hold_their_default():
+def test_written_config_with_removed_keys_at_their_default_is_read():
     written = {"task": {"name": "nlvr", "word_passes": 0, "read_states": False}}
     assert parse_written_config(written, "x") == parse_config({"task": {"name": "nlvr"}})
-    assert written["task"]["word_passes"] == 0, "the caller's tree stays as it is"
+    assert written["task"]["word_passes"] == 0, "the argument must not change"
     assert parse_written_config({"task": None}, "x") == parse_config({})
 
 
 @pytest.mark.parametrize(("key", "value", "default"), [("word_passes", 2, "0"), ("read_states", True, "False")])
-def test_written_config_with_a_removed_key_that_had_an_effect_is_refused(key, value, default):
+def test_written_config_with_a_removed_key_at_another_value_is_refused(key, value, default):
     with pytest.raises(ConfigError) as caught:
         parse_written_config({"task": {"name": "nlvr", key: value}}, "config.json")
     expected = f"config.json: task.{key} ({value}) was removed, and only {default} can still be read: "
@@ -294,36 +294,36 @@ def test_written_config_with_a_removed_key_that_had_an_effect_is_refused(key, va
         ("joint", ["image"], []),
     ],
 )
-def test_tasks_that_no_source_serves(objectives, kinds, lacking):
+def test_tasks_without_source_are_listed(objectives, kinds, lacking):
     sources = ", ".join(f"{{kind: scenes, modalities: {kind}}}" for kind in kinds)
     config = load_config("eve_tiny", [f"model.objectives=[{objectives}]", f"data.sources=[{sources}]"])
     assert config.tasks_without_source == lacking
 
 
 @pytest.mark.parametrize("preset", ["eve_tiny", "eve_base", "eve_large"])
-def test_presets_pre_train_as_the_paper_does(preset):
+def test_presets_use_the_objectives_and_settings_of_the_paper(preset):
     config = load_config(preset)
     assert config.model.objectives == ["mim", "mlm"]
     if preset in ("eve_base", "eve_large"):
-        assert config.masking == MaskingConfig(), "0.75 of the patches, half of the words, whole views"
+        assert config.masking == MaskingConfig(), "masks 0.75 of the patches and half of the words"
         assert config.data.crop_scale == (0.5, 1.0)
         assert config.train.max_steps == {"eve_base": 480_000, "eve_large": 280_000}[preset]
         assert config.loss.mim_weight == config.loss.mlm_weight == 1.0
 
 
-def test_several_problems_are_named_together():
+def test_one_error_names_several_problems():
     text = problem("train.max_steps=0", "model.hidden_sise=1")
     assert "hidden_sise" in text
     assert "max_steps" in text
 
 
-def test_overrides_of_the_wrong_form():
+def test_malformed_overrides_are_refused():
     assert problem("train.seed") == "override 'train.seed' must have the form section.key=value"
     assert problem("name.x=1") == "override 'name.x=1': 'name' is a value, not a section"
     assert problem("train.seed=[1").startswith("override 'train.seed=[1' is not YAML: ")
 
 
-def test_presets_and_files_that_are_not_there(tmp_path):
+def test_unknown_presets_and_unreadable_files_are_refused(tmp_path):
     text = problem(preset="eve_tinny")
     assert text.startswith("config 'eve_tinny' is neither a file nor a preset; did you mean 'eve_tiny'?; presets: ")
     assert problem(preset="nowhere.yaml") == "config file nowhere.yaml does not exist"
@@ -335,6 +335,6 @@ def test_presets_and_files_that_are_not_there(tmp_path):
     assert "cannot be read: " in problem(preset=str(tmp_path / "latin.yaml"))
 
 
-def test_a_configuration_cannot_be_changed():
+def test_configurations_are_immutable():
     with pytest.raises(ValueError, match="frozen"):
         load_config("eve_tiny").train.seed = 1

@@ -1,4 +1,4 @@
-"""Batches of complete and of incomplete samples."""
+"""Batches of complete samples, and of samples that lack an image or a caption."""
 
 import inspect
 import pickle
@@ -19,7 +19,7 @@ CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and 
 
 
 def config(**masking):
-    """Of one view; those of the other tasks are in test_views.py."""
+    """Return a configuration with one view; test_views.py tests the other objectives."""
     model = {"image_size": 32, "patch_size": 8, "vocab_size": 256, "objectives": ["joint"]}
     return parse_config({"model": model, "masking": masking})
 
@@ -84,15 +84,15 @@ def test_first_last_and_padding_tokens_are_never_masked():
     assert masked.tolist() == [round(0.5 * (length - 2)) for length in lengths.tolist()]
 
 
-def test_pixels_are_those_of_the_image():
+def test_pixels_equal_the_image():
     expected = torch.from_numpy(image(1)).permute(2, 0, 1).float() / 127.5 - 1
     batch = collate(pairs())
     torch.testing.assert_close(batch.normalized_pixels[1], expected, rtol=0, atol=1e-6)
     assert torch.equal(batch.pixel_values[1], torch.from_numpy(image(1)).permute(2, 0, 1))
 
 
-def test_pixels_are_to_the_bit_those_of_normalizing_before_the_batch():
-    """Every byte, with and without a gap: a run goes on with the numbers that it was begun with."""
+def test_normalizing_the_batch_equals_normalizing_each_image_bit_for_bit():
+    """All 256 byte values, with and without a missing image; resumed runs depend on equal bits."""
     every = np.arange(256, dtype=np.uint8).repeat(12).reshape(32, 32, 3)
     samples = [Sample("a", 0, every, CAPTIONS[0]), Sample("b", 0, None, CAPTIONS[1]), *pairs()]
     before = [torch.from_numpy(s.image).permute(2, 0, 1).contiguous().float() for s in samples if s.image is not None]
@@ -102,7 +102,7 @@ def test_pixels_are_to_the_bit_those_of_normalizing_before_the_batch():
     assert torch.equal(collate(samples).normalized_pixels, with_gap)
 
 
-def test_pixels_are_normalized_once_for_inputs_and_targets_and_travel_as_bytes():
+def test_pixels_are_sent_as_bytes_and_normalized_once_for_inputs_and_targets():
     batch = collate(pairs())
     assert batch.model_inputs()["pixel_values"] is batch.targets()["pixel_values"] is batch.normalized_pixels
     copied = pickle.loads(pickle.dumps(collate(pairs())))
@@ -113,7 +113,7 @@ def test_pixels_are_normalized_once_for_inputs_and_targets_and_travel_as_bytes()
     assert not any(tensor.is_floating_point() for tensor in batch.tensors())
 
 
-def test_tensors_are_all_that_a_batch_has():
+def test_tensors_returns_every_tensor_of_the_batch():
     batch = collate(pairs())
     assert batch.normalized_pixels is not None
     own = [value for name, value in vars(batch).items() if name != "normalized_pixels"]
@@ -123,7 +123,7 @@ def test_tensors_are_all_that_a_batch_has():
     assert len(batch.tensors()) == len(expected) == 8 + 6
 
 
-def test_pixels_that_are_normalized_already_are_taken_as_they_are():
+def test_floating_point_pixels_are_not_normalized_again():
     batch = collate([*pairs(), Sample("a", 0, None, CAPTIONS[0])])
     given = torch.full((3, 3, 32, 32), 7.0, dtype=torch.float64)
     pixels = replace(batch, pixel_values=given).normalized_pixels
@@ -140,13 +140,13 @@ def test_masks_do_not_depend_on_the_rest_of_the_batch():
     assert (own == alone.masked_token_ids).all()
 
 
-def test_masks_change_with_the_epoch():
+def test_masks_depend_on_the_epoch():
     first, second = (collate([Sample("k", epoch, image(), CAPTIONS[1])]) for epoch in (0, 1))
     assert (first.masked_patch_ids != second.masked_patch_ids).any()
     assert first.masked_token_ids.tolist() != second.masked_token_ids.tolist()
 
 
-def test_missing_image_is_zero_and_marked():
+def test_missing_image_has_zero_pixels_and_is_marked_in_the_mask():
     batch = collate([Sample("a", 0, None, CAPTIONS[0]), *pairs()])
     assert batch.image_mask.tolist() == [False, True, True]
     assert batch.normalized_pixels[0].abs().max() == 0
@@ -154,20 +154,20 @@ def test_missing_image_is_zero_and_marked():
     assert batch.visible_patch_ids.shape == (3, 4)
 
 
-def test_a_caption_without_an_image_keeps_a_word():
+def test_caption_without_image_keeps_at_least_one_word():
     batch = collate([Sample("a", 0, None, CAPTIONS[0]), *pairs()], text_mask_ratio=0.99)
     words = batch.attention_mask.sum(1) - 2
     hidden = torch.bincount(batch.masked_token_ids // batch.input_ids.shape[1])
     assert hidden.tolist() == [words[0] - 1, words[1], words[2]]
 
 
-def test_missing_caption_is_an_empty_row():
+def test_missing_caption_becomes_an_empty_row():
     batch = collate([Sample("a", 0, image(), None), *pairs()])
     assert not batch.attention_mask[0].any()
     assert (batch.masked_token_ids >= batch.input_ids.shape[1]).all()
 
 
-def test_batch_without_any_caption_or_image_keeps_its_fields():
+def test_batch_without_any_caption_or_without_any_image_keeps_its_fields():
     batch = collate([Sample("a", 0, image(), None)])
     assert batch.input_ids.shape == (1, 1)
     assert not batch.attention_mask.any()
@@ -177,14 +177,14 @@ def test_batch_without_any_caption_or_image_keeps_its_fields():
     assert batch.pixel_values.shape == (1, 3, 32, 32)
 
 
-def test_fields_are_none_only_where_no_source_has_them():
+def test_fields_are_none_if_no_source_has_the_modality():
     batch = collate([Sample("a", 0, image(), None)], has_captions=False)
     assert batch.input_ids is batch.attention_mask is batch.masked_token_ids is batch.token_labels is None
     batch = collate([Sample("a", 0, None, CAPTIONS[0])], has_images=False)
     assert batch.pixel_values is batch.image_mask is batch.visible_patch_ids is batch.masked_patch_ids is None
 
 
-def test_long_captions_are_cut_and_keep_their_last_token():
+def test_long_captions_are_truncated_before_their_last_token():
     tokenizer = load_tokenizer("scenes")
     batch = collate([Sample("a", 0, image(), " and ".join(CAPTIONS * 20))])
     assert batch.input_ids.shape == (1, 40)
@@ -192,7 +192,7 @@ def test_long_captions_are_cut_and_keep_their_last_token():
     assert batch.input_ids[0, 0] == tokenizer.cls_token_id
 
 
-def test_padding_and_truncation_stored_in_a_tokenizer_are_not_applied(tmp_path):
+def test_padding_and_truncation_of_the_tokenizer_are_ignored(tmp_path):
     tokenizer = load_tokenizer("scenes")
     tokenizer.backend_tokenizer.enable_padding(length=33, pad_id=0)
     tokenizer.backend_tokenizer.enable_truncation(4)
@@ -211,7 +211,7 @@ def test_random_and_kept_tokens_follow_the_configuration():
     assert torch.equal(batch.masked_input_ids, batch.input_ids)
 
 
-def test_mask_ratios_vary_by_sample():
+def test_mask_ratios_are_uniform_between_the_limits():
     caption = " ".join(CAPTIONS[1].split() * 3)
     samples = [Sample(f"k{number}", 0, None, caption) for number in range(600)]
     batch = collate(samples, has_images=False, text_mask_ratio=0.4, max_text_mask_ratio=0.8)
@@ -219,11 +219,11 @@ def test_mask_ratios_vary_by_sample():
     ratios = torch.bincount(rows, minlength=600) / (batch.attention_mask.sum(1) - 2)
     assert ratios.min() >= 0.38
     assert ratios.max() <= 0.82
-    # 600 draws: the standard error of the mean of a uniform 0.4 wide is 0.005.
+    # 600 draws from an interval of width 0.4: the standard error of the mean is 0.005.
     assert ratios.mean().item() == pytest.approx(0.6, abs=0.02)
 
 
-def test_text_to_image_keeps_the_caption_and_hides_more_of_the_image():
+def test_text_to_image_samples_keep_the_caption_and_hide_more_of_the_image():
     samples = [Sample(f"k{number}", 0, image(), CAPTIONS[number % 2]) for number in range(400)]
     samples += [Sample("image alone", 0, image(), None), Sample("text alone", 0, None, CAPTIONS[0])]
     batch = collate(samples, patch_mask_ratio=0.5, text_to_image_share=0.3, text_to_image_mask_ratio=0.8)
@@ -241,21 +241,21 @@ def test_text_to_image_keeps_the_caption_and_hides_more_of_the_image():
     assert collate(samples[:2]).visible_patch_mask is None
 
 
-def test_random_and_kept_shares_must_fit():
+def test_shares_of_random_and_kept_tokens_above_one_are_refused():
     with pytest.raises(ConfigError, match=r"random_token_share \(0.6\) and keep_token_share \(0.5\) must not exceed 1"):
         config(random_token_share=0.6, keep_token_share=0.5)
 
 
-def test_vocabulary_larger_than_the_models_is_refused():
+def test_tokenizer_larger_than_the_vocabulary_of_the_model_is_refused():
     tokenizer = train_tokenizer([chr(0x4E00 + number) for number in range(600)], 700)
     size = len(tokenizer)
     with pytest.raises(ConfigError, match=rf"vocabulary of {size} tokens, larger than model.vocab_size \(256\); raise"):
         Collator(config(), tokenizer, objectives_of(config().model), has_images=True, has_captions=True)
 
 
-def test_model_inputs_are_what_the_model_takes():
+def test_model_inputs_equal_the_parameters_of_the_model():
     inputs = collate(pairs()).model_inputs()
-    assert set(inputs) == set(inspect.signature(EVE.forward).parameters) - {"self"}
+    assert set(inputs) == set(inspect.signature(EVE.forward).parameters) - {"self", "more"}
 
 
 def test_to_moves_every_tensor():

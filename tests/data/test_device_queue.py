@@ -1,4 +1,4 @@
-"""Batches on their way to a device: order, and on CUDA who waits for whom, by doubles that record every call."""
+"""Queue of batches copied to a device: order, and synchronization on CUDA, by fakes that record every call."""
 
 import contextlib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ def batch_of(number):
     return Batch(keys=[str(number)], pixel_values=torch.full((1, 3, 2, 2), number, dtype=torch.uint8))
 
 
-def test_on_a_cpu_batches_come_out_as_they_went_in():
+def test_cpu_queue_returns_the_same_batches_in_order():
     queue = DeviceQueue(torch.device("cpu"))
     batches = [batch_of(number) for number in range(3)]
     for batch in batches:
@@ -22,13 +22,13 @@ def test_on_a_cpu_batches_come_out_as_they_went_in():
     for batch in batches:
         found = queue.get()
         assert found.keys == batch.keys
-        assert found.pixel_values is batch.pixel_values, "nothing is copied"
+        assert found.pixel_values is batch.pixel_values, "pixels must not be copied"
     with pytest.raises(IndexError):
         queue.get()
 
 
 class Calls(list):
-    """What was called, in order; `current` is the stream that kernels would go to."""
+    """Recorded calls in order; `current` is the stream on which kernels would run."""
 
     current = "main"
 
@@ -83,7 +83,7 @@ def calls(monkeypatch):
     return calls
 
 
-def test_on_cuda_copies_run_on_a_stream_of_their_own_and_only_the_user_waits(calls):
+def test_cuda_copies_run_on_their_own_stream_and_only_the_consumer_waits(calls):
     queue = DeviceQueue(torch.device("cuda:1"))
     queue.put(FakeBatch(calls, "a"))
     queue.put(FakeBatch(calls, "b"))
@@ -105,7 +105,7 @@ def test_on_cuda_copies_run_on_a_stream_of_their_own_and_only_the_user_waits(cal
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_device_what_comes_out_is_whole():
+def test_batches_from_a_gpu_queue_are_complete():
     device = torch.device("cuda", torch.cuda.current_device())
     queue = DeviceQueue(device)
     batches = [Batch(["a"], torch.randint(0, 256, (64, 3, 128, 128), dtype=torch.uint8)) for _ in range(8)]
@@ -114,4 +114,4 @@ def test_on_a_device_what_comes_out_is_whole():
     for batch in batches:
         found = queue.get()
         assert found.pixel_values.device == device
-        assert torch.equal(found.normalized_pixels.cpu(), batch.normalized_pixels), "to the bit"
+        assert torch.equal(found.normalized_pixels.cpu(), batch.normalized_pixels), "pixels must be equal bit for bit"

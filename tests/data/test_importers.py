@@ -1,4 +1,4 @@
-"""Importers: small hand-made data sets in each published form, and the real NLVR corpus where it lies ready."""
+"""Importers: small data sets in each published format, and the real NLVR corpus if EVE_DS_TEST_DATA names it."""
 
 import io
 import json
@@ -64,25 +64,25 @@ def karpathy_tree():
     return {"dataset": "coco", "images": [entry(1, "train"), entry(2, "test"), entry(3, "restval"), entry(4, "val")]}
 
 
-def test_karpathy_takes_the_selected_splits_with_all_captions(tmp_path):
+def test_karpathy_imports_all_captions_of_the_selected_splits(tmp_path):
     write_images(tmp_path, *(f"val2014/COCO_{number}.jpg" for number in (1, 2, 3, 4)))
     path = write_json(tmp_path / "dataset_coco.json", karpathy_tree())
     train = list(Karpathy(path))
     assert [item.image_id for item in train] == ["COCO_1", "COCO_3"]
     assert train[0].captions == ("first 1", "second 1")
     assert train[0].image.read() == image_bytes()
-    assert "1" in train[0].aliases, "the COCO id excludes the image as well"
+    assert "1" in train[0].aliases, "the COCO id is an alias that excludes the image"
     assert [item.image_id for item in Karpathy(path, splits=["test"])] == ["COCO_2"]
 
 
-def test_karpathy_without_filepath_is_flickr(tmp_path):
+def test_karpathy_without_filepath_reads_flickr30k(tmp_path):
     write_images(tmp_path, "flickr/36979.jpg")
     tree = {"images": [{"filename": "36979.jpg", "split": "train", "sentences": [{"raw": "a cat"}]}]}
     (item,) = Karpathy(write_json(tmp_path / "dataset_flickr30k.json", tree), images=tmp_path / "flickr")
     assert (item.name, item.image_id) == ("36979.jpg", "36979")
 
 
-def test_karpathy_errors_name_what_was_expected(tmp_path):
+def test_karpathy_errors_name_the_expected_content(tmp_path):
     path = write_json(tmp_path / "a.json", karpathy_tree())
     with pytest.raises(
         SourceError, match=r"no image of split dev; it has: restval \(1\), test \(1\), train \(1\), val"
@@ -100,7 +100,7 @@ def test_karpathy_errors_name_what_was_expected(tmp_path):
         Karpathy(path, images=path)
 
 
-def test_karpathy_entries_of_another_form_are_counted(tmp_path):
+def test_karpathy_counts_malformed_entries(tmp_path):
     write_images(tmp_path, "val2014/COCO_1.jpg")
     tree = karpathy_tree()
     tree["images"][2:] = [
@@ -116,7 +116,7 @@ def test_karpathy_entries_of_another_form_are_counted(tmp_path):
 # ------------------------------------------------------------------------------------------------- caption JSON
 
 
-def test_caption_json_takes_text_or_list_and_ids(tmp_path):
+def test_caption_json_reads_one_or_several_captions_and_ids(tmp_path):
     write_images(tmp_path, "a.jpg", "deep/b.jpg")
     first = [{"image": "a.jpg", "caption": "one", "image_id": 17}, {"image": "deep/b.jpg", "caption": ["two", "three"]}]
     second = [{"image": "a.jpg", "caption": "four", "image_id": 17}, {"image": "a.jpg"}, "text"]
@@ -140,13 +140,13 @@ def test_caption_json_takes_text_or_list_and_ids(tmp_path):
         ("3", "found a int"),
     ],
 )
-def test_caption_json_of_another_form(tmp_path, text, message):
+def test_caption_json_of_another_format_is_refused(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(SourceError, match=r"is not a caption JSON: expected \[\{\"image\": path.*" + message):
         CaptionJson([tmp_path / "a.json"])
 
 
-def test_caption_json_that_is_no_json(tmp_path):
+def test_invalid_caption_json_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('[{"image": "a.jpg", "caption"')
     with pytest.raises(SourceError, match=r"a\.json is not JSON: Expecting"):
         CaptionJson([tmp_path / "a.json"])
@@ -155,7 +155,7 @@ def test_caption_json_that_is_no_json(tmp_path):
 # ------------------------------------------------------------------------------------------------- table
 
 
-def test_table_reads_quotes_byte_order_mark_and_other_columns(tmp_path):
+def test_table_reads_quotes_byte_order_marks_and_named_columns(tmp_path):
     write_images(tmp_path, "a.jpg", "b.jpg")
     (tmp_path / "t.csv").write_bytes(
         b'\xef\xbb\xbffile,text,key\na.jpg,"a dog, asleep",k1\n,nobody,k2\nb.jpg,\xff\xfe,k3\nb.jpg\n'
@@ -166,7 +166,7 @@ def test_table_reads_quotes_byte_order_mark_and_other_columns(tmp_path):
     assert skipped == [Skip("row 2", "malformed entry"), Skip("row 4", "malformed entry")]
 
 
-def test_table_delimiter_follows_the_suffix(tmp_path):
+def test_table_delimiter_depends_on_the_suffix(tmp_path):
     write_images(tmp_path, "a.jpg")
     (tmp_path / "t.tsv").write_text("image\tcaption\na.jpg\tone, two\n")
     (tmp_path / "t.csv").write_text("image;caption\na.jpg;one, two\n")
@@ -174,7 +174,7 @@ def test_table_delimiter_follows_the_suffix(tmp_path):
     assert [item.captions for item in Table(tmp_path / "t.csv", delimiter=";")] == [("one, two",)]
 
 
-def test_table_without_the_columns(tmp_path):
+def test_table_without_the_columns_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("path,title\na.jpg,b\n")
     with pytest.raises(SourceError, match=r"t\.csv has no column 'image'; it has: path, title"):
         Table(tmp_path / "t.csv")
@@ -238,8 +238,8 @@ def test_img2dataset_tars_and_files_give_the_same_samples(tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_img2dataset_reads_at_the_offset_of_any_tar_format(tmp_path, form):
-    long_name = "x" * 120  # needs an extra header in both formats
+def test_img2dataset_finds_member_offsets_in_every_tar_format(tmp_path, form):
+    long_name = "x" * 120  # both formats need an extra header for it
     write_tar(tmp_path / "0.tar", sample_files(long_name) | sample_files("1"), form)
     assert [item.captions[0] for item in resolve(Img2dataset(tmp_path))] == [
         f"caption {long_name}".encode(),
@@ -247,7 +247,7 @@ def test_img2dataset_reads_at_the_offset_of_any_tar_format(tmp_path, form):
     ]
 
 
-def test_img2dataset_broken_tars_are_counted_and_the_next_one_is_read(tmp_path):
+def test_img2dataset_counts_broken_tars_and_reads_the_next_one(tmp_path):
     write_tar(tmp_path / "0.tar", sample_files("0") | sample_files("1"))
     whole = (tmp_path / "0.tar").read_bytes()
     with tarfile.open(tmp_path / "0.tar") as tar:
@@ -264,7 +264,7 @@ def test_img2dataset_broken_tars_are_counted_and_the_next_one_is_read(tmp_path):
     assert ("0.tar", "broken tar (rest of it lost)") in reasons
 
 
-def test_img2dataset_of_an_empty_folder(tmp_path):
+def test_img2dataset_refuses_an_empty_folder(tmp_path):
     with pytest.raises(SourceError, match=r"holds neither \.tar shards nor images; expected the output of img2dataset"):
         Img2dataset(tmp_path)
 
@@ -273,7 +273,7 @@ def test_img2dataset_of_an_empty_folder(tmp_path):
 
 
 def nlvr_files(name="dev", annotations_first=True):
-    """Example 1-0 is true, 1-1 false, 2-0 true with one image missing; an image without annotation."""
+    """Return files of an archive: examples 1-0 (true), 1-1 (false), 2-0 (true, one image missing), an image of none."""
     lines = [
         {"sentence": "there is a box", "label": "true", "identifier": "1-0", "directory": "0"},
         {"sentence": "there is a box", "label": "false", "identifier": "1-1", "directory": "0"},
@@ -303,7 +303,7 @@ def check_nlvr(items, name="dev"):
 
 @pytest.mark.parametrize("annotations_first", [True, False])
 @pytest.mark.parametrize("mode", ["w:xz", "w:gz", "w"])
-def test_nlvr_archive(tmp_path, mode, annotations_first):
+def test_nlvr_archive_is_read_in_any_order_and_compression(tmp_path, mode, annotations_first):
     path = tmp_path / "nlvr.tar"
     with tarfile.open(path, mode) as tar:
         for name, data in nlvr_files(annotations_first=annotations_first).items():
@@ -313,18 +313,18 @@ def test_nlvr_archive(tmp_path, mode, annotations_first):
     source = Nlvr([path])
     check_nlvr(source)
     assert source.total == 12
-    check_nlvr(source)  # a second pass gives the same
+    check_nlvr(source)  # a second pass
 
 
 @pytest.mark.parametrize("below", ["", "nlvr", "nlvr/dev"])
-def test_nlvr_folder(tmp_path, below):
+def test_nlvr_folder_is_read_from_any_level(tmp_path, below):
     for name, data in nlvr_files().items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     check_nlvr(Nlvr([tmp_path / below]))
 
 
-def test_nlvr_splits_of_one_archive(tmp_path):
+def test_nlvr_selects_splits_of_an_archive(tmp_path):
     write_tar(tmp_path / "nlvr.tar", nlvr_files("dev") | nlvr_files("test"))
     check_nlvr(Nlvr([tmp_path / "nlvr.tar"], splits=["test"]), "test")
     assert Nlvr([tmp_path / "nlvr.tar"]).description["splits"] is None
@@ -332,7 +332,7 @@ def test_nlvr_splits_of_one_archive(tmp_path):
         Nlvr([tmp_path / "nlvr.tar"], splits=["hidden"])
 
 
-def test_nlvr_errors(tmp_path):
+def test_nlvr_errors_name_file_and_expected_layout(tmp_path):
     with pytest.raises(SourceError, match=r"source .*x\.tar\.xz does not exist"):
         Nlvr([tmp_path / "x.tar.xz"])
     (tmp_path / "x.tar.xz").write_bytes(b"not an archive" * 100)
@@ -347,7 +347,7 @@ def test_nlvr_errors(tmp_path):
 
 
 @needs_corpus
-def test_nlvr_corpus_has_its_published_counts():
+def test_nlvr_corpus_has_the_published_counts():
     source = Nlvr([Path(TEST_DATA) / "nlvr-dev.tar.xz"])
     found, skipped = split(source)
     assert len(found) + len(skipped) == 5934
@@ -357,13 +357,15 @@ def test_nlvr_corpus_has_its_published_counts():
     by_example = {}
     for item in found:
         by_example.setdefault(item.image_id.rpartition("-")[0], set()).add(item.captions)
-    assert all(len(captions) == 1 for captions in by_example.values()), "six images, one sentence"
+    assert all(len(captions) == 1 for captions in by_example.values()), (
+        "the six images of an example share one sentence"
+    )
     with Image.open(io.BytesIO(found[0].image.read())) as image:
         assert (image.size, image.mode) == ((400, 100), "RGBA")
 
 
 @needs_corpus
-def test_nlvr_archive_that_ends_early_names_how_far_it_got(tmp_path):
+def test_truncated_nlvr_archive_reports_the_number_of_files_read(tmp_path):
     data = (Path(TEST_DATA) / "nlvr-dev.tar.xz").read_bytes()
     (tmp_path / "cut.tar.xz").write_bytes(data[: len(data) // 4])
     with pytest.raises(SourceError, match=r"cut\.tar\.xz is damaged after \d+ files \(.*\); get it again"):
@@ -373,7 +375,7 @@ def test_nlvr_archive_that_ends_early_names_how_far_it_got(tmp_path):
 # ------------------------------------------------------------------------------------------------- scenes
 
 
-def test_generated_scenes_are_the_scenes():
+def test_generated_scenes_equal_the_data_set():
     from eve_ds.data.synthetic.scenes import Scenes
 
     source = GeneratedScenes(3, level="hard", seed=5, split="val")

@@ -1,4 +1,4 @@
-"""The order of the stream: complete epochs, mixture shares, and positions that survive other ranks and workers."""
+"""Order of the stream: complete epochs, mixture shares, and positions that fit other numbers of ranks and workers."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def make_order(shard_sizes=(SIZES,), weights=(1.0,), layout=LAYOUT, window=5, se
 
 @pytest.mark.parametrize("layout", [Layout(1, 1), Layout(8, 2), Layout(64, 1), Layout(3, 7), Layout(64, 32)])
 @pytest.mark.parametrize("window", [1, 5, 1000])
-def test_each_epoch_is_a_run_of_slots_that_holds_every_sample_once(layout, window):
+def test_consecutive_slots_of_an_epoch_hold_every_sample_once(layout, window):
     order = make_order(layout=layout, window=window)
     everything = Counter((shard, number) for shard, size in enumerate(SIZES) for number in range(size))
     for epoch in range(4):
@@ -30,7 +30,7 @@ def test_each_epoch_is_a_run_of_slots_that_holds_every_sample_once(layout, windo
 
 
 @pytest.mark.parametrize("sizes", [[1], [2], [1, 1, 1]])
-def test_fewer_samples_than_lanes(sizes):
+def test_epochs_are_complete_with_fewer_samples_than_lanes(sizes):
     order = make_order([sizes], layout=Layout(64, 1))
     total = sum(sizes)
     for epoch in range(5):
@@ -49,15 +49,15 @@ def test_epochs_and_seeds_have_different_orders():
     assert sequence(make_order(), 0) == sequence(make_order(), 0)
 
 
-def test_a_slot_does_not_depend_on_which_slots_were_asked_before():
+def test_place_of_a_slot_does_not_depend_on_earlier_calls():
     asked_in_order = [make_order().locate(slot) for slot in range(300)]
     assert [place.slot for place in asked_in_order] == list(range(300))
     order = make_order()
     assert [order.locate(slot) for slot in reversed(range(300))] == asked_in_order[::-1]
 
 
-def test_a_lane_reads_its_shards_one_after_the_other():
-    """Ranks that divide the lanes open disjoint parts of the shards; a lane needs few shards open at a time."""
+def test_a_lane_reads_its_shards_sequentially():
+    """Ranks with different lanes open disjoint sets of shards; a lane has few shards open at a time."""
     sizes = [100] * 64
     order = make_order([sizes], layout=Layout(8, 1), window=50)
     for lane in range(8):
@@ -67,7 +67,7 @@ def test_a_lane_reads_its_shards_one_after_the_other():
             assert len(set(shards[start : start + 50])) <= 2
 
 
-def test_mixture_meets_the_weights_and_every_source_has_complete_epochs():
+def test_mixture_follows_the_weights_and_completes_epochs_of_every_source():
     sizes = [[40, 60], [30], [8, 9]]
     order = make_order(sizes, (6.0, 3.0, 1.0), Layout(8, 4))
     block = 8 * 1024
@@ -84,16 +84,16 @@ def test_mixture_meets_the_weights_and_every_source_has_complete_epochs():
         whole = Counter((shard, number) for shard, size in enumerate(source_sizes) for number in range(size))
         finished = [epoch for epoch, seen in epochs.items() if seen == whole]
         assert len(finished) >= len(epochs) - max(1, block // sum(source_sizes))
-        assert all(seen <= whole for seen in epochs.values()), "a sample came twice in an epoch"
+        assert all(seen <= whole for seen in epochs.values()), "no sample may occur twice in an epoch"
 
 
-def test_mixture_is_mixed_within_a_batch():
+def test_batches_contain_all_sources():
     order = make_order([[1000], [1000]], (1.0, 1.0), Layout(64, 1))
     shares = [sum(order.locate(slot).source for slot in range(start, start + 64)) / 64 for start in range(0, 6400, 64)]
     assert sum(0.25 < share < 0.75 for share in shares) >= 98
 
 
-def test_quotas_fill_the_block_and_leave_no_source_out():
+def test_quotas_fill_the_block_and_give_every_source_a_slot():
     assert mixture_quotas([1.0], 32) == [32]
     assert sorted(mixture_quotas([1.0, 1.0, 1.0], 1024)) == [341, 341, 342]
     assert mixture_quotas([1e6, 1.0], 1024) == [1023, 1]
@@ -111,7 +111,7 @@ def test_layout_divides_the_global_batch():
 
 
 def serve(position, count, holes=frozenset()):
-    """Take `count` batches as the loader does, skipping the slots in `holes`; (slots served, position after)."""
+    """Take `count` batches as the loader does, skip the slots in `holes`; return served slots and the new position."""
     streams = [enumerate(position.slots(w), start=position.consumed[w] + 1) for w in range(position.num_workers)]
     served = []
     for _ in range(count):
@@ -128,7 +128,7 @@ def serve(position, count, holes=frozenset()):
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_global_batch_is_a_run_of_slots_for_every_world_and_worker_count(world_size, num_workers):
+def test_global_batches_hold_consecutive_slots_for_all_numbers_of_ranks_and_workers(world_size, num_workers):
     batch = 16 // world_size
     ranks = [serve(Position(rank, world_size, batch, num_workers), 5)[0] for rank in range(world_size)]
     for step in range(5):
@@ -139,7 +139,7 @@ HOLES = frozenset(range(3, 400, 7)) | frozenset(range(40, 60))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_position_resumes_exactly(num_workers):
+def test_saved_position_resumes_at_the_next_slot(num_workers):
     start = Position(1, 2, 4, num_workers)
     whole, _ = serve(start, 20, HOLES)
     first, saved = serve(start, 7, HOLES)
@@ -156,12 +156,12 @@ def test_another_worker_count_serves_the_same_slots(before, after):
     served = [slot for batch in first + again + rest for slot in batch]
     mine = [slot for slot in islice(Position(1, 2, 4, 1).slots(0), 400) if slot not in HOLES]
     assert len(served) == len(set(served))
-    complete = 80  # batches at the end are still under way in other workers
+    complete = 80  # later batches are still in progress in other workers
     assert set(mine[:complete]) <= set(served) <= set(mine[:140])
 
 
 @pytest.mark.parametrize(("old", "new"), [((1, 8), (4, 2)), ((4, 2), (1, 8)), ((3, 4), (2, 6)), ((2, 5), (2, 3))])
-def test_another_world_size_serves_the_rest_once(old, new):
+def test_another_world_size_serves_the_remaining_slots_once(old, new):
     served, saved = [], []
     for rank in range(old[0]):
         batches, position = serve(Position(rank, *old, 2), 6 + rank % 2, HOLES)
@@ -187,7 +187,7 @@ def test_merged_positions_can_be_merged_again():
     assert set(range(80)) - HOLES <= set(served)
 
 
-def test_a_position_stays_small():
+def test_size_of_a_position_is_bounded():
     _, position = serve(Position(0, 1, 4, 2), 5000)
     _, position = serve(position.split(3), 1000)
     assert len(position.split(1).pending) <= 3 * 4

@@ -1,4 +1,4 @@
-"""The loader: every sample once, exact positions, bad samples, mixtures, and its speed."""
+"""Loader: complete epochs, exact positions, bad samples, mixtures, and speed."""
 
 import io
 import json
@@ -43,7 +43,7 @@ JPEGS = [jpeg(seed) for seed in range(8)]
 
 
 def write_shards(folder, counts, change=None, index=True):
-    """Shards of pairs, written by webdataset; `change(number, fields)` may spoil the sample of that running number."""
+    """Write shards of pairs with webdataset; `change(number, fields)` may damage a sample by its running number."""
     folder.mkdir(exist_ok=True)
     entries, number = [], 0
     for shard, count in enumerate(counts):
@@ -74,7 +74,7 @@ def make_config(*sources, batch=16, num_workers=0, seed=0, **data):
 
 
 class Run:
-    """A loader that is closed at the end of the test; `take` returns batches, `keys` their keys."""
+    """Loader that is closed after the test; `take` returns batches, `keys` their keys."""
 
     opened: list
 
@@ -115,15 +115,15 @@ def flat(batches):
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_sample_comes_once_per_epoch(tmp_path, world_size, num_workers):
-    """48 samples in uneven shards, one of them alone; fewer shards than ranks x workers for most combinations."""
+def test_every_sample_occurs_once_per_epoch(tmp_path, world_size, num_workers):
+    """48 samples in shards of 20, 1 and 27; most combinations have more ranks x workers than shards."""
     config = make_config(write_shards(tmp_path, [20, 1, 27]), num_workers=num_workers)
     epochs = 2
     batches = [Run(config, rank, world_size, batch=4 // world_size).keys(12 * epochs) for rank in range(world_size)]
     for epoch in range(epochs):
         seen = [key for rank in batches for key in flat(rank[12 * epoch : 12 * (epoch + 1)])]
         assert Counter(seen) == Counter(keys_of(48))
-    assert flat(batches[0][:12]) != flat(batches[0][12:]), "both epochs have the same order"
+    assert flat(batches[0][:12]) != flat(batches[0][12:]), "epochs must have different orders"
 
 
 def test_worker_count_does_not_change_the_order(tmp_path):
@@ -146,7 +146,7 @@ def test_one_shard_serves_many_ranks_and_workers(tmp_path):
     assert Counter(seen) == Counter(keys_of(64))
 
 
-def test_without_an_index_the_order_is_the_same(tmp_path, caplog):
+def test_order_is_the_same_without_an_index(tmp_path, caplog):
     with_index = Run(make_config(write_shards(tmp_path, [20, 1, 27]))).keys(12)
     (tmp_path / "index.json").unlink()
     assert Run(make_config({"kind": "shards", "shards": str(tmp_path)})).keys(12) == with_index
@@ -154,7 +154,7 @@ def test_without_an_index_the_order_is_the_same(tmp_path, caplog):
 
 
 def spoil(number, fields):
-    """One sample in nine cannot be used."""
+    """Truncate one image in nine."""
     return fields | {"jpg": fields["jpg"][:300]} if number % 9 == 4 else fields
 
 
@@ -167,8 +167,8 @@ def same(first, second):
 
 
 @pytest.mark.parametrize(("num_workers", "stop"), [(0, 0), (0, 1), (0, 9), (0, 17), (2, 1), (2, 17)])
-def test_resumed_run_goes_on_with_the_same_batches(tmp_path, num_workers, stop):
-    """A rank of two, bad samples on the way, over the end of an epoch; keys, pixels, masks and counts are compared."""
+def test_resumed_run_continues_with_the_same_batches(tmp_path, num_workers, stop):
+    """Rank 1 of 2, with bad samples and the end of an epoch; compares keys, pixels, masks and counts."""
     config = make_config(
         write_shards(tmp_path, [20, 1, 27], spoil),
         {"kind": "scenes", "num_samples": 30},
@@ -191,7 +191,7 @@ def test_resumed_run_goes_on_with_the_same_batches(tmp_path, num_workers, stop):
     assert rest.state()["position"] == whole.state()["position"]
 
 
-def test_generated_samples_are_those_of_their_data_set():
+def test_generated_samples_equal_the_data_set():
     config = make_config({"kind": "scenes", "num_samples": 30, "seed": 5})
     data_set = Scenes("easy", 5)
     source = open_sources(config)[0]
@@ -231,7 +231,7 @@ def test_another_world_size_finishes_the_same_epoch(tmp_path, old, new):
     assert counts.total() - len(good) == sum(count - 1 for count in counts.values())
 
 
-def test_states_of_all_ranks_also_serve_the_same_world(tmp_path):
+def test_states_of_all_ranks_also_resume_the_same_world_size(tmp_path):
     config = make_config(write_shards(tmp_path, [48]))
     runs = [Run(config, rank, 2) for rank in range(2)]
     for run in runs:
@@ -241,7 +241,7 @@ def test_states_of_all_ranks_also_serve_the_same_world(tmp_path):
         assert Run(config, rank, 2, state=states).keys(4) == run.keys(4)
 
 
-def test_resuming_reads_and_decodes_nothing_that_was_served(tmp_path, monkeypatch):
+def test_resuming_reads_and_decodes_no_served_sample(tmp_path, monkeypatch):
     config = make_config(write_shards(tmp_path, [16] * 10))
     first = Run(config)
     first.take(38)
@@ -262,7 +262,7 @@ def test_resuming_reads_and_decodes_nothing_that_was_served(tmp_path, monkeypatc
     assert len(set(opened)) <= 8
 
 
-def test_a_rank_opens_the_shards_of_its_lanes_only(tmp_path, monkeypatch):
+def test_rank_opens_only_the_shards_of_its_lanes(tmp_path, monkeypatch):
     config = make_config(write_shards(tmp_path, [16] * 16), batch=16, shuffle_buffer=16)
     opened = [set(), set()]
     original = shards_module.ShardFile.__init__
@@ -329,7 +329,7 @@ def test_empty_caption_counts_as_missing(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_bad_samples_stop_the_run(tmp_path, num_workers):
-    """1 % of the first 1,000 is 10: the eleventh bad sample is one too many."""
+    """1 % of the first 1,000 samples is 10, so the run stops at the eleventh bad sample."""
     config = make_config(write_shards(tmp_path, [27, 27], spoil), num_workers=num_workers)
     run = Run(config)
     with pytest.raises(UnusableData) as caught:
@@ -344,7 +344,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, num_workers):
     assert ", key 0000" in text
 
 
-def test_few_bad_samples_do_not_stop_a_run(tmp_path):
+def test_few_bad_samples_do_not_stop_the_run(tmp_path):
     run = Run(make_config(write_shards(tmp_path, [27, 27], spoil), max_bad_share=0.12))
     run.take(300)
     assert run.loader.skipped.total() / (run.loader.skipped.total() + 1200) == pytest.approx(1 / 9, abs=0.005)
@@ -358,7 +358,7 @@ def test_data_without_any_good_sample_stops_the_run(tmp_path):
         Run(make_config(source, max_bad_share=1.0)).take(1)
 
 
-def test_a_shard_that_disappears_is_skipped(tmp_path):
+def test_missing_shard_is_skipped(tmp_path):
     run = Run(make_config(write_shards(tmp_path, [4, 4]), max_bad_share=1.0))
     (tmp_path / "shard-000001.tar").unlink()
     assert Counter(flat(run.keys(1))) == Counter(keys_of(4))
@@ -367,7 +367,7 @@ def test_a_shard_that_disappears_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_more_samples_than_the_index_says_stop_the_run(tmp_path, num_workers):
+def test_more_samples_than_in_the_index_stop_the_run(tmp_path, num_workers):
     source = write_shards(tmp_path, [8])
     index = json.loads((tmp_path / "index.json").read_text())
     index["shards"][0]["samples"] = 6
@@ -378,7 +378,7 @@ def test_more_samples_than_the_index_says_stop_the_run(tmp_path, num_workers):
         Run(make_config(source)).take(1)
 
 
-def test_image_only_and_text_only_sources_mix(tmp_path):
+def test_image_only_and_text_only_sources_can_be_mixed(tmp_path):
     pair = write_shards(tmp_path / "pair", [20])
     image = write_shards(tmp_path / "image", [20], lambda number, fields: {"jpg": fields["jpg"]})
     text = write_shards(tmp_path / "text", [20], lambda number, fields: {"txt": fields["txt"]})
@@ -395,13 +395,13 @@ def test_image_only_and_text_only_sources_mix(tmp_path):
 
 
 @pytest.mark.parametrize(("modalities", "absent"), [("image", "input_ids"), ("text", "pixel_values")])
-def test_one_modality_alone_leaves_the_other_out(tmp_path, modalities, absent):
+def test_single_modality_omits_the_other(tmp_path, modalities, absent):
     for source in (write_shards(tmp_path, [20]), {"kind": "scenes"}):
         batch = Run(make_config(source | {"modalities": modalities})).take(1)[0]
         assert getattr(batch, absent) is None
 
 
-def test_any_takes_what_a_sample_has(tmp_path):
+def test_modalities_any_uses_all_fields_of_a_sample(tmp_path):
     def change(number, fields):
         return {0: fields, 1: {"jpg": fields["jpg"]}, 2: {"txt": fields["txt"]}, 3: {"json": b"{}"}}[number % 4]
 
@@ -414,13 +414,13 @@ def test_any_takes_what_a_sample_has(tmp_path):
     assert set(run.loader.skipped) == {"empty sample"}
 
 
-def test_mixture_of_scenes_and_shards_meets_its_weights(tmp_path):
+def test_mixture_of_scenes_and_shards_follows_the_weights(tmp_path):
     config = make_config(write_shards(tmp_path, [20]) | {"weight": 1}, {"kind": "scenes", "weight": 3}, batch=64)
     keys = flat(Run(config, batch=64).keys(64))
     assert sum(key.startswith("scenes-easy-0-") for key in keys) / len(keys) == pytest.approx(0.75, abs=0.027)
 
 
-def test_scenes_are_those_of_the_generator():
+def test_batches_of_scenes_equal_the_generator():
     from eve_ds.data.synthetic.scenes import Scenes
 
     config = parse_config({"model": {"image_size": 64, "patch_size": 8}, "train": {"train_batch_size": 8}})
@@ -433,7 +433,7 @@ def test_scenes_are_those_of_the_generator():
         assert batch.attention_mask[row].sum() == len(load_tokenizer("scenes")(scene.caption)["input_ids"])
 
 
-def test_masks_are_the_same_at_every_world_size_and_worker_count(tmp_path):
+def test_masks_do_not_depend_on_ranks_and_workers(tmp_path):
     source = write_shards(tmp_path, [16])
 
     def masks(batches):
@@ -447,14 +447,14 @@ def test_masks_are_the_same_at_every_world_size_and_worker_count(tmp_path):
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_worker_processes_may_be_started_in_any_way(tmp_path, start_method):
+def test_every_start_method_of_worker_processes_works(tmp_path, start_method):
     source = write_shards(tmp_path, [48])
     run = Run(make_config(source, num_workers=1), start_method=start_method)
     assert run.keys(6) == Run(make_config(source)).keys(6)
 
 
-def test_batches_are_page_locked_where_that_is_asked_for(tmp_path, monkeypatch):
-    """By this process where it reads samples, else by torch, which has no such memory here: what it is told counts."""
+def test_pin_memory_pins_batches_once(tmp_path, monkeypatch):
+    """Without workers the loader pins batches; with workers torch does, on a GPU only, so its option is checked."""
     source = write_shards(tmp_path, [16])
     pinned = []
 
@@ -477,8 +477,8 @@ def test_batches_are_page_locked_where_that_is_asked_for(tmp_path, monkeypatch):
     assert torch_pinned(failed) == failed
 
 
-def test_a_state_stays_that_of_its_moment(tmp_path):
-    """A run keeps it while it fetches the batches of the next step."""
+def test_state_dict_is_a_snapshot(tmp_path):
+    """A run holds it while it fetches the batches of the next step."""
     run = Run(make_config(write_shards(tmp_path, [16])))
     run.take(1)
     state = run.loader.state_dict()
@@ -488,8 +488,8 @@ def test_a_state_stays_that_of_its_moment(tmp_path):
     assert json.dumps(state) == then != json.dumps(run.loader.state_dict())
 
 
-def test_close_ends_the_workers_and_the_stream(tmp_path):
-    others = _children()  # processes that Python keeps for itself
+def test_close_stops_the_workers_and_the_stream(tmp_path):
+    others = _children()  # helper processes of Python
     run = Run(make_config(write_shards(tmp_path, [48]), num_workers=2))
     run.take(3)
     assert len(_children() - others) == 2
@@ -503,7 +503,7 @@ def _children():
         return set(file.read().split())
 
 
-def test_global_random_state_is_left_alone(tmp_path):
+def test_global_random_state_does_not_change(tmp_path):
     source = write_shards(tmp_path, [16])
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -545,10 +545,12 @@ def test_position_of_other_data_is_refused(tmp_path):
         Run(make_config(write_shards(tmp_path / "b", [47])), state=state)
     with pytest.raises(ConfigError, match=r"data\.sources\.weight \(\[2\.0\]\) differs"):
         Run(make_config(write_shards(tmp_path / "c", [48]) | {"weight": 2.0}), state=state)
-    assert Run(make_config(write_shards(tmp_path / "d", [48])), state=state).keys(1), "the same data elsewhere"
+    assert Run(make_config(write_shards(tmp_path / "d", [48])), state=state).keys(1), (
+        "the same data in another folder must be accepted"
+    )
 
 
-def test_position_of_one_rank_is_not_enough_for_another_world(tmp_path):
+def test_position_of_a_single_rank_cannot_resume_another_world_size(tmp_path):
     config = make_config(write_shards(tmp_path, [48]))
     state = Run(config, 1, 2).state()
     with pytest.raises(
@@ -559,7 +561,7 @@ def test_position_of_one_rank_is_not_enough_for_another_world(tmp_path):
         Run(config, 1, 2, state=state | {"version": 7})
 
 
-def test_another_batch_size_keeps_the_order_that_was_begun(tmp_path):
+def test_another_batch_size_keeps_the_order_of_the_run(tmp_path):
     source = write_shards(tmp_path, [96])
     first = Run(make_config(source, batch=16), batch=16)
     seen = flat(first.keys(2))
@@ -567,12 +569,12 @@ def test_another_batch_size_keeps_the_order_that_was_begun(tmp_path):
     assert Counter(seen) == Counter(keys_of(96))
 
 
-def test_as_fast_as_a_bare_webdataset_loop(tmp_path):
-    """Samples per CPU-second against webdataset with the same decode and crop: one thread, interleaved.
+def test_loader_is_as_fast_as_a_webdataset_loop(tmp_path):
+    """Compare samples per CPU-second with webdataset, with the same decoding and cropping: one thread, interleaved.
 
-    A round is an epoch of photograph-like JPEGs, 320 x 240 to 224 pixels, and opens the shards anew. Crops have the
-    same area, so that rounds are the same work and the best of them counts: whatever else runs on the machine can only
-    slow a round down. The loader also tokenises and masks.
+    A round is an epoch of photograph-like JPEGs, 320 x 240 resized to 224 pixels, and reopens the shards. All crops
+    have the same area, so that all rounds are the same work. The fastest round counts, because other processes on the
+    machine can only slow a round down. The loader also tokenizes and masks.
     """
     torch.set_num_threads(1)
     photos = [jpeg(seed, 320, 240, quality=90) for seed in range(4)]
@@ -612,6 +614,6 @@ def test_as_fast_as_a_bare_webdataset_loop(tmp_path):
 
 def cpu_seconds(one_epoch):
     start = time.process_time()
-    for _ in one_epoch():  # both hold a batch while they make the next: fresh memory for 12 MB takes time, too
+    for _ in one_epoch():  # holds a batch while the next is made, as allocating 12 MB takes time
         pass
     return time.process_time() - start

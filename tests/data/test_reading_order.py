@@ -1,4 +1,4 @@
-"""Captions of scenes in reading order: which ones, by what clock, and the same on any ranks, workers and resume."""
+"""Captions in reading order: their share over the run, and independence of ranks, workers and resuming."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def scenes_source(level="easy", **fields):
 
 
 def make_config(*sources, batch=16, num_workers=0, seed=0):
-    """No word is masked, so that batches hold captions as they are."""
+    """Return a configuration whose batches hold whole captions in `input_ids`."""
     return parse_config(
         {
             "model": {"image_size": 64, "patch_size": 16, "vocab_size": 256},
@@ -39,7 +39,7 @@ def make_config(*sources, batch=16, num_workers=0, seed=0):
 
 
 def read(source, slot, epoch=0, count=SAMPLES):
-    """The first samples of an epoch, all of them read as if they lay at one slot."""
+    """Read the first samples of an epoch, all of them as if at one slot."""
     return [
         source.read(Place(0, epoch, *divmod(number, 1000), slot))  # shards of 1,000
         for number in range(count)
@@ -48,14 +48,14 @@ def read(source, slot, epoch=0, count=SAMPLES):
 
 @cache
 def captions(level):
-    """Of the first samples, in random order and in reading order."""
+    """Return the captions of the first samples in random order and in reading order."""
     scenes = Scenes(level)
     numbers = range(SAMPLES)
     return [scenes[n].caption for n in numbers], [scenes.scene(n, reading_order=True).caption for n in numbers]
 
 
 def moved(samples, level):
-    """Numbers of the samples whose caption is another one than that of the data set, and of those that could be."""
+    """Return numbers of the samples whose caption was reordered, and of those whose order could change."""
     plain, in_order = captions(level)
     changed = {number for number, sample in enumerate(samples) if sample.caption != plain[number]}
     return changed, {number for number in range(SAMPLES) if plain[number] != in_order[number]}
@@ -74,14 +74,14 @@ def described(objects):
 
 
 def within(count, total, share):
-    """Five standard deviations of a binomial."""
+    """Return whether a count lies within five standard deviations of a binomial distribution."""
     return abs(count - total * share) <= 5 * (total * share * (1 - share)) ** 0.5
 
 
-# What a caption in reading order is
+# Contents of captions in reading order
 
 
-def test_easy_captions_in_order_go_row_by_row():
+def test_easy_captions_in_order_name_objects_row_by_row():
     places = Counter()
     for number, sample in enumerate(read(open_sources(make_config(scenes_source(reading_order_share=1.0)))[0], 0)):
         objects = ordered(Scenes("easy")[number])
@@ -94,7 +94,7 @@ def test_easy_captions_in_order_go_row_by_row():
     }
 
 
-def test_hard_captions_in_order_relate_later_objects_to_the_first():
+def test_hard_captions_in_order_relate_all_objects_to_the_first_one():
     words = Counter()
     source = open_sources(make_config(scenes_source("hard", reading_order_share=1.0)))[0]
     for number, sample in enumerate(read(source, 0)):
@@ -105,11 +105,11 @@ def test_hard_captions_in_order_relate_later_objects_to_the_first():
             relation = clause.removesuffix(f" {phrase}")
             assert relation in relations(objects[0], item)
             words[relation] += 1
-    assert set(words) == {"left of", "right of", "above"}, "nothing lies above the first object"
+    assert set(words) == {"left of", "right of", "above"}, "no object lies above the first one"
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_order_changes_the_caption_alone(level):
+def test_order_affects_the_caption_only(level):
     scenes = Scenes(level)
     for number in range(200):
         plain, other = scenes[number], scenes.scene(number, reading_order=True)
@@ -120,12 +120,12 @@ def test_order_changes_the_caption_alone(level):
             assert other.caption == plain.caption
 
 
-# How many, and when
+# Share of captions in reading order
 
 
 @pytest.mark.parametrize(("level", "modalities"), CASES)
 @pytest.mark.parametrize("samples", [None, 100])
-def test_share_zero_leaves_every_sample_as_it_was(level, modalities, samples):
+def test_share_zero_changes_no_sample(level, modalities, samples):
     plain, scenes = scenes_source(level, modalities=modalities), Scenes(level)
     zero = plain | {"reading_order_share": 0.0, "reading_order_samples": samples}
     before, after = (open_sources(make_config(source))[0] for source in (plain, zero))
@@ -147,40 +147,40 @@ def test_share_falls_linearly_to_zero_and_stays_there(level, share):
         assert len(could) > 0.2 * SAMPLES
         assert changed <= could
         assert within(len(changed), len(could), share * left), (slot, len(changed), len(could))
-        assert earlier is None or changed <= earlier, "what is in order late was in order before"
+        assert earlier is None or changed <= earlier, "captions in order at a later slot are in order at earlier ones"
         earlier = changed
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_share_without_an_end_stays(level):
+def test_share_without_num_samples_is_constant(level):
     source = open_sources(make_config(scenes_source(level, reading_order_share=0.4)))[0]
     first, could = moved(read(source, 0), level)
     assert within(len(first), len(could), 0.4)
     assert moved(read(source, 10**9), level)[0] == first
 
 
-def test_choice_is_a_hash_of_seed_epoch_and_key():
+def test_choice_of_captions_depends_on_seed_epoch_and_key():
     fields = {"reading_order_share": 0.3}
     source, other_seed = (open_sources(make_config(scenes_source(**fields), seed=seed))[0] for seed in (0, 1))
     chosen = [moved(samples, "easy") for samples in (read(source, 0), read(source, 0, epoch=1), read(other_seed, 0))]
     for changed, could in chosen:
         assert within(len(changed), len(could), 0.3)
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert within(len(chosen[one][0] & chosen[other][0]), len(chosen[0][1]), 0.09), "independent choices"
+        assert within(len(chosen[one][0] & chosen[other][0]), len(chosen[0][1]), 0.09), "choices must be independent"
     masks = {number for number in range(SAMPLES) if sample_rng(0, 0, f"scenes-easy-0-{number:08d}").random() < 0.3}
-    assert within(len(chosen[0][0] & masks), len(chosen[0][1]), 0.09), "nor by the numbers that masks are drawn from"
+    assert within(len(chosen[0][0] & masks), len(chosen[0][1]), 0.09), "choices must be independent of masks"
     other_world = open_sources(make_config(scenes_source(seed=5, **fields)))[0]
     keys = [sample.key for sample in read(other_world, 0, count=3)]
     assert keys == [f"scenes-easy-5-{number:08d}" for number in range(3)]
-    assert moved(read(source, 0), "easy") == chosen[0], "read again, the same are chosen"
+    assert moved(read(source, 0), "easy") == chosen[0], "reading again must choose the same captions"
 
 
-# The clock, over ranks, workers and resume
+# Schedule over ranks, workers and resuming
 
 
 @pytest.fixture
 def start():
-    """The function `start(config, rank, world_size, batch, state)`; its loaders are closed at the end of the test."""
+    """Return the function `start(config, rank, world_size, batch, state)`; its loaders are closed after the test."""
     opened = []
 
     def build(config, rank=0, world_size=1, batch=16, state=None):
@@ -203,7 +203,7 @@ def start():
 
 
 def take(loader, count):
-    """(key, caption) of the samples of each of the next batches."""
+    """Return (key, caption) of all samples, for each of the next batches."""
     tokenizer = load_tokenizer("scenes")
     batches = []
     for batch in islice(loader, count):
@@ -227,13 +227,13 @@ def is_moved(key, caption):
     return caption != Scenes(level, int(seed))[int(number)].caption
 
 
-def test_captions_are_whole_in_these_tests(start):
+def test_batches_of_these_tests_hold_whole_captions(start):
     for key, caption in take(start(make_config(scenes_source())), 1)[0]:
         assert caption == Scenes("easy")[int(key[-8:])].caption
 
 
-def test_clock_counts_the_samples_of_all_sources(start):
-    """Half of the stream is of the source: by its own samples the share would reach 0 after 2,048 slots, not 1,024."""
+def test_schedule_counts_the_samples_of_all_sources(start):
+    """The source gives half of the stream; counting it alone, the share would reach 0 at slot 2,048, not 1,024."""
     scheduled = scenes_source("hard", reading_order_share=1.0, reading_order_samples=1024)
     batches = take(start(make_config(scheduled, scenes_source()), batch=16), 128)
     shares = []
@@ -243,26 +243,30 @@ def test_clock_counts_the_samples_of_all_sources(start):
         could = [key for key, _ in hard if is_out_of_order(Scenes("hard")[int(key[-8:])])]
         shares.append(sum(is_moved(*pair) for pair in hard) / len(could))
         assert len(could) > 60
-        assert not any(is_moved(*pair) for pair in samples if pair not in hard), "the other source has no setting"
+        assert not any(is_moved(*pair) for pair in samples if pair not in hard), (
+            "the other source must keep random order"
+        )
     assert shares == pytest.approx([0.875, 0.625, 0.375, 0.125], abs=0.2)
     assert not any(is_moved(*pair) for batch in batches[64:] for pair in batch)
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (2, 1), (4, 0)])
 def test_captions_do_not_depend_on_ranks_and_workers(start, world_size, num_workers):
-    """Global batches over several epochs of a mixture, beyond the end of the schedule."""
+    """Compare global batches over several epochs of a mixture, beyond the end of the schedule."""
     expected = [sorted(batch) for batch in take(start(make_config(*MIXTURE)), 16)]
     config = make_config(*MIXTURE, num_workers=num_workers)
     ranks = [take(start(config, rank, world_size, 16 // world_size), 16) for rank in range(world_size)]
     assert [sorted(pair for part in parts for pair in part) for parts in zip(*ranks, strict=True)] == expected
     changed = [{key for key, caption in batch if is_moved(key, caption)} for batch in expected]
-    assert any("easy" in key for batch in changed[:8] for key in batch), "what is compared has both orders in it"
+    assert any("easy" in key for batch in changed[:8] for key in batch), (
+        "the compared captions must include both orders"
+    )
     assert {key.split("-")[1] for batch in changed[12:] for key in batch} == {"hard"}, "192 samples are 12 batches"
 
 
 @pytest.mark.parametrize(("old", "new"), [((1, 16, 0), (1, 16, 2)), ((2, 8, 0), (1, 16, 0)), ((1, 16, 0), (4, 4, 0))])
-def test_a_resumed_run_goes_on_with_the_same_captions(start, old, new):
-    """Stopped in the middle of the schedule; (ranks, samples per batch, workers) before and after."""
+def test_resumed_run_continues_with_the_same_captions(start, old, new):
+    """Stop in the middle of the schedule; `old` and `new` are (ranks, samples per batch, workers)."""
     whole = take(start(make_config(*MIXTURE)), 16)
 
     def ranks(shape, states=None):
@@ -280,7 +284,7 @@ def test_a_resumed_run_goes_on_with_the_same_captions(start, old, new):
 # Saved positions
 
 
-def test_a_position_of_another_order_of_captions_is_refused(start):
+def test_position_of_another_order_of_captions_is_refused(start):
     def config(**fields):
         return make_config(scenes_source(num_samples=30, **fields))
 
@@ -300,12 +304,13 @@ def test_a_position_of_another_order_of_captions_is_refused(start):
         start(config(**setting), state=constant)
 
 
-def test_a_position_from_before_the_setting_is_one_of_random_order(start):
-    """What such a position said of this source, word for word."""
+def test_position_saved_before_the_option_existed_means_random_order(start):
+    """The expected values are those of such a position, literally."""
     plain = make_config(scenes_source(num_samples=30))
     loader = start(plain)
     take(loader, 1)
     state = state_of(loader)
+    del state["data.validation.share"]  # newer than the option
     assert state["data.sources"] == ["scenes-easy-0 x 30"]
     assert set(state) == {
         *("version", "train.seed", "data.shuffle_buffer", "data.sources.weight", "data.sources", "layout"),

@@ -1,4 +1,4 @@
-"""Shards: what goes in, what is left out and why, the same bytes always, and folders that are not ours."""
+"""Shard writer: written samples, skipped samples with reasons, reproducible bytes, and folders of other data."""
 
 import errno
 import hashlib
@@ -33,7 +33,7 @@ def encoded(image_format="PNG", size=(16, 12), mode="RGB", **options):
 
 
 class ListSource:
-    """A source of given items."""
+    """Source that yields the given items."""
 
     def __init__(self, *items, name="list"):
         self.items, self.total = items, len(items)
@@ -61,10 +61,10 @@ def read_samples(folder):
     return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
 
 
-# ------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------- written samples
 
 
-def test_a_sample_is_read_back_by_webdataset(tmp_path):
+def test_webdataset_reads_a_written_sample(tmp_path):
     data = encoded("JPEG")
     report = write_shards(ListSource(candidate("x/1.jpg", (" two cats\n",), data, id="7")), tmp_path, WriterOptions())
     (sample,) = read_samples(tmp_path)
@@ -76,7 +76,7 @@ def test_a_sample_is_read_back_by_webdataset(tmp_path):
     assert (tmp_path / "ids.txt").read_text() == "7\n"
 
 
-def test_captions_of_one_image_become_samples(tmp_path):
+def test_every_caption_of_an_image_becomes_a_sample(tmp_path):
     items = [candidate("a", ("one", "", b"three", b"\xff")), candidate("b", ("four",))]
     report = write_shards(ListSource(*items), tmp_path, WriterOptions())
     assert [(s["__key__"], s["txt"]) for s in read_samples(tmp_path)] == [
@@ -91,7 +91,7 @@ def test_captions_of_one_image_become_samples(tmp_path):
     }
 
 
-def test_index_describes_the_files(tmp_path):
+def test_index_lists_names_sizes_and_digests(tmp_path):
     write_shards(GeneratedScenes(25), tmp_path, WriterOptions(samples_per_shard=10))
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["version"] == 1
@@ -110,7 +110,7 @@ def test_index_describes_the_files(tmp_path):
     ]  # fmt: skip
 
 
-def test_shards_are_cut_by_captions_and_skips_take_no_place():
+def test_shard_size_counts_captions_but_no_skips():
     source = ListSource(
         candidate("a", ("1", "2")), Skip("s", "why"), candidate("b"), candidate("c", ("1", "2", "3")), Skip("t", "why")
     )
@@ -126,7 +126,7 @@ def test_limit_counts_images():
     assert [[c.name for c in task.candidates] for task in tasks] == [["0", "1", "2", "3"], ["4", "5"]]
 
 
-# ------------------------------------------------------------------------------------------------- what is left out
+# ------------------------------------------------------------------------------------------------- skipped samples
 
 
 def png_header(width, height):
@@ -155,7 +155,7 @@ def flipped_byte(data, position):
     ],
     ids=["empty", "html", "cut-jpeg", "cut-png", "flipped-byte", "zero", "bomb", "large-bomb"],
 )
-def test_unusable_images(data, reason):
+def test_unusable_images_give_their_reason(data, reason):
     with pytest.raises(BadSample, match=f"^{reason}$"):
         check_image(data)
 
@@ -182,7 +182,7 @@ def test_other_formats_become_png():
         assert image.tobytes() == Image.linear_gradient("L").resize((16, 12)).convert("RGB").tobytes()
 
 
-def test_max_size_shrinks_the_shorter_side_only_where_longer():
+def test_max_size_shrinks_only_images_with_longer_shorter_sides():
     stored, suffix = check_image(encoded("PNG", (90, 60), "RGBA"), max_size=20)
     with Image.open(io.BytesIO(stored)) as image:
         assert (suffix, image.format, image.size) == ("jpg", "JPEG", (30, 20))
@@ -190,20 +190,20 @@ def test_max_size_shrinks_the_shorter_side_only_where_longer():
     assert check_image(small, max_size=20) == (small, "png")
 
 
-def test_max_size_keeps_the_picture_upright_and_similar():
+def test_max_size_applies_the_exif_orientation_and_keeps_the_content():
     upright = Image.linear_gradient("L").resize((300, 600)).convert("RGB")
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored rotated: to be shown turned by 90 degrees clockwise
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise for display
     file = io.BytesIO()
     upright.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif, quality=95)
     with Image.open(io.BytesIO(check_image(file.getvalue(), max_size=50)[0])) as image:
         assert image.size == (50, 100)
         expected = upright.resize((50, 100), Image.Resampling.BICUBIC)
         differences = [abs(a - b) for a, b in zip(image.tobytes(), expected.tobytes(), strict=True)]
-    assert max(differences) < 12, "JPEG noise only, of 256 levels"
+    assert max(differences) < 12, "differences must be JPEG noise"
 
 
-def test_report_counts_and_names_what_was_left_out(tmp_path):
+def test_report_counts_and_names_skipped_samples(tmp_path):
     (tmp_path / "folder").mkdir()
     items = [candidate("good")]
     items += [candidate(f"empty{n}", data=b"") for n in range(7)]
@@ -222,11 +222,11 @@ def test_report_counts_and_names_what_was_left_out(tmp_path):
         }
         assert report == json.loads((out / "report.json").read_text())
         shards = json.loads((out / "index.json").read_text())["shards"]
-        assert [shard["name"] for shard in shards] == ["shard-000000.tar"], "empty shards are not written"
+        assert [shard["name"] for shard in shards] == ["shard-000000.tar"], "empty shards must not be written"
         assert [path.name for path in out.glob("*.tar")] == ["shard-000000.tar"]
 
 
-def test_nothing_usable_is_an_error_and_leaves_the_folder_free(tmp_path):
+def test_source_without_usable_samples_is_refused_and_leaves_an_empty_folder(tmp_path):
     bad = ListSource(candidate("x", data=b""), candidate("y", data=b"gif?"))
     with pytest.raises(SourceError, match=r"no sample could be used: empty file: 1 \(as x\); not an image: 1 \(as y\)"):
         write_shards(bad, tmp_path, WriterOptions())
@@ -234,7 +234,7 @@ def test_nothing_usable_is_an_error_and_leaves_the_folder_free(tmp_path):
     write_shards(ListSource(candidate("z")), tmp_path, WriterOptions(limit=1))
 
 
-def test_excluded_images_do_not_reach_the_shards(tmp_path):
+def test_excluded_images_are_skipped(tmp_path):
     test_set = ListSource(candidate("t1.jpg", id="17"), candidate("t2.jpg", id="föö"), candidate("bad", data=b""))
     write_shards(test_set, tmp_path / "test", WriterOptions())
     ids = tmp_path / "test" / "ids.txt"
@@ -251,15 +251,15 @@ def test_excluded_images_do_not_reach_the_shards(tmp_path):
     assert report["excluded_ids"] == {"listed": 2, "matched": 2}
 
 
-def test_excluded_ids_file_that_is_not_there(tmp_path):
+def test_missing_file_of_excluded_ids_is_refused(tmp_path):
     with pytest.raises(SourceError, match=r"cannot read the ids to exclude from .*nothing: No such file"):
         read_ids(str(tmp_path / "nothing"))
 
 
-# ------------------------------------------------------------------------------------------------- the same bytes
+# ------------------------------------------------------------------------------------------------- reproducible bytes
 
 
-def test_workers_do_not_change_a_byte(tmp_path):
+def test_number_of_workers_does_not_change_the_bytes(tmp_path):
     options = WriterOptions(samples_per_shard=7)
     calls = []
     write_shards(GeneratedScenes(40), tmp_path / "1", options, 1)
@@ -281,7 +281,7 @@ def interrupted_after(shards):
 
 
 @pytest.mark.parametrize("damage", ["none", "leftovers", "lost shard", "short shard"])
-def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, damage):
+def test_interrupted_run_continues_and_gives_the_same_bytes(tmp_path, damage):
     options = WriterOptions(samples_per_shard=5)
     write_shards(GeneratedScenes(30), tmp_path / "clean", options)
     out = tmp_path / "out"
@@ -301,7 +301,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, damage):
     assert digests(out) == digests(tmp_path / "clean")
 
 
-def test_a_complete_folder_is_left_as_it_is(tmp_path):
+def test_complete_folder_does_not_change(tmp_path):
     first = write_shards(GeneratedScenes(10), tmp_path, WriterOptions())
     before = digests(tmp_path)
     calls = []
@@ -309,10 +309,10 @@ def test_a_complete_folder_is_left_as_it_is(tmp_path):
     assert (digests(tmp_path), calls) == (before, [])
 
 
-# ------------------------------------------------------------------------------------------------- other folders
+# ---------------------------------------------------------------------------------------- folders of other data
 
 
-def test_a_folder_of_other_options_or_another_source_is_refused(tmp_path):
+def test_folder_of_other_options_or_another_source_is_refused(tmp_path):
     write_shards(GeneratedScenes(10), tmp_path / "whole", WriterOptions())
     with pytest.raises(KeyboardInterrupt):
         write_shards(
@@ -329,7 +329,7 @@ def test_a_folder_of_other_options_or_another_source_is_refused(tmp_path):
         assert digests(folder) == before
 
 
-def test_the_same_path_with_other_ids_to_exclude_is_another_source(tmp_path):
+def test_changed_file_of_excluded_ids_counts_as_another_option(tmp_path):
     ids = tmp_path / "ids"
     for text in ("1\n", "2\n"):
         ids.write_text(text)
@@ -340,7 +340,7 @@ def test_the_same_path_with_other_ids_to_exclude_is_another_source(tmp_path):
         write_shards(GeneratedScenes(3), tmp_path / "out", WriterOptions(exclude_ids=str(ids)))
 
 
-def test_folders_of_others_are_refused(tmp_path):
+def test_folders_written_by_other_programs_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "00000.tar").write_bytes(b"")
     with pytest.raises(OutputError, match=r"a holds \.tar files that this command did not write; choose another --out"):
@@ -351,7 +351,7 @@ def test_folders_of_others_are_refused(tmp_path):
         write_shards(GeneratedScenes(3), tmp_path / "b", WriterOptions())
 
 
-def test_a_damaged_complete_folder_is_named(tmp_path):
+def test_damaged_complete_folder_is_refused(tmp_path):
     write_shards(GeneratedScenes(3), tmp_path, WriterOptions())
     (tmp_path / "shard-000000.tar").write_bytes(b"cut")
     with pytest.raises(
@@ -360,16 +360,16 @@ def test_a_damaged_complete_folder_is_named(tmp_path):
         write_shards(GeneratedScenes(3), tmp_path, WriterOptions())
 
 
-def test_a_read_only_folder_is_one_clear_line(tmp_path, monkeypatch):
+def test_read_only_folder_gives_one_line(tmp_path, monkeypatch):
     def refuse(*_arguments, **_options):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "mkdir", refuse)  # tests may run as root, whom permissions do not stop
+    monkeypatch.setattr(Path, "mkdir", refuse)  # permissions do not apply if the tests run as root
     with pytest.raises(OutputError, match=r"^cannot write to .*x: Read-only file system; choose another --out$"):
         write_shards(GeneratedScenes(3), tmp_path / "x", WriterOptions())
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path):
+def test_second_writer_of_a_folder_is_refused(tmp_path):
     def second(_progress):
         with pytest.raises(OutputError, match="another process is writing to"):
             write_shards(GeneratedScenes(10), tmp_path, WriterOptions(samples_per_shard=4))
@@ -378,7 +378,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     assert report["samples"] == 10
 
 
-def test_a_full_disk_passes_through_and_the_run_continues(tmp_path, monkeypatch):
+def test_run_continues_after_a_full_disk(tmp_path, monkeypatch):
     def full(*_arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -389,16 +389,16 @@ def test_a_full_disk_passes_through_and_the_run_continues(tmp_path, monkeypatch)
     assert write_shards(GeneratedScenes(10), tmp_path, WriterOptions())["samples"] == 10
 
 
-# ------------------------------------------------------------------------------------------------- reading back
+# ------------------------------------------------------------------------------------------------- reading captions
 
 
-def test_read_captions_in_order(tmp_path):
+def test_read_captions_keeps_the_order(tmp_path):
     items = [candidate(str(n), (f"caption {n}", "ünï")) for n in range(3)]
     write_shards(ListSource(*items), tmp_path, WriterOptions(samples_per_shard=2))
     assert list(read_captions(tmp_path)) == [text for n in range(3) for text in (f"caption {n}", "ünï")]
 
 
-def test_read_captions_errors(tmp_path):
+def test_read_captions_refuses_missing_and_damaged_shards(tmp_path):
     with pytest.raises(SourceError, match=r"holds no \.tar shards"):
         list(read_captions(tmp_path))
     (tmp_path / "a.tar").write_bytes(b"x" * 600)

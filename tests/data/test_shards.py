@@ -1,4 +1,4 @@
-"""Finding shards, and reading one sample of a tar: against webdataset's own reader, and with damage."""
+"""Finding shards, and reading single samples of a tar: compared with webdataset, and with damaged files."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def theirs(path):
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("prefix", ["s", "a/b.c/s", "long/" * 18 + "s", "very long name " * 12, "día "])
-def test_samples_are_those_of_webdataset(tmp_path, format, prefix):
+def test_samples_equal_those_of_webdataset(tmp_path, format, prefix):
     if format == tarfile.USTAR_FORMAT and prefix.startswith("very"):
         pytest.skip("ustar cannot hold the name")
     path = write_tar(tmp_path / "a.tar", samples(5, prefix), format)
@@ -64,7 +64,7 @@ def test_samples_are_those_of_webdataset(tmp_path, format, prefix):
     assert len(ours(path)) == 5
 
 
-def test_odd_members_are_grouped_as_in_webdataset(tmp_path):
+def test_unusual_members_are_grouped_as_in_webdataset(tmp_path):
     members = [
         ("./", None),
         ("no_extension", b"x"),
@@ -84,7 +84,7 @@ def test_odd_members_are_grouped_as_in_webdataset(tmp_path):
     assert [key for key, _ in ours(path)] == ["__meta__", "dir/__meta__/a", "a", "b", "a"]
 
 
-def test_real_pax_sizes_and_base_256_sizes_are_read(tmp_path):
+def test_sizes_in_pax_headers_are_read(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for number in range(3):
@@ -94,13 +94,13 @@ def test_real_pax_sizes_and_base_256_sizes_are_read(tmp_path):
     assert ours(path) == theirs(path) == [(str(number), {"txt": b"hello"}) for number in range(3)]
 
 
-def test_only_the_asked_sample_is_read(tmp_path, monkeypatch):
+def test_only_the_requested_sample_is_read(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tar", [(f"{n}.jpg", os.urandom(100_000)) for n in range(20)])
     read = []
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, offset: read.append(size) or pread(fd, size, offset))
     shard = ShardFile(path)
-    assert sum(read) < 25 * 4096, "opening a shard reads headers, not members"
+    assert sum(read) < 25 * 4096, "opening a shard must read headers only"
     read.clear()
     shard.read(13)
     assert sum(read) < 101_000
@@ -119,7 +119,7 @@ def damage(path, offset, data):
 
 
 @pytest.mark.parametrize("data", [b"\xff" * 512, bytes(512), b"renamed"])
-def test_one_broken_entry_costs_its_sample_alone(tmp_path, data):
+def test_broken_entry_loses_only_its_sample(tmp_path, data):
     path = write_tar(tmp_path / "a.tar", [(f"{n}.txt", os.urandom(600)) for n in range(6)])
     whole = ours(path)
     damage(path, headers(path)["2.txt"], data)
@@ -131,7 +131,7 @@ def test_one_broken_entry_costs_its_sample_alone(tmp_path, data):
     shard.close()
 
 
-def test_broken_member_leaves_the_rest_of_its_sample(tmp_path):
+def test_broken_first_member_keeps_the_other_members_of_the_sample(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(3))
     whole = ours(path)
     damage(path, headers(path)["s0001.jpg"], b"\xff" * 512)
@@ -140,7 +140,7 @@ def test_broken_member_leaves_the_rest_of_its_sample(tmp_path):
     assert (key, sorted(fields)) == ("s0001", ["json", "txt"])
 
 
-def test_damage_within_a_sample_costs_one_member(tmp_path):
+def test_damage_within_a_sample_loses_one_member(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(3))
     whole = ours(path)
     damage(path, headers(path)["s0001.json"], b"\xff" * 512)
@@ -151,7 +151,7 @@ def test_damage_within_a_sample_costs_one_member(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [1, 700, 1500, 5000])
-def test_truncated_shard_keeps_its_whole_members(tmp_path, lost):
+def test_truncated_shard_keeps_its_complete_members(tmp_path, lost):
     path = write_tar(tmp_path / "a.tar", [(f"{n}.txt", os.urandom(600)) for n in range(6)])
     whole, end = ours(path), headers(path)["5.txt"] + 512 + 600
     with open(path, "r+b") as file:
@@ -161,7 +161,7 @@ def test_truncated_shard_keeps_its_whole_members(tmp_path, lost):
     assert len(kept) == {1: 5, 700: 5, 1500: 5, 5000: 2}[lost]
 
 
-def test_two_members_of_one_extension_are_refused(tmp_path):
+def test_two_members_with_one_extension_are_refused(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.txt", b"1"), ("a.TXT", b"2"), ("b.txt", b"3")])
     shard = ShardFile(path)
     with pytest.raises(BadSample, match=r"a\.TXT occurs twice"):
@@ -186,7 +186,7 @@ def sizes(spec):
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_shards_are_named_by_folder_path_braces_or_list(tmp_path, index, caplog):
+def test_shards_can_be_given_by_folder_path_braces_or_list(tmp_path, index, caplog):
     folder = write_set(tmp_path / "set", [2, 3, 1], index)
     everything = [("shard-000000.tar", 2), ("shard-000001.tar", 3), ("shard-000002.tar", 1)]
     assert sizes(str(folder)) == everything
@@ -201,7 +201,7 @@ def test_shards_are_named_by_folder_path_braces_or_list(tmp_path, index, caplog)
     assert ("3 of 3 shards have no entry in an index.json" in caplog.text) == (not index)
 
 
-def test_the_index_is_believed_without_opening_a_shard(tmp_path, monkeypatch):
+def test_sizes_come_from_the_index_without_opening_shards(tmp_path, monkeypatch):
     folder = write_set(tmp_path / "set", [2, 3])
     monkeypatch.setattr("eve_ds.data.shards.ShardFile", None)
     assert sizes(str(folder)) == [("shard-000000.tar", 2), ("shard-000001.tar", 3)]
@@ -230,7 +230,7 @@ def test_folder_without_shards_is_refused(tmp_path):
         find_shards(str(tmp_path))
 
 
-def test_a_shard_named_twice_is_refused(tmp_path):
+def test_shard_named_twice_is_refused(tmp_path):
     folder = write_set(tmp_path / "set", [2])
     with pytest.raises(ConfigError, match=r"shard-000000\.tar is named twice in one source"):
         find_shards([f"{folder}/shard-000000.tar", str(folder)])
@@ -255,7 +255,7 @@ def test_index_of_another_version_is_refused(tmp_path):
         find_shards(str(tmp_path))
 
 
-def test_a_shard_of_another_size_than_the_index_says_is_reported(tmp_path, caplog):
+def test_shard_whose_size_differs_from_the_index_is_logged(tmp_path, caplog):
     folder = write_set(tmp_path / "set", [2])
     with open(folder / "shard-000000.tar", "r+b") as file:
         file.truncate(3000)

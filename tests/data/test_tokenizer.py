@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import ConfigError
-from eve_ds.data.synthetic.scene_tasks import Questions, Statements
+from eve_ds.data.synthetic.questions import Questions
 from eve_ds.data.synthetic.scenes import Scenes
+from eve_ds.data.synthetic.statements import Statements
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 
 CAPTIONS = [
@@ -60,7 +61,7 @@ def texts_of(level, index):
 
 
 def scenes_corpus():
-    """The corpus of the shipped tokenizer: captions, questions with answers, and statements of both levels."""
+    """Yield the corpus of the shipped tokenizer: captions, questions with answers, and statements of both levels."""
     for level in ("easy", "hard"):
         scenes, questions, statements = Scenes(level), Questions(level), Statements(level)
         for index in range(6000):
@@ -69,13 +70,13 @@ def scenes_corpus():
             yield statements[index].text
 
 
-def test_shipped_tokenizer_is_what_training_gives():
+def test_shipped_tokenizer_equals_one_trained_on_its_corpus():
     trained = train_tokenizer(scenes_corpus(), 256)
     shipped = (resources.files("eve_ds") / "data" / "synthetic" / "scenes_tokenizer.json").read_text(encoding="utf-8")
     assert json.loads(trained.backend_tokenizer.to_str()) == json.loads(shipped)
 
 
-def test_training_depends_on_the_captions_only():
+def test_training_does_not_depend_on_the_order_of_captions():
     shuffled = CAPTIONS * 3
     random.Random(0).shuffle(shuffled)
     first = train_tokenizer(CAPTIONS * 3, 120).backend_tokenizer.to_str()
@@ -86,8 +87,8 @@ def test_training_depends_on_the_captions_only():
 @pytest.mark.parametrize(
     "text", ["low " * 5 + "lower " * 2 + "newest " * 6 + "widest " * 3, " ".join(CAPTIONS).lower()]
 )
-def test_every_merge_is_of_the_most_frequent_pair(text):
-    """Replays the merges on pairs counted independently; among equally frequent pairs any may come first."""
+def test_every_merge_joins_the_most_frequent_pair(text):
+    """Replay the merges on independently counted pairs; equally frequent pairs may come in any order."""
     counts = Counter(re.findall(r"\w+|[^\w\s]", text))
     words = {word: [word[0], *("##" + char for char in word[1:])] for word in counts}
     model = json.loads(train_tokenizer([text], 1000).backend_tokenizer.to_str())["model"]
@@ -104,7 +105,7 @@ def test_every_merge_is_of_the_most_frequent_pair(text):
     assert all(pieces == [word] for word, pieces in words.items())
 
 
-def test_text_survives_up_to_case_and_width():
+def test_decoding_restores_the_text_except_case_and_width():
     tokenizer = train_tokenizer(CAPTIONS, 300)
     for caption in CAPTIONS[1], CAPTIONS[3], "rain dog Horse field", "brown \N{FULLWIDTH LATIN SMALL LETTER A} man":
         expected = caption.lower().replace("\N{FULLWIDTH LATIN SMALL LETTER A}", "a")
@@ -112,19 +113,19 @@ def test_text_survives_up_to_case_and_width():
     assert tokenizer.tokenize("dog, cafe") == ["dog", ",", *tokenizer.tokenize("cafe")]
 
 
-def test_unseen_characters_become_unknown_and_unseen_words_pieces(scenes_tokenizer):
+def test_unknown_characters_become_unk_and_unknown_words_become_pieces(scenes_tokenizer):
     assert scenes_tokenizer.unk_token_id in scenes_tokenizer("a \N{SNOWMAN} circle").input_ids
     pieces = scenes_tokenizer.tokenize("starling")
     assert len(pieces) > 1
     assert "".join(piece.removeprefix("##") for piece in pieces) == "starling"
 
 
-def test_mask_token_in_text_is_the_mask(scenes_tokenizer):
+def test_mask_token_in_text_is_encoded_as_the_mask(scenes_tokenizer):
     ids = scenes_tokenizer("a [MASK] circle").input_ids
     assert ids[2] == scenes_tokenizer.mask_token_id
 
 
-def test_saved_folder_and_file_load_the_same(tmp_path):
+def test_saved_folder_and_file_load_the_same_tokenizer(tmp_path):
     tokenizer = train_tokenizer(CAPTIONS, 150)
     tokenizer.save_pretrained(tmp_path / "folder")
     tokenizer.backend_tokenizer.save(str(tmp_path / "alone.json"))
@@ -134,7 +135,7 @@ def test_saved_folder_and_file_load_the_same(tmp_path):
         assert loaded.mask_token_id == tokenizer.mask_token_id
 
 
-def test_training_refuses_nothing_and_too_small_a_vocabulary():
+def test_training_refuses_empty_captions_and_too_small_a_vocabulary():
     with pytest.raises(ConfigError, match="captions to train the tokenizer on are empty"):
         train_tokenizer(["", "  "], 100)
     with pytest.raises(ConfigError, match=r"vocab_size \(20\) must be at least \d+: the special tokens and the"):
@@ -145,14 +146,14 @@ def test_training_refuses_nothing_and_too_small_a_vocabulary():
         train_tokenizer(["ab"], least - 1)
 
 
-def test_rare_characters_beyond_the_alphabet_are_unknown(monkeypatch):
+def test_characters_beyond_the_alphabet_limit_are_unknown(monkeypatch):
     monkeypatch.setattr("eve_ds.data.tokenizer.MAX_ALPHABET", 2)
     tokenizer = train_tokenizer(["aab", "ab", "abz"], 100)
     assert "[UNK]" in tokenizer.tokenize("z")
     assert tokenizer.tokenize("ab") == ["ab"]
 
 
-def test_unusable_tokenizers_are_named(tmp_path):
+def test_errors_name_unusable_tokenizers(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer file .*absent\.json cannot be read"):
         load_tokenizer(tmp_path / "absent.json")
     (tmp_path / "broken.json").write_text("{")

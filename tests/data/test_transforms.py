@@ -1,4 +1,4 @@
-"""Decode, crop, flip, normalize; and the images that cannot be used, by reason."""
+"""Decoding, cropping, flipping, normalizing; and reasons for unusable images."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ from eve_ds.data.transforms import (
 
 
 def photo(width=200, height=150, seed=0):
-    """Something smooth, as photographs are: a small random image, enlarged."""
+    """Return a smooth image, like a photograph: a small random image, enlarged."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -41,7 +41,7 @@ def chunk(name, data):
 
 
 def png_of_size(width, height):
-    """A PNG that claims a size and holds the first 100 bytes of its pixels."""
+    """Return a PNG with a given size in its header and only the first 100 bytes of its pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
@@ -59,27 +59,27 @@ def test_every_mode_becomes_rgb(mode):
     assert pixels.dtype == np.uint8
 
 
-def test_whole_image_is_resized_as_pillow_does():
+def test_resizing_equals_pillow():
     expected = np.asarray(photo().resize((32, 32), Image.Resampling.BICUBIC))
     assert (whole(encode(photo())) == expected).all()
 
 
-def test_box_is_cropped_as_pillow_does():
+def test_cropping_equals_pillow():
     box = (20, 10, 120, 90)
     expected = np.asarray(photo().resize((32, 32), Image.Resampling.BICUBIC, box=box))
     assert (resize(open_image(encode(photo())), box, 32) == expected).all()
 
 
 @pytest.mark.parametrize("box", [(0, 0, 801, 603), (100, 50, 700, 600), (301, 203, 399, 299)])
-def test_large_jpeg_is_decoded_smaller_and_looks_the_same(box, monkeypatch):
-    """Against a full decode: 2 of 255 on average, which is below the error of the JPEG itself at quality 75."""
+def test_reduced_decoding_of_large_jpegs_is_accurate(box, monkeypatch):
+    """The mean error against full decoding is below 2 of 255, less than that of a JPEG of quality 75."""
     data = encode(photo(801, 603), "JPEG", quality=90)
     scaled = resize(open_image(data), box, 64).astype(int)
     full = Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.BICUBIC, box=box)
     assert np.abs(scaled - np.asarray(full).astype(int)).mean() < 2
 
 
-def test_large_jpeg_is_never_decoded_below_the_target():
+def test_reduced_decoding_never_goes_below_the_target_size():
     image = open_image(encode(photo(801, 603), "JPEG"))
     resize(image, (0, 0, 801, 603), 64)
     assert image.size == (101, 76)
@@ -108,12 +108,12 @@ BAD_IMAGES = {
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_bad_image_is_named(name):
+def test_bad_image_gives_its_reason(name):
     data, reason = BAD_IMAGES[name]
     with pytest.raises(BadSample) as caught:
         whole(data)
     assert caught.value.reason == reason
-    assert len(str(caught.value)) > len(reason), "the detail is missing"
+    assert len(str(caught.value)) > len(reason), "the message must contain details"
 
 
 @given(width=st.integers(1, 500), height=st.integers(1, 500), low=st.floats(0.01, 1.0), key=st.text(max_size=3))
@@ -123,7 +123,7 @@ def test_crop_lies_within_the_image(width, height, low, key):
     assert 0 <= top < bottom <= height
 
 
-def test_crops_have_the_asked_area_and_ratio():
+def test_areas_and_ratios_of_crops_follow_the_configuration():
     boxes = [crop_box(400, 300, (0.2, 0.5), sample_rng(0, 0, str(number))) for number in range(2000)]
     widths, heights = (np.array([box[i + 2] - box[i] for box in boxes], dtype=float) for i in (0, 1))
     areas, ratios = widths * heights / 120_000, widths / heights
@@ -137,23 +137,23 @@ def test_crops_have_the_asked_area_and_ratio():
     assert lefts.mean() == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_strip_is_cropped_in_its_middle():
-    """No crop of a tenth of the area fits an allowed ratio, so the widest allowed one is taken."""
+def test_very_wide_or_tall_images_are_cropped_in_the_center():
+    """No crop of the required area has an allowed ratio, so the widest (tallest) allowed ratio is used."""
     assert crop_box(1000, 10, (0.5, 1.0), sample_rng(0, 0, "k")) == (493, 0, 506, 10)
     assert crop_box(10, 1000, (0.5, 1.0), sample_rng(0, 0, "k")) == (0, 493, 10, 506)
 
 
-def test_scale_one_keeps_everything():
+def test_scale_one_keeps_the_whole_image():
     assert crop_box(37, 91, (1.0, 1.0), sample_rng(0, 0, "k")) == (0, 0, 37, 91)
 
 
 @pytest.mark.parametrize("caption", ["a dog on the left", "Right-hand side", "the leftmost box", "top RIGHT"])
-def test_direction_words_are_seen(caption):
+def test_direction_words_are_detected(caption):
     assert names_direction(caption)
 
 
 @pytest.mark.parametrize("caption", ["a bright light", "aleft", "above the box", ""])
-def test_other_words_are_no_direction(caption):
+def test_other_words_are_not_directions(caption):
     assert not names_direction(caption)
 
 
@@ -165,7 +165,7 @@ def flipped(transform, caption, key):
     return True
 
 
-def test_flips_are_as_frequent_as_asked_and_spare_directions():
+def test_flips_have_the_configured_frequency_and_exclude_captions_with_directions():
     transform = TrainTransform(32, (1.0, 1.0), 0.3, seed=0)
     flips = [flipped(transform, "a dog", str(number)) for number in range(1000)]
     assert np.mean(flips) == pytest.approx(0.3, abs=0.05)
@@ -182,7 +182,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_key():
     assert all((draw(0, 0, "a") != other).any() for other in others)
 
 
-def test_ready_array_is_passed_through_untouched(monkeypatch):
+def test_array_of_the_target_size_is_returned_unchanged(monkeypatch):
     monkeypatch.setattr(Image, "fromarray", None)
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     assert TrainTransform(64, (1.0, 1.0), 0.0, seed=0)(image, "a", 0, "k") is image
@@ -193,7 +193,7 @@ def test_array_of_another_size_is_resized():
     assert (pixels == np.asarray(photo().resize((32, 32), Image.Resampling.BICUBIC))).all()
 
 
-def test_normalize_maps_to_mean_and_std_of_a_half():
+def test_normalize_uses_mean_and_deviation_of_one_half():
     images = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8)
     images[0, 0, 0] = [0, 255, 128]
     pixels = normalize(images)

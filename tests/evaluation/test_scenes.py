@@ -10,7 +10,7 @@ from torch import nn
 from eve_ds import ops
 from eve_ds.config import parse_config
 from eve_ds.data.collate import Collator
-from eve_ds.data.synthetic.scene_tasks import binding_probes
+from eve_ds.data.synthetic.probes import binding_probes
 from eve_ds.data.synthetic.scenes import Scenes, word_class
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.transforms import normalize

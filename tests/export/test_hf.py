@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import tiny_config
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
-from eve_ds.config import ConfigError, ModelConfig, load_config
+from eve_ds.config import ConfigError, ModelConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.errors import BadSample
@@ -25,16 +26,7 @@ from eve_ds.export.hf import EveConfig, EveImageProcessor, EveModel, EveProcesso
 from eve_ds.model.eve import EVE
 from eve_ds.objectives.registry import objectives_of
 
-CONFIG = load_config(
-    "eve_tiny",
-    [
-        "model.hidden_size=32",
-        "model.num_hidden_layers=3",
-        "model.intermediate_size=48",
-        "model.moe_layers=[1, 2]",
-        "model.pixel_decoder.hidden_size=24",
-    ],
-)
+CONFIG = tiny_config()
 SIZE = CONFIG.model.image_size
 EXPERT = "backbone.blocks.1.moe.experts.3.fc1.weight"
 WORDS = "backbone.text_embedding.word.weight"

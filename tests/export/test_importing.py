@@ -8,26 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tiny import tiny_config
 
-from eve_ds.config import ConfigError, load_config
+from eve_ds.config import ConfigError
 from eve_ds.export import ExportError, WeightFileError, import_weights, load
 from eve_ds.export.official import to_official, write_official
 from eve_ds.export.start import draw_decoders, draw_weights
 from eve_ds.model.embeddings import cut_positions, resize_positions
 from eve_ds.model.eve import EVE
-
-MODEL = [
-    "model.hidden_size=32",
-    "model.num_hidden_layers=2",
-    "model.intermediate_size=48",
-    "model.moe_layers=[1]",
-    "model.moe.num_experts=4",
-    "model.pixel_decoder.hidden_size=24",
-]
-
-
-def config_of(*overrides):
-    return load_config("eve_tiny", [*MODEL, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +23,7 @@ def weights():
     """State dict of a model whose biases and norms differ from their initial values."""
     torch.manual_seed(1)
     return {
-        name: tensor + torch.randn_like(tensor) / 10 for name, tensor in EVE(config_of().model).state_dict().items()
+        name: tensor + torch.randn_like(tensor) / 10 for name, tensor in EVE(tiny_config().model).state_dict().items()
     }
 
 
@@ -56,7 +44,7 @@ def refused(tmp_path):
 
     def call(file, config=None, **options):
         with pytest.raises(WeightFileError) as error:
-            import_weights(file, tmp_path / "out", config=config or config_of(), **options)
+            import_weights(file, tmp_path / "out", config=config or tiny_config(), **options)
         assert not list(tmp_path.glob("*out*"))
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -97,9 +85,9 @@ FORMS = {
 def test_every_form_of_file_gives_the_same_model(weights, released, tmp_path, form):
     name, wrap = FORMS[form]
     file = save(wrap(released), tmp_path / name)
-    report = import_weights(file, tmp_path / "out", config=config_of("train.seed=5"))
+    report = import_weights(file, tmp_path / "out", config=tiny_config("train.seed=5"))
     model, config, tokenizer = load(tmp_path / "out")
-    assert (config.model, tokenizer.mask_token_id) == (config_of().model, 4)
+    assert (config.model, tokenizer.mask_token_id) == (tiny_config().model, 4)
     torch.manual_seed(5)
     drawn = EVE(config.model).state_dict()
     for tensor_name, tensor in model.state_dict().items():
@@ -113,13 +101,13 @@ def test_every_form_of_file_gives_the_same_model(weights, released, tmp_path, fo
 
 def test_files_of_torch_before_1_6_are_read(weights, released, tmp_path):
     torch.save(released, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    import_weights(tmp_path / "old.pth", tmp_path / "out", config=config_of())
+    import_weights(tmp_path / "old.pth", tmp_path / "out", config=tiny_config())
     assert torch.equal(load(tmp_path / "out")[0].backbone.norm.bias, weights["backbone.norm.bias"])
 
 
 def test_half_precision_is_converted_to_fp32(weights, tmp_path):
     write_official(weights, tmp_path / "eve.pth", torch.bfloat16)
-    import_weights(tmp_path / "eve.pth", tmp_path / "out", config=config_of())
+    import_weights(tmp_path / "eve.pth", tmp_path / "out", config=tiny_config())
     norm = load(tmp_path / "out")[0].backbone.norm.bias
     assert norm.dtype == torch.float32
     assert torch.equal(norm, weights["backbone.norm.bias"].bfloat16().float())
@@ -130,7 +118,7 @@ def test_initialization_keeps_the_default_generator(draw):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    draw(config_of())
+    draw(tiny_config())
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -144,19 +132,19 @@ def test_initialization_keeps_the_default_generator(draw):
     ],
 )
 def test_heads_equal_those_of_a_new_model(heads):
-    config = config_of("train.seed=3", heads, "model.position_init=normal")
+    config = tiny_config("train.seed=3", heads, "model.position_init=normal")
     new, decoders = draw_weights(config), draw_decoders(config)
     assert decoders.keys() == {name for name in new if not name.startswith("backbone.")}
     assert all(torch.equal(tensor, new[name]) for name, tensor in decoders.items())
 
 
 def test_official_profile_has_no_note(file, tmp_path):
-    config = config_of("model.profile=official", "model.moe.routing=capacity")
+    config = tiny_config("model.profile=official", "model.moe.routing=capacity")
     assert import_weights(file, tmp_path / "out", config=config).notes == []
 
 
 def test_position_tables_are_fitted_to_another_image_size(weights, file, tmp_path):
-    report = import_weights(file, tmp_path / "out", config=config_of("model.text_positions=30"), image_size=96)
+    report = import_weights(file, tmp_path / "out", config=tiny_config("model.text_positions=30"), image_size=96)
     model, config, _ = load(tmp_path / "out")
     assert config.model.image_size == 96
     position = weights["backbone.image_embedding.position"]
@@ -249,11 +237,11 @@ def test_missing_tensors_are_named_with_the_prefix_of_the_file(refused, released
 
 
 def test_differences_of_another_architecture_are_named(refused, file):
-    line = refused(file, config_of("model.moe.num_experts=2"))
+    line = refused(file, tiny_config("model.moe.num_experts=2"))
     assert "holds backbone.encoder.layers.1.mlp_moe.moe.experts.experts.2.fc1.bias, " in line
-    assert "and 5 more, no part of the backbone; " in line
+    assert "and 13 more, no part of the backbone; " in line
     assert "has backbone.encoder.layers.1.mlp_moe.moe.gate.wg.weight (4, 32) where the model has (2, 32)" in line
-    line = refused(file, config_of("model.patch_size=16"))
+    line = refused(file, tiny_config("model.patch_size=16"))
     assert "has backbone.patch_embed.weight (32, 3, 8, 8) where the model has (32, 3, 16, 16)" in line
 
 
@@ -264,7 +252,7 @@ def test_position_tables_that_cannot_be_fitted_are_refused(refused, released, tm
     assert "eve.pth: a position table of 66 rows is not a class token and a square" in refused(file)
     file = save(released, tmp_path / "eve.pth")
     assert "eve.pth: a text position table of 40 rows cannot serve text_positions (41)" in refused(
-        file, config_of("model.text_positions=41")
+        file, tiny_config("model.text_positions=41")
     )
 
 
@@ -276,7 +264,7 @@ def test_integer_weights_are_refused(refused, released, tmp_path):
 def test_weights_that_are_not_finite_are_refused(released, tmp_path):
     file = save(released | {"backbone.norm.bias": torch.full((32,), float("nan"))}, tmp_path / "eve.pth")
     with pytest.raises(ValueError, match=r"eve\.pth: backbone\.norm\.bias not finite \(NaN or infinity\)"):
-        import_weights(file, tmp_path / "out", config=config_of())
+        import_weights(file, tmp_path / "out", config=tiny_config())
     assert not (tmp_path / "out").exists()
 
 
@@ -323,31 +311,31 @@ def test_tokenizer_larger_than_the_word_embedding_is_refused(released, file, tmp
     word = "backbone.word_embedding.weight"
     save(released | {word: released[word][:100]}, file)
     with pytest.raises(ConfigError, match=r"tokenizer 'scenes' has a vocabulary of \d+ tokens, larger than "):
-        import_weights(file, tmp_path / "out", config=config_of("model.vocab_size=100"), tokenizer="scenes")
+        import_weights(file, tmp_path / "out", config=tiny_config("model.vocab_size=100"), tokenizer="scenes")
 
 
 def test_tokenizer_can_be_a_folder(file, tmp_path):
     from eve_ds.data.tokenizer import train_tokenizer
 
     train_tokenizer(["a red circle", "a blue square"], 60).save_pretrained(tmp_path / "mine")
-    import_weights(file, tmp_path / "out", config=config_of(), tokenizer=str(tmp_path / "mine"))
+    import_weights(file, tmp_path / "out", config=tiny_config(), tokenizer=str(tmp_path / "mine"))
     _, config, tokenizer = load(tmp_path / "out")
     assert len(tokenizer) < 60
     assert config.data.tokenizer == str(tmp_path / "mine")
     with pytest.raises(ConfigError, match=r"tokenizer folder .*nowhere does not exist"):
-        import_weights(file, tmp_path / "other", config=config_of(), tokenizer=str(tmp_path / "nowhere"))
+        import_weights(file, tmp_path / "other", config=tiny_config(), tokenizer=str(tmp_path / "nowhere"))
 
 
 def test_image_size_that_is_no_multiple_of_the_patch_size_is_refused(file, tmp_path):
     with pytest.raises(ConfigError, match=r"image_size \(60\) must be divisible by patch_size \(8\)"):
-        import_weights(file, tmp_path / "out", config=config_of(), image_size=60)
+        import_weights(file, tmp_path / "out", config=tiny_config(), image_size=60)
 
 
 def test_nonempty_output_folder_is_refused(file, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    import_weights(file, out, config=config_of())
+    import_weights(file, out, config=tiny_config())
     with pytest.raises(ExportError, match=r"out is not empty, it holds config\.json, export\.json, model\.safetensors"):
-        import_weights(file, out, config=config_of())
+        import_weights(file, out, config=tiny_config())
     with pytest.raises(ExportError, match=r"eve\.pth is a file: name a new or empty folder"):
-        import_weights(file, file, config=config_of())
+        import_weights(file, file, config=tiny_config())

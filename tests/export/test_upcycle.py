@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import MODEL, tiny_config
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
@@ -16,17 +17,13 @@ from transformers import (
     ViTModel,
 )
 
-from eve_ds.config import load_config
 from eve_ds.export import WeightFileError, upcycle
 from eve_ds.model.embeddings import resize_positions
 from eve_ds.model.eve import EVE
 from eve_ds.views import Layout, Packing
 
 SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
+    **{name: MODEL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
     "image_size": 32,
     "patch_size": 8,
     "layer_norm_eps": 1e-6,
@@ -37,19 +34,8 @@ TOLERANCE = 1e-5
 
 
 def config_of(*overrides):
-    return load_config(
-        "eve_tiny",
-        [
-            "model.hidden_size=32",
-            "model.num_hidden_layers=3",
-            "model.intermediate_size=48",
-            "model.moe_layers=[1]",
-            "model.moe.num_experts=4",
-            "model.pixel_decoder.hidden_size=24",
-            "model.image_size=32",
-            *overrides,
-        ],
-    )
+    """One MoE layer, and images of four by four patches."""
+    return tiny_config("model.moe_layers=[1]", "model.image_size=32", *overrides)
 
 
 def randomized(model):

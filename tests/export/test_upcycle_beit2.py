@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tiny import tiny_config
 
-from eve_ds.config import load_config
 from eve_ds.export import WeightFileError, upcycle
 from eve_ds.model.embeddings import resize_positions
 from eve_ds.model.eve import EVE
@@ -21,19 +21,8 @@ TOLERANCE = 1e-5
 
 
 def config_of(*overrides):
-    return load_config(
-        "eve_tiny",
-        [
-            f"model.hidden_size={WIDTH}",
-            f"model.num_hidden_layers={LAYERS}",
-            f"model.intermediate_size={FFN}",
-            "model.moe_layers=[1]",
-            "model.moe.num_experts=4",
-            "model.pixel_decoder.hidden_size=24",
-            f"model.image_size={SIDE * PATCH}",
-            *overrides,
-        ],
-    )
+    """One MoE layer, and images of four by four patches."""
+    return tiny_config("model.moe_layers=[1]", f"model.image_size={SIDE * PATCH}", *overrides)
 
 
 def layer_shapes(prefix):

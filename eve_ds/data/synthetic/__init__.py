@@ -1,1 +1,1 @@
-"""Generated scenes, and questions, statements and probes about them."""
+"""Generated scenes, and questions, statements, retrieval sets and binding probes made of them."""

@@ -1,8 +1,8 @@
-"""Scenes: generated 64x64 pictures of coloured shapes with captions; the default data, nothing to download.
+"""Scenes: generated 64x64 images of colored shapes with captions; the default data, without any download.
 
-A sample is a pure function of (level, seed, split, index), and its caption also of whether reading order was asked for.
-Splits are cut by what a scene shows (shape, colour, size and cell of every object), never by index: a description seen
-in one split occurs in no other, under any seed.
+A sample is a pure function of (level, seed, split, index); its caption also depends on the requested order of objects.
+The split of a scene depends on its contents (shape, color, size and cell of every object), never on its index: contents
+of one split occur in no other split, under any seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Split = Literal["train", "val", "test"]
 WordClass = Literal["color", "shape", "size", "position"]
 
 IMAGE_SIZE = 64
-"""Pixels of a side."""
+"""Height and width in pixels."""
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 45, 45),
     "green": (40, 170, 70),
@@ -38,25 +38,30 @@ SIZES = ("small", "large")
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 """Shapes of the level `hard`; `easy` has the first four."""
 RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 BACKGROUND_VALUES = (40, 52, 64, 76)
-"""Values of each channel of the flat background: 64 dark tints, none close to an object's colour."""
+"""Values of each channel of the flat background: 64 dark tints, none close to the color of an object."""
+
+# Values of `purpose` in `Scenes.rng`; plain scenes have 0, and a question adds the number of its type.
+QUESTION_TEXT_STREAM, QUESTION_SCENE_STREAM, STATEMENT_TEXT_STREAM, STATEMENT_SCENE_STREAM = 10, 20, 30, 40
+PROBE_STREAM = 50
 
 
 class Level(NamedTuple):
-    """What a level may show; a cell is one of `grid` x `grid` places, counted row by row."""
+    """Possible contents of the scenes of a level; a cell is one of `grid` x `grid` places, counted row by row."""
 
     name: LevelName
     grid: int
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     centers: tuple[int, ...]
-    """Pixel coordinate of the middle of each row and column."""
+    """Pixel coordinate of the center of each row and column."""
     shapes: tuple[str, ...]
     num_objects: tuple[int, ...]
     radius: dict[str, int]
-    """Pixels by size word."""
+    """Size word -> pixels."""
     offsets: dict[str, tuple[int, ...]]
-    """Shifts from the middle of the cell along each axis in pixels, by size word."""
+    """Size word -> possible shifts from the center of the cell along each axis, in pixels."""
 
 
 LEVELS: dict[str, Level] = {
@@ -69,7 +74,7 @@ LEVELS: dict[str, Level] = {
         shapes=SHAPES[:4],
         num_objects=(1, 2),
         radius={"small": 12, "large": 15},
-        # Few, fixed poses: with continuous jitter shapes took a small model far longer to learn.
+        # Few, fixed poses: with continuous shifts a small model needed far longer to learn shapes.
         offsets={"small": (-4, 4), "large": (0,)},
     ),
     "hard": Level(
@@ -81,7 +86,7 @@ LEVELS: dict[str, Level] = {
         shapes=SHAPES,
         num_objects=(2, 3),
         radius={"small": 6, "large": 9},
-        # Cells are 21 pixels apart: no two objects can touch.
+        # Cells are 21 pixels apart, so no two objects can touch.
         offsets={"small": (-3, -2, -1, 0, 1, 2, 3), "large": (-1, 0, 1)},
     ),
 }
@@ -98,7 +103,7 @@ _WORD_CLASSES: dict[str, WordClass] = {
 
 
 def word_class(word: str) -> WordClass | None:
-    """What a caption word says; None for words that say nothing of the picture (`a`, `and`, `of`)."""
+    """Return the class of a caption word; None for words that say nothing about the image (`a`, `and`, `of`)."""
     return _WORD_CLASSES.get(word)
 
 
@@ -107,14 +112,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _mix(value: int) -> int:
-    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit integers."""
+    """Finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection of 64-bit integers."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
     return value ^ (value >> 31)
 
 
 class SplitMix64:
-    """splitmix64 keyed by integers; starting one costs a microsecond where a numpy Generator costs twenty."""
+    """Generator splitmix64, keyed by integers; creating it takes a microsecond, a numpy Generator takes twenty."""
 
     __slots__ = ("state",)
 
@@ -125,13 +130,13 @@ class SplitMix64:
         self.state = state
 
     def below(self, bound: int) -> int:
-        """Uniform integer in [0, bound); the bias is below bound / 2**64."""
+        """Draw a uniform integer in [0, bound); the bias is below bound / 2**64."""
         self.state = (self.state + _GOLDEN) & _MASK64
         return (_mix(self.state) * bound) >> 64
 
 
 class SceneObject(NamedTuple):
-    """One object of a scene; row and column count cells from the top left."""
+    """An object of a scene; row and column count cells from the top left."""
 
     shape: str
     color: str
@@ -141,21 +146,21 @@ class SceneObject(NamedTuple):
     position: str
     """Row and column in words, such as `top left`."""
     box: tuple[int, int, int, int]
-    """(left, top, right, bottom) in pixels, right and bottom excluded."""
+    """(left, top, right, bottom) in pixels, right and bottom exclusive."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One sample: `image` is (64, 64, 3) uint8, RGB."""
+    """A sample; `image` is (64, 64, 3) uint8, RGB."""
 
     image: NDArray[np.uint8]
     caption: str
     objects: tuple[SceneObject, ...]
-    """In the order of the caption."""
+    """Objects in the order of the caption."""
 
     @cached_property
     def foreground(self) -> NDArray[np.bool_]:
-        """(64, 64) bool, True on the pixels of objects."""
+        """Mask of shape (64, 64), bool, True at the pixels of objects."""
         foreground = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.bool_)
         for item in self.objects:
             left, top, right, bottom = item.box
@@ -164,12 +169,12 @@ class Scene:
 
 
 class Scenes:
-    """Endless map-style data set: any index from 0 on is a sample.
+    """Endless map-style data set: every index from 0 on has a sample.
 
     Args:
         level: `easy` or `hard`.
-        seed: Which world of scenes; splits stay disjoint across seeds.
-        split: `train` (80 % of all descriptions), `val` or `test` (10 % each).
+        seed: seed of the generated world; splits stay disjoint across seeds.
+        split: `train` (80 % of all possible contents), `val` or `test` (10 % each).
 
     Raises:
         ConfigError: unknown level or split.
@@ -181,21 +186,21 @@ class Scenes:
         self.split = check_split(split)
 
     def rng(self, index: int, purpose: int = 0) -> SplitMix64:
-        """Generator of one sample; another `purpose` gives an independent one for the same index."""
+        """Return the generator of a sample; every `purpose` has an independent one for the same index."""
         if index < 0:
             raise IndexError(f"scene index ({index}) must not be negative; the data set is endless")
         return SplitMix64(self.seed, _SPLIT_CODES[self.split], purpose, index)
 
     def __getitem__(self, index: int) -> Scene:
-        """Sample number `index`; its caption names the objects in random order."""
+        """Return sample number `index`, whose caption names the objects in random order."""
         return self.scene(index)
 
     def scene(self, index: int, *, reading_order: bool = False) -> Scene:
-        """Sample number `index`; with `reading_order` the same image, its caption made of :func:`in_reading_order`.
+        """Return sample number `index`; `reading_order` keeps the image and sorts the objects by row, then column.
 
-        At level `easy` the phrases of the objects then follow each other row by row. At level `hard`, where every
-        phrase is relative to the first object, the first object is the one that comes first in reading order, and the
-        others follow in that order.
+        At level `easy` the phrases of the caption then name the objects row by row. At level `hard`, where every phrase
+        relates an object to the first one, the first object in reading order comes first, and the others follow in
+        that order.
         """
         rng = self.rng(index)
         objects = draw_objects(self.level, rng)
@@ -208,14 +213,14 @@ _SPLIT_CODES: dict[str, int] = {name: code for code, name in enumerate(get_args(
 
 
 def get_level(name: str) -> Level:
-    """The level of that name; raises :class:`ConfigError` for an unknown one."""
+    """Return the level of this name; raises :class:`ConfigError` for an unknown name."""
     if name not in LEVELS:
         raise ConfigError(f"scenes level '{name}' is unknown; use one of: {', '.join(LEVELS)}")
     return LEVELS[name]
 
 
 def check_split(split: str) -> Split:
-    """The split itself; raises :class:`ConfigError` for an unknown one."""
+    """Return the split itself; raises :class:`ConfigError` for an unknown split."""
     for known in get_args(Split):
         if split == known:
             return known
@@ -223,7 +228,7 @@ def check_split(split: str) -> Split:
 
 
 def split_of(objects: Sequence[SceneObject]) -> Split:
-    """Split that a scene belongs to: a hash of what it shows, whatever the order, pose, background and caption."""
+    """Return the split of a scene: a hash of its contents, independent of order, pose, background and caption."""
     state = 0
     for code in sorted(_object_code(item) for item in objects):
         state = _mix((state + _GOLDEN + code) & _MASK64)
@@ -237,18 +242,18 @@ def _object_code(item: SceneObject) -> int:
 
 
 def draw_objects(level: Level, rng: SplitMix64) -> tuple[SceneObject, ...]:
-    """Objects of one scene: their number, distinct cells in random order, every attribute uniform."""
+    """Draw the number of objects, distinct cells in random order, and every attribute uniformly."""
     num_objects = level.num_objects[rng.below(len(level.num_objects))]
     return tuple(draw_object(level, rng, cell) for cell in draw_distinct(level.grid**2, num_objects, rng))
 
 
 def in_reading_order(objects: Sequence[SceneObject]) -> tuple[SceneObject, ...]:
-    """The objects sorted by row, then column, as one reads a page."""
+    """Return the objects sorted by row, then column."""
     return tuple(sorted(objects, key=lambda item: (item.row, item.column)))
 
 
 def draw_distinct(bound: int, count: int, rng: SplitMix64) -> tuple[int, ...]:
-    """`count` distinct integers of [0, bound) in random order."""
+    """Draw `count` distinct integers of [0, bound) in random order."""
     orders = _orders(bound, count)
     return orders[rng.below(len(orders))]
 
@@ -261,7 +266,7 @@ def _orders(bound: int, count: int) -> list[tuple[int, ...]]:
 def draw_object(
     level: Level, rng: SplitMix64, cell: int, shape: str | None = None, color: str | None = None
 ) -> SceneObject:
-    """One object in a cell; what is not given is drawn uniformly."""
+    """Draw an object in a cell; attributes that are not given are uniform."""
     shape = shape or level.shapes[rng.below(len(level.shapes))]
     color = color or _COLOR_NAMES[rng.below(len(_COLOR_NAMES))]
     size = SIZES[rng.below(2)]
@@ -274,7 +279,7 @@ def draw_object(
 
 
 def make_scene(level: Level, objects: tuple[SceneObject, ...], rng: SplitMix64) -> Scene:
-    """Draw the background, render the objects and write the caption."""
+    """Draw the background, render the objects and compose the caption."""
     image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     tints = _backgrounds()
     image[:] = tints[rng.below(len(tints))]
@@ -287,7 +292,7 @@ def make_scene(level: Level, objects: tuple[SceneObject, ...], rng: SplitMix64) 
 
 @cache
 def _backgrounds() -> NDArray[np.uint8]:
-    """Background rows: (64 tints, 64 pixels, 3); broadcasting a row is twice as fast as broadcasting a pixel."""
+    """Return background rows (64 tints, 64 pixels, 3); broadcasting a row is twice as fast as a pixel."""
     channels = np.array(BACKGROUND_VALUES, dtype=np.uint8)
     tints = np.stack(np.meshgrid(channels, channels, channels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
     return np.repeat(tints, IMAGE_SIZE, axis=1)
@@ -295,9 +300,9 @@ def _backgrounds() -> NDArray[np.uint8]:
 
 @cache
 def stencil(shape: str, radius: int) -> NDArray[np.bool_]:
-    """(2 * radius, 2 * radius) bool: the pixels whose middle lies inside the shape; every shape fills its box."""
-    middle = np.arange(2 * radius) + 0.5 - radius
-    y, x = middle[:, None], middle[None, :]
+    """Return (2 * radius, 2 * radius) bool: pixels whose center lies inside the shape; every shape fills its box."""
+    center = np.arange(2 * radius) + 0.5 - radius
+    y, x = center[:, None], center[None, :]
     distance = np.hypot(x, y)
     inside = {
         "circle": distance <= radius,
@@ -314,7 +319,7 @@ def _caption_by_position(objects: Sequence[SceneObject]) -> str:
 
 
 def _caption_by_relation(objects: Sequence[SceneObject], rng: SplitMix64) -> str:
-    """`a small red circle left of a large blue cross and above a small green ring`: all relative to the first."""
+    """`a small red circle left of a large blue cross and above a small green ring`, all relative to the first."""
     first, *others = objects
     clauses = []
     for other in others:
@@ -324,7 +329,7 @@ def _caption_by_relation(objects: Sequence[SceneObject], rng: SplitMix64) -> str
 
 
 def relations(first: SceneObject, second: SceneObject) -> list[str]:
-    """Relations that `first` stands in to `second`, by cells: one or two of :data:`RELATIONS`."""
+    """Return the one or two of :data:`RELATIONS` that `first` has to `second`, by their cells."""
     held = []
     if first.column != second.column:
         held.append("left of" if first.column < second.column else "right of")

@@ -9,8 +9,8 @@ from eve_ds.config import ExamplesConfig
 from eve_ds.data.formats import nlvr, nlvr2, released
 from eve_ds.data.formats.entries import list_entries
 from eve_ds.data.formats.images import first_existing
-from eve_ds.data.synthetic.scene_tasks import Statements
 from eve_ds.data.synthetic.scenes import Split
+from eve_ds.data.synthetic.statements import Statements
 from eve_ds.tasks.examples import Example, SceneExamples
 from eve_ds.tasks.task import Published
 

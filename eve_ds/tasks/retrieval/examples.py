@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from eve_ds.config import ExamplesConfig
 from eve_ds.data.formats import karpathy, released
 from eve_ds.data.formats.entries import list_entries
-from eve_ds.data.synthetic.scene_tasks import retrieval_set
+from eve_ds.data.synthetic.retrieval_sets import retrieval_set
 from eve_ds.data.synthetic.scenes import Scene, Scenes, Split
 from eve_ds.tasks.examples import Example, SceneExamples
 from eve_ds.tasks.task import Published

@@ -8,7 +8,7 @@ from eve_ds.config import ExamplesConfig
 from eve_ds.data.formats import released, vqav2
 from eve_ds.data.formats.entries import list_entries
 from eve_ds.data.formats.images import first_existing
-from eve_ds.data.synthetic.scene_tasks import QUESTION_TYPES, Questions, answers
+from eve_ds.data.synthetic.questions import QUESTION_TYPES, Questions, answers
 from eve_ds.data.synthetic.scenes import Split
 from eve_ds.tasks.examples import Example, SceneExamples
 from eve_ds.tasks.task import Published

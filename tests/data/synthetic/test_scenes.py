@@ -13,12 +13,12 @@ LEVEL_NAMES = ["easy", "hard"]
 
 
 def described(scene):
-    """What a scene shows, without pose, background and order."""
+    """Return the contents of a scene without pose, background and order."""
     return frozenset((item.shape, item.color, item.size, item.row, item.column) for item in scene.objects)
 
 
 def inside(shape, x, y, radius):
-    """Independent definition of the shapes, for one pixel middle relative to the object's middle."""
+    """Independent definition of the shapes, for a pixel center relative to the object's center."""
     if shape == "square":
         return abs(x) <= radius and abs(y) <= radius
     if shape == "triangle":  # apex up, between the two slanted edges
@@ -61,7 +61,7 @@ def test_samples_do_not_change_between_versions(level, digest):
 
 
 @pytest.mark.parametrize("level", LEVEL_NAMES)
-def test_image_shows_the_objects_and_nothing_else(level):
+def test_image_consists_of_the_objects_and_a_flat_background(level):
     scenes = Scenes(level)
     for index in range(40):
         scene = scenes[index]
@@ -112,7 +112,7 @@ def test_objects_lie_in_their_own_cells_in_the_poses_of_the_level(level):
         assert len(poses) == 9 * (49 + 9)
 
 
-def test_easy_caption_says_size_color_shape_and_position_of_every_object():
+def test_easy_caption_gives_size_color_shape_and_position_of_every_object():
     scenes = Scenes("easy")
     for index in range(500):
         scene = scenes[index]
@@ -157,7 +157,7 @@ def test_attributes_are_uniform(level):
         ([(r, c) for r in range(LEVELS[level].grid) for c in range(LEVELS[level].grid)], LEVELS[level].grid ** 2),
     ):
         share = 1 / number
-        # Five standard errors of a share, and 2 % for the descriptions that other splits took.
+        # Five standard errors of a share, and 2 % for the contents that belong to other splits.
         tolerance = 5 * (share * (1 - share) / total) ** 0.5 + 0.02 * share
         for value in values:
             assert abs(counts[value] / total - share) < tolerance, value
@@ -173,7 +173,7 @@ def test_splits_share_no_scene_under_any_seed(level):
     assert not seen["train"] & seen["val"]
     assert not seen["train"] & seen["test"]
     assert not seen["val"] & seen["test"]
-    # Enough to have met an overlap, had there been one: of easy, val was seen in large part.
+    # Large enough to find an overlap: level `easy` shows a large part of val.
     assert len(seen["train"]) > 2500
     assert len(seen["val"]) > 1200
 
@@ -213,7 +213,7 @@ def test_word_class_of_every_caption_word():
     assert word_class("dog") is None
 
 
-def test_bad_arguments_are_named():
+def test_errors_name_the_bad_argument():
     with pytest.raises(ConfigError, match="scenes level 'esay' is unknown; use one of: easy, hard"):
         Scenes("esay")
     with pytest.raises(ConfigError, match="scenes split 'dev' is unknown; use one of: train, val, test"):
@@ -223,7 +223,7 @@ def test_bad_arguments_are_named():
 
 
 def test_speed():
-    """At least 10,000 pairs per CPU-second is the aim (30,000 measured); the bar leaves room for a busy machine."""
+    """The target is 10,000 pairs per CPU-second (30,000 measured); the threshold is half of it for busy machines."""
     scenes, best = Scenes("easy"), 0.0
     for _ in range(3):
         start = time.process_time()
