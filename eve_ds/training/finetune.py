@@ -8,22 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from eve_ds.checkpoint import manifest, state
 from eve_ds.checkpoint.files import PieceReader, write_pieces
-from eve_ds.config import Config, ConfigError, TaskConfig
+from eve_ds.config import Config, ConfigError
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.distributed import get_logger
 from eve_ds.evaluation.predictions import evaluate
-from eve_ds.model.eve import Backbone, MoEFactory, initialize_weights
+from eve_ds.model.eve import MoEFactory
 from eve_ds.model.with_losses import ModelWithLosses
-from eve_ds.parallel.moe import load_plain_state_dict
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
@@ -31,17 +28,16 @@ from eve_ds.tasks.examples import Example
 from eve_ds.tasks.formats import load_examples
 from eve_ds.tasks.registry import new_task
 from eve_ds.tasks.saved import (
-    BACKBONE,
     load_task_model,
     save_task_model,
-    start_head_weights,
-    start_weights,
     task_shapes,
 )
 from eve_ds.tasks.task import Task
 from eve_ds.training.job import Evaluation, Loading
 from eve_ds.training.run_folder import check_output_dir, on_rank_zero
+from eve_ds.training.schedule import with_schedule
 from eve_ds.training.start import start
+from eve_ds.training.task_weights import is_frozen, lr_scales, prepare_weights
 from eve_ds.training.trainer import Trainer
 
 MODEL, EVALUATION = "model", "evaluation"
@@ -140,21 +136,14 @@ class Finetuning:
 
     def lr_scale(self) -> Callable[[str], float]:
         """Layer-wise decay, and a factor for the head."""
-        task = _task(self.config)
-        return partial(
-            lr_scale,
-            num_layers=self.config.model.num_hidden_layers,
-            layer_decay=task.layer_decay,
-            head_multiple=task.head_lr_multiple,
-            frozen=frozen(self.config),
-        )
+        return lr_scales(self.config)
 
     def freeze(self, model: nn.Module) -> None:
         """Freeze the backbone where `task.freeze_backbone` says so.
 
         Called after the engine is built: DeepSpeed refuses a model with experts whose optimizer has none.
         """
-        if frozen(self.config):
+        if is_frozen(self.config):
             model.get_submodule("backbone").requires_grad_(False)
 
     def open(self, loading: Loading) -> TaskBatches:
@@ -255,82 +244,6 @@ class TaskBatches:
     def close(self) -> None:
         """End the worker processes."""
         self._batches = iter(())
-
-
-def with_schedule(config: Config, num_examples: int) -> Config:
-    """The configuration with `max_steps` and `warmup_steps` from `task.epochs` and `task.warmup_share`.
-
-    Raises:
-        ConfigError: fewer examples than one batch.
-    """
-    train, task = config.train, _task(config)
-    if num_examples < train.train_batch_size:
-        raise ConfigError(
-            f"train.train_batch_size ({train.train_batch_size}) must not exceed the number of training examples "
-            f"({num_examples}): lower it"
-        )
-    steps = train.max_steps
-    if task.epochs is not None:
-        steps = min(steps, task.epochs * num_examples // train.train_batch_size)
-    warmup = config.optimizer.warmup_steps
-    if task.warmup_share is not None:
-        warmup = round(task.warmup_share * steps)
-    return config.model_copy(
-        update={
-            "train": train.model_copy(update={"max_steps": steps}),
-            "optimizer": config.optimizer.model_copy(update={"warmup_steps": warmup}),
-        }
-    )
-
-
-def _task(config: Config) -> TaskConfig:
-    if config.task is None:
-        raise ConfigError("fine-tuning needs the section `task`: take a recipe, or set task.name")
-    return config.task
-
-
-def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
-    """Draw all weights, then take from `train.init`, if there is one, the backbone and what it has of the head."""
-    initialize_weights(model, config.model, int(torch.randint(2**62, (), device="cpu")))
-    task.draw_head(model)
-    backbone = cast(Backbone, model.get_submodule("backbone"))
-    backbone.activation_checkpointing = config.train.activation_checkpointing
-    if config.train.compile == "blocks":
-        backbone.compile_blocks()
-    if config.train.init is not None:
-        read = start_weights(config.train.init, config.model)
-        load_plain_state_dict(backbone, lambda name: read(BACKBONE + name))
-        parameters = dict(model.named_parameters())
-        taken = {
-            name: weight
-            for name, weight in start_head_weights(config.train.init, task.pretrained_names()).items()
-            if name in parameters and parameters[name].shape == weight.shape  # else it is the head of another task
-        }
-        with torch.no_grad():
-            for name, weight in taken.items():
-                parameters[name].copy_(weight)
-        get_logger().info("starting from the backbone%s of %s", " and head" * bool(taken), config.train.init)
-
-
-def lr_scale(name: str, num_layers: int, layer_decay: float, head_multiple: float, frozen: bool = False) -> float:
-    """Factor of a parameter's learning rate: 1 at the last block, times `layer_decay` for each block below it.
-
-    Embeddings lie below the first block, the final LayerNorm counts as the last block, the head has a factor of its
-    own (BEiT, `get_num_layer_for_vit`). Of a frozen backbone the factor is 0.
-    """
-    if name.startswith("head."):
-        return head_multiple
-    if frozen:
-        return 0.0
-    parts = name.removeprefix(BACKBONE).split(".")
-    if parts[0] == "blocks":
-        return layer_decay ** (num_layers - 1 - int(parts[1]))
-    return 1.0 if parts[0] == "norm" else layer_decay**num_layers
-
-
-def frozen(config: Config) -> bool:
-    """Whether the backbone stays as it is."""
-    return _task(config).freeze_backbone and config.train.init is not None
 
 
 def _new_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ A job brings the model with its losses, batches, evaluation, and what is kept at
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -75,6 +76,20 @@ class Evaluation(NamedTuple):
     """JSON-able; written to `metrics.jsonl`."""
     summary: str
     """One line for the log."""
+
+
+class Summary(NamedTuple):
+    """Result of a run."""
+
+    steps: int
+    samples: int
+    train_seconds: float
+    samples_per_second: float
+    checkpoint: Path | None
+    stopped: bool
+    """Stopped by a signal before the end."""
+    evaluation: dict[str, Any]
+    """Numbers of the last evaluation; empty without one."""
 
 
 class Job(Protocol):

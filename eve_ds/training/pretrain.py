@@ -27,10 +27,10 @@ from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.moe import load_plain_state_dict
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
-from eve_ds.training.job import Evaluation, Loading, summed_counts
+from eve_ds.training.job import Evaluation, Loading, Summary, summed_counts
 from eve_ds.training.run_folder import check_output_dir
 from eve_ds.training.start import start
-from eve_ds.training.trainer import Summary, Trainer
+from eve_ds.training.trainer import Trainer
 
 CHECK_SAMPLES = 2
 """Samples of a rank whose outputs a checkpoint records."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from eve_ds.config import Config, TrainConfig
+from eve_ds.config import Config, ConfigError, TrainConfig
+from eve_ds.tasks.task import task_section
 
 
 def learning_rate(config: Config, step: int, seconds: float) -> float:
@@ -45,3 +46,29 @@ def save_is_due(train: TrainConfig, step: int, seconds_since_save: float) -> boo
     """Whether a checkpoint is due after update `step`, `seconds_since_save` wall-clock seconds after the last one."""
     by_steps = bool(train.save_every_steps and step % train.save_every_steps == 0)
     return by_steps or bool(train.save_every_minutes and seconds_since_save >= 60 * train.save_every_minutes)
+
+
+def with_schedule(config: Config, num_examples: int) -> Config:
+    """Configuration of fine-tuning with `max_steps` and `warmup_steps` from `task.epochs` and `task.warmup_share`.
+
+    Raises:
+        ConfigError: fewer examples than one batch.
+    """
+    train, task = config.train, task_section(config)
+    if num_examples < train.train_batch_size:
+        raise ConfigError(
+            f"train.train_batch_size ({train.train_batch_size}) must not exceed the number of training examples "
+            f"({num_examples}): lower it"
+        )
+    steps = train.max_steps
+    if task.epochs is not None:
+        steps = min(steps, task.epochs * num_examples // train.train_batch_size)
+    warmup = config.optimizer.warmup_steps
+    if task.warmup_share is not None:
+        warmup = round(task.warmup_share * steps)
+    return config.model_copy(
+        update={
+            "train": train.model_copy(update={"max_steps": steps}),
+            "optimizer": config.optimizer.model_copy(update={"warmup_steps": warmup}),
+        }
+    )

@@ -14,10 +14,10 @@ from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.zero import initialize_engine
 from eve_ds.topology import Topology
-from eve_ds.training.job import Job
+from eve_ds.training.job import Job, Summary
 from eve_ds.training.optimizer import build_optimizer
 from eve_ds.training.run_folder import FolderLock, on_rank_zero
-from eve_ds.training.trainer import Summary, Trainer
+from eve_ds.training.trainer import Trainer
 
 
 def start(

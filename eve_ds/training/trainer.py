@@ -27,27 +27,13 @@ from eve_ds.model.with_losses import LossOutput, plain_model
 from eve_ds.topology import Topology
 from eve_ds.training.feed import Feed
 from eve_ds.training.flops import peak_flops
-from eve_ds.training.job import Job, Loading, TrainingBatch
+from eve_ds.training.job import Job, Loading, Summary, TrainingBatch
 from eve_ds.training.nonfinite import NonFiniteError, NonFiniteSteps, poison_if_nonfinite
 from eve_ds.training.progress import MetricsWriter, ProgressLine, peak_memory_bytes, training_clock
 from eve_ds.training.run_folder import on_rank_zero, write_config
 from eve_ds.training.schedule import done_share, ends_after_next_step, learning_rate, save_is_due
 from eve_ds.training.signals import StopSignals
 from eve_ds.training.window import Window
-
-
-class Summary(NamedTuple):
-    """Result of a run."""
-
-    steps: int
-    samples: int
-    train_seconds: float
-    samples_per_second: float
-    checkpoint: Path | None
-    stopped: bool
-    """Stopped by a signal before the end."""
-    evaluation: dict[str, Any]
-    """Numbers of the last evaluation; empty without one."""
 
 
 class Agreement(NamedTuple):

@@ -24,8 +24,9 @@ from eve_ds.tasks.recipes import task_config
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.saved import load_task_model, save_task_model, start_weights
 from eve_ds.tasks.vqa import VQA
-from eve_ds.training.finetune import Finetuning, lr_scale, prepare_weights, with_schedule
 from eve_ds.training.optimizer import build_optimizer
+from eve_ds.training.schedule import with_schedule
+from eve_ds.training.task_weights import lr_scale, lr_scales, prepare_weights
 
 POSITIONS = "backbone.image_embedding.position"
 
@@ -151,9 +152,7 @@ def test_learning_rates_decay_towards_the_embeddings(task_tree):
     assert list(scale.values()) == [10.0, 1.0, 1.0, 0.5, 0.25, 0.25]
     task = VQA(parse_config(task_tree("vqa", layer_decay=0.5, head_lr_multiple=10.0)), ["red"])
     model = task.model()
-    optimizer = build_optimizer(
-        model, task.config, {"zero_optimization": {"stage": 1}}, Finetuning(task.config, task, []).lr_scale()
-    )
+    optimizer = build_optimizer(model, task.config, {"zero_optimization": {"stage": 1}}, lr_scales(task.config))
     by_parameter = {
         id(p): (group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
     }

@@ -15,8 +15,8 @@ from eve_ds.tasks.nlvr import NLVR, agreement
 from eve_ds.tasks.registry import task_class
 from eve_ds.tasks.saved import load_task_model, save_task_model
 from eve_ds.tasks.vqa import VQA
-from eve_ds.training.finetune import Finetuning, prepare_weights
 from eve_ds.training.optimizer import build_optimizer
+from eve_ds.training.task_weights import lr_scales, prepare_weights
 
 STATEMENTS = [
     "both images contain a red circle",
@@ -27,7 +27,7 @@ NUM_HIDDEN = 5
 
 
 def optimizer_of(model, config, task):
-    return build_optimizer(model, config, ZERO, Finetuning(config, task, []).lr_scale())
+    return build_optimizer(model, config, ZERO, lr_scales(config))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from eve_ds.tasks.features.words import Template
 from eve_ds.tasks.registry import task_class
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.saved import TaskModel, load_task_model, save_task_model, start_head_weights
-from eve_ds.training.finetune import prepare_weights
+from eve_ds.training.task_weights import prepare_weights
 
 WORDS = {"itm_weight": 0, "rerank": 0, "features": "words"}
 CAPTIONS = [
