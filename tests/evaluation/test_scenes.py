@@ -79,7 +79,13 @@ class Oracle(nn.Module):
         for row, scene in enumerate(known if pixels is not None else ()):
             if input_ids[row][attention_mask[row]].tolist() == self.captions[scene]:
                 pixels[row] = patches_of(pixel_values[row])[masked_patch_ids[row]]
-        return EVEOutput(pixels, logits, torch.eye(self.vocabulary), torch.zeros(self.vocabulary), {})
+        return EVEOutput(
+            vocabulary_weight=torch.eye(self.vocabulary),
+            vocabulary_bias=torch.zeros(self.vocabulary),
+            moe={},
+            pixel_predictions=pixels,
+            token_hidden=logits,
+        )
 
     def _look(self, image):
         return int((self.images - image).abs().flatten(1).amax(dim=1).argmin())
