@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import Piece, record_of, write_pieces
+from eve_ds.cli.convert import main
 from eve_ds.config import load_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import ExportError, load
@@ -96,14 +96,11 @@ def checkpoint(run):
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys):
-    """Runs the script in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    main = runpy.run_path(str(SCRIPT))["main"]
+def convert(capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        code = main()
+        code = main(list(map(str, arguments)))
         return code, *capsys.readouterr()
 
     return call

@@ -1,20 +1,17 @@
 """`convert.py import`, `convert.py upcycle` and `--format official` as people start them."""
 
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
+from eve_ds.cli.convert import main
 from eve_ds.config import load_config
 from eve_ds.export import load
 from eve_ds.export.official import write_official
 from eve_ds.model.eve import EVE
 
-SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "convert.py"
 MODEL = [
     "model.hidden_size=32",
     "model.num_hidden_layers=3",
@@ -28,15 +25,12 @@ CONFIG = ["--config", "eve_tiny", "--set", *MODEL]
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys):
-    """Runs the script in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    main = runpy.run_path(str(SCRIPT))["main"]
+def convert(capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures printed
-        code = main()
+        capsys.readouterr()  # output of fixtures
+        code = main(list(map(str, arguments)))
         return code, *capsys.readouterr()
 
     return call

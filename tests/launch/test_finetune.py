@@ -112,7 +112,7 @@ def test_stopped_and_killed_fine_tuning_goes_on(pretrained, launch, tmp_path):
             time.sleep(0.05)
         process.send_signal(number)
         assert process.wait(60) == code, log.read_text()
-    assert "stopped by a signal, the same command goes on" in log.read_text()
+    assert "Stopped by signal; rerun the same command to resume." in log.read_text()
     last = committed(out)
     command[command.index("--max_steps") + 1] = str(last + 3)
     launched = launch(command)

@@ -1,6 +1,5 @@
-"""The command for a GPU machine: every part on the CPU, and what it does where a part fails, hangs or has no time."""
+"""The command for a GPU machine: every part on the CPU, and a part that fails, hangs or has no time left."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,12 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from eve_ds.cli import gpu
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "launcher" / "gpu.py"
-SPEC = importlib.util.spec_from_file_location("gpu_program", PROGRAM)
-assert SPEC is not None and SPEC.loader is not None  # noqa: PT018
-gpu = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(gpu)
 
 
 def run(*arguments):
@@ -91,5 +88,5 @@ def test_bad_input_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("gpu: packages (deepspeed, pydantic, ")
     assert done.stderr.endswith(
-        "eve_ds) are missing: pip install -e . here, or collect `make gpu-wheels` elsewhere and name --wheels\n"
+        ", pytest) are missing: pip install -e . here, or collect `make gpu-wheels` elsewhere and name --wheels\n"
     )
