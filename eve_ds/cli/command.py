@@ -25,21 +25,21 @@ EXIT_CODES = {
     INTERRUPTED: "interrupted by Ctrl-C",
 }
 KNOWN_ERRORS = {
-    "eve_ds.checkpoint.commit.SaveError": NOT_SAVED,
-    "eve_ds.checkpoint.files.CheckpointError": BAD_INPUT,
-    "eve_ds.config.section.ConfigError": BAD_INPUT,
-    "eve_ds.data.importers.candidate.SourceError": BAD_INPUT,
-    "eve_ds.data.shard_writer.OutputError": BAD_INPUT,
-    "eve_ds.data.sources.UnusableData": BAD_INPUT,
-    "eve_ds.distributed.LaunchError": BAD_INPUT,
-    "eve_ds.export.plain.ExportError": BAD_INPUT,
-    "eve_ds.export.weight_files.WeightFileError": BAD_INPUT,
-    "eve_ds.ops.build.OpsBuildError": BAD_INPUT,
-    "eve_ds.report.records.ReportError": BAD_INPUT,
-    "eve_ds.training.nonfinite.NonFiniteError": NONFINITE,
+    "CheckpointError": BAD_INPUT,
+    "ConfigError": BAD_INPUT,
+    "ExportError": BAD_INPUT,
+    "LaunchError": BAD_INPUT,
+    "NonFiniteError": NONFINITE,
+    "OpsBuildError": BAD_INPUT,
+    "OutputError": BAD_INPUT,
+    "ReportError": BAD_INPUT,
+    "SaveError": NOT_SAVED,
+    "SourceError": BAD_INPUT,
+    "UnusableData": BAD_INPUT,
+    "WeightFileError": BAD_INPUT,
 }
-"""Exit code for each exception whose message is all that the user needs. Names, since the classes' modules are slow to
-import."""
+"""Exit code for each exception of the package whose message is all that the user needs. Names, since the modules of the
+classes take seconds to import."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,8 +86,8 @@ def start_log() -> logging.Logger:
 
 def exit_code(error: Exception) -> int | None:
     """Exit code for a known error, otherwise None."""
-    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
-    return next((KNOWN_ERRORS[name] for name in names if name in KNOWN_ERRORS), None)
+    ours = (kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith(f"{PACKAGE.name}."))
+    return next((KNOWN_ERRORS[name] for name in ours if name in KNOWN_ERRORS), None)
 
 
 def run_command(name: str, action: Callable[[], int]) -> int:

@@ -1,4 +1,4 @@
-"""Steps of the demo: commands that run on this machine, with a terminal that shows what matters."""
+"""Steps of the demo: commands that run on this machine, with a terminal for our lines and a log for the rest."""
 
 from __future__ import annotations
 

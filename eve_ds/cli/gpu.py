@@ -232,7 +232,7 @@ def run_part(part: Part, seconds: float, out: Path) -> str:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would keep the GPU busy
+            os.killpg(process.pid, signal.SIGKILL)  # with its child processes, which would keep the GPU busy
             process.wait()
             return f"stopped after {seconds:.0f} s, see {log}"
     return "ok" if code == part.expected else f"exit code {code} instead of {part.expected}, see {log}"

@@ -1,6 +1,7 @@
 """Help and errors in arguments need no third parties; help texts are complete and true; known errors exist."""
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -99,13 +100,23 @@ def test_help_names_the_file_of_released_weights():
     assert f"official: {OFFICIAL} beside" in " ".join(PARSERS["convert"].format_help().split())
 
 
-@pytest.mark.parametrize("name", KNOWN_ERRORS)
-def test_known_errors_are_classes(name):
-    module, _, attribute = name.rpartition(".")
-    kind = getattr(importlib.import_module(module), attribute)
-    assert exit_code(kind("x")) == KNOWN_ERRORS[name]
-    assert exit_code(type("Derived", (kind,), {})("x")) == KNOWN_ERRORS[name]
-    assert KNOWN_ERRORS[name] in EXIT_CODES
+def classes():
+    """(name, module) of every class of the package."""
+    for file in (ROOT / "eve_ds").rglob("*.py"):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        yield from ((node.name, module) for node in nodes if isinstance(node, ast.ClassDef))
+
+
+def test_known_errors_are_classes_of_the_package():
+    for name, code in KNOWN_ERRORS.items():
+        modules = [module for found, module in classes() if found == name]
+        assert len(modules) == 1, (name, modules)
+        kind = getattr(importlib.import_module(modules[0]), name)
+        assert issubclass(kind, Exception)
+        assert exit_code(kind("x")) == exit_code(type("Derived", (kind,), {})("x")) == code
+        assert code in EXIT_CODES
+        assert exit_code(type(name, (Exception,), {"__module__": "elsewhere"})("x")) is None
 
 
 def raises(error):

@@ -1,4 +1,4 @@
-"""`launcher/prepare.py` as people start it: its lines, its exit codes, and a run that is killed in the middle."""
+"""`launcher/prepare.py`: its output, its exit codes, and a run that is killed in the middle."""
 
 import hashlib
 import json
