@@ -19,18 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.benchmark.quality import (
-    OBJECTIVES,
-    PRICES,
-    TASKS,
-    Budget,
-    figures,
-    jobs_of,
-    put_into,
-    run_jobs,
-    table,
-    write_results,
-)
 from eve_ds.cli.command import BAD_INPUT, FAILED, REPOSITORY, Parser, complain, exit_code_table, run_command
 
 if TYPE_CHECKING:
@@ -64,6 +52,8 @@ def build_parser() -> Parser:
 
 def build_quality_parser() -> Parser:
     """Parser of `benchmark.py quality`."""
+    from eve_ds.benchmark.quality import OBJECTIVES, PRICES, TASKS, Budget
+
     parser = Parser(
         prog="benchmark quality",
         description="Measure how much pre-training improves the tasks on scenes.",
@@ -107,6 +97,18 @@ def build_quality_parser() -> Parser:
 
 def measure_quality(arguments: argparse.Namespace) -> int:
     """Run the jobs of every seed and print the tables; exit code 0, or 1 where a job failed."""
+    from eve_ds.benchmark.quality import (
+        OBJECTIVES,
+        TASKS,
+        Budget,
+        figures,
+        jobs_of,
+        put_into,
+        run_jobs,
+        table,
+        write_results,
+    )
+
     budget = Budget(*(getattr(arguments, f"{name}_seconds") for name in Budget._fields))
     objectives = arguments.objectives or list(OBJECTIVES)
     tasks = TASKS if arguments.tasks is None else arguments.tasks

@@ -15,7 +15,7 @@ from eve_ds.cli.command import Parser, exit_code_table, presets
 from eve_ds.cli.training import CODES, add_training_options, overrides, read_deepspeed_config, run_training
 
 if TYPE_CHECKING:
-    from eve_ds.training.pretrain import Summary
+    from eve_ds.training.trainer import Summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
