@@ -33,6 +33,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
         *("config", "ops", "data", "model", "objectives", "checkpoint", "parallel", "training", "report", "views"),
     },
 }
+MAY_IMPORT["cli"] = set(MAY_IMPORT)  # and no part may import cli
 ONLY_IN = {  # library: parts that may import it
     "deepspeed": {"parallel", "training", "checkpoint", "benchmark"},
     "megatron": {"parallel"},

@@ -1,4 +1,4 @@
-"""What the launch tests share: the run they all start, a private sshd, and a two-node SLURM on this machine."""
+"""Fixtures of the launch tests: the run that all of them start, processes with a limit, free ports and daemons."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def require() -> Callable[..., list[str]]:
 
 @dataclass(frozen=True)
 class Launched:
-    """How a launch ended."""
+    """Exit code and output of a launch."""
 
     returncode: int
     output: str
@@ -107,7 +107,7 @@ def launch() -> Callable[..., Launched]:
 
 @pytest.fixture(scope="session")
 def two_rank_losses(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., Launched]) -> list[float]:
-    """Losses of the run under torchrun: what every other launcher has to reproduce to the last bit."""
+    """Losses of the run under torchrun, which every other launcher must reproduce to the last bit."""
     run = PretrainRun(tmp_path_factory.mktemp("torchrun") / "run")
     command = ["torchrun", "--standalone", "--nproc_per_node", "2", "launcher/pretrain.py"]
     launched = launch([*command, *run.arguments()])

@@ -1,10 +1,9 @@
-"""`launcher/convert.py` as people start it, on checkpoints written here, whole and damaged."""
+"""`convert` on checkpoints written here, whole and damaged."""
 
 import hashlib
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import Piece, record_of, write_pieces
+from eve_ds.cli.convert import main
 from eve_ds.config import load_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import ExportError, load
@@ -78,7 +78,7 @@ def write_run(run, *, step=7, seed=0, overrides=()):
 
 
 def sign(checkpoint):
-    """Write the manifest of what is there."""
+    """Write the manifest of the files in the folder."""
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json"]
     records = {str(path.relative_to(checkpoint)): record_of(path) for path in files}
     manifest.write_manifest(checkpoint, {"step": 7}, records)
@@ -96,14 +96,11 @@ def checkpoint(run):
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys):
-    """Runs the script in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    main = runpy.run_path(str(SCRIPT))["main"]
+def convert(capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        code = main()
+        code = main(list(map(str, arguments)))
         return code, *capsys.readouterr()
 
     return call
@@ -181,7 +178,7 @@ def test_weights_under_the_released_names_too(convert, run, tmp_path, arguments,
     assert not (out / "eve_official.pth").exists()  # it would be that of an earlier step
 
 
-def test_the_official_profile_is_what_the_released_code_computes(convert, tmp_path):
+def test_official_profile_needs_no_note_about_routing(convert, tmp_path):
     write_run(tmp_path / "official", overrides=["model.profile=official", "model.moe.routing=capacity"])
     _, stdout, _ = convert(tmp_path / "official", "--out", tmp_path / "out", "--format", "official")
     assert stdout.endswith("eve_official.pth, fp32, without the decoders\n")
@@ -219,7 +216,7 @@ def test_a_missing_part_is_named(convert, run, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["0", "5XB", "-1MB", "MB"])
-def test_sizes_that_are_none(convert, capsys, run, tmp_path, text):
+def test_invalid_sizes_are_refused(convert, capsys, run, tmp_path, text):
     with pytest.raises(SystemExit, match="2"):
         convert(run, "--out", tmp_path / "out", f"--max_shard_size={text}")
     assert f"{text} is not a size such as 500MB" in capsys.readouterr().err
@@ -240,7 +237,7 @@ def test_for_transformers(convert, run, tmp_path):
     assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_the_card_says_where_weights_are_from(convert, run, checkpoint, tmp_path):
+def test_card_names_the_origin_of_the_weights(convert, run, checkpoint, tmp_path):
     records = [
         {"kind": "eval", "step": 5, "color": {"right": 0.1}},
         {"kind": "eval", "step": 7, "seconds": 1.5, "samples": 9, "color": {"right": 0.8, "wrong": 0.125}, "n": 3},
@@ -352,7 +349,7 @@ def test_out_below_a_file_cannot_be_written(refused, run, tmp_path):
     )
 
 
-def test_not_a_run(refused, run, tmp_path):
+def test_folder_without_a_run_is_refused(refused, run, tmp_path):
     assert "nowhere does not exist: name a run or a checkpoint" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "empty is neither a run (no folder checkpoints) nor a checkpoint (no manifest.json)" in refused(
@@ -400,7 +397,7 @@ def test_a_flipped_bit_is_noticed(refused, run, checkpoint):
     assert f"is damaged: {TENSORS} has other content than was written (sha256 differs)" in refused(run)
 
 
-def test_a_signed_file_of_something_else_is_named(refused, run, checkpoint):
+def test_signed_file_that_is_no_tensor_file_is_named(refused, run, checkpoint):
     (checkpoint / TENSORS).write_bytes(b"")
     sign(checkpoint)
     assert "tensors-00001.safetensors is not a tensor file of a checkpoint" in refused(run)
@@ -418,7 +415,7 @@ def test_weights_under_other_names_are_named(refused, run, checkpoint):
     assert "lacks backbone.norm.bias; holds backbone.surplus, unknown to the model" in line
 
 
-def test_half_a_tensor_is_not_one(refused, run, checkpoint):
+def test_half_a_tensor_is_refused(refused, run, checkpoint):
     change(checkpoint, lambda state: state.pop("master/backbone.norm.bias/0"))
     assert "lacks elements 0 to 32 of master backbone.norm.bias" in refused(run)
 
@@ -447,7 +444,7 @@ def test_weights_that_are_not_finite_are_named(refused, run, checkpoint):
     assert "backbone.norm.bias not finite" in refused(run)
 
 
-def test_weights_that_compute_something_else_are_refused(refused, run, checkpoint):
+def test_weights_with_other_outputs_are_refused(refused, run, checkpoint):
     def nudge(state):
         state["master/backbone.blocks.0.gamma_2/0"] += 0.01
 
@@ -484,7 +481,7 @@ def test_a_config_that_is_not_valid(refused, run, checkpoint):
     assert "unknown key 'models'; did you mean 'model'?" in refused(run)
 
 
-def test_without_a_check_batch_it_says_so(convert, run, checkpoint, tmp_path):
+def test_missing_check_batch_is_reported(convert, run, checkpoint, tmp_path):
     (checkpoint / "check_batch.safetensors").unlink()
     sign(checkpoint)
     code, stdout, _ = convert(run, "--out", tmp_path / "out")
@@ -493,7 +490,7 @@ def test_without_a_check_batch_it_says_so(convert, run, checkpoint, tmp_path):
     assert json.loads((tmp_path / "out" / "export.json").read_text())["check"] is None
 
 
-def test_load_refuses_what_is_not_an_export(run, checkpoint, tmp_path):
+def test_load_refuses_a_folder_that_is_not_an_export(run, checkpoint, tmp_path):
     with pytest.raises(
         ExportError, match=r"run is not an export, it lacks config\.json, model\.safetensors, tokenizer"
     ):

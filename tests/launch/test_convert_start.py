@@ -1,20 +1,17 @@
-"""`convert.py import`, `convert.py upcycle` and `--format official` as people start them."""
+"""`convert.py import`, `convert.py upcycle` and `--format official`, run in this process."""
 
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
+from eve_ds.cli.convert import main
 from eve_ds.config import load_config
 from eve_ds.export import load
 from eve_ds.export.official import write_official
 from eve_ds.model.eve import EVE
 
-SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "convert.py"
 MODEL = [
     "model.hidden_size=32",
     "model.num_hidden_layers=3",
@@ -28,15 +25,12 @@ CONFIG = ["--config", "eve_tiny", "--set", *MODEL]
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys):
-    """Runs the script in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    main = runpy.run_path(str(SCRIPT))["main"]
+def convert(capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures printed
-        code = main()
+        capsys.readouterr()  # output of fixtures
+        code = main(list(map(str, arguments)))
         return code, *capsys.readouterr()
 
     return call
@@ -106,7 +100,7 @@ def test_a_dense_checkpoint_becomes_a_folder_that_loads(convert, dense, tmp_path
 
 @pytest.fixture
 def beit2(tmp_path):
-    """What the authors of BEiTv2 publish, of the model that the tests ask for; its tensors are random."""
+    """File as the authors of BEiTv2 publish it, with random tensors in the sizes of the tests' model."""
     shapes = {"cls_token": (1, 1, 32), "patch_embed.proj.weight": (32, 3, 8, 8), "patch_embed.proj.bias": (32,)}
     shapes |= {"norm.weight": (32,), "norm.bias": (32,), "mask_token": (1, 1, 32)}
     shapes |= {"rel_pos_bias.relative_position_bias_table": (15 * 15 + 3, 4)}
@@ -140,14 +134,14 @@ def test_a_beit2_file_becomes_a_folder_that_loads(convert, refused, beit2, tmp_p
     )
 
 
-def test_help_says_what_is_read(convert, capsys):
+def test_help_names_the_formats_of_beitv2(convert, capsys):
     with pytest.raises(SystemExit, match="0"):
         convert("upcycle", "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "BEiTv2: .pth file of its authors, folder of timm, or its file" in text
 
 
-def test_what_cannot_be_used_is_one_line(refused, file, dense, tmp_path):
+def test_unusable_input_is_refused_in_one_line(refused, file, dense, tmp_path):
     out = tmp_path / "out"
     assert "nowhere.pth does not exist: name a file" in refused(
         "import", tmp_path / "nowhere.pth", "--out", out, *CONFIG
@@ -177,7 +171,7 @@ def test_what_cannot_be_used_is_one_line(refused, file, dense, tmp_path):
 
 
 @pytest.mark.parametrize("number", ["-1", "nan", "inf", "some"])
-def test_noise_is_a_number(convert, capsys, dense, tmp_path, number):
+def test_noise_must_be_a_finite_number_of_at_least_0(convert, capsys, dense, tmp_path, number):
     with pytest.raises(SystemExit, match="2"):
         convert("upcycle", dense, "--out", tmp_path / "out", "--noise", number, *CONFIG)
     assert "argument --noise: " in capsys.readouterr().err

@@ -1,9 +1,9 @@
-"""launcher/demo.py: its own commands end to end at 20 steps, what it reuses, and how it stops."""
+"""launcher/demo.py: its own commands end to end at 20 steps, reuse of results, and errors."""
 
 import contextlib
 import json
 import os
-import runpy
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eve_ds.cli.demo import is_finished, main
+from eve_ds.cli.demo_steps import StepFailed, environment, run_step, this_machine
 from eve_ds.config import ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +29,7 @@ LIMIT = 800.0
 
 
 def run_demo(out, max_steps=20):
-    """As `make demo` calls it, from another working directory; whatever it started is gone afterwards."""
+    """Run it as `make demo` does, from another working directory; end all its processes."""
     arguments = ["--out", str(out), "--seed", str(SEED), "--max_steps", str(max_steps)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, str(SCRIPT), *arguments]
@@ -61,6 +63,22 @@ def test_launch_line_is_printed_and_real(first):
 
 
 @pytest.mark.timeout(900)
+def test_terminal_shows_our_lines_and_the_log_those_of_libraries(first):
+    out, completed = first
+    log = out / f"seed-{SEED}" / "demo.log"
+    assert completed.stdout.splitlines().count(f"seed {SEED}: messages of DeepSpeed and torch are in {log}") == 1
+    for line in completed.stderr.splitlines():
+        assert re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line), line
+    assert "INFO Done. 20 steps" in completed.stderr
+    assert "[launch.py:" not in completed.stdout
+    text = log.read_text()
+    assert "[launch.py:" in text
+    assert [line for line in completed.stdout.splitlines() if line.startswith("$ ")] == [
+        line for line in text.splitlines() if line.startswith("$ ")
+    ]
+
+
+@pytest.mark.timeout(900)
 def test_summary_holds_every_figure(first):
     out, _ = first
     summary = json.loads((out / "summary.json").read_text())
@@ -79,7 +97,7 @@ def test_summary_holds_every_figure(first):
 
 
 @pytest.mark.timeout(900)
-def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(first):
+def test_demo_ends_with_a_table_and_the_paths_of_its_results(first):
     out, completed = first
     table, _, paths = completed.stdout.partition("What the demo measured")[2].partition(f"seed {SEED}\n  plain weights")
     for row in ("color", "lower by", "position -> color", "samples/s", "peak memory of a rank", "export: largest"):
@@ -92,7 +110,7 @@ def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(first):
 
 
 @pytest.mark.timeout(900)
-def test_pictures_show_something(first):
+def test_pictures_are_not_blank(first):
     out, _ = first
     pictures = sorted((out / f"seed-{SEED}" / "report").glob("*.png"))
     assert [picture.name for picture in pictures] == ["curves.png", "experts.png", "reconstructions.png"]
@@ -136,19 +154,11 @@ def test_a_step_that_fails_stops_the_demo_with_its_exit_code(first, tmp_path):
     assert stopped.returncode == 2
     first_line, second_line = stopped.stderr.splitlines()
     assert first_line.startswith(f"evaluate: {run / 'export'} is not an export, it lacks")
-    assert second_line == "demo: evaluate.py failed with exit code 2; see above"
+    assert second_line == f"demo: evaluate.py failed with exit code 2; see above and {run / 'demo.log'}"
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
 # ----------------------------------------------------------------------------------------------- without a training
-
-
-@pytest.fixture(scope="module")
-def demo():
-    path = list(sys.path)
-    names = runpy.run_path(str(SCRIPT), run_name="demo")
-    sys.path[:] = path
-    return names
 
 
 @pytest.mark.parametrize(
@@ -161,31 +171,34 @@ def demo():
         (["train.max_steps=2000", "train.max_seconds=100"], 0, 0.0, False),
     ],
 )
-def test_finished_is_what_the_last_checkpoint_says(demo, tmp_path, overrides, step, seconds, expected):
+def test_last_checkpoint_decides_whether_a_run_is_finished(tmp_path, overrides, step, seconds, expected):
     config = load_config("eve_tiny", overrides)
-    assert not demo["is_finished"](tmp_path, config)
+    assert not is_finished(tmp_path, config)
     folder = tmp_path / "checkpoints" / "step"
     folder.mkdir(parents=True)
     (folder.parent / "latest").write_text("step\n")
     (folder / "state.json").write_text(json.dumps({"step": step, "seconds": seconds}))
-    assert demo["is_finished"](tmp_path, config) is expected
+    assert is_finished(tmp_path, config) is expected
     (folder / "state.json").unlink()
     with pytest.raises(ConfigError, match=r"state\.json cannot be read .*: remove"):
-        demo["is_finished"](tmp_path, config)
+        is_finished(tmp_path, config)
 
 
 @pytest.mark.parametrize(
     ("code", "exit_code", "message"),
     [
-        ("raise SystemExit(7)", 7, "step.py failed with exit code 7; see above"),
-        ("import os; os.kill(os.getpid(), 9)", 137, "step.py failed with signal 9; see above"),
+        ("raise SystemExit(7)", 7, "step.py failed with exit code 7; see above and "),
+        ("import os; os.kill(os.getpid(), 9)", 137, "step.py failed with signal 9; see above and "),
     ],
 )
-def test_exit_code_of_a_step(demo, tmp_path, code, exit_code, message):
-    (tmp_path / "step.py").write_text(code)
-    with pytest.raises(demo["StepFailed"], match=message) as raised:
-        demo["run_step"]([sys.executable, str(tmp_path / "step.py")], tmp_path)
+def test_a_failed_step_shows_its_last_lines_and_its_exit_code(tmp_path, capfd, code, exit_code, message):
+    (tmp_path / "demo.log").write_text("earlier\n")
+    (tmp_path / "step.py").write_text(f"import sys\nprint(*range(50), sep='\\n', file=sys.stderr, flush=True)\n{code}")
+    with pytest.raises(StepFailed, match=message) as raised:
+        run_step([sys.executable, str(tmp_path / "step.py")], tmp_path)
     assert raised.value.exit_code == exit_code
+    assert capfd.readouterr().err.splitlines() == [str(number) for number in range(40, 50)]
+    assert (tmp_path / "demo.log").read_text().splitlines()[0] == "earlier"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +213,7 @@ def test_exit_code_of_a_step(demo, tmp_path, code, exit_code, message):
         (0, "cuda", 2, "zero1_ep2_cpu.json", "cuda"),
     ],
 )
-def test_a_run_takes_the_gpus_that_there_are(demo, tmp_path, monkeypatch, gpus, chosen, ranks, config, accelerator):
+def test_run_takes_as_many_gpus_as_divide_the_batch(tmp_path, monkeypatch, gpus, chosen, ranks, config, accelerator):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     if chosen:
         monkeypatch.setenv("DS_ACCELERATOR", chosen)
@@ -209,23 +222,24 @@ def test_a_run_takes_the_gpus_that_there_are(demo, tmp_path, monkeypatch, gpus, 
     fake.write_text(f"#!/bin/sh\n{lines or 'echo NVIDIA-SMI has failed; exit 9'}\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    machine = demo["this_machine"](64)
+    machine = this_machine(64)
     assert (machine.ranks, machine.deepspeed_config) == (ranks, f"ds_configs/{config}")
-    env = demo["environment"](tmp_path)
+    env = environment(tmp_path)
     assert env.get("DS_ACCELERATOR") == accelerator
     assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) == ("1", "PASSIVE")
     assert env["TORCH_EXTENSIONS_DIR"].startswith(str(tmp_path))
 
 
-def test_a_terminated_demo_takes_its_step_along(tmp_path):
+def test_terminated_demo_ends_its_step(tmp_path):
     step = tmp_path / "step.py"
     step.write_text(f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
     code = f"""
-import runpy, signal, sys
+import signal, sys
 from pathlib import Path
-demo = runpy.run_path({str(SCRIPT)!r}, run_name="demo")
-signal.signal(signal.SIGTERM, demo["_interrupt"])
-demo["run_step"]([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
+from eve_ds.cli.demo import interrupt
+from eve_ds.cli.demo_steps import run_step
+signal.signal(signal.SIGTERM, interrupt)
+run_step([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -247,9 +261,8 @@ demo["run_step"]([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
         (["--seeds", "2", "--seed", "1"], "demo: argument --seed: not allowed with argument --seeds (see --help)\n"),
     ],
 )
-def test_wrong_arguments(demo, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+def test_wrong_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        demo["main"]()
+        main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == message

@@ -82,7 +82,7 @@ def test_retrieval_under_torchrun_ranks_captions(pretrained, launch, tmp_path):
     assert "similarity" in launched.output
 
 
-def test_a_run_retrieves_without_fine_tuning_in_as_many_processes_as_there_are(pretrained, launch, tmp_path):
+def test_zero_shot_retrieval_is_the_same_on_one_and_two_processes(pretrained, launch, tmp_path):
     options = ["launcher/evaluate.py", "zero_shot", "--model", str(pretrained), "--limit", "8", "--rerank", "2"]
     launched = launch(without_deepspeed(*options, "--out", tmp_path / "one"))
     assert launched.returncode == 0, launched.output
@@ -97,7 +97,7 @@ def test_a_run_retrieves_without_fine_tuning_in_as_many_processes_as_there_are(p
     assert (launched.returncode, launched.output.splitlines()[-1]) == (2, "evaluate: --rerank (-1) must be 0 or more")
 
 
-def test_stopped_and_killed_fine_tuning_goes_on(pretrained, launch, tmp_path):
+def test_stopped_and_killed_fine_tuning_resumes(pretrained, launch, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     command = [sys.executable, *finetune("vqa", pretrained, out), "train.save_every_steps=2"]
     command[command.index("--max_steps") + 1] = "100000"
@@ -112,7 +112,7 @@ def test_stopped_and_killed_fine_tuning_goes_on(pretrained, launch, tmp_path):
             time.sleep(0.05)
         process.send_signal(number)
         assert process.wait(60) == code, log.read_text()
-    assert "stopped by a signal, the same command goes on" in log.read_text()
+    assert "Stopped by signal; rerun the same command to resume." in log.read_text()
     last = committed(out)
     command[command.index("--max_steps") + 1] = str(last + 3)
     launched = launch(command)
@@ -127,7 +127,7 @@ def test_stopped_and_killed_fine_tuning_goes_on(pretrained, launch, tmp_path):
 def committed(run):
     """Step of the checkpoint that `latest` names, 0 without any.
 
-    A kill between the renaming of a folder and the replacement of `latest` leaves a folder that the run does not go on
+    A kill between the renaming of a folder and the replacement of `latest` leaves a folder that the run does not resume
     from.
     """
     latest = run / "checkpoints" / "latest"

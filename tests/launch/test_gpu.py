@@ -1,20 +1,18 @@
-"""The command for a GPU machine: every part on the CPU, and what it does where a part fails, hangs or has no time."""
+"""The command for a GPU machine: every part on the CPU, and a part that fails, hangs or has no time left."""
 
-import importlib.util
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import psutil
 import pytest
 
+from eve_ds.cli import gpu
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "launcher" / "gpu.py"
-SPEC = importlib.util.spec_from_file_location("gpu_program", PROGRAM)
-assert SPEC is not None and SPEC.loader is not None  # noqa: PT018
-gpu = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(gpu)
 
 
 def run(*arguments):
@@ -43,7 +41,7 @@ def test_dry_run_measures_every_part(tmp_path):
     assert len(lines) == 2 + sum(row["what"] != "kernel" for row in document["rows"])
 
 
-def test_parts_of_a_gpu_have_time_for_each_other(tmp_path):
+def test_gpu_parts_have_distinct_names_and_sanitize_our_kernels_only(tmp_path):
     parts = gpu.gpu_parts(tmp_path / "rows.jsonl", tmp_path)
     assert len({part.name for part in parts}) == len(parts)
     sanitizers = [part for part in parts if part.environment]
@@ -53,7 +51,7 @@ def test_parts_of_a_gpu_have_time_for_each_other(tmp_path):
     assert [part.name for part in parts if part.expected] == ["planted error, found"]
 
 
-def test_part_that_fails_or_hangs_says_so_in_one_line(tmp_path):
+def test_failed_or_hanging_part_is_reported_in_one_line(tmp_path):
     python = [sys.executable, "-c"]
     outcome = gpu.run_part(gpu.Part("fails", 30, [*python, "print('why'); raise SystemExit(3)"]), 30, tmp_path)
     assert outcome == f"exit code 3 instead of 0, see {tmp_path / 'fails.log'}"
@@ -67,6 +65,23 @@ def test_part_that_fails_or_hangs_says_so_in_one_line(tmp_path):
     assert gpu.run_part(gpu.Part("lacks", 30, ["no-such-tool"]), 30, tmp_path) == (
         "no-such-tool cannot be run (No such file or directory)"
     )
+
+
+def test_parts_import_the_wheels_and_the_package_of_the_checkout(tmp_path, monkeypatch):
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    site.mkdir()
+    with zipfile.ZipFile(wheels / "probe-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("probe.py", "")
+        wheel.writestr("probe-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: probe\nVersion: 1.0\n")
+        wheel.writestr("probe-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("probe-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    assert gpu._prepare(site, wheels) is None
+    code = "import probe, eve_ds, importlib.util as i; print(probe.__file__, eve_ds.__file__, i.find_spec('kernels'))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == [str(site / "probe.py"), str(site / "eve_ds" / "__init__.py"), "None"]
+    assert (site / "eve_ds").resolve() == ROOT / "eve_ds"
 
 
 def test_no_part_starts_after_the_time(tmp_path):
@@ -91,5 +106,5 @@ def test_bad_input_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("gpu: packages (deepspeed, pydantic, ")
     assert done.stderr.endswith(
-        "eve_ds) are missing: pip install -e . here, or collect `make gpu-wheels` elsewhere and name --wheels\n"
+        ", pytest) are missing: pip install -e . here, or collect `make gpu-wheels` elsewhere and name --wheels\n"
     )

@@ -1,4 +1,4 @@
-"""kill -9 of a rank, of all ranks, and of their launcher, at random moments and inside of saves: the run goes on.
+"""kill -9 of a rank, of all ranks, and of their launcher, at random moments and inside of saves: the run resumes.
 
 Five kills, 25 in `make soak`, which sets `EVE_DS_SOAK`. Saves are synchronous and in the background in turn.
 """
@@ -46,7 +46,7 @@ class Ranks:
             ]
 
     def wait(self, seconds):
-        """Exit codes; kills what has not ended by then."""
+        """Exit codes; kills the processes that have not ended by then."""
         deadline = time.monotonic() + seconds
         try:
             return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in self.processes]
@@ -82,7 +82,7 @@ def await_save(run):
     return False
 
 
-def test_killed_runs_go_on_to_the_same_end(run, tmp_path, free_port):
+def test_killed_runs_resume_to_the_same_losses(run, tmp_path, free_port):
     drawn = random.Random(KILLS)
     settings = ["train.save_every_steps=3", "train.eval_every=null"]
     settings += ["train.max_seconds=null", "optimizer.decay_by=steps"]
@@ -105,12 +105,12 @@ def test_killed_runs_go_on_to_the_same_end(run, tmp_path, free_port):
         for process in ranks.processes if how != "one" else [ranks.processes[drawn.randrange(2)]]:
             process.kill()
         ranks.wait(PEERS_DIE_WITHIN)
-        for child in children:  # ranks without a launcher go on; they save and end when asked
+        for child in children:  # ranks without a launcher keep running until SIGTERM; then they save and end
             child.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(children, timeout=PEERS_DIE_WITHIN)
         assert not alive
         committed = manifest.committed(run.folder)
-        assert set(kept) <= set(committed), "what was published stays"
+        assert set(kept) <= set(committed), "committed checkpoints stay"
         assert {str(path): manifest.problems(path) for path in committed if manifest.problems(path)} == {}
         kept = committed
     assert Ranks(arguments, free_port, log).wait(LIMIT / 2) == [0, 0]

@@ -19,7 +19,7 @@ def launch(script, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_pretraining_on_sentences_by_people(tmp_path):
+def test_pretraining_on_nlvr_lowers_the_loss(tmp_path):
     shards, tokenizer, run = tmp_path / "shards", tmp_path / "tokenizer", tmp_path / "run"
     launch("prepare.py", "nlvr", Path(DATA) / "nlvr-dev.tar.xz", "--out", shards, "--limit", 1200)
     launch("prepare.py", "tokenizer", "--shards", shards, "--vocab_size", 1000, "--out", tokenizer)

@@ -5,7 +5,6 @@ they exit.
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from eve_ds.cli.pretrain import main
 from eve_ds.config import section
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "pretrain.py"
@@ -33,15 +33,6 @@ TINY = [
     "train.max_seconds=null",
     "optimizer.decay_by=steps",
 ]
-
-
-def load_launcher():
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("pretrain_launcher", LAUNCHER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
 
 
 def cases(folder):
@@ -109,16 +100,14 @@ def cases(folder):
 
 def bad_inputs(rank, world_size, folder):
     """(exit code, standard error) of each case on this rank."""
-    launcher = load_launcher()
     found = []
     for number, (_, dictionary, settings, output_dir, _) in enumerate(cases(folder)):
         file = Path(folder) / f"deepspeed{number}-{rank}.json"
         if dictionary is not None:
             file.write_text(dictionary if isinstance(dictionary, str) else json.dumps(dictionary))
-        sys.argv = ["pretrain.py", "--deepspeed_config", str(file), "--output_dir", str(output_dir)]
-        sys.argv += ["--set", *TINY, *settings]
+        files = ["--deepspeed_config", str(file), "--output_dir", str(output_dir)]
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            code = launcher.main()
+            code = main([*files, "--set", *TINY, *settings])
         found.append((code, stderr.getvalue()))
     return found
 
@@ -170,13 +159,12 @@ def test_processes_exit_with_code_2(tmp_path, free_port):
         assert len([line for line in stderr.splitlines() if " ERROR " in line]) == 1
 
 
-def test_a_former_name_is_said_on_the_command_line(tmp_path, capsys, monkeypatch):
+def test_a_former_name_is_logged(tmp_path, capsys, monkeypatch):
     section._say_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("eve_ds"), "handlers", [])  # other tests may have left the launcher's
     file = tmp_path / "old.yaml"
     file.write_text("base: eve_tiny\nmodel: {objective: msm}\ntrain: {max_steps: 0}\n")
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(file), "--output_dir", str(tmp_path / "run")])
-    assert load_launcher().main() == 2
+    assert main(["--config", str(file), "--output_dir", str(tmp_path / "run")]) == 2
     said, refused = capsys.readouterr().err.splitlines()
     assert said.endswith("INFO objective ('msm') is read as objectives (['joint'])")
     assert "ERROR" in refused

@@ -101,7 +101,7 @@ def submit(run, launch, cluster, log, max_steps):
     return submitted.output.strip()
 
 
-def test_sbatch_trains_on_two_nodes_and_the_same_line_again_goes_on(
+def test_sbatch_trains_on_two_nodes_and_the_same_line_again_resumes(
     run, launch, cluster, daemons, tmp_path, two_rank_losses
 ):
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
@@ -129,7 +129,7 @@ def test_srun_gives_every_task_its_rank(launch, cluster, mpi):
     assert found == [(str(rank), "4", str(rank % 2), NODES[0]) for rank in range(4)]
 
 
-def test_srun_tasks_that_each_think_they_are_alone_are_refused(run, launch, cluster):
+def test_srun_tasks_that_are_each_a_world_of_one_are_refused(run, launch, cluster):
     alone = ["env", "RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0"]
     command = ["srun", "--nodes=2", "--ntasks=2", *alone, "python", "launcher/pretrain.py", *run.arguments(ep_size=1)]
     launched = launch(command, **cluster)

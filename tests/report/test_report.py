@@ -2,8 +2,6 @@
 
 import json
 import math
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from eve_ds import ops
+from eve_ds.cli.report import main
 from eve_ds.config import load_config
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
@@ -411,12 +410,9 @@ def test_curves_skip_values_that_are_not_finite(tmp_path):
 
 
 @pytest.fixture
-def report(monkeypatch, capsys):
+def report(capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        code = runpy.run_path(str(ROOT / "launcher" / "report.py"))["main"]()
-        return code, capsys.readouterr()
+        return main(list(map(str, arguments))), capsys.readouterr()
 
     return run
 
@@ -435,7 +431,10 @@ def test_command_line_writes_into_the_run_folder(report, tmp_path, parts):
         (["nowhere", "--model", "elsewhere"], "report: elsewhere is not an export, it lacks"),
         (["nowhere", "--evaluation", "missing.json"], "report: --evaluation missing.json cannot be read: No such file"),
         (["nowhere", "--evaluation", "broken.json"], "report: --evaluation broken.json is not JSON"),
-        (["nowhere", "--evaluation", "other.json"], "report: --evaluation other.json is not what `evaluate.py scenes"),
+        (
+            ["nowhere", "--evaluation", "other.json"],
+            "report: --evaluation other.json is not a result of `evaluate.py scenes",
+        ),
     ],
 )
 def test_command_line_reports_an_error_in_one_line(report, tmp_path, monkeypatch, arguments, message):

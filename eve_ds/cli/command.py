@@ -1,0 +1,111 @@
+"""Parts that all commands share: exit codes, the parser, presets in help texts, and errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eve_ds.cli.terminal import keep_terminal
+
+PACKAGE = Path(__file__).resolve().parents[1]
+REPOSITORY = PACKAGE.parent
+
+FAILED, BAD_INPUT, NONFINITE, STOPPED, NOT_SAVED, INTERRUPTED = 1, 2, 3, 4, 5, 130
+EXIT_CODES = {
+    0: "success",
+    FAILED: "the command failed",
+    BAD_INPUT: "bad input: settings, data, weights, files or launch that cannot be used",
+    NONFINITE: "a loss or gradient norm is not finite",
+    STOPPED: "SIGTERM or SIGUSR1 to any rank: saved at the next step and stopped; rerun the same command to resume",
+    NOT_SAVED: "checkpoints cannot be written",
+    INTERRUPTED: "interrupted by Ctrl-C",
+}
+KNOWN_ERRORS = {
+    "CheckpointError": BAD_INPUT,
+    "ConfigError": BAD_INPUT,
+    "ExportError": BAD_INPUT,
+    "LaunchError": BAD_INPUT,
+    "NonFiniteError": NONFINITE,
+    "OpsBuildError": BAD_INPUT,
+    "OutputError": BAD_INPUT,
+    "ReportError": BAD_INPUT,
+    "SaveError": NOT_SAVED,
+    "SourceError": BAD_INPUT,
+    "UnusableData": BAD_INPUT,
+    "WeightFileError": BAD_INPUT,
+}
+"""Exit code for each exception of the package whose message is all that the user needs. Names, since the modules of the
+classes take seconds to import."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that reports bad arguments in one line, with exit code 2 and without the usage text."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message behind the name of the command, and exit."""
+        self.exit(BAD_INPUT, f"{self.prog.split()[0]}: {message} (see --help)\n")
+
+
+def exit_code_table(*codes: int, failed: str = "") -> str:
+    """Lines of a help text that explain the exit codes of a command; `failed` explains code 1."""
+    meanings = EXIT_CODES | ({FAILED: failed} if failed else {})
+    return "\n".join(["exit codes:", *(f"  {code:<3} {meanings[code]}" for code in codes)])
+
+
+def presets(folder: str = "") -> str:
+    """Names of the presets in a folder of `eve_ds/configs` ("" or "tasks"), separated by commas."""
+    return ", ".join(sorted(file.stem for file in (PACKAGE / "configs" / folder).glob("*.yaml")))
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--set`."""
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the configuration, such as train.seed=1",
+    )
+
+
+def start_log() -> logging.Logger:
+    """The package's logger, with a handler, so that messages about the configuration are shown."""
+    from eve_ds.distributed import get_logger
+
+    keep_terminal()
+    return get_logger()
+
+
+def exit_code(error: Exception) -> int | None:
+    """Exit code for a known error, otherwise None."""
+    ours = (kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith(f"{PACKAGE.name}."))
+    return next((KNOWN_ERRORS[name] for name in ours if name in KNOWN_ERRORS), None)
+
+
+def run_command(name: str, action: Callable[[], int]) -> int:
+    """Exit code of `action`; a known error, an unusable file, or Ctrl-C becomes one line on standard error."""
+    try:
+        return action()
+    except OSError as error:
+        return complain(name, f"{error.filename or 'disk'} cannot be used: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return complain(name, "interrupted; rerun the same command to resume", INTERRUPTED)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        return complain(name, str(error), code)
+
+
+def complain(name: str, message: str, code: int = BAD_INPUT) -> int:
+    """Print one line, in which bytes of file names that are no UTF-8 are replaced; the exit code."""
+    print(f"{name}: {message}".encode("utf-8", "replace").decode(), file=sys.stderr)
+    return code

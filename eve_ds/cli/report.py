@@ -1,0 +1,64 @@
+"""Report of a run, finished or not: `python launcher/report.py runs/tiny --model exports/tiny`.
+
+Writes report.md with tables and loss curves. With an export of the run, also a grid of masked and reconstructed images
+with the words that the model predicted, and the use of its experts by modality. Needs neither DeepSpeed nor a process
+group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eve_ds.cli.command import BAD_INPUT, Parser, exit_code_table, run_command, start_log
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report and print the files; exit code 0, or 2 for bad input and folders that cannot be written."""
+    return run_command("report", partial(_report, build_parser().parse_args(argv)))
+
+
+def build_parser() -> Parser:
+    """Parser of the command line."""
+    parser = Parser(prog="report", description=__doc__, epilog=exit_code_table(0, BAD_INPUT))
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="export of that run, for the pictures that need it")
+    parser.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="file that `evaluate.py scenes --json FILE` wrote"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/report)")
+    return parser
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    start_log()
+    from eve_ds.export import load
+    from eve_ds.report.run_report import Exported, write_report
+
+    evaluation = None if arguments.evaluation is None else read_evaluation(arguments.evaluation)
+    exported = None if arguments.model is None else Exported(*load(arguments.model))
+    for path in write_report(arguments.run, arguments.out or arguments.run / "report", exported, evaluation):
+        print(path)
+    return 0
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Result of an evaluation on scenes, as `evaluate.py scenes --json` writes it; raises ReportError for others."""
+    from eve_ds.report.records import ReportError, with_current_names
+
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"--evaluation {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ReportError(f"--evaluation {path} is not JSON: {error}") from None
+    result = with_current_names(result) if isinstance(result, dict) else {}
+    if not {"pixel_loss", "color"} & result.keys():
+        raise ReportError(
+            f"--evaluation {path} is not a result of `evaluate.py scenes --json`: it has neither color nor pixel_loss"
+        )
+    return result

@@ -1,0 +1,189 @@
+"""Help and errors in arguments need no third parties; help texts are complete and true; known errors exist."""
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eve_ds.cli import benchmark, convert, demo, evaluate, finetune, gpu, prepare, pretrain, report
+from eve_ds.cli.command import EXIT_CODES, KNOWN_ERRORS, exit_code, presets, run_command
+from eve_ds.cli.training import read_deepspeed_config, run_training
+from eve_ds.config import ConfigError, load_config
+from eve_ds.config import presets as all_presets
+from eve_ds.export.plain import OFFICIAL
+from eve_ds.tasks.recipes import RECIPES, SCENES_RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
+PARSERS = {module.__name__.rpartition(".")[2]: module.build_parser() for module in (pretrain, finetune, evaluate)}
+PARSERS |= {module.__name__.rpartition(".")[2]: module.build_parser() for module in (prepare, report, demo, gpu)}
+PARSERS |= {"benchmark": benchmark.build_parser(), "quality": benchmark.build_quality_parser()}
+PARSERS |= {f"convert {name}".strip(): convert.build_parser(name) for name in ("", *convert.COMMANDS)}
+COMMAND_LINES = {
+    "pretrain": ["--max_steps", "x"],
+    "finetune": ["--task", "vqa"],
+    "evaluate": ["task"],
+    "convert": ["upcycle", "--noise", "-1"],
+    "prepare": ["scenes", "--num_samples", "0", "--out", "x"],
+    "report": [],
+    "demo": ["--seeds", "0"],
+    "benchmark": ["nothing"],
+    "gpu": ["--seconds", "x"],
+}
+SLOW = {"torch", "transformers", "deepspeed", "matplotlib", "pydantic", "numpy", "PIL", "rich", "yaml"}
+
+
+def every(parser):
+    """The parser and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from every(command)
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
+@pytest.mark.parametrize("kind", ["help", "wrong"])
+def test_nothing_slow_is_imported_before_a_command_runs(name, kind):
+    arguments = ["--help"] if kind == "help" else COMMAND_LINES[name]
+    code = (
+        "import atexit, json, runpy, sys; sys.argv = sys.argv[1:]; "
+        "atexit.register(lambda: print('\\n' + json.dumps(sorted(sys.modules)))); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "launcher" / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (0 if kind == "help" else 2), done.stderr
+    assert not SLOW & set(json.loads(done.stdout.splitlines()[-1]))
+    if kind == "wrong":
+        assert done.stderr.startswith(f"{name}: ")
+        assert done.stderr.endswith(" (see --help)\n")
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_option_has_a_help_text(name):
+    for parser in every(PARSERS[name]):
+        lacking = [
+            action.dest
+            for action in parser._actions
+            if not action.help and not isinstance(action, argparse._SubParsersAction)
+        ]
+        assert not lacking, (parser.prog, lacking)
+        assert parser.epilog is None or "exit codes:\n  0   success\n" in parser.epilog
+
+
+def test_help_names_the_presets_that_exist():
+    models = [name for name in all_presets() if not name.startswith("tasks/")]
+    assert presets() == ", ".join(models)
+    assert presets("tasks") == ", ".join(name.removeprefix("tasks/") for name in all_presets() if name not in models)
+    for name in ("pretrain", "finetune", "convert import", "convert upcycle"):
+        assert presets() in " ".join(PARSERS[name].format_help().split())
+
+
+def test_help_names_the_recipes_that_are_taken_without_one():
+    text = " ".join(PARSERS["finetune"].format_help().split())
+    assert all(recipe in finetune.RECIPES_HELP for recipe in RECIPES.values())
+    assert {task: f"tasks/scenes_{task}" for task in finetune.TASKS} == SCENES_RECIPES
+    assert f"(default: {finetune.RECIPES_HELP})" in text
+    assert set(finetune.TASKS) == RECIPES.keys()
+
+
+def test_help_names_the_file_of_released_weights():
+    assert f"official: {OFFICIAL} beside" in " ".join(PARSERS["convert"].format_help().split())
+
+
+def classes():
+    """(name, module) of every class of the package."""
+    for file in (ROOT / "eve_ds").rglob("*.py"):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        yield from ((node.name, module) for node in nodes if isinstance(node, ast.ClassDef))
+
+
+def test_known_errors_are_classes_of_the_package():
+    for name, code in KNOWN_ERRORS.items():
+        modules = [module for found, module in classes() if found == name]
+        assert len(modules) == 1, (name, modules)
+        kind = getattr(importlib.import_module(modules[0]), name)
+        assert issubclass(kind, Exception)
+        assert exit_code(kind("x")) == exit_code(type("Derived", (kind,), {})("x")) == code
+        assert code in EXIT_CODES
+        assert exit_code(type(name, (Exception,), {"__module__": "elsewhere"})("x")) is None
+
+
+def raises(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("train.x (1) must be 2"), 2, "name: train.x (1) must be 2\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            2,
+            "name: x cannot be used: No such file or directory\n",
+        ),
+        (OSError(28, "No space left on device"), 2, "name: disk cannot be used: No space left on device\n"),
+        (KeyboardInterrupt(), 130, "name: interrupted; rerun the same command to resume\n"),
+        (ConfigError("\udcff"), 2, "name: ?\n"),
+    ],
+)
+def test_a_known_error_is_one_line_and_an_exit_code(capsys, error, code, line):
+    assert run_command("name", raises(error)) == code
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("run", [lambda action: run_command("name", action), lambda action: run_training(action, str)])
+def test_an_unknown_error_keeps_its_traceback(run):
+    with pytest.raises(ZeroDivisionError):
+        run(raises(ZeroDivisionError()))
+
+
+def test_options_are_short_for_overrides():
+    arguments = pretrain.build_parser().parse_args(
+        ["--set", "train.seed=3", "train.max_steps=1", "--max_steps", "5", "--init", "a", "--output_dir", "b"]
+    )
+    given = pretrain.overrides(arguments)
+    assert given == ["train.seed=3", "train.max_steps=1", "train.output_dir=b", "train.max_steps=5", "train.init=a"]
+    assert load_config("eve_tiny", given).train.max_steps == 5
+
+
+def test_deepspeed_config_is_read_or_refused_in_one_line(tmp_path):
+    (tmp_path / "good.json").write_text('{"a": 1}')
+    (tmp_path / "bad.json").write_text("{")
+    assert read_deepspeed_config(None) is None
+    assert read_deepspeed_config(str(tmp_path / "good.json")) == {"a": 1}
+    with pytest.raises(ConfigError, match=r"^--deepspeed_config \S+/bad\.json is not JSON: "):
+        read_deepspeed_config(str(tmp_path / "bad.json"))
+    with pytest.raises(ConfigError, match=r"^--deepspeed_config \S+/gone\.json cannot be read: No such file"):
+        read_deepspeed_config(str(tmp_path / "gone.json"))
+
+
+def test_a_step_of_the_demo_shows_its_log_and_nothing_else(tmp_path):
+    """Lines of our log go to descriptor 0; libraries, warnings and child processes write to the log file."""
+    code = (
+        "import os, subprocess, sys, warnings; from eve_ds.cli.command import start_log; log = start_log(); "
+        "assert 'EVE_DS_TERMINAL_FD' not in os.environ; "
+        "log.info('shown'); print('output'); warnings.warn('warning', FutureWarning); os.write(2, b'native\\n'); "
+        "subprocess.run(['sh', '-c', 'echo child >&2'])"
+    )
+    files = [tmp_path / "terminal", tmp_path / "log"]
+    with files[0].open("w") as terminal, files[1].open("w") as log:
+        environment = os.environ | {"EVE_DS_TERMINAL_FD": "0"}
+        command = [sys.executable, "-u", "-c", code]
+        subprocess.run(command, stdin=terminal, stdout=log, stderr=log, env=environment, check=True, timeout=60)
+    shown, logged = (file.read_text() for file in files)
+    assert shown.endswith(" INFO shown\n")
+    assert shown.count("\n") == 1
+    assert all(word in logged for word in ("output\n", "FutureWarning: warning\n", "native\n", "child\n"))
+    assert "shown" not in logged
