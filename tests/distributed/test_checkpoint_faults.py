@@ -336,7 +336,7 @@ def test_second_run_in_the_same_folder_is_refused(run_ranks, tmp_path):
     assert (steps, code) == (3, 2)
     assert len(errors) == 1
     assert f"is being written by another run (process {pid} on " in errors[0]
-    assert "wait for its end, or name another folder" in errors[0]
+    assert "wait until it ends, or name another folder" in errors[0]
 
 
 # --- initial weights --------------------------------------------------------------------------------------------------
