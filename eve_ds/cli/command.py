@@ -64,6 +64,11 @@ def presets(folder: str = "") -> str:
     return ", ".join(sorted(file.stem for file in (PACKAGE / "configs" / folder).glob("*.yaml")))
 
 
+def tasks() -> str:
+    """Names of the downstream tasks, whose folders in `eve_ds/tasks` hold a `task.py`, separated by commas."""
+    return ", ".join(sorted(file.parent.name for file in (PACKAGE / "tasks").glob("*/task.py")))
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add the option `--set`."""
     parser.add_argument(

@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.cli.command import Parser, exit_code_table, presets
+from eve_ds.cli.command import Parser, exit_code_table, presets, tasks
 from eve_ds.cli.training import CODES, add_training_options, overrides, read_deepspeed_config, run_training
 
 if TYPE_CHECKING:
     from eve_ds.config import Config
     from eve_ds.training.finetune import FinetuneSummary
 
-TASKS = ("vqa", "nlvr", "retrieval")
 RECIPES_HELP = "tasks/scenes_TASK for scenes; for files the paper's: tasks/vqa, tasks/nlvr2 or tasks/retrieval_coco"
 
 
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> Parser:
     """Parser of the command line."""
     parser = Parser(prog="finetune", description=__doc__, epilog=exit_code_table(*CODES))
-    parser.add_argument("--task", required=True, choices=TASKS, help="task to learn, see above")
+    parser.add_argument("--task", required=True, metavar="TASK", help=f"task to learn: {tasks()}")
     parser.add_argument(
         "--init",
         required=True,

@@ -45,7 +45,7 @@ def check_topology(
     if zero_stage == 3:
         raise ConfigError(
             "zero_optimization.stage (3) must be below 3, since DeepSpeed cannot partition the parameters of its MoE "
-            "layers: use stage 1 or 2, which partition optimiser states (and gradients), and a larger parallel.ep_size"
+            "layers: use stage 1 or 2, which partition optimizer states (and gradients), and a larger parallel.ep_size"
         )
     if zero_stage == 0 and ep_size > 1 and clip_grad_norm > 0:
         raise ConfigError(

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from eve_ds.cli import benchmark, convert, demo, evaluate, finetune, gpu, prepare, pretrain, report
-from eve_ds.cli.command import EXIT_CODES, KNOWN_ERRORS, exit_code, presets, run_command
+from eve_ds.cli.command import EXIT_CODES, KNOWN_ERRORS, exit_code, presets, run_command, tasks
 from eve_ds.cli.training import read_deepspeed_config, run_training
 from eve_ds.config import ConfigError, load_config
 from eve_ds.config import presets as all_presets
 from eve_ds.export.plain import OFFICIAL
-from eve_ds.tasks.recipes import RECIPES, SCENES_RECIPES
+from eve_ds.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 PARSERS = {module.__name__.rpartition(".")[2]: module.build_parser() for module in (pretrain, finetune, evaluate)}
@@ -88,10 +88,11 @@ def test_help_names_the_presets_that_exist():
 
 def test_help_names_the_recipes_that_are_taken_without_one():
     text = " ".join(PARSERS["finetune"].format_help().split())
-    assert all(recipe in finetune.RECIPES_HELP for recipe in RECIPES.values())
-    assert {task: f"tasks/scenes_{task}" for task in finetune.TASKS} == SCENES_RECIPES
+    assert all(task.recipe in finetune.RECIPES_HELP for task in TASKS.values())
+    assert all(task.scenes_recipe == f"tasks/scenes_{name}" for name, task in TASKS.items())
     assert f"(default: {finetune.RECIPES_HELP})" in text
-    assert set(finetune.TASKS) == RECIPES.keys()
+    assert tasks() == ", ".join(sorted(TASKS))
+    assert f"task to learn: {tasks()}" in text
 
 
 def test_help_names_the_file_of_released_weights():
