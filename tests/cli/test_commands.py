@@ -17,7 +17,7 @@ from eve_ds.cli.training import read_deepspeed_config, run_training
 from eve_ds.config import ConfigError, load_config
 from eve_ds.config import presets as all_presets
 from eve_ds.export.plain import OFFICIAL
-from eve_ds.tasks.recipes import RECIPES, SCENES_RECIPES
+from eve_ds.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 PARSERS = {module.__name__.rpartition(".")[2]: module.build_parser() for module in (pretrain, finetune, evaluate)}
@@ -86,12 +86,14 @@ def test_help_names_the_presets_that_exist():
         assert presets() in " ".join(PARSERS[name].format_help().split())
 
 
-def test_help_names_the_recipes_that_are_taken_without_one():
+def test_help_names_every_task_and_its_recipes():
     text = " ".join(PARSERS["finetune"].format_help().split())
-    assert all(recipe in finetune.RECIPES_HELP for recipe in RECIPES.values())
-    assert {task: f"tasks/scenes_{task}" for task in finetune.TASKS} == SCENES_RECIPES
     assert f"(default: {finetune.RECIPES_HELP})" in text
-    assert set(finetune.TASKS) == RECIPES.keys()
+    assert set(finetune.TASKS) == TASKS.keys()
+    for name, task in TASKS.items():
+        assert task.scenes_recipe == f"tasks/scenes_{name}"
+        assert task.recipe in finetune.RECIPES_HELP
+        assert f"--task {name} " in text
 
 
 def test_help_names_the_file_of_released_weights():
