@@ -125,7 +125,7 @@ class ModelConfig(Section):
     pixel_target: Literal["raw", "normalized"] = "raw"
     """Target of the pixel prediction. `raw`: pixels as the encoder receives them, as the paper describes. `normalized`:
     pixels normalized by the mean and variance of their patch (MAE's `norm_pix_loss`). On scenes, captions reduce the
-    error of raw pixels several times as much, and shapes are learned sooner; see the README."""
+    error of raw pixels several times as much, and shapes are learned sooner; see docs/results.md."""
 
     @model_validator(mode="before")
     @classmethod
