@@ -756,8 +756,9 @@ def _box_has() -> list[_Lead]:
     """All beginnings."""
     leads = _box_with()
     for box, verb in product(("box", "boxes", "square", "squares"), ("has", "contains")):
-        leads.append(_Lead(f"one of the grey {box} {verb}", _at_least(1)))
-    leads += [_Lead(f"{each} has", _equal(3)) for each in ("each box", "every box", "each grey square")]
+        leads.append(_Lead(f"one of the grey {box} {verb}", _at_least(1)))  # codespell:ignore grey
+    whole = ("each box", "every box", "each grey square")  # codespell:ignore grey
+    leads += [_Lead(f"{each} has", _equal(3)) for each in whole]
     return leads
 
 

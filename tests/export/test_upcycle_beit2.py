@@ -314,7 +314,7 @@ def test_files_of_another_kind_are_refused(write, refused, name):
 
 def test_tensors_of_another_shape_are_named(write):
     with pytest.raises(
-        ValueError, match=r"beitv2\.pth has backbone\.blocks\.0\.attention\.q_bias \(31,\) where the con"
+        ValueError, match=r"beitv2\.pth has backbone\.blocks\.0\.attention\.q_bias \(31,\) where the mod"
     ):
         upcycle(write(timm() | {"blocks.0.attn.q_bias": torch.zeros(31)}), config_of())
 
