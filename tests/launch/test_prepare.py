@@ -130,7 +130,7 @@ def test_nlvr_and_a_tokenizer_of_its_captions(tmp_path):
         (["nlvr", "nothing.tar.xz", "--out", "o"], "prepare: source nothing.tar.xz does not exist"),
         (["json", "list.json", "--out", "o"], "list.json is not a caption JSON: expected ["),
         (["karpathy", "list.json", "--out", "o"], "list.json is not a Karpathy JSON: expected {"),
-        (["table", "t.csv", "--out", "o"], "prepare: t.csv has no column 'image'; it has: a, b"),
+        (["table", "t.csv", "--out", "o"], "t.csv has no column 'image'; it has: a, b"),
         (["img2dataset", "t.csv", "--out", "o"], "prepare: img2dataset folder t.csv is not a folder"),
         (["scenes", "--num_samples", "5", "--out", "t.csv"], "prepare: cannot write to t.csv: "),
         (
