@@ -21,6 +21,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # Take the launchers (deepspeed, torchrun, mpirun) and the programs they start from the environment.
+MACHINE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Compile no DeepSpeed extension at installation; a CPU needs none.
 export DS_BUILD_OPS := 0
@@ -66,7 +67,7 @@ soak: $(INSTALLED_DEV)
 	EVE_DS_SOAK=1 $(MAKE) test TESTS="-s tests/launch/test_kills.py tests/launch/test_universal_memory.py"
 
 gpu:
-	$(PYTHON) launcher/gpu.py --out runs/gpu $(if $(WHEELS),--wheels $(WHEELS))
+	PATH="$(MACHINE_PATH)" $(PYTHON) launcher/gpu.py --out runs/gpu $(if $(WHEELS),--wheels $(WHEELS))
 
 # Collect the versions of this environment for the other machine's interpreter. DeepSpeed compiles its ops on first use.
 gpu-wheels: $(INSTALLED)

@@ -142,12 +142,13 @@ def evaluate_task(arguments: argparse.Namespace) -> list[Table]:
     from eve_ds.report.tables import metrics_table
     from eve_ds.tasks.batches import TaskCollator
     from eve_ds.tasks.formats import load_examples
-    from eve_ds.tasks.nlvr import write_published_csv
     from eve_ds.tasks.recipes import evaluated_on
     from eve_ds.tasks.saved import load_task_model
 
     device = _begin(arguments)
     loaded = load_task_model(arguments.model)
+    if arguments.csv is not None:
+        loaded.task.check_csv(arguments.csv)
     config = evaluated_on(loaded.config, arguments.data, arguments.images, arguments.split, arguments.limit)
     metrics = evaluate(
         loaded.task,
@@ -161,7 +162,7 @@ def evaluate_task(arguments: argparse.Namespace) -> list[Table]:
     if not rank_zero():
         return []
     if arguments.csv is not None:
-        write_published_csv(read_predictions(arguments.out), arguments.csv)
+        loaded.task.write_csv(read_predictions(arguments.out), arguments.csv)
     return [metrics_table(f"{arguments.model}, {arguments.out}", metrics)]
 
 

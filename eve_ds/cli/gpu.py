@@ -270,7 +270,7 @@ def _last_training(run: Path) -> dict[str, Any]:
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
-    keys = ("step", "loss", "samples_per_second", "mfu")
+    keys = ("step", "loss", "samples_per_second", "model_flops_utilization")
     return {"what": "engine", **({key: records[-1][key] for key in keys if key in records[-1]} if records else {})}
 
 

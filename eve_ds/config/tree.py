@@ -50,11 +50,12 @@ class Config(Section):
     def _check_views(self) -> None:
         """Check that each source serves an objective, and that each view has masked and visible content."""
         objectives, masking = self.model.objectives, self.masking
-        weights = {name: getattr(self.loss, f"{name}_weight") for name in objectives if name != "joint"}
+        own = {name: getattr(self.loss, f"{name}_weight", None) for name in objectives}
+        weights = {name: weight for name, weight in own.items() if weight is not None}
         if "joint" in objectives:
             weights |= {"mim": self.loss.mim_weight, "mlm": self.loss.mlm_weight}
         require(
-            any(weights.values()),
+            any(weights.values()) or not weights,
             f"loss weights of {', '.join(objectives)} ({', '.join(f'{name}_weight' for name in weights)}) are all 0: "
             "raise one of them",
         )

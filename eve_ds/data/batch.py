@@ -1,4 +1,4 @@
-"""What travels through the training pipeline: a decoded sample, a sample that cannot be used, a batch."""
+"""Records of the training pipeline: a decoded sample, and a masked batch."""
 
 from __future__ import annotations
 
@@ -27,21 +27,6 @@ class Sample:
     image: NDArray[np.uint8] | None
     """(image_size, image_size, 3), cropped and flipped."""
     caption: str | None
-
-
-class BadSample(ValueError):
-    """A sample that cannot be used.
-
-    Args:
-        reason: one of few fixed texts, under which it is counted.
-        detail: what exactly happened.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
-        self.key: str | None = None
-        """Set where it is known."""
 
 
 @dataclass(frozen=True)

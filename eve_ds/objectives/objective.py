@@ -93,4 +93,4 @@ class Objective(ABC):
 
     @abstractmethod
     def forward_macs(self, config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
-        """Multiply-adds of one pair's forward; see :func:`eve_ds.objectives.flops.pretraining_flops`."""
+        """Multiply-adds of one pair's forward; see :func:`eve_ds.objectives.pretraining.pretraining_flops`."""

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from eve_ds.report.records import Record, column, of_kind
+from eve_ds.report.records import Record, column, loss_terms, of_kind
 from eve_ds.report.style import FAINT, IMAGE_COLOR, INK, RIGHT_COLOR, TEXT_COLOR, WRONG_COLOR, save, tidy
 
-PANELS = {
+PANELS = {  # name in the record: title, color; another loss term has its name as title
     "mim": ("masked pixels: squared error", IMAGE_COLOR),
     "mlm": ("masked words: cross entropy (nats)", TEXT_COLOR),
     "itc": ("image-text contrast: cross entropy (nats)", "#b0691d"),
@@ -35,7 +35,9 @@ def plot_curves(records: list[Record], path: Path) -> Path:
         The path.
     """
     train, evals = of_kind(records, "train"), of_kind(records, "eval")
-    terms = [name for name in PANELS if np.isfinite(column(train, name)).any()]
+    named = dict.fromkeys([*PANELS, *loss_terms(train[-1])])
+    hidden = ("loss", "router_z")
+    terms = [name for name in named if name not in hidden and np.isfinite(column(train, name)).any()]
     words = [name for name in EVALUATED if len(evals) > 1 and name in evals[-1]]
     rows = (len(terms) + 1) // 2 + (len(words) + 1) // 2
     figure = Figure(figsize=(9.2, 0.5 + 2.3 * rows), layout="constrained")
@@ -61,7 +63,7 @@ def plot_curves(records: list[Record], path: Path) -> Path:
 
 
 def _draw_term(axes: Axes, train: list[Record], name: str) -> None:
-    title, color = PANELS[name]
+    title, color = PANELS.get(name, (name, INK))
     tidy(axes, title)
     steps, values = column(train, "step"), column(train, name)
     smooth = running_mean(values, len(values) // 40)

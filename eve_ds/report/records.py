@@ -24,6 +24,13 @@ FORMER_NAMES = {
 """Keys that earlier versions wrote -> keys of this version."""
 
 
+BESIDE_LOSSES = (
+    *("kind", "step", "seconds", "samples", "lr", "grad_norm", "samples_per_second", "tokens_per_second"),
+    *("peak_memory_bytes", "model_flops_utilization"),
+)
+"""Keys of a training record that are no loss terms; others that are none have a slash in their name."""
+
+
 class ReportError(ValueError):
     """Raised if a run cannot be reported; the message names the file and the problem."""
 
@@ -58,6 +65,12 @@ def with_current_names(record: Record) -> Record:
         FORMER_NAMES.get(name, name): with_current_names(value) if isinstance(value, dict) else value
         for name, value in record.items()
     }
+
+
+def loss_terms(record: Record) -> list[str]:
+    """Names of the loss terms of a training record: `loss`, the terms of objectives or task, those of the routers."""
+    names = [name for name in record if name not in BESIDE_LOSSES and "/" not in name]
+    return sorted(names, key=lambda name: {"loss": 0, "load_balancing": 2, "router_z": 3}.get(name, 1))
 
 
 def of_kind(records: list[Record], kind: str) -> list[Record]:

@@ -11,7 +11,7 @@ import rich.table
 
 from eve_ds.model.moe import RouterStatistics, router_metrics
 from eve_ds.report.experts import shares
-from eve_ds.report.records import Record, column, of_kind
+from eve_ds.report.records import Record, column, loss_terms, of_kind
 
 WORDS = ("color", "shape", "size", "position")
 """Word classes of the evaluation on scenes, in the order of rows."""
@@ -171,7 +171,7 @@ def loss_table(records: list[Record]) -> Table:
     """Return a table of each loss term in the first and in the last training record."""
     train = of_kind(records, "train")
     rows = []
-    for name in ("loss", "mim", "mlm", "itc", "itm", "load_balancing", "router_z"):
+    for name in loss_terms(train[0]):
         values = column(train, name)
         if not math.isnan(values[0]):
             rows.append((name, f"{values[0]:.4f}", f"{values[-1]:.4f}", f"{values[-1] - values[0]:+.4f}"))

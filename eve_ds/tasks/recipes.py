@@ -10,6 +10,9 @@ from eve_ds.config import Config, ConfigError, load_config, parse_config
 from eve_ds.tasks.registry import named_task, task_class
 from eve_ds.tasks.saved import read_start
 
+LEVELS = ("easy", "hard")
+"""Difficulties of generated scenes."""
+
 
 def task_config(
     task: str,
@@ -41,12 +44,15 @@ def task_config(
     chosen = named_task(task)
     under = _of_model(init, model)
     under["task"] = {"name": task} | {
-        section: _source(data, images)
-        for section, data in (("train", train_data), ("val", val_data or train_data))
+        section: _source(data, images, flag)
+        for section, data, flag in (
+            ("train", train_data, "--data"),
+            ("val", val_data or train_data, "--val_data" if val_data else "--data"),
+        )
         if data is not None
     }
-    scenes = train_data is None or train_data[0].startswith("scenes")
-    recipe = recipe or (chosen.scenes_recipe if scenes else chosen.recipe)
+    generated = train_data is None or _is_generated(train_data)
+    recipe = recipe or (chosen.scenes_recipe if generated else chosen.recipe)
     config = load_config(recipe, list(overrides), under)
     if config.task is None or config.task.name != task:
         raise ConfigError(f"recipe {recipe} is for the task '{config.task and config.task.name}', not '{task}'")
@@ -70,13 +76,22 @@ def _of_model(init: Path | None, model: str) -> dict[str, Any]:
     }
 
 
-def _source(data: Sequence[str], images: Path | None) -> dict[str, Any]:
-    """Section of one set of examples as the command line names it."""
-    kind, _, level = data[0].partition(":")
-    if kind == "scenes":
+def _is_generated(data: Sequence[str]) -> bool:
+    return data[0].partition(":")[0] == "scenes"
+
+
+def _source(data: Sequence[str], images: Path | None, flag: str) -> dict[str, Any]:
+    """Section of one set of examples as the option `flag` names it."""
+    if _is_generated(data):
+        level = data[0].partition(":")[2] or "easy"
         if len(data) > 1:
-            raise ConfigError(f"--data {' '.join(data)}: scenes cannot be mixed with files")
-        return {"format": "scenes", "level": level or "easy"}
+            raise ConfigError(f"{flag} {' '.join(data)}: scenes cannot be mixed with files")
+        if level not in LEVELS:
+            raise ConfigError(f"{flag} {data[0]}: the level of scenes must be {' or '.join(LEVELS)}")
+        return {"format": "scenes", "level": level}
+    for path in data:
+        if not Path(path).exists():
+            raise ConfigError(f"{flag} {path} does not exist: name annotation files, scenes or scenes:hard")
     source: dict[str, Any] = {"format": "auto", "annotations": [str(path) for path in data]}
     return source if images is None else source | {"images": str(images)}
 
@@ -98,7 +113,7 @@ def evaluated_on(
     """
     if config.task is None:
         raise ConfigError("the model has no task: fine-tune it first")
-    source = config.task.val.model_dump(mode="json") if data is None else _source(data, images)
+    source = config.task.val.model_dump(mode="json") if data is None else _source(data, images, "--data")
     source |= {key: value for key, value in (("split", split), ("num_examples", limit)) if value is not None}
     tree = config.model_dump(mode="json")
     tree["task"]["val"] = source

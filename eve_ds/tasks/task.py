@@ -204,13 +204,14 @@ class Task(ABC):
         """JSON-able figures of an evaluation."""
 
     @classmethod
-    def write_csv(cls, predictions: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-        """Write predictions in the form that the data set's own scoring script reads.
-
-        Raises:
-            ConfigError: there is no such form, which is the default.
-        """
+    def check_csv(cls, file: Path) -> None:
+        """Raise ConfigError if the data set has no scoring script whose CSV :meth:`write_csv` writes; the default."""
         raise ConfigError(f"--csv {file}: task '{cls.name}' has no published form of predictions: leave --csv out")
+
+    @classmethod
+    def write_csv(cls, predictions: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+        """Write predictions in the form that the data set's own scoring script reads; see :meth:`check_csv`."""
+        cls.check_csv(file)
 
     def ask(self, model: nn.Module, batch: TaskBatch, top: int) -> list[Answer]:
         """The `top` answers to each text of a batch, best first; for tasks whose `command` is `ask`."""

@@ -129,9 +129,10 @@ class Pretraining:
     def check_step(self, totals: Mapping[str, float], samples: int) -> None:
         """The loader itself refuses too many unusable samples."""
 
-    def check_inputs(self, batch: Batch) -> Batch:
-        """First samples of a batch."""
-        return first_samples(batch, CHECK_SAMPLES)
+    def check_inputs(self, batch: Batch) -> Batch | None:
+        """First samples of a batch; None if it has fields of an objective's own that do not go by sample."""
+        by_sample = all(tensor.shape[:1] == (len(batch),) for tensor in batch.more.values())
+        return first_samples(batch, CHECK_SAMPLES) if by_sample else None
 
     def forward_flops(self, totals: Mapping[str, float], samples: int) -> float:
         """FLOPs of the forward of one pair in all views, at the mean length of the captions."""
@@ -196,4 +197,5 @@ def first_samples(batch: Batch, count: int) -> Batch:
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
     kept: dict[str, Any] = {name: tensor[: rows.get(name, count)] for name, tensor in tensors.items()}
-    return Batch(keys=batch.keys[:count], **kept)
+    more = {name: tensor[:count] for name, tensor in batch.more.items()}
+    return Batch(keys=batch.keys[:count], more=more, **kept)

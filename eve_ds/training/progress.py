@@ -21,6 +21,7 @@ from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainin
 from rich.table import Column
 
 from eve_ds.distributed import get_logger, rank_zero
+from eve_ds.report.records import loss_terms
 
 
 class MetricsWriter:
@@ -115,8 +116,6 @@ class ProgressLine:
 
 LAST = ("load_balancing", "lr", "samples_per_second")
 """Numbers at the end of a progress line."""
-HIDDEN = ("router_z", "grad_norm", "peak_memory_bytes", "tokens_per_second", "model_flops_utilization")
-"""Numbers that a progress line leaves out, as it does names with a slash; all other numbers are loss terms."""
 LIVE = {"lr": "lr {:.2g}", "samples_per_second": "{:.4g}/s", "load_balancing": "balance {:.3g}"}
 """Shorter forms in the live line, which must fit 80 columns."""
 
@@ -132,8 +131,8 @@ def _live_line(step: int, numbers: dict[str, float]) -> str:
 
 def _shown(numbers: dict[str, float]) -> list[str]:
     """Names in the order of a progress line: `loss`, its terms, then :data:`LAST`."""
-    terms = [name for name in numbers if name not in ("loss", *LAST, *HIDDEN) and "/" not in name]
-    return [name for name in ("loss", *terms, *LAST) if name in numbers]
+    terms = [name for name in loss_terms(numbers) if name not in ("router_z", *LAST)]
+    return [*terms, *(name for name in LAST if name in numbers)]
 
 
 def training_clock(device: torch.device) -> Callable[[], float]:

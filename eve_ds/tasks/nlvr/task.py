@@ -145,6 +145,10 @@ class NLVR(ClassificationTask):
         }
 
     @classmethod
+    def check_csv(cls, file: Path) -> None:
+        """Accept any file."""
+
+    @classmethod
     def write_csv(cls, predictions: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         """Write the rows `dev-1572-0-0.png,true` that NLVR's `metrics_images.py` reads, one per image.
 
@@ -153,6 +157,3 @@ class NLVR(ClassificationTask):
         """
         rows = [f"{key}.png,{str(item['answer']).lower()}" for key, item in predictions.items() if "answer" in item]
         file.write_text("\n".join(rows) + "\n", encoding="utf-8")
-
-
-write_published_csv = NLVR.write_csv
