@@ -14,7 +14,7 @@ from eve_ds.config import Config
 
 EMBEDDINGS = {"position", "modality", "modality_embedding", "class_token", "mask_token"}
 """Last parts of the names of embeddings that are plain parameters."""
-WORD_EMBEDDING = "word.weight"
+WORD_EMBEDDING = "text_embedding.word.weight"
 """End of the name of the word embedding."""
 
 

@@ -153,6 +153,16 @@ def test_a_frozen_backbone_has_learning_rate_zero(start, task_tree):
     assert {group["lr_scale"] for group in groups} == {1.0}, "a random backbone must be trained"
 
 
+def test_only_the_word_embedding_of_the_backbone_does_not_decay(start):
+    task, model, _ = start()
+    decays = {
+        id(p): g["weight_decay"] > 0 for g in optimizer_of(model, task.config, task).param_groups for p in g["params"]
+    }
+    named = dict(model.named_parameters())
+    assert decays[id(named["head.word.weight"])], "a linear layer that happens to be named word"
+    assert not decays[id(named["backbone.text_embedding.word.weight"])]
+
+
 ZERO = {"zero_optimization": {"stage": 1}}
 
 
