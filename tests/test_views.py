@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eve_ds.checkpoint.commit import _emptied
+from eve_ds.checkpoint.saving import _emptied
 from eve_ds.config import parse_config
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator

@@ -141,8 +141,8 @@ def evaluate_task(arguments: argparse.Namespace) -> list[Table]:
     from eve_ds.evaluation.predictions import evaluate, read_predictions
     from eve_ds.report.tables import metrics_table
     from eve_ds.tasks.batches import TaskCollator
-    from eve_ds.tasks.formats import load_examples
-    from eve_ds.tasks.recipes import evaluated_on
+    from eve_ds.tasks.finetune_config import evaluated_on
+    from eve_ds.tasks.load_examples import load_examples
     from eve_ds.tasks.saved import load_task_model
 
     device = _begin(arguments)

@@ -69,7 +69,7 @@ def build_parser() -> Parser:
 
 def read_config(arguments: argparse.Namespace) -> Config:
     """Configuration of the run: the model that `--init` names, under the recipe, under the other options."""
-    from eve_ds.tasks.recipes import task_config
+    from eve_ds.tasks.finetune_config import task_config
 
     return task_config(
         arguments.task,

@@ -5,12 +5,16 @@ stay in the DeepSpeed JSON. :func:`eve_ds.parallel.settings.resolve_deepspeed_co
 both files have: batch sizes, precision, gradient clipping, expert parallelism.
 """
 
-from eve_ds.config.data import DataConfig, MaskingConfig, SourceConfig, ValidationConfig
+from eve_ds.config.data import DataConfig, SourceConfig, ValidationConfig
 from eve_ds.config.loading import load_config, parse_config, parse_written_config, presets
+from eve_ds.config.loss import LossConfig
+from eve_ds.config.masking import MaskingConfig
 from eve_ds.config.model import ModelConfig, MoEConfig, Objective, PixelDecoderConfig
+from eve_ds.config.optimizer import OptimizerConfig
+from eve_ds.config.parallel import ParallelConfig
 from eve_ds.config.section import ConfigError, Section
-from eve_ds.config.tasks import ExamplesConfig, TaskConfig
-from eve_ds.config.train import LossConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from eve_ds.config.task import ExamplesConfig, TaskConfig
+from eve_ds.config.train import TrainConfig
 from eve_ds.config.tree import Config
 
 __all__ = [

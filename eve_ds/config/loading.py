@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from eve_ds.config.data import SourceConfig, ValidationConfig
 from eve_ds.config.model import FORMER_PIXEL_TARGET
 from eve_ds.config.section import ConfigError
-from eve_ds.config.tasks import TaskConfig
+from eve_ds.config.task import TaskConfig
 from eve_ds.config.tree import Config
 
 REMOVED_KEYS: dict[str, dict[str, Any]] = {"task": {"word_passes": 0, "read_states": False}}

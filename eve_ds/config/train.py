@@ -1,72 +1,13 @@
-"""Configuration of losses, optimizer, expert parallelism and the training loop."""
+"""Section `train`: the training loop."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from eve_ds.config.section import Fraction, PositiveInt, Section, renamed
-
-
-class LossConfig(Section):
-    """Weights of the loss terms; weights of objectives that are not in `model.objectives` have no effect."""
-
-    mim_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the masked-pixel loss, used by `mim` and `joint`."""
-    mlm_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the masked-word loss, used by `mlm` and `joint`."""
-    itc_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the image-text contrastive loss, used by `itc` in pre-training."""
-    itm_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the image-text matching loss, used by `itm` in pre-training."""
-    load_balancing_weight: Annotated[float, Field(ge=0)] = 0.001
-    """Weight of the load-balancing loss of the routers, in pre-training and fine-tuning."""
-    router_z_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the router z-loss, in pre-training and fine-tuning; 0 turns it off."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_former_names(cls, tree: Any) -> Any:
-        return renamed(renamed(tree, "pixel_weight", "mim_weight"), "text_weight", "mlm_weight")
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weight of each loss term by name."""
-        return {name.removesuffix("_weight"): getattr(self, name) for name in type(self).model_fields}
-
-
-class OptimizerConfig(Section):
-    """AdamW and its learning rate schedule: linear warm-up, then decay to `final_lr_share` of the peak."""
-
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    """Peak learning rate. Default: the paper's for EVE-Base."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW decay rates of the first and second moment."""
-    eps: float = 1e-8
-    """AdamW epsilon, added to the denominator of the update."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """AdamW weight decay of matrices; biases, norms, LayerScale and embeddings do not decay."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10_000
-    """Optimizer steps of the linear warm-up; 0 turns it off."""
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay after the warm-up; `constant` keeps the peak."""
-    decay_by: Literal["steps", "seconds"] = "steps"
-    """Progress that the decay follows. `steps`: steps after the warm-up, up to `train.max_steps`. `seconds`: training
-    time, up to `train.max_seconds`, for runs with a time budget."""
-    final_lr_share: Fraction = 0.0
-    """Learning rate at the end of the decay, as a fraction of `lr`."""
-    clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Maximum norm of the gradient over all parameters; 0 turns clipping off."""
-
-
-class ParallelConfig(Section):
-    """Expert parallelism."""
-
-    ep_size: Annotated[int, Field(ge=0)] = 1
-    """Number of ranks that share one full set of experts; must divide `model.moe.num_experts`. 0: the largest number
-    that divides both the ranks and the experts."""
+from eve_ds.config.section import PositiveInt, Section
 
 
 class TrainConfig(Section):
@@ -78,7 +19,8 @@ class TrainConfig(Section):
     """Optimizer steps after which the run ends. Default: the paper's for EVE-Base."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     """Seconds of training after which the run ends, evaluation and saving excluded; None: no limit. Wall-clock time on
-    an accelerator, time of the training thread of rank 0 on CPUs (:func:`eve_ds.training.progress.training_clock`)."""
+    an accelerator, time of the training thread of rank 0 on CPUs
+    (:func:`eve_ds.training.metrics.training_clock`)."""
     train_batch_size: PositiveInt = 2048
     """Samples of one optimizer step over all ranks and micro-steps: micro_batch_size * gradient_accumulation_steps *
     ranks. Default: the paper's."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from eve_ds.config.data import DataConfig, MaskingConfig, SourceConfig
+from eve_ds.config.data import DataConfig, SourceConfig
+from eve_ds.config.loss import LossConfig
+from eve_ds.config.masking import MaskingConfig
 from eve_ds.config.model import ModelConfig, Objective
+from eve_ds.config.optimizer import OptimizerConfig
+from eve_ds.config.parallel import ParallelConfig
 from eve_ds.config.section import Section, require
-from eve_ds.config.tasks import TaskConfig
-from eve_ds.config.train import LossConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from eve_ds.config.task import TaskConfig
+from eve_ds.config.train import TrainConfig
 
 
 class Config(Section):

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config
 from eve_ds.data.batch import Batch, Sample
+from eve_ds.data.batch_masks import Collated, Masker
 from eve_ds.data.captions import CaptionEncoder, check_vocabulary, padded
-from eve_ds.data.masker import Collated, Masker
 from eve_ds.data.transforms import channels_first
 from eve_ds.views import HasViews, layouts_of
 

@@ -16,8 +16,8 @@ from eve_ds.config import ConfigError, ModelConfig
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import model_shapes
 from eve_ds.tasks.examples import Example
-from eve_ds.tasks.formats import load_examples
-from eve_ds.tasks.recipes import evaluated_on, task_config
+from eve_ds.tasks.finetune_config import evaluated_on, task_config
+from eve_ds.tasks.load_examples import load_examples
 from eve_ds.tasks.registry import named_task
 from eve_ds.tasks.saved import TaskModel, read_start
 
@@ -46,7 +46,7 @@ def load_zero_shot(
         folder: export, checkpoint or run.
         task: name of the task.
         features: `class_token` or `words`; None: those that the objectives taught, class tokens first.
-        data: see :func:`eve_ds.tasks.recipes.evaluated_on`, also for `images`, `split` and `limit`.
+        data: see :func:`eve_ds.tasks.finetune_config.evaluated_on`, also for `images`, `split` and `limit`.
         images: folder that image names are relative to.
         split: split of the data.
         limit: number of examples.

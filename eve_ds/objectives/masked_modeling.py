@@ -19,7 +19,7 @@ from eve_ds.views import View, chosen_samples, only_captioned_images, whole_view
 
 if TYPE_CHECKING:
     from eve_ds.data.batch import Batch
-    from eve_ds.data.masker import Collated, Masker
+    from eve_ds.data.batch_masks import Collated, Masker
     from eve_ds.model.eve import EVE, BackboneOutput, EVEOutput
 
 PATCHES, WORDS = "masked_patches", "masked_tokens"

@@ -19,7 +19,7 @@ from eve_ds.views import View
 
 if TYPE_CHECKING:  # these modules use objectives: importing them here would be a cycle
     from eve_ds.data.batch import Batch
-    from eve_ds.data.masker import Collated, Masker
+    from eve_ds.data.batch_masks import Collated, Masker
     from eve_ds.model.eve import EVE, BackboneOutput, EVEOutput
 
 Gather = Callable[[Tensor], tuple[Tensor, int]]

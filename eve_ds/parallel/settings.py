@@ -9,7 +9,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from eve_ds.config import Config, ConfigError, TrainConfig
-from eve_ds.parallel.topology import check_topology
+from eve_ds.parallel.refused import check_topology
 
 
 def resolve_deepspeed_config(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eve_ds.checkpoint import manifest, state
+from eve_ds.checkpoint import engine_tensors, manifest
 from eve_ds.checkpoint.files import PieceReader, write_pieces
 from eve_ds.config import Config, ConfigError
 from eve_ds.data.sources import UnusableData
@@ -25,7 +25,7 @@ from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
 from eve_ds.tasks.examples import Example
-from eve_ds.tasks.formats import load_examples
+from eve_ds.tasks.load_examples import load_examples
 from eve_ds.tasks.registry import new_task
 from eve_ds.tasks.saved import (
     load_task_model,
@@ -206,7 +206,7 @@ class Finetuning:
         out = self.config.train.output_dir
         pieces = out / ".pieces"
         on_rank_zero(partial(_new_folder, pieces))
-        held = state.pieces_to_write(trainer.engine, trainer.topology)
+        held = engine_tensors.pieces_to_write(trainer.engine, trainer.topology)
         masters = [piece for piece in held if piece.kind == "master"]
         write_pieces(pieces / f"tensors-{trainer.topology.rank:05d}.safetensors", masters)
         dist.barrier(group=trainer.host_group)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from eve_ds.checkpoint import commit
+from eve_ds.checkpoint.resuming import newest_good
 from eve_ds.config import Config
 from eve_ds.distributed import seed_everything
 from eve_ds.model.with_losses import plain_model
@@ -35,7 +35,7 @@ def start(
     lock = FolderLock(config.train.output_dir)
     on_rank_zero(job.check_folder)
     on_rank_zero(lock.acquire)
-    checkpoint = None if resume == "none" else commit.choose(config, resume if isinstance(resume, Path) else None)
+    checkpoint = None if resume == "none" else newest_good(config, resume if isinstance(resume, Path) else None)
     seed_everything(config.train.seed)
     topology = Topology.current(config.parallel.ep_size)
     moe_cls = partial(DeepSpeedMoE, ep_size=topology.ep_size, ep_rank=topology.expert_rank)

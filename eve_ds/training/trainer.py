@@ -7,7 +7,6 @@ averaged over, and begins to copy them.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,17 +18,18 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from eve_ds.checkpoint import commit
 from eve_ds.checkpoint.manifest import name_of
+from eve_ds.checkpoint.resuming import load
+from eve_ds.checkpoint.saving import Content, SaveError, Saver
 from eve_ds.data.sources import UnusableData
 from eve_ds.distributed import get_logger, rank_zero, seed_everything
 from eve_ds.model.with_losses import LossOutput, plain_model
 from eve_ds.topology import Topology
 from eve_ds.training.feed import Feed
-from eve_ds.training.flops import peak_flops
 from eve_ds.training.job import Job, Loading, Summary, TrainingBatch
+from eve_ds.training.metrics import Metrics, training_clock, training_numbers
 from eve_ds.training.nonfinite import NonFiniteError, NonFiniteSteps, poison_if_nonfinite
-from eve_ds.training.progress import MetricsWriter, ProgressLine, peak_memory_bytes, training_clock
+from eve_ds.training.progress_line import ProgressLine
 from eve_ds.training.run_folder import on_rank_zero, write_config
 from eve_ds.training.schedule import done_share, ends_after_next_step, learning_rate, save_is_due
 from eve_ds.training.signals import StopSignals
@@ -65,14 +65,14 @@ class Trainer:
         self.stop = StopSignals()
         # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
         self.host_group = dist.new_group(backend="gloo")
-        self.saver = commit.Saver(self.config, job.tokenizer, self.host_group)
+        self.saver = Saver(self.config, job.tokenizer, self.host_group)
         self.nonfinite = NonFiniteSteps(self.config.train, self.topology, self.host_group)
         self.window = Window()
         accumulation = engine.gradient_accumulation_steps()
         self.feed = Feed(job, self.topology, self._loading(None), accumulation, engine.device, self.host_group)
         # Last, so that a run which could not be built leaves nothing in the folder that would claim it.
         on_rank_zero(partial(write_config, self.config))
-        self.metrics = MetricsWriter(self.config.train.output_dir)
+        self.metrics = Metrics(self.config.train.output_dir, engine)
 
     def __enter__(self) -> Trainer:
         self.stop.__enter__()
@@ -87,7 +87,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of any topology: weights, optimizer, counters, data position."""
-        state, positions = commit.load(self.engine, checkpoint, self.job.shapes)
+        state, positions = load(self.engine, checkpoint, self.job.shapes)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.nonfinite.skips = state["nonfinite_skips"]
         self.engine.global_steps, self.engine.global_samples = self.step, self.samples
@@ -177,22 +177,10 @@ class Trainer:
             self.nonfinite.skip(message, self.checkpoint)
 
     def _write_metrics(self) -> dict[str, float]:
-        numbers: dict[str, Any] = self.window.reduce(self.topology)
-        elapsed = max(self.seconds - self.window.started, 1e-9)
-        samples = self.window.steps * self.engine.train_batch_size()
-        numbers |= {"lr": self.lr, "samples_per_second": samples / elapsed, "peak_memory_bytes": peak_memory_bytes()}
-        if "tokens" in self.window.totals:
-            numbers["tokens_per_second"] = self.window.totals["tokens"] / elapsed
-        norm = self.engine.get_global_grad_norm()  # DeepSpeed takes none at ZeRO 0 without clipping
-        if norm is not None and math.isfinite(norm):
-            numbers["grad_norm"] = float(norm)
-        peak, flops = peak_flops(self.config.train.precision), self.job.forward_flops(self.window.totals, samples)
-        if peak is not None and flops is not None:
-            numbers["model_flops_utilization"] = 3 * samples * flops / elapsed / (peak * self.topology.world_size)
+        numbers: dict[str, Any] = training_numbers(self.window, self.topology, self.engine, self.job, self.seconds)
+        numbers["lr"] = self.lr
         skipped = {f"skipped/{reason}": count for reason, count in self.feed.position.get("skipped", {}).items()}
         self.metrics.write("train", **self._stamp(), **numbers, **skipped)
-        if self.engine.monitor.enabled and rank_zero():
-            self.engine.monitor.write_events([(f"train/{k}", v, self.samples) for k, v in numbers.items()])
         self.window = Window(started=self.seconds)
         return numbers
 
@@ -209,7 +197,7 @@ class Trainer:
         counters = {"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite.skips}
         check = self.job.check_inputs(self.last_batch)
         inputs = None if check is None else check.to(self.engine.device).model_inputs()
-        self.saver.begin(self.engine, commit.Content(self.step, counters, self.feed.position, inputs))
+        self.saver.begin(self.engine, Content(self.step, counters, self.feed.position, inputs))
         if not self.config.train.async_save:
             self._finish_save()
         self.saved_at = time.monotonic()
@@ -230,7 +218,7 @@ class Trainer:
         """
         self._finish_save()
         if self.checkpoint is None or self.checkpoint.name != name_of(self.step):
-            raise commit.SaveError(
+            raise SaveError(
                 f"the run ends at step {self.step} without a checkpoint of it, the newest is {self.checkpoint}: make "
                 "room or change permissions, and rerun the same command to resume from there"
             )

@@ -42,7 +42,7 @@ from eve_ds.data.shard_writer import WriterOptions, write_shards
 from eve_ds.data.sources import open_sources
 from eve_ds.data.synthetic.scenes import SplitMix64
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
-from eve_ds.tasks.formats import load_examples
+from eve_ds.tasks.load_examples import load_examples
 
 HERE = Path(__file__).parent
 TEST_DATA = os.environ.get("EVE_DS_TEST_DATA")

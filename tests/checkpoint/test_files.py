@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eve_ds.checkpoint import manifest
-from eve_ds.checkpoint.commit import random_states, restore_random_states
 from eve_ds.checkpoint.files import CheckpointError, Piece, PieceReader, record_of, write_pieces
+from eve_ds.checkpoint.resuming import restore_random_states
+from eve_ds.checkpoint.saving import random_states
 from eve_ds.checkpoint.universal import write_universal
 
 FIRST = "tensors-00000.safetensors"

@@ -42,7 +42,7 @@ def config_of(folder, *settings):
 
 def pretrain(config, at=None, resume="auto"):
     """Train; `at` maps a step to an action of this rank before that step. Returns (summary or error, log)."""
-    from eve_ds.checkpoint.commit import SaveError
+    from eve_ds.checkpoint.saving import SaveError
     from eve_ds.distributed import get_logger
     from eve_ds.training import pretrain as pretraining
     from eve_ds.training import start
@@ -191,9 +191,9 @@ def test_failed_saves_do_not_affect_training(run_ranks, tmp_path):
 def lost_files(rank, world_size, folder):
     """Rank 1 writes where rank 0 does not see the files, then fails with an unforeseen error."""
     start()
-    from eve_ds.checkpoint import commit
+    from eve_ds.checkpoint import saving
 
-    write = commit.write_pieces
+    write = saving.write_pieces
 
     def elsewhere(path, pieces):
         record = write(path, pieces)
@@ -206,7 +206,7 @@ def lost_files(rank, world_size, folder):
     def use(function):
         def action(trainer):
             await_writer(trainer)
-            commit.write_pieces = function
+            saving.write_pieces = function
 
         return action
 

@@ -98,8 +98,8 @@ def train_uninterrupted(rank, world_size, folder, cases):
 
 def unequal_tensors(engine, checkpoint):
     """Tensors of the engine that differ from the checkpoint in any bit, and the number of compared tensors."""
+    from eve_ds.checkpoint.engine_tensors import fragments
     from eve_ds.checkpoint.files import PieceReader
-    from eve_ds.checkpoint.state import fragments
 
     reader = PieceReader(checkpoint)
     held = [(part.name, part.start, *item) for part in fragments(engine) for item in part.tensors.items()]

@@ -419,7 +419,7 @@ def cases_of_sets(world_size):
 
 
 REFUSED = Case(2, 0, **CLIPPED)
-"""Case that eve_ds.parallel.topology refuses but the engine would run."""
+"""Case that eve_ds.parallel.refused refuses but the engine would run."""
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -119,7 +119,7 @@ def replace_gradient_element(engine, case, rank):
 
 def train(case, ours, rank):
     """Results of a run: losses, norms, number of updates, fp32 masters and moments, weights."""
-    from eve_ds.checkpoint.state import fragments
+    from eve_ds.checkpoint.engine_tensors import fragments
 
     engine, replaced = engine_of(case, ours)
     losses, norms, applied = [], [], []

@@ -236,7 +236,7 @@ def evaluated(rank, world_size, model, out, batch_size):
 
     from eve_ds.evaluation.predictions import evaluate
     from eve_ds.tasks.batches import TaskCollator
-    from eve_ds.tasks.formats import load_examples
+    from eve_ds.tasks.load_examples import load_examples
     from eve_ds.tasks.saved import load_task_model
 
     loaded = load_task_model(model)

@@ -11,7 +11,7 @@ from eve_ds.evaluation.predictions import evaluate, read_predictions
 from eve_ds.model.eve import initialize_weights
 from eve_ds.tasks.batches import TaskCollator
 from eve_ds.tasks.examples import Example
-from eve_ds.tasks.formats import load_examples
+from eve_ds.tasks.load_examples import load_examples
 from eve_ds.tasks.registry import new_task
 
 

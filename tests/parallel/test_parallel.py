@@ -14,7 +14,7 @@ from eve_ds.parallel.moe import (
     local_plain_state_dict,
     transpose_blocks,
 )
-from eve_ds.parallel.topology import check_topology
+from eve_ds.parallel.refused import check_topology
 from eve_ds.training.optimizer import optimizer_parameter_groups
 
 CONFIG = ModelConfig(

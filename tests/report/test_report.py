@@ -30,7 +30,7 @@ from eve_ds.report.reconstruction import MASKED_GRAY, note_on, reconstruct, unpa
 from eve_ds.report.records import ReportError, column, read_records, throughput, with_current_names
 from eve_ds.report.run_report import Exported, write_report
 from eve_ds.report.tables import Table, evaluation_tables, loss_table, percent_lower, seeds_table
-from eve_ds.training.progress import MetricsWriter
+from eve_ds.training.metrics import MetricsWriter
 from eve_ds.views import IMAGE, TEXT
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.formats.sniff import sniff
-from eve_ds.tasks.formats import load_examples
+from eve_ds.tasks.load_examples import load_examples
 
 
 def png():

@@ -14,8 +14,8 @@ from eve_ds.objectives.router import router_losses
 from eve_ds.tasks.classification import ClassificationTask
 from eve_ds.tasks.examples import Example, SceneExamples
 from eve_ds.tasks.features.class_token import Classifier
-from eve_ds.tasks.formats import load_examples
-from eve_ds.tasks.recipes import task_config
+from eve_ds.tasks.finetune_config import task_config
+from eve_ds.tasks.load_examples import load_examples
 from eve_ds.tasks.registry import TASKS, named_task, new_task, task_class
 
 # --- the new task -----------------------------------------------------------------------------------------------------

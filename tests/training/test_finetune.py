@@ -20,7 +20,7 @@ from eve_ds.export.start import DRAWN, draw_weights, write_start
 from eve_ds.model.embeddings import resize_positions
 from eve_ds.tasks.batches import TaskCollator, training_batches
 from eve_ds.tasks.examples import Example
-from eve_ds.tasks.recipes import task_config
+from eve_ds.tasks.finetune_config import task_config
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.saved import load_task_model, save_task_model, start_weights
 from eve_ds.tasks.vqa import VQA

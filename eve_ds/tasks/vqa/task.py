@@ -21,8 +21,8 @@ from eve_ds.tasks.classification import ClassificationTask, ClassifierOutput
 from eve_ds.tasks.examples import Example, SceneExamples, Section
 from eve_ds.tasks.features.class_token import Classifier
 from eve_ds.tasks.task import Reader, Record, task_section
+from eve_ds.tasks.vqa.answer_accuracy import soft_targets, vqa_accuracy
 from eve_ds.tasks.vqa.examples import SceneQuestions, read_released, read_vqav2
-from eve_ds.tasks.vqa.metric import soft_targets, vqa_accuracy
 from eve_ds.tasks.vqa.vocabulary import build_vocabulary, read_vocabulary, write_vocabulary
 
 

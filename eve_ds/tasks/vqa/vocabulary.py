@@ -9,8 +9,8 @@ from pathlib import Path
 
 from eve_ds.config import ConfigError
 from eve_ds.tasks.examples import Example
+from eve_ds.tasks.vqa.answer_accuracy import normalize_answer
 from eve_ds.tasks.vqa.examples import SceneQuestions
-from eve_ds.tasks.vqa.metric import normalize_answer
 
 ANSWERS = "answers.json"
 """Name of the file in a saved model."""

@@ -10,7 +10,7 @@ from eve_ds.data.errors import SourceError
 from eve_ds.data.formats import karpathy, nlvr, nlvr2, released, tables, vqav2
 from eve_ds.data.formats.entries import Entry
 from eve_ds.data.importers import CaptionJson, Karpathy
-from eve_ds.tasks.formats import load_examples
+from eve_ds.tasks.load_examples import load_examples
 
 
 def entry(**content):

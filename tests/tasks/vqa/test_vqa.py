@@ -14,7 +14,7 @@ from eve_ds.tasks.classification import ClassifierOutput
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.features.class_token import VisiblePatches
 from eve_ds.tasks.vqa import VQA
-from eve_ds.tasks.vqa.metric import normalize_answer, soft_targets, vqa_accuracy
+from eve_ds.tasks.vqa.answer_accuracy import normalize_answer, soft_targets, vqa_accuracy
 from eve_ds.tasks.vqa.vocabulary import build_vocabulary, read_vocabulary
 
 

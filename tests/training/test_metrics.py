@@ -28,9 +28,10 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import EVE
 from eve_ds.objectives.pretraining import pretraining_flops
 from eve_ds.objectives.registry import objectives_of
-from eve_ds.training import progress as progress_module
+from eve_ds.training import progress_line
 from eve_ds.training.flops import peak_flops
-from eve_ds.training.progress import MetricsWriter, ProgressLine, peak_memory_bytes
+from eve_ds.training.metrics import MetricsWriter, peak_memory_bytes, training_clock
+from eve_ds.training.progress_line import ProgressLine
 
 NUMBERS = {"loss": 2.3456, "mim": 0.12345, "mlm": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
 
@@ -107,7 +108,7 @@ def test_plain_lines_every_so_many_steps(logged):
 @pytest.mark.parametrize(("done", "expected"), [(0.0, 25.0), (0.5, 50.0)])
 def test_time_left_is_judged_by_this_start_of_the_run(logged, monkeypatch, done, expected):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(progress_line.time, "monotonic", lambda: clock.now)
     with ProgressLine(1, done) as progress:
         clock.now += 100.0 - 50 * (done > 0)
         progress.update(1, 0.8 if done == 0 else 0.75, NUMBERS)  # 100 s for 80 %, or 50 s for 25 %
@@ -124,7 +125,7 @@ def test_other_ranks_are_silent(logged, monkeypatch):
 LIVE = """
 import logging, time
 from eve_ds.distributed import get_logger
-from eve_ds.training.progress import ProgressLine
+from eve_ds.training.progress_line import ProgressLine
 numbers = {"loss": 2.3456, "mim": .12345, "mlm": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
 with ProgressLine(10**6) as progress:
     for step in range(1, 4):
@@ -221,7 +222,7 @@ def test_peak_memory_grows_with_what_is_held():
 
 
 def test_training_time_on_a_cpu_stands_still_while_others_compute():
-    clock = progress_module.training_clock(torch.device("cpu"))
+    clock = training_clock(torch.device("cpu"))
     started, other = clock(), threading.Thread(target=spend, args=(0.2,))
     other.start()
     other.join()
@@ -229,7 +230,7 @@ def test_training_time_on_a_cpu_stands_still_while_others_compute():
     spend(0.1)
     assert waited < 0.05
     assert clock() - started >= 0.1
-    assert progress_module.training_clock(torch.device("cuda")) is time.perf_counter
+    assert training_clock(torch.device("cuda")) is time.perf_counter
 
 
 def spend(seconds):

@@ -1,69 +1,17 @@
-"""Output of a run in progress: `metrics.jsonl` with every number, and one progress line.
-
-The records of `metrics.jsonl` are a contract with the report and with users' scripts.
-"""
+"""Progress line of a run on the terminal or in the log."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from eve_ds.distributed import get_logger, rank_zero
 from eve_ds.report.records import loss_terms
-
-
-class MetricsWriter:
-    """Appends JSON objects, one a line, to `metrics.jsonl`; only rank 0 writes."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = _open_after_last_line(folder / "metrics.jsonl") if rank_zero() else None
-
-    def write(self, kind: str, *, step: int, seconds: float, samples: int, **numbers: Any) -> None:
-        """Append one record; JSON has no NaN, so a non-finite number becomes null.
-
-        Args:
-            kind: `train`, `eval`, `save` or `event`.
-            step: optimizer steps of the run.
-            seconds: training time of the run.
-            samples: samples of the run.
-            numbers: further entries.
-        """
-        if self._file is not None:
-            record = {"kind": kind, "step": step, "seconds": round(seconds, 3), "samples": samples, **numbers}
-            self._file.write(json.dumps(_finite_or_none(record), allow_nan=False) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-
-def _open_after_last_line(path: Path) -> TextIO:
-    """Open for appending, without the unfinished last line of a killed writer, which the next line would join."""
-    if path.is_file():
-        whole = path.read_bytes().rpartition(b"\n")
-        if whole[2]:
-            os.truncate(path, len(whole[0]) + len(whole[1]))
-    return path.open("a", encoding="utf-8")
-
-
-def _finite_or_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite_or_none(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class ProgressLine:
@@ -116,6 +64,7 @@ class ProgressLine:
 
 LAST = ("load_balancing", "lr", "samples_per_second")
 """Numbers at the end of a progress line."""
+
 LIVE = {"lr": "lr {:.2g}", "samples_per_second": "{:.4g}/s", "load_balancing": "balance {:.3g}"}
 """Shorter forms in the live line, which must fit 80 columns."""
 
@@ -133,21 +82,3 @@ def _shown(numbers: dict[str, float]) -> list[str]:
     """Names in the order of a progress line: `loss`, its terms, then :data:`LAST`."""
     terms = [name for name in loss_terms(numbers) if name not in ("router_z", *LAST)]
     return [*terms, *(name for name in LAST if name in numbers)]
-
-
-def training_clock(device: torch.device) -> Callable[[], float]:
-    """Clock for training time, in seconds: wall time on an accelerator, CPU time of the training thread on CPUs.
-
-    On shared cores wall time would measure other processes. CPU time stands still while the thread waits for other
-    ranks or for samples.
-    """
-    return time.thread_time if device.type == "cpu" else time.perf_counter
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the accelerator, or resident on the host without one."""
-    if torch.cuda.is_initialized():  # false where DS_ACCELERATOR asks for the CPU beside a CUDA device
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,111 @@
+"""Resume a run: the newest good checkpoint, and its state back into an engine of any topology."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from eve_ds.checkpoint import engine_tensors, manifest
+from eve_ds.checkpoint.files import (
+    CheckpointError,
+    PieceReader,
+)
+from eve_ds.config import Config, ConfigError, parse_written_config
+from eve_ds.distributed import broadcast_object, get_logger, rank_zero
+
+
+def newest_good(config: Config, named: Path | None = None) -> Path | None:
+    """Checkpoint to resume from; collective. Every file is read and compared with its hash.
+
+    Args:
+        config: configuration of this run.
+        named: the only checkpoint to consider. None takes the newest good one of `train.output_dir`, with a warning for
+            every newer one that is not good.
+
+    Returns:
+        Folder of the checkpoint, or None if there is no checkpoint at all.
+
+    Raises:
+        ConfigError: the named checkpoint is not good, all checkpoints are damaged, or the checkpoint holds another
+            model.
+    """
+    candidates = manifest.committed(config.train.output_dir) if named is None else [named]
+    candidates = broadcast_object(candidates)
+    if named is not None and not broadcast_object(named.is_dir()):
+        raise ConfigError(f"the checkpoint {named} to resume from does not exist: name a folder, or take auto or none")
+    complaints: list[str] = []
+    for folder in candidates:
+        found = _problems_over_ranks(folder)
+        if not found:
+            _check_model(folder, config)
+            for complaint in complaints if rank_zero() else []:
+                get_logger().warning("%s; going back to %s", complaint, folder.name)
+            return folder
+        complaints.append(f"checkpoint {folder} is damaged: {'; '.join(found)}")
+    if complaints:
+        raise ConfigError(
+            f"{'; '.join(complaints)}: no good checkpoint to resume from; restore the files, or name another output "
+            "folder"
+        )
+    return None
+
+
+def _problems_over_ranks(folder: Path) -> list[str]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, manifest.problems(folder, (dist.get_rank(), dist.get_world_size())))
+    return list(dict.fromkeys(problem for problems in gathered for problem in problems))
+
+
+def _check_model(folder: Path, config: Config) -> None:
+    if parse_written_config(manifest.read_json(folder / manifest.CONFIG), str(folder)).model != config.model:
+        raise ConfigError(f"{folder} holds another model than this run's: name a checkpoint of this run")
+
+
+def load(
+    engine: DeepSpeedEngine, folder: Path, shapes: dict[str, torch.Size]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Fill an engine of any topology from a checkpoint that :func:`newest_good` returned; collective.
+
+    `shapes` maps the names of the plain model's weights to their shapes. Random states are restored if the number of
+    ranks is the same.
+
+    Returns:
+        Counters of the run, and the data positions of all ranks that wrote the checkpoint, in rank order.
+
+    Raises:
+        ConfigError: the checkpoint's tensors do not match the model.
+    """
+    try:
+        numbers = manifest.read_json(folder / manifest.STATE)
+        reader = PieceReader(folder)
+        engine_tensors.check_tensors(reader, shapes, str(folder))
+        engine_tensors.load_pieces(engine, reader, numbers["optimizer_steps"])
+        ranks = [manifest.read_json(path) for path in sorted(folder.glob("rank-*.json"))]
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    engine_tensors.load_loss_scale(engine, numbers["loss_scale"])
+    if len(ranks) == dist.get_world_size():
+        restore_random_states(ranks[dist.get_rank()]["random"])
+    return numbers, [rank["position"] for rank in ranks]
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Restore the result of :func:`random_states`."""
+    kind, numbers, gauss = states["python"]
+    random.setstate((kind, tuple(numbers), gauss))
+    kind, key, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes_tensor(states["torch"]))
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(_bytes_tensor(states["cuda"]))
+
+
+def _bytes_tensor(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,0 +1,144 @@
+"""Metrics of a run: `metrics.jsonl` with every number, and DeepSpeed's monitors.
+
+The records of `metrics.jsonl` are a contract with the report and with users' scripts; docs/training.md lists the keys.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from eve_ds.distributed import rank_zero
+from eve_ds.topology import Topology
+from eve_ds.training.flops import peak_flops
+from eve_ds.training.job import Job
+from eve_ds.training.window import Window
+
+
+class MetricsWriter:
+    """Appends JSON objects, one a line, to `metrics.jsonl`; only rank 0 writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = _open_after_last_line(folder / "metrics.jsonl") if rank_zero() else None
+
+    def write(self, kind: str, *, step: int, seconds: float, samples: int, **numbers: Any) -> None:
+        """Append one record; JSON has no NaN, so a non-finite number becomes null.
+
+        Args:
+            kind: `train`, `eval`, `save` or `event`.
+            step: optimizer steps of the run.
+            seconds: training time of the run.
+            samples: samples of the run.
+            numbers: further entries.
+        """
+        if self._file is not None:
+            record = {"kind": kind, "step": step, "seconds": round(seconds, 3), "samples": samples, **numbers}
+            self._file.write(json.dumps(_finite_or_none(record), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _open_after_last_line(path: Path) -> TextIO:
+    """Open for appending, without the unfinished last line of a killed writer, which the next line would join."""
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        if whole[2]:
+            os.truncate(path, len(whole[0]) + len(whole[1]))
+    return path.open("a", encoding="utf-8")
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def training_clock(device: torch.device) -> Callable[[], float]:
+    """Clock for training time, in seconds: wall time on an accelerator, CPU time of the training thread on CPUs.
+
+    On shared cores wall time would measure other processes. CPU time stands still while the thread waits for other
+    ranks or for samples.
+    """
+    return time.thread_time if device.type == "cpu" else time.perf_counter
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the accelerator, or resident on the host without one."""
+    if torch.cuda.is_initialized():  # false where DS_ACCELERATOR asks for the CPU beside a CUDA device
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Metrics:
+    """Records of a run, in `metrics.jsonl` and through DeepSpeed's monitors.
+
+    Args:
+        folder: output folder of the run.
+        engine: its monitors are those of the DeepSpeed JSON (TensorBoard, W&B, Comet, CSV).
+    """
+
+    def __init__(self, folder: Path, engine: DeepSpeedEngine) -> None:
+        self._writer, self._monitor = MetricsWriter(folder), engine.monitor
+
+    def write(self, kind: str, *, step: int, seconds: float, samples: int, **numbers: Any) -> None:
+        """Write one record; numbers of `train` and `eval` go to the monitors too, by the samples of the run.
+
+        Arguments are those of :meth:`MetricsWriter.write`.
+        """
+        self._writer.write(kind, step=step, seconds=seconds, samples=samples, **numbers)
+        if self._monitor.enabled and rank_zero() and kind in ("train", "eval"):
+            self._monitor.write_events([(f"{kind}/{name}", value, samples) for name, value in _flat(numbers)])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+def _flat(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Names and numbers, those of nested mappings as `OUTER/INNER`; other values are left out."""
+    for name, value in numbers.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
+
+
+def training_numbers(
+    window: Window, topology: Topology, engine: DeepSpeedEngine, job: Job, seconds: float
+) -> dict[str, float]:
+    """Numbers of the steps in a window: losses, routers, rates, gradient norm, memory; a collective.
+
+    Args:
+        window: steps since the last record.
+        topology: ranks of the run.
+        engine: batch size and norm of the last gradient.
+        job: FLOPs of a sample.
+        seconds: training time at the end of the window.
+    """
+    numbers = window.reduce(topology)
+    elapsed = max(seconds - window.started, 1e-9)
+    samples = window.steps * engine.train_batch_size()
+    numbers |= {"samples_per_second": samples / elapsed, "peak_memory_bytes": peak_memory_bytes()}
+    if "tokens" in window.totals:
+        numbers["tokens_per_second"] = window.totals["tokens"] / elapsed
+    norm = engine.get_global_grad_norm()  # DeepSpeed takes none at ZeRO 0 without clipping
+    if norm is not None and math.isfinite(norm):
+        numbers["grad_norm"] = float(norm)
+    peak, flops = peak_flops(job.config.train.precision), job.forward_flops(window.totals, samples)
+    if peak is not None and flops is not None:
+        numbers["model_flops_utilization"] = 3 * samples * flops / elapsed / (peak * topology.world_size)
+    return numbers
