@@ -82,10 +82,10 @@ def test_fine_tuned_model_starts_another_task(export, task_tree, tmp_path):
 
 def test_weights_that_do_not_fit_are_named(export, tmp_path):
     folder, config, _ = export
-    wider = config.model.model_copy(update={"intermediate_size": 48})
-    with pytest.raises(
-        ConfigError, match=r"--init .*backbone\.blocks\.0\.ffn\.image\.fc1\.bias \(32,\) where the model has \(48,\)"
-    ):
+    width = config.model.intermediate_size
+    wider = config.model.model_copy(update={"intermediate_size": 2 * width})
+    shapes = rf"\({width},\) where the model has \({2 * width},\)"
+    with pytest.raises(ConfigError, match=rf"--init .*backbone\.blocks\.0\.ffn\.image\.fc1\.bias {shapes}"):
         start_weights(folder, wider)
     (folder / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match=r"--init .* cannot be read"):
@@ -106,24 +106,49 @@ def test_every_recipe_lies_over_the_base_model(name):
     assert config.data.tokenizer == "scenes"
 
 
-def test_recipe_lies_over_the_model_and_under_the_command_line(export):
+def test_recipe_lies_over_the_model_and_under_the_command_line(export, tmp_path):
     folder, config, _ = export
+    file = tmp_path / "a.json"
+    file.touch()
     made = task_config(
         "vqa",
         init=folder,
         model="eve_base",
-        train_data=["a.json"],
+        train_data=[str(file)],
         overrides=["optimizer.lr=1", "model.text_length=20"],
     )
     assert made.model == config.model.model_copy(update={"image_size": 480, "text_length": 20})
     assert (made.optimizer.lr, made.optimizer.clip_grad_norm, made.task.head_lr_multiple) == (1.0, 3.0, 10.0)
     assert made.data.tokenizer == str(folder / "tokenizer")
     assert made.train.init == folder
-    assert [str(path) for path in made.task.val.annotations] == ["a.json"]
+    assert [str(path) for path in made.task.val.annotations] == [str(file)]
     with pytest.raises(ConfigError, match="recipe tasks/vqa is for the task 'vqa', not 'nlvr'"):
         task_config("nlvr", init=None, model="eve_tiny", recipe="tasks/vqa")
     with pytest.raises(ConfigError, match=r"unknown key 'task\.head_lr'; did you mean 'head_lr_multiple'"):
         task_config("nlvr", init=None, model="eve_tiny", overrides=["task.head_lr=3"])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"train_data": ["scene"]}, "--data scene does not exist: name annotation files, scenes or scenes:hard"),
+        ({"train_data": ["scenes:foo"]}, "--data scenes:foo: the level of scenes must be easy or hard"),
+        ({"train_data": ["scenes", "a.json"]}, "--data scenes a.json: scenes cannot be mixed with files"),
+        ({"train_data": ["scenes"], "val_data": ["gone.json"]}, "--val_data gone.json does not exist"),
+        ({"train_data": ["scenes_train.json"]}, "--data scenes_train.json does not exist"),
+    ],
+)
+def test_wrong_data_names_the_option(options, text):
+    with pytest.raises(ConfigError, match=text):
+        task_config("vqa", init=None, model="eve_tiny", **options)
+
+
+def test_a_file_whose_name_begins_with_scenes_takes_the_recipe_for_files(tmp_path):
+    file = tmp_path / "scenes_train.json"
+    file.touch()
+    made = task_config("vqa", init=None, model="eve_tiny", train_data=[str(file)])
+    assert made.task.train.format == "auto"
+    assert made.model.image_size == 480
 
 
 def test_epochs_and_warm_up_come_from_the_number_of_examples(task_tree):
