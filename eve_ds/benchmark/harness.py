@@ -1,4 +1,4 @@
-"""Measure time and memory of several sides that do the same work, interleaved in one process.
+"""Measure time and memory of several implementations of the same work, interleaved in one process.
 
 On a CPU, time is CPU time of the process on one thread, so that other users of the machine have little effect. On a
 GPU, time is that of CUDA events. All sides share the settings of the allocator: on a CPU, freed memory is kept while

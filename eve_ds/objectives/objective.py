@@ -85,8 +85,8 @@ class Objective(ABC):
         Args:
             output: predictions.
             targets: `Batch.targets()`.
-            counts: denominators, 0 without anything to predict. With R ranks and A micro-steps whose gradients are
-                averaged, totals over the step divided by R * A, which may be below 1.
+            counts: denominators, 0 without anything to predict: totals over the step divided by R * A, because
+                DeepSpeed averages gradients over R ranks and A micro-steps; they may be below 1.
             config: architecture.
             gather: collects the rows of all ranks.
         """

@@ -112,7 +112,7 @@ class Task(ABC):
             rerank: candidates of a query that the model scores again pair by pair.
 
         Raises:
-            ConfigError: pre-training did not teach it; by default it teaches no task.
+            ConfigError: the model was not pre-trained for this task; the default always raises.
         """
         raise ConfigError(f"task '{cls.name}' needs a new head: fine-tune the model first")
 

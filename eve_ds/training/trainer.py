@@ -1,8 +1,8 @@
 """The training loop of pre-training and fine-tuning, around a DeepSpeed engine.
 
-Before a step the ranks agree on what happens after it. A step accumulates gradients over its micro-batches and updates.
-While a device computes them, the host fetches those of the next step, sums over ranks the counts that its losses are
-averaged over, and begins to copy them.
+Before each step all ranks decide together whether it is the last one, and whether a save or a stop follows. A step
+accumulates gradients over its micro-batches and updates. While a device computes, the host fetches the micro-batches of
+the next step, sums over ranks the counts that its losses are averaged over, and begins to copy them.
 """
 
 from __future__ import annotations
