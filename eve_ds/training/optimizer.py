@@ -63,7 +63,7 @@ def optimizer_parameter_groups(
         scale = 1.0 if lr_scale is None else lr_scale(name)
         key = (_decays(name, parameter), scale)
         groups.setdefault(key, _empty_group(*key, weight_decay))["params"].append(parameter)
-    # Decaying groups first: checkpoints depend on the order.
+    # Decaying groups first, so that the order does not depend on which parameter the model names first.
     ordered = [groups[key] for key in sorted(groups, key=lambda key: (not key[0], -key[1]))]
     return split_params_into_different_moe_groups_for_optimizer(ordered)
 

@@ -1,4 +1,4 @@
-"""Readers of published data sets, each a stream of image-caption candidates for shards; one module per kind."""
+"""Readers of published data sets, each a stream of image-caption candidates for shards."""
 
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.importers.annotations import CaptionJson, Karpathy, Table
