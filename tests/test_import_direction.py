@@ -19,7 +19,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "model": {"config", "ops", "views"},
     "model/eve.py": {"objectives"},  # whose heads it holds; objectives know the other modules of model only
     "objectives": {"config", "ops", "views", "data", "model"},
-    "parallel": {"config", "distributed", "launch_environment", "ops", "model", "objectives"},
+    "parallel": {"config", "distributed", "topology", "launch_environment", "ops", "model", "objectives"},
     "checkpoint": {"config", "distributed", "topology", "model"},
     "export": {"checkpoint", "config", "data", "distributed", "model", "objectives"},
     "tasks": {"config", "data", "distributed", "topology", "model", "objectives", "checkpoint", "export"},

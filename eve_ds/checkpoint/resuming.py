@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
@@ -18,7 +17,8 @@ from eve_ds.checkpoint.files import (
     PieceReader,
 )
 from eve_ds.config import Config, ConfigError, parse_written_config
-from eve_ds.distributed import broadcast_object, get_logger, rank_zero
+from eve_ds.distributed import broadcast_object, gather_objects, get_logger, rank_zero
+from eve_ds.topology import Topology
 
 
 def newest_good(config: Config, named: Path | None = None) -> Path | None:
@@ -58,8 +58,8 @@ def newest_good(config: Config, named: Path | None = None) -> Path | None:
 
 
 def _problems_over_ranks(folder: Path) -> list[str]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, manifest.problems(folder, (dist.get_rank(), dist.get_world_size())))
+    topology = Topology.current()
+    gathered = gather_objects(manifest.problems(folder, (topology.rank, topology.world_size)))
     return list(dict.fromkeys(problem for problems in gathered for problem in problems))
 
 
@@ -91,8 +91,9 @@ def load(
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     engine_tensors.load_loss_scale(engine, numbers["loss_scale"])
-    if len(ranks) == dist.get_world_size():
-        restore_random_states(ranks[dist.get_rank()]["random"])
+    topology = Topology.current()
+    if len(ranks) == topology.world_size:
+        restore_random_states(ranks[topology.rank]["random"])
     return numbers, [rank["position"] for rank in ranks]
 
 

@@ -75,8 +75,8 @@ class Saved(NamedTuple):
 class _Pending:
     """One save from its first byte to its publication; `records` lists this rank's files written so far."""
 
-    def __init__(self, step: int, folder: Path) -> None:
-        self.step, self.folder = step, folder
+    def __init__(self, step: int, folder: Path, rank: int) -> None:
+        self.step, self.folder, self.rank = step, folder, rank
         self.records: dict[str, FileRecord] = {}
         self.problem: str | None = None
         self.thread: threading.Thread | None = None
@@ -89,9 +89,9 @@ class _Pending:
         try:
             write()
         except OSError as error:
-            self.problem = f"rank {dist.get_rank()}: {error.strerror or error}: {error.filename or self.folder}"
+            self.problem = f"rank {self.rank}: {error.strerror or error}: {error.filename or self.folder}"
         except Exception as error:
-            self.problem = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+            self.problem = f"rank {self.rank}: {type(error).__name__}: {error}"
 
     @property
     def written(self) -> bool:
@@ -126,7 +126,9 @@ class Saver:
         started = time.perf_counter()
         # The token makes the name unique: ranks of a killed run may still write when the next run saves the same step.
         token = broadcast_object(secrets.token_hex(4))
-        pending = _Pending(content.step, self.root / f".saving-{manifest.name_of(content.step)}-{token}")
+        pending = _Pending(
+            content.step, self.root / f".saving-{manifest.name_of(content.step)}-{token}", self.topology.rank
+        )
         if rank_zero():
             pending.attempt(lambda: self._make_folder(pending.folder))
         pending.problem = broadcast_object(pending.problem)
@@ -234,7 +236,7 @@ def _write(pending: _Pending, pieces: list[Piece], small: dict[str, bytes]) -> N
     """Write this rank's files."""
 
     def write() -> None:
-        name = f"tensors-{dist.get_rank():05d}.safetensors"
+        name = f"tensors-{pending.rank:05d}.safetensors"
         pending.records[name] = write_pieces(pending.folder / name, pieces)
         for name, content in small.items():
             (pending.folder / name).parent.mkdir(exist_ok=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from eve_ds.config import ConfigError, ModelConfig
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoEOutput, Router, mix_experts, moe_output, plain_named_tensors
+from eve_ds.topology import Topology
 
 Sizes = list[list[int]]
 """Row counts to send [to rank][expert of that rank], or to receive [from rank][expert of this rank]."""
@@ -67,7 +68,7 @@ class DeepSpeedMoE(UpstreamMoE):
         # The engine reads attributes that upstream's constructor sets. Its gate and experts are minimal and replaced.
         super().__init__(hidden_size=1, expert=nn.Identity(), num_experts=num_experts, ep_size=ep_size)
         if ep_rank is None:
-            ep_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
+            ep_rank = Topology.current(ep_size).expert_rank
         self.ep_rank = ep_rank
         self.first_expert = ep_rank * self.num_local_experts
         self.is_compilable = ep_size == 1

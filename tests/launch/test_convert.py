@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import MODEL as TINY
+from tiny import overrides
 
 from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import Piece, record_of, write_pieces
@@ -23,15 +25,8 @@ from eve_ds.export.official import from_official
 from eve_ds.model.eve import EVE
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "convert.py"
-MOE_LAYERS = [1, 2]
-MODEL = [
-    "model.hidden_size=32",
-    "model.num_hidden_layers=3",
-    "model.intermediate_size=48",
-    f"model.moe_layers={MOE_LAYERS}",
-    "model.moe.num_experts=4",
-    "model.pixel_decoder.hidden_size=24",
-]
+MODEL = overrides()
+MOE_LAYERS = TINY["moe_layers"]
 TENSORS = "tensors-00001.safetensors"
 
 

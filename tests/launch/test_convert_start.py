@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from tiny import MODEL as TINY
+from tiny import overrides
 from transformers import ViTConfig, ViTModel
 
 from eve_ds.cli.convert import main
@@ -12,14 +14,7 @@ from eve_ds.export import load
 from eve_ds.export.official import write_official
 from eve_ds.model.eve import EVE
 
-MODEL = [
-    "model.hidden_size=32",
-    "model.num_hidden_layers=3",
-    "model.intermediate_size=48",
-    "model.moe_layers=[1, 2]",
-    "model.moe.num_experts=4",
-    "model.pixel_decoder.hidden_size=24",
-]
+MODEL = overrides()
 OFFICIAL = ["model.profile=official", "model.moe.routing=capacity"]
 CONFIG = ["--config", "eve_tiny", "--set", *MODEL]
 
@@ -62,7 +57,9 @@ def file(state, tmp_path):
 
 @pytest.fixture
 def dense(tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes = {
+        name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
     ViTModel(ViTConfig(**sizes, image_size=64, patch_size=8)).save_pretrained(tmp_path / "dense")
     return tmp_path / "dense"
 
