@@ -8,6 +8,7 @@ import tarfile
 import time
 from collections import Counter
 from itertools import islice
+from statistics import median
 
 import numpy as np
 import pytest
@@ -569,12 +570,16 @@ def test_another_batch_size_keeps_the_order_of_the_run(tmp_path):
     assert Counter(seen) == Counter(keys_of(96))
 
 
+SLOWEST = 0.84
+"""Tokenizing, masking and collating, which only the loader does, are 6 % of its time. Beside other processes the ratio
+of one round has a standard deviation of .1, so the median of 24 rounds one of .026, of which four are allowed."""
+
+
 def test_loader_is_as_fast_as_a_webdataset_loop(tmp_path):
     """Compare samples per CPU-second with webdataset, with the same decoding and cropping: one thread, interleaved.
 
     A round is an epoch of photograph-like JPEGs, 320 x 240 resized to 224 pixels, and reopens the shards. All crops
-    have the same area, so that all rounds are the same work. The fastest round counts, because other processes on the
-    machine can only slow a round down. The loader also tokenizes and masks.
+    have the same area, so that all rounds are the same work.
     """
     torch.set_num_threads(1)
     photos = [jpeg(seed, 320, 240, quality=90) for seed in range(4)]
@@ -604,12 +609,12 @@ def test_loader_is_as_fast_as_a_webdataset_loop(tmp_path):
         box = transforms.crop_box(*image.size, config.data.crop_scale, sample_rng(0, 0, sample["__key__"]))
         return transforms.resize(image, box, 224), sample["txt"].decode()
 
-    rounds = [(cpu_seconds(ours), cpu_seconds(bare)) for _ in range(12)]
-    best_ours, best_bare = (min(times) for times in zip(*rounds, strict=True))
+    rounds = [(cpu_seconds(ours), cpu_seconds(bare)) for _ in range(24)]
+    ours_took, bare_took = (median(times) for times in zip(*rounds, strict=True))
     logging.getLogger("eve_ds").info(
-        "loader %.0f, bare webdataset %.0f samples per CPU-second", 100 / best_ours, 100 / best_bare
+        "loader %.0f, bare webdataset %.0f samples per CPU-second", 100 / ours_took, 100 / bare_took
     )
-    assert best_bare / best_ours >= 0.9
+    assert median(bare / ours for ours, bare in rounds) >= SLOWEST
 
 
 def cpu_seconds(one_epoch):
