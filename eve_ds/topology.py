@@ -1,8 +1,8 @@
-"""Place of this process among the ranks of a run: which data, which experts, which shard of a tensor it works on.
+"""Place of this process among the ranks of a run; determines its data, its experts and its shards of tensors.
 
 Ranks are numbered so that tensor-parallel ranks lie next to each other, then expert-parallel ones: with E = `ep_size`
 and T = `tp_size`, rank = (replica * E + expert_rank) * T + tensor_rank. Data, masks, seeds, shares of losses and
-metrics go by the data rank, which tensor-parallel ranks have in common.
+metrics depend on the data rank, which is the same for tensor-parallel ranks of one group.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks and sizes; the default is a single process."""
+    """Rank of this process and sizes of the groups; the default is a single process."""
 
     rank: int = 0
     world_size: int = 1
     ep_size: int = 1
-    """Ranks that share one full set of experts."""
+    """Number of ranks that share one full set of experts."""
     tp_size: int = 1
-    """Ranks that share one full set of tensors."""
+    """Number of ranks that share one full set of tensors."""
 
     @classmethod
     def current(cls, ep_size: int = 1, tp_size: int = 1) -> Topology:
-        """Topology of this process in its process group, or of a single process without one."""
+        """Return the topology of this process in its process group, or that of a single process without a group."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(ep_size=ep_size, tp_size=tp_size)
         return cls(dist.get_rank(), dist.get_world_size(), ep_size, tp_size)
 
     @property
     def data_rank(self) -> int:
-        """Number of this process's share of the data."""
+        """Index of this process's share of the data."""
         return self.rank // self.tp_size
 
     @property
     def data_size(self) -> int:
-        """Shares of the data."""
+        """Number of shares of the data."""
         return self.world_size // self.tp_size
 
     @property
     def expert_rank(self) -> int:
-        """Number of this process's share of the experts: it holds `num_experts / ep_size` from this multiple on."""
+        """Index of this process's share of the experts, which is `num_experts / ep_size` consecutive experts."""
         return self.data_rank % self.ep_size
 
     @property
     def expert_replica(self) -> int:
-        """Number of the full set of experts that this process belongs to."""
+        """Index of the full set of experts that this process belongs to."""
         return self.data_rank // self.ep_size
 
     @property
     def num_expert_replicas(self) -> int:
-        """Full sets of experts."""
+        """Number of full sets of experts."""
         return self.data_size // self.ep_size
 
     @property
     def tensor_rank(self) -> int:
-        """Number of this process's shard of every tensor that is cut."""
+        """Index of this process's shard of every tensor that is sharded."""
         return self.rank % self.tp_size

@@ -1,6 +1,6 @@
-"""Losses on pairs that a run never trains on, with the right and with another sample's image or caption.
+"""Losses on held-out pairs, which a run never trains on, with the right and with another sample's image or caption.
 
-If a loss stays the same with the wrong image or caption, the model does not use it.
+If a loss is the same with the wrong image or caption, the model does not use the image or caption.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from eve_ds.objectives.registry import objectives_of
 from eve_ds.topology import Topology
 
 BATCH_SIZE = 64
-"""Pairs of one forward."""
+"""Number of pairs in one forward pass."""
 
 
 class HeldOut(NamedTuple):
-    """Held-out pairs of this rank, as batches with fixed masks; every rank has as many batches of the same sizes."""
+    """Held-out pairs of this rank, in batches with fixed masks; all ranks have batches of the same number and sizes."""
 
     batches: Sequence[Batch]
 
 
 def load_held_out(config: Config, tokenizer: PreTrainedTokenizerFast, topology: Topology) -> HeldOut:
-    """Read the pairs of `data.validation`; collective.
+    """Read this rank's share of the pairs of `data.validation`; collective.
 
     Raises:
         ConfigError: see :func:`eve_ds.data.held_out.held_out_pairs`, or fewer than two usable pairs on some rank.
@@ -57,18 +57,19 @@ def load_held_out(config: Config, tokenizer: PreTrainedTokenizerFast, topology: 
         )
     fixed = evaluation_config(config)
     collate = Collator(fixed, tokenizer, objectives_of(fixed.model), has_images=True, has_captions=True)
-    starts = range(0, usable - 1, BATCH_SIZE)  # a pair alone has no other to be confused with
+    starts = range(0, usable - 1, BATCH_SIZE)  # a batch of one pair has no wrong partner
     return HeldOut([collate(pairs[start : min(start + BATCH_SIZE, usable)]) for start in starts])
 
 
 @torch.no_grad()
 def evaluate_held_out(model: nn.Module, config: ModelConfig, held_out: HeldOut) -> dict[str, dict[str, float]]:
-    """Losses over all ranks; collective, with the model put into evaluation mode and back.
+    """Compute mean losses over the pairs of all ranks; collective. The model's training mode is restored.
 
     Returns:
-        `word_loss` (cross entropy) and `word_accuracy` of masked words, half of each caption, beside the whole image;
-        `pixel_loss`, squared error of masked patches beside the whole caption, against `pixel_target`: each with
-        `right` and `wrong`, the image or caption of another sample. A model without the head has no such entry.
+        `word_loss` (cross entropy) and `word_accuracy` of the masked words, half of each caption, beside the whole
+        image; `pixel_loss` (mean squared error against `pixel_target`) of the masked patches beside the whole caption.
+        Each maps `right` and `wrong`, where the image or caption is another sample's, to a number. An entry is absent
+        if the model lacks its head.
     """
     training = model.training
     model.eval()

@@ -1,8 +1,8 @@
-"""EVE (Chen et al., AAAI 2024): parts, block, backbone, and the pre-training model on top of it.
+"""EVE (Chen et al., AAAI 2024): block, backbone, and the pre-training model on top of it.
 
 Reading order: `EVE.forward` makes the views of a batch that its objectives need, such as a masked image beside a whole
-caption; `Backbone.encode` embeds each, joins its image and text tokens into one stream, packs the streams and runs the
-blocks over them; heads then predict from each view what is hidden in it.
+caption. `Backbone.encode` embeds each view, joins its image and text tokens into one stream, packs the streams and runs
+the blocks over them. Heads then predict the hidden parts of each view.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ MoEFactory = Callable[[ModelConfig], nn.Module]
 
 
 class BackboneOutput(NamedTuple):
-    """Encoded stream and what the MoE layers said."""
+    """Encoded stream of one view and the outputs of its MoE layers."""
 
     stream: TokenStream
-    """After the final LayerNorm; `stream.padded()` lays it out by sample."""
+    """Token states after the final LayerNorm; `stream.padded()` lays them out by sample."""
     moe: tuple[MoEOutput, ...]
-    """One per MoE layer, shallow to deep, of this view; their `hidden_states` are internal."""
+    """One output per MoE layer, shallow to deep, for this view; their `hidden_states` are internal."""
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions of a sample that image tokens may take, class token included; 0 without images."""
+        """Number of positions that a sample has for image tokens, class token included; 0 without images."""
         return self.stream.layout.num_image_positions
 
 
@@ -54,39 +54,40 @@ class EVEOutput(NamedTuple):
     vocabulary_weight: Tensor
     """(V, D), the word embedding."""
     vocabulary_bias: Tensor | None
-    """(V,); None where the objectives have no words to predict."""
+    """(V,), bias of the text head; None if no objective predicts words."""
     moe: dict[str, tuple[MoEOutput, ...]]
-    """View -> one per MoE layer, shallow to deep."""
+    """View name -> one output per MoE layer, shallow to deep."""
     pixel_predictions: Tensor | None = None
-    """(B_i, N_masked, P * P * 3) of the B_i samples of the image view, as `pixel_target` of the config says."""
+    """(B_i, N_masked, P * P * 3) pixels for the B_i samples of the image view, raw or normalized as `pixel_target` of
+    the config says."""
     token_hidden: Tensor | None = None
-    """(M, D) states of the masked tokens; logits are `token_hidden @ vocabulary_weight.T + vocabulary_bias`."""
+    """(M, D) states of the M masked tokens; logits are `token_hidden @ vocabulary_weight.T + vocabulary_bias`."""
     matching: MatchingOutput | None = None
-    """None without the objective `itc`."""
+    """Predictions of `itc` and `itm`; None without the objective `itc`."""
     more: Mapping[str, Any] = MappingProxyType({})
-    """Predictions that a single objective has for itself."""
+    """Predictions that only one objective has, by name."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Predictions by name, those that there are: by them two copies of a model can be told to be the same."""
+        """Return the predictions that this batch has, by name, to check whether two copies of a model agree."""
         named = {"pixel_predictions": self.pixel_predictions}
         if self.token_hidden is not None:
             named["token_logits"] = self.token_logits()
         if self.matching is not None:
-            # Not the negatives, which are drawn.
+            # The logits of hard negatives are left out: their draws are random.
             pairs = len(self.matching.image_features)
             named |= {"image_features": self.matching.image_features, "text_features": self.matching.text_features}
             named["matching_logits"] = None if self.matching.logits is None else self.matching.logits[:pairs]
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def token_logits(self) -> Tensor:
-        """(M, V) logits of the masked tokens."""
+        """Return the logits (M, V) of the masked tokens; raises ValueError for a batch without text."""
         if self.token_hidden is None:
             raise ValueError("this batch had no text, so there are no token logits")
         return F.linear(self.token_hidden, self.vocabulary_weight, self.vocabulary_bias)
 
 
 class Block(nn.Module):
-    """x + gamma_1 * attention(norm x), then x + gamma_2 * ffn(norm x); deep layers have the MoE as ffn."""
+    """x + gamma_1 * attention(norm x), then x + gamma_2 * ffn(norm x); in deep layers ffn is the MoE."""
 
     def __init__(self, config: ModelConfig, layer: int, moe_cls: MoEFactory) -> None:
         super().__init__()
@@ -104,24 +105,24 @@ class Block(nn.Module):
             is_shared = layer in config.moe_layers and config.deep_ffn == "shared"
             self.ffn = SharedFeedForward(config) if is_shared else ModalityFeedForward(config)
         self.compiled: Callable[..., tuple[Tensor, ...]] | None = None
-        """:meth:`compute` as training runs it after :meth:`Backbone.compile_blocks`; evaluation stays as it is."""
+        """Compiled :meth:`compute`, set by :meth:`Backbone.compile_blocks` and used in training only."""
 
     def forward(
         self, hidden_states: Tensor, packing: Packing, kept: Tensor | None = None
     ) -> tuple[Tensor, MoEOutput | None]:
-        """Tokens (N, D) of one or several views -> (N, D) and, in a deep layer, the MoE's output.
+        """Map tokens (N, D) of one or several views to (N, D) and, in a deep layer, the MoE's output.
 
-        Of several views that output has a dimension of views. `kept` is what :meth:`draw_kept` gives.
+        With several views the MoE's output has a dimension of views. `kept` comes from :meth:`draw_kept`.
         """
         compute = self.compiled if self.training and self.compiled is not None else self.compute
         x, *moe = compute(hidden_states, packing, kept)
         return x, cast(MoE, self.moe).output(x, *moe) if self.is_moe else None
 
     def compute(self, hidden_states: Tensor, packing: Packing, kept: Tensor | None) -> tuple[Tensor, ...]:
-        """As :meth:`forward`, with the MoE's output taken apart: what can be compiled.
+        """Part of :meth:`forward` that can be compiled; returns the tokens (N, D) and the tensors of the MoE's output.
 
-        It returns tensors only, and nothing in it tells the layers of a kind apart, such as their rate of dropped
-        paths: so they share one compiled graph.
+        It returns tensors only, and reads nothing that differs between layers of one kind, such as the drop-path rate,
+        so these layers share one compiled graph.
         """
         x = hidden_states
         branch = self.gamma_1 * self.attention(self.norm1(x), packing.layouts)
@@ -138,8 +139,8 @@ class Block(nn.Module):
         """Draw which residual branches are dropped for which samples of a view (stochastic depth).
 
         Returns:
-            (2, N, 1): 0 where a token's branch, attention or feed-forward, is dropped, else the factor that keeps the
-            mean; None: none is dropped.
+            (2, N, 1) factors of a token's attention branch and feed-forward branch: 0 where the branch is dropped, else
+            the factor that keeps the mean; None if no branch is dropped.
         """
         if not self.training or self.drop_path_rate == 0.0:
             return None
@@ -151,12 +152,12 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embeddings, blocks and final LayerNorm: what the released weights hold."""
+    """Embeddings, blocks and final LayerNorm, the modules that the released weights cover."""
 
     def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
         super().__init__()
         self.keep_padding = config.profile == "official"
-        """Compute padding too, which the released model routes; otherwise the same results, slower."""
+        """Whether padding is computed too, as the released model routes it; other results are the same, but slower."""
         self.image_embedding = ImageEmbedding(config)
         self.text_embedding = TextEmbedding(config)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -173,15 +174,15 @@ class Backbone(nn.Module):
         visible_patch_ids: Tensor | None = None,
         visible_patch_mask: Tensor | None = None,
     ) -> BackboneOutput:
-        """Encode one view: images (B, 3, H, W), text (B, L), or pairs; arguments are the fields of :class:`View`."""
+        """Encode one view of images (B, 3, H, W), texts (B, L) or pairs; arguments are the fields of :class:`View`."""
         view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
         return self.encode([view])[0]
 
     def encode(self, views: Sequence[View]) -> list[BackboneOutput]:
-        """Encode views in one pass: but for rounding and random draws, what a view gives does not depend on the others.
+        """Encode views in one pass; except for rounding and random draws, no view's result depends on the other views.
 
-        Matrix products run once over the tokens of all views; attention and the statistics of routers keep the views
-        apart, and where experts have a capacity each view has its own.
+        Matrix products run once over the tokens of all views. Attention and router statistics keep the views apart, and
+        where experts have a capacity, each view has its own.
         """
         streams = [self._embed(view) for view in views]
         packing = Packing.of([stream.layout for stream in streams])
@@ -199,10 +200,10 @@ class Backbone(nn.Module):
         ]
 
     def compile_blocks(self, backend: str | Callable[..., object] = "inductor") -> None:
-        """Let `torch.compile` make one graph of every kind of block, for any number of tokens, to be used in training.
+        """Compile one graph for every kind of block, for any number of tokens; training uses it, evaluation does not.
 
-        Call it before DeepSpeed takes the model. MoE layers whose experts are spread over ranks stay as they are: how
-        many rows they exchange is known to the host alone.
+        Call it before DeepSpeed wraps the model. MoE layers whose experts are spread over ranks are not compiled: only
+        the host knows how many rows they exchange.
         """
         for block in cast(Iterable[Block], self.blocks):
             if not block.is_moe or cast(MoE, block.moe).is_compilable:
@@ -225,15 +226,15 @@ class Backbone(nn.Module):
 
 
 class EVE(nn.Module):
-    """Backbone and the heads of the pre-training objectives `config.objectives`; other heads are None."""
+    """Backbone and the heads of the pre-training objectives in `config.objectives`; other heads are None."""
 
     def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
         super().__init__()
         self.config = config
         self.objectives = objectives_of(config)
         self.pack_views = True
-        """Encode the views that do not wait for each other in one pass; False: in one pass each."""
-        # Drawn before the modules are made, since what torch draws for those depends on how many experts are here.
+        """Whether views that do not depend on each other are encoded in one pass; False: in one pass each."""
+        # Drawn before the modules are made: the number of draws for those depends on the experts of this rank.
         seed = int(torch.randint(2**62, (), device="cpu"))
         self.backbone = Backbone(config, moe_cls)
         self.pixel_decoder: PixelDecoder | None = None
@@ -261,7 +262,7 @@ class EVE(nn.Module):
         layouts: Mapping[str, Layout] | None = None,
         **more: Tensor,
     ) -> EVEOutput:
-        """Predict the hidden parts of each view; an objective for which the batch has nothing is passed over.
+        """Predict the hidden parts of each view; an objective without data in the batch is skipped.
 
         Args:
             pixel_values: (B, 3, H, W) normalized to mean = std = 0.5, or None for text alone.
@@ -276,15 +277,15 @@ class EVE(nn.Module):
             image_view_ids: (B_i,) int64 samples of the image view, all with an image; None = all samples.
             image_view_text_mask: (B_i, L) bool tokens that the image view shows; None = `attention_mask`'s.
             language_patch_ids: (B, N) int64 patches that the language view shows; None = all.
-            layouts: token layout of each view, as the collator counted them; a view without one is laid out by its
-                masks, for which the host waits for an accelerator.
-            more: batch fields that a single objective has for itself.
+            layouts: token layout of each view, as the collator counted it; a view without one is laid out by its
+                masks, for which the host waits for the accelerator.
+            more: batch fields that only one objective uses.
 
-        With the objective `joint` the image view is the only one, of all samples, and shows the masked captions.
+        With the objective `joint`, the only view is an image view of all samples that shows the masked captions.
 
         Raises:
-            ValueError: no objective has anything to predict, a text longer than the position table, for `itc` anything
-                but pairs, or for `itm` a single pair.
+            ValueError: no objective has anything to predict, a text is longer than the position table, `itc` gets
+                samples that are not pairs, or `itm` gets a single pair.
         """
         inputs: dict[str, Any] = {
             "pixel_values": pixel_values,
@@ -315,9 +316,9 @@ class EVE(nn.Module):
         attention_mask: Tensor | None = None,
         masked_token_ids: Tensor | None = None,
     ) -> EVEOutput:
-        """Predict patches and words of one view, whatever the objectives; arguments as those of :meth:`forward`.
+        """Predict patches and words of one view, whatever the objectives; see :meth:`forward` for the arguments.
 
-        `input_ids` are shown as they are, masked or not. A missing head predicts nothing.
+        The model sees `input_ids` as passed, masked or not. A missing head predicts nothing.
         """
         view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
         inputs = {
@@ -328,7 +329,7 @@ class EVE(nn.Module):
         return self._predict([OBJECTIVES["joint"]], self.encode({"joint": view}), inputs)
 
     def encode(self, views: dict[str, View]) -> dict[str, BackboneOutput]:
-        """Encode views by name, in one pass or in one each; raises ValueError without any view."""
+        """Encode views by name, in one pass or in one pass each; raises ValueError if `views` is empty."""
         if not views:
             names = ", ".join(self.config.objectives)
             raise ValueError(f"the batch holds neither images nor texts that objectives ({names}) could use")
@@ -353,13 +354,13 @@ class EVE(nn.Module):
 
 
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Names and shapes of the plain model's tensors; nothing is allocated."""
+    """Return names and shapes of the plain model's tensors, without allocating them."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in EVE(config).state_dict().items()}
 
 
 SCALED_LIKE_POSITIONS = {"position", "class_token", "mask_token"}
-"""Last parts of the names of parameters that are drawn at `position_initializer_range`."""
+"""Last name parts of the parameters that are drawn with `position_initializer_range`."""
 
 
 class Shard(NamedTuple):
@@ -368,7 +369,7 @@ class Shard(NamedTuple):
     shape: torch.Size
     """Shape of the whole tensor."""
     cut: Callable[[Tensor], Tensor]
-    """Takes the part out of the whole tensor."""
+    """Function that takes the part out of the whole tensor."""
 
 
 @torch.no_grad()
@@ -378,15 +379,16 @@ def initialize_weights(
     """Draw matrices, embeddings and routers from a normal truncated at one standard deviation; biases 0, norms 1.
 
     A tensor's values depend on (seed, plain name) only, and the whole tensor is drawn before it is cut: a process that
-    holds some of the experts, or a shard of a matrix, holds what the process with the whole model would. Every expert
-    is drawn separately. Position embeddings and class tokens have a scale of their own. A parameter's plain name
-    decides which of these it is; other vectors, such as LayerScale, and tensors on the meta device stay as they are.
+    holds some of the experts, or a shard of a matrix, gets the same values as a process with the whole model. Every
+    expert is drawn separately. Position embeddings and class tokens use `position_initializer_range`. A parameter's
+    plain name decides how it is drawn; other vectors, such as LayerScale, and tensors on the meta device stay as they
+    are.
 
     Args:
-        model: names its parameters in either way of :mod:`eve_ds.model.naming`.
+        model: model whose parameter names follow either convention of :mod:`eve_ds.model.naming`.
         config: scales and the kind of position embeddings.
         seed: seed of all draws.
-        shards: plain name -> part held here; a tensor that is not named is held whole.
+        shards: plain name -> part that this process holds; a tensor that is not listed is held whole.
     """
     for name, parameter in plain_named_tensors(model):
         kind = name.rpartition(".")[2]
@@ -418,9 +420,9 @@ def _drawn(name: str, config: ModelConfig, seed: int, like: Tensor) -> Tensor:
 def _sincos_table(position: Tensor, side: int | None) -> Tensor:
     """Sines and cosines in the shape of a position table (rows, D): 2-D for `side` x `side` patches, else 1-D.
 
-    Wavelengths along an axis of patches run from 4 patches to 4 * `side`: the customary ones, up to 60,000, hardly
-    change over a grid. Texts have up to 600 tokens. The row of the class token, if there is one before those of the
-    patches, stays 0.
+    Wavelengths along an axis of patches range from 4 to 4 * `side` patches: the customary wavelengths, up to 60,000,
+    hardly vary over a grid. Wavelengths of texts range from 6 to about 600 tokens. If the table has a row for the class
+    token, before the rows of the patches, that row stays 0.
     """
     rows, width = position.shape
     if side is None:
@@ -432,7 +434,7 @@ def _sincos_table(position: Tensor, side: int | None) -> Tensor:
 
 
 def _sines(places: int, width: int, shortest: float, longest: float) -> Tensor:
-    """(places, width): `width` / 2 wavelengths in geometric steps, their sines and then their cosines."""
+    """Return (places, width): sines, then cosines, of `width` / 2 wavelengths in geometric steps."""
     steps = torch.linspace(0, 1, width // 2)
     angles = torch.arange(places)[:, None] * 2 * math.pi / (shortest * (longest / shortest) ** steps)
     return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,8 +1,8 @@
 """Image-text contrast `itc` and matching `itm` (ALBEF, Li et al., 2021, without its momentum encoder).
 
-EVE compares masked signal modeling with them (Table 5); the retrieval task trains with the same losses. The encoder is
-EVE's own, for one modality as for both: no pass over images or texts alone can serve the fusion, so a hard negative is
-encoded anew.
+EVE compares masked signal modeling with them (Table 5); the retrieval task trains with the same losses. EVE's one
+encoder encodes single modalities and pairs alike: the fusion of a pair cannot reuse a pass over images or texts alone,
+so a hard negative is encoded again.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from eve_ds.model.eve import EVE, BackboneOutput, EVEOutput
 
 INITIAL_TEMPERATURE, LOWEST_TEMPERATURE = 0.07, 0.01
-"""CLIP (Radford et al., 2021) section 2.5: similarities are multiplied by at most 100."""
+"""Temperatures of CLIP (Radford et al., 2021, section 2.5), which multiplies similarities by at most 100."""
 
 
 IGNORED = -100
-"""Label of a pair that enters no loss."""
+"""Label of a pair that no loss counts."""
 
 
 class MatchingOutput(NamedTuple):
     """Predictions of `itc` and `itm` for B pairs."""
 
     image_features: Tensor
-    """(B, D) fp32 of norm 1."""
+    """(B, D) fp32, each row of norm 1."""
     text_features: Tensor
-    """(B, D) fp32 of norm 1."""
+    """(B, D) fp32, each row of norm 1."""
     temperature: Tensor
-    """() fp32."""
+    """() fp32, divisor of similarities."""
     logits: Tensor | None
-    """(3 * B, 2) fp32, no match and match: of the pairs, of texts beside a hard negative image, of images beside a hard
-    negative text. None without the objective `itm`."""
+    """(3 * B, 2) fp32 logits of no match and match: B pairs, B texts beside a hard negative image, B images beside a
+    hard negative text. None without the objective `itm`."""
 
 
 class MatchingHeads(nn.Module):
@@ -54,34 +54,35 @@ class MatchingHeads(nn.Module):
         width = config.hidden_size
         self.image_projection = nn.Linear(width, width, bias=False)
         self.text_projection = nn.Linear(width, width, bias=False)
-        # Its logarithm, so that one update changes it by a share of itself; (1,), as DeepSpeed sends no scalars.
+        # The logarithm is trained, so that an update changes the temperature by a share of its value. Its shape is (1,)
+        # because DeepSpeed sends no scalars.
         self.log_temperature = nn.Parameter(torch.full((1,), math.log(INITIAL_TEMPERATURE)))
         self.classifier = nn.Linear(width, 2) if config.matches_pairs else None
 
     def temperature(self) -> Tensor:
-        """() fp32."""
+        """Return the temperature, () fp32, at least `LOWEST_TEMPERATURE`."""
         return self.log_temperature.float().clamp(min=math.log(LOWEST_TEMPERATURE)).exp().squeeze(0)
 
     def image_features(self, class_states: Tensor) -> Tensor:
-        """(B, D) states of class tokens -> (B, D) fp32 of norm 1."""
+        """Map states (B, D) of class tokens to features (B, D), fp32, of norm 1."""
         return F.normalize(self.image_projection(class_states).float(), dim=-1)
 
     def text_features(self, cls_states: Tensor) -> Tensor:
-        """(B, D) states of [CLS] -> (B, D) fp32 of norm 1."""
+        """Map states (B, D) of [CLS] to features (B, D), fp32, of norm 1."""
         return F.normalize(self.text_projection(cls_states).float(), dim=-1)
 
 
 class Contrast(Objective):
-    """`itc`: similarity of the features of images alone and texts alone."""
+    """`itc`: contrastive loss between features of images alone and of texts alone."""
 
     name = "itc"
 
     def heads(self, config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
-        """Projections and temperature."""
+        """Return the projections and the temperature, in `matching`."""
         return {"matching": lambda: MatchingHeads(config)}
 
     def views(self, inputs: Mapping[str, Any]) -> dict[str, View]:
-        """`itc_image` and `itc_text`; raises ValueError for images without texts, or texts without images."""
+        """Return `itc_image` and `itc_text`; raises ValueError for images without texts, or texts without images."""
         pairs = Pairs.of(inputs)
         return {
             "itc_image": View(pairs.pixel_values, image_mask=inputs.get("image_mask")),
@@ -91,7 +92,7 @@ class Contrast(Objective):
     def predict(
         self, model: EVE, encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any], made: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """`matching` without logits."""
+        """Return `matching` without logits."""
         heads = model.matching
         assert heads is not None
         image_features = heads.image_features(encoded["itc_image"].stream.padded()[:, 0])
@@ -101,11 +102,11 @@ class Contrast(Objective):
     def losses(
         self, output: EVEOutput, targets: Mapping[str, Any], counts: Counts, config: ModelConfig, gather: Gather
     ) -> dict[str, Tensor]:
-        """`itc`, see :func:`pair_contrastive_loss`."""
+        """Return `itc`; see :func:`pair_contrastive_loss`."""
         return {} if output.matching is None else {"itc": pair_contrastive_loss(output.matching, gather)}
 
     def forward_macs(self, config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
-        """Images alone and texts alone through the encoder."""
+        """Multiply-adds of the encoder on the image alone and on the text alone."""
         return flops.pair_macs(config, config.num_patches, 0.0) + flops.encoder_macs(config, text_tokens)
 
 
@@ -116,13 +117,13 @@ class Matching(Objective):
     min_pairs = 2
 
     def views(self, inputs: Mapping[str, Any]) -> dict[str, View]:
-        """None yet: the negatives are drawn from the similarities of `itc`."""
+        """Return no view: :meth:`predict` encodes one, since the features of `itc` decide the negatives."""
         return {}
 
     def predict(
         self, model: EVE, encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any], made: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """`matching` with logits; encodes the view `itm`. Raises ValueError for a single pair."""
+        """Return `matching` with logits; encodes the view `itm`. Raises ValueError for a single pair."""
         matching: MatchingOutput = made["matching"]
         heads = model.matching
         assert heads is not None
@@ -139,35 +140,35 @@ class Matching(Objective):
         return {"matching": matching._replace(logits=heads.classifier(states).float())}
 
     def late_tokens(self, view_tokens: Mapping[str, float]) -> dict[str, float]:
-        """Three fusions a pair. A drawn negative counts as the caption it stands for, as it is not drawn yet."""
+        """Count the tokens of three fusions per pair; a negative, not drawn yet, counts as the caption it replaces."""
         return {"itm": 3 * sum(view_tokens.get(view, 0.0) for view in ("itc_image", "itc_text"))}
 
     def losses(
         self, output: EVEOutput, targets: Mapping[str, Any], counts: Counts, config: ModelConfig, gather: Gather
     ) -> dict[str, Tensor]:
-        """`itm`, see :func:`matching_loss`."""
+        """Return `itm`; see :func:`matching_loss`."""
         if output.matching is None or output.matching.logits is None:
             return {}
         return {"itm": matching_loss(output.matching.logits)}
 
     def forward_macs(self, config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
-        """Three fusions a pair."""
+        """Multiply-adds of three fusions per pair."""
         return 3 * flops.pair_macs(config, config.num_patches, text_tokens)
 
 
 class GlobalPairs(NamedTuple):
-    """Features of this rank's pairs beside those of all ranks."""
+    """Features of the pairs of all ranks, and the place of this rank's pairs among them."""
 
     images: Tensor
-    """(G, D) of all ranks."""
+    """(G, D) image features of all ranks."""
     texts: Tensor
-    """(G, D) of all ranks."""
+    """(G, D) text features of all ranks."""
     first: int
     """Row of this rank's first pair."""
 
     @classmethod
     def of(cls, images: Tensor, texts: Tensor, gather: Gather) -> GlobalPairs:
-        """Features (B, D) of this rank; a collective with the same B on all ranks, where `gather` is one."""
+        """Gather features (B, D) of this rank with `gather`; if that is a collective, B is the same on all ranks."""
         everyone, first = gather(torch.cat([images, texts], dim=1))
         all_images, all_texts = everyone.split(images.shape[1], dim=1)
         return cls(all_images, all_texts, first)
@@ -176,8 +177,9 @@ class GlobalPairs(NamedTuple):
 def pair_contrastive_loss(matching: MatchingOutput, gather: Gather = only_this_rank) -> Tensor:
     """Mean of image-to-text and text-to-image cross entropy over this rank's pairs, () fp32 (CLIP section 2.3).
 
-    A pair's negatives are all other pairs of the global micro-batch, the micro-batches of one micro-step on all ranks.
-    How that is split over ranks makes no difference; gradient accumulation splits it, and makes the objective easier.
+    A pair's negatives are all other pairs of the global micro-batch, which is the micro-batches of one micro-step on
+    all ranks. Its split over ranks does not change the loss. Gradient accumulation makes the global micro-batch smaller
+    and thus the objective easier.
     """
     everyone = GlobalPairs.of(matching.image_features, matching.text_features, gather)
     count = len(matching.image_features)
@@ -191,8 +193,8 @@ def contrastive_loss(image_logits: Tensor, text_logits: Tensor, right: Tensor) -
     """Mean of image-to-text and text-to-image cross entropy, () fp32.
 
     Args:
-        image_logits: (B, G) similarity of this rank's images to all texts, over the temperature.
-        text_logits: (B, G) similarity of this rank's texts to all images, over the temperature.
+        image_logits: (B, G) similarity of this rank's images to all texts, divided by the temperature.
+        text_logits: (B, G) similarity of this rank's texts to all images, divided by the temperature.
         right: (B,) int64 column of each row's only partner, or (B, G) bool where a row has one or more partners, which
             share its target evenly.
     """
@@ -207,12 +209,12 @@ def _cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
 
 
 def matching_loss(logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Cross entropy of match or no match, () fp32, a mean over pairs and two hard negatives each (ALBEF section 3.2).
+    """Mean cross entropy of match or no match over pairs and two hard negatives each, () fp32 (ALBEF section 3.2).
 
     Args:
-        logits: (3 * B, 2), see :class:`MatchingOutput`. Their negatives were drawn from the pairs of this rank's
-            micro-batch, so another split draws others.
-        labels: (3 * B,) int64, 1 = match; None: the first third matches. IGNORED leaves a row out.
+        logits: (3 * B, 2), see :class:`MatchingOutput`. Negatives come from this rank's micro-batch, so they depend on
+            the split over ranks and micro-steps.
+        labels: (3 * B,) int64, 1 = match; None: the first third matches. A row labeled IGNORED does not count.
     """
     if labels is None:
         labels = (torch.arange(len(logits), device=logits.device) < len(logits) // 3).long()
@@ -221,21 +223,21 @@ def matching_loss(logits: Tensor, labels: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def draw_hard_negatives(similarity: Tensor, same: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Draw a wrong partner for every image and every text, the likelier the more similar it is.
+    """Draw a wrong partner for every image and every text; similar ones are more likely.
 
-    Probabilities are the softmax of similarity, without right partners (ALBEF section 3.2). Draws come from torch's
-    default generator of the device.
+    Probabilities are the softmax of the similarities to wrong partners (ALBEF section 3.2). Random numbers come from
+    torch's default generator of the device.
 
     Args:
-        similarity: (B, B) of images (rows) to texts (columns), over the temperature; row i belongs to column i.
-        same: (B, B) bool, symmetric: further pairs that would be right; None: the diagonal alone.
+        similarity: (B, B) of images (rows) to texts (columns), divided by the temperature; row i belongs to column i.
+        same: (B, B) bool, symmetric, True = right pair, diagonal included; None: only the diagonal is right.
 
     Returns:
-        image_ids (B,) int64: an image for every text; text_ids (B,) int64: a text for every image. Where `same` leaves
-        no wrong partner, the id is that of a right one.
+        image_ids (B,) int64, an image for every text, and text_ids (B,) int64, a text for every image. Where `same`
+        leaves no wrong partner, the id is that of a right partner.
 
     Raises:
-        ValueError: a single pair without `same`, for which no negative exists.
+        ValueError: a single pair without `same`, which has no negative.
     """
     if same is None:
         if len(similarity) < 2:
@@ -249,5 +251,5 @@ def draw_hard_negatives(similarity: Tensor, same: Tensor | None = None) -> tuple
 
 
 def _draw(probabilities: Tensor) -> Tensor:
-    """(B, N) -> (B,) int64, one of N by its probability, as `torch.multinomial`, which makes the host wait."""
+    """Draw one of N columns per row, (B, N) -> (B,) int64, as `torch.multinomial` does, but without a host sync."""
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=1)

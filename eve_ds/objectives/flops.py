@@ -1,4 +1,4 @@
-"""Multiply-adds of the parts of a forward pass, from which objectives add up their own."""
+"""Multiply-adds of the parts of a forward pass, which objectives add up to their cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from eve_ds.data.masking import num_chosen, num_masked_patches
 
 
 def image_view_macs(config: ModelConfig, masking: MaskingConfig, text_tokens: float, word_share: float) -> float:
-    """Masked image beside a share of the words of its caption: encoder and pixel decoder."""
+    """Multiply-adds of encoder and pixel decoder on a masked image beside a share of the words of its caption."""
     masked = num_masked_patches(config.num_patches, masking.patch_mask_ratio)
     predicted = num_chosen(masked, masking.predicted_patch_share)
     visible, shown = config.num_patches - masked, 2 + word_share * max(text_tokens - 2, 0) if text_tokens else 0.0
@@ -15,12 +15,12 @@ def image_view_macs(config: ModelConfig, masking: MaskingConfig, text_tokens: fl
 
 
 def pair_macs(config: ModelConfig, patches: int, text_tokens: float) -> float:
-    """Class token, patches and text through the encoder."""
+    """Multiply-adds of the encoder on class token, patches and text of one pair, patch projection included."""
     return encoder_macs(config, 1 + patches + text_tokens) + _patch_macs(config, patches)
 
 
 def encoder_macs(config: ModelConfig, tokens: float) -> float:
-    """Tokens of one sample through the blocks."""
+    """Multiply-adds of the blocks on the tokens of one sample."""
     width, num_moe = config.hidden_size, len(config.expert_layers)
     attention = config.num_hidden_layers * (4 * width * width + 2 * tokens * width)
     networks = (config.num_hidden_layers - num_moe) + num_moe * config.moe.top_k
@@ -32,7 +32,7 @@ def _patch_macs(config: ModelConfig, patches: int) -> float:
 
 
 def words_macs(config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
-    """Text head and vocabulary on the share of words that is predicted."""
+    """Multiply-adds of text head and vocabulary on the mean share of masked words."""
     low, high = masking.text_mask_ratio, masking.max_text_mask_ratio
     share = low if high is None else (low + high) / 2
     return share * text_tokens * config.hidden_size * (config.hidden_size + config.vocab_size)

@@ -1,4 +1,4 @@
-"""Masked signal modeling (EVE eq. 8 to 10): `mim`, `mlm`, and both in one pass, `joint`."""
+"""Masked signal modeling (EVE eq. 8 to 10): objectives `mim`, `mlm`, and `joint`, which does both in one pass."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ PATCHES, WORDS = "masked_patches", "masked_tokens"
 
 
 class MaskedImage(Objective):
-    """`mim`: pixels of the masked patches of an image beside the whole caption."""
+    """`mim`: predict the pixels of the masked patches of an image beside the whole caption."""
 
     name = "mim"
 
     def heads(self, config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
-        """The pixel decoder."""
+        """Return the pixel decoder."""
         return {"pixel_decoder": lambda: PixelDecoder(config)}
 
     def masks(self, masker: Masker, batch: Collated) -> dict[str, Tensor | None]:
-        """Patches to hide and to predict, for the samples that have an image and are drawn."""
+        """Choose patches to hide and to predict, for the drawn share of samples with an image."""
         if not masker.has_images:
             return {}
         config = masker.config
@@ -57,7 +57,7 @@ class MaskedImage(Objective):
         return fields
 
     def views(self, inputs: Mapping[str, Any]) -> dict[str, View]:
-        """The visible patches beside the caption, or beside a share of its words."""
+        """Return `mim`: the visible patches beside the caption, or beside a share of its words."""
         if inputs.get("pixel_values") is None:
             return {}
         view = chosen_samples(whole_view(inputs), inputs.get("image_view_ids"))
@@ -68,36 +68,36 @@ class MaskedImage(Objective):
     def predict(
         self, model: EVE, encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any], made: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """`pixel_predictions`."""
+        """Return `pixel_predictions`."""
         return _predict_pixels(model, encoded.get("mim"), inputs)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Predicted patches."""
+        """Return the number of predicted patches."""
         return {PATCHES: num_predicted_patches(batch)}
 
     def losses(
         self, output: EVEOutput, targets: Mapping[str, Any], counts: Counts, config: ModelConfig, gather: Gather
     ) -> dict[str, Tensor]:
-        """`mim`: squared error per masked patch (EVE eq. 8)."""
+        """Return `mim`: squared error per masked patch (EVE eq. 8)."""
         return pixel_loss(output, targets, counts, config)
 
     def forward_macs(self, config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
-        """Encoder and pixel decoder, for the share of samples that have the view."""
+        """Multiply-adds of encoder and pixel decoder, times the share of samples that have the view."""
         macs = flops.image_view_macs(config, masking, text_tokens, masking.image_view_word_share)
         return macs * masking.image_view_share
 
 
 class MaskedWords(Objective):
-    """`mlm`: masked words of a caption beside the whole image."""
+    """`mlm`: predict the masked words of a caption beside the whole image."""
 
     name = "mlm"
 
     def heads(self, config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
-        """The text head."""
+        """Return the text head."""
         return {"text_head": lambda: TextHead(config)}
 
     def masks(self, masker: Masker, batch: Collated) -> dict[str, Tensor | None]:
-        """Words to hide, and the patches that the view shows."""
+        """Choose words to hide, and the patches that the view shows."""
         if not masker.has_captions:
             return {}
         share = masker.config.language_view_patch_share
@@ -109,7 +109,7 @@ class MaskedWords(Objective):
         return fields | masker.token_masks(batch, rngs, [False] * len(batch.samples))
 
     def views(self, inputs: Mapping[str, Any]) -> dict[str, View]:
-        """The masked caption beside the image, or beside a share of its patches."""
+        """Return `mlm`: the masked caption beside the image, or beside a share of its patches."""
         if inputs.get("input_ids") is None:
             return {}
         view = only_captioned_images(masked_view(inputs))
@@ -118,69 +118,72 @@ class MaskedWords(Objective):
     def predict(
         self, model: EVE, encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any], made: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """`token_hidden`."""
+        """Return `token_hidden`."""
         return _predict_words(model, encoded.get("mlm"), inputs)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Masked words."""
+        """Return the number of masked words."""
         return {WORDS: num_masked_words(batch)}
 
     def losses(
         self, output: EVEOutput, targets: Mapping[str, Any], counts: Counts, config: ModelConfig, gather: Gather
     ) -> dict[str, Tensor]:
-        """`mlm`: cross entropy per masked word (EVE eq. 9)."""
+        """Return `mlm`: cross entropy per masked word (EVE eq. 9)."""
         return word_loss(output, targets, counts)
 
     def forward_macs(self, config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
-        """Encoder, text head and vocabulary."""
+        """Multiply-adds of encoder, text head and vocabulary."""
         patches = num_chosen(config.num_patches, masking.language_view_patch_share)
         return flops.pair_macs(config, patches, text_tokens) + flops.words_macs(config, masking, text_tokens)
 
 
 class Joint(Objective):
-    """`joint`: both in one pass over a masked image beside a masked caption (EVE Table 5 advises against it)."""
+    """`joint`: predict patches and words in one pass over a masked image beside a masked caption.
+
+    EVE Table 5 advises against it.
+    """
 
     name = "joint"
 
     def heads(self, config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
-        """The pixel decoder and the text head."""
+        """Return the pixel decoder and the text head."""
         return {"pixel_decoder": lambda: PixelDecoder(config), "text_head": lambda: TextHead(config)}
 
     def masks(self, masker: Masker, batch: Collated) -> dict[str, Tensor | None]:
-        """Patches and words to hide; a caption stays whole where even more of its image is hidden."""
+        """Choose patches and words to hide; a text-to-image sample hides more patches and no words."""
         rngs = [sample_rng(masker.seed, sample.epoch, sample.key) for sample in batch.samples]
         text_to_image = [masker.is_text_to_image(sample, rng) for sample, rng in zip(batch.samples, rngs, strict=True)]
         fields = masker.patch_masks(rngs, text_to_image) if masker.has_images else {}
         return fields | (masker.token_masks(batch, rngs, text_to_image) if masker.has_captions else {})
 
     def views(self, inputs: Mapping[str, Any]) -> dict[str, View]:
-        """The visible patches beside the masked caption."""
+        """Return `joint`: the visible patches beside the masked caption."""
         return {"joint": _with_visible_patches(masked_view(inputs), inputs)}
 
     def predict(
         self, model: EVE, encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any], made: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """`pixel_predictions` and `token_hidden`."""
+        """Return `pixel_predictions` and `token_hidden`."""
         view = encoded.get("joint")
         return _predict_pixels(model, view, inputs) | _predict_words(model, view, inputs)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Predicted patches and masked words."""
+        """Return the numbers of predicted patches and of masked words."""
         return {PATCHES: num_predicted_patches(batch), WORDS: num_masked_words(batch)}
 
     def losses(
         self, output: EVEOutput, targets: Mapping[str, Any], counts: Counts, config: ModelConfig, gather: Gather
     ) -> dict[str, Tensor]:
-        """`mim` and `mlm`."""
+        """Return `mim` and `mlm`."""
         return pixel_loss(output, targets, counts, config) | word_loss(output, targets, counts)
 
     def forward_macs(self, config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
-        """One pass through the encoder, and both heads."""
+        """Multiply-adds of one pass through the encoder, and of both heads."""
         return flops.image_view_macs(config, masking, text_tokens, 1.0) + flops.words_macs(config, masking, text_tokens)
 
 
 def masked_view(inputs: Mapping[str, Any]) -> View:
-    """All images beside the masked captions, or beside the whole ones where none is masked."""
+    """Return all images beside the masked captions, or beside the whole captions if the batch masks none."""
     view, masked = whole_view(inputs), inputs.get("masked_input_ids")
     return view if masked is None else view._replace(input_ids=masked)
 
@@ -206,7 +209,7 @@ def _predict_words(model: EVE, view: BackboneOutput | None, inputs: Mapping[str,
 
 
 def _text_tokens(encoded: BackboneOutput, ids: Tensor) -> Tensor:
-    """(M, D) states of the text tokens with the flat indices `ids` (M,) into B * L."""
+    """Return states (M, D) of the text tokens with the flat indices `ids` (M,) into B * L."""
     layout = encoded.stream.layout
     length = layout.mask.shape[1]
     text_length = length - encoded.num_image_tokens
@@ -215,7 +218,7 @@ def _text_tokens(encoded: BackboneOutput, ids: Tensor) -> Tensor:
 
 
 def num_predicted_patches(batch: Batch) -> float:
-    """Masked patches to predict in a micro-batch."""
+    """Count the masked patches to predict in a micro-batch."""
     if batch.masked_patch_ids is None:
         return 0.0
     samples, patches = batch.masked_patch_ids.shape
@@ -225,19 +228,21 @@ def num_predicted_patches(batch: Batch) -> float:
 
 
 def num_masked_words(batch: Batch) -> float:
-    """Masked words to predict in a micro-batch."""
+    """Count the masked words to predict in a micro-batch."""
     return 0.0 if batch.token_labels is None else float(batch.token_labels.numel())
 
 
 def pixel_loss(output: EVEOutput, targets: Mapping[str, Any], counts: Counts, config: ModelConfig) -> dict[str, Tensor]:
-    """`mim`: squared error per masked patch, () fp32, against raw or normalized pixels; absent without an image view.
+    """Compute `mim`: squared error per masked patch against raw or normalized pixels, () fp32.
+
+    The result is empty if the batch has no image view.
 
     Args:
-        output: `pixel_predictions` are used.
+        output: predictions, of which `pixel_predictions` are used.
         targets: `pixel_values` (B_i, 3, H, W) of the view's samples, `image_mask` (B_i,) bool, False = no image, or
             None, and `masked_patch_ids` (B_i, N_masked) int64.
-        counts: masked patches.
-        config: patch size and target.
+        counts: denominators, of which :data:`PATCHES` is used.
+        config: patch size and pixel target.
     """
     pixel_values, masked, image_mask = (targets.get(n) for n in ("pixel_values", "masked_patch_ids", "image_mask"))
     if output.pixel_predictions is None or pixel_values is None or masked is None:
@@ -251,7 +256,7 @@ def pixel_loss(output: EVEOutput, targets: Mapping[str, Any], counts: Counts, co
 
 
 def word_loss(output: EVEOutput, targets: Mapping[str, Any], counts: Counts) -> dict[str, Tensor]:
-    """`mlm`: cross entropy per masked word, () fp32, with `token_labels` (M,) int64; absent without captions."""
+    """Compute `mlm`: cross entropy per masked word, () fp32, from `token_labels` (M,) int64; empty without captions."""
     labels = targets.get("token_labels")
     if output.token_hidden is None or labels is None:
         return {}

@@ -1,4 +1,4 @@
-"""Pairs of an image and a text, and the same with hard negatives."""
+"""Pairs of an image and a text, and their combination with hard negatives."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from eve_ds.views import TEXT, Layout
 
 
 class Pairs(NamedTuple):
-    """B images and B texts: row i of both belongs together."""
+    """B images and B texts; image i and text i belong together."""
 
     pixel_values: Tensor
     """(B, 3, H, W)."""
     image_mask: Tensor
-    """(B,) bool; False only where a rank without samples runs along."""
+    """(B,) bool; False only on a rank without samples, which still takes part in the collectives."""
     input_ids: Tensor
     """(B, L) int64."""
     attention_mask: Tensor
@@ -25,7 +25,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Pairs:
-        """Take pairs from keyword arguments of `EVE.forward`; a mask that is absent or None is all True.
+        """Build pairs from keyword arguments of `EVE.forward`; a mask that is absent or None is all True.
 
         Raises:
             ValueError: no images or no texts.
@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
         return cls(pixel_values, image_mask, input_ids, attention_mask)
 
     def with_negatives(self, image_ids: Tensor, text_ids: Tensor) -> Pairs:
-        """3 * B rows: these pairs, every text with image `image_ids` (B,), every image with text `text_ids` (B,)."""
+        """Return 3 * B rows: these pairs, texts with images `image_ids` (B,), images with texts `text_ids` (B,)."""
         own = torch.arange(len(image_ids), device=image_ids.device)
         images, texts = torch.cat([own, image_ids, own]), torch.cat([own, own, text_ids])
         return Pairs(
@@ -50,14 +50,14 @@ class Pairs(NamedTuple):
 
 
 def layout_of_negatives(pairs: Pairs, texts: Layout, num_image_positions: int, keep_padding: bool) -> Layout:
-    """Layout of the tokens of the 3 * B rows of :meth:`Pairs.with_negatives`, without a wait of the host.
+    """Lay out the tokens of the 3 * B rows of :meth:`Pairs.with_negatives` without a host sync.
 
-    Only the device knows how many words the drawn texts have, so each gets as many places as the longest text has.
+    Only the device knows how many words the drawn texts have, so each gets as many places as the longest text.
 
     Args:
         pairs: the 3 * B rows.
-        texts: layout of the B texts by themselves.
-        num_image_positions: class token and patches of an image.
+        texts: layout of the B texts alone.
+        num_image_positions: number of class token and patches of an image.
         keep_padding: see :meth:`eve_ds.views.Layout.of`.
     """
     batch, length = texts.mask.shape

@@ -1,8 +1,8 @@
-"""Loss terms, denominators and cost of a pre-training step, over all its objectives.
+"""Loss terms, denominators and cost of a pre-training step over all objectives.
 
 Every term of masked modeling is a sum over this rank's micro-batch divided by a count over the whole optimizer step, so
 that any split of a global batch over ranks and micro-steps has the same gradient. Contrastive and matching losses are
-means over pairs; the pairs that they compare with depend on the split, see :mod:`eve_ds.objectives.contrastive`.
+means over pairs, whose negatives depend on the split; see :mod:`eve_ds.objectives.contrastive`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def pretraining_losses(
     config: ModelConfig,
     gather: Gather = only_this_rank,
 ) -> dict[str, Tensor]:
-    """Loss terms by name, each () fp32; a term whose modality is absent is absent.
+    """Compute loss terms by name, each () fp32; a term is absent if the batch lacks its modality.
 
     Args:
         output: predictions of :class:`eve_ds.model.eve.EVE`.
-        targets: what predictions are compared with, as :meth:`eve_ds.data.batch.Batch.targets` returns it.
+        targets: targets of the predictions, as :meth:`eve_ds.data.batch.Batch.targets` returns them.
         counts: denominators, as :func:`count` returns them; see :meth:`eve_ds.objectives.objective.Objective.losses`.
         config: architecture and objectives.
-        gather: collects the pairs of all ranks for the contrastive loss.
+        gather: function that collects the pairs of all ranks for the contrastive loss.
 
     Returns:
         Terms of the objectives, and `load_balancing` and `router_z` of :mod:`eve_ds.objectives.router`.
@@ -48,7 +48,7 @@ def pretraining_losses(
 
 
 def count(batch: Batch, config: ModelConfig) -> dict[str, float]:
-    """Denominators of the loss terms of one micro-batch on the host; the names depend on `config` alone."""
+    """Compute denominators of the loss terms of one micro-batch on the host; their names depend on `config` alone."""
     counts: dict[str, float] = {}
     for objective in objectives_of(config):
         counts |= objective.counts(batch)
@@ -56,7 +56,7 @@ def count(batch: Batch, config: ModelConfig) -> dict[str, float]:
 
 
 def encoder_tokens(batch: Batch, config: ModelConfig) -> dict[str, float]:
-    """Tokens that enter the encoder, class tokens included, by view."""
+    """Count the tokens that enter the encoder, class tokens included, by view."""
     tokens = {view: float(layout.mask.sum()) for view, layout in (batch.layouts or {}).items()}
     for objective in objectives_of(config):
         tokens |= objective.late_tokens(tokens)
@@ -64,15 +64,15 @@ def encoder_tokens(batch: Batch, config: ModelConfig) -> dict[str, float]:
 
 
 def caption_tokens(batch: Batch) -> float:
-    """Real tokens of the captions, [CLS] and [SEP] included."""
+    """Count the real tokens of the captions, [CLS] and [SEP] included."""
     return 0.0 if batch.attention_mask is None else float(batch.attention_mask.sum())
 
 
 def pretraining_flops(config: ModelConfig, masking: MaskingConfig, text_tokens: float) -> float:
-    """Multiply-adds of one pair's forward in all views, times two (a step costs three forwards).
+    """Compute the FLOPs of one pair's forward in all views, two per multiply-add; a step costs three forwards.
 
-    Counts matrix products of the encoder (top-k experts in MoE layers), attention scores, pixel decoder and vocabulary
-    head; leaves out norms, activations, embeddings and the heads of `itc` and `itm`, as is usual for model FLOP/s
-    utilization. `text_tokens` are those of a caption, [CLS] and [SEP] included.
+    The count includes matrix products of the encoder (top-k experts in MoE layers), attention scores, pixel decoder and
+    vocabulary head. It leaves out norms, activations, embeddings and the heads of `itc` and `itm`, as is usual for
+    model FLOP/s utilization. `text_tokens` is the mean length of a caption, [CLS] and [SEP] included.
     """
     return 2 * sum(objective.forward_macs(config, masking, text_tokens) for objective in objectives_of(config))

@@ -1,4 +1,4 @@
-"""Names of the pre-training objectives."""
+"""Registry of the pre-training objectives by name."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from eve_ds.objectives.contrastive import Contrast, Matching
 from eve_ds.objectives.masked_modeling import Joint, MaskedImage, MaskedWords
 from eve_ds.objectives.objective import Objective
 
-# In the order in which views are encoded and losses are summed. `itm` needs the features of `itc` before it.
+# Views are encoded and losses are summed in this order. `itm` needs the features of `itc`, so it comes after it.
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective for objective in (Joint(), MaskedImage(), MaskedWords(), Contrast(), Matching())
 }
 
 
 def objectives_of(config: ModelConfig) -> list[Objective]:
-    """Objectives that `model.objectives` names, in the order of :data:`OBJECTIVES`."""
+    """Return the objectives that `model.objectives` names, in the order of :data:`OBJECTIVES`."""
     return [objective for name, objective in OBJECTIVES.items() if name in config.objectives]

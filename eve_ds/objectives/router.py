@@ -11,10 +11,10 @@ from eve_ds.model.moe import MoEOutput
 
 
 def view_router_losses(moe: Mapping[str, Sequence[MoEOutput]], tokens: float) -> dict[str, Tensor]:
-    """Load-balancing and z loss over the views of a step, each () fp32; nothing where there is no layer.
+    """Compute load-balancing and z loss over the views of a step, each () fp32; empty without MoE layers.
 
-    Each view is balanced for itself, and the views that have tokens are averaged: without tokens the loss is 0, with
-    any it is above. `tokens` are those of all views.
+    Each view is balanced separately. The load-balancing loss is the mean over the views that have tokens: a view
+    without tokens has loss 0, a view with tokens more. `tokens` is the number of tokens of all views.
     """
     by_view = [router_losses(layers, tokens) for layers in moe.values() if layers]
     if not by_view:
@@ -25,11 +25,11 @@ def view_router_losses(moe: Mapping[str, Sequence[MoEOutput]], tokens: float) ->
 
 
 def router_losses(moe: Sequence[MoEOutput], tokens: float) -> dict[str, Tensor]:
-    """Load-balancing and z loss, each () fp32 and the mean over layers; nothing where there is no layer.
+    """Compute load-balancing and z loss, each () fp32 and the mean over layers; empty without MoE layers.
 
     Args:
-        moe: one per MoE layer.
-        tokens: that the z loss is averaged over.
+        moe: one output per MoE layer.
+        tokens: number of tokens that the z loss is averaged over.
     """
     if not moe:
         return {}

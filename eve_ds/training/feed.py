@@ -1,4 +1,4 @@
-"""Data of a step, fetched while the device computes the step before."""
+"""Data of a step, fetched while the device computes the previous step."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from eve_ds.training.job import Batches, Job, Loading, TrainingBatch
 
 
 class StepData(NamedTuple):
-    """Data of one step; its copies are in the device's queue."""
+    """Data of one step; its copies for the device are in the device queue."""
 
     micro_batches: list[TrainingBatch]
-    """Micro-batches of this rank, on the host; none where `problem` is not None."""
+    """Micro-batches of this rank, on the host; empty if `problem` is not None."""
     problem: Exception | None
-    """Reason why this rank has no data."""
+    """Error due to which this rank has no data; None with data."""
     position: dict[str, Any]
-    """Position of this rank's batches just after them."""
+    """Position of this rank's batches just after these micro-batches."""
     num_failed: float
-    """Ranks without data, known to all ranks alike."""
+    """Number of ranks without data, the same on all ranks."""
     totals: dict[str, float]
-    """Counts of the job over all micro-batches and ranks, known to all ranks alike."""
+    """Counts of the job over all micro-batches and ranks, the same on all ranks."""
 
 
 class Feed:
-    """Micro-batches of this rank, one step ahead.
+    """Fetches the micro-batches of this rank one step ahead.
 
     Args:
-        job: loads and counts.
-        topology: this rank's share of the data.
-        loading: how, from the start of the run.
-        accumulation: micro-batches of a step.
-        device: receives the copies.
-        group: process group of all ranks on the host.
+        job: loads and counts micro-batches.
+        topology: rank, which determines the share of the data.
+        loading: how to load micro-batches at the start of the run.
+        accumulation: number of micro-batches in a step.
+        device: device that receives the copies.
+        group: host process group of all ranks.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Feed:
         """Open the batches at a position."""
         self.batches: Batches = self.job.open(loading)
         self.position = self.batches.state_dict()
-        """Position after the last step that was taken: the batches themselves are a step ahead."""
+        """Position after the last step that was taken; the batches themselves are one step ahead."""
 
     def close(self) -> None:
         """End worker processes and close files."""
         self.batches.close()
 
     def take(self, samples: int) -> StepData:
-        """Data of the step that begins, after `samples` samples of the run; fetched now unless :meth:`prepare` did.
+        """Return the data of the step that begins, after `samples` samples of the run; fetch it unless prepared.
 
         Raises:
-            UnusableData: on every rank, if any of them has no data, or the job finds too much of it bad.
+            UnusableData: on every rank, if any rank has no data or the job finds too many unusable samples.
         """
         data, self._next = self._next or self._fetch(), None
         problem = data.problem
@@ -84,18 +84,18 @@ class Feed:
         return data
 
     def prepare(self) -> None:
-        """Fetch the data of the next step; a problem is raised at that step, so the one under way is still finished."""
+        """Fetch the data of the next step; an error is raised at that step, so the current step still finishes."""
         self._next = self._fetch()
 
     def _load(self) -> tuple[list[TrainingBatch], Exception | None]:
-        """Micro-batches of one step, or the reason why this rank has none."""
+        """Load the micro-batches of one step, or return the error due to which this rank has none."""
         try:
             return [next(self.batches) for _ in range(self.accumulation)], None
         except Exception as error:
             return [], error
 
     def _fetch(self) -> StepData:
-        """Fetch micro-batches, begin their copies, and sum their counts over ranks; collective."""
+        """Fetch micro-batches, start copying them to the device, and sum their counts over ranks; collective."""
         micro_batches, problem = self._load()
         for batch in micro_batches:
             self.queue.put(batch)

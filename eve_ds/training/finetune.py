@@ -1,4 +1,4 @@
-"""Fine-tuning on a downstream task; the run ends with the plain model and its evaluation, not with a checkpoint."""
+"""Fine-tuning on a downstream task; a run ends with the plain model and its evaluation, without a checkpoint."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from eve_ds.training.task_weights import is_frozen, lr_scales, prepare_weights
 from eve_ds.training.trainer import Trainer
 
 MODEL, EVALUATION = "model", "evaluation"
-"""Folders of the output folder."""
+"""Subfolders of the output folder."""
 EVALUATION_BATCH = 64
 SKIPPED = "skipped"
-"""Name of a count: examples without a usable image that were replaced."""
+"""Name of the count of examples that were replaced because they had no usable image."""
 MIN_COUNTED = 1000
-"""Samples before `data.max_bad_share` counts, so that a few early ones do not stop a run."""
+"""Number of samples before `data.max_bad_share` applies, so that a few early bad examples do not stop a run."""
 
 
 class FinetuneSummary(NamedTuple):
-    """Result of a run."""
+    """Result of a fine-tuning run."""
 
     steps: int
     samples: int
@@ -59,14 +59,14 @@ class FinetuneSummary(NamedTuple):
     """Metrics of the last evaluation; empty without one."""
     model: Path
     stopped: bool
-    """Stopped by a signal before the end; the same command resumes."""
+    """Whether a signal stopped the run before its end; rerun the same command to resume."""
 
 
 def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> FinetuneSummary:
-    """Fine-tune as `config.task` says, save the model, evaluate it; collective over the ranks that were launched.
+    """Fine-tune on `config.task`, save the model, and evaluate it; collective over the ranks that were launched.
 
     Args:
-        config: `train.init` names the weights of the backbone; None draws them.
+        config: configuration with a task; `train.init` names the weights of the backbone, None draws them.
         deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 1 with everything "auto".
 
     Raises:
@@ -74,15 +74,15 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
             another run.
         UnusableData: too many examples have no usable image.
         NonFiniteError: a loss or gradient that is not finite.
-        SaveError: checkpoints could not be written, time after time.
+        SaveError: checkpoints could not be written several times in a row.
     """
     info = initialize_deepspeed_distributed()
     examples = load_examples(config, "train")
-    load_examples(config, "val")  # its problems are reported now, and not after hours of training
+    load_examples(config, "val")  # reports errors now, not after hours of training
     task = new_task(config, examples)
     examples = task.trainable(examples)
     config = with_schedule(config, len(examples))
-    # Stage 0 would refuse to clip where experts are spread over ranks.
+    # Stage 0 cannot clip if experts are spread over ranks.
     given = {"zero_optimization": {"stage": 1}} if deepspeed_config is None else deepspeed_config
     config, deepspeed_config = resolve_deepspeed_config(given, config, info.world_size)
     job = Finetuning(config, task, examples)
@@ -98,10 +98,10 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
 
 
 class Finetuning:
-    """Job of fine-tuning; see :class:`eve_ds.training.job.Job`.
+    """Fine-tuning job; see :class:`eve_ds.training.job.Job`.
 
     Args:
-        config: model, task and loop, with the schedule of :func:`with_schedule`.
+        config: settings of model, task and training loop, with the schedule of :func:`with_schedule`.
         task: downstream task.
         examples: training examples.
     """
@@ -115,10 +115,10 @@ class Finetuning:
         self.num_skipped = 0.0
 
     def check_folder(self) -> None:
-        """Create the output folder, or check that it can be written to; a stopped run resumes, or begins anew.
+        """Create the output folder, or check that it is writable and belongs to this run, not yet finished.
 
         Raises:
-            ConfigError: it cannot be written, holds the model of a run that has ended, or another run.
+            ConfigError: the folder cannot be written, holds the model of a finished run, or holds another run.
         """
         check_output_dir(self.config, "auto")
         out = self.config.train.output_dir
@@ -126,7 +126,7 @@ class Finetuning:
             raise ConfigError(f"train.output_dir ({out}) holds a fine-tuned model: name another folder, or remove it")
 
     def build_model(self, moe_cls: MoEFactory, from_checkpoint: bool) -> ModelWithLosses:
-        """Model of the task, with weights drawn or from `train.init`."""
+        """Build the model of the task, with weights drawn or from `train.init`."""
         model = self.task.model(moe_cls)
         prepare_weights(model, self.config, self.task)
         return ModelWithLosses(model, self._losses, self.task.loss_weights())
@@ -135,11 +135,11 @@ class Finetuning:
         return self.task.losses(output, batch)
 
     def lr_scale(self) -> Callable[[str], float]:
-        """Layer-wise decay, and a factor for the head."""
+        """Return learning-rate factors with layer-wise decay and a factor for the head."""
         return lr_scales(self.config)
 
     def freeze(self, model: nn.Module) -> None:
-        """Freeze the backbone where `task.freeze_backbone` says so.
+        """Freeze the backbone if `task.freeze_backbone` is set and `train.init` names weights.
 
         Called after the engine is built: DeepSpeed refuses a model with experts whose optimizer has none.
         """
@@ -147,7 +147,7 @@ class Finetuning:
             model.get_submodule("backbone").requires_grad_(False)
 
     def open(self, loading: Loading) -> TaskBatches:
-        """Examples from the step on; the order follows from the step, so that no position is needed."""
+        """Open the examples from the step on; the order depends on the step, so no saved position is needed."""
         collate = TaskCollator(self.config, self.tokenizer, self.task.targets)
         batches = training_batches(
             self.examples,
@@ -162,11 +162,11 @@ class Finetuning:
         return TaskBatches(batches)
 
     def counts(self, micro_batches: Sequence[TaskBatch]) -> dict[str, float]:
-        """Examples that were replaced."""
+        """Return the number of examples that were replaced."""
         return {SKIPPED: float(sum(batch.skipped.total() for batch in micro_batches))}
 
     def check_step(self, totals: Mapping[str, float], samples: int) -> None:
-        """Raise UnusableData where more than `data.max_bad_share` of the examples were replaced."""
+        """Raise UnusableData if more than `data.max_bad_share` of the examples were replaced."""
         self.num_skipped += totals[SKIPPED]
         share = self.config.data.max_bad_share
         if samples >= MIN_COUNTED and self.num_skipped > share * (samples + self.num_skipped):
@@ -176,13 +176,13 @@ class Finetuning:
             )
 
     def check_inputs(self, batch: TaskBatch) -> None:
-        """Record nothing: no export reads these checkpoints."""
+        """Return None: no export reads these checkpoints, so they record no outputs."""
 
     def forward_flops(self, totals: Mapping[str, float], samples: int) -> None:
-        """Not counted."""
+        """Return None: FLOPs of tasks are not counted."""
 
     def evaluate(self, trainer: Trainer) -> Evaluation:
-        """Save the plain model, and evaluate it on `task.val`; every rank loads it whole."""
+        """Save the plain model and evaluate it on `task.val`; every rank loads the whole model."""
         out = self.config.train.output_dir
         self._save(trainer)
         loaded = load_task_model(out / MODEL)
@@ -198,11 +198,11 @@ class Finetuning:
         return Evaluation(numbers, json.dumps(numbers))
 
     def finish(self) -> None:
-        """Remove checkpoints, whose place the plain model takes."""
+        """Remove the checkpoints, which the plain model replaces."""
         shutil.rmtree(self.config.train.output_dir / manifest.FOLDER, ignore_errors=True)
 
     def _save(self, trainer: Trainer) -> None:
-        """Write the plain model into `output_dir/model`, from the fp32 masters of all ranks; collective."""
+        """Write the plain model into `output_dir/model`, from the fp32 master weights of all ranks; collective."""
         out = self.config.train.output_dir
         pieces = out / ".pieces"
         on_rank_zero(partial(_new_folder, pieces))
@@ -221,7 +221,7 @@ class Finetuning:
 
 
 class TaskBatches:
-    """Training batches of a task, with counts of the examples that were replaced.
+    """Training batches of a task, which also count the examples that were replaced.
 
     Args:
         batches: endless micro-batches of one data rank.
@@ -232,13 +232,13 @@ class TaskBatches:
         self._skipped: Counter[str] = Counter()
 
     def __next__(self) -> TaskBatch:
-        """Next micro-batch."""
+        """Return the next micro-batch."""
         batch = next(self._batches)
         self._skipped += batch.skipped
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Examples of this start that were replaced, by reason."""
+        """Return the number of examples replaced since this start of the run, by reason."""
         return {SKIPPED: dict(self._skipped)}
 
     def close(self) -> None:

@@ -17,12 +17,12 @@ PEAK_FLOPS = {
     ("A100", "fp16"): 312e12,
     ("V100", "fp16"): 125e12,
 }
-"""Dense tensor-core peak in FLOP/s from the vendors' data sheets, by part of the device's name and precision; SXM
-unless named otherwise. The first matching entry counts."""
+"""Dense tensor-core peak in FLOP/s from the vendor's data sheets, by part of the device's name and precision; SXM
+unless the name says otherwise. The first matching entry is used."""
 
 
 def peak_flops(precision: str) -> float | None:
-    """Peak FLOP/s of this process's accelerator; None if unknown."""
+    """Return the peak FLOP/s of this process's accelerator; None if unknown."""
     if not torch.cuda.is_initialized():
         return None
     name = torch.cuda.get_device_name()

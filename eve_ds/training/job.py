@@ -1,7 +1,7 @@
-"""Interface between the training loop and a kind of training: pre-training or fine-tuning.
+"""Interface between the training loop and its jobs, pre-training and fine-tuning.
 
-A job brings the model with its losses, batches, evaluation, and what is kept at the end; the loop
-(:mod:`eve_ds.training.trainer`) brings everything else.
+A job provides the model with its losses, the batches, the evaluation and the final cleanup; the training loop
+(:mod:`eve_ds.training.trainer`) does everything else.
 """
 
 from __future__ import annotations
@@ -28,54 +28,54 @@ class TrainingBatch(Protocol):
 
     @property
     def keys(self) -> list[str]:
-        """Key of each sample."""
+        """Keys of the samples."""
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that travels to the device."""
+        """Return every tensor that is copied to the device."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
-        """The same batch with every tensor on `device`."""
+        """Return the batch with every tensor on `device`."""
 
     def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments of the model."""
+        """Return the keyword arguments of the model."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
 
 
 class Batches(Protocol):
     """Endless micro-batches of one data rank."""
 
     def __next__(self) -> TrainingBatch:
-        """Next micro-batch; raises :class:`eve_ds.data.sources.UnusableData` where too much of the data is bad."""
+        """Return the next micro-batch; raises :class:`eve_ds.data.sources.UnusableData` if too many samples are bad."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able position after the last micro-batch; `skipped` counts unusable samples by reason."""
+        """Return the position after the last micro-batch, for JSON; `skipped` counts unusable samples by reason."""
 
     def close(self) -> None:
         """End worker processes and close files."""
 
 
 class Loading(NamedTuple):
-    """How micro-batches are to be loaded."""
+    """Settings and position for loading micro-batches."""
 
     topology: Topology
     micro_batch_size: int
     step: int
-    """Optimizer steps taken."""
+    """Number of optimizer steps taken."""
     positions: list[dict[str, Any]] | None
-    """Positions of all ranks at that step, in rank order; None at the start of a run."""
+    """Positions of all ranks at `step`, in rank order; None at the start of a run."""
     pin_memory: bool
-    """Load into page-locked memory, from which copies to a GPU overlap with computation."""
+    """Whether to load into page-locked memory, from which copies to a GPU overlap with computation."""
 
 
 class Evaluation(NamedTuple):
     """Result of an evaluation within a run."""
 
     numbers: dict[str, Any]
-    """JSON-able; written to `metrics.jsonl`."""
+    """Results for `metrics.jsonl`, as JSON types."""
     summary: str
-    """One line for the log."""
+    """Log line."""
 
 
 class Summary(NamedTuple):
@@ -87,7 +87,7 @@ class Summary(NamedTuple):
     samples_per_second: float
     checkpoint: Path | None
     stopped: bool
-    """Stopped by a signal before the end."""
+    """Whether a signal stopped the run before its end."""
     evaluation: dict[str, Any]
     """Numbers of the last evaluation; empty without one."""
 
@@ -100,44 +100,44 @@ class Job(Protocol):
     shapes: dict[str, torch.Size]
     """Shape of every tensor of the plain model, by plain name."""
     keeps_checkpoints: bool
-    """Whether the run ends with a checkpoint; False: with something smaller that :meth:`finish` writes."""
+    """Whether the run ends with a checkpoint; False: with a smaller result, and :meth:`finish` removes checkpoints."""
 
     def check_folder(self) -> None:
-        """Raise ConfigError where `train.output_dir` cannot be used; called on rank 0 alone."""
+        """Raise ConfigError if `train.output_dir` cannot be used; called on rank 0 only."""
 
     def build_model(self, moe_cls: MoEFactory, from_checkpoint: bool) -> ModelWithLosses:
-        """Model with the experts of this rank; weights that a checkpoint will replace need not be read."""
+        """Build the model with this rank's experts; if `from_checkpoint`, a checkpoint will replace its weights."""
 
     def lr_scale(self) -> Callable[[str], float] | None:
-        """Factor of a parameter's learning rate by its name; None: 1 for all."""
+        """Return a function from a parameter's name to the factor of its learning rate; None: 1 for all parameters."""
 
     def freeze(self, model: nn.Module) -> None:
-        """Turn off gradients of parameters that stay as they are, once the engine is built."""
+        """Turn off gradients of frozen parameters; called after the engine is built."""
 
     def open(self, loading: Loading) -> Batches:
-        """Micro-batches of this rank."""
+        """Open the micro-batches of this rank."""
 
     def counts(self, micro_batches: Sequence[Any]) -> dict[str, float]:
-        """Numbers that are summed over ranks before a step; the same names on every rank, whatever the batches hold."""
+        """Return counts to be summed over ranks before a step; names are the same on every rank and for any batch."""
 
     def check_step(self, totals: Mapping[str, float], samples: int) -> None:
-        """Raise UnusableData where the counts of all ranks, and the samples of the run so far, say to stop."""
+        """Raise UnusableData if counts of all ranks show too many bad samples; `samples` is the run's number so far."""
 
     def check_inputs(self, batch: Any) -> Any:
-        """A few samples of a batch, whose outputs a checkpoint records; None records nothing."""
+        """Return a few samples of a batch, whose outputs a checkpoint records; None: record nothing."""
 
     def forward_flops(self, totals: Mapping[str, float], samples: int) -> float | None:
-        """FLOPs of the forward of one sample, from the counts of some samples; None where they are not counted."""
+        """Return the FLOPs of one sample's forward, from the counts of `samples` samples; None if not counted."""
 
     def evaluate(self, trainer: Trainer) -> Evaluation | None:
-        """Evaluate the model of the step; collective. None: this run has nothing to evaluate."""
+        """Evaluate the current model; collective. Returns None if this run has nothing to evaluate."""
 
     def finish(self) -> None:
-        """Clean up after the last step; rank 0 alone."""
+        """Clean up after the last step; called on rank 0 only."""
 
 
 def summed_counts(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Sum of counts by name."""
+    """Sum counts by name."""
     total: dict[str, float] = {}
     for own in counts:
         for name, value in own.items():

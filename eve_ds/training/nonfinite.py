@@ -19,9 +19,9 @@ from eve_ds.training.job import TrainingBatch
 from eve_ds.training.window import all_terms
 
 MOST_NAMED = 8
-"""Most sample keys of a micro-batch, and most micro-batches, that a message names."""
+"""Maximum number of sample keys per micro-batch, and of micro-batches, that a message names."""
 OF_ALL_RANKS = ("loss", "load_balancing", "itc")
-"""Terms that samples of other ranks can make non-finite."""
+"""Loss terms that samples of other ranks can make non-finite."""
 
 
 class NonFiniteError(RuntimeError):
@@ -29,10 +29,10 @@ class NonFiniteError(RuntimeError):
 
 
 def poison_if_nonfinite(loss: Tensor) -> Tensor:
-    """Return the loss, with non-finite gradients if it is not finite.
+    """Return the loss; if it is not finite, its gradients become non-finite too.
 
-    One check before the update then finds both, and the host need not wait for the loss. A loss can be infinite with a
-    finite gradient: a square overflows where its derivative does not.
+    One check of the gradients before the update then finds both cases, and the host need not wait for the loss. A loss
+    can be infinite with a finite gradient: a square overflows where its derivative does not.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
@@ -41,9 +41,9 @@ class NonFiniteSteps:
     """Counts steps without an update.
 
     Args:
-        train: `on_nonfinite`, `max_nonfinite_skips`, `precision`.
+        train: settings, of which `on_nonfinite`, `max_nonfinite_skips` and `precision` are used.
         topology: number of ranks.
-        group: process group of all ranks on the host.
+        group: host process group of all ranks.
     """
 
     def __init__(self, train: TrainConfig, topology: Topology, group: dist.ProcessGroup) -> None:
@@ -51,10 +51,10 @@ class NonFiniteSteps:
         self._train, self._topology, self._group = train, topology, group
 
     def describe(self, step: int, computed: Sequence[LossOutput], batches: Sequence[TrainingBatch]) -> str | None:
-        """One line on the likely cause; collective. None: an fp16 overflow, which the loss scaler answers.
+        """Describe the likely cause in one line; collective. None: an fp16 overflow, which the loss scaler handles.
 
         Args:
-            step: number of the step that has left weights and optimizer as they were.
+            step: number of the step, which left weights and optimizer unchanged.
             computed: losses of its micro-batches.
             batches: its micro-batches.
         """
@@ -90,10 +90,10 @@ class NonFiniteSteps:
 
 
 def _describe(terms: dict[str, Tensor], batch: TrainingBatch) -> tuple[int, str]:
-    """Likelihood that this micro-batch is the cause, and its loss and keys.
+    """Return the likelihood that this micro-batch is the cause (0 to 2), and its loss and keys as text.
 
-    2: a term of its own samples alone is not finite. 1: only terms that ranks share are not finite. 0: its loss is
-    finite.
+    2: a term that depends on its own samples only is not finite. 1: only terms that depend on samples of other ranks
+    too are not finite. 0: its loss is finite.
     """
     bad = [name for name, term in terms.items() if not math.isfinite(float(term))]
     own = [name for name in bad if name not in OF_ALL_RANKS]

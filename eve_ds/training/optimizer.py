@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups: decaying and non-decaying, dense and expert parameters apart, as DeepSpeed needs."""
+"""AdamW and its parameter groups, by weight decay, learning rate and, for DeepSpeed, dense or expert parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from eve_ds.config import Config
 
 EMBEDDINGS = {"position", "modality", "modality_embedding", "class_token", "mask_token"}
-"""Last parts of the names of embeddings that are plain parameters."""
+"""Last name parts of the embeddings that are plain parameters."""
 WORD_EMBEDDING = "text_embedding.word.weight"
 """End of the name of the word embedding."""
 
@@ -24,12 +24,12 @@ def build_optimizer(
     deepspeed_config: dict[str, Any],
     lr_scale: Callable[[str], float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over decaying, non-decaying and expert parameters; weight decay is always set explicitly.
+    """Build AdamW over decaying, non-decaying and expert parameters; weight decay is always set explicitly.
 
     Args:
-        model: plain or DeepSpeed, without its losses.
-        config: `optimizer`.
-        deepspeed_config: ZeRO stage.
+        model: plain or DeepSpeed model, without its losses.
+        config: configuration, of which `optimizer` is used.
+        deepspeed_config: resolved configuration of DeepSpeed, of which the ZeRO stage is used.
         lr_scale: see :func:`optimizer_parameter_groups`.
     """
     settings = config.optimizer
@@ -47,16 +47,16 @@ def build_optimizer(
 def optimizer_parameter_groups(
     model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: matrices decay; biases, norms, LayerScale and embeddings do not.
+    """Return groups for AdamW: matrices decay; biases, norms, LayerScale and embeddings do not.
 
-    Expert parameters get groups of their own, which carry `moe: True` and, as `name`, the process group that their
-    gradients are averaged over; DeepSpeed cuts them where they exceed a size, so there may be several of one name.
+    Expert parameters get groups of their own, with `moe: True` and, as `name`, the process group over which their
+    gradients are averaged. DeepSpeed splits these groups above a size limit, so several may have one name.
 
     Args:
         model: plain or DeepSpeed model, without its losses.
         weight_decay: weight decay of matrices.
-        lr_scale: maps a parameter's name to the factor of its learning rate, which its group carries as `lr_scale`;
-            None: 1 for all.
+        lr_scale: function from a parameter's name to the factor of its learning rate, which its group stores as
+            `lr_scale`; None: 1 for all.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -69,7 +69,7 @@ def optimizer_parameter_groups(
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix, by its name: biases of stacked experts have two dimensions too."""
+    """Whether a parameter is a matrix; the name decides too, since biases of stacked experts have two dimensions."""
     kind = name.rpartition(".")[2]
     return parameter.ndim >= 2 and not (kind in EMBEDDINGS or kind.endswith("bias") or name.endswith(WORD_EMBEDDING))
 
@@ -87,13 +87,13 @@ def _empty_group(decays: bool, scale: float, weight_decay: float) -> dict[str, A
 class CheckedAdamW(torch.optim.AdamW):
     """AdamW that refuses an update with a non-finite gradient on any rank, as ZeRO's optimizers do.
 
-    DeepSpeed at ZeRO 0 in fp32 would apply such an update. Its engine reads the attribute `overflow`.
+    DeepSpeed at ZeRO 0 in fp32 would apply such an update. The engine reads the attribute `overflow`.
     """
 
     overflow = False
 
     def step(self, closure: Any = None) -> Any:
-        """Update, or set `overflow` and change nothing if a gradient of any rank is not finite."""
+        """Update; if a gradient of any rank is not finite, set `overflow` and change nothing. Collective."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().int()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)

@@ -33,11 +33,11 @@ from eve_ds.training.start import start
 from eve_ds.training.trainer import Trainer
 
 CHECK_SAMPLES = 2
-"""Samples of a rank whose outputs a checkpoint records."""
+"""Number of samples per rank whose outputs a checkpoint records."""
 EVALUATED_SCENES = 256
-"""Scenes of an evaluation within a run, a quarter of those of `launcher/evaluate.py scenes`."""
+"""Number of scenes of an evaluation within a run, a quarter of that of `launcher/evaluate.py scenes`."""
 CAPTION_TOKENS = "caption_tokens"
-"""Name of a count: real tokens of the captions, each counted once whatever the number of views."""
+"""Name of the count of real tokens in captions; each token counts once, whatever the number of views."""
 
 
 def pretrain(
@@ -46,15 +46,15 @@ def pretrain(
     """Pre-train as configured; collective over the ranks that the launcher started.
 
     Args:
-        config: model, data and loop.
+        config: settings of model, data and training loop.
         deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 0 with everything "auto".
-        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if there is one, `none` demands a new
+        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if there is one, `none` requires a new
             folder, a path names a checkpoint of the same run.
 
     Raises:
         ConfigError: settings that contradict each other, or an output folder of another run.
         UnusableData: too many samples cannot be used.
-        NonFiniteError: see there.
+        NonFiniteError: a loss or gradient that is not finite.
         OpsBuildError: `EVE_DS_OPS=build`, and the fused ops cannot be built.
     """
     info = initialize_deepspeed_distributed()
@@ -67,10 +67,10 @@ def pretrain(
 
 
 class Pretraining:
-    """Job of pre-training; see :class:`eve_ds.training.job.Job`.
+    """Pre-training job; see :class:`eve_ds.training.job.Job`.
 
     Args:
-        config: model, data and loop.
+        config: settings of model, data and training loop.
         resume: see :func:`pretrain`.
     """
 
@@ -83,11 +83,11 @@ class Pretraining:
         self.held_out: HeldOut | None = None
 
     def check_folder(self) -> None:
-        """Create the output folder, or raise ConfigError where it cannot be used."""
+        """Create the output folder; raises ConfigError if it cannot be used."""
         check_output_dir(self.config, self.resume)
 
     def build_model(self, moe_cls: MoEFactory, from_checkpoint: bool) -> ModelWithLosses:
-        """EVE with drawn weights, or those of `train.init`."""
+        """Build EVE with drawn weights, or with those of `train.init`."""
         config = self.config
         model = EVE(config.model, moe_cls=moe_cls)
         model.backbone.activation_checkpointing = config.train.activation_checkpointing
@@ -99,14 +99,14 @@ class Pretraining:
         return ModelWithLosses(model, partial(_losses, config=config), config.loss.weights)
 
     def lr_scale(self) -> Callable[[str], float] | None:
-        """None: one learning rate for all parameters."""
+        """Return None: all parameters have one learning rate."""
         return None
 
     def freeze(self, model: nn.Module) -> None:
-        """Nothing is frozen."""
+        """Freeze nothing."""
 
     def open(self, loading: Loading) -> Loader:
-        """Loader of the mixture; held-out pairs are read too, so that their problems show before training."""
+        """Open the loader of the mixture; also read held-out pairs, so that their errors show before training."""
         if self.held_out is None and self.config.data.validation is not None:
             self.held_out = load_held_out(self.config, self.tokenizer, loading.topology)
         return build_loader(
@@ -121,25 +121,25 @@ class Pretraining:
         )
 
     def counts(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Denominators of the losses, and tokens of the captions."""
-        batches = micro_batches or [Batch(keys=[])]  # the names must be there on a rank without data too
+        """Return the denominators of the losses and the number of caption tokens."""
+        batches = micro_batches or [Batch(keys=[])]  # a rank without data needs the same names
         model = self.config.model
         return summed_counts(count(batch, model) | {CAPTION_TOKENS: caption_tokens(batch)} for batch in batches)
 
     def check_step(self, totals: Mapping[str, float], samples: int) -> None:
-        """The loader itself refuses too many unusable samples."""
+        """Do nothing: the loader itself refuses too many unusable samples."""
 
     def check_inputs(self, batch: Batch) -> Batch | None:
-        """First samples of a batch; None if it has fields of an objective's own that do not go by sample."""
+        """Return the first samples of a batch; None if some field in `more` is not indexed by sample."""
         by_sample = all(tensor.shape[:1] == (len(batch),) for tensor in batch.more.values())
         return first_samples(batch, CHECK_SAMPLES) if by_sample else None
 
     def forward_flops(self, totals: Mapping[str, float], samples: int) -> float:
-        """FLOPs of the forward of one pair in all views, at the mean length of the captions."""
+        """Return the FLOPs of one pair's forward in all views, at the mean caption length."""
         return pretraining_flops(self.config.model, self.config.masking, totals[CAPTION_TOKENS] / max(samples, 1))
 
     def evaluate(self, trainer: Trainer) -> Evaluation | None:
-        """Scenes, where the run trains on them, and held-out losses, where `data.validation` has pairs."""
+        """Evaluate on scenes if the run trains on them, and on held-out pairs if `data.validation` has any."""
         numbers: dict[str, Any] = {}
         if trains_on_scenes(self.config):
             numbers |= self._evaluate_scenes(trainer)
@@ -164,7 +164,7 @@ class Pretraining:
         )
 
     def finish(self) -> None:
-        """Checkpoints stay."""
+        """Keep the checkpoints."""
 
 
 def _losses(output: EVEOutput, batch: Batch, counts: Mapping[str, float], *, config: Config) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ def _losses(output: EVEOutput, batch: Batch, counts: Mapping[str, float], *, con
 
 
 def _start_from(model: EVE, source: Path, config: Config) -> None:
-    """Copy this rank's share of weights that were trained elsewhere."""
+    """Copy this rank's share of the weights from `train.init`."""
     try:
         read = weight_reader(source, model_shapes(config.model))
         load_plain_state_dict(model, read)
@@ -182,9 +182,9 @@ def _start_from(model: EVE, source: Path, config: Config) -> None:
 
 
 def first_samples(batch: Batch, count: int) -> Batch:
-    """The batch cut to its first samples, up to one with an image view if there is any, without its layouts.
+    """Return the first samples of a batch, without layouts, and at least up to the first sample with an image view.
 
-    Flat indices into the text stay right, as rows keep their length.
+    Flat indices into the text stay valid because rows keep their length.
     """
     if batch.image_view_ids is not None and len(batch.image_view_ids):
         count = max(count, int(batch.image_view_ids[0]) + 1)

@@ -19,7 +19,7 @@ class ProgressLine:
 
     Args:
         log_every: steps between plain lines.
-        done: share of the run that was finished before it resumed; the remaining time follows from progress since then.
+        done: share of the run that was finished before it resumed; progress since then gives the remaining time.
     """
 
     def __init__(self, log_every: int, done: float = 0.0) -> None:
@@ -51,7 +51,7 @@ class ProgressLine:
             self._progress.stop()
 
     def update(self, step: int, fraction: float, numbers: dict[str, float]) -> None:
-        """Show the newest numbers; `fraction` is the finished share of the run."""
+        """Show the latest numbers; `fraction` is the finished share of the run."""
         if not rank_zero():
             return
         if self._progress is not None and self._task is not None:
@@ -66,7 +66,7 @@ LAST = ("load_balancing", "lr", "samples_per_second")
 """Numbers at the end of a progress line."""
 
 LIVE = {"lr": "lr {:.2g}", "samples_per_second": "{:.4g}/s", "load_balancing": "balance {:.3g}"}
-"""Shorter forms in the live line, which must fit 80 columns."""
+"""Short formats of numbers for the live line, which must fit 80 columns."""
 
 
 def _plain_line(step: int, numbers: dict[str, float]) -> str:
@@ -79,6 +79,6 @@ def _live_line(step: int, numbers: dict[str, float]) -> str:
 
 
 def _shown(numbers: dict[str, float]) -> list[str]:
-    """Names in the order of a progress line: `loss`, its terms, then :data:`LAST`."""
+    """Return names in the order of a progress line: `loss`, its terms, then :data:`LAST`."""
     terms = [name for name in loss_terms(numbers) if name not in ("router_z", *LAST)]
     return [*terms, *(name for name in LAST if name in numbers)]

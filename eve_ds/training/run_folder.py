@@ -15,17 +15,17 @@ from eve_ds.config import Config, ConfigError, parse_written_config
 from eve_ds.distributed import broadcast_object, rank_zero
 
 IDENTITY = ("model", "masking", "data", "loss", "task")
-"""Sections of the configuration that must stay the same within one output folder, as must `train.seed`."""
+"""Sections of the configuration that, like `train.seed`, must stay the same within one output folder."""
 
 NO_IDENTITY = {"data": {"num_workers", "max_bad_share"}}
-"""Keys of these sections that may change."""
+"""Keys of the sections in :data:`IDENTITY` that may change."""
 
 
 class FolderLock:
     """File lock that allows at most one run to write into a folder; the operating system releases it with the process.
 
     The lock belongs to the process, not to the open file: data workers outlive a killed rank by seconds and must not
-    keep it.
+    hold its lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,7 +93,7 @@ def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> 
 
 
 def _identity(tree: dict[str, Any]) -> dict[str, Any]:
-    """Settings that identify a run, by dotted key."""
+    """Return the settings that identify a run, by dotted key."""
     identity = {"train.seed": tree.get("train", {}).get("seed")}
     for section in IDENTITY:
         identity |= {
@@ -105,7 +105,7 @@ def _identity(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """First key with different values, and both values; None without any."""
+    """Return the first key with different values, and both values; None if all values are equal."""
     for key in {**now, **before}:
         if before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
@@ -113,7 +113,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, 
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0; every rank raises the ConfigError or OSError that it raises, as a ConfigError."""
+    """Run `action` on rank 0; if it raises ConfigError or OSError, every rank raises ConfigError. Collective."""
     problem: str | None = None
     if rank_zero():
         try:
@@ -126,5 +126,5 @@ def on_rank_zero(action: Callable[[], None]) -> None:
 
 
 def write_config(config: Config) -> None:
-    """Write the configuration into the output folder, which claims it for the run."""
+    """Write the configuration into the output folder, which claims the folder for the run."""
     (config.train.output_dir / "config.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Learning rate, end of the run and due checkpoints, by steps and by seconds."""
+"""Schedules in steps and seconds: learning rate, end of the run, due checkpoints."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from eve_ds.tasks.task import task_section
 
 
 def learning_rate(config: Config, step: int, seconds: float) -> float:
-    """Learning rate of the next update, after `step` updates and `seconds` of training.
+    """Return the learning rate of the next update, after `step` updates and `seconds` of training.
 
-    Linear warm-up over `warmup_steps`, times a decay from 1 to `final_lr_share` over the rest of the steps, or over
-    the whole time budget with `decay_by: seconds`.
+    The rate is `lr`, times a linear warm-up over `warmup_steps`, times a decay from 1 to `final_lr_share`. The decay
+    takes the rest of the steps, or with `decay_by: seconds` the whole time budget.
     """
     settings, train = config.optimizer, config.train
     warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
@@ -27,13 +27,13 @@ def learning_rate(config: Config, step: int, seconds: float) -> float:
 
 
 def done_share(train: TrainConfig, step: int, seconds: float) -> float:
-    """Finished share of the run after `step` updates and `seconds` of training; 1 or more at its end."""
+    """Return the finished share of the run after `step` updates and `seconds` of training; 1 or more at its end."""
     by_time = seconds / train.max_seconds if train.max_seconds else 0.0
     return max(step / train.max_steps, by_time)
 
 
 def ends_after_next_step(train: TrainConfig, step: int, seconds: float) -> bool:
-    """Whether one more update reaches `max_steps` or `max_seconds`, if it takes the mean time of those before."""
+    """Whether one more update, if it takes the mean time of the previous ones, reaches `max_steps` or `max_seconds`."""
     if step + 1 >= train.max_steps:
         return True
     if train.max_seconds is None:
@@ -49,10 +49,10 @@ def save_is_due(train: TrainConfig, step: int, seconds_since_save: float) -> boo
 
 
 def with_schedule(config: Config, num_examples: int) -> Config:
-    """Configuration of fine-tuning with `max_steps` and `warmup_steps` from `task.epochs` and `task.warmup_share`.
+    """Return the configuration with `max_steps` and `warmup_steps` derived from `task.epochs` and `task.warmup_share`.
 
     Raises:
-        ConfigError: fewer examples than one batch.
+        ConfigError: the examples are fewer than one batch.
     """
     train, task = config.train, task_section(config)
     if num_examples < train.train_batch_size:

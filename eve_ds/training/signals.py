@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop."""
+"""Signals that make a run save and stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from eve_ds.distributed import get_logger
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a run to save and end: `scancel`, pre-emption and `sbatch --signal` send them."""
+"""Signals that make a run save and stop; `scancel`, preemption and `sbatch --signal` send them."""
 
 
 class StopSignals:
@@ -28,6 +28,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _request(self, number: int, _: object) -> None:
-        """Record the request; the current step finishes, and one more may follow before all ranks know."""
+        """Record the request; the current step finishes, and one more step may follow before all ranks know."""
         self.requested = True
         get_logger().warning("%s: will save after this step and stop", signal.Signals(number).name)

@@ -1,4 +1,4 @@
-"""Start of a run: output folder, checkpoint, model, optimizer, engine, then the training loop."""
+"""Start of a run: set up output folder, checkpoint, model, optimizer and engine, then run the training loop."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from eve_ds.training.trainer import Trainer
 def start(
     job: Job, config: Config, deepspeed_config: dict[str, Any], resume: Literal["auto", "none"] | Path = "auto"
 ) -> Summary:
-    """Build what a job trains on, resume where a checkpoint says so, and train; collective over all ranks.
+    """Build model, optimizer and engine of a job, resume from a checkpoint if one is chosen, and train; collective.
 
     Args:
-        job: kind of training.
+        job: pre-training or fine-tuning.
         config: configuration that agrees with the DeepSpeed JSON.
-        deepspeed_config: as :func:`eve_ds.parallel.settings.resolve_deepspeed_config` returns it.
-        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if there is one, `none` demands a new
+        deepspeed_config: DeepSpeed's configuration, from :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
+        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if there is one, `none` requires a new
             folder, a path names a checkpoint of the same run.
     """
     lock = FolderLock(config.train.output_dir)
@@ -44,7 +44,7 @@ def start(
     optimizer = build_optimizer(model, config, deepspeed_config, job.lr_scale())
     engine = initialize_engine(module, optimizer, deepspeed_config)
     job.freeze(model)
-    use_built(next(model.parameters()))  # compiled here, if at all, and not while the first step is timed
+    use_built(next(model.parameters()))  # a build, if needed, must not count as time of the first step
     with lock, Trainer(job, engine, optimizer) as trainer:
         if checkpoint is not None:
             trainer.resume(checkpoint)

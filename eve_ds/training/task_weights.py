@@ -1,4 +1,4 @@
-"""Weights of a task's model at the start: drawn or pre-trained, their learning rates, and which of them are trained."""
+"""Initial weights of a task's model, drawn or pre-trained, their learning rates, and whether they are frozen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eve_ds.tasks.task import Task, task_section
 
 
 def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
-    """Draw all weights, then copy the backbone, and the head where it fits, from `train.init` if it is set."""
+    """Draw all weights; if `train.init` is set, copy the backbone from it, and the head tensors whose shapes match."""
     initialize_weights(model, config.model, int(torch.randint(2**62, (), device="cpu")))
     task.draw_head(model)
     backbone = cast(Backbone, model.get_submodule("backbone"))
@@ -32,7 +32,7 @@ def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
         taken = {
             name: weight
             for name, weight in start_head_weights(config.train.init, task.pretrained_names()).items()
-            if name in parameters and parameters[name].shape == weight.shape  # else it is the head of another task
+            if name in parameters and parameters[name].shape == weight.shape  # another task's head may differ
         }
         with torch.no_grad():
             for name, weight in taken.items():
@@ -41,7 +41,7 @@ def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
 
 
 def lr_scale(name: str, num_layers: int, layer_decay: float, head_multiple: float, frozen: bool = False) -> float:
-    """Factor of a parameter's learning rate: 1 at the last block, times `layer_decay` for each block below it.
+    """Return the factor of a parameter's learning rate: 1 at the last block, times `layer_decay` per block below it.
 
     Embeddings lie below the first block, the final LayerNorm counts as the last block, and the head has its own factor
     (BEiT, `get_num_layer_for_vit`). The factor of a frozen backbone is 0.
@@ -57,12 +57,12 @@ def lr_scale(name: str, num_layers: int, layer_decay: float, head_multiple: floa
 
 
 def is_frozen(config: Config) -> bool:
-    """Whether the backbone stays fixed; one with drawn weights is always trained."""
+    """Whether the backbone is frozen; a backbone with drawn weights is always trained."""
     return task_section(config).freeze_backbone and config.train.init is not None
 
 
 def lr_scales(config: Config) -> Callable[[str], float]:
-    """:func:`lr_scale` of a parameter by its name, with the settings of `task`."""
+    """Return :func:`lr_scale` as a function of the parameter's name, with the settings of `task`."""
     task = task_section(config)
     return partial(
         lr_scale,

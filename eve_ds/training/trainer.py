@@ -37,16 +37,16 @@ from eve_ds.training.window import Window
 
 
 class Agreement(NamedTuple):
-    """Decisions about a step that all ranks share before they compute it."""
+    """Decisions about a step on which all ranks agree before they compute it."""
 
     done: bool
-    """It is the last step."""
+    """Whether the step is the last one."""
     save_due: bool
-    """A checkpoint is due after it."""
+    """Whether a checkpoint is due after the step."""
     save_written: bool
-    """Every rank has written its part of the checkpoint under way."""
+    """Whether every rank has written its part of the pending checkpoint."""
     stop: bool
-    """A signal has asked some rank to save after it and to end."""
+    """Whether some rank got a signal to save after the step and end."""
 
 
 class Trainer:
@@ -70,7 +70,7 @@ class Trainer:
         self.window = Window()
         accumulation = engine.gradient_accumulation_steps()
         self.feed = Feed(job, self.topology, self._loading(None), accumulation, engine.device, self.host_group)
-        # Last, so that a run which could not be built leaves nothing in the folder that would claim it.
+        # Last: a run that could not be built must not claim the folder with its configuration.
         on_rank_zero(partial(write_config, self.config))
         self.metrics = Metrics(self.config.train.output_dir, engine)
 
@@ -95,12 +95,12 @@ class Trainer:
         self.feed.close()
         self.feed.open(self._loading(positions))
         self.checkpoint = checkpoint
-        # Records of later steps that stand above this one belong to updates that were lost.
+        # Earlier records in the file with larger step numbers belong to updates that were lost.
         self.metrics.write("event", **self._stamp(), event="resumed", message=f"from {checkpoint}")
         get_logger().info("resumed from %s", checkpoint)
 
     def run(self) -> Summary:
-        """Train until `max_steps` or `max_seconds`, evaluating and saving on the way and at the end."""
+        """Train until `max_steps` or `max_seconds`; evaluate and save when due and at the end."""
         train, started_at, steps_before, samples_before = self.config.train, self.seconds, self.step, self.samples
         with ProgressLine(train.log_every, self._done_share()) as progress:
             done, stopped = self._done_share() >= 1.0, False
@@ -120,7 +120,7 @@ class Trainer:
             if self.step > steps_before and (stopped or self.job.keeps_checkpoints):
                 self._finish_last_save()
             if done and self.step == steps_before and not self.job.keeps_checkpoints:
-                self._evaluate()  # the run was killed after its last step, before it had written its result
+                self._evaluate()  # the run was killed after its last step, before it wrote its result
         if done:
             self._finish_save()
             on_rank_zero(self.job.finish)
@@ -129,7 +129,7 @@ class Trainer:
         return Summary(self.step, self.samples, self.seconds, rate, self.checkpoint, stopped, self.evaluation)
 
     def _train_step(self) -> Agreement:
-        """Make one optimizer update with random numbers by (seed, step, data rank); return the decisions before it."""
+        """Make one optimizer update, with random numbers from (seed, step, data rank); return the ranks' decisions."""
         data = self.feed.take(self.samples)
         agreed = self._agree()
         self.lr = learning_rate(self.config, self.step, self.seconds)
@@ -143,7 +143,7 @@ class Trainer:
             output: LossOutput = self.engine(self.feed.queue.get(), counts)
             self.engine.backward(poison_if_nonfinite(output.loss))
             if self.engine.is_gradient_accumulation_boundary() and not (agreed.done or agreed.stop):
-                self.feed.prepare()  # now the device has work; the update makes the host wait for it
+                self.feed.prepare()  # the device is busy now; the update below makes the host wait for it
             self.engine.step()
             computed.append(output)
         self.step += 1
@@ -157,7 +157,7 @@ class Trainer:
         return agreed
 
     def _agree(self) -> Agreement:
-        """Decide with the other ranks what happens after the step that begins, by the clock of rank 0."""
+        """Decide with the other ranks, by rank 0's clock, what happens after the step that begins; collective."""
         clocks = [self.seconds, time.monotonic() - self.saved_at] if rank_zero() else [0.0, 0.0]
         numbers = torch.tensor([*clocks, self.saver.written, self.stop.requested], dtype=torch.float64)
         dist.all_reduce(numbers, group=self.host_group)
@@ -192,7 +192,7 @@ class Trainer:
             get_logger().info("evaluation at step %d: %s", self.step, result.summary)
 
     def _save(self) -> None:
-        """Write a checkpoint; with `async_save` begin it, and publish it after the step that finds it written."""
+        """Write a checkpoint; with `async_save` only start it, to be published after the step that finds it written."""
         self._finish_save()
         counters = {"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite.skips}
         check = self.job.check_inputs(self.last_batch)
@@ -211,10 +211,10 @@ class Trainer:
             get_logger().info("saved %s", saved.folder)
 
     def _finish_last_save(self) -> None:
-        """Wait for the checkpoint of the last step; nothing is left that could save it again.
+        """Wait for the checkpoint of the last step, after which the run makes no other attempt to save.
 
         Raises:
-            SaveError: it could not be written.
+            SaveError: the checkpoint could not be written.
         """
         self._finish_save()
         if self.checkpoint is None or self.checkpoint.name != name_of(self.step):

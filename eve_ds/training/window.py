@@ -1,4 +1,4 @@
-"""Numbers of the steps since the last metrics record."""
+"""Metrics of the steps since the last metrics record."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Window:
     """Collects loss terms, counts and router statistics; tensors stay on the device until they are read.
 
     Args:
-        started: seconds of training at its start.
+        started: training time at the start of the window, in seconds.
     """
 
     def __init__(self, started: float = 0.0) -> None:
         self.started = started
         self.steps = 0
         self.totals: defaultdict[str, float] = defaultdict(float)
-        """Sums of the counts of its steps, over all ranks."""
+        """Counts summed over the steps of the window and over all ranks."""
         self._terms: list[dict[str, Tensor]] = []
         self._moe: dict[str, tuple[RouterStatistics, ...]] = {}
 
     def add_step(self, computed: list[LossOutput], totals: Mapping[str, float]) -> None:
-        """Add one update: the losses of its micro-batches, and its counts over all ranks."""
+        """Add one update, with the losses of its micro-batches and its counts over all ranks."""
         self.steps += 1
         for name, total in totals.items():
             self.totals[name] += total
@@ -39,10 +39,10 @@ class Window:
         self._moe = {view: tuple(layer.statistics for layer in layers) for view, layers in last.items()}
 
     def reduce(self, topology: Topology) -> dict[str, float]:
-        """Mean of every loss term over micro-batches and ranks, and router statistics of the last micro-batch.
+        """Return means of loss terms over micro-batches and ranks, and router statistics of the last micro-batch.
 
-        Router statistics are over all views; with several views each view has its own too, without the routes to each
-        expert. A collective.
+        Router statistics cover all views together. With several views, each view also has its own statistics, without
+        the routes to each expert. Collective.
         """
         names = sorted(self._terms[0])
         values = torch.stack([torch.stack([terms[name] for name in names]) for terms in self._terms]).mean(dim=0)
@@ -58,5 +58,5 @@ class Window:
 
 
 def all_terms(output: LossOutput) -> dict[str, Tensor]:
-    """`loss` and the terms by name, detached."""
+    """Return `loss` and its terms by name, detached."""
     return {name: term.detach() for name, term in {"loss": output.loss, **output.terms}.items()}
