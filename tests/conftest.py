@@ -1,4 +1,4 @@
-"""Environment of every test, and `run_ranks`: a function run on several gloo processes."""
+"""Environment and fixtures of all tests, such as `run_ranks`, which runs a function on several gloo processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before the first import of torch. Two OpenMP threads per rank on shared cores can be ten times slower than one.
+# Set before the first import of torch. On shared cores, two OpenMP threads per rank can be ten times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A killed DeepSpeed build leaves a lock in the shared extension cache that the next run would wait for.
+# A killed DeepSpeed build leaves a lock in the shared extension cache, and the next run would wait for it.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="eve_ds_extensions_"))
 
 import pytest
@@ -31,12 +31,12 @@ RANK_MAIN = Path(__file__).parent / "distributed" / "rank_main.py"
 SUPPORT = Path(__file__).parent / "support"
 """Folder of modules that test files share."""
 GRACE_SECONDS = 3.0
-"""What the other ranks get to write their own traceback once one rank has failed or run out of time."""
+"""Seconds for the other ranks to write their traceback after one rank has failed or run out of time."""
 
 
 @pytest.fixture
 def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
+    """TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def task_tree() -> Callable[..., dict[str, Any]]:
-    """The function `task_tree(task, **of_task)`: configuration of a model that fine-tunes in a second, as a tree."""
+    """Function `task_tree(task, **of_task)`: configuration, as a tree, of a model that fine-tunes in a second."""
 
     def tree(task: str, **of_task: Any) -> dict[str, Any]:
         return {
@@ -59,7 +59,7 @@ def task_tree() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def pretrained(tmp_path: Path, task_tree: Callable[..., dict[str, Any]]) -> Callable[[str], Path]:
-    """The function `pretrained("mim+mlm")`: an export of a drawn model of `task_tree`, its biases not 0."""
+    """Function `pretrained("mim+mlm")`: exports the model of `task_tree` with drawn weights, whose biases are not 0."""
 
     def write(objectives: str) -> Path:
         import torch
@@ -85,15 +85,15 @@ def pretrained(tmp_path: Path, task_tree: Callable[..., dict[str, Any]]) -> Call
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
-    """The function `run_ranks(function, world_size, *arguments, timeout=120.0)`.
+    """Function `run_ranks(function, world_size, *arguments, timeout=120.0)`.
 
-    Starts `world_size` Python processes joined in one gloo group, calls `function(rank, world_size, *arguments)` in
-    each, and returns what each returned, in rank order. `function` must be a top-level function of a test file, which
-    is loaded by its path, so its module must not act on import. Arguments and results travel by pickle: tensors and
-    plain data, no classes of the test file. One start may run many configurations: loop over them inside `function`.
+    Starts `world_size` Python processes in one gloo group, calls `function(rank, world_size, *arguments)` in each, and
+    returns the results in rank order. `function` must be a top-level function of a test file. The file is loaded by
+    path, so its import must have no side effects. Arguments and results are pickled: tensors and plain data, no classes
+    of the test file. One start can run many configurations: loop over them inside `function`.
 
-    A rank that raises fails the test with its own traceback. When `timeout` seconds are over every rank writes the
-    stacks of all its threads, and the test fails with them. No process outlives the call.
+    If a rank raises, the test fails with that rank's traceback. After `timeout` seconds every rank writes the stacks of
+    all its threads, and the test fails with them. No process outlives the call.
     """
     starts = 0
 
@@ -118,7 +118,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
 
 
 def _start_rank(target: list[str], folder: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
-    # A file store needs no port; the address is only there for code that reads it.
+    # A file store needs no port; the address is set only for code that reads it.
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "RANK": str(rank),
@@ -141,7 +141,7 @@ def _start_rank(target: list[str], folder: Path, rank: int, world_size: int) -> 
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], limit: float) -> str | None:
-    """Wait for all, or for the first failure and a grace period; what went wrong in words, or None."""
+    """Wait for all ranks, or for the first failure and a grace period; return a description of the problem, or None."""
     deadline = time.monotonic() + limit
     problem = None
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -161,7 +161,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], limit: float) -> str | None:
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # its own session, so children of the rank go too
+        os.killpg(process.pid, signal.SIGKILL)  # the rank has its own session, so this kills its children too
     process.wait()
 
 

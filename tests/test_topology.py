@@ -1,17 +1,17 @@
-"""Places of the ranks, and the share of every group that each has."""
+"""Place of each rank in the topology, and its share of the data."""
 
 import pytest
 
 from eve_ds.topology import Topology
 
 
-def test_a_process_without_a_group_is_alone():
+def test_a_process_without_a_group_has_the_default_topology():
     alone = Topology.current()
     assert (alone.data_rank, alone.data_size, alone.expert_rank, alone.tensor_rank) == (0, 1, 0, 0)
 
 
 @pytest.mark.parametrize(("world_size", "ep_size", "tp_size"), [(8, 2, 1), (8, 2, 2), (12, 3, 2), (4, 1, 4)])
-def test_every_combination_of_places_is_taken_once(world_size, ep_size, tp_size):
+def test_each_combination_of_places_occurs_once(world_size, ep_size, tp_size):
     places = [Topology(rank, world_size, ep_size, tp_size) for rank in range(world_size)]
     found = [(place.expert_replica, place.expert_rank, place.tensor_rank) for place in places]
     expected = [
@@ -24,7 +24,7 @@ def test_every_combination_of_places_is_taken_once(world_size, ep_size, tp_size)
     assert all(place.num_expert_replicas == world_size // ep_size // tp_size for place in places)
 
 
-def test_tensor_parallel_ranks_have_the_same_data():
+def test_tensor_parallel_ranks_share_their_data():
     places = [Topology(rank, 8, ep_size=2, tp_size=2) for rank in range(8)]
     assert [place.data_rank for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert {place.data_size for place in places} == {4}

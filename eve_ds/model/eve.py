@@ -82,7 +82,7 @@ class EVEOutput(NamedTuple):
     def token_logits(self) -> Tensor:
         """Return the logits (M, V) of the masked tokens; raises ValueError for a batch without text."""
         if self.token_hidden is None:
-            raise ValueError("this batch had no text, so there are no token logits")
+            raise ValueError("no token logits: this batch had no text")
         return F.linear(self.token_hidden, self.vocabulary_weight, self.vocabulary_bias)
 
 

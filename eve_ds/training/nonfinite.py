@@ -83,7 +83,7 @@ class NonFiniteSteps:
             raise NonFiniteError(f"{message}. {last_good}")
         if self.skips > allowed:
             raise NonFiniteError(
-                f"{message}. That is skip number {self.skips}, train.max_nonfinite_skips ({allowed}) are allowed. "
+                f"{message}. This is skip number {self.skips}, more than train.max_nonfinite_skips ({allowed}). "
                 f"{last_good}"
             )
         get_logger().warning("%s; skipped", message)

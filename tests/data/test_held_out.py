@@ -1,4 +1,4 @@
-"""Held-out pairs are the same in every run, are never trained on, and are dealt to ranks without overlap."""
+"""Held-out pairs are the same in every run, are never trained on, and are divided among ranks without overlap."""
 
 from itertools import islice
 
@@ -15,7 +15,7 @@ from eve_ds.objectives.registry import objectives_of
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Two folders of shards: 60 scenes to train on, 20 others."""
+    """Two folders of shards: `train` with 60 scenes, `val` with 20 other scenes."""
     root = tmp_path_factory.mktemp("shards")
     for name, count, split in (("train", 60, "train"), ("val", 20, "val")):
         write_shards(GeneratedScenes(count, split=split), root / name, WriterOptions())
@@ -49,7 +49,7 @@ def test_a_share_of_the_training_samples_is_held_out_by_key(shards):
     trained, _ = trained_keys(config, 40)
     assert held
     assert not held & set(trained)
-    assert len(held | set(trained)) == 60, "every other sample is trained on"
+    assert len(held | set(trained)) == 60, "all other samples must be trained on"
     assert held == {key for key in held | set(trained) if is_held_out(key, 0.3)}
     assert held == {sample.key for sample in held_out_pairs(config_of(shards, seed=5, share=0.3), 0, 1)}
 
@@ -68,7 +68,7 @@ def test_ranks_share_the_held_out_pairs(shards):
     assert sorted(key for share in shares for key in share) == sorted(whole)
 
 
-def test_sources_of_their_own_change_nothing_in_training(shards):
+def test_separate_validation_sources_do_not_change_training(shards):
     own = config_of(shards, sources=[{"kind": "shards", "shards": str(shards / "val")}], num_samples=12)
     pairs = held_out_pairs(own, 0, 1)
     assert len(pairs) == 12
@@ -77,7 +77,7 @@ def test_sources_of_their_own_change_nothing_in_training(shards):
     assert trained_keys(own, 10)[0] == trained_keys(plain, 10)[0]
 
 
-def test_shards_that_are_trained_on_are_refused(shards):
+def test_validation_shards_used_in_training_are_refused(shards):
     config = config_of(shards, sources=[{"kind": "shards", "shards": str(shards / "train")}])
     with pytest.raises(ConfigError, match=r"data.validation.sources names shard .*, which data.sources trains on"):
         held_out_pairs(config, 0, 1)
@@ -113,6 +113,6 @@ def test_a_saved_position_with_another_share_is_refused(shards):
         ({"sources": [{"kind": "scenes", "modalities": "text"}]}, r"must hold pairs, not modalities 'text'"),
     ],
 )
-def test_validation_needs_one_origin_of_pairs(shards, validation, text):
+def test_validation_needs_either_sources_or_a_share(shards, validation, text):
     with pytest.raises(ConfigError, match=text):
         config_of(shards, **validation)

@@ -1,4 +1,4 @@
-"""One rank of the `run_ranks` fixture: load a function by its file, run it in a gloo group, leave its result."""
+"""One rank of the `run_ranks` fixture: load a function from its file, run it in a gloo group, and save its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     file, name, folder, timeout = sys.argv[1:]
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     faulthandler.dump_traceback_later(float(timeout), exit=True)
-    sys.path.remove(str(Path(__file__).parent))  # so that no test file shadows an installed module
+    sys.path.remove(str(Path(__file__).parent))  # no test file may shadow an installed module
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -35,7 +35,7 @@ def main() -> None:
     result = getattr(module, name)(rank, world_size, *arguments)
     (Path(folder) / f"result{rank}.pickle").write_bytes(pickle.dumps(result))
     if dist.is_initialized():
-        dist.barrier()  # nobody leaves while a peer may still be inside a collective
+        dist.barrier()  # no rank may leave while another is inside a collective
         dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
-"""The training loop through the real DeepSpeed engine on one and on two ranks, on a model of a few thousand parameters.
+"""Training loop with the real DeepSpeed engine on one and on two ranks, on a model of a few thousand parameters.
 
-One start of one process and one of two run everything (JOBS at the end); the tests look at what they found. Whatever a
-test wants to see inside a run, it finds by watching: the trainer, and every step's micro-batches as the step begins.
+All jobs (JOBS, at the end) run in one start of one process and one start of two processes; the tests check the results.
+To look inside a run, a test uses `Watch`, which gives the trainer, and every step's micro-batches as the step begins.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ MODEL = {
 }
 NOISY = {"drop_path_rate": 0.2, "text_dropout": 0.2, "moe": {"num_experts": 4, "router_jitter": 0.1}}
 LIMIT_SECONDS = 500
-"""For all jobs of one start, which take 20 CPU-seconds a rank."""
+"""Time limit for all jobs of one start, which take 20 CPU-seconds per rank."""
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 60)
 
 PLAIN_STEP_TOLERANCE = 2e-5
-"""Of the norm of a parameter's update. A weight of 0.02 is rounded to 1e-9, which is 5e-5 of an update of 2e-5; most
-elements round to the same number (measured: 3e-6)."""
+"""Tolerance relative to the norm of a parameter's update. A weight of 0.02 is rounded to 1e-9, which is 5e-5 of an
+update of 2e-5; most elements round to the same number (measured: 3e-6)."""
 
 
 def config_for(folder, *, ep_size=1, model=(), optimizer=(), loss=(), num_workers=0, **train):
@@ -61,12 +61,13 @@ def config_for(folder, *, ep_size=1, model=(), optimizer=(), loss=(), num_worker
 
 
 class Watch:
-    """Runs `pretrain` with a small evaluation, and sees or changes what passes by.
+    """Runs `pretrain` with a small evaluation; records micro-batches, and may change them.
 
     Args:
         change: called with (number of the step, its micro-batches, trainer) as the step begins; returns the
             micro-batches to train on. May raise.
-        fetch: called with (micro-batches of the step to come, trainer) as they leave the loader; returns others.
+        fetch: called with (micro-batches of the next step, trainer) as they leave the loader; returns their
+            replacements.
     """
 
     def __init__(self, change=None, fetch=None):
@@ -131,7 +132,7 @@ def weights_of(trainer):
 
 
 def records(folder, kind="train"):
-    """Metrics of a run; refuses what JSON does not have (NaN, Infinity)."""
+    """Metrics of a run; fails for NaN and Infinity, which JSON lacks."""
 
     def refuse(word):
         raise AssertionError(f"{word} in metrics.jsonl is not JSON")
@@ -141,7 +142,7 @@ def records(folder, kind="train"):
 
 
 def trace(folder):
-    """Loss terms by step; a step that was taken again after a resume counts as it was the last time."""
+    """Loss terms by step; if a resumed run repeated a step, its last record counts."""
     terms = ("loss", "mim", "mlm", "load_balancing", "router_z", "lr")
     return {item["step"]: [item[name] for name in terms] for item in records(folder)}
 
@@ -151,12 +152,12 @@ def zero(stage, **more):
 
 
 def clip_for(stage, ep_size, precision="fp32"):
-    """DeepSpeed cannot clip at ZeRO 0 with experts spread over ranks or in bf16, and we refuse it."""
+    """Return a clipping norm, or 0 (off) where eve_ds refuses it: at ZeRO 0 with experts spread over ranks or bf16."""
     return 0.0 if stage == 0 and (ep_size > 1 or precision != "fp32") else 0.5
 
 
 def run_jobs(rank, world_size, folder):
-    """Every job for this number of ranks, each in a folder of its own."""
+    """Run every job for this number of ranks, each in its own folder."""
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
@@ -173,7 +174,7 @@ _FINISHED = {}
 
 @pytest.fixture
 def finished(run_ranks, tmp_path_factory):
-    """Folder of a job and what it found, in rank order; the processes are started for the first test that asks."""
+    """Function that returns folder and results, in rank order, of a job; the first call starts the processes."""
 
     def look(job, world_size):
         if world_size not in _FINISHED:
@@ -196,10 +197,10 @@ class Killed(Exception):
 
 
 def resume_cases(rank, world_size, folder):
-    """For each case: trace and weights of a run in one go, and of one that dies in step 5 and goes on from step 3."""
+    """For each case, compare an uninterrupted run with a run that dies in step 5 and resumes from step 3."""
 
     def die(step, micro_batches, trainer):
-        if step == 4 and trainer.saver.pending is not None:  # else it may be published too late to resume from
+        if step == 4 and trainer.saver.pending is not None:  # otherwise the checkpoint may be published too late
             trainer.saver.pending.thread.join()
         if step == 5:
             raise Killed
@@ -243,7 +244,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(finished, world_size):
+def test_a_resumed_run_equals_the_uninterrupted_run_exactly(finished, world_size):
     folder, results = finished(resume_cases, world_size)
     for result in results:
         for number, (unequal, same_keys, steps, last_step, samples) in enumerate(result):
@@ -254,7 +255,9 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(finished, world_size
         whole, parts = trace(folder / f"whole{number}"), trace(folder / f"parts{number}")
         assert sorted(parts) == [1, 2, 3, 4, 5, 6]
         assert parts == whole, case
-        assert len({tuple(terms) for terms in whole.values()}) == 6, "every step differs, so equality says something"
+        assert len({tuple(terms) for terms in whole.values()}) == 6, (
+            "every step must differ, or equality proves nothing"
+        )
         (event,) = records(folder / f"parts{number}", "event")
         assert (event["event"], event["step"], event["samples"]) == ("resumed", 3, 24)
 
@@ -263,13 +266,13 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(finished, world_size
 
 
 def decays(name):
-    """Independent of the engine's rule: by name."""
+    """Whether a parameter decays, by its name, independently of the engine's rule."""
     words = ("norm", "bias", "gamma_", "position", "class_token", "mask_token", "modality", "word")
     return not any(word in name for word in words)
 
 
 def plain_step(config, weights, micro_batches):
-    """Weights and gradient norm after one AdamW step of the plain model on all samples at once, in torch alone."""
+    """Take one AdamW step of the plain model on all samples in plain torch; return weights, gradient norm and loss."""
     from eve_ds.model.eve import EVE
     from eve_ds.model.with_losses import weighted_sum
     from eve_ds.objectives.pretraining import pretraining_losses
@@ -280,7 +283,7 @@ def plain_step(config, weights, micro_batches):
     losses = []
     images = sum(len(batch) for batch in micro_batches)
     visible, masked = (micro_batches[0].visible_patch_ids.shape[1], micro_batches[0].masked_patch_ids.shape[1])
-    # Captions are in both views, beside the visible patches and beside all of them.
+    # Both views have the captions: one beside the visible patches, the other beside all patches.
     captions = 2 * sum(float(batch.attention_mask.sum()) for batch in micro_batches)
     counts = {
         "masked_patches": images * masked,
@@ -350,7 +353,7 @@ def test_a_step_equals_plain_torch(finished):
     _, (results,) = finished(plain_step_cases, 1)
     for case, (worst, norm, expected_norm, loss, expected_loss) in zip(STEPS, results, strict=True):
         assert worst[0] < PLAIN_STEP_TOLERANCE, (case, worst)
-        assert expected_norm > 0.5, "the norm is above the limit, so clipping is at work"
+        assert expected_norm > 0.5, "the norm must exceed the limit, so that clipping is tested"
         assert norm is None if case[0] == 0 else norm == pytest.approx(expected_norm, rel=1e-5)
         assert loss == pytest.approx(expected_loss, rel=1e-6)
 
@@ -359,7 +362,7 @@ def test_a_step_equals_plain_torch(finished):
 
 
 def poison(*, steps, rank, how, micro=0):
-    """A change that spoils one micro-batch, or the gradient of one parameter, of `rank` at some steps."""
+    """Return a `change` that makes a pixel or the gradient of one parameter non-finite, on `rank` at `steps`."""
 
     def change(step, micro_batches, trainer):
         if step not in steps or trainer.topology.rank != rank:
@@ -393,7 +396,7 @@ def then(*changes):
 
 
 def stop_cases(rank, world_size, folder):
-    """Message, whether the weights are those before the bad step, and the newest checkpoint, for each case."""
+    """For each case, return the message, weights that the bad step changed, keys, and the newest checkpoint."""
     from eve_ds.checkpoint.manifest import committed
     from eve_ds.training.nonfinite import NonFiniteError
 
@@ -443,19 +446,19 @@ STOPS = [
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_value_that_is_not_finite_stops_before_the_update(finished, world_size):
+def test_a_non_finite_value_stops_the_run_before_the_update(finished, world_size):
     folder, results = finished(stop_cases, world_size)
     bad = world_size - 1
     for number, (_, how, _, accumulation) in enumerate(STOPS):
         messages = {result[number][0] for result in results}
-        assert len(messages) == 1, "every rank says the same"
+        assert len(messages) == 1, "every rank must raise the same message"
         (message,) = messages
         keys = results[bad][number][2]
         if how == "mim":
             start = f"step 3: loss is not finite, the update was not applied; rank {bad}: mim nan"
             assert message.startswith(start), message
             assert ", ".join(keys[accumulation - 1]) in message
-            assert message.count("rank ") == 1, "nobody else is blamed"
+            assert message.count("rank ") == 1, "only the bad rank must be named"
         else:
             assert message.startswith("step 3: gradient norm is not finite, the update was not applied;"), message
             assert all(f"rank {rank}: loss " in message for rank in range(world_size))
@@ -473,7 +476,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update(finished, world_size
 
 
 def leave_out(bad):
-    """The same stream without the batches of some steps."""
+    """Return a `fetch` that drops the batches of the steps in `bad` from the stream."""
 
     def fetch(micro_batches, trainer):
         while trainer.feed.batches.num_samples // sum(map(len, micro_batches)) in bad:
@@ -484,7 +487,7 @@ def leave_out(bad):
 
 
 def skip_cases(rank, world_size, folder):
-    """Weights after six steps of which two were skipped, against four steps that never saw those batches."""
+    """For each case, compare six steps of which two are skipped with four steps that never see those batches."""
     found = []
     for number, (stage, how, precision, accumulation) in enumerate(SKIPS):
         common = {
@@ -533,7 +536,7 @@ def test_a_skipped_step_leaves_no_trace(finished, world_size):
             assert (steps, samples) == (6, 48)
     for number in range(len(SKIPS)):
         run = folder / str(number)
-        assert sorted(trace(run)) == [1, 2, 4, 6], "a skipped step has no numbers"
+        assert sorted(trace(run)) == [1, 2, 4, 6], "a skipped step must have no record"
         assert [event["step"] for event in records(run, "event")] == [3, 5]
 
 
@@ -547,14 +550,14 @@ def limit_of_skips(rank, world_size, folder):
     return str(caught.value), len(watch.steps)
 
 
-def test_skips_have_a_limit(finished):
+def test_too_many_skipped_steps_stop_the_run(finished):
     _, ((message, steps),) = finished(limit_of_skips, 1)
     assert message.startswith("step 5: loss is not finite")
-    assert "That is skip number 3, train.max_nonfinite_skips (2) are allowed. Last good checkpoint: none yet" in message
+    assert "This is skip number 3, more than train.max_nonfinite_skips (2). Last good checkpoint: none yet" in message
     assert steps == 5
 
 
-# --- what a run does and writes ---------------------------------------------------------------------------------------
+# --- files and log lines of a run -------------------------------------------------------------------------------------
 
 
 class _Messages(logging.Handler):
@@ -600,7 +603,7 @@ def everything_written(rank, world_size, folder):
     return texts, watch.evaluations, nothing, len(done.steps)
 
 
-def test_what_a_run_writes(finished):
+def test_a_run_writes_metrics_log_lines_checkpoints_and_monitors(finished):
     folder, ((texts, evaluations, nothing, more_steps), (peer_texts, *_rest)) = finished(everything_written, 2)
     train = records(folder / "written")
     assert [record["step"] for record in train] == [2, 3, 4, 6, 7]
@@ -611,12 +614,12 @@ def test_what_a_run_writes(finished):
     for record, previous in zip(train, [{"seconds": 0.0, "samples": 0}, *train], strict=False):
         spent = record["seconds"] - previous["seconds"]
         made = record["samples"] - previous["samples"]
-        # Seconds are rounded to the millisecond in the record.
+        # The record rounds seconds to milliseconds.
         assert record["samples_per_second"] == pytest.approx(made / spent, rel=2e-3 / spent)
         assert record["peak_memory_bytes"] > 50e6
         tokens = record["tokens_per_second"] / record["samples_per_second"]
         views = 1 + 4 + 1 + 16  # class token and 4 visible patches, class token and all patches
-        assert views + 2 * 5 < tokens < views + 2 * 24, "and the caption in both"
+        assert views + 2 * 5 < tokens < views + 2 * 24, "both views must count the caption"
         assert {"loss", "mim", "mlm", "load_balancing", "router_z", "lr", "grad_norm"} <= set(record)
         assert {"moe0/entropy", "moe0/dead_experts", "moe0/image_routes/3", "moe0/text_routes/0"} <= set(record)
         assert {"moe0/mim/entropy", "moe0/mlm/dropped_text", "moe0/mlm/image_share"} <= set(record)
@@ -630,7 +633,7 @@ def test_what_a_run_writes(finished):
     assert [line.split()[1] for line in lines] == ["2", "4", "6"]
     assert all(word in lines[0] for word in ("loss", "mim", "mlm", "lr", "samples_per_second", "eta"))
     assert [text.split("/")[-1] for text in texts if text.startswith("saved")] == ["step-00000005", "step-00000007"]
-    assert (nothing.steps, more_steps) == (7, 0), "a run that is done does nothing more"
+    assert (nothing.steps, more_steps) == (7, 0), "a finished run must take no further step"
     assert (folder / "written" / "checkpoints" / "latest").read_text().strip() == "step-00000007"
     with_loss = (folder / "csv" / "job" / "train_loss.csv").read_text().splitlines()
     written = [line.split(",") for line in with_loss[1:]]
@@ -657,11 +660,11 @@ def other_settings(rank, world_size, folder):
     return found
 
 
-def test_time_budget_saves_by_minutes_and_bf16(finished):
+def test_max_seconds_save_every_minutes_and_bf16_take_effect(finished):
     folder, results = finished(other_settings, 2)
     (steps, seconds), (peer_steps, _) = results[0]["timed"], results[1]["timed"]
     assert steps == peer_steps > 1
-    # It stops before the step that would go over, so only the time of one slow step can be too much.
+    # The run stops before the step that would exceed the budget, so only one slow step can exceed it.
     assert 0.2 < seconds < 1.5
     assert results[0]["minutes"] == ["latest", "step-00000001", "step-00000002", "step-00000003"]
     assert results[0]["bf16"] == {"torch.bfloat16"}
@@ -673,7 +676,7 @@ def test_time_budget_saves_by_minutes_and_bf16(finished):
     assert {group[2] for group in results[0]["groups"]} == {False, True}
 
 
-# --- the same stream on other numbers of ranks ------------------------------------------------------------------------
+# --- splits of the same stream over ranks -----------------------------------------------------------------------------
 
 
 def traces_for(rank, world_size, folder):
@@ -690,7 +693,7 @@ def traces_for(rank, world_size, folder):
 
 
 SPLITS = {1: [(1, 1, 1), (2, 1, 4)], 2: [(1, 1, 1), (1, 2, 2), (2, 2, 1)]}
-"""By number of ranks: ZeRO stage, ranks that share a set of experts, micro-steps."""
+"""Number of ranks -> cases: ZeRO stage, ranks that share a set of experts, micro-steps."""
 
 
 def test_losses_do_not_depend_on_ranks_or_accumulation(finished):
@@ -704,19 +707,19 @@ def test_losses_do_not_depend_on_ranks_or_accumulation(finished):
         found = trace(run)
         assert sorted(found) == [1, 2, 3, 4]
         for step, (loss, mim, mlm, balance, z, lr) in expected.items():
-            # Each step's fp32 rounding (4e-7 of a gradient) grows over the steps before it.
+            # The fp32 rounding of a step (4e-7 of a gradient) grows over the following steps.
             others = [found[step][term] for term in (0, 1, 2, 4, 5)]
             assert others == pytest.approx([loss, mim, mlm, z, lr], rel=2e-5), (world_size, split, step)
-            # Balance is a product of means: over micro-steps it is the mean of their own, by design.
+            # Balance is a product of means; over micro-steps it is, by design, the mean of these products.
             assert found[step][3] == pytest.approx(balance, rel=2e-5 if split[2] == 1 else 0.2)
 
 
-# --- data that gives out ----------------------------------------------------------------------------------------------
+# --- data that runs out -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def loader_that_fails(error, at, calls=None):
-    """Every loader raises `error` instead of its batch number `at`, and counts a bad sample with each before it."""
+    """Make loaders raise `error` instead of their batch number `at`, and count a bad sample with each earlier batch."""
     from eve_ds.data.pipeline import Loader
 
     original, count = Loader.__next__, 0
@@ -735,8 +738,8 @@ def loader_that_fails(error, at, calls=None):
         yield
 
 
-def data_gives_out(rank, world_size, folder):
-    """Message, then steps of a run whose data would give out after its last step."""
+def data_runs_out(rank, world_size, folder):
+    """Return the message of a run whose data runs out, and the steps of a run whose data would after its last step."""
     from eve_ds.data.sources import UnusableData
 
     error = UnusableData("shard a.tar, key 7: truncated")
@@ -748,18 +751,18 @@ def data_gives_out(rank, world_size, folder):
     return str(caught.value), summary.steps
 
 
-def test_data_that_gives_out_on_one_rank_ends_all_at_the_step_that_would_have_used_it(finished):
-    folder, results = finished(data_gives_out, 2)
+def test_missing_data_on_one_rank_ends_all_ranks_at_the_step_that_needs_it(finished):
+    folder, results = finished(data_runs_out, 2)
     assert results == [("rank 1: shard a.tar, key 7: truncated", 3)] * 2
     assert sorted(trace(folder / "second")) == [1]
     assert [record["checkpoint"] for record in records(folder / "second", "save")] == ["step-00000001"]
 
 
-# --- data that is fetched ahead ---------------------------------------------------------------------------------------
+# --- data that is fetched in advance ----------------------------------------------------------------------------------
 
 
 def fetched_ahead(rank, world_size, folder):
-    """What runs call, in order: one to its end, one that is asked to stop in step 2, one whose loader breaks."""
+    """Return the calls, in order, of a whole run, of one that is stopped in step 2, and of one whose loader fails."""
     from deepspeed import DeepSpeedEngine
 
     def recorded(name, original):
@@ -793,13 +796,13 @@ def test_the_next_step_is_fetched_while_the_device_computes_the_last_gradient(fi
     fetch = ["fetch", "fetch"]
     step, last_step = ["backward", "step", "backward", *fetch, "step"], ["backward", "step", "backward", "step"]
     assert calls["whole"] == [*fetch, *step, *step, *last_step]
-    assert calls["stopped"] == [*fetch, *step, *last_step], "a step that is to be the last fetches nothing"
-    broken = [*step[:-2], "step"]  # the first of two micro-batches is not to be had
+    assert calls["stopped"] == [*fetch, *step, *last_step], "the last step must fetch nothing"
+    broken = [*step[:-2], "step"]  # the first of two micro-batches fails
     assert calls["broken"] == [*fetch, *step, *broken]
 
 
-def test_what_is_fetched_ahead_belongs_to_no_earlier_step(finished):
-    """Neither in its metrics nor in its checkpoint, and an error of the loader does not keep it from being saved."""
+def test_data_fetched_in_advance_does_not_count_for_earlier_steps(finished):
+    """Its data is not in an earlier step's metrics or checkpoint, and a loader error does not prevent the save."""
     folder, _ = finished(fetched_ahead, 1)
     for name, steps in (("whole", 3), ("stopped", 2), ("broken", 2)):
         run = folder / name
@@ -820,6 +823,6 @@ JOBS = {
         everything_written,
         other_settings,
         traces_for,
-        data_gives_out,
+        data_runs_out,
     ],
 }

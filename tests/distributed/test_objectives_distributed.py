@@ -1,4 +1,4 @@
-"""Sets of objectives through the real engine: gathered features, training, resume, export."""
+"""Sets of objectives with the real engine: gathered features, training, resume, export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = [
     *("train.train_batch_size=8", "train.metrics_every=1", "optimizer.warmup_steps=2"),
 ]
 SETS = ("itc+itm", "mim+mlm+itc+itm", "mlm+itc", "mim")
-"""Those that are resumed; `mim+mlm` is in test_engine_distributed.py."""
+"""Sets of objectives whose resume is tested; test_engine_distributed.py tests `mim+mlm`."""
 CHEAP = ["masking.image_view_share=0.75", "masking.language_view_patch_share=0.5", "masking.image_view_word_share=0.5"]
 PAIRS, WIDTH = 6, 5
 pytestmark = pytest.mark.timeout(300)
@@ -35,7 +35,7 @@ def records(folder, kind="train"):
 
 
 def numbers(folder):
-    """Loss terms by step; of a step that was taken twice, the second time."""
+    """Loss terms by step; if a resumed run repeated a step, its last record counts."""
     names = ("loss", "mim", "mlm", "itc", "itm", "load_balancing", "router_z")
     return {item["step"]: [item.get(name) for name in names] for item in records(folder)}
 
@@ -49,7 +49,7 @@ def features():
 
 
 def contrastive_gradients(rows, gather):
-    """Loss, and gradients with respect to the rows of both features and the temperature's logarithm."""
+    """Return the loss, and its gradients for the rows of both features and the temperature's logarithm."""
     from eve_ds.objectives.contrastive import MatchingOutput, pair_contrastive_loss
 
     leaves = [part[rows].clone().requires_grad_() for part in features()]
@@ -68,14 +68,14 @@ def gathered(rank, world_size):
     return contrastive_gradients(slice(rank * share, (rank + 1) * share), gather_rows)
 
 
-def test_gradients_through_the_gather_are_those_of_one_process(run_ranks):
+def test_gradients_through_the_gather_equal_those_of_one_process(run_ranks):
     from eve_ds.objectives.objective import only_this_rank
 
     world_size = 2
     loss, (images, texts, temperature) = contrastive_gradients(slice(None), only_this_rank)
     found = run_ranks(gathered, world_size)
     torch.testing.assert_close(sum(own for own, _ in found) / world_size, loss, rtol=1e-12, atol=0)
-    # Parameter gradients are averaged over ranks, so a rank's rows have as many times the gradient.
+    # Parameter gradients are averaged over ranks, so the gradients of a rank's rows are `world_size` times as large.
     for place, whole in ((0, images), (1, texts)):
         rows = torch.cat([gradients[place] for _, gradients in found]) / world_size
         torch.testing.assert_close(rows, whole, rtol=1e-10, atol=1e-14)
@@ -114,7 +114,7 @@ def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
 
 
 def resume_both(rank, world_size, folder):
-    """Each set in one go, and in two halves; ranks share the experts."""
+    """Train each set without interruption and in two halves; return names of unequal weights. Ranks share experts."""
     from eve_ds.parallel.moe import local_plain_state_dict
     from eve_ds.training import pretrain as pretraining
     from eve_ds.training import start
@@ -157,7 +157,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one_and_exports(run_ranks, runs, world_size):
+def test_a_resumed_run_equals_the_uninterrupted_run_exactly_and_exports(run_ranks, runs, world_size):
     from eve_ds.export import load
     from eve_ds.export.plain import export
     from eve_ds.report.run_report import Exported, write_report

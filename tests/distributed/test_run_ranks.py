@@ -1,4 +1,4 @@
-"""The fixture that every distributed test relies on: results in rank order, errors with their traceback, no hangs."""
+"""The fixture `run_ranks` returns results in rank order, shows the traceback of an error, and ends hanging ranks."""
 
 import time
 
@@ -28,7 +28,7 @@ def hang_on_rank_zero(rank, world_size):
     dist.barrier()
 
 
-def test_one_start_runs_many_cases_and_results_come_in_rank_order(run_ranks):
+def test_results_come_in_rank_order_from_one_start_with_many_cases(run_ranks):
     results = run_ranks(scaled_sums, 2, [1.0, 10.0], timeout=60)
     assert [rank for rank, _ in results] == [0, 1]
     for _, (once, tenfold) in results:
@@ -36,7 +36,7 @@ def test_one_start_runs_many_cases_and_results_come_in_rank_order(run_ranks):
         assert torch.equal(tenfold, torch.tensor([30.0, 30.0]))
 
 
-def test_an_error_fails_the_test_with_the_traceback_of_its_rank(run_ranks):
+def test_an_error_fails_the_test_with_the_rank_traceback(run_ranks):
     with pytest.raises(pytest.fail.Exception, match="told to fail on rank 1") as caught:
         run_ranks(fail_on_last_rank, 2, timeout=60)
     assert "in fail_on_last_rank" in str(caught.value)

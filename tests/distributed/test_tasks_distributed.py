@@ -1,4 +1,4 @@
-"""Tasks on two ranks against one: contrastive gradient, evaluation, and a whole fine-tuning run."""
+"""Tasks on two ranks equal those on one rank: contrastive gradient, evaluation, and a whole fine-tuning run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NUM_SAMPLES = 8
 
 
 def contrastive_gradients(rank, world_size, tree, lengths):
-    """Gradient of the ITC loss over all samples, averaged over ranks as DeepSpeed does it, by name."""
+    """Return the ITC loss over all samples and its gradients by name, averaged over ranks as DeepSpeed does."""
     import torch.distributed as dist
 
     from eve_ds.config import parse_config
@@ -28,7 +28,7 @@ def contrastive_gradients(rank, world_size, tree, lengths):
     pixels = torch.randn(NUM_SAMPLES, 1, 3, 64, 64, generator=generator)
     ids = torch.randint(5, 200, (NUM_SAMPLES, 6), generator=generator)
     mine = slice(rank * NUM_SAMPLES // world_size, (rank + 1) * NUM_SAMPLES // world_size)
-    targets = torch.tensor([0, 1, 2, 3, 4, 0, 6, 7])  # samples 0 and 5, of different ranks, are of one image
+    targets = torch.tensor([0, 1, 2, 3, 4, 0, 6, 7])  # samples 0 and 5, on different ranks, share an image
     mask = torch.ones(NUM_SAMPLES, 6, dtype=torch.bool)
     batch = TaskBatch([], pixels[mine], ids[mine], mask[mine], targets[mine])
     loss = task.losses(model(**batch.model_inputs()), batch)["itc"]
@@ -47,14 +47,14 @@ def contrastive_gradients(rank, world_size, tree, lengths):
     ("features", "lengths", "weight"),
     [("class_token", None, "image_projection.weight"), ("words", (4,), "text_head.dense.weight")],
 )
-def test_gradient_through_the_gather_is_that_of_one_process(run_ranks, task_tree, features, lengths, weight):
+def test_gradient_through_the_gather_equals_that_of_one_process(run_ranks, task_tree, features, lengths, weight):
     tree = task_tree("retrieval", itm_weight=0, rerank=0, features=features)
     (loss, gradients), _ = run_ranks(contrastive_gradients, 2, tree, lengths)
     ((expected_loss, expected),) = run_ranks(contrastive_gradients, 1, tree, lengths)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        # Sums in another order in fp32: 1e-5 of the largest gradient of the tensor.
+        # Another summation order in fp32 changes 1e-5 of the largest gradient of the tensor.
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()))
     assert float(gradients[f"head.{weight}"].abs().max()) > 0
 
@@ -72,7 +72,7 @@ def finetune_and_read(rank, world_size, trees, deepspeed_config, folders):
 
 
 @pytest.mark.parametrize(("ep_size", "stage"), [(2, 1), (1, 2)])
-def test_two_ranks_fine_tune_and_evaluate_as_one(run_ranks, task_tree, tmp_path, ep_size, stage):
+def test_two_ranks_fine_tune_and_evaluate_like_one_rank(run_ranks, task_tree, tmp_path, ep_size, stage):
     names = ["vqa", "nlvr", "retrieval"]
     trees = [task_tree(name) for name in names]
     trees[1]["train"]["eval_every"] = 2
@@ -96,7 +96,7 @@ def test_two_ranks_fine_tune_and_evaluate_as_one(run_ranks, task_tree, tmp_path,
 
 
 @pytest.mark.parametrize(("ep_size", "stage"), [(2, 1), (1, 0), (1, 2)])
-def test_a_frozen_backbone_stays_to_the_bit_while_the_head_learns(
+def test_a_frozen_backbone_does_not_change_while_the_head_learns(
     run_ranks, task_tree, pretrained, tmp_path, ep_size, stage
 ):
     from safetensors.torch import load_file
@@ -116,16 +116,16 @@ def test_a_frozen_backbone_stays_to_the_bit_while_the_head_learns(
         if name.startswith("backbone."):
             assert torch.equal(found, before[name]), name
             continue
-        if name.endswith("in_proj_bias"):  # softmax is blind to the bias of keys: Adam enlarges what rounding leaves
+        if name.endswith("in_proj_bias"):  # softmax ignores the bias of keys, and Adam amplifies its rounding error
             found, expected = (bias.unflatten(0, (3, -1))[[0, 2]] for bias in (found, expected))
-        # Adam moves every weight by about the learning rate; two orders of summing agree far better than that.
+        # Adam moves every weight by about the learning rate; two summation orders agree far better than that.
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     moved = (two["head.text_head.dense.weight"] - before["text_head.dense.weight"]).abs().mean()
     assert 1e-3 < float(moved) < 3e-3  # three steps of 1e-3
 
 
 def stopped_and_resumed(rank, world_size, tree, folder, stop_at):
-    """Fine-tune until rank 1 gets SIGTERM within step `stop_at`; what the folder then holds; the same command again."""
+    """Fine-tune until rank 1 gets SIGTERM in step `stop_at`, list the folder, then resume with the same command."""
     import os
     import signal
     from pathlib import Path
@@ -150,7 +150,7 @@ def stopped_and_resumed(rank, world_size, tree, folder, stop_at):
     return first.stopped, first.steps, held, second.stopped, second.steps
 
 
-def test_a_run_that_a_signal_stops_goes_on_to_the_same_weights(run_ranks, task_tree, tmp_path):
+def test_a_run_stopped_by_a_signal_resumes_to_the_same_weights(run_ranks, task_tree, tmp_path):
     tree = task_tree("vqa", visible_patch_share=0.5)
     tree["train"] |= {"max_steps": 6}
     run_ranks(finetune_and_read, 2, [tree], None, [str(tmp_path / "whole")])
@@ -160,11 +160,11 @@ def test_a_run_that_a_signal_stops_goes_on_to_the_same_weights(run_ranks, task_t
     assert weights[0] == weights[1]
     losses = [{r["step"]: r["loss"] for r in _records(tmp_path / n) if r["kind"] == "train"} for n in ("whole", "cut")]
     assert losses[0] == losses[1]
-    assert not (tmp_path / "cut" / "checkpoints").exists(), "nothing is left that the folder could go on from"
+    assert not (tmp_path / "cut" / "checkpoints").exists(), "a finished run must remove its checkpoints"
 
 
 def fetched_ahead(rank, world_size, tree, folder):
-    """What two runs call, in order: one whose data ends after its last step, one whose data ends in its third."""
+    """Return the calls, in order, of a run whose data ends after its last step, and of one whose data ends before."""
     from pathlib import Path
     from unittest import mock
 
@@ -218,7 +218,7 @@ def test_the_next_step_is_fetched_while_the_device_computes_the_last_gradient(ru
     assert calls == [*fetch, *step, *step, *last_step]
     assert (error, steps) == (None, [1, 2, 3])
     assert broken_calls == [*fetch, *step, *step]
-    assert (broken_error, broken_steps) == ("missing image", [1, 2]), "the step before is finished"
+    assert (broken_error, broken_steps) == ("missing image", [1, 2]), "the previous step must finish"
 
 
 def _records(folder):
@@ -265,7 +265,7 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(run_ranks, task_tree, tmp_
 
 
 def refused(rank, world_size, tree, folder):
-    """Texts of what a run raises: weights that explode, then a folder that holds a model, then other settings."""
+    """Return error messages of four runs: a loss that diverges, another seed, a good run (None), the same run again."""
     from pathlib import Path
 
     from eve_ds.config import ConfigError, parse_config
@@ -284,7 +284,7 @@ def refused(rank, world_size, tree, folder):
     return [exploding, attempt(train={"seed": 9}), attempt(), attempt()]
 
 
-def test_what_stops_a_run_names_the_reason(run_ranks, task_tree, tmp_path):
+def test_errors_of_a_run_name_their_reason(run_ranks, task_tree, tmp_path):
     ((exploding, other_seed, good, again),) = run_ranks(refused, 1, task_tree("vqa"), str(tmp_path / "out"))
     assert "not finite, the update was not applied; " in exploding
     assert "its train.seed is 0, this run's is 9" in other_seed

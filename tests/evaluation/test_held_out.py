@@ -1,4 +1,4 @@
-"""Held-out losses against a loop over samples in plain torch, with the right and with another image or caption."""
+"""Held-out losses equal a loop over samples in plain torch, with the right and with another image or caption."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def config_of(*overrides):
 
 
 def by_hand(model, batch):
-    """Mean losses over every masked word and patch, sample by sample; `shift` 1 is the wrong partner."""
+    """Mean losses over every masked word and patch, sample by sample; `shift` -1 selects the wrong partner."""
     found = {name: {} for name in ("word_loss", "word_accuracy", "pixel_loss")}
     count, length = batch.input_ids.shape
     for side, shift in (("right", 0), ("wrong", -1)):
@@ -65,7 +65,7 @@ def test_losses_equal_a_loop_over_samples():
     model = EVE(config.model).train()
     held_out = load_held_out(config, load_tokenizer("scenes"), Topology())
     result = evaluate_held_out(model, config.model, held_out)
-    assert model.training, "the mode comes back"
+    assert model.training, "evaluation must restore the training mode"
     model.eval()
     (batch,) = held_out.batches
     assert len(batch) == 10
@@ -84,7 +84,7 @@ def test_losses_equal_a_loop_over_samples():
         ("[joint]", {"pixel_loss", "word_loss", "word_accuracy"}),
     ],
 )
-def test_a_model_is_measured_on_what_it_predicts(objectives, names):
+def test_metrics_depend_on_the_heads_of_the_model(objectives, names):
     config = config_of(f"model.objectives={objectives}")
     held_out = load_held_out(config, load_tokenizer("scenes"), Topology())
     result = evaluate_held_out(EVE(config.model), config.model, held_out)
@@ -92,7 +92,7 @@ def test_a_model_is_measured_on_what_it_predicts(objectives, names):
     assert all(sides.keys() == {"right", "wrong"} for sides in result.values())
 
 
-def test_a_single_pair_is_refused():
+def test_a_single_held_out_pair_is_refused():
     config = config_of("data.validation.num_samples=2")
     with pytest.raises(ConfigError, match="leaves a rank with 1 usable pairs, at least 2 are needed"):
         load_held_out(config, load_tokenizer("scenes"), Topology(rank=1, world_size=2))

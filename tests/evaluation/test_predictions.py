@@ -1,4 +1,4 @@
-"""Evaluation: every query once, the same answers whatever the batch size, completed after a kill."""
+"""Evaluation answers every query once, with any batch size, and completes after a kill."""
 
 import json
 
@@ -16,7 +16,7 @@ from eve_ds.tasks.registry import new_task
 
 
 class Prepared:
-    """A task with a drawn model and twenty examples of scenes."""
+    """A task, a model with drawn weights, and twenty examples from scenes."""
 
     def __init__(self, tree):
         self.config = parse_config(tree)
@@ -47,7 +47,7 @@ def test_predictions_do_not_depend_on_the_batch_size(tmp_path, task_tree, name):
     assert keys == prepared.task.queries(prepared.examples)
     if name == "retrieval":
         assert written[0] == written[1] == written[2]
-    else:  # scores are written to five decimals, the last of which may be rounded either way
+    else:  # scores are written with five decimals, of which the last may be rounded either way
         for one, other in zip(*(read_predictions(tmp_path / str(size)).values() for size in (1, 64)), strict=True):
             assert one["answer"] == other["answer"]
             for field in one.keys() - {"key", "answer"}:
@@ -58,7 +58,7 @@ def test_a_killed_evaluation_is_completed(tmp_path, task_tree, monkeypatch):
     prepared = Prepared(task_tree("vqa"))
     whole = prepared.evaluate(tmp_path / "whole")
     expected = (tmp_path / "whole" / "predictions.jsonl").read_text()
-    # As two killed ranks leave it: some lines each, one of them half written.
+    # Files as two killed ranks leave them: each wrote some lines, one line is half written.
     lines = expected.splitlines(keepends=True)
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -80,7 +80,7 @@ def test_a_killed_evaluation_is_completed(tmp_path, task_tree, monkeypatch):
     assert (broken / "predictions.jsonl").read_text() == expected
 
 
-def test_predictions_of_another_model_or_of_other_data_are_not_mixed(tmp_path, task_tree):
+def test_predictions_of_other_weights_or_examples_are_refused(tmp_path, task_tree):
     prepared = Prepared(task_tree("vqa"))
     prepared.evaluate(tmp_path)
     with pytest.raises(ConfigError, match=r"holds predictions of other weights \(w, now v\): name another folder"):
@@ -91,7 +91,7 @@ def test_predictions_of_another_model_or_of_other_data_are_not_mixed(tmp_path, t
         prepared.evaluate(tmp_path, examples=prepared.examples[:5])
 
 
-def test_a_missing_image_is_counted_and_not_a_wrong_answer(tmp_path, task_tree):
+def test_a_missing_image_counts_as_skipped_not_as_wrong(tmp_path, task_tree):
     prepared = Prepared(task_tree("vqa"))
     examples = [*prepared.examples[:6], Example("x", (tmp_path / "gone.png",), "what?", "", ("red",))]
     examples.append(Example("y", (b"no image",), "what?", "", ("red",)))
@@ -104,7 +104,7 @@ def test_a_missing_image_is_counted_and_not_a_wrong_answer(tmp_path, task_tree):
     assert read_predictions(tmp_path / "out")["x"] == {"key": "x", "skipped": "missing image"}
 
 
-def test_retrieval_leaves_out_an_image_that_cannot_be_read_with_its_captions(tmp_path, task_tree):
+def test_retrieval_skips_an_unreadable_image_and_its_captions(tmp_path, task_tree):
     prepared = Prepared(task_tree("retrieval"))
     examples = [*prepared.examples[:6], Example("x", (tmp_path / "gone.png",), "a red circle", "gone")]
     metrics = prepared.evaluate(tmp_path / "out", examples=examples)
@@ -114,7 +114,7 @@ def test_retrieval_leaves_out_an_image_that_cannot_be_read_with_its_captions(tmp
     assert all("x" not in record.get("dot", []) for record in read_predictions(tmp_path / "out").values())
 
 
-def test_two_examples_of_one_key_are_refused(tmp_path, task_tree):
+def test_duplicate_keys_are_refused(tmp_path, task_tree):
     prepared = Prepared(task_tree("vqa"))
     image = np.zeros((8, 8, 3), np.uint8)
     examples = [Example("7", (image,), "what?", "", ("red",)), Example("7", (image,), "who?", "", ("red",))]

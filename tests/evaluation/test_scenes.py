@@ -102,7 +102,7 @@ def result(scenes, tokenizer):
     return found, model
 
 
-def test_words_of_a_model_that_uses_the_image_are_right_with_the_right_image_only(result, scenes, tokenizer):
+def test_oracle_predicts_words_correctly_only_with_the_right_image(result, scenes, tokenizer):
     found, _ = result
     collate = Collator(evaluation_config(CONFIG), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True)
     hits, asked = Counter(), Counter()
@@ -124,7 +124,7 @@ def test_words_of_a_model_that_uses_the_image_are_right_with_the_right_image_onl
     assert found["color"]["wrong"] < 0.5
 
 
-def test_words_of_completely_masked_captions(result, scenes, tokenizer):
+def test_oracle_predicts_words_of_hidden_captions(result, scenes, tokenizer):
     found, _ = result
     hits = asked = 0
     for start in range(0, NUM_SCENES, BATCH):
@@ -148,7 +148,7 @@ def test_words_are_predicted_from_whole_and_masked_images_and_pixels_from_masked
     }
 
 
-def test_foreground_pixels_with_the_right_and_with_another_caption(result, scenes, tokenizer):
+def test_pixel_loss_is_measured_on_foreground_with_right_and_wrong_caption(result, scenes, tokenizer):
     found, _ = result
     collate = Collator(evaluation_config(CONFIG), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True)
     losses = []
@@ -200,7 +200,7 @@ def test_evaluation_runs_without_gradients_and_restores_the_mode(result, scenes,
     model.train()
 
 
-def test_ranks_divide_the_scenes(scenes, tokenizer, monkeypatch):
+def test_ranks_divide_the_scenes_without_overlap(scenes, tokenizer, monkeypatch):
     """The sums of two ranks cover the same scenes as those of one process."""
     from eve_ds.evaluation import scenes as evaluation
 
@@ -261,7 +261,7 @@ def test_real_models_can_be_evaluated(tokenizer):
     ):
         one = config.model_copy(update={"model": config.model.model_copy(update={"objectives": objectives})})
         found = evaluate_scenes(EVE(one.model), one, tokenizer, num_scenes=8, batch_size=8)
-        assert set(found) == asked, "captions of level hard have no positions, so no probes"
+        assert set(found) == asked, "captions of level hard have no positions, so probes are impossible"
         assert "pixel_loss" not in found or 0.2 < found["pixel_loss"]["right"] < 5
 
 

@@ -18,7 +18,7 @@ def drawn(model, shards=None):
     return {name: tensor.clone() for name, tensor in plain_named_tensors(model)}
 
 
-def test_a_shard_holds_its_part_of_the_whole_tensor():
+def test_a_shard_equals_its_part_of_the_whole_tensor():
     whole, model = drawn(EVE(CONFIG)), EVE(CONFIG)
     name = "backbone.blocks.0.attention.qkv.weight"
     rows = whole[name].shape[0] // 2
@@ -29,7 +29,7 @@ def test_a_shard_holds_its_part_of_the_whole_tensor():
     assert all(torch.equal(found[other], whole[other]) for other in whole if other != name)
 
 
-def test_plain_names_decide_what_is_drawn():
+def test_plain_names_decide_how_parameters_are_initialized():
     found = drawn(EVE(CONFIG))
     kept = {name for name, tensor in found.items() if (tensor == 7.0).all()}
     assert {name.rpartition(".")[2] for name in kept} <= {"gamma_1", "gamma_2", "log_temperature"}
@@ -44,7 +44,7 @@ def test_plain_names_decide_what_is_drawn():
             assert 0 < tensor.abs().max() <= bound, name
 
 
-def test_every_expert_is_drawn_for_itself():
+def test_every_expert_is_drawn_separately():
     found = drawn(EVE(CONFIG))
     experts = [tensor for name, tensor in found.items() if ".moe.experts." in name and name.endswith("fc1.weight")]
     assert len(experts) == CONFIG.moe.num_experts

@@ -1,4 +1,4 @@
-"""Loss terms against loops over samples, patches and tokens in fp64."""
+"""Loss terms equal loops over samples, patches and tokens in fp64."""
 
 import math
 
@@ -72,7 +72,7 @@ def text_sum_by_loops(output, inputs):
 
 
 @pytest.mark.parametrize("normalize_pixels", [True, False])
-def test_terms_equal_loops(normalize_pixels):
+def test_loss_terms_equal_loops(normalize_pixels):
     output, inputs = made()
     terms = losses_of(output, inputs, 8, 5, 40, normalize_pixels)
     assert set(terms) == {"mim", "mlm", "load_balancing", "router_z"}
@@ -83,8 +83,8 @@ def test_terms_equal_loops(normalize_pixels):
     assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
 
 
-def test_denominators_below_one_are_used_as_they_are():
-    """Few predictions over many ranks and micro-steps: 3 masked words in 64 micro-steps are 3 / 64 for each."""
+def test_denominators_below_one_are_not_clamped():
+    """Denominators are small if many ranks and micro-steps share few words: 3 in 64 micro-steps are 3 / 64 each."""
     output, inputs = made()
     terms = losses_of(output, inputs, 1 / 64, 3 / 64, 1 / 4)
     assert float(terms["mim"]) == pytest.approx(64 * pixel_sum_by_loops(output, inputs), rel=1e-6)
@@ -92,7 +92,7 @@ def test_denominators_below_one_are_used_as_they_are():
     assert float(terms["router_z"]) == pytest.approx(4 * (30 + 31) / 2)
 
 
-def test_every_sample_has_an_image_without_a_mask():
+def test_without_image_mask_every_sample_has_an_image():
     output, inputs = made()
     everyone = losses_of(output, inputs | {"image_mask": None}, 12, 5, 40)
     all_true = losses_of(output, inputs | {"image_mask": torch.ones(3, dtype=torch.bool)}, 12, 5, 40)
@@ -110,7 +110,7 @@ def test_a_missing_modality_has_no_term():
     assert set(plain) == {"mim", "mlm"}
 
 
-def test_nothing_to_predict_is_zero_not_nan():
+def test_loss_without_predictions_is_zero_not_nan():
     output, inputs = made()
     output = output._replace(token_hidden=torch.zeros(0, WIDTH, requires_grad=True))
     nothing = inputs | {
@@ -120,10 +120,10 @@ def test_nothing_to_predict_is_zero_not_nan():
     terms = losses_of(output, nothing, 0, 0, 0)
     assert terms["mlm"].item() == 0
     assert terms["mim"].item() == 0
-    terms["mlm"].backward()  # the head takes part in the backward on every rank
+    terms["mlm"].backward()  # every rank runs the backward of the head
 
 
-def test_any_split_of_the_batch_has_the_mean_of_the_whole():
+def test_mean_loss_over_a_split_equals_the_loss_of_the_whole_batch():
     output, inputs = made()
     whole = losses_of(output, inputs, 8, 5, 40)
     parts = []
@@ -142,7 +142,7 @@ def test_any_split_of_the_batch_has_the_mean_of_the_whole():
         assert float(sum(part[name] for part in parts) / 2) == pytest.approx(float(whole[name]), rel=1e-6)
 
 
-def test_weighted_sum_leaves_out_what_weighs_nothing():
+def test_weighted_sum_leaves_out_terms_with_weight_zero():
     terms = {"mim": torch.tensor(2.0), "mlm": torch.tensor(3.0), "router_z": torch.tensor(math.inf)}
     weights = LossConfig(mim_weight=0.5, mlm_weight=2.0, router_z_weight=0.0)
     assert float(weighted_sum(terms, weights.weights)) == 7.0

@@ -1,4 +1,4 @@
-"""A new objective needs a class in the registry and nothing else: heads, masks, losses, counts and FLOPs of its own."""
+"""A new objective needs only a class in the registry, with its heads, masks, losses, counts and FLOPs."""
 
 from functools import partial
 
@@ -51,7 +51,9 @@ class CountWords(Objective):
 def config(monkeypatch):
     monkeypatch.setitem(registry.OBJECTIVES, "count_words", CountWords())
     config = load_config("eve_tiny", ["model.num_hidden_layers=2", "model.moe_layers=[1]", "model.objectives=[mlm]"])
-    model = config.model.model_copy(update={"objectives": ["mlm", "count_words"]})  # past the names of the schema
+    model = config.model.model_copy(
+        update={"objectives": ["mlm", "count_words"]}
+    )  # model_copy skips the check of objective names
     return config.model_copy(update={"model": model})
 
 

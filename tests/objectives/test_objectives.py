@@ -1,4 +1,4 @@
-"""Contrastive and matching objectives: losses against loops in fp64, hard negatives, what the model is made of."""
+"""Contrastive and matching objectives: losses equal loops in fp64; hard negatives; heads of each set of objectives."""
 
 import math
 
@@ -48,7 +48,7 @@ def batch_of(config, count=4):
 
 
 def matching_of(generator):
-    """Predictions in fp64 with gradients."""
+    """Return predictions in fp64 with gradients, and the tensors that they depend on."""
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
@@ -61,7 +61,7 @@ def matching_of(generator):
 
 
 def cross_entropy_by_hand(logits, target):
-    """Of a list of () tensors."""
+    """Cross entropy of logits in a list of () tensors."""
     return torch.log(sum(torch.exp(logit) for logit in logits)) - logits[target]
 
 
@@ -96,7 +96,7 @@ def test_losses_and_gradients_equal_loops(loss, by_loops):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_terms_and_weights():
+def test_loss_is_the_weighted_sum_of_its_terms():
     config = config_of(WITH_WORDS, "loss.itc_weight=0.5", "loss.itm_weight=2.0")
     torch.manual_seed(0)
     model, batch = EVE(config.model).train(), batch_of(config)
@@ -109,10 +109,10 @@ def test_terms_and_weights():
     torch.testing.assert_close(weighted_sum(terms, config.loss.weights), weighed)
     weighted_sum(terms, config.loss.weights).backward()
     idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert idle == set(), "every parameter of the model takes part in its objective"
+    assert idle == set(), "every parameter of the model must get a gradient"
 
 
-def test_a_hard_negative_is_never_the_pair_itself_and_the_likelier_the_more_similar():
+def test_hard_negatives_exclude_the_pair_and_follow_the_softmax_of_similarity():
     torch.manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(6, WIDTH), dim=1)
     similarity = features @ features.flip(0).t() / 0.5
@@ -125,14 +125,14 @@ def test_a_hard_negative_is_never_the_pair_itself_and_the_likelier_the_more_simi
         torch.testing.assert_close(shares, expected, rtol=0, atol=0.04)  # five standard deviations of a share
 
 
-def test_even_a_pair_that_is_alone_in_being_similar_gets_a_negative():
+def test_a_pair_without_similar_partners_still_gets_a_negative():
     eye = torch.eye(3)
     image_ids, text_ids = draw_hard_negatives(eye / 0.01)
     assert (image_ids != torch.arange(3)).all()
     assert (text_ids != torch.arange(3)).all()
 
 
-def test_the_joint_batch_holds_pairs_then_texts_with_other_images_then_images_with_other_texts():
+def test_with_negatives_returns_pairs_then_other_images_then_other_texts():
     pixel_values = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2)
     texts = {"input_ids": torch.tensor([[10], [11], [12]]), "attention_mask": torch.tensor([[True], [False], [True]])}
     pairs = Pairs.of({"pixel_values": pixel_values, **texts})
@@ -144,7 +144,7 @@ def test_the_joint_batch_holds_pairs_then_texts_with_other_images_then_images_wi
 
 
 @pytest.mark.parametrize("objectives", [ITC_ITM, WITH_WORDS], ids="+".join)
-def test_output_is_that_of_the_passes_one_by_one(objectives):
+def test_output_equals_that_of_separate_passes(objectives):
     config = config_of(objectives, "masking.language_view_patch_share=1")
     torch.manual_seed(0)
     model, batch = EVE(config.model).eval(), batch_of(config)
@@ -183,10 +183,12 @@ def test_a_single_pair_and_a_single_modality_are_refused():
         model(input_ids=torch.ones(2, 3, dtype=torch.int64))
     contrast = config_of(["itc"])
     one = EVE(contrast.model)(**batch_of(contrast, count=1).model_inputs())
-    assert (one.matching.image_features.shape, one.matching.logits) == ((1, 16), None), "other ranks bring the others"
+    assert (one.matching.image_features.shape, one.matching.logits) == ((1, 16), None), (
+        "a single pair is valid: its negatives come from other ranks"
+    )
 
 
-def test_each_set_has_its_heads_and_no_others():
+def test_each_set_of_objectives_has_exactly_its_heads():
     shapes = {
         "+".join(names): model_shapes(config_of(names).model)
         for names in (["joint"], ["mim"], ["mlm"], ["mim", "mlm"], ITC_ITM, WITH_WORDS, ["mim", "itc"])
@@ -211,7 +213,7 @@ def test_each_set_has_its_heads_and_no_others():
     assert {name for name in shapes["mim+itc"] if name.startswith("matching.")} == projections.keys()
 
 
-def test_a_backbone_is_drawn_alike_for_every_set():
+def test_initial_backbone_does_not_depend_on_the_objectives():
     states = []
     for names in (["joint"], ["mim", "mlm"], WITH_WORDS):
         torch.manual_seed(0)
@@ -221,7 +223,7 @@ def test_a_backbone_is_drawn_alike_for_every_set():
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.15, 0.15), (0.5, 0.5), (0.15, 0.5)])
-def test_ratio_of_masked_words(low, high):
+def test_ratio_of_masked_words_is_within_its_bounds(low, high):
     ratios = [f"masking.text_mask_ratio={low}", f"masking.max_text_mask_ratio={high}"]
     batch = batch_of(config_of(WITH_WORDS, *ratios), count=64)
     maskable = batch.attention_mask.sum(dim=1) - 2
@@ -231,7 +233,7 @@ def test_ratio_of_masked_words(low, high):
     assert (chosen <= high * maskable + 0.5).all()
 
 
-def test_views_are_balanced_each_for_itself_and_their_statistics_add_up():
+def test_views_are_balanced_separately_and_their_statistics_add_up():
     def made(balance, z_sum, tokens):
         statistics = RouterStatistics(
             torch.full((2, 4), tokens), torch.zeros(2), torch.full((2,), tokens), torch.tensor(tokens)
@@ -251,7 +253,7 @@ def test_views_are_balanced_each_for_itself_and_their_statistics_add_up():
     assert float(view_router_losses({"mim": views["itc_text"]}, tokens=0)["load_balancing"]) == 0
 
 
-def test_scenes_are_not_asked_of_a_model_without_a_decoder():
+def test_models_without_a_decoder_are_not_evaluated_on_scenes():
     config = config_of(ITC_ITM)
     assert trains_on_scenes(config_of(["joint"]))
     assert trains_on_scenes(config_of(WITH_WORDS))
@@ -261,7 +263,7 @@ def test_scenes_are_not_asked_of_a_model_without_a_decoder():
 
 
 @pytest.mark.parametrize("objectives", [ITC_ITM, WITH_WORDS], ids="+".join)
-def test_the_transformers_model_has_the_same_weights_and_encodes_the_same(objectives):
+def test_transformers_model_has_the_same_weights_and_states(objectives):
     from eve_ds.export.hf import EveConfig, EveModel
 
     config = config_of(objectives)

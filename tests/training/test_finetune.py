@@ -1,4 +1,4 @@
-"""What fine-tuning starts from, learns at which rate, and saves; recipes and batches."""
+"""Initial weights, recipes, learning rates, batches and saved models of fine-tuning."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ POSITIONS = "backbone.image_embedding.position"
 
 @pytest.fixture
 def export(tmp_path, task_tree):
-    """An exported folder of a pre-trained model, as convert.py writes it."""
+    """Exported folder of a pre-trained model, as convert.py writes it, with its configuration and weights."""
     tree = task_tree("vqa")
     config = parse_config({key: value for key, value in tree.items() if key != "task"})
     weights = draw_weights(config)
@@ -55,7 +55,7 @@ def save(task, folder, seed=0):
 # --- start ------------------------------------------------------------------------------------------------------------
 
 
-def test_backbone_of_an_export_with_positions_of_a_larger_image(export):
+def test_backbone_of_an_export_is_read_with_resized_positions(export):
     folder, config, weights = export
     model = config.model.model_copy(update={"image_size": 96})
     read = start_weights(folder, model)
@@ -65,7 +65,7 @@ def test_backbone_of_an_export_with_positions_of_a_larger_image(export):
     )
 
 
-def test_released_weights_start_too(export, tmp_path):
+def test_released_weights_can_start_a_task(export, tmp_path):
     _, config, weights = export
     write_official(weights, tmp_path / "released.pth")
     read = start_weights(tmp_path / "released.pth", config.model)
@@ -73,14 +73,14 @@ def test_released_weights_start_too(export, tmp_path):
     assert all(torch.equal(read(name), weights[name]) for name in names)
 
 
-def test_fine_tuned_model_starts_another_task(export, task_tree, tmp_path):
+def test_a_fine_tuned_model_can_start_another_task(export, task_tree, tmp_path):
     task = VQA(parse_config(task_tree("vqa")), ["red", "blue"])
     model = save(task, tmp_path / "vqa")
     read = start_weights(tmp_path / "vqa", task.config.model)
     assert torch.equal(read("backbone.norm.weight"), model.state_dict()["backbone.norm.weight"])
 
 
-def test_weights_that_do_not_fit_are_named(export, tmp_path):
+def test_weights_that_do_not_fit_are_named_in_the_error(export, tmp_path):
     folder, config, _ = export
     width = config.model.intermediate_size
     wider = config.model.model_copy(update={"intermediate_size": 2 * width})
@@ -98,7 +98,7 @@ def test_weights_that_do_not_fit_are_named(export, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in presets() if name.startswith("tasks/")])
-def test_every_recipe_lies_over_the_base_model(name):
+def test_recipes_keep_base_settings_that_they_do_not_set(name):
     under = {"model": {"hidden_size": 768}, "data": {"tokenizer": "scenes"}}
     config = load_config(name, under=under)
     assert config.task is not None
@@ -106,7 +106,7 @@ def test_every_recipe_lies_over_the_base_model(name):
     assert config.data.tokenizer == "scenes"
 
 
-def test_recipe_lies_over_the_model_and_under_the_command_line(export, tmp_path):
+def test_a_recipe_wins_over_the_model_and_loses_to_overrides(export, tmp_path):
     folder, config, _ = export
     file = tmp_path / "a.json"
     file.touch()
@@ -151,7 +151,7 @@ def test_a_file_whose_name_begins_with_scenes_takes_the_recipe_for_files(tmp_pat
     assert made.model.image_size == 480
 
 
-def test_epochs_and_warm_up_come_from_the_number_of_examples(task_tree):
+def test_steps_and_warm_up_follow_from_the_number_of_examples(task_tree):
     tree = task_tree("vqa", epochs=3, warmup_share=0.1)
     tree["train"] = {"train_batch_size": 8}
     config = with_schedule(parse_config(tree), 84)
@@ -205,7 +205,7 @@ def scenes(n):
     return [Example(str(i), (image,), "what?", answers=("red",)) for i in range(n)]
 
 
-def test_a_step_consists_of_the_same_examples_on_any_number_of_ranks(task_tree):
+def test_a_step_has_the_same_examples_on_any_number_of_ranks(task_tree):
     config, examples = parse_config(task_tree("vqa")), scenes(20)
     task = VQA(config, ["red"])
     whole = [[e.key for e in b.examples] for b in itertools.islice(batches(config, task, examples), 5)]
@@ -231,7 +231,7 @@ def test_an_example_without_a_usable_image_is_replaced_and_counted(task_tree, tm
         next(batches(config, VQA(config, ["red"]), [examples[3]] * 8))
 
 
-def test_images_travel_as_bytes_and_are_normalized_once(task_tree, monkeypatch):
+def test_images_are_batched_as_bytes_and_normalized_once(task_tree, monkeypatch):
     config, examples = parse_config(task_tree("vqa")), scenes(8)
     task = VQA(config, ["red"])
     examples = [replace(e, images=(np.full((64, 64, 3), 30 * i, np.uint8),)) for i, e in enumerate(examples)]
@@ -265,7 +265,7 @@ def test_a_saved_model_gives_the_same_answers(task_tree, tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["task"]["name"] == "vqa"
 
 
-def test_folders_that_are_no_fine_tuned_model_say_so(export, task_tree, tmp_path):
+def test_folders_without_a_fine_tuned_model_are_refused(export, task_tree, tmp_path):
     folder, *_ = export
     with pytest.raises(ExportError, match=r"is a pre-trained model without a task: fine-tune it"):
         load_task_model(folder)
@@ -280,7 +280,7 @@ def test_folders_that_are_no_fine_tuned_model_say_so(export, task_tree, tmp_path
         load_task_model(tmp_path / "model")
 
 
-def test_a_person_asks_and_ranks(task_tree, tmp_path):
+def test_ask_and_rank_return_sorted_answers(task_tree, tmp_path):
     from PIL import Image
 
     image = tmp_path / "a.png"

@@ -1,12 +1,13 @@
-"""The first 20 losses of eve_tiny with a fixed seed, stored, so that no refactor changes them unnoticed.
+"""The first 20 losses of eve_tiny with a fixed seed equal stored ones, so that a refactor cannot change them unnoticed.
 
-There is a trace of the preset as it is, and one of `joint` with the settings that eve_tiny had for it.
-`python tests/training/test_loss_trace.py --write NAME` stores one anew; do that only where a change of numbers is
-meant.
+One trace is of the preset, another of `joint` with the settings that eve_tiny used for it.
+`python tests/training/test_loss_trace.py --write NAME` rewrites a trace; do that only if the numbers are meant to
+change.
 
-Bits depend on the kernels that torch picks for a processor. On the processor model and torch version of the file the
-comparison is exact; elsewhere it has a tolerance that was measured when the file was written: how far the same 20 steps
-move when every initial weight is moved by one unit in its last place, which is what another order of summation does.
+The last bits depend on the kernels that torch picks for a processor. On the processor model and torch version recorded
+in the file the comparison is exact. Elsewhere it uses a tolerance that was measured when the file was written: how far
+the same 20 steps move if every initial weight moves by one unit in its last place, the effect of another summation
+order.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-if __name__ == "__main__":  # under pytest conftest.py has set them, before torch was imported
+if __name__ == "__main__":  # under pytest, conftest.py sets them before torch is imported
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 import pytest
@@ -34,17 +35,17 @@ TRACES = {
         "model.pixel_target=normalized",
     ],
 }
-"""Settings by name of the file."""
+"""File name of a trace -> overrides of eve_tiny."""
 STEPS = 20
 TERMS = ("loss", "mim", "mlm", "load_balancing", "router_z", "lr")
 FUSED = 1e-5
-"""Largest relative difference that the built ops may make."""
+"""Maximum relative difference of a run with the built ops."""
 SAFETY = 100
-"""A tolerance is so many times what one unit in the last place of the weights does, or of the loss if that is more."""
+"""Factor of a tolerance: it multiplies the effect of one unit in the last place of the weights, or one of the loss."""
 
 
 def machine():
-    """What decides the bits."""
+    """Return the torch version and processor, which decide the last bits."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
     return {
@@ -55,9 +56,9 @@ def machine():
 
 
 def trace(name, nudge=False, ops="reference"):
-    """Loss terms of each step of `pretrain` on eve_tiny in one process, ZeRO 0; every number as it is written.
+    """Run `pretrain` on eve_tiny in one process at ZeRO 0; return the loss terms of each step, unrounded.
 
-    What is stored are the plain ops: the built ones round in another order.
+    Stored traces use the reference ops, since the built ops sum in another order.
     """
     from eve_ds.config import load_config
     from eve_ds.training import pretrain as pretraining
@@ -73,7 +74,9 @@ def trace(name, nudge=False, ops="reference"):
 
     torch.set_num_threads(1)
     build, has_evaluation = start.build_optimizer, pretraining.trains_on_scenes
-    pretraining.trains_on_scenes = lambda config: False  # takes longer than the 20 steps and changes none of them
+    pretraining.trains_on_scenes = lambda config: (
+        False
+    )  # evaluation takes longer than the 20 steps and does not change them
     if nudge:
         start.build_optimizer = nudged_optimizer
     try:
@@ -89,7 +92,7 @@ def trace(name, nudge=False, ops="reference"):
 
 
 def largest_difference(one, other):
-    """By step, of any term, relative."""
+    """Return the largest relative difference of any loss term, by step."""
     return [
         max(abs(first[term] - second[term]) / max(abs(first[term]), 1e-12) for term in TERMS)
         for first, second in zip(one, other, strict=True)
@@ -99,7 +102,7 @@ def largest_difference(one, other):
 def write(name):
     steps = trace(name)
     if trace(name) != steps:
-        raise SystemExit("two runs of the same process differ; nothing was written")
+        raise SystemExit("two runs in the same process differ; nothing was written")
     moved = largest_difference(steps, trace(name, nudge=True))
     tolerance = [SAFETY * max(torch.finfo(torch.float32).eps, *moved[: step + 1]) for step in range(STEPS)]
     file = FOLDER / f"{name}.json"
@@ -116,16 +119,16 @@ def traces(rank, world_size, name):
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", TRACES)
-def test_loss_trace_of_eve_tiny(run_ranks, name):
+def test_losses_of_eve_tiny_equal_the_stored_trace(run_ranks, name):
     stored = json.loads((FOLDER / f"{name}.json").read_text())
     ((found, again, fused),) = run_ranks(traces, 1, name, timeout=360)
-    assert found == again, "two runs of one process are equal to the last bit"
+    assert found == again, "two runs in one process must be equal to the last bit"
     if fused is not None:
         assert max(largest_difference(found, fused)) <= FUSED
     here = machine()
     different = {name: (stored[name], here[name]) for name in here if stored[name] != here[name]}
     if not different:
-        assert found == stored["steps"], "see the docstring of this file"
+        assert found == stored["steps"], "numbers changed: see the docstring of this file"
         return
     warnings.warn(f"compared with a tolerance, since the file was written with another {different}", stacklevel=1)
     for step, (moved, tolerance) in enumerate(

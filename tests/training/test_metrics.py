@@ -1,4 +1,4 @@
-"""metrics.jsonl, progress lines, and the FLOP count against torch's own counter."""
+"""Records of metrics.jsonl, progress lines, and FLOP counts, which must match those of torch's counter."""
 
 import fcntl
 import json
@@ -49,13 +49,13 @@ def write(folder, *steps, **numbers):
 
 def test_every_record_has_kind_step_seconds_and_samples(tmp_path):
     write(tmp_path, 1, 2, loss=0.5)
-    write(tmp_path, 3, loss=0.25)  # a resumed run goes on in the same file
+    write(tmp_path, 3, loss=0.25)  # a resumed run appends to the same file
     expected = {"kind": "train", "step": 2, "seconds": 0.667, "samples": 16, "loss": 0.5}
     assert lines(tmp_path)[1] == expected
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_a_record_is_on_disk_at_once(tmp_path):
+def test_a_record_is_flushed_at_once(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write("event", step=1, seconds=0.0, samples=1, message="now")
     assert lines(tmp_path)[0]["message"] == "now"
@@ -68,7 +68,7 @@ def test_only_rank_zero_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_what_is_not_finite_becomes_null(tmp_path):
+def test_non_finite_numbers_become_null(tmp_path):
     write(tmp_path, 1, loss=math.nan, grad_norm=math.inf, pixel_loss={"right": math.nan, "wrong": 1.0})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
@@ -79,7 +79,7 @@ def test_what_is_not_finite_becomes_null(tmp_path):
     assert record["pixel_loss"] == {"right": None, "wrong": 1.0}
 
 
-def test_a_line_that_a_kill_cut_off_does_not_swallow_the_next_record(tmp_path):
+def test_an_unfinished_last_line_does_not_corrupt_the_next_record(tmp_path):
     write(tmp_path, 1, 2)
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-10])
@@ -93,7 +93,7 @@ def logged(caplog):
     return caplog
 
 
-def test_plain_lines_every_so_many_steps(logged):
+def test_plain_lines_appear_every_log_every_steps(logged):
     with ProgressLine(50) as progress:
         for step in range(10, 101, 10):
             progress.update(step, step / 100, NUMBERS | {"samples_per_second": 267.12})
@@ -106,7 +106,7 @@ def test_plain_lines_every_so_many_steps(logged):
 
 
 @pytest.mark.parametrize(("done", "expected"), [(0.0, 25.0), (0.5, 50.0)])
-def test_time_left_is_judged_by_this_start_of_the_run(logged, monkeypatch, done, expected):
+def test_remaining_time_follows_from_progress_since_the_resume(logged, monkeypatch, done, expected):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(progress_line.time, "monotonic", lambda: clock.now)
     with ProgressLine(1, done) as progress:
@@ -115,7 +115,7 @@ def test_time_left_is_judged_by_this_start_of_the_run(logged, monkeypatch, done,
     assert logged.records[0].getMessage().endswith(f"eta {expected:.0f} s")
 
 
-def test_other_ranks_are_silent(logged, monkeypatch):
+def test_only_rank_zero_logs_progress(logged, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with ProgressLine(1) as progress:
         progress.update(1, 0.5, NUMBERS)
@@ -139,14 +139,14 @@ def test_live_line_fits_eighty_columns():
     terminal, child_side = pty.openpty()
     fcntl.ioctl(child_side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     env = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
-    # Standard output is no terminal, as in `... > log.txt`: the line belongs to standard error.
+    # Standard output is not a terminal, as in `... > log.txt`: the line must go to standard error.
     process = subprocess.Popen([sys.executable, "-c", LIVE], env=env, stdout=subprocess.PIPE, stderr=child_side)
     os.close(child_side)
     written = b""
     try:
         while chunk := os.read(terminal, 4096):
             written += chunk
-    except OSError:  # Linux ends a pseudo-terminal so
+    except OSError:  # Linux raises this at the end of a pseudo-terminal
         pass
     assert process.stdout.read() == b""
     assert process.wait(60) == 0
@@ -168,7 +168,7 @@ CHEAP = [
 @pytest.mark.parametrize("decoder", ["self", "cross"])
 @pytest.mark.parametrize("masking", [[], CHEAP], ids=["paper", "cheap"])
 @pytest.mark.parametrize("objectives", SETS, ids="+".join)
-def test_flops_are_those_that_torch_counts(objectives, masking, decoder, monkeypatch):
+def test_flops_equal_the_count_of_torch(objectives, masking, decoder, monkeypatch):
     monkeypatch.setenv("EVE_DS_OPS", "reference")
     overrides = [f"model.pixel_decoder.kind={decoder}", "model.pixel_decoder.num_layers=2", "model.moe.top_k=3"]
     overrides += [f"model.objectives={objectives}", "masking.text_to_image_share=0", "masking.predicted_patch_share=1"]
@@ -183,9 +183,9 @@ def test_flops_are_those_that_torch_counts(objectives, masking, decoder, monkeyp
     assert batch.input_ids.shape == (4, text_tokens)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(**batch.model_inputs()).tensors()
-    # Ours leaves out the routers, and what the heads of itc and itm do with one token of each sample. It has the share
-    # of masked words of the text's tokens, of which two are never masked, and no padding, which attention has where an
-    # image view leaves words out.
+    # Our count leaves out routers and the heads of itc and itm, which process one token per sample. It takes the share
+    # of masked words from all tokens of the text, of which two are never masked. It leaves out padding, which attention
+    # computes if an image view leaves words out.
     ours = pretraining_flops(config.model, config.masking, text_tokens)
     assert ours == pytest.approx(counter.get_total_flops() / 4, rel=2.5e-2 if masking else 1e-2)
 
@@ -201,27 +201,27 @@ def test_flops_are_those_that_torch_counts(objectives, masking, decoder, monkeyp
         ("Some other device", "bf16", None),
     ],
 )
-def test_peak_by_device_name(monkeypatch, name, precision, expected):
+def test_peak_flops_depend_on_device_name_and_precision(monkeypatch, name, precision, expected):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert peak_flops(precision) == expected
 
 
-def test_a_device_that_is_not_used_has_no_peak(monkeypatch):
+def test_an_unused_gpu_has_no_peak_flops(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert peak_flops("bf16") is None
-    assert peak_memory_bytes() > 50e6  # resident memory of this process, torch alone takes more
+    assert peak_memory_bytes() > 50e6  # resident memory of this process; torch alone takes more
 
 
-def test_peak_memory_grows_with_what_is_held():
+def test_peak_memory_grows_with_allocations():
     before = peak_memory_bytes()
-    held = torch.ones(int(before) // 4 + 25_000_000)  # more than there ever was, and touched
+    held = torch.ones(int(before) // 4 + 25_000_000)  # written, and larger than any peak before
     assert peak_memory_bytes() - before > 50e6
     del held
 
 
-def test_training_time_on_a_cpu_stands_still_while_others_compute():
+def test_training_clock_on_cpus_excludes_other_threads():
     clock = training_clock(torch.device("cpu"))
     started, other = clock(), threading.Thread(target=spend, args=(0.2,))
     other.start()

@@ -1,4 +1,4 @@
-"""What the engine decides before and beside training: schedule, batch, precision, contradictions, folders, groups.
+"""Settings that the engine resolves before training: schedule, batch, precision, output folder, parameter groups.
 
 The loop itself runs in tests/distributed/test_engine_distributed.py.
 """
@@ -46,7 +46,7 @@ def config(**sections):
         ("constant", 0.0, {0: 0.2, 3: 0.8, 4: 0.8, 12: 0.8}),
     ],
 )
-def test_warm_up_then_decay(decay, final, expected):
+def test_learning_rate_warms_up_then_decays(decay, final, expected):
     settings = config(
         optimizer={"lr": 0.8, "warmup_steps": 4, "decay": decay, "final_lr_share": final}, train={"max_steps": 12}
     )
@@ -65,7 +65,7 @@ def test_decay_by_seconds_follows_the_time_budget():
     assert learning_rate(settings, 0, seconds=100.0) == pytest.approx(0.8 / 4 * 0.5)
 
 
-def test_no_warm_up():
+def test_learning_rate_without_warm_up_starts_at_its_peak():
     settings = config(optimizer={"lr": 0.8, "warmup_steps": 0}, train={"max_steps": 8})
     assert [learning_rate(settings, step, 0.0) for step in (0, 4)] == pytest.approx([0.8, 0.4])
 
@@ -83,7 +83,7 @@ def test_no_warm_up():
         (6, None, None, 3, (2, 1)),
     ],
 )
-def test_batch_triangle(batch, micro, accumulation, ranks, expected):
+def test_batch_triangle_fills_in_missing_sizes(batch, micro, accumulation, ranks, expected):
     assert batch_triangle(batch, micro, accumulation, ranks) == expected
 
 
@@ -97,7 +97,7 @@ def test_batch_triangle(batch, micro, accumulation, ranks, expected):
         (2, 4, None, 1, "(2) must equal micro_batch_size (4) * gradient_accumulation_steps (free) * ranks (1)"),
     ],
 )
-def test_a_batch_that_does_not_fit(batch, micro, accumulation, ranks, text):
+def test_batch_sizes_that_do_not_fit_are_refused(batch, micro, accumulation, ranks, text):
     with pytest.raises(ConfigError) as caught:
         batch_triangle(batch, micro, accumulation, ranks)
     assert str(caught.value) == (
@@ -129,7 +129,7 @@ def refused(dictionary, ranks=2, **sections):
     return str(caught.value)
 
 
-def test_auto_comes_from_the_yaml():
+def test_auto_values_come_from_the_yaml():
     train = {"train_batch_size": 24, "gradient_accumulation_steps": 3, "precision": "bf16"}
     settled, resolved = resolve(AUTO, train=train, optimizer={"clip_grad_norm": 0.7})
     assert resolved["train_batch_size"] == 24
@@ -139,10 +139,10 @@ def test_auto_comes_from_the_yaml():
     assert (resolved["bf16"]["enabled"], resolved["fp16"]["enabled"]) == (True, False)
     assert resolved["zero_optimization"] == {"stage": 1}
     assert settled.train.micro_batch_size == 4
-    assert AUTO["train_batch_size"] == "auto", "what was passed is left alone"
+    assert AUTO["train_batch_size"] == "auto", "the dictionary that was passed must not change"
 
 
-def test_the_json_alone_goes_into_the_configuration():
+def test_values_only_in_the_json_enter_the_configuration():
     dictionary = {
         "train_batch_size": 12,
         "train_micro_batch_size_per_gpu": 3,
@@ -157,13 +157,13 @@ def test_the_json_alone_goes_into_the_configuration():
     assert settled.optimizer.clip_grad_norm == 2.0
 
 
-def test_an_empty_json_is_zero_0_in_fp32():
+def test_an_empty_json_means_zero_0_in_fp32():
     settled, resolved = resolve({}, train={"train_batch_size": 8})
     assert resolved["zero_optimization"] == {"stage": 0}
     assert settled.train.precision == "fp32"
 
 
-def test_equal_values_in_both_are_no_contradiction():
+def test_equal_values_in_yaml_and_json_are_accepted():
     dictionary = {"train_batch_size": 8, "gradient_clipping": 1.0, "fp16": {"enabled": False}}
     resolve(dictionary, train={"train_batch_size": 8, "precision": "fp32"}, optimizer={"clip_grad_norm": 1.0})
 
@@ -246,17 +246,17 @@ def test_a_contradiction_names_both_places(dictionary, sections, text):
         ([], "the DeepSpeed JSON must be a mapping of settings, not a list"),
     ],
 )
-def test_settings_that_are_refused(dictionary, text):
+def test_unsupported_deepspeed_settings_are_refused(dictionary, text):
     assert text in refused(dictionary, train={"train_batch_size": 8}, optimizer={"clip_grad_norm": 1.0})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 runs on this device")
-def test_a_precision_that_the_device_does_not_have():
+def test_a_precision_that_the_device_lacks_is_refused():
     text = refused({"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}})
     assert text == "precision fp16 cannot be used on this device (cpu): take another one of bf16, fp32"
 
 
-def test_experts_that_do_not_fit_the_ranks():
+def test_expert_parallelism_that_does_not_fit_is_refused():
     text = refused({"zero_optimization": {"stage": 1}}, ranks=3, parallel={"ep_size": 2}, train={"train_batch_size": 9})
     assert "the number of ranks (3) must be divisible by parallel.ep_size (2)" in text
     text = refused({}, parallel={"ep_size": 2}, train={"train_batch_size": 8})
@@ -280,7 +280,7 @@ def refused_folder(run, resume="auto"):
     return str(caught.value)
 
 
-def test_a_run_from_before_a_field_existed_has_its_default(tmp_path):
+def test_a_missing_field_in_an_old_run_counts_as_its_default(tmp_path):
     run = of_run(tmp_path)
     tree = run.model_dump(mode="json")
     del tree["loss"]["itc_weight"]
@@ -288,7 +288,7 @@ def test_a_run_from_before_a_field_existed_has_its_default(tmp_path):
     check_output_dir(run, "auto")
 
 
-def test_a_run_from_before_targets_of_pixels_could_be_set_goes_on_with_normalized_ones(tmp_path):
+def test_an_old_run_without_pixel_target_resumes_with_normalized_pixels(tmp_path):
     run = of_run(tmp_path)
     tree = run.model_dump(mode="json")
     del tree["model"]["pixel_target"]
@@ -307,7 +307,7 @@ def test_a_run_from_before_targets_of_pixels_could_be_set_goes_on_with_normalize
         ({"objective": "itc_itm_mlm"}, ["mlm", "itc", "itm"]),
     ],
 )
-def test_a_run_from_before_sets_of_objectives_is_of_the_set_that_it_was_of(tmp_path, former, now):
+def test_an_old_run_without_objectives_resumes_with_the_equivalent_set(tmp_path, former, now):
     run = of_run(tmp_path)
     run = run.model_copy(update={"model": run.model.model_copy(update={"objectives": now})})
     tree = run.model_dump(mode="json")
@@ -328,7 +328,7 @@ def test_hard_negatives_need_a_micro_batch_of_two():
         resolve_deepspeed_config({}, settings, 2)
 
 
-def test_a_new_folder_is_made_and_nothing_is_left_in_it(tmp_path):
+def test_a_new_folder_is_created_empty(tmp_path):
     check_output_dir(of_run(tmp_path / "a" / "b"), "none")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
@@ -343,14 +343,14 @@ def test_a_new_folder_is_made_and_nothing_is_left_in_it(tmp_path):
         ({"train": {"seed": 4}}, "its train.seed is 0, this run's is 4"),
     ],
 )
-def test_the_folder_of_another_run(tmp_path, changes, text):
+def test_the_folder_of_another_run_is_refused(tmp_path, changes, text):
     write_config(of_run(tmp_path))
     train = {"output_dir": str(tmp_path), **changes.pop("train", {})}
     message = refused_folder(config(train=train, **changes))
     assert message == f"train.output_dir ({tmp_path}) is the folder of another run: {text}; name another folder"
 
 
-def test_the_folder_of_the_same_run(tmp_path):
+def test_the_folder_of_the_same_run_is_accepted(tmp_path):
     run = of_run(tmp_path)
     write_config(run)
     check_output_dir(run, "auto")
@@ -367,7 +367,7 @@ def test_the_folder_of_the_same_run(tmp_path):
     assert f"{tmp_path}/config.json is not JSON (" in refused_folder(run)
 
 
-def test_a_folder_below_a_file(tmp_path):
+def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     text = refused_folder(of_run(tmp_path / "file" / "run"))
     assert text == (
@@ -376,14 +376,14 @@ def test_a_folder_below_a_file(tmp_path):
     )
 
 
-def test_a_read_only_folder():
+def test_a_read_only_folder_is_refused():
     with tempfile.TemporaryDirectory() as parent:
         os.chmod(parent, 0o755)
         folder = Path(parent, "run")
         folder.mkdir(mode=0o555)
         user = os.geteuid()
         if user == 0:
-            os.seteuid(65534)  # root may write anywhere; nobody may not
+            os.seteuid(65534)  # root may write anywhere; the user nobody may not
         try:
             text = refused_folder(of_run(folder))
         finally:
@@ -397,12 +397,12 @@ def test_a_read_only_folder():
 # --- gradients and groups ---------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_has_no_finite_gradient():
+def test_a_non_finite_loss_gets_non_finite_gradients():
     x = torch.tensor([1e30, 1.0], requires_grad=True)
     loss = x.square().sum()
     assert loss.item() == math.inf
     (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
-    assert plain.isfinite().all(), "so the gradient alone would not show it"
+    assert plain.isfinite().all(), "the plain gradient must not show the overflow"
     (gradient,) = torch.autograd.grad(poison_if_nonfinite(loss), x)
     assert gradient.isnan().all()
     y = torch.tensor([0.1, -3.7], requires_grad=True)
@@ -431,7 +431,7 @@ CHEAP = MASKS | {"image_view_share": 0.5, "image_view_word_share": 0.5, "languag
 
 @pytest.mark.parametrize("masking", [MASKS, CHEAP], ids=["whole", "cheap"])
 @pytest.mark.parametrize("objectives", [["joint"], ["mim"], ["mlm"], ["mim", "mlm"]], ids="+".join)
-def test_denominators_are_what_the_model_encodes_and_predicts(objectives, masking):
+def test_denominators_equal_the_encoded_tokens_and_predictions(objectives, masking):
     settings = config(model={**SMALL, "patch_size": 8, "objectives": objectives}, masking=masking)
     image = np.zeros((32, 32, 3), dtype=np.uint8)
     samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(20)]
@@ -453,7 +453,7 @@ def test_denominators_are_what_the_model_encodes_and_predicts(objectives, maskin
 
 
 @pytest.mark.parametrize(("objectives", "passes"), [(["itc"], 1), (["itc", "itm"], 4), (["mlm", "itc", "itm"], 5)])
-def test_denominators_of_matching_count_every_pass(objectives, passes):
+def test_denominators_of_matching_include_every_pass(objectives, passes):
     settings = config(model={**SMALL, "patch_size": 8, "objectives": objectives})
     image = np.zeros((32, 32, 3), dtype=np.uint8)
     samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(3)]
@@ -465,13 +465,15 @@ def test_denominators_of_matching_count_every_pass(objectives, passes):
     routed = sum(float(layers[0].statistics.tokens.sum()) for layers in output.moe.values())
     assert counts["tokens"] == routed == passes * 3 * (1 + 16 + 8)
     assert counts.keys() == {"tokens", *(["masked_tokens"] if "mlm" in objectives else [])}
-    assert counts.get("masked_tokens", 0) == (9 if "mlm" in objectives else 0)  # half of six words each
+    assert counts.get("masked_tokens", 0) == (
+        9 if "mlm" in objectives else 0
+    )  # half of six words in each of three captions
 
 
 def test_parameter_groups_hold_every_parameter_once():
     model = EVE(config(model=SMALL).model)
     for name, parameter in model.named_parameters():
-        if ".experts." in name:  # as DeepSpeed's MoE marks its own
+        if ".experts." in name:  # as DeepSpeed's MoE marks its experts
             parameter.allreduce, parameter.group_name = False, "ep_size_1"
     groups = optimizer_parameter_groups(model, 0.05)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
