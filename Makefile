@@ -1,4 +1,4 @@
-# make demo        install into .venv, pre-train a small EVE on two expert-parallel ranks, report what it learned
+# make demo        install into .venv, pre-train a small EVE on two expert-parallel ranks, report its results
 # make demo-seeds  the same for three seeds
 # make test        install the development tools as well, then run every test
 # make lint        ruff (rules and format), mypy, codespell

@@ -103,7 +103,7 @@ class Layout(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is a token at every position."""
+        """Whether every position holds a token."""
         return self.num_tokens == self.places.shape[0]
 
     @property

@@ -9,7 +9,7 @@ from eve_ds.checkpoint.files import listed
 
 
 def check_output_folder(out: Path, error: type[ValueError], is_own: Callable[[str], object] | None = None) -> set[str]:
-    """Refuse an output folder that holds something of somebody else.
+    """Refuse an output folder that holds other files than those of an earlier result.
 
     Args:
         out: the folder, which need not exist.

@@ -138,7 +138,7 @@ def add_upcycle_options(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--text_from_image", action="store_true", help="start the feed-forward networks of texts from those too"
+        "--text_from_image", action="store_true", help="also start the text feed-forward networks from the file's"
     )
     _add_start_options(parser)
 

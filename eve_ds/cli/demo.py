@@ -122,7 +122,7 @@ def train(run: Path, config: Config, settings: list[str]) -> None:
         *("--set", *settings, "--output_dir", shown(run)),
     ]
     run_step(command, run, shows_output=False)
-    if not is_finished(run, config):  # DeepSpeed's launcher returns 0 when a signal killed what it had started
+    if not is_finished(run, config):  # DeepSpeed's launcher returns 0 if a signal killed its processes
         raise StepFailed(
             f"training ended early, {shown(run)} holds no checkpoint of its end; see above and {shown(log_of(run))}",
             FAILED,

@@ -130,7 +130,7 @@ def num_gpus() -> int:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, so that two demos, or a run and the demo, can share a machine."""
+    """Return a port without a listener, so that two demos, or a run and the demo, can share a machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -47,7 +47,7 @@ def build_parser() -> Parser:
 
 def _add_scenes(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, "export of launcher/convert.py")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     parser.add_argument("--num_scenes", type=int, default=1024, help="validation scenes, even (default: %(default)s)")
     parser.set_defaults(run=evaluate_scenes)
 
@@ -200,7 +200,7 @@ def evaluate_zero_shot(arguments: argparse.Namespace) -> list[Table]:
 
 
 def _begin(arguments: argparse.Namespace) -> str:
-    """Join the other ranks, if there are any; the device of this rank."""
+    """Join the other ranks, if any; return the device of this rank."""
     import torch
 
     from eve_ds.config import ConfigError

@@ -208,7 +208,7 @@ def _scenes(arguments: argparse.Namespace) -> Source:
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", nargs="+", required=True, metavar="DIR", help="folders of shards")
     parser.add_argument(
-        "--vocab_size", type=positive, required=True, metavar="N", help="most tokens, special ones included"
+        "--vocab_size", type=positive, required=True, metavar="N", help="maximum number of tokens, with special ones"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.set_defaults(run=prepare_tokenizer)

@@ -39,7 +39,7 @@ def build_parser() -> Parser:
         "--resume",
         default="auto",
         metavar="auto|none|DIR",
-        help="auto: resume from the newest checkpoint of the output folder, if it has one; none: demand a new folder; "
+        help="auto: resume from the newest checkpoint of the output folder, if it has one; none: require a new folder; "
         "DIR: resume from this checkpoint (default: %(default)s)",
     )
     return parser

@@ -23,9 +23,9 @@ class Sample:
 
     key: str
     epoch: int
-    """How often its source has been walked through before."""
+    """Number of earlier passes over the sample's source."""
     image: NDArray[np.uint8] | None
-    """(image_size, image_size, 3), cropped and flipped."""
+    """(image_size, image_size, 3), cropped and flipped; None without an image."""
     caption: str | None
 
 
@@ -34,10 +34,10 @@ class Batch:
     """B samples with their masks; every rank's batches have the same fields, whatever the mixture drew."""
 
     keys: list[str]
-    """One per sample, as in the shard."""
+    """Key of each sample, as in the shard."""
     pixel_values: Tensor | None = None
-    """(B, 3, H, W) uint8, a quarter of the bytes of what a model takes (:attr:`normalized_pixels`), or floats that are
-    normalized already. None: no source of the mixture has images."""
+    """(B, 3, H, W) uint8, or floats that are normalized already; bytes take a quarter of the space of a model's input
+    (:attr:`normalized_pixels`). None: no source of the mixture has images."""
     image_mask: Tensor | None = None
     """(B,) bool, True = the sample has an image. None: every sample has one."""
     input_ids: Tensor | None = None
@@ -63,9 +63,10 @@ class Batch:
     token_labels: Tensor | None = None
     """(M,) int64, the original tokens."""
     more: dict[str, Tensor] = field(default_factory=dict)
-    """Fields that a single pre-training objective has for itself."""
+    """Fields that only one pre-training objective uses, by name."""
     layouts: dict[str, Layout] | None = None
-    """View -> where its tokens stand. None: as the masks say, for which the host would wait for an accelerator."""
+    """View -> layout of its tokens. None: the model derives it from the masks, for which the host waits for an
+    accelerator."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -74,7 +75,7 @@ class Batch:
     def normalized_pixels(self) -> Tensor | None:
         """(B, 3, H, W) float32, or the dtype of floats that were given, with mean = std = 0.5.
 
-        Zeros where `image_mask` is False; None without `pixel_values`. Computed once, where the batch is.
+        Zeros where `image_mask` is False; None without `pixel_values`. Computed once, on the device of the batch.
         """
         if self.pixel_values is None:
             return None
@@ -82,7 +83,7 @@ class Batch:
         return pixels if self.image_mask is None else pixels.masked_fill(~self.image_mask[:, None, None, None], 0.0)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that travels, those of layouts included."""
+        """Return every tensor of the batch, those of layouts included."""
         values = [*self._fields().values(), *self.more.values()]
         values += [value for layout in (self.layouts or {}).values() for value in layout]
         return [value for value in values if isinstance(value, Tensor)]

@@ -23,7 +23,7 @@ class PretrainingObjective(HasViews, Protocol):
     """Part of a pre-training objective that a batch is collated for."""
 
     def masks(self, masker: Masker, batch: Collated) -> dict[str, Tensor | None]:
-        """Batch fields that say what the views hide."""
+        """Return the batch fields with the hidden parts of the views."""
 
 
 class Collator:
@@ -55,7 +55,7 @@ class Collator:
         self._masker = Masker(config, tokenizer, self._captions, has_images=has_images, has_captions=has_captions)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """One batch; what a view hides of a sample depends on seed, epoch and key of that sample alone."""
+        """Return one batch; the parts that a view hides depend only on the seed, and on the sample's epoch and key."""
         fields: dict[str, Any] = {}
         tokens = [self._captions.encode(sample.caption) for sample in samples] if self._has_captions else []
         # A batch without any caption keeps one column of padding, so that no tensor of the stream is empty.

@@ -1,1 +1,1 @@
-"""What a trained model can do: scenes, tasks, zero-shot retrieval, questions of a person."""
+"""Evaluation of trained models: scenes, tasks, zero-shot retrieval, questions of a user."""

@@ -1,4 +1,4 @@
-"""Use of a fine-tuned model by a person: answers to questions and statements about an image, captions ranked."""
+"""Direct use of a fine-tuned model: answer questions, judge statements about an image, or rank captions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ask(loaded: TaskModel, images: Sequence[Path], questions: Sequence[str], top
 
     Args:
         loaded: a fine-tuned model.
-        images: as many images as an example of the model has.
+        images: images of one example, as many as the model's task has.
         questions: one or more questions or statements.
         top: number of answers to each.
 
@@ -50,7 +50,7 @@ def rank(loaded: TaskModel, image: Path, captions: Sequence[str]) -> list[Match]
     if loaded.task.command != "rank":
         raise ConfigError(USES[loaded.task.command])
     if not captions:
-        raise ConfigError("there are 0 captions to rank: give at least one")
+        raise ConfigError("no caption to rank: give at least one")
     return loaded.task.rank(loaded.model, _batch(loaded, [image], captions))
 
 

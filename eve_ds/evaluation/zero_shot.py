@@ -60,7 +60,7 @@ def load_zero_shot(
         raise ConfigError(f"{folder} is fine-tuned for {start.config.task.name}: use `evaluate.py task`")
     cls = named_task(task)
     settings = cls.zero_shot_settings(start.config.model, features, rerank)
-    # Of the recipe only the name of the task has an effect here.
+    # Only the task's name in the recipe has an effect here.
     config = task_config(task, init=folder, model="", recipe=cls.scenes_recipe, overrides=settings)
     config = evaluated_on(config, data, images, split, limit)
     examples = load_examples(config, "val")

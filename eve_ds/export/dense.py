@@ -108,13 +108,13 @@ class Dense(NamedTuple):
     sizes: dict[str, Any]
     """`num_hidden_layers` and those of SIZES that the checkpoint determines, by the keys of our config."""
     has_position: bool
-    """Whether there is a position table."""
+    """Whether the checkpoint has a position table."""
     has_norm: bool
-    """Whether there is a LayerNorm after the last layer that applies to every token."""
+    """Whether the last layer is followed by a LayerNorm of every token."""
     has_bias: bool
     """Whether queries and values have a bias."""
     has_scale: bool
-    """Whether there is LayerScale."""
+    """Whether the checkpoint has LayerScale."""
     activation: str
     """Activation of the feed-forward networks."""
     eps: float

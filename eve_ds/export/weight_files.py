@@ -50,7 +50,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             state = state[key]
             break
     if not isinstance(state, dict) or not state:
-        raise WeightFileError(f"{file} holds no dictionary of tensors, neither by itself nor under {WRAPPERS}")
+        raise WeightFileError(f"{file} holds no dictionary of tensors, neither at the top level nor under {WRAPPERS}")
     others = [str(name) for name, value in state.items() if not isinstance(name, str) or not _is_dense(value)]
     if others:
         raise WeightFileError(f"{file} holds {listed(others)}, not a dense tensor: give a file of tensors alone")

@@ -1,4 +1,4 @@
-"""A model and its loss terms in one module, which is what a training engine wraps.
+"""Module with a model and its loss terms, which a training engine wraps.
 
 An engine that partitions parameters (ZeRO 3) gathers them for its module's forward alone, and losses need parameters
 too: the vocabulary of the masked words, for one.
@@ -26,7 +26,7 @@ class LossOutput(NamedTuple):
     terms: dict[str, Tensor]
     """Loss terms by name, each () fp32, without their weights."""
     moe: dict[str, tuple[MoEOutput, ...]]
-    """View -> one per MoE layer, shallow to deep; empty where the model does not tell views apart."""
+    """View -> one output per MoE layer, shallow to deep; empty if the model has no separate views."""
 
 
 class ModelWithLosses(nn.Module):

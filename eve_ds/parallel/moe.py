@@ -148,7 +148,7 @@ class ShardedExperts(nn.Module):
             return experts(rows, rows_per_expert)
         if self.ep_group is None:
             raise RuntimeError(
-                f"experts are spread over {self.ep_size} ranks, but there is no expert-parallel group yet: "
+                f"experts are spread over {self.ep_size} ranks, but the layer has no expert-parallel group yet: "
                 "pass the model to deepspeed.initialize first, or call set_deepspeed_parallelism() on its MoE layers"
             )
         exchange = self._exchange_slots if has_slots else self._exchange_sizes

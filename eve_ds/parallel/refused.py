@@ -27,7 +27,7 @@ def check_topology(
         data_before_expert: `use_data_before_expert_parallelism` of the DeepSpeed JSON.
 
     Raises:
-        ConfigError: with the value, the rule and what to do.
+        ConfigError: the topology breaks a rule; the message has the value, the rule and the remedy.
     """
     sizes = ", ".join(str(size) for size in range(1, world_size + 1) if math.gcd(num_experts, world_size) % size == 0)
     if num_experts % ep_size:

@@ -189,7 +189,7 @@ def _section(resolved: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _refuse_auto(value: Any, path: str) -> None:
     if value == "auto":
-        raise ConfigError(f'{path} in the DeepSpeed JSON is "auto", but there is nothing to take it from: give a value')
+        raise ConfigError(f'{path} in the DeepSpeed JSON is "auto", but no setting of eve_ds defines it: give a value')
     if isinstance(value, dict):
         for key, item in value.items():
             _refuse_auto(item, f"{path}.{key}" if path else key)

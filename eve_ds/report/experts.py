@@ -25,7 +25,7 @@ def expert_use(model: nn.Module, batches: Iterable[Batch]) -> tuple[RouterStatis
         batches: at least one batch.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: `batches` is empty.
     """
     total: list[RouterStatistics] | None = None
     for batch in batches:

@@ -160,7 +160,7 @@ def seeds_table(entries: Sequence[dict[str, Any]]) -> Table:
     rows.append(("  samples/s", *(f"{entry['samples_per_second']:.1f}" for entry in entries)))
     rows.append(("  peak memory of a rank", *(f"{entry['peak_memory_bytes'] / 2**20:,.0f} MiB" for entry in entries)))
     rows.append(("  export: largest difference", *(_difference(entry["export_max_abs_diff"]) for entry in entries)))
-    return Table("What the demo measured", ("", *(f"seed {entry['seed']}" for entry in entries)), rows)
+    return Table("Results of the demo", ("", *(f"seed {entry['seed']}" for entry in entries)), rows)
 
 
 def _difference(value: float | None) -> str:

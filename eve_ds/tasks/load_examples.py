@@ -52,7 +52,7 @@ def _read(task: type[Task], source: ExamplesConfig, section: Section) -> list[Ex
 
 
 def _unseen(examples: Sequence[Example], known: Sequence[Example]) -> list[Example]:
-    """Examples whose text is not the text of a known one; raises ConfigError if there is none."""
+    """Return examples whose text no known example has; raises ConfigError if none is left."""
     texts = {example.text for example in known}
     kept = [example for example in examples if example.text not in texts]
     if not kept:
@@ -64,7 +64,7 @@ def _check(examples: Sequence[Example], num_images: int, where: Path) -> None:
     """Raise ConfigError for a key that occurs twice, a wrong number of images, or an image folder without images."""
     twice = [key for key, count in Counter(example.key for example in examples).items() if count > 1]
     if twice:
-        raise ConfigError(f"{where}: question id or identifier {twice[0]} is there more than once: remove all but one")
+        raise ConfigError(f"{where}: question id or identifier {twice[0]} occurs more than once: remove all but one")
     for example in examples:
         if len(example.images) != num_images:
             raise ConfigError(

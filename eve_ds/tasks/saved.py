@@ -73,7 +73,7 @@ def save_task_model(
         config: configuration with `task`.
         tokenizer: tokenizer of the model.
         weights: all tensors of the task's model by name.
-        provenance: JSON-able origin of the weights, for task.json.
+        provenance: origin of the weights, as JSON types, for task.json.
 
     Raises:
         CheckpointError: the weights do not fit the task's model, or are not finite.

@@ -1,4 +1,4 @@
-"""Interface of a downstream task: everything that fine-tuning, evaluation and the commands need of it."""
+"""Interface of a downstream task for fine-tuning, evaluation and the commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eve_ds.tasks.batches import TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example, SceneExamples, Section
 
 Record = dict[str, Any]
-"""JSON-able prediction with `key`; with `skipped`, a reason, where there is no answer."""
+"""Prediction as JSON types, with `key`; if it has no answer, with a reason in `skipped`."""
 
 
 class Published(NamedTuple):
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 
 
 class Match(NamedTuple):
-    """One caption and how well it fits an image."""
+    """One caption with scores of its fit to an image."""
 
     caption: str
     similarity: float
@@ -54,7 +54,7 @@ class Match(NamedTuple):
 
 
 class Task(ABC):
-    """A head, its loss, its metric and its predictions; a subclass states what it needs beyond the defaults.
+    """Base class of a task: head, loss, metric and predictions; a subclass replaces the defaults that do not suit it.
 
     Args:
         config: configuration with the sections `model` and `task`.
@@ -69,7 +69,7 @@ class Task(ABC):
     readers: ClassVar[Mapping[str, Reader]] = {}
     """Published format (:mod:`eve_ds.data.formats`) -> reader of its examples for this task."""
     command: ClassVar[Literal["ask", "rank"] | None] = None
-    """Command of launcher/evaluate.py by which a person uses the model."""
+    """Command of launcher/evaluate.py for direct use of the model."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -100,7 +100,7 @@ class Task(ABC):
         return cls(config)
 
     def save(self, folder: Path) -> None:  # noqa: B027, most tasks have no state
-        """Write the state of the task that belongs to the model besides its weights; by default there is none."""
+        """Write the state of the task that belongs to the model besides its weights; by default nothing."""
 
     @classmethod
     def zero_shot_settings(cls, model: ModelConfig, features: str | None, rerank: int) -> list[str]:
@@ -108,7 +108,7 @@ class Task(ABC):
 
         Args:
             model: configuration of the pre-trained model.
-            features: `task.features` that the user asked for; None: the best that pre-training taught.
+            features: `task.features` from the command line; None: the best that pre-training taught.
             rerank: candidates of a query that the model scores again pair by pair.
 
         Raises:
@@ -181,7 +181,7 @@ class Task(ABC):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
-        """JSON-able settings that predictions depend on besides model and examples; by default none."""
+        """Settings, as JSON types, that predictions depend on besides model and examples; by default none."""
         return {}
 
     def queries(self, examples: Sequence[Example]) -> list[str]:
@@ -201,7 +201,7 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, examples: Sequence[Example], predictions: dict[str, Record]) -> dict[str, Any]:
-        """JSON-able figures of an evaluation."""
+        """Compute the metrics of an evaluation, as JSON types."""
 
     @classmethod
     def check_csv(cls, file: Path) -> None:

@@ -394,7 +394,7 @@ def test_run_can_start_from_weights_of_another(run_ranks, tmp_path):
 
 
 def signals(rank, world_size, folder):
-    """Signal one rank, between steps and inside a step; report what was saved, and whether a rerun resumes."""
+    """Signal one rank, between steps and inside a step; return the saved checkpoints, and whether a rerun resumes."""
     start()
     pretrain(config_of(f"{folder}/whole", "train.max_steps=7", "train.gradient_accumulation_steps=2"))
     found = []

@@ -277,7 +277,7 @@ def test_weights_that_are_not_finite_are_refused(released, tmp_path):
             "holds backbone.norm.bias, not a dense tensor",
         ),
         ({3: torch.zeros(32)}, "holds 3, not a dense tensor"),
-        ({}, "holds no dictionary of tensors, neither by itself nor under ('model', 'state_dict', 'module')"),
+        ({}, "holds no dictionary of tensors, neither at the top level nor under ('model', 'state_dict', 'module')"),
         ([torch.zeros(3)], "holds no dictionary of tensors"),
     ],
 )

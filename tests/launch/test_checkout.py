@@ -38,7 +38,7 @@ def main() -> int:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout with the folders that matter, in which `launcher/probe.py` prints what it finds."""
+    """A checkout with the folders that matter, in which `launcher/probe.py` prints what it imports."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "launcher", folder / "launcher", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "eve_ds" / "cli", folder / "eve_ds" / "cli", ignore=shutil.ignore_patterns("__pycache__"))

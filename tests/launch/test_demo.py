@@ -99,7 +99,7 @@ def test_summary_holds_every_figure(first):
 @pytest.mark.timeout(900)
 def test_demo_ends_with_a_table_and_the_paths_of_its_results(first):
     out, completed = first
-    table, _, paths = completed.stdout.partition("What the demo measured")[2].partition(f"seed {SEED}\n  plain weights")
+    table, _, paths = completed.stdout.partition("Results of the demo")[2].partition(f"seed {SEED}\n  plain weights")
     for row in ("color", "lower by", "position -> color", "samples/s", "peak memory of a rank", "export: largest"):
         assert any(line.strip().startswith(row) for line in table.splitlines()), row
     for name in ("export", "report/report.md", "report/curves.png", "metrics.jsonl"):
@@ -129,7 +129,7 @@ def test_second_run_reuses_everything_and_says_so(first):
     assert "$ " not in again.stdout
     for what in ("the finished training in", "export.json", "evaluation.json", "report.md"):
         assert any(what in line and "reusing" in line for line in again.stdout.splitlines()), what
-    assert "What the demo measured" in again.stdout
+    assert "Results of the demo" in again.stdout
     changed = {path.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
     assert changed <= {"summary.json"}
 

@@ -114,7 +114,7 @@ def test_splits_of_karpathy(load):
 @pytest.mark.parametrize(
     ("task", "content", "message"),
     [
-        ("vqa", [QUESTION, QUESTION], "question id or identifier 7 is there more than once: remove all but one"),
+        ("vqa", [QUESTION, QUESTION], "question id or identifier 7 occurs more than once: remove all but one"),
         ("vqa", [{**QUESTION, "question": ""}], r"entry 0: question \(''\) must be a text"),
         ("vqa", [{**QUESTION, "answer": 3}], r"entry 0: answer \(3\) must be a text or a list of texts"),
         ("vqa", [QUESTION, "x"], "entry 1: must be an object"),

@@ -298,7 +298,7 @@ def test_ask_and_rank_return_sorted_answers(task_tree, tmp_path):
         ask(vqa, [image, image], ["what?"])
     with pytest.raises(ConfigError, match=r"image .*gone\.png cannot be used: missing image"):
         rank(retrieval, tmp_path / "gone.png", ["a"])
-    with pytest.raises(ConfigError, match="there are 0 captions to rank"):
+    with pytest.raises(ConfigError, match="no caption to rank: give at least one"):
         rank(retrieval, image, [])
     with pytest.raises(ConfigError, match="answers no questions"):
         ask(retrieval, [image], ["what?"])

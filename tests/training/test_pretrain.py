@@ -221,7 +221,7 @@ def test_a_contradiction_names_both_places(dictionary, sections, text):
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage (3) must be below 3, since DeepSpeed cannot"),
         (
             {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
-            'zero_optimization.reduce_bucket_size in the DeepSpeed JSON is "auto", but there is nothing to',
+            'zero_optimization.reduce_bucket_size in the DeepSpeed JSON is "auto", but no setting',
         ),
         ({"optimizer": {"type": "Adam"}}, "optimizer in the DeepSpeed JSON has no effect here: remove it and set"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler in the DeepSpeed JSON has no effect here"),

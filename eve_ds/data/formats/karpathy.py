@@ -23,9 +23,9 @@ class CaptionedImage(NamedTuple):
 
     entry: Entry
     path: str
-    """Below the image folder."""
+    """Path below the image folder."""
     captions: tuple[str, ...]
-    """May be empty, and so may each of them."""
+    """Captions; the tuple and each caption may be empty."""
     cocoid: str | None
     """Number of the image in COCO."""
 

@@ -101,7 +101,7 @@ class Corpus(NamedTuple):
 
     statements: list[Statement]
     images: dict[str, Path | bytes]
-    """By name without suffix: path of a file of a folder, content of a member of an archive."""
+    """Name without suffix -> path of the file in a folder, or content of the member of an archive."""
 
 
 def read_corpus(path: Path, split: str | None) -> Corpus:

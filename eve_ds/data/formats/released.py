@@ -22,9 +22,9 @@ class CaptionedImage(NamedTuple):
     image: str
     """Path below the image folder."""
     captions: tuple[str, ...]
-    """May be empty, and so may each of them."""
+    """Captions; the tuple and each caption may be empty."""
     image_id: str | None
-    """None where the entry has none."""
+    """Id of the image; None if the entry has none."""
 
 
 class Question(NamedTuple):

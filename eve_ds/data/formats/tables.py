@@ -24,7 +24,7 @@ class Row(NamedTuple):
     """One row of a table; a field is None where the row is too short for it."""
 
     number: int
-    """From 1, the header not counted."""
+    """Number of the row, from 1; the header is not counted."""
     image: str | None
     """Path below the image folder."""
     caption: str | None

@@ -106,7 +106,7 @@ class Source(Protocol):
     """A data set that yields the same candidates in the same order at every iteration."""
 
     description: dict[str, Any]
-    """JSON-able identity of the source; an unfinished output folder is continued only by a source with an equal one."""
+    """Identity of the source, as JSON types; only a source with an equal identity continues an unfinished folder."""
     total: int | None
     """Expected number of candidates, or None; for progress only, may become known during iteration."""
 

@@ -114,7 +114,7 @@ class Nlvr:
         for statement in read_statements(data, split, path):
             if statement.label is None:
                 raise SourceError(
-                    f"{path}: sentence {statement.identifier} of {split}.json has no label, so nobody knows whether it "
+                    f"{path}: sentence {statement.identifier} of {split}.json has no label, which decides whether it "
                     "is a caption: take a split that publishes labels"
                 )
             annotations.captions[statement.identifier] = statement.sentence if statement.label else None

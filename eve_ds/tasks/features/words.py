@@ -48,7 +48,7 @@ class Template(NamedTuple):
         """
         lengths = sorted({len(encoder.encode(caption)) - 2 for caption in captions} - {0})
         if not lengths:
-            raise ConfigError("there is no caption with a word in it")
+            raise ConfigError("no caption has a word: give captions with words")
         if len(lengths) > most:
             lengths = sorted({lengths[-1 - len(lengths) * i // most] for i in range(most)})
         return cls(tuple(lengths), encoder.cls_id, encoder.sep_id, encoder.mask_id)

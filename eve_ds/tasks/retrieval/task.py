@@ -196,7 +196,7 @@ class Retrieval(Task):
 
 
 def _hits(key: str, candidates: Sequence[str], image_of: dict[str, str]) -> list[bool]:
-    """Which of the candidates are right for the query."""
+    """Return for each candidate whether it is right for the query."""
     if key.startswith(IMAGE):
         return [image_of[candidate] == key.removeprefix(IMAGE) for candidate in candidates]
     return [candidate == image_of[key.removeprefix(TEXT)] for candidate in candidates]

@@ -50,7 +50,7 @@ def _without_punctuation(text: str) -> str:
 def vqa_accuracy(answer: str, annotations: Sequence[str]) -> float:
     """Mean over annotators of min(1, agreeing others / 3); with a single annotator, 1.0 for the same answer, else 0.0.
 
-    As in the official code, nothing is normalized where all annotators agree.
+    Like the official code, it normalizes no answer if all annotators agree.
     """
     said = [_one_line(text) for text in annotations]
     answer = _one_line(answer)

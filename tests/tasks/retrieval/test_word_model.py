@@ -130,7 +130,7 @@ def test_lengths_of_a_template_are_spread_and_hold_the_longest(encoder):
     assert Template.of(captions, encoder, most=4).lengths == (3, 5, 8, 10)
     assert Template.of(captions, encoder, most=1).lengths == (10,)
     assert Template.of([*captions, ""], encoder, most=20).lengths == tuple(range(1, 11))
-    with pytest.raises(ConfigError, match="there is no caption with a word in it"):
+    with pytest.raises(ConfigError, match="no caption has a word"):
         Template.of([""], encoder, most=4)
 
 
