@@ -84,9 +84,9 @@ class Objective(ABC):
 
         Args:
             output: predictions.
-            targets: `Batch.targets()`.
-            counts: denominators, 0 without anything to predict: totals over the step divided by R * A, because
-                DeepSpeed averages gradients over R ranks and A micro-steps; they may be below 1.
+            targets: result of `Batch.targets()`.
+            counts: denominators, 0 if nothing is predicted: totals over the step divided by R * A, because DeepSpeed
+                averages gradients over R ranks and A micro-steps; they may be below 1.
             config: architecture.
             gather: function that collects the rows of all ranks.
         """

@@ -1,6 +1,6 @@
 """Metrics of a run: `metrics.jsonl` with every number, and DeepSpeed's monitors.
 
-The records of `metrics.jsonl` are a contract with the report and with users' scripts; docs/training.md lists the keys.
+The format of `metrics.jsonl` is stable: the report and users' scripts read it; docs/training.md lists the keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from eve_ds.training.window import Window
 
 
 class MetricsWriter:
-    """Appends JSON objects, one a line, to `metrics.jsonl`; only rank 0 writes."""
+    """Appends JSON objects, one per line, to `metrics.jsonl`; only rank 0 writes."""
 
     def __init__(self, folder: Path) -> None:
         self._file = _open_after_last_line(folder / "metrics.jsonl") if rank_zero() else None
@@ -34,9 +34,9 @@ class MetricsWriter:
 
         Args:
             kind: `train`, `eval`, `save` or `event`.
-            step: optimizer steps of the run.
-            seconds: training time of the run.
-            samples: samples of the run.
+            step: optimizer steps of the run so far.
+            seconds: training time of the run so far, in seconds.
+            samples: samples of the run so far.
             numbers: further entries.
         """
         if self._file is not None:
@@ -51,7 +51,7 @@ class MetricsWriter:
 
 
 def _open_after_last_line(path: Path) -> TextIO:
-    """Open for appending, without the unfinished last line of a killed writer, which the next line would join."""
+    """Open for appending; first remove the unfinished last line of a killed writer, which would join the next line."""
     if path.is_file():
         whole = path.read_bytes().rpartition(b"\n")
         if whole[2]:
@@ -66,17 +66,17 @@ def _finite_or_none(value: Any) -> Any:
 
 
 def training_clock(device: torch.device) -> Callable[[], float]:
-    """Clock for training time, in seconds: wall time on an accelerator, CPU time of the training thread on CPUs.
+    """Return the clock for training time, in seconds: wall time on an accelerator, CPU time of the thread on CPUs.
 
-    On shared cores wall time would measure other processes. CPU time stands still while the thread waits for other
-    ranks or for samples.
+    On shared cores wall time would include other processes. CPU time does not advance while the training thread waits
+    for other ranks or for samples.
     """
     return time.thread_time if device.type == "cpu" else time.perf_counter
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the accelerator, or resident on the host without one."""
-    if torch.cuda.is_initialized():  # false where DS_ACCELERATOR asks for the CPU beside a CUDA device
+    """Return the peak memory of this process: allocated on the accelerator, or resident on the host without one."""
+    if torch.cuda.is_initialized():  # false if DS_ACCELERATOR selects the CPU on a machine with a GPU
         return torch.cuda.max_memory_allocated()
     import resource
 
@@ -84,20 +84,20 @@ def peak_memory_bytes() -> int:
 
 
 class Metrics:
-    """Records of a run, in `metrics.jsonl` and through DeepSpeed's monitors.
+    """Writes the records of a run to `metrics.jsonl` and to DeepSpeed's monitors.
 
     Args:
         folder: output folder of the run.
-        engine: its monitors are those of the DeepSpeed JSON (TensorBoard, W&B, Comet, CSV).
+        engine: engine with the monitors of the DeepSpeed JSON (TensorBoard, W&B, Comet, CSV).
     """
 
     def __init__(self, folder: Path, engine: DeepSpeedEngine) -> None:
         self._writer, self._monitor = MetricsWriter(folder), engine.monitor
 
     def write(self, kind: str, *, step: int, seconds: float, samples: int, **numbers: Any) -> None:
-        """Write one record; numbers of `train` and `eval` go to the monitors too, by the samples of the run.
+        """Write one record; monitors also get the numbers of `train` and `eval`, by the samples of the run.
 
-        Arguments are those of :meth:`MetricsWriter.write`.
+        See :meth:`MetricsWriter.write` for the arguments.
         """
         self._writer.write(kind, step=step, seconds=seconds, samples=samples, **numbers)
         if self._monitor.enabled and rank_zero() and kind in ("train", "eval"):
@@ -109,7 +109,7 @@ class Metrics:
 
 
 def _flat(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Names and numbers, those of nested mappings as `OUTER/INNER`; other values are left out."""
+    """Yield names and numbers, of nested mappings as `OUTER/INNER`; other values are left out."""
     for name, value in numbers.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
@@ -120,13 +120,13 @@ def _flat(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
 def training_numbers(
     window: Window, topology: Topology, engine: DeepSpeedEngine, job: Job, seconds: float
 ) -> dict[str, float]:
-    """Numbers of the steps in a window: losses, routers, rates, gradient norm, memory; a collective.
+    """Return metrics of the steps in a window: losses, routers, rates, gradient norm, memory; collective.
 
     Args:
-        window: steps since the last record.
+        window: window of the steps since the last record.
         topology: ranks of the run.
-        engine: batch size and norm of the last gradient.
-        job: FLOPs of a sample.
+        engine: engine with the batch size and the norm of the last gradient.
+        job: job, which counts the FLOPs of a sample.
         seconds: training time at the end of the window.
     """
     numbers = window.reduce(topology)
@@ -135,7 +135,7 @@ def training_numbers(
     numbers |= {"samples_per_second": samples / elapsed, "peak_memory_bytes": peak_memory_bytes()}
     if "tokens" in window.totals:
         numbers["tokens_per_second"] = window.totals["tokens"] / elapsed
-    norm = engine.get_global_grad_norm()  # DeepSpeed takes none at ZeRO 0 without clipping
+    norm = engine.get_global_grad_norm()  # None at ZeRO 0 without clipping
     if norm is not None and math.isfinite(norm):
         numbers["grad_norm"] = float(norm)
     peak, flops = peak_flops(job.config.train.precision), job.forward_flops(window.totals, samples)

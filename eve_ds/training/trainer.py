@@ -2,7 +2,7 @@
 
 Before each step all ranks decide together whether it is the last one, and whether a save or a stop follows. A step
 accumulates gradients over its micro-batches and updates. While a device computes, the host fetches the micro-batches of
-the next step, sums over ranks the counts that its losses are averaged over, and begins to copy them.
+the next step, sums the counts for its losses over ranks, and starts copying the micro-batches to the device.
 """
 
 from __future__ import annotations
