@@ -1,4 +1,4 @@
-"""Run a command of the package in this checkout, whatever else is installed or on the path.
+"""Run a command of the package in this checkout, even if another eve_ds is installed or on the path.
 
 Each launcher loads this file by its path, so that `python -P`, a symlink to the launcher, and processes that `spawn`
 or `forkserver` start (they run the launcher again, as `__mp_main__`) find it too.

@@ -132,7 +132,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Size and hash of a file as it is now."""
+    """Return the current size and hash of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path.stat().st_size, digest)

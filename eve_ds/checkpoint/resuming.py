@@ -30,7 +30,7 @@ def newest_good(config: Config, named: Path | None = None) -> Path | None:
             every newer one that is not good.
 
     Returns:
-        Folder of the checkpoint, or None if there is no checkpoint at all.
+        Folder of the checkpoint, or None if the run has no checkpoint.
 
     Raises:
         ConfigError: the named checkpoint is not good, all checkpoints are damaged, or the checkpoint holds another

@@ -1,4 +1,4 @@
-"""Section `masking`: what the views of a sample hide."""
+"""Section `masking`: hidden parts of the views of a sample."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def is_held_out(key: str, share: float) -> bool:
 
 
 def held_out_share(config: Config) -> float:
-    """Return the held-out share of the training sources; 0 if there is none."""
+    """Return the held-out share of the training sources; 0 without one."""
     return 0.0 if config.data.validation is None else config.data.validation.share
 
 

@@ -96,7 +96,7 @@ def _read_backbone(file: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _misfit(name: str, found: Tensor, expected: Tensor) -> str | None:
-    """Describe the problem of a tensor of the file; None if there is none."""
+    """Describe the problem of a tensor of the file; None if it has none."""
     stem = name.removeprefix(PREFIX)
     if PREFIX + stem in POSITION_BUFFERS:
         return None

@@ -58,7 +58,7 @@ class ExportReport:
 
 
 def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
-    """Return the newest evaluation in the metrics of a run up to a step; None if there is none."""
+    """Return the newest evaluation in the metrics of a run up to a step; None without one."""
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         return None

@@ -11,10 +11,10 @@ gamma_1, gamma_2      lambda_1, lambda_2 of BEiT; gamma_1, gamma_2 of BEiTv2; 1 
 feed-forward          for the image network of a shallow layer, on request for its text network; for every expert of an
                       MoE layer, each with its own noise, so that experts differ
 
-Also taken are patch projection, class token, position table (resized to the images of the model) and, if there is one,
-the final LayerNorm. Most BEiTs have relative position biases instead of a position table; EVE has no counterpart, so
-the position table then has its random initialization. Everything else is initialized as in a new model: words, routers,
-modality embeddings, decoders.
+Also taken are patch projection, class token, position table (resized to the images of the model) and the final
+LayerNorm, if the checkpoint has one. Most BEiTs have relative position biases instead of a position table; EVE has no
+counterpart, so the position table then has its random initialization. Everything else is initialized as in a new model:
+words, routers, modality embeddings, decoders.
 
 For BEiTv2, notes list tensors without a counterpart in EVE: relative position biases, the token of masked patches,
 heads (including fc_norm, which normalizes averages of patches), and the second decoder of the class token. Other

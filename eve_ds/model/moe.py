@@ -101,7 +101,7 @@ class Router(nn.Module):
         valid: Tensor | None = None,
         view_sizes: Sequence[int] | None = None,
     ) -> RouterOutput:
-        """Route tokens (T, D) with modality ids (T,); `valid` (T,) is False for padding, None if there is no padding.
+        """Route tokens (T, D) with modality ids (T,); `valid` (T,) is False for padding, None without padding.
 
         `view_sizes` gives the token count of each view and keeps the sums of views separate; it requires
         :attr:`packs_views`. None gives one sum.
@@ -201,7 +201,7 @@ class MoE(nn.Module):
         attention_mask: Tensor | None = None,
         view_sizes: Sequence[int] | None = None,
     ) -> MoEOutput:
-        """(..., D), (...) int64, (...) bool (None if there is no padding) -> MoEOutput.
+        """(..., D), (...) int64, (...) bool (None without padding) -> MoEOutput.
 
         `view_sizes` gives the token counts of V consecutive views; None means one view.
         """
@@ -263,7 +263,7 @@ def mix_experts(
 
     Args:
         router: chooses experts.
-        hidden_states, modality_ids, attention_mask: (..., D), (...) int64, (...) bool or None if there is no padding.
+        hidden_states, modality_ids, attention_mask: (..., D), (...) int64, (...) bool or None without padding.
         apply_experts: maps the expert buffer (R, D) and the (E,) int64 rows of each expert in it to the (R, D) outputs.
         view_sizes: token counts of V consecutive views. None means one view, and results without a view dimension.
 

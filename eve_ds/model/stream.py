@@ -25,7 +25,7 @@ class TokenStream(NamedTuple):
     layout: Layout
 
     def padded(self) -> Tensor:
-        """(B, S, D), zero where there is no token; image tokens (class token first) come before text."""
+        """(B, S, D), zero at positions without a token; image tokens (class token first) come before text."""
         return pad(self.hidden_states, self.layout)
 
 
@@ -36,7 +36,7 @@ def join(image: Tensor | None, text: Tensor | None, layout: Layout) -> TokenStre
 
 
 def pad(tokens: Tensor, layout: Layout) -> Tensor:
-    """(N, D) -> (B, S, D), zero where there is no token."""
+    """(N, D) -> (B, S, D), zero at positions without a token."""
     if not layout.is_whole:
         tokens = take_rows(tokens, layout.places, layout.token_ids)
     return tokens.view(*layout.mask.shape, tokens.shape[-1])

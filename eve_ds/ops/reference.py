@@ -200,7 +200,7 @@ def moe_dispatch(
 
 
 def _at_least_one(values: Tensor) -> Tensor:
-    """The values, or one zero row if there are none: masked entries look up index 0, which must exist."""
+    """Return the values, or one zero row if empty: masked entries look up index 0, which must exist."""
     return values if values.shape[0] else torch.cat([values, values.new_zeros(1, *values.shape[1:])])
 
 

@@ -48,7 +48,7 @@ def pretrain(
     Args:
         config: settings of model, data and training loop.
         deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 0 with everything "auto".
-        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if there is one, `none` requires a new
+        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if one exists, `none` requires a new
             folder, a path names a checkpoint of the same run.
 
     Raises:

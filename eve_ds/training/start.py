@@ -29,7 +29,7 @@ def start(
         job: pre-training or fine-tuning.
         config: configuration that agrees with the DeepSpeed JSON.
         deepspeed_config: DeepSpeed's configuration, from :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
-        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if there is one, `none` requires a new
+        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if one exists, `none` requires a new
             folder, a path names a checkpoint of the same run.
     """
     lock = FolderLock(config.train.output_dir)

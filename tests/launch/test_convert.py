@@ -363,7 +363,7 @@ def test_a_run_that_saved_nothing(refused, run, checkpoint):
     assert "run holds no finished checkpoint: train until one is saved" in refused(run)
 
 
-def test_a_damaged_checkpoint_gives_way_to_an_older_one(convert, run, tmp_path, caplog):
+def test_an_older_checkpoint_is_used_if_the_newest_is_damaged(convert, run, tmp_path, caplog):
     newer, _ = write_run(run, step=9, seed=1)
     (newer / TENSORS).unlink()
     code, stdout, _ = convert(run, "--out", tmp_path / "out")

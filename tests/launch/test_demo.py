@@ -121,7 +121,7 @@ def test_pictures_are_not_blank(first):
 
 
 @pytest.mark.timeout(900)
-def test_second_run_reuses_everything_and_says_so(first):
+def test_second_run_reuses_everything_and_reports_it(first):
     out, _ = first
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     again = run_demo(out)

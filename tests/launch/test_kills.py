@@ -58,7 +58,7 @@ class Ranks:
 
 
 def losses(run):
-    """Loss by step; a step that was taken again counts as it was the last time."""
+    """Loss by step; if a resumed run repeated a step, its last record counts."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {item["step"]: item["loss"] for item in records if item["kind"] == "train"}
 

@@ -153,7 +153,7 @@ def test_a_new_task_names_its_recipe():
         task_config("crowd", init=None, model="eve_tiny")
 
 
-def test_defaults_of_a_task_say_what_it_cannot_do(task_tree, tmp_path):
+def test_defaults_of_a_task_refuse_unsupported_uses(task_tree, tmp_path):
     with pytest.raises(ConfigError, match=r"--csv out\.csv: task 'crowd' has no published form of predictions"):
         Crowd.write_csv({}, Path("out.csv"))
     with pytest.raises(ConfigError, match="task 'crowd' needs a new head: fine-tune the model first"):

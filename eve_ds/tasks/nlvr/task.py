@@ -70,7 +70,7 @@ class NLVR(ClassificationTask):
         return cls(config) if task_section(config).features == "class_token" else cls(config, Template.load(folder))
 
     def save(self, folder: Path) -> None:
-        """Write the hidden caption, if there is one."""
+        """Write the hidden caption, if any."""
         if self.template is not None:
             self.template.save(folder)
 

@@ -81,7 +81,7 @@ class Retrieval(Task):
         return cls(config) if task_section(config).features == "class_token" else cls(config, Template.load(folder))
 
     def save(self, folder: Path) -> None:
-        """Write the template, if there is one."""
+        """Write the template, if any."""
         if self.template is not None:
             self.template.save(folder)
 

@@ -24,7 +24,7 @@ PASSES = 2
 
 
 class RetrievalWordHead(WordHead):
-    """Text head with a learned temperature, which starts at 1: likelihoods as they are.
+    """Text head with a learned temperature, which starts at 1, so that likelihoods are initially unscaled.
 
     Args:
         config: configuration with `model`.

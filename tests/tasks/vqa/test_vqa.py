@@ -122,7 +122,7 @@ def test_loss_is_binary_cross_entropy_summed_over_answers(task_tree):
     assert float(loss["vqa"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_metrics_are_given_by_type_and_leave_out_what_was_skipped(task_tree):
+def test_metrics_are_given_by_type_without_skipped_questions(task_tree):
     task = VQA(parse_config(task_tree("vqa")), ["red", "blue"])
     examples = [
         question("1", "red", kind="color"),
@@ -185,7 +185,7 @@ def test_training_sees_a_random_share_of_the_patches_and_evaluation_all(task_tre
     seen = ids.flatten().bincount(minlength=16) / 200
     # Each is drawn with probability one half: 200 draws deviate by 4 * sqrt(.25 / 200) at most, but once in 16,000.
     assert ((seen - 0.5).abs() < 0.142).all()
-    assert not torch.equal(ids, visible(torch.zeros(200, 3, 64, 64))), "anew at every step"
+    assert not torch.equal(ids, visible(torch.zeros(200, 3, 64, 64))), "every step must draw other patches"
     assert visible.eval()(torch.zeros(2, 3, 64, 64)) is None
     assert VisiblePatches(parse_config(task_tree("vqa"))).train()(torch.zeros(2, 3, 64, 64)) is None
 
