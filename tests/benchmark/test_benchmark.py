@@ -98,7 +98,7 @@ def losses_of_both_implementations(rank, world_size):
         found.append({name: term.detach() for name, term in terms.items()})
         return terms["mim"] * 0
 
-    measures.total_loss = keep
+    measures.weighted_sum = keep
     for optimizer in both.optimizers:
         optimizer.step = lambda: None
     both.step(stock=False)
