@@ -1,6 +1,6 @@
 // Arguments of the plain functions behind the ops. This file has no torch: the bindings fill in the structs, and the
-// CPU // and CUDA sources read them. Matrices are row-major and contiguous. A null pointer means that an optional
-// argument was // not given; the id -1 means "none". ../eve_ds/ops/reference.py defines the contracts of the ops.
+// CPU and CUDA sources read them. Matrices are row-major and contiguous. A null pointer means that an optional argument
+// was not given; the id -1 means "none". ../eve_ds/ops/reference.py defines the contracts of the ops.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Checks on the GPU, with EVE_DS_CHECK=1, of ids that index memory. A bad id is reported and ends the program before
-// the // kernel that would use it, because the stream runs that kernel after the check.
+// the kernel that would use it, because the stream runs that kernel after the check.
 
 #include <cstdio>
 #include <cstring>

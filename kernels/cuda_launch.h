@@ -1,5 +1,5 @@
 // The ops on a GPU as plain functions: the binding calls them, the .cu files define them. Neither side needs the
-// other's // headers: this file has no torch, and its first part has no CUDA.
+// other's headers: this file has no torch, and its first part has no CUDA.
 #pragma once
 
 #include "arguments.h"
@@ -7,13 +7,13 @@
 namespace eve_ds {
 
 // Number of tokens that one block of the backward of dispatch sums for the gradient of the embedding. It is smaller
-// than // kChunkTokens, which would give fewer blocks than a GPU can run at once.
+// than kChunkTokens, which would give fewer blocks than a GPU can run at once.
 constexpr int64_t kEmbeddingTokens = 32;
 
 inline int64_t num_embedding_chunks(int64_t tokens) { return (tokens + kEmbeddingTokens - 1) / kEmbeddingTokens; }
 
 // Each function queues its kernels on the CUDA stream and returns at once: null, or the error text of a launch.
-// Pointers // refer to memory of the current device. Ids are used without a check; see below.
+// Pointers refer to memory of the current device. Ids are used without a check; see below.
 const char* launch_route(const Route& args, void* stream);
 const char* launch_route_backward(const RouteBackward& args, void* stream);
 const char* launch_dispatch(const Dispatch& args, Dtype dtype, void* stream);

@@ -1,5 +1,5 @@
 // Cross entropy of masked words and squared error of masked pixels on a GPU. Sums are fixed trees, so results repeat
-// bit // for bit.
+// bit for bit.
 #pragma once
 
 #include <cfloat>

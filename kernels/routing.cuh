@@ -1,6 +1,6 @@
 // Routing on a GPU: choose experts, number the rows, place the routes, copy tokens to rows and back. A warp works on
-// one // token or row at a time. One block sums over the tokens of a chunk, and the sums of chunks are added in a fixed
-// order, // so results repeat bit for bit.
+// one token or row at a time. One block sums over the tokens of a chunk, and the sums of chunks are added in a fixed
+// order, so results repeat bit for bit.
 #pragma once
 
 #include "cuda_launch.h"

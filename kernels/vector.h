@@ -1,6 +1,6 @@
 // Sixteen lanes of fp32 in GCC's vector notation. The compiler maps them to the registers of the instruction set (one
-// of // AVX-512, two of AVX2, four of SSE), so every build of a source adds in the same order. As the build also
-// disables the // contraction into FMA, every build gives the same bits.
+// of AVX-512, two of AVX2, four of SSE), so every build of a source adds in the same order. As the build also disables
+// the contraction into FMA, every build gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -159,8 +159,8 @@ EVE_INLINE int32_t smallest(Ints v) {
 }
 
 // Content of one register. GCC splits sums and products of wider vectors into registers, but comparisons and
-// conversions // into single lanes, which is several times slower. Functions with such steps are therefore applied part
-// by part.
+// conversions into single lanes, which is several times slower. Functions with such steps are therefore applied part by
+// part.
 #if defined(__AVX512F__)
 typedef Floats Part;
 typedef Ints IntPart;
