@@ -2,24 +2,19 @@
 
 import pytest
 import torch
+from tiny import tiny_config
 
-from eve_ds.config import ConfigError, load_config
+from eve_ds.config import ConfigError
 from eve_ds.data.held_out import held_out_pairs
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation.held_out import evaluate_held_out, load_held_out
 from eve_ds.model.eve import EVE
 from eve_ds.topology import Topology
 
-SMALL = [
-    *("model.hidden_size=16", "model.num_hidden_layers=2", "model.num_attention_heads=2"),
-    *("model.intermediate_size=24", "model.moe_layers=[1]", "model.moe.num_experts=4"),
-    *("model.pixel_decoder.hidden_size=8", "model.pixel_decoder.num_attention_heads=2"),
-]
-
 
 def config_of(*overrides):
     validation = "data.validation={sources: [{kind: scenes, seed: 7}], num_samples: 10}"
-    return load_config("eve_tiny", [*SMALL, validation, *overrides])
+    return tiny_config(validation, *overrides)
 
 
 def by_hand(model, batch):

@@ -159,7 +159,10 @@ def test_published_nlvr_from_files_to_its_csv(launch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--init", "none", "--data", "gone.json"], "--data gone.json does not exist: name annotation files, scenes or scenes:hard"),
+        (
+            ["--init", "none", "--data", "gone.json"],
+            "--data gone.json does not exist: name annotation files, scenes or scenes:hard",
+        ),
         (["--init", "gone"], "--init gone does not exist: name an export, a run, a checkpoint, a file, or none"),
         (["--init", "none", "--data", "scenes:easier"], "level"),
         (["--init", "none", "--set", "task.epoch=1"], "unknown key 'task.epoch'; did you mean 'epochs'?"),

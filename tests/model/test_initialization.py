@@ -1,13 +1,13 @@
 """Initial weights depend on the seed and a parameter's plain name, and a shard is cut from the whole tensor."""
 
 import torch
+from tiny import tiny_config
 from torch import nn
 
-from eve_ds.config import load_config
 from eve_ds.model.eve import EVE, Shard, initialize_weights
 from eve_ds.model.moe import plain_named_tensors
 
-CONFIG = load_config("eve_tiny", ["model.num_hidden_layers=2", "model.moe_layers=[1]", "model.hidden_size=32"]).model
+CONFIG = tiny_config().model
 
 
 def drawn(model, shards=None):
@@ -46,6 +46,6 @@ def test_plain_names_decide_how_parameters_are_initialized():
 
 def test_every_expert_is_drawn_separately():
     found = drawn(EVE(CONFIG))
-    experts = [tensor for name, tensor in found.items() if ".moe.experts." in name and name.endswith("fc1.weight")]
-    assert len(experts) == CONFIG.moe.num_experts
+    names = [f"backbone.blocks.1.moe.experts.{expert}.fc1.weight" for expert in range(CONFIG.moe.num_experts)]
+    experts = [found[name] for name in names]
     assert all(not torch.equal(experts[0], other) for other in experts[1:])

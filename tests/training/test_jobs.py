@@ -5,16 +5,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from tiny import tiny_config
 
-from eve_ds.config import load_config, parse_config
+from eve_ds.config import parse_config
 
 ZERO = {"zero_optimization": {"stage": 1}}
-SMALL = [
-    *("model.hidden_size=16", "model.num_hidden_layers=2", "model.num_attention_heads=2"),
-    *("model.intermediate_size=24", "model.moe_layers=[1]", "model.moe.num_experts=4"),
-    *("model.pixel_decoder.hidden_size=8", "model.pixel_decoder.num_attention_heads=2"),
-    *("train.train_batch_size=4", "train.metrics_every=1", "train.save_every_steps=null"),
-]
+SHORT = ["train.train_batch_size=4", "train.metrics_every=1"]
 
 
 def run_both(rank, world_size, tree, folder):
@@ -33,16 +29,14 @@ def run_both(rank, world_size, tree, folder):
 
     monitors = {"csv_monitor": {"enabled": True, "output_path": f"{folder}/csv", "job_name": "run"}}
     common = {"max_steps": 3, "on_nonfinite": "skip", "log_every": 1, "save_every_steps": 1}
-    settings = [*SMALL, *(f"train.{key}={value}" for key, value in common.items())]
+    settings = [*SHORT, *(f"train.{key}={value}" for key, value in common.items())]
     tree = {**tree, "train": {**tree["train"], **common, "output_dir": f"{folder}/finetune"}}
     with (
         mock.patch.object(with_losses, "weighted_sum", poisoned),
         mock.patch.object(pretrain, "trains_on_scenes", return_value=False),
         mock.patch.object(progress_line, "get_logger", return_value=mock.Mock(info=lambda *args: lines.append(args))),
     ):
-        pretrain.pretrain(
-            load_config("eve_tiny", [*settings, f"train.output_dir={folder}/pretrain"]), ZERO | monitors, "none"
-        )
+        pretrain.pretrain(tiny_config(*settings, f"train.output_dir={folder}/pretrain"), ZERO | monitors, "none")
         finetune.finetune(parse_config(tree), ZERO | monitors)
     return [text for _, text, _ in lines]
 
