@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
 from torch import nn
 
 from eve_ds import ops
@@ -235,23 +236,7 @@ def test_scenes_and_probes_keep_random_order_if_training_uses_reading_order(resu
 
 
 def test_real_models_can_be_evaluated(tokenizer):
-    config = parse_config(
-        {
-            "model": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 8,
-                "moe_layers": [1],
-                "moe": {"num_experts": 2},
-                "image_size": 64,
-                "patch_size": 8,
-                "vocab_size": 256,
-                "pixel_decoder": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
-            },
-            "data": {"sources": [{"kind": "scenes", "level": "hard"}]},
-        }
-    )
+    config = tiny_config("data.sources=[{kind: scenes, level: hard}]")
     words = {*CLASSES, "hidden_words", "masked_image"}
     for objectives, asked in (
         (["mim", "mlm"], {*words, "pixel_loss"}),

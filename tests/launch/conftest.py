@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny import overrides
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -26,26 +27,16 @@ LIMIT = 240.0
 
 @dataclass(frozen=True)
 class PretrainRun:
-    """One short run of launcher/pretrain.py: eve_tiny, narrowed, as most of the time here is imports anyway."""
+    """One short run of launcher/pretrain.py with the tiny model: most of the time here is imports."""
 
     folder: Path
 
     def arguments(self, *, ep_size: int = 2, max_steps: int = 2) -> list[str]:
         """Command-line arguments; `ep_size` 2 refuses a world of one, so a run that succeeds had two ranks."""
-        narrow = [
-            "train.train_batch_size=8",
-            "train.metrics_every=1",
-            "model.num_hidden_layers=2",
-            "model.moe_layers=[1]",
-            "model.hidden_size=32",
-            "model.intermediate_size=32",
-            "model.moe.num_experts=2",
-            "model.pixel_decoder.hidden_size=32",
-            f"parallel.ep_size={ep_size}",
-        ]
+        loop = ["train.train_batch_size=8", "train.metrics_every=1", f"parallel.ep_size={ep_size}"]
         files = ["--config", "eve_tiny", "--deepspeed_config", "ds_configs/zero1_ep2_cpu.json"]
         limits = ["--max_steps", str(max_steps), "--output_dir", str(self.folder)]
-        return [*files, *limits, "--set", *narrow]
+        return [*files, *limits, "--set", *overrides(), *loop]
 
     def losses(self) -> list[float]:
         """Loss of every step in metrics.jsonl, in order of steps."""

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import overrides
 
 SHORT = ["train.train_batch_size=8", "optimizer.decay_by=steps", "train.metrics_every=1", "task.val.num_examples=12"]
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory, launch):
-    """A run of two steps of a narrow model."""
+    """A run of two steps of the tiny model."""
     folder = tmp_path_factory.mktemp("run") / "pretrained"
-    narrow = ["model.hidden_size=32", "model.num_hidden_layers=2", "model.moe_layers=[1]", "model.moe.num_experts=2"]
     options = ["--config", "eve_tiny", "--max_steps", "2", "--output_dir", str(folder)]
-    settings = ["train.train_batch_size=8", *narrow]
+    settings = ["train.train_batch_size=8", *overrides()]
     launched = launch([sys.executable, "launcher/pretrain.py", *options, "--set", *settings])
     assert launched.returncode == 0, launched.output
     return folder
