@@ -14,13 +14,6 @@ from eve_ds.tasks.examples import Example
 from eve_ds.tasks.saved import TaskModel
 from eve_ds.tasks.task import Answer, Match
 
-USES = {
-    "ask": "the model answers questions and ranks no captions: use `evaluate.py ask`",
-    "rank": "the model ranks captions and answers no questions: use `evaluate.py rank`",
-    None: "the model neither answers questions nor ranks captions: use `evaluate.py task`",
-}
-"""Command of a task (:attr:`eve_ds.tasks.task.Task.command`) -> message that refuses the other commands."""
-
 
 @torch.no_grad()
 def ask(loaded: TaskModel, images: Sequence[Path], questions: Sequence[str], top: int = 3) -> list[Answer]:
@@ -35,8 +28,7 @@ def ask(loaded: TaskModel, images: Sequence[Path], questions: Sequence[str], top
     Raises:
         ConfigError: a model of another task, an image that cannot be read, or a wrong number of images.
     """
-    if loaded.task.command != "ask":
-        raise ConfigError(USES[loaded.task.command])
+    loaded.task.check_command("ask")
     return loaded.task.ask(loaded.model, _batch(loaded, images, questions), top)
 
 
@@ -47,8 +39,7 @@ def rank(loaded: TaskModel, image: Path, captions: Sequence[str]) -> list[Match]
     Raises:
         ConfigError: a model of another task, no caption, or an image that cannot be read.
     """
-    if loaded.task.command != "rank":
-        raise ConfigError(USES[loaded.task.command])
+    loaded.task.check_command("rank")
     if not captions:
         raise ConfigError("no caption to rank: give at least one")
     return loaded.task.rank(loaded.model, _batch(loaded, [image], captions))

@@ -19,6 +19,13 @@ from eve_ds.tasks.examples import Example, SceneExamples, Section
 Record = dict[str, Any]
 """Prediction as JSON types, with `key`; if it has no answer, with a reason in `skipped`."""
 
+USES = {
+    "ask": "the model answers questions and ranks no captions: use `evaluate.py ask`",
+    "rank": "the model ranks captions and answers no questions: use `evaluate.py rank`",
+    None: "the model neither answers questions nor ranks captions: use `evaluate.py task`",
+}
+"""Command of a task (:attr:`Task.command`) -> message that refuses the other commands."""
+
 
 class Published(NamedTuple):
     """Published files that examples are read from."""
@@ -213,13 +220,19 @@ class Task(ABC):
         """Write predictions in the form that the data set's own scoring script reads; see :meth:`check_csv`."""
         cls.check_csv(file)
 
+    @classmethod
+    def check_command(cls, command: Literal["ask", "rank"]) -> None:
+        """Raise ConfigError, which names the right command, unless a person uses the model by this one."""
+        if cls.command != command:
+            raise ConfigError(USES[cls.command])
+
     def ask(self, model: nn.Module, batch: TaskBatch, top: int) -> list[Answer]:
-        """The `top` answers to each text of a batch, best first; for tasks whose `command` is `ask`."""
-        raise NotImplementedError
+        """The `top` answers to each text of a batch, best first; raises ConfigError unless `command` is `ask`."""
+        raise ConfigError(USES[self.command])
 
     def rank(self, model: nn.Module, batch: TaskBatch) -> list[Match]:
-        """Texts of a batch of one repeated image, best first; for tasks whose `command` is `rank`."""
-        raise NotImplementedError
+        """Texts of a batch of one repeated image, best first; raises ConfigError unless `command` is `rank`."""
+        raise ConfigError(USES[self.command])
 
 
 def task_section(config: Config) -> TaskConfig:
