@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_tree
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -45,13 +46,8 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def config_of(objectives=("mim", "mlm"), masking=None, **model):
-    small = {
-        **{"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24},
-        **{"moe_layers": [1, 2], "moe": {"num_experts": 4}, "image_size": 32, "patch_size": 8, "vocab_size": 256},
-        **{"text_length": 24, "drop_path_rate": 0.0, "text_dropout": 0.0, "initializer_range": 0.2},
-        "pixel_decoder": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
-    }
-    return parse_config({"model": {**small, "objectives": list(objectives), **model}, "masking": masking or {}})
+    model = {"image_size": 32, "initializer_range": 0.2, "objectives": list(objectives)} | model
+    return parse_config({"model": tiny_tree(**model), "masking": masking or {}})
 
 
 def image(seed=0):
@@ -258,8 +254,7 @@ def test_incomplete_samples_are_only_in_views_that_can_use_them():
 @pytest.mark.parametrize("missing", ["image", "caption"])
 def test_view_without_samples_has_zero_gradients(missing, kind):
     """Ranks must have the same set of gradients, whatever samples each rank got."""
-    decoder = {"kind": kind, "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
-    config = config_of(pixel_decoder=decoder)
+    config = config_of(pixel_decoder={"kind": kind})
     model = model_of(config)
     samples = [replace(sample, **{missing: None}) for sample in pairs(2)]
     _, terms = losses_of(model, config, in_fp64(batch_of(config, samples)))
@@ -428,7 +423,7 @@ def test_hard_router_uses_the_modality_and_shared_network_ignores_it():
     for kind, same in (("hard_router", False), ("shared", True)):
         config = config_of(deep_ffn=kind)
         block, batch = model_of(config).backbone.blocks[1], in_fp64(batch_of(config))
-        x = torch.randn(4, 16, dtype=torch.float64).repeat(2, 1)
+        x = torch.randn(4, 32, dtype=torch.float64).repeat(2, 1)
 
         # One sample: four image tokens, then the same four as text tokens.
         out = block.ffn(x, Packing.of([Layout.of(torch.ones(1, 8, dtype=torch.bool), num_image_positions=4)]))
@@ -440,7 +435,7 @@ def test_hard_router_uses_the_modality_and_shared_network_ignores_it():
 def test_without_modality_embedding_the_router_sees_the_token_alone():
     without = model_of(config_of(moe={"num_experts": 4, "modality_embedding": False})).backbone.blocks[1].moe
     assert "router.modality_embedding" not in without.state_dict()
-    x, ids = torch.randn(9, 16, dtype=torch.float64), torch.arange(9) % 2
+    x, ids = torch.randn(9, 32, dtype=torch.float64), torch.arange(9) % 2
     one, other = without(x, ids), without(x, 1 - ids)
     assert torch.equal(one.hidden_states, other.hidden_states)
     assert torch.equal(one.statistics.routes, other.statistics.routes.flip(0))
@@ -559,9 +554,8 @@ def test_negative_captions_get_the_length_of_the_longest_caption(monkeypatch):
 
 # --- no view synchronizes with the host -------------------------------------------------------------------------------
 
-SELF = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "kind": "self"}
 MODELS = {
-    "self-attention decoder": {"pixel_decoder": SELF},
+    "self-attention decoder": {"pixel_decoder": {"kind": "self"}},
     "capacity": {"moe": {"num_experts": 4, "routing": "capacity"}},
     "official": {"profile": "official"},
     "dropped paths": {"drop_path_rate": 0.3, "text_dropout": 0.1},

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tiny import tiny_tree
 
 from eve_ds.config import parse_config
 
@@ -35,22 +36,7 @@ def settings(folder, topology, *, precision="fp32", steps=STEPS):
     _, ep_size, stage = topology
     config = parse_config(
         {
-            "model": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 24,
-                "moe_layers": [1],
-                "moe": {"num_experts": 4, "routing": "dropless"},
-                "image_size": 32,
-                "patch_size": 8,
-                "vocab_size": 256,
-                "text_positions": 40,
-                "text_length": 24,
-                "drop_path_rate": 0.0,  # its noise depends on the rank
-                "text_dropout": 0.0,
-                "pixel_decoder": {"kind": "cross", "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
-            },
+            "model": tiny_tree(moe={"routing": "dropless"}, image_size=32),
             "data": {"sources": [{"kind": "scenes", "num_samples": 64}]},
             "optimizer": {"lr": 1e-3, "eps": 1e-4, "warmup_steps": 2, "decay": "cosine", "clip_grad_norm": 0},
             "parallel": {"ep_size": ep_size},

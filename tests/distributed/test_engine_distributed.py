@@ -17,25 +17,11 @@ from unittest import mock
 
 import pytest
 import torch
+from tiny import tiny_tree
 
 from eve_ds.config import parse_config
 
-MODEL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "moe_layers": [1],
-    "moe": {"num_experts": 4},
-    "image_size": 64,
-    "patch_size": 16,
-    "vocab_size": 256,
-    "text_positions": 40,
-    "text_length": 24,
-    "drop_path_rate": 0.0,
-    "text_dropout": 0.0,
-    "pixel_decoder": {"kind": "cross", "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
-}
+MODEL = tiny_tree(patch_size=16, initializer_range=0.02)
 NOISY = {"drop_path_rate": 0.2, "text_dropout": 0.2, "moe": {"num_experts": 4, "router_jitter": 0.1}}
 LIMIT_SECONDS = 500
 """Time limit for all jobs of one start, which take 20 CPU-seconds per rank."""

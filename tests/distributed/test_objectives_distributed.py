@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_config
 
 from eve_ds.config import load_config
 
 SMALL = [
-    *("model.hidden_size=16", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.moe_layers=[1]"),
-    *("model.intermediate_size=24", "model.moe.num_experts=4", "model.pixel_decoder.hidden_size=8"),
-    *("model.pixel_decoder.num_attention_heads=2", "model.patch_size=16", "masking.max_text_mask_ratio=null"),
+    *("model.patch_size=16", "masking.max_text_mask_ratio=null"),
     *("train.train_batch_size=8", "train.metrics_every=1", "optimizer.warmup_steps=2"),
 ]
 SETS = ("itc+itm", "mim+mlm+itc+itm", "mlm+itc", "mim")
@@ -24,9 +23,8 @@ PAIRS, WIDTH = 6, 5
 pytestmark = pytest.mark.timeout(300)
 
 
-def config_for(folder, objectives, *overrides):
-    settings = [f"model.objectives=[{objectives.replace('+', ',')}]", f"train.output_dir={folder}", *overrides]
-    return load_config("eve_tiny", settings)
+def settings_for(folder, objectives, *more):
+    return [f"model.objectives=[{objectives.replace('+', ',')}]", f"train.output_dir={folder}", *more]
 
 
 def records(folder, kind="train"):
@@ -97,8 +95,9 @@ def learn(rank, world_size, folder):
     from eve_ds.training import pretrain as pretraining
 
     evaluate_few_scenes(pretraining)
-    settings = ["train.max_steps=20", "train.train_batch_size=16", "train.metrics_every=1", "optimizer.warmup_steps=5"]
-    pretraining.pretrain(config_for(folder, "mlm+itc+itm", "masking.max_text_mask_ratio=null", *settings), None)
+    steps = ["train.max_steps=20", "train.train_batch_size=16", "train.metrics_every=1", "optimizer.warmup_steps=5"]
+    settings = settings_for(folder, "mlm+itc+itm", "masking.max_text_mask_ratio=null", *steps)
+    pretraining.pretrain(load_config("eve_tiny", settings), None)
 
 
 def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
@@ -144,8 +143,9 @@ def resume_both(rank, world_size, folder):
         common.append(f"train.gradient_accumulation_steps={2 // world_size}")
         for name, steps in (("whole", (4,)), ("parts", (2, 4))):
             for last in steps:
-                config = config_for(f"{folder}/{objectives}/{name}", objectives, *common, f"train.max_steps={last}")
-                pretraining.pretrain(config, zero)
+                run = f"{folder}/{objectives}/{name}"
+                settings = settings_for(run, objectives, *common, f"train.max_steps={last}")
+                pretraining.pretrain(tiny_config(*settings), zero)
         whole, _, parts = found
         results.append([name for name in whole if not torch.equal(whole[name], parts[name])])
     return results

@@ -17,25 +17,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tiny import tiny_model
 
-from eve_ds.config import LossConfig, ModelConfig, MoEConfig, PixelDecoderConfig
+from eve_ds.config import LossConfig
 
-CONFIG = ModelConfig(
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=48,
-    moe_layers=[1, 2],
-    moe=MoEConfig(num_experts=8, top_k=2, routing="dropless"),
+CONFIG = tiny_model(
+    moe={"num_experts": 8, "top_k": 2, "routing": "dropless"},
     image_size=32,
-    patch_size=8,
     vocab_size=61,
-    text_positions=10,
     text_length=10,
-    drop_path_rate=0.0,
-    text_dropout=0.0,
     initializer_range=0.05,
-    pixel_decoder=PixelDecoderConfig(kind="cross", num_layers=1, hidden_size=24, num_attention_heads=4),
 )
 NUM_SAMPLES = 8
 NUM_VISIBLE = 4

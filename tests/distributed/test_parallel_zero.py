@@ -4,26 +4,9 @@ import dataclasses
 import functools
 
 import torch
+from tiny import tiny_model
 
-from eve_ds.config import ModelConfig, MoEConfig, PixelDecoderConfig
-
-CONFIG = ModelConfig(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=24,
-    moe_layers=[1],
-    moe=MoEConfig(num_experts=4),
-    image_size=16,
-    patch_size=8,
-    vocab_size=13,
-    text_positions=6,
-    text_length=6,
-    pixel_decoder=PixelDecoderConfig(num_layers=1, hidden_size=8, num_attention_heads=2),
-    drop_path_rate=0.0,
-    text_dropout=0.0,
-    objectives=["joint"],
-)
+CONFIG = tiny_model(objectives=["joint"], image_size=16, text_length=6)
 STEPS, MICRO_SIZE = 3, 3
 BAD_STEP = 1
 """Step in which a case with `bad` has a gradient that is not finite."""

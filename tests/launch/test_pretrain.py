@@ -14,20 +14,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import overrides
 
 from eve_ds.cli.pretrain import main
 from eve_ds.config import section
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "pretrain.py"
 TINY = [
-    "model.hidden_size=16",
-    "model.num_hidden_layers=1",
-    "model.num_attention_heads=2",
-    "model.intermediate_size=8",
-    "model.moe_layers=[0]",
-    "model.moe.num_experts=4",
-    "model.pixel_decoder.hidden_size=8",
-    "model.pixel_decoder.num_attention_heads=2",
+    *overrides(),
     "train.train_batch_size=8",
     "train.max_steps=2",
     "train.max_seconds=null",
@@ -82,7 +76,7 @@ def cases(folder):
             run,
             "cannot be used with zero_optimization.stage 0 and parallel.ep_size",
         ),
-        ("other run", zero1, ["model.hidden_size=32"], other, f"({other}) is the folder of another run: its model.hid"),
+        ("other run", zero1, ["model.hidden_size=64"], other, f"({other}) is the folder of another run: its model.hid"),
         ("below a file", zero1, [], folder / "file" / "run", "cannot be written: Not a directory"),
         ("broken JSON", "{'a': 1", [], run, "is not JSON: Expecting property name enclosed in double quotes"),
         ("list", "[1]", [], run, "the DeepSpeed JSON must be a mapping of settings, not a list"),

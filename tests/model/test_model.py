@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_model
 from torch.nn.attention import varlen
 
-from eve_ds.config import ModelConfig, MoEConfig, PixelDecoderConfig, load_config
+from eve_ds.config import MoEConfig, load_config
 from eve_ds.model import attention as attention_module
 from eve_ds.model.attention import CrossAttention, SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
@@ -18,27 +19,17 @@ from eve_ds.model.eve import EVE, Block
 from eve_ds.model.stream import join
 from eve_ds.views import Layout, Packing
 
-SMALL = ModelConfig(
+SMALL = tiny_model(
     objectives=["joint"],  # a single view; test_views.py covers the views of the other objectives
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=48,
-    moe_layers=[1, 2],
-    moe=MoEConfig(num_experts=4),
     image_size=32,
-    patch_size=8,
     vocab_size=61,
     text_positions=12,
     text_length=10,
-    drop_path_rate=0.0,
-    text_dropout=0.0,
     initializer_range=0.2,  # large, so that every part of the model affects its output
     position_initializer_range=0.5,
-    layer_scale_init=1.0,
-    pixel_decoder=PixelDecoderConfig(kind="cross", num_layers=2, hidden_size=24, num_attention_heads=3),
+    pixel_decoder={"num_layers": 2},
 )
-SELF = PixelDecoderConfig(kind="self", num_layers=2, hidden_size=24, num_attention_heads=3)
+SELF = SMALL.pixel_decoder.model_copy(update={"kind": "self"})
 ROUNDING = {"rtol": 2e-5, "atol": 2e-5}
 """Tolerance for values of order 1 after three fp32 layers, summed in another order."""
 
@@ -490,7 +481,7 @@ def test_cross_decoder_equals_loops():
     x = decoder.mask_token + decoder.position[masked]
     memory = layer_norm_by_hand(hidden, decoder.memory_norm)
     for block in decoder.blocks:
-        read = cross_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), memory, mask, 3, 24)
+        read = cross_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), memory, mask, 4, 24)
         x = x + read
         x = x + ffn_by_hand(layer_norm_by_hand(x, block.norm2), block.ffn)
     expected = layer_norm_by_hand(x, decoder.norm) @ decoder.pixels.weight.T + decoder.pixels.bias
@@ -509,7 +500,7 @@ def test_self_decoder_equals_loops():
     x = torch.cat([memory, decoder.mask_token + decoder.position[masked]], dim=1)  # unlike the decoder's token order
     mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.bool)], dim=1)
     for block in decoder.blocks:
-        x = x + self_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), mask, 3)
+        x = x + self_by_loops(block.attention, layer_norm_by_hand(x, block.norm1), mask, 4)
         x = x + ffn_by_hand(layer_norm_by_hand(x, block.norm2), block.ffn)
     expected = layer_norm_by_hand(x[:, -2:], decoder.norm) @ decoder.pixels.weight.T + decoder.pixels.bias
     torch.testing.assert_close(decoder(stream, visible, masked), expected)

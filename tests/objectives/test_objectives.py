@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_config
 
-from eve_ds.config import ConfigError, load_config
+from eve_ds.config import ConfigError
 from eve_ds.data.collate import Collator
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer
@@ -20,23 +21,11 @@ from eve_ds.objectives.registry import objectives_of
 from eve_ds.objectives.router import view_router_losses
 
 PAIRS, WIDTH = 5, 7
-SMALL = [
-    "model.hidden_size=16",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=2",
-    "model.intermediate_size=24",
-    "model.moe_layers=[1]",
-    "model.moe.num_experts=4",
-    "model.pixel_decoder.hidden_size=8",
-    "model.pixel_decoder.num_attention_heads=2",
-]
-
-
 ITC_ITM, WITH_WORDS = ["itc", "itm"], ["mlm", "itc", "itm"]
 
 
 def config_of(objectives, *overrides):
-    return load_config("eve_tiny", [*SMALL, f"model.objectives={objectives}", *overrides])
+    return tiny_config(f"model.objectives={objectives}", *overrides)
 
 
 def batch_of(config, count=4):
@@ -183,7 +172,7 @@ def test_a_single_pair_and_a_single_modality_are_refused():
         model(input_ids=torch.ones(2, 3, dtype=torch.int64))
     contrast = config_of(["itc"])
     one = EVE(contrast.model)(**batch_of(contrast, count=1).model_inputs())
-    assert (one.matching.image_features.shape, one.matching.logits) == ((1, 16), None), (
+    assert (one.matching.image_features.shape, one.matching.logits) == ((1, 32), None), (
         "a single pair is valid: its negatives come from other ranks"
     )
 
@@ -205,11 +194,11 @@ def test_each_set_of_objectives_has_exactly_its_heads():
     }
     heads = {name: tuple(shape) for name, shape in shapes["itc+itm"].items() if name.startswith("matching.")}
     projections = {
-        "matching.image_projection.weight": (16, 16),
-        "matching.text_projection.weight": (16, 16),
+        "matching.image_projection.weight": (32, 32),
+        "matching.text_projection.weight": (32, 32),
         "matching.log_temperature": (1,),
     }
-    assert heads == projections | {"matching.classifier.weight": (2, 16), "matching.classifier.bias": (2,)}
+    assert heads == projections | {"matching.classifier.weight": (2, 32), "matching.classifier.bias": (2,)}
     assert {name for name in shapes["mim+itc"] if name.startswith("matching.")} == projections.keys()
 
 

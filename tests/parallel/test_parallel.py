@@ -4,8 +4,9 @@ import functools
 
 import pytest
 import torch
+from tiny import tiny_model
 
-from eve_ds.config import ConfigError, ModelConfig, MoEConfig, PixelDecoderConfig
+from eve_ds.config import ConfigError
 from eve_ds.model.eve import EVE
 from eve_ds.parallel.moe import (
     DeepSpeedMoE,
@@ -17,20 +18,7 @@ from eve_ds.parallel.moe import (
 from eve_ds.parallel.refused import check_topology
 from eve_ds.training.optimizer import optimizer_parameter_groups
 
-CONFIG = ModelConfig(
-    hidden_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    intermediate_size=24,
-    moe_layers=[1, 2],
-    moe=MoEConfig(num_experts=8),
-    image_size=16,
-    patch_size=8,
-    vocab_size=11,
-    text_positions=6,
-    text_length=6,
-    pixel_decoder=PixelDecoderConfig(num_layers=1, hidden_size=8, num_attention_heads=2),
-)
+CONFIG = tiny_model(moe={"num_experts": 8})
 TOPOLOGY = {"world_size": 4, "num_experts": 8, "ep_size": 2, "zero_stage": 1, "clip_grad_norm": 1.0}
 
 
@@ -99,7 +87,7 @@ def test_plain_weights_load_into_a_part():
 
 def test_layer_on_one_rank_needs_no_process_group():
     torch.manual_seed(2)
-    batch = {"input_ids": torch.randint(5, 11, (2, 6)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    batch = {"input_ids": torch.randint(5, 11, (2, 6)), "pixel_values": torch.randn(2, 3, 64, 64)}
     expected, ours = (model.eval().backbone(**batch).moe[1].hidden_states for model in (eve(), part(1, 0)))
     assert torch.equal(ours, expected)
 
@@ -108,7 +96,11 @@ def test_missing_expert_parallel_group_error_says_what_to_do():
     layer = DeepSpeedMoE(CONFIG, ep_size=2, ep_rank=1)
     for parameter in layer.parameters():
         torch.nn.init.zeros_(parameter)
-    arguments = torch.zeros(1, 3, 16), torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool)
+    arguments = (
+        torch.zeros(1, 3, CONFIG.hidden_size),
+        torch.zeros(1, 3, dtype=torch.int64),
+        torch.ones(1, 3, dtype=torch.bool),
+    )
     with pytest.raises(RuntimeError, match=r"spread over 2 ranks.*pass the model to deepspeed\.initialize first"):
         layer(*arguments)
 
@@ -147,7 +139,7 @@ def test_matrices_decay_and_biases_norms_scales_and_embeddings_do_not():
         name
         for name in found
         if name.endswith((".fc1.weight", ".fc2.weight", ".qkv.weight", ".proj.weight", ".projection.weight"))
-        or name.endswith((".router.weight", "memory.weight", ".pixels.weight", ".dense.weight"))
+        or name.endswith((".router.weight", ".query.weight", ".key_value.weight", ".pixels.weight", ".dense.weight"))
     }
     for name in ("text_embedding.word.weight", "image_embedding.position", "blocks.0.gamma_1", "norm.weight"):
         assert f"backbone.{name}" in found.keys() - kept

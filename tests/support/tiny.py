@@ -1,10 +1,13 @@
-"""The model of the tests: `eve_tiny` with a quarter of its width and half of its experts."""
+"""The model of the tests: `eve_tiny` with a quarter of its width and half of its experts.
+
+A test that needs another size changes that key only: `tiny_model(moe={"num_experts": 8})`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from eve_ds.config import Config, load_config
+from eve_ds.config import Config, ModelConfig, load_config
 
 MODEL: dict[str, Any] = {
     "hidden_size": 32,
@@ -13,7 +16,7 @@ MODEL: dict[str, Any] = {
     "intermediate_size": 48,
     "moe_layers": [1, 2],
     "moe": {"num_experts": 4},
-    "pixel_decoder": {"hidden_size": 24, "num_attention_heads": 4},
+    "pixel_decoder": {"kind": "cross", "num_layers": 1, "hidden_size": 24, "num_attention_heads": 4},
     "image_size": 64,
     "patch_size": 8,
     "vocab_size": 256,
@@ -25,6 +28,18 @@ MODEL: dict[str, Any] = {
     "text_dropout": 0.0,
 }
 """Section `model` of a configuration; complete without `eve_tiny`, whose values it repeats where they are the same."""
+
+
+def tiny_tree(**changes: Any) -> dict[str, Any]:
+    """Return the model with other values of some keys; a section keeps the keys that are not changed."""
+    return MODEL | {
+        key: MODEL[key] | value if isinstance(value, dict) and key in MODEL else value for key, value in changes.items()
+    }
+
+
+def tiny_model(**changes: Any) -> ModelConfig:
+    """Return `tiny_tree(**changes)` as a checked section."""
+    return ModelConfig.model_validate(tiny_tree(**changes))
 
 
 def overrides(tree: dict[str, Any] | None = None, prefix: str = "model") -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_model, tiny_tree
 
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.batch import Sample
@@ -412,19 +413,6 @@ def test_a_non_finite_loss_gets_non_finite_gradients():
     assert torch.equal(*(torch.autograd.grad(one, y, retain_graph=True)[0] for one in (poisoned, value)))
 
 
-SMALL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "moe_layers": [1],
-    "moe": {"num_experts": 2},
-    "image_size": 32,
-    "vocab_size": 256,
-    "pixel_decoder": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2},
-}
-
-
 MASKS = {"text_to_image_share": 0.5, "text_to_image_mask_ratio": 0.9}
 CHEAP = MASKS | {"image_view_share": 0.5, "image_view_word_share": 0.5, "language_view_patch_share": 0.25}
 
@@ -432,7 +420,7 @@ CHEAP = MASKS | {"image_view_share": 0.5, "image_view_word_share": 0.5, "languag
 @pytest.mark.parametrize("masking", [MASKS, CHEAP], ids=["whole", "cheap"])
 @pytest.mark.parametrize("objectives", [["joint"], ["mim"], ["mlm"], ["mim", "mlm"]], ids="+".join)
 def test_denominators_equal_the_encoded_tokens_and_predictions(objectives, masking):
-    settings = config(model={**SMALL, "patch_size": 8, "objectives": objectives}, masking=masking)
+    settings = config(model=tiny_tree(image_size=32, objectives=objectives), masking=masking)
     image = np.zeros((32, 32, 3), dtype=np.uint8)
     samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(20)]
     samples += [Sample("image", 0, image, None), Sample("text", 0, None, "a large blue square")]
@@ -454,7 +442,7 @@ def test_denominators_equal_the_encoded_tokens_and_predictions(objectives, maski
 
 @pytest.mark.parametrize(("objectives", "passes"), [(["itc"], 1), (["itc", "itm"], 4), (["mlm", "itc", "itm"], 5)])
 def test_denominators_of_matching_include_every_pass(objectives, passes):
-    settings = config(model={**SMALL, "patch_size": 8, "objectives": objectives})
+    settings = config(model=tiny_tree(image_size=32, objectives=objectives))
     image = np.zeros((32, 32, 3), dtype=np.uint8)
     samples = [Sample(f"k{number}", 0, image, "a small red circle top left") for number in range(3)]
     batch = Collator(
@@ -471,7 +459,7 @@ def test_denominators_of_matching_include_every_pass(objectives, passes):
 
 
 def test_parameter_groups_hold_every_parameter_once():
-    model = EVE(config(model=SMALL).model)
+    model = EVE(tiny_model())
     for name, parameter in model.named_parameters():
         if ".experts." in name:  # as DeepSpeed's MoE marks its experts
             parameter.allreduce, parameter.group_name = False, "ep_size_1"
