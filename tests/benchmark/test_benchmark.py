@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from eve_ds.benchmark import calls, measures, objectives, peers
 from eve_ds.benchmark.harness import COLUMNS, append_results, compare, json_line
-from eve_ds.config import ModelConfig, MoEConfig, load_config
+from eve_ds.config import load_config
 from eve_ds.model.moe import MoE
 from eve_ds.objectives.pretraining import pretraining_flops
 
@@ -68,13 +69,13 @@ def test_rows_are_appended_with_provenance(tmp_path):
 
 def outputs_of_both_layers(rank, world_size):
     torch.manual_seed(0)
-    config = ModelConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, moe=MoEConfig(num_experts=4))
+    config = tiny_model()
     layer = MoE(config)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.3)
         layer.router.modality_embedding.zero_()
-        x, modality = torch.randn(40, 16), torch.randint(0, 2, (40,))
+        x, modality = torch.randn(40, config.hidden_size), torch.randint(0, 2, (40,))
         outputs = layer(x, modality), peers.StockMoE(layer, capacity_factor=8.0)(x, modality)
     return [(output.hidden_states, output.load_balancing_loss) for output in outputs]
 

@@ -14,16 +14,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from tiny import overrides
 
 from eve_ds.config import ConfigError, load_config
 
 SMALL = [
-    "model.hidden_size=32",
-    "model.num_hidden_layers=2",
-    "model.moe_layers=[1]",
-    "model.intermediate_size=32",
-    "model.moe.num_experts=2",
-    "model.pixel_decoder.hidden_size=16",
+    *overrides(),
     "parallel.ep_size=2",
     "train.train_batch_size=8",
     "train.metrics_every=1",
@@ -369,7 +365,7 @@ def start_from_weights(rank, world_size, folder):
         pretrain(config, {1: look})
         found.append(weights)
     errors = []
-    for source, setting in (("export", "model.intermediate_size=48"), ("nowhere", "train.seed=1")):
+    for source, setting in (("export", "model.intermediate_size=64"), ("nowhere", "train.seed=1")):
         config = config_of(f"{folder}/wrong", f"train.init={folder}/{source}", setting)
         errors.append(str(pretrain(config)[0]))
     return found, errors
@@ -385,7 +381,7 @@ def test_run_can_start_from_weights_of_another(run_ranks, tmp_path):
             assert weights
             assert all(weight.equal(expected[name]) for name, weight in weights.items())
         assert "train.init: " in errors[0]
-        assert "(32,) where the model has (48,)" in errors[0]
+        assert "(48,) where the model has (64,)" in errors[0]
         assert "nowhere does not exist: name a run or a checkpoint" in errors[1]
     assert set().union(*(found[0].keys() for found, _ in results)) == expected.keys()
 

@@ -4,23 +4,17 @@ import math
 
 import pytest
 import torch
+from tiny import MODEL, tiny_model
 
-from eve_ds.config import ModelConfig, MoEConfig
 from eve_ds.model.moe import MoE, RouterStatistics, on_host, router_metrics
 
-WIDTH, EXPERTS = 16, 4
+WIDTH, EXPERTS = MODEL["hidden_size"], MODEL["moe"]["num_experts"]
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def layer(profile="default", *, training=False, seed=0, **moe):
     """An MoE layer with random weights large enough for distinct routes."""
-    config = ModelConfig(
-        profile=profile,
-        hidden_size=WIDTH,
-        num_attention_heads=2,
-        intermediate_size=24,
-        moe=MoEConfig(**{"num_experts": EXPERTS, "top_k": 2, "routing": "capacity", "min_capacity": 1} | moe),
-    )
+    config = tiny_model(profile=profile, moe={"top_k": 2, "routing": "capacity", "min_capacity": 1} | moe)
     made = MoE(config).train(training)
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():

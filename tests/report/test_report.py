@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_config
 from torch import nn
 
 from eve_ds import ops
@@ -124,7 +125,7 @@ def test_running_mean(window):
 
 @pytest.fixture(scope="module")
 def parts():
-    config = load_config("eve_tiny", ["model.num_hidden_layers=2", "model.moe_layers=[0, 1]", "model.hidden_size=32"])
+    config = tiny_config("model.num_hidden_layers=2", "model.moe_layers=[0, 1]")
     tokenizer = load_tokenizer(config.data.tokenizer)
     return (
         config,
