@@ -19,7 +19,8 @@ from tiny import tiny_tree
 
 from eve_ds.config import parse_config
 
-STEPS, SAVED = 13, 3
+STEPS, SAVED = 7, 3
+"""The epoch has 4 steps: a checkpoint within the first, and steps of the second after it."""
 TOPOLOGIES = [(w, ep, zero) for w in (1, 2, 4) for ep in (1, 2, 4) if ep <= w for zero in (0, 1, 2)]
 """(number of ranks, number of ranks that share the experts, ZeRO stage)."""
 SHIFT = 7
@@ -37,7 +38,7 @@ def settings(folder, topology, *, precision="fp32", steps=STEPS):
     config = parse_config(
         {
             "model": tiny_tree(moe={"routing": "dropless"}, image_size=32),
-            "data": {"sources": [{"kind": "scenes", "num_samples": 64}]},
+            "data": {"sources": [{"kind": "scenes", "num_samples": 32}]},
             "optimizer": {"lr": 1e-3, "eps": 1e-4, "warmup_steps": 2, "decay": "cosine", "clip_grad_norm": 0},
             "parallel": {"ep_size": ep_size},
             "train": {

@@ -395,15 +395,20 @@ SETS = (
 
 
 def cases_of_sets(world_size):
-    """Every set with every distribution of experts and ZeRO stage; alternates packing and one or two micro-steps."""
+    """Every set with every distribution of experts and every ZeRO stage; alternates packing and micro-steps.
+
+    Four ranks are slow on two cores: there every set has each distribution once and each stage once.
+    """
     ep_sizes = [size for size in (1, 2, 4) if size <= world_size]
+    combinations = itertools.product(range(len(SETS)), range(len(ep_sizes)), (0, 1, 2))
+    chosen = [(a, b, zero) for a, b, zero in combinations if world_size < 4 or (a + b) % 3 == zero]
     cases = []
-    for number, (objectives, ep, zero) in enumerate(itertools.product(SETS, ep_sizes, (0, 1, 2))):
+    for number, (objectives, ep, zero) in enumerate((SETS[a], ep_sizes[b], zero) for a, b, zero in chosen):
         alone = "itm" in objectives and world_size == 4  # each rank would have one pair, and no negative for it
         micro_steps = 1 if alone else 1 + number % 2
         # Small branches make all features nearly equal, and then gradients of contrast are small differences.
         scale = 3.0 if "itc" in objectives else 0.1
-        packed = number % 3 > 0
+        packed = number // 4 % 3 > 0
         cases.append(Case(ep, zero, micro_steps, objectives=objectives, pack_views=packed, layer_scale=scale))
     two_views = [Case(ep, zero, 2, objectives=SETS[0]) for ep in ep_sizes for zero in (0, 1, 2)]
     return cases + two_views
@@ -416,7 +421,13 @@ REFUSED = Case(2, 0, **CLIPPED)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_dropless_step_equals_the_plain_model(run_ranks, world_size):
     ep_sizes = [size for size in (1, 2, 4) if size <= world_size]
-    cases = [Case(*case, ops=ops) for *case, ops in itertools.product(ep_sizes, (0, 1, 2), (1, 2), OPS)]
+    settings = itertools.product(range(len(ep_sizes)), (0, 1, 2), (1, 2))
+    # Four ranks are slow on two cores: there the cases alternate between the ops instead of testing both.
+    cases = [
+        Case(ep_sizes[number], zero, micro_steps, ops=ops)
+        for number, zero, micro_steps in settings
+        for ops in (OPS if world_size < 4 else OPS[(number + zero + micro_steps) % len(OPS) :][:1])
+    ]
     if world_size == 2:
         cases += [*OTHER_SETTINGS, REFUSED]
     worst = worst_differences(run_ranks, world_size, cases)
