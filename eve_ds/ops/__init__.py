@@ -1,4 +1,4 @@
-"""Routing and masked-loss ops; `reference.py` defines correct results, `build.py` decides which implementation runs."""
+"""Routing, feed-forward and masked-loss ops: `reference.py` defines correct results, `build.py` picks the version."""
 
 from eve_ds.ops.feed_forward import grouped_feed_forward, quick_gelu
 from eve_ds.ops.masked_loss import linear_cross_entropy, masked_pixel_loss

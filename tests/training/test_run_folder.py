@@ -1,0 +1,133 @@
+"""Output folder of a run: created, accepted, or refused because it belongs to another run."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from eve_ds.config import ConfigError, parse_config
+from eve_ds.training.run_folder import check_output_dir
+
+
+def of_run(folder, **train):
+    return parse_config({"train": {"output_dir": str(folder), **train}})
+
+
+def write_config(run):
+    Path(run.train.output_dir, "config.json").write_text(run.model_dump_json())
+
+
+def refused_folder(run, resume="auto"):
+    with pytest.raises(ConfigError) as caught:
+        check_output_dir(run, resume)
+    return str(caught.value)
+
+
+def test_a_missing_field_in_an_old_run_counts_as_its_default(tmp_path):
+    run = of_run(tmp_path)
+    tree = run.model_dump(mode="json")
+    del tree["loss"]["itc_weight"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    check_output_dir(run, "auto")
+
+
+def test_an_old_run_without_pixel_target_resumes_with_normalized_pixels(tmp_path):
+    run = of_run(tmp_path)
+    tree = run.model_dump(mode="json")
+    del tree["model"]["pixel_target"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert "pixel_target" in refused_folder(run)
+    model = run.model.model_copy(update={"pixel_target": "normalized"})
+    check_output_dir(run.model_copy(update={"model": model}), "auto")
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ({}, ["joint"]),
+        ({"objective": "msm"}, ["joint"]),
+        ({"objective": "itc_itm"}, ["itc", "itm"]),
+        ({"objective": "itc_itm_mlm"}, ["mlm", "itc", "itm"]),
+    ],
+)
+def test_an_old_run_without_objectives_resumes_with_the_equivalent_set(tmp_path, former, now):
+    run = of_run(tmp_path)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"objectives": now})})
+    tree = run.model_dump(mode="json")
+    del tree["model"]["objectives"]
+    tree["model"] |= former
+    tree["loss"] |= {"pixel_weight": tree["loss"].pop("mim_weight"), "text_weight": tree["loss"].pop("mlm_weight")}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    check_output_dir(run, "auto")
+    other = run.model_copy(update={"model": run.model.model_copy(update={"objectives": ["mim", "mlm"]})})
+    assert f"its model.objectives is {now!r}, this run's is ['mim', 'mlm']" in refused_folder(other)
+
+
+def test_a_new_folder_is_created_empty(tmp_path):
+    check_output_dir(of_run(tmp_path / "a" / "b"), "none")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model": {"intermediate_size": 8}}, "its model.intermediate_size is 3072, this run's is 8"),
+        ({"masking": {"patch_mask_ratio": 0.5}}, "its masking.patch_mask_ratio is 0.75, this run's is 0.5"),
+        ({"data": {"shuffle_buffer": 7}}, "its data.shuffle_buffer is 1000, this run's is 7"),
+        ({"loss": {"mlm_weight": 3}}, "its loss.mlm_weight is 1.0, this run's is 3.0"),
+        ({"train": {"seed": 4}}, "its train.seed is 0, this run's is 4"),
+    ],
+)
+def test_the_folder_of_another_run_is_refused(tmp_path, changes, text):
+    write_config(of_run(tmp_path))
+    train = {"output_dir": str(tmp_path), **changes.pop("train", {})}
+    message = refused_folder(parse_config({"train": train} | changes))
+    assert message == f"train.output_dir ({tmp_path}) is the folder of another run: {text}; name another folder"
+
+
+def test_the_folder_of_the_same_run_is_accepted(tmp_path):
+    run = of_run(tmp_path)
+    write_config(run)
+    check_output_dir(run, "auto")
+    longer = parse_config(
+        {
+            "train": {"output_dir": str(tmp_path), "max_steps": 7, "log_every": 3},
+            "optimizer": {"lr": 1e-5},
+            "data": {"num_workers": 3, "max_bad_share": 0.5},
+        }
+    )
+    check_output_dir(longer, "auto")
+    assert refused_folder(run, "none") == (
+        f"train.output_dir ({tmp_path}) holds a run: use --resume auto, or name another folder"
+    )
+    (tmp_path / "config.json").write_text("{")
+    assert f"{tmp_path}/config.json is not JSON (" in refused_folder(run)
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    text = refused_folder(of_run(tmp_path / "file" / "run"))
+    assert text == (
+        f"train.output_dir ({tmp_path}/file/run) cannot be written: Not a directory; "
+        "name another folder or change its permissions"
+    )
+
+
+def test_a_read_only_folder_is_refused():
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        folder = Path(parent, "run")
+        folder.mkdir(mode=0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root may write anywhere; the user nobody may not
+        try:
+            text = refused_folder(of_run(folder))
+        finally:
+            os.seteuid(user)
+    assert text == (
+        f"train.output_dir ({folder}) cannot be written: Permission denied; "
+        "name another folder or change its permissions"
+    )
