@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("docs", "kernels", "experiments")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
-OTHER_PROGRAMS = {"--num_accelerators", "--hostfile", "--nproc_per_node", "--dry-run"}
-"""Flags of `deepspeed` and `torchrun`, and those spelled with a dash."""
+OTHER_PROGRAMS = {"--num_accelerators", "--hostfile", "--nproc_per_node"}
+"""Flags of `deepspeed` and `torchrun`."""
 TOP_LEVEL = ("eve_ds", "launcher", "ds_configs", "kernels", "tests", "experiments", "docs")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,7 +1,7 @@
 """Compare the quality of pre-training objectives with equal time budgets, followed by the same fine-tuning.
 
 Random weights are the baseline. Every job is a command line of a launcher with its own output folder; a job with a
-result is not repeated. Budgets are seconds of training: process time in fine-tuning, wall-clock time in pre-training.
+result is not repeated. Budgets are seconds of training: CPU time of the training thread on CPUs, wall time on a GPU.
 Therefore at most as many jobs as idle cores should run at the same time.
 """
 
@@ -53,7 +53,7 @@ PRICES: dict[str, tuple[str, ...]] = {
 is even cheaper."""
 WORDS = ("color", "shape", "size", "position")
 """Word classes of the evaluation in pre-training; keys in `metrics.jsonl`."""
-ANOTHER = ", another's picture"
+ANOTHER = ", wrong image"
 """Suffix of a measure for which the model received the image of another scene."""
 TASKS = ("vqa", "nlvr", "nlvr_words", "retrieval", "retrieval_words")
 """Fine-tuning tasks by the names of their recipes; `words` means masked words (:mod:`eve_ds.tasks.features.words`)."""
@@ -245,12 +245,12 @@ def _figures_of_pretraining(metrics: Path) -> dict[str, float]:
         return found
     last = evaluations[-1]
     asked = {f"words of {kind}": last[kind] for kind in WORDS}
-    asked["all words of captions hidden whole"] = last["hidden_words"]
+    asked["all words of fully masked captions"] = last["hidden_words"]
     asked |= {f"words of {kind}, a quarter of the patches": last["masked_image"][kind] for kind in WORDS}
     for name, answers in asked.items():
         found |= {name: round(answers["right"], 4), name + ANOTHER: round(answers["wrong"], 4)}
     error = last["pixel_loss"]
-    found["masked object pixels: error lower with the own caption by"] = round(1 - error["right"] / error["wrong"], 4)
+    found["masked object pixels: error lower with the right caption by"] = round(1 - error["right"] / error["wrong"], 4)
     return found
 
 
@@ -266,7 +266,7 @@ def _figures_of(task: str, metrics: dict[str, Any]) -> dict[str, float]:
         return {f"questions (unbound {statistics.mean(unbound.values()):.3f})": metrics["accuracy"], **kinds}
     titles = {"retrieval": "retrieval", "retrieval_words": "retrieval by words", ZERO_SHOT: "zero-shot retrieval"}
     title = titles[task]
-    orders = {"dot": "", "reranked": f", best {RERANK} ordered again"}
+    orders = {"dot": "", "reranked": f", best {RERANK} rescored"}
     return {
         f"{title} of {kind}s, R@1{how}": metrics[order][f"{kind}_retrieval"]["R@1"]
         for order, how in orders.items()
@@ -285,7 +285,7 @@ def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
     measures = [name for name in dict.fromkeys(key for seed in seeds for key in seed) if not name.endswith(ANOTHER)]
     found = {start for seed in seeds for row in seed.values() for start in row}
     starts = [start for start in ("none", *OBJECTIVES, "scratch", BLIND) if start in found]
-    titles = {"none": "random weights", "scratch": "random weights, all the seconds", BLIND: "text alone"}
+    titles = {"none": "random weights", "scratch": "random weights, full time", BLIND: "text alone"}
     lines = _by_measure(seeds, measures, {start: titles.get(start, start) for start in starts})
     prices = {start: start.partition(".")[2] for start in PRICES if start in found}
     if prices:

@@ -1,16 +1,16 @@
 """Checkpoints to plain weights and back; needs neither DeepSpeed, a GPU nor a process group.
 
-    python launcher/convert.py runs/demo --out exports/demo                       newest good checkpoint of a run
-    python launcher/convert.py runs/demo/checkpoints/step-00000500 --out exports/demo-500
-    python launcher/convert.py runs/base --out exports/base --dtype bf16 --format official
+    python launcher/convert.py runs/base --out exports/base                       newest good checkpoint of a run
+    python launcher/convert.py runs/base/checkpoints/step-00480000 --out exports/base-480000
+    python launcher/convert.py runs/base --out exports/official --dtype bf16 --format official
     python launcher/convert.py runs/base --out exports/base-hf --format hf        for AutoModel.from_pretrained
-    python launcher/convert.py verify runs/demo                                   every file against its hash
-    python launcher/convert.py universal runs/demo --out checkpoints/demo         whole tensors, to resume from or read
+    python launcher/convert.py verify runs/base                                   every file against its hash
+    python launcher/convert.py universal runs/base --out checkpoints/base         whole tensors, to resume from or read
     python launcher/convert.py import eve_base.pth --out exports/eve --config eve_base --tokenizer tokenizers/eve
     python launcher/convert.py upcycle beit-base/ --out exports/start --config eve_base --tokenizer tokenizers/eve
     python launcher/convert.py upcycle beitv2_base_patch16_224_pt1k.pth --out exports/start --config eve_base
 
-`eve_ds.export.load("exports/demo")` gives model, config and tokenizer; `launcher/pretrain.py --init exports/start`
+`eve_ds.export.load("exports/base")` gives model, config and tokenizer; `launcher/pretrain.py --init exports/start`
 starts a run from such a folder. Write ./verify for a run whose folder has the name of a command. Options of a command:
 `convert.py COMMAND --help`.
 """

@@ -2,10 +2,11 @@
 
     python launcher/gpu.py --out runs/gpu                    where the packages are installed
     python launcher/gpu.py --out runs/gpu --wheels wheels    on a machine without network: see `make gpu-wheels`
-    python launcher/gpu.py --out runs/gpu --dry-run          every part on the CPU, small, in about two minutes
+    python launcher/gpu.py --out runs/gpu --dry_run          every part on the CPU, small, in about two minutes
 
-Needs torch 2.11 or newer for CUDA, nvcc, g++ and pytest. Every part has its own time limit, and its rows are written as
-they come, so that a cut loses least. Writes OUT/rows.jsonl, OUT/<device>-<date>.json and OUT/table.md.
+Needs nvcc, g++, torch 2.11 or newer for CUDA, the packages of eve_ds and pytest. Every part has its own time limit,
+and its rows are written as they come, so that a cut loses least. Writes OUT/rows.jsonl, OUT/<device>-<date>.json and
+OUT/table.md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 from eve_ds.cli.command import BAD_INPUT, FAILED, PACKAGE, Parser, complain, exit_code_table, run_command
 from eve_ds.cli.command import REPOSITORY as ROOT
 
-PACKAGES = ("deepspeed", "pydantic", "webdataset", "transformers", "safetensors", "yaml", "PIL", "pytest")
+PACKAGES = ("deepspeed", "pydantic", "webdataset", "transformers", "safetensors", "yaml", "PIL", "rich", "pytest")
 FILTER = "kernel_substring=eve_ds"
 """Filter of compute-sanitizer: our kernels only. The planted error shows that it matches. `initcheck` is of no use with
 it: it does not see writes of other kernels, and reports reads of their results as reads of uninitialized memory."""
@@ -76,7 +77,7 @@ def build_parser() -> Parser:
         "--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="folder to write (default: %(default)s)"
     )
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of the wheels that the machine lacks")
-    parser.add_argument("--dry-run", action="store_true", help="run every part on the CPU, with eve_tiny")
+    parser.add_argument("--dry_run", action="store_true", help="run every part on the CPU, with eve_tiny")
     parser.add_argument(
         "--seconds", type=float, default=470.0, metavar="S", help="end the last part after S seconds (default: 470)"
     )
@@ -108,7 +109,7 @@ def _prepare(site: Path, wheels: Path | None) -> str | None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     if wheels is None:
         missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-        way_out = "pip install -e . here, or collect `make gpu-wheels` elsewhere and name --wheels"
+        way_out = "pip install -e '.[dev]' here, or collect `make gpu-wheels` elsewhere and name --wheels"
         return f"packages ({', '.join(missing)}) are missing: {way_out}" if missing else None
     files = sorted(str(file) for file in wheels.glob("*.whl"))
     if not files:

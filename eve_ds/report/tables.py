@@ -140,13 +140,13 @@ def seeds_table(entries: Sequence[dict[str, Any]]) -> Table:
             words and pixels, with the keys `seed`, `train_seconds`, `steps`, `samples_per_second`,
             `peak_memory_bytes` and `export_max_abs_diff` added.
     """
-    rows = [("masked words correct, whole own image / another", *[""] * len(entries))]
+    rows = [("accuracy of masked words, right image / wrong image", *[""] * len(entries))]
     names = (*WORDS, "hidden_words")
     rows += [(f"  {LABELS.get(name, name)}", *(" / ".join(_pair(entry[name])) for entry in entries)) for name in names]
     rows.append(("the same, given a masked image", *[""] * len(entries)))
     masked = [entry["masked_image"] for entry in entries]
     rows += [(f"  {name}", *(" / ".join(_pair(words[name])) for words in masked)) for name in WORDS]
-    rows.append(("masked pixels, own caption / another", *[""] * len(entries)))
+    rows.append(("masked pixels, right caption / wrong caption", *[""] * len(entries)))
     losses = [entry["pixel_loss"] for entry in entries]
     rows.append(("  squared error", *(f"{loss['right']:.4f} / {loss['wrong']:.4f}" for loss in losses)))
     rows.append(("  lower by", *map(percent_lower, losses)))

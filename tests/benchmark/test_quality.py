@@ -88,7 +88,7 @@ def test_word_accuracies_of_pre_training_include_those_with_another_image(tmp_pa
             saved = {"kind": "save", "samples": 640}
             (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (earlier, last, saved)))
     found = [figures(tmp_path / str(seed)) for seed in range(2)]
-    assert found[0]["words of color, a quarter of the patches, another's picture"] == dict.fromkeys(
+    assert found[0]["words of color, a quarter of the patches, wrong image"] == dict.fromkeys(
         ("mim+mlm", "mim+mlm.image_view_share=1"), 0.1
     )
     main, prices = table(found).split("\n\n")
@@ -97,7 +97,7 @@ def test_word_accuracies_of_pre_training_include_those_with_another_image(tmp_pa
     for text in (main, prices):
         assert "| words of color | 0.750 (0.750 to 0.750) / 0.250 |" in text
         assert "| words of shape | 0.625 (0.500 to 0.750) / 0.375 |" in text
-        assert "| masked object pixels: error lower with the own caption by | 0.250 (0.250 to 0.250) |" in text
+        assert "| masked object pixels: error lower with the right caption by | 0.250 (0.250 to 0.250) |" in text
         assert "another" not in text
         assert "| words of size | 0.750 (0.750 to 0.750) / 0.250 |" in text
         assert "| pairs seen in pre-training | 640 |" in text
@@ -189,7 +189,7 @@ def test_table_has_a_row_per_measure_and_a_column_per_start(tmp_path):
     found = [figures(tmp_path / str(seed)) for seed in range(2)]
     assert found[0]["statements"] == {"none": 0.5}
     assert table(found).splitlines() == [
-        "| | random weights | mim+mlm | random weights, all the seconds |",
+        "| | random weights | mim+mlm | random weights, full time |",
         "|---|---:|---:|---:|",
         "| pairs seen in pre-training |  | 6,400 to 6,464 |  |",
         "| statements | 0.500 (0.500 to 0.500) |  |  |",
@@ -211,7 +211,7 @@ def test_zero_shot_and_shorter_pre_training_have_their_own_rows(tmp_path):
     text = table([figures(tmp_path)])
     assert "| retrieval by words of texts, R@1 | 0.500 |" in text
     assert "| statements by words | 0.750 |" in text
-    assert "| zero-shot retrieval of images, R@1, best 8 ordered again | 1.000 |" in text
+    assert "| zero-shot retrieval of images, R@1, best 8 rescored | 1.000 |" in text
     assert text.splitlines()[-4:] == [
         "| pre-training for | zero-shot retrieval of texts, R@1 | zero-shot retrieval of images, R@1 |",
         "|---|---:|---:|",

@@ -250,7 +250,7 @@ def test_real_models_can_be_evaluated(tokenizer):
         assert "pixel_loss" not in found or 0.2 < found["pixel_loss"]["right"] < 5
 
 
-def test_batches_with_other_visible_parts(scenes, tokenizer):
+def test_wrong_image_and_wrong_caption_come_from_another_sample(scenes, tokenizer):
     collate = Collator(evaluation_config(CONFIG), tokenizer, [OBJECTIVES["joint"]], has_images=True, has_captions=True)
     batch = collate(samples_of(scenes[0][:4]))
     image = with_another_image(batch)

@@ -217,7 +217,7 @@ def test_invalid_sizes_are_refused(convert, capsys, run, tmp_path, text):
     assert f"{text} is not a size such as 500MB" in capsys.readouterr().err
 
 
-def test_for_transformers(convert, run, tmp_path):
+def test_hf_export_loads_with_automodel(convert, run, tmp_path):
     from transformers import AutoModel
 
     import eve_ds.export.hf  # noqa: F401 - registers its classes
@@ -264,7 +264,7 @@ def test_check_asks_for_recorded_outputs(convert, run, checkpoint, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_verify(convert, run, checkpoint, tmp_path):
+def test_verify_reports_good_and_damaged_checkpoints(convert, run, checkpoint, tmp_path):
     newer, _ = write_run(run, step=9, seed=1)
     code, stdout, _ = convert("verify", run)
     assert code == 0
@@ -284,7 +284,7 @@ def test_verify(convert, run, checkpoint, tmp_path):
     assert (code, "nowhere does not exist: name a run or a checkpoint" in stderr) == (2, True)
 
 
-def test_universal(convert, run, tmp_path):
+def test_universal_checkpoint_exports_the_same_weights(convert, run, tmp_path):
     out = tmp_path / "whole"
     code, stdout, _ = convert("universal", run, "--out", out)
     assert code == 0
@@ -449,7 +449,7 @@ def test_weights_with_other_outputs_are_refused(refused, run, checkpoint):
     )
 
 
-def test_a_config_of_other_shapes(refused, run, checkpoint):
+def test_a_config_of_other_shapes_is_refused(refused, run, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     config["model"]["intermediate_size"] = 64
     (checkpoint / "config.json").write_text(json.dumps(config))
@@ -459,7 +459,7 @@ def test_a_config_of_other_shapes(refused, run, checkpoint):
     assert "more: these are the weights of another model than the config's" in line
 
 
-def test_a_config_with_fewer_experts(refused, run, checkpoint):
+def test_a_config_with_fewer_experts_is_refused(refused, run, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     config["model"]["moe"]["num_experts"] = 2
     (checkpoint / "config.json").write_text(json.dumps(config))
@@ -467,7 +467,7 @@ def test_a_config_with_fewer_experts(refused, run, checkpoint):
     assert "holds backbone.blocks.1.moe.experts.2.fc1.bias, backbone.blocks.1.moe.experts.2.fc1.weight" in refused(run)
 
 
-def test_a_config_that_is_not_valid(refused, run, checkpoint):
+def test_a_config_that_is_not_valid_is_refused(refused, run, checkpoint):
     (checkpoint / "config.json").write_text("{")
     sign(checkpoint)
     assert "config.json is not JSON" in refused(run)

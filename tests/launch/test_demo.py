@@ -261,7 +261,7 @@ run_step([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
         (["--seeds", "2", "--seed", "1"], "demo: argument --seed: not allowed with argument --seeds (see --help)\n"),
     ],
 )
-def test_wrong_arguments(capsys, arguments, message):
+def test_wrong_arguments_exit_with_code_2_and_one_line(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2

@@ -23,7 +23,7 @@ def run(*arguments):
 @pytest.mark.timeout(300)
 def test_dry_run_measures_every_part(tmp_path):
     parts = ["facts", "build", "tests", "step", "routing", "layers", "engine"]
-    done = run("--out", tmp_path, "--dry-run", "--parts", *parts)
+    done = run("--out", tmp_path, "--dry_run", "--parts", *parts)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("cpu-*.json")
     document = json.loads(file.read_text())
@@ -85,7 +85,7 @@ def test_parts_import_the_wheels_and_the_package_of_the_checkout(tmp_path, monke
 
 
 def test_no_part_starts_after_the_time(tmp_path):
-    done = run("--out", tmp_path, "--dry-run", "--seconds", "0", "--parts", "facts", "tests")
+    done = run("--out", tmp_path, "--dry_run", "--seconds", "0", "--parts", "facts", "tests")
     assert done.returncode == 1
     (file,) = tmp_path.glob("unknown-*.json")
     assert json.loads(file.read_text())["parts"] == dict.fromkeys(["facts", "tests"], "not run: no time left")
@@ -97,7 +97,7 @@ def test_bad_input_is_one_line(tmp_path):
         2,
         f"gpu: --wheels ({tmp_path}) holds no wheel: collect them with `make gpu-wheels`\n",
     )
-    done = run("--out", tmp_path, "--dry-run", "--parts", "speed")
+    done = run("--out", tmp_path, "--dry_run", "--parts", "speed")
     assert done.returncode == 2
     assert done.stderr.startswith("gpu: --parts (speed) must be among facts, build, tests, step, ")
     done = subprocess.run(  # -I -S: neither the environment's packages nor the current folder
@@ -106,5 +106,6 @@ def test_bad_input_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("gpu: packages (deepspeed, pydantic, ")
     assert done.stderr.endswith(
-        ", pytest) are missing: pip install -e . here, or collect `make gpu-wheels` elsewhere and name --wheels\n"
+        ", pytest) are missing: pip install -e '.[dev]' here, or collect `make gpu-wheels` elsewhere and name "
+        "--wheels\n"
     )

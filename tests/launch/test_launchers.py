@@ -13,7 +13,7 @@ HOSTS = ("127.0.0.2", "127.0.0.3")
 """Two addresses of every Linux machine, so that nothing has to be set up for two hosts."""
 
 
-def test_one_process_without_a_launcher(run, launch, two_rank_losses):
+def test_one_process_without_a_launcher_trains_the_same_run(run, launch, two_rank_losses):
     launched = launch(["python", "launcher/pretrain.py", *run.arguments(ep_size=1)])
     assert launched.returncode == 0, launched.output
     # The same global batch in one forward instead of two: only the order of float32 sums differs.
@@ -27,7 +27,7 @@ def test_a_world_that_is_too_small_for_the_experts_is_refused(run, launch):
     assert "Traceback" not in launched.output
 
 
-def test_deepspeed_on_one_host(run, launch, free_ports, two_rank_losses):
+def test_deepspeed_on_one_host_trains_the_same_run(run, launch, free_ports, two_rank_losses):
     (port,) = free_ports(1)
     command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port), "launcher/pretrain.py"]
     launched = launch([*command, *run.arguments()])
@@ -35,7 +35,7 @@ def test_deepspeed_on_one_host(run, launch, free_ports, two_rank_losses):
     assert run.losses() == two_rank_losses
 
 
-def test_mpirun(run, launch, free_ports, require, two_rank_losses):
+def test_mpirun_trains_the_same_run(run, launch, free_ports, require, two_rank_losses):
     (mpirun,) = require("mpirun")
     (port,) = free_ports(1)
     command = [mpirun, "-n", "2", "python", "launcher/pretrain.py", *run.arguments()]
@@ -77,7 +77,7 @@ def accepts(host, port):
         return probe.connect_ex((host, port)) == 0
 
 
-def test_hostfile_over_ssh(run, launch, free_ports, require, ssh, tmp_path, two_rank_losses):
+def test_a_hostfile_over_ssh_trains_the_same_run(run, launch, free_ports, require, ssh, tmp_path, two_rank_losses):
     require("pdsh")
     ssh_port, ssh_config = ssh
     hostfile = tmp_path / "hosts"

@@ -127,7 +127,7 @@ def test_bad_input_is_one_line_on_every_rank(run_ranks, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_processes_exit_with_code_2(tmp_path, free_port):
+def test_refused_clipping_ends_every_process_with_code_2(tmp_path, free_port):
     file = tmp_path / "zero0.json"
     file.write_text("{}")
     command = [sys.executable, str(LAUNCHER), "--deepspeed_config", str(file), "--output_dir", str(tmp_path / "run")]

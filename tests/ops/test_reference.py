@@ -95,7 +95,7 @@ def test_route_topk_matches_loop(top_k, capacity):
 
 
 @pytest.mark.parametrize("capacity", [-1, 2])
-class TestUglyShapes:
+class TestEdgeCasesEqualTheLoop:
     def test_one_token(self, capacity):
         assert_routed_like_loop(logits_with_ties(1, 4, 0), 2, capacity)
 

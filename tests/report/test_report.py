@@ -112,7 +112,7 @@ def test_missing_and_null_values_are_nan():
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 20])
-def test_running_mean(window):
+def test_running_mean_ignores_nan(window):
     values = np.random.default_rng(0).normal(size=12)
     values[[3, 7]] = np.nan
     around = [values[max(i - window, 0) : i + window + 1] for i in range(12)]
@@ -225,7 +225,7 @@ def test_words_of_an_example_are_those_of_the_caption_with_predictions(parts):
     assert masked == batch.token_labels.numel()
 
 
-def test_samples_without_a_caption_or_an_image(parts):
+def test_samples_without_a_caption_or_an_image_show_the_other_part(parts):
     scenes, batch = scene_batch(parts, caption=None)
     examples = reconstruct(Oracle(batch), batch, parts[1], parts[0].model)
     assert [len(example.words) for example in examples] == [len(scenes[0].caption.split()), 0, 5 + 1]

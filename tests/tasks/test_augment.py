@@ -70,7 +70,7 @@ def test_hue_shift_gives_the_pixels_of_torchvision():
     assert made == HUE_BY_TORCHVISION
 
 
-def test_strengths_at_a_magnitude():
+def test_magnitude_30_has_the_published_strengths():
     """magnitude 30 of 30: shift 150 / 331 of the side, slope 0.3, 30 degrees, factor 1 +- 0.9, 4 bits."""
     shifted = applied("translate_x")
     assert (shifted[:, int(24 * 150 / 331) :] == PICTURE[:, : 24 - int(24 * 150 / 331)]).all()

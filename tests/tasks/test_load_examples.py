@@ -46,7 +46,7 @@ def load(tmp_path, images, task_tree):
 QUESTION = {"image": "a.jpg", "question": "what?", "question_id": 7, "answer": ["red", "blue"], "dataset": "vqa"}
 
 
-def test_released_questions(load, images):
+def test_released_questions_give_key_text_answers_and_image(load, images):
     (example, test) = load("vqa", [QUESTION, {"image": "b.jpg", "question": "who?", "question_id": "8"}])
     assert (example.key, example.text, example.answers) == ("7", "what?", ("red", "blue"))
     assert example.images == (images / "a.jpg",)

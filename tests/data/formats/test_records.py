@@ -25,7 +25,7 @@ def write_json(path, tree):
 # --- Karpathy ---------------------------------------------------------------------------------------------------------
 
 
-def test_karpathy_record():
+def test_karpathy_record_has_path_captions_and_image_id():
     coco = entry(filepath="val2014", filename="1.jpg", cocoid=1, sentences=[{"raw": "one"}, {"raw": ""}])
     assert karpathy.captioned_image(coco)[1:] == ("val2014/1.jpg", ("one", ""), "1")
     flickr = entry(filename="2.jpg", sentences=[])
@@ -42,12 +42,12 @@ def test_karpathy_record():
         ({"filename": "a", "sentences": [{"raw": 3}]}, "raw of a sentence of image a must be a text"),
     ],
 )
-def test_malformed_karpathy_entries(content, message):
+def test_malformed_karpathy_entries_are_refused(content, message):
     with pytest.raises(SourceError, match=rf"^a\.json entry 0: {message}"):
         karpathy.captioned_image(entry(**content))
 
 
-def test_entries_of_karpathy_splits(tmp_path):
+def test_entries_of_the_chosen_karpathy_splits_are_read(tmp_path):
     images = [{"split": "train"}, 7, {"split": "val"}, {}]
     path = write_json(tmp_path / "a.json", {"images": images})
     entries = karpathy.read_entries(path)
@@ -60,7 +60,7 @@ def test_entries_of_karpathy_splits(tmp_path):
 # --- released code ----------------------------------------------------------------------------------------------------
 
 
-def test_released_records():
+def test_released_records_have_image_captions_and_answers():
     caption = released.captioned_image(entry(image="a.jpg", caption="one", image_id=17))
     assert caption[1:] == ("a.jpg", ("one",), "17")
     assert released.captioned_image(entry(image="a.jpg", caption=[], image_id=None))[2:] == ((), None)
@@ -81,7 +81,7 @@ def test_released_records():
         ({"questions": [], "annotations": [{"question_id": 1}]}, r"a\.json holds no questions"),
     ],
 )
-def test_vqav2_of_another_form(tmp_path, tree, message):
+def test_vqav2_file_of_another_form_is_refused(tmp_path, tree, message):
     with pytest.raises(SourceError, match=message):
         list(vqav2.read_questions([write_json(tmp_path / "a.json", tree)]))
 
@@ -130,7 +130,7 @@ def test_nlvr_of_a_folder_is_read_lazily_and_of_an_archive_as_a_stream(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["{", "7", '{"sentence": "a"}', '{"sentence": "a", "identifier": "1", "label": 2}'])
-def test_a_line_that_is_no_nlvr_example(tmp_path, line):
+def test_a_line_that_is_no_nlvr_example_is_refused(tmp_path, line):
     with pytest.raises(
         SourceError, match=r"here: line 1 of dev\.json is not an NLVR example; expected .* identifier \("
     ):

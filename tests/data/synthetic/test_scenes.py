@@ -222,7 +222,7 @@ def test_errors_name_the_bad_argument():
         Scenes("easy")[-1]
 
 
-def test_speed():
+def test_5000_scenes_are_drawn_per_cpu_second():
     """The target is 10,000 pairs per CPU-second (30,000 measured); the threshold is half of it for busy machines."""
     scenes, best = Scenes("easy"), 0.0
     for _ in range(3):
