@@ -9,6 +9,7 @@ from typing import Any
 from eve_ds.config import Config, ConfigError, load_config, parse_config
 from eve_ds.tasks.registry import named_task, task_class
 from eve_ds.tasks.saved import read_start
+from eve_ds.tasks.task import no_scenes
 
 LEVELS = ("easy", "hard")
 """Difficulties of generated scenes."""
@@ -38,8 +39,8 @@ def task_config(
         overrides: `section.key=value`.
 
     Raises:
-        ConfigError: see :func:`eve_ds.config.load_config`; an unknown task, settings that the task refuses, an `init`
-            that cannot be read, or a recipe of another task.
+        ConfigError: see :func:`eve_ds.config.load_config`; an unknown task, or one without scenes where files
+            are missing; settings that the task refuses, an `init` that cannot be read, or a recipe of another task.
     """
     chosen = named_task(task)
     under = _of_model(init, model)
@@ -53,6 +54,8 @@ def task_config(
     }
     generated = train_data is None or _is_generated(train_data)
     recipe = recipe or (chosen.scenes_recipe if generated else chosen.recipe)
+    if recipe is None:
+        raise no_scenes(task)
     config = load_config(recipe, list(overrides), under)
     if config.task is None or config.task.name != task:
         raise ConfigError(f"recipe {recipe} is for the task '{config.task and config.task.name}', not '{task}'")

@@ -60,6 +60,11 @@ class Match(NamedTuple):
     """Probability that image and caption belong together; None for a model that was trained without matching."""
 
 
+def no_scenes(task: str) -> ConfigError:
+    """Error for a task without generated examples whose examples were to be generated."""
+    return ConfigError(f"task '{task}' has no generated examples: name annotation files with --data")
+
+
 class Task(ABC):
     """Base class of a task: head, loss, metric and predictions; a subclass replaces the defaults that do not suit it.
 
@@ -71,8 +76,8 @@ class Task(ABC):
     """`task.name` of the configuration, and by default the name of the only loss term."""
     recipe: ClassVar[str]
     """Preset for data from files."""
-    scenes_recipe: ClassVar[str]
-    """Preset for generated scenes."""
+    scenes_recipe: ClassVar[str | None] = None
+    """Preset for generated scenes; None for a task that has none."""
     readers: ClassVar[Mapping[str, Reader]] = {}
     """Published format (:mod:`eve_ds.data.formats`) -> reader of its examples for this task."""
     command: ClassVar[Literal["ask", "rank"] | None] = None
@@ -138,7 +143,7 @@ class Task(ABC):
     @classmethod
     def scene_examples(cls, config: Config, source: ExamplesConfig, section: Section) -> SceneExamples:
         """Generated examples; raises ConfigError for a task that has none, or an unknown split."""
-        raise ConfigError(f"task '{cls.name}' has no generated examples: name annotation files with --data")
+        raise no_scenes(cls.name)
 
     def trainable(self, examples: Sequence[Example]) -> Sequence[Example]:
         """Examples that the loss can learn from, by default all.

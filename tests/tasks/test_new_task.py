@@ -132,6 +132,13 @@ def registered(monkeypatch):
 
 
 @pytest.mark.usefixtures("registered")
+def test_a_task_without_scenes_asks_for_files(monkeypatch):
+    monkeypatch.setattr(Crowd, "scenes_recipe", None)
+    with pytest.raises(ConfigError, match="task 'crowd' has no generated examples: name annotation files with --data"):
+        task_config("crowd", init=None, model="eve_tiny")
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_new_task_reads_its_own_format_and_checks_its_own_settings(task_tree, tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "labels.txt").write_text("a.png yes\nb.png no\n")
