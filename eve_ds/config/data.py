@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from eve_ds.config.section import Fraction, PositiveInt, Section, require
+from eve_ds.config.section import Fraction, PositiveInt, Section, Share, require
 
 
 class SourceConfig(Section):
@@ -83,11 +83,18 @@ class DataConfig(Section):
     shuffle_buffer: PositiveInt = 1000
     """Number of consecutive samples that are shuffled together, in addition to the order of shards. Shuffling permutes
     indices, so no sample is held in memory."""
-    crop_scale: tuple[Fraction, Fraction] = (1.0, 1.0)
-    """Range of the area of RandomResizedCrop, as fractions of the image; (1, 1) only resizes."""
+    crop_scale: tuple[Share, Share] = (1.0, 1.0)
+    """Range of the area of RandomResizedCrop, as fractions of the image; (1, 1) only resizes.
+    The first is at most the second."""
     horizontal_flip: Fraction = 0.0
     """Probability of a horizontal flip. Images whose caption contains left or right are never flipped."""
     validation: ValidationConfig | None = None
     """Pairs for held-out losses; None: no held-out losses."""
     max_bad_share: Fraction = 0.01
     """Largest fraction of unusable samples on a rank, of at least 1,000 samples; above it the run stops."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        low, high = self.crop_scale
+        require(low <= high, f"crop_scale ([{low:g}, {high:g}]) must be in ascending order: swap its two numbers")
+        return self

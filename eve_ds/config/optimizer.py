@@ -8,15 +8,18 @@ from pydantic import Field
 
 from eve_ds.config.section import Fraction, Section
 
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+"""Number in [0, 1)."""
+
 
 class OptimizerConfig(Section):
     """AdamW and its learning rate schedule: linear warm-up, then decay to `final_lr_share` of the peak."""
 
     lr: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate. Default: the paper's for EVE-Base."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.98)
     """AdamW decay rates of the first and second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, Field(ge=0)] = 1e-8
     """AdamW epsilon, added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """AdamW weight decay of matrices; biases, norms, LayerScale and embeddings do not decay."""

@@ -149,6 +149,14 @@ def test_error_for_an_unknown_key_suggests_the_nearest_one(override, text):
         ("optimizer.decay_by=seconds", "optimizer.decay_by ('seconds') needs train.max_seconds"),
         ("train.max_steps=0", "train.max_steps (0): Input should be greater than or equal to 1"),
         ("train.precision=fp8", "train.precision ('fp8'): Input should be 'fp32', 'bf16' or 'fp16'"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 (1.0): Input should be less than 1"),
+        ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas.0 (-0.1): Input should be greater than or equal to 0"),
+        ("optimizer.eps=-1", "optimizer.eps (-1): Input should be greater than or equal to 0"),
+        ("data.crop_scale=[0, 1]", "data.crop_scale.0 (0): Input should be greater than 0"),
+        (
+            "data.crop_scale=[1, 0.5]",
+            "crop_scale ([1, 0.5]) must be in ascending order: swap its two numbers",
+        ),
         ("optimizer.lr=fast", "optimizer.lr ('fast'): Input should be a valid number"),
     ],
 )
