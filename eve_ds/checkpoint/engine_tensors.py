@@ -106,7 +106,7 @@ def check_tensors(reader: PieceReader, shapes: dict[str, torch.Size], where: str
 
 
 def optimizer_steps(engine: DeepSpeedEngine) -> float:
-    """Number of updates that Adam's moments have seen; equal for all tensors."""
+    """Number of updates that Adam's moments have seen; equal for all tensors that are trained."""
     steps = {float(state["step"]) for state in _initialized_states(engine)}
     if len(steps) != 1:
         raise CheckpointError(f"the optimizer counts {sorted(steps)} updates for different tensors, which is a bug")
@@ -145,11 +145,15 @@ def _inner(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
 
 
 def _initialized_states(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
-    """State of every tensor that the optimizer updates; a state that does not exist yet is created for zero updates."""
+    """State of every tensor that the optimizer updates; a state that does not exist yet is created for zero updates.
+
+    Frozen parameters get no gradient, so the optimizer skips them.
+    """
     optimizer = _inner(engine)
     for group in optimizer.param_groups:
         for tensor in group["params"]:
-            yield _initialized(optimizer.state[tensor], tensor)
+            if tensor.requires_grad:
+                yield _initialized(optimizer.state[tensor], tensor)
 
 
 def _initialized(state: dict[str, Tensor], tensor: Tensor) -> dict[str, Tensor]:
