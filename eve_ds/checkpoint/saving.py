@@ -158,7 +158,8 @@ class Saver:
             pending.thread.join()
         gathered: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(gathered, (pending.problem, pending.records), group=self.group)
-        problems = [problem for problem, _ in gathered if problem is not None]
+        # A problem of rank 0 with the folder is known to all ranks.
+        problems = list(dict.fromkeys(problem for problem, _ in gathered if problem is not None))
         if rank_zero() and not problems:
             pending.attempt(lambda: self._publish(pending, {k: v for _, own in gathered for k, v in own.items()}))
             problems = [] if pending.problem is None else [pending.problem]
