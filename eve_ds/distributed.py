@@ -156,9 +156,10 @@ def broadcast_object(value: T, source: int = 0) -> T:
 def seed_everything(seed: int, rank: int = 0) -> None:
     """Seed Python's and torch's default generators (CPU and CUDA), differently for every (seed, rank).
 
-    Plain `seed + rank` would give rank 1 of seed 0 the numbers of rank 0 of seed 1.
+    Plain `seed + rank` would give rank 1 of seed 0 the numbers of rank 0 of seed 1. Seeds count modulo 2**43, since
+    torch takes 64 bits.
     """
-    combined = (seed << 20) + rank
+    combined = ((seed % 2**43) << 20) + rank
     random.seed(combined)
     # Not `torch.manual_seed`: without CUDA it stores a stack trace for later use, which costs 5 ms per training step.
     torch.default_generator.manual_seed(combined)

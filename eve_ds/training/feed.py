@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -68,20 +68,30 @@ class Feed:
         """Return the data of the step that begins, after `samples` samples of the run; fetch it unless prepared.
 
         Raises:
-            UnusableData: on every rank, if any rank has no data or the job finds too many unusable samples.
+            UnusableData: on every rank, if data of a rank cannot be used or the job finds too many unusable samples.
+            Exception: any other error of a rank while it loads, on that rank.
+            RuntimeError: names that error, on the other ranks.
         """
         data, self._next = self._next or self._fetch(), None
-        problem = data.problem
-        if problem is not None and not isinstance(problem, UnusableData):
-            raise problem
         if data.num_failed:
-            found: list[Any] = [None] * self.topology.world_size
-            own = None if problem is None else f"rank {self.topology.rank}: {problem}"
-            dist.all_gather_object(found, own, group=self.group)
-            raise UnusableData("; ".join(text for text in found if text is not None))
+            self._raise(data.problem)
         self.job.check_step(data.totals, samples)
         self.position = data.position
         return data
+
+    def _raise(self, problem: Exception | None) -> NoReturn:
+        """Raise the problems of all ranks on every rank; collective."""
+        unusable = problem is None or isinstance(problem, UnusableData)
+        text = str(problem) if unusable else f"{type(problem).__name__}: {problem}"
+        own = None if problem is None else (f"rank {self.topology.rank}: {text}", unusable)
+        gathered: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(gathered, own, group=self.group)
+        found = [item for item in gathered if item is not None]
+        message = "; ".join(text for text, _ in found)
+        if all(unusable for _, unusable in found):
+            raise UnusableData(message)
+        # Either all ranks raise UnusableData, after which they finish the pending checkpoint together, or none does.
+        raise RuntimeError(message) if problem is None or unusable else problem
 
     def prepare(self) -> None:
         """Fetch the data of the next step; an error is raised at that step, so the current step still finishes."""

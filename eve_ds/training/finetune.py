@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from eve_ds.checkpoint import engine_tensors, manifest
@@ -28,16 +27,18 @@ from eve_ds.tasks.examples import Example
 from eve_ds.tasks.load_examples import load_examples
 from eve_ds.tasks.registry import new_task
 from eve_ds.tasks.saved import (
+    PROVENANCE,
     load_task_model,
     save_task_model,
     task_shapes,
 )
 from eve_ds.tasks.task import Task
 from eve_ds.training.job import Evaluation, Loading
-from eve_ds.training.run_folder import check_output_dir, on_rank_zero
+from eve_ds.training.run_folder import check_output_dir
 from eve_ds.training.schedule import with_schedule
 from eve_ds.training.start import start
 from eve_ds.training.task_weights import is_frozen, lr_scales, prepare_weights
+from eve_ds.training.together import on_every_rank, on_rank_zero
 from eve_ds.training.trainer import Trainer
 
 MODEL, EVALUATION = "model", "evaluation"
@@ -77,14 +78,14 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
         SaveError: checkpoints could not be written several times in a row.
     """
     info = initialize_deepspeed_distributed()
+    # Stage 0 cannot clip if experts are spread over ranks.
+    given = {"zero_optimization": {"stage": 1}} if deepspeed_config is None else deepspeed_config
+    config, deepspeed_config = resolve_deepspeed_config(given, config, info.world_size)
     examples = load_examples(config, "train")
     load_examples(config, "val")  # reports errors now, not after hours of training
     task = new_task(config, examples)
     examples = task.trainable(examples)
-    config = with_schedule(config, len(examples))
-    # Stage 0 cannot clip if experts are spread over ranks.
-    given = {"zero_optimization": {"stage": 1}} if deepspeed_config is None else deepspeed_config
-    config, deepspeed_config = resolve_deepspeed_config(given, config, info.world_size)
+    config = with_schedule(config, len(examples))  # needs the batch size, which the JSON may set
     job = Finetuning(config, task, examples)
     summary = start(job, config, deepspeed_config)
     return FinetuneSummary(
@@ -117,12 +118,15 @@ class Finetuning:
     def check_folder(self) -> None:
         """Create the output folder, or check that it is writable and belongs to this run, not yet finished.
 
+        A model without a checkpoint beside it is that of a finished run, or of an evaluation within a run that was
+        killed later. The latter starts over.
+
         Raises:
             ConfigError: the folder cannot be written, holds the model of a finished run, or holds another run.
         """
         check_output_dir(self.config, "auto")
         out = self.config.train.output_dir
-        if (out / MODEL).exists() and not manifest.committed(out):
+        if _is_of_finished_run(out / MODEL) and not manifest.committed(out):
             raise ConfigError(f"train.output_dir ({out}) holds a fine-tuned model: name another folder, or remove it")
 
     def build_model(self, moe_cls: MoEFactory, from_checkpoint: bool) -> ModelWithLosses:
@@ -208,9 +212,14 @@ class Finetuning:
         on_rank_zero(partial(_new_folder, pieces))
         held = engine_tensors.pieces_to_write(trainer.engine, trainer.topology)
         masters = [piece for piece in held if piece.kind == "master"]
-        write_pieces(pieces / f"tensors-{trainer.topology.rank:05d}.safetensors", masters)
-        dist.barrier(group=trainer.host_group)
-        provenance = {"init": self.config.train.init, "step": trainer.step, "samples": trainer.samples}
+        file = pieces / f"tensors-{trainer.topology.rank:05d}.safetensors"
+        on_every_rank(lambda: write_pieces(file, masters), trainer.host_group)
+        provenance = {
+            "init": self.config.train.init,
+            "step": trainer.step,
+            "samples": trainer.samples,
+            "finished": trainer.done,
+        }
         on_rank_zero(partial(self._assemble, pieces, out / MODEL, provenance))
 
     def _assemble(self, pieces: Path, out: Path, provenance: dict[str, Any]) -> None:
@@ -218,6 +227,14 @@ class Finetuning:
         weights = {name: reader.read("master", name).view(shape) for name, shape in self.shapes.items()}
         save_task_model(out, self.task, self.config, self.tokenizer, weights, provenance)
         shutil.rmtree(pieces)
+
+
+def _is_of_finished_run(model: Path) -> bool:
+    """Whether a folder holds a model that no later step of its run would replace; True if it does not tell."""
+    try:
+        return bool(json.loads((model / PROVENANCE).read_text(encoding="utf-8")).get("finished", True))
+    except (OSError, ValueError, AttributeError):
+        return model.exists()
 
 
 class TaskBatches:

@@ -7,12 +7,10 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from eve_ds.config import Config, ConfigError, parse_written_config
-from eve_ds.distributed import broadcast_object, rank_zero
 
 IDENTITY = ("model", "masking", "data", "loss", "task")
 """Sections of the configuration that, like `train.seed`, must stay the same within one output folder."""
@@ -33,17 +31,23 @@ class FolderLock:
         self._file: TextIO | None = None
 
     def acquire(self) -> None:
-        """Acquire the lock; raises ConfigError if another process holds it."""
+        """Acquire the lock; raises ConfigError if another process holds it, or if the file system has no locks."""
         file = self.path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # POSIX allows either for a lock that another process holds
             file.seek(0)
             owner = file.read().strip() or "unknown"
             file.close()
             raise ConfigError(
                 f"train.output_dir ({self.path.parent}) is being written by another run ({owner}): wait until it ends, "
                 "or name another folder"
+            ) from None
+        except OSError as error:
+            file.close()
+            raise ConfigError(
+                f"train.output_dir ({self.path.parent}) cannot be locked: {error.strerror}; name an output_dir on a "
+                "file system with locks"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -110,19 +114,6 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, 
         if before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
     return None
-
-
-def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0; if it raises ConfigError or OSError, every rank raises ConfigError. Collective."""
-    problem: str | None = None
-    if rank_zero():
-        try:
-            action()
-        except (ConfigError, OSError) as error:
-            problem = str(error)
-    problem = broadcast_object(problem)
-    if problem is not None:
-        raise ConfigError(problem)
 
 
 def write_config(config: Config) -> None:

@@ -16,6 +16,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested = False
+        self._received: int | None = None
+        """Signal that the log does not name yet."""
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -28,6 +30,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _request(self, number: int, _: object) -> None:
-        """Record the request; the current step finishes, and one more step may follow before all ranks know."""
-        self.requested = True
-        get_logger().warning("%s: will save after this step and stop", signal.Signals(number).name)
+        """Record the request; writes nothing, since the signal may interrupt a write to the same stream."""
+        self.requested, self._received = True, number
+
+    def log(self) -> None:
+        """Log a new request; the current step finishes, and one more step may follow before all ranks know."""
+        if self._received is not None:
+            name, self._received = signal.Signals(self._received).name, None
+            get_logger().warning("%s: saving and stopping after this step or the next", name)

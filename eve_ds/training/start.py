@@ -16,7 +16,8 @@ from eve_ds.parallel.zero import initialize_engine
 from eve_ds.topology import Topology
 from eve_ds.training.job import Job, Summary
 from eve_ds.training.optimizer import build_optimizer
-from eve_ds.training.run_folder import FolderLock, on_rank_zero
+from eve_ds.training.run_folder import FolderLock
+from eve_ds.training.together import on_rank_zero
 from eve_ds.training.trainer import Trainer
 
 

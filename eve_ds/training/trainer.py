@@ -30,9 +30,10 @@ from eve_ds.training.job import Job, Loading, Summary, TrainingBatch
 from eve_ds.training.metrics import Metrics, training_clock, training_numbers
 from eve_ds.training.nonfinite import NonFiniteError, NonFiniteSteps, poison_if_nonfinite
 from eve_ds.training.progress_line import ProgressLine
-from eve_ds.training.run_folder import on_rank_zero, write_config
+from eve_ds.training.run_folder import write_config
 from eve_ds.training.schedule import done_share, ends_after_next_step, learning_rate, save_is_due
 from eve_ds.training.signals import StopSignals
+from eve_ds.training.together import on_rank_zero
 from eve_ds.training.window import Window
 
 
@@ -62,6 +63,8 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.checkpoint: Path | None = None
         self.evaluation: dict[str, Any] = {}
+        self.done = False
+        """Whether the run has reached its end."""
         self.stop = StopSignals()
         # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
         self.host_group = dist.new_group(backend="gloo")
@@ -90,6 +93,8 @@ class Trainer:
         state, positions = load(self.engine, checkpoint, self.job.shapes)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.nonfinite.skips = state["nonfinite_skips"]
+        # The time alone does not tell: a run ends before the step that would exceed its budget.
+        self.done = state.get("ended_at") == self._limits()
         self.engine.global_steps, self.engine.global_samples = self.step, self.samples
         self.window = Window(started=self.seconds)
         self.feed.close()
@@ -103,25 +108,26 @@ class Trainer:
         """Train until `max_steps` or `max_seconds`; evaluate and save when due and at the end."""
         train, started_at, steps_before, samples_before = self.config.train, self.seconds, self.step, self.samples
         with ProgressLine(train.log_every, self._done_share()) as progress:
-            done, stopped = self._done_share() >= 1.0, False
-            while not (done or stopped):
+            self.done, stopped = self.done or self._done_share() >= 1.0, False
+            while not (self.done or stopped):
                 with self._clock():
                     agreed = self._train_step()
-                done, stopped = agreed.done, agreed.stop and not agreed.done
+                self.stop.log()
+                self.done, stopped = agreed.done, agreed.stop and not agreed.done
                 written = self.step % train.metrics_every == 0 or self.step % train.log_every == 0
-                if (written or done or stopped) and self.window.steps:
+                if (written or self.done or stopped) and self.window.steps:
                     progress.update(self.step, self._done_share(), self._write_metrics())
-                if done or (train.eval_every and self.step % train.eval_every == 0 and not stopped):
+                if self.done or (train.eval_every and self.step % train.eval_every == 0 and not stopped):
                     self._evaluate()
                 if agreed.save_written:
                     self._finish_save()
-                if agreed.save_due or stopped or (done and self.job.keeps_checkpoints):
+                if agreed.save_due or stopped or (self.done and self.job.keeps_checkpoints):
                     self._save()
             if self.step > steps_before and (stopped or self.job.keeps_checkpoints):
                 self._finish_last_save()
-            if done and self.step == steps_before and not self.job.keeps_checkpoints:
+            if self.done and self.step == steps_before and not self.job.keeps_checkpoints:
                 self._evaluate()  # the run was killed after its last step, before it wrote its result
-        if done:
+        if self.done:
             self._finish_save()
             on_rank_zero(self.job.finish)
         spent = max(self.seconds - started_at, 1e-9)
@@ -135,7 +141,7 @@ class Trainer:
         self.lr = learning_rate(self.config, self.step, self.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-        seed_everything((self.config.train.seed * 1_000_003 + self.step) % 2**43, self.topology.data_rank)
+        seed_everything(self.config.train.seed * 1_000_003 + self.step, self.topology.data_rank)
         share = self.topology.data_size * self.engine.gradient_accumulation_steps()
         counts = {name: total / share for name, total in data.totals.items()}
         computed: list[LossOutput] = []
@@ -195,9 +201,10 @@ class Trainer:
         """Write a checkpoint; with `async_save` only start it, to be published after the step that finds it written."""
         self._finish_save()
         counters = {"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite.skips}
+        ended = {"ended_at": self._limits()} if self.done else {}
         check = self.job.check_inputs(self.last_batch)
         inputs = None if check is None else check.to(self.engine.device).model_inputs()
-        self.saver.begin(self.engine, Content(self.step, counters, self.feed.position, inputs))
+        self.saver.begin(self.engine, Content(self.step, counters | ended, self.feed.position, inputs))
         if not self.config.train.async_save:
             self._finish_save()
         self.saved_at = time.monotonic()
@@ -226,6 +233,9 @@ class Trainer:
     def _loading(self, positions: list[dict[str, Any]] | None) -> Loading:
         micro_batch_size, is_gpu = self.engine.train_micro_batch_size_per_gpu(), self.engine.device.type == "cuda"
         return Loading(self.topology, micro_batch_size, self.step, positions, is_gpu)
+
+    def _limits(self) -> list[float | None]:
+        return [self.config.train.max_steps, self.config.train.max_seconds]
 
     def _done_share(self) -> float:
         return done_share(self.config.train, self.step, self.seconds)

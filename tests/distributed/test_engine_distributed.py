@@ -633,6 +633,12 @@ def other_settings(rank, world_size, folder):
     config = config_for(folder / "timed", ep_size=world_size, max_steps=100_000, max_seconds=0.4, eval_every=10**6)
     summary = watch.run(config, zero(1))
     found["timed"] = (summary.steps, summary.train_seconds)
+    again = Watch()
+    same = again.run(config, zero(1))
+    longer = Watch()
+    more = config_for(folder / "timed", ep_size=world_size, max_steps=summary.steps + 1)
+    longer.run(more, zero(1))
+    found["again"] = (same.steps == summary.steps, len(again.steps), again.evaluations, len(longer.steps))
     watch = Watch()
     watch.run(config_for(folder / "minutes", ep_size=world_size, save_every_minutes=1e-7), zero(1))
     found["minutes"] = sorted(path.name for path in (folder / "minutes" / "checkpoints").iterdir())
@@ -652,6 +658,7 @@ def test_max_seconds_save_every_minutes_and_bf16_take_effect(finished):
     assert steps == peer_steps > 1
     # The run stops before the step that would exceed the budget, so only one slow step can exceed it.
     assert 0.2 < seconds < 1.5
+    assert results[0]["again"] == (True, 0, 0, 1), "a finished run takes no step, and one with other limits goes on"
     assert results[0]["minutes"] == ["latest", "step-00000001", "step-00000002", "step-00000003"]
     assert results[0]["bf16"] == {"torch.bfloat16"}
     losses = [record["loss"] for record in records(folder / "bf16")]

@@ -106,7 +106,9 @@ def test_a_frozen_backbone_does_not_change_while_the_head_learns(
     tree["train"]["init"] = str(init)
     zero = {"zero_optimization": {"stage": stage}}
     folders = {count: str(tmp_path / str(count)) for count in (1, 2)}
-    run_ranks(finetune_and_read, 2, [tree | {"parallel": {"ep_size": ep_size}}], zero, [folders[2]])
+    spread = tree | {"parallel": {"ep_size": ep_size}}
+    (result, _) = run_ranks(stopped_and_resumed, 2, spread, folders[2], 2, zero)
+    assert result == (True, 2, (["latest", "step-00000002"], False), False, 3)
     run_ranks(finetune_and_read, 1, [tree], zero, [folders[1]])
     before = load_file(init / "model.safetensors")
     two, one = (load_file(f"{folders[count]}/model/model.safetensors") for count in (2, 1))
@@ -124,7 +126,7 @@ def test_a_frozen_backbone_does_not_change_while_the_head_learns(
     assert 1e-3 < float(moved) < 3e-3  # three steps of 1e-3
 
 
-def stopped_and_resumed(rank, world_size, tree, folder, stop_at):
+def stopped_and_resumed(rank, world_size, tree, folder, stop_at, deepspeed_config=None):
     """Fine-tune until rank 1 gets SIGTERM in step `stop_at`, list the folder, then resume with the same command."""
     import os
     import signal
@@ -144,9 +146,9 @@ def stopped_and_resumed(rank, world_size, tree, folder, stop_at):
         return step(self)
 
     with mock.patch.object(Trainer, "_train_step", step_with_signal):
-        first = finetune(config)
+        first = finetune(config, deepspeed_config)
     held = sorted(path.name for path in Path(folder, "checkpoints").iterdir()), Path(folder, "model").exists()
-    second = finetune(config)
+    second = finetune(config, deepspeed_config)
     return first.stopped, first.steps, held, second.stopped, second.steps
 
 
@@ -265,12 +267,18 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(run_ranks, task_tree, tmp_
 
 
 def refused(rank, world_size, tree, folder):
-    """Return error messages of four runs: a loss that diverges, another seed, a good run (None), the same run again."""
+    """Return error messages of runs in one folder, in this order.
+
+    A loss that diverges, another seed, a run that is killed after an evaluation, whether that left a model, a good run
+    (None), the same run again.
+    """
     from pathlib import Path
+    from unittest import mock
 
     from eve_ds.config import ConfigError, parse_config
     from eve_ds.training.finetune import finetune
     from eve_ds.training.nonfinite import NonFiniteError
+    from eve_ds.training.trainer import Trainer
 
     def attempt(**changes):
         train = {**tree["train"], "output_dir": Path(folder), **changes.pop("train", {})}
@@ -281,12 +289,26 @@ def refused(rank, world_size, tree, folder):
         return None
 
     exploding = attempt(optimizer={"lr": 1e30, "warmup_steps": 0, "clip_grad_norm": 0})
-    return [exploding, attempt(train={"seed": 9}), attempt(), attempt()]
+    other_seed = attempt(train={"seed": 9})
+    step = Trainer._train_step
+
+    def step_or_die(self):
+        if self.step == 1:
+            raise NonFiniteError("killed")
+        return step(self)
+
+    with mock.patch.object(Trainer, "_train_step", step_or_die):
+        killed = attempt(train={"eval_every": 1})
+    evaluated = Path(folder, "model").exists()
+    return [exploding, other_seed, killed, evaluated, attempt(train={"eval_every": 2}), attempt()]
 
 
 def test_errors_of_a_run_name_their_reason(run_ranks, task_tree, tmp_path):
-    ((exploding, other_seed, good, again),) = run_ranks(refused, 1, task_tree("vqa"), str(tmp_path / "out"))
+    ((exploding, other_seed, killed, evaluated, good, again),) = run_ranks(
+        refused, 1, task_tree("vqa"), str(tmp_path / "out")
+    )
     assert "not finite, the update was not applied; " in exploding
     assert "its train.seed is 0, this run's is 9" in other_seed
-    assert good is None
+    assert (killed, evaluated) == ("killed", True)
+    assert good is None, "a model of an evaluation within a run that was killed must not prevent its restart"
     assert "holds a fine-tuned model: name another folder, or remove it" in again

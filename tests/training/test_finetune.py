@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from eve_ds.evaluation.ask import ask, rank
 from eve_ds.export import ExportError
 from eve_ds.export.official import write_official
 from eve_ds.export.start import DRAWN, draw_weights, write_start
+from eve_ds.launch_environment import RankInfo
 from eve_ds.model.embeddings import resize_positions
 from eve_ds.tasks.batches import TaskCollator, training_batches
 from eve_ds.tasks.examples import Example
@@ -24,6 +26,7 @@ from eve_ds.tasks.finetune_config import task_config
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.saved import load_task_model, save_task_model, start_weights
 from eve_ds.tasks.vqa import VQA
+from eve_ds.training import finetune
 from eve_ds.training.optimizer import build_optimizer
 from eve_ds.training.schedule import with_schedule
 from eve_ds.training.task_weights import lr_scale, lr_scales, prepare_weights
@@ -160,6 +163,17 @@ def test_steps_and_warm_up_follow_from_the_number_of_examples(task_tree):
         ConfigError, match=r"train_batch_size \(8\) must not exceed the number of training examples \(5\)"
     ):
         with_schedule(config, 5)
+
+
+def test_steps_follow_from_the_batch_size_of_the_deepspeed_json(task_tree, monkeypatch, tmp_path):
+    tree = task_tree("vqa", epochs=3, train={"num_examples": 84})
+    tree["train"] = {"output_dir": str(tmp_path)}
+    started = mock.Mock(return_value=mock.MagicMock(evaluation={}))
+    monkeypatch.setattr(finetune, "start", started)
+    monkeypatch.setattr(finetune, "initialize_deepspeed_distributed", lambda: RankInfo(0, 1, 0, "single"))
+    finetune.finetune(parse_config(tree), {"train_batch_size": 8})
+    train = started.call_args.args[0].config.train
+    assert (train.train_batch_size, train.max_steps) == (8, 31)
 
 
 def test_learning_rates_decay_towards_the_embeddings(task_tree):

@@ -1,5 +1,7 @@
 """Output folder of a run: created, accepted, or refused because it belongs to another run."""
 
+import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from eve_ds.config import ConfigError, parse_config
-from eve_ds.training.run_folder import check_output_dir
+from eve_ds.training.run_folder import FolderLock, check_output_dir
 
 
 def of_run(folder, **train):
@@ -131,3 +133,22 @@ def test_a_read_only_folder_is_refused():
         f"train.output_dir ({folder}) cannot be written: Permission denied; "
         "name another folder or change its permissions"
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (errno.EAGAIN, "is being written by another run (process 7 on a): wait until it ends, or name another folder"),
+        (errno.EACCES, "is being written by another run (process 7 on a): wait until it ends, or name another folder"),
+        (errno.ENOLCK, "cannot be locked: No locks available; name an output_dir on a file system with locks"),
+    ],
+)
+def test_a_folder_without_locks_is_not_taken_for_that_of_another_run(tmp_path, monkeypatch, code, text):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    (tmp_path / ".lock").write_text("process 7 on a")
+    with pytest.raises(ConfigError) as caught:
+        FolderLock(tmp_path).acquire()
+    assert str(caught.value) == f"train.output_dir ({tmp_path}) {text}"

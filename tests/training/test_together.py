@@ -1,0 +1,89 @@
+"""A failure on one rank, of an action or of the data, ends all ranks; none waits for a rank that has failed."""
+
+from types import SimpleNamespace
+
+import pytest
+
+
+class Failing:
+    """Job and batches that fail with the given error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def open(self, loading):
+        return self
+
+    def __next__(self):
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(tensors=list, to=lambda *_args, **_options: None)
+
+    def state_dict(self):
+        return {}
+
+    def counts(self, micro_batches):
+        return {"samples": float(len(micro_batches))}
+
+
+def failures(rank, world_size, folder):
+    """Return type and text of what this rank raises, for each way in which a rank can fail."""
+    import torch
+    import torch.distributed as dist
+
+    from eve_ds.checkpoint.files import CheckpointError
+    from eve_ds.data.sources import UnusableData
+    from eve_ds.topology import Topology
+    from eve_ds.training.feed import Feed
+    from eve_ds.training.together import on_every_rank, on_rank_zero
+
+    group = dist.new_group(backend="gloo")
+    written = []
+
+    def fail(*errors):
+        if rank < len(errors) and errors[rank] is not None:
+            raise errors[rank]
+        written.append(rank)
+
+    def take(*errors):
+        error = errors[rank]
+        Feed(Failing(error), Topology.current(), None, 1, torch.device("cpu"), group).take(0)
+
+    full = OSError(28, "No space left on device", "/runs/a")
+    found = []
+    for action in (
+        lambda: on_rank_zero(lambda: fail(CheckpointError("weights are not finite"))),
+        lambda: on_every_rank(lambda: fail(None, full), group),
+        lambda: on_every_rank(fail, group),
+        lambda: take(None, UnusableData("no pair")),
+        lambda: take(None, KeyError("txt")),
+        lambda: take(UnusableData("no pair"), KeyError("txt")),
+    ):
+        try:
+            action()
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+        else:
+            found.append(None)
+    return found
+
+
+def test_a_failure_of_one_rank_is_raised_on_all(run_ranks, tmp_path):
+    first, second = run_ranks(failures, 2, str(tmp_path), timeout=60)
+    assert first[0] == second[0] == ("ConfigError", "weights are not finite")
+    assert first[1] == second[1] == ("ConfigError", "rank 1: [Errno 28] No space left on device: '/runs/a'")
+    assert first[2] is second[2] is None
+    assert first[3] == second[3] == ("UnusableData", "rank 1: no pair")
+    assert (first[4], second[4]) == (("RuntimeError", "rank 1: KeyError: 'txt'"), ("KeyError", "'txt'"))
+    both = "rank 0: no pair; rank 1: KeyError: 'txt'"
+    assert (first[5], second[5]) == (("RuntimeError", both), ("KeyError", "'txt'"))
+
+
+def test_an_unforeseen_error_keeps_its_type():
+    from eve_ds.training.together import on_rank_zero
+
+    def action():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        on_rank_zero(action)
