@@ -50,8 +50,10 @@ def read_environment(environ: MutableMapping[str, str] | None = None) -> RankInf
     environ = os.environ if environ is None else environ
     info = _from_torch(environ) or _from_mpi(environ) or _from_slurm(environ) or RankInfo(0, 1, 0, "single")
     if not 0 <= info.rank < info.world_size:
+        rank, size = _names(environ, info)
         raise LaunchError(
-            f"rank ({info.rank}) must be in 0 .. world size - 1 ({info.world_size - 1}); launcher variables"
+            f"{rank} ({info.rank}) must be in 0 .. {size} - 1 ({info.world_size - 1}): unset both, or start with "
+            "torchrun, srun or mpirun"
         )
     tasks = _integer(environ, "SLURM_NTASKS") if "SLURM_NTASKS" in environ else 1
     if info.world_size == 1 and tasks > 1:
@@ -100,6 +102,13 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
         return int(environ[name])
     except ValueError:
         raise LaunchError(f"{name} ('{environ[name]}') must be an integer") from None
+
+
+def _names(environ: Mapping[str, str], info: RankInfo) -> tuple[str, str]:
+    """Variables that hold rank and world size; those of a single process are never contradictory."""
+    if info.launcher == "mpi":
+        return next((rank, size) for rank, size, *_ in _MPI_VARIABLES if rank in environ)
+    return ("SLURM_PROCID", "SLURM_NTASKS") if info.launcher == "slurm" else ("RANK", "WORLD_SIZE")
 
 
 def _source(environ: Mapping[str, str], info: RankInfo) -> str:

@@ -143,7 +143,14 @@ def test_job_of_one_task_may_have_one_process():
     [
         ({"RANK": "1"}, "WORLD_SIZE is not set, but the launcher's other variables are"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, r"RANK \('one'\) must be an integer"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, r"rank \(2\) must be in 0 .. world size - 1 \(1\)"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2"},
+            r"^RANK \(2\) must be in 0 \.\. WORLD_SIZE - 1 \(1\): unset both, or start with torchrun, srun or mpirun$",
+        ),
+        (
+            {"PMI_RANK": "-1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"},
+            r"^PMI_RANK \(-1\) must be in 0 \.\. PMI_SIZE",
+        ),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID is not set"),
     ],
 )
