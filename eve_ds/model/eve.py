@@ -273,9 +273,11 @@ class EVE(nn.Module):
             input_ids: (B, L) int64 whole captions, or None for images alone.
             attention_mask: (B, L) bool, True = real token; None = all are.
             masked_token_ids: (M,) int64 flat indices into B * L of the real tokens to predict; None = predict none.
-            masked_input_ids: (B, L) int64 captions with those tokens replaced; None = `input_ids` are.
+            masked_input_ids: (B, L) int64 captions with those tokens replaced; None: nothing is replaced;
+                the view shows `input_ids`.
             image_view_ids: (B_i,) int64 samples of the image view, all with an image; None = all samples.
-            image_view_text_mask: (B_i, L) bool tokens that the image view shows; None = `attention_mask`'s.
+            image_view_text_mask: (B_i, L) bool tokens that the image view shows; None: the tokens of
+                `attention_mask`.
             language_patch_ids: (B, N) int64 patches that the language view shows; None = all.
             layouts: token layout of each view, as the collator counted it; a view without one is laid out by its
                 masks, for which the host waits for the accelerator.

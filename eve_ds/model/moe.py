@@ -358,9 +358,8 @@ def router_metrics(statistics: RouterStatistics) -> dict[str, float]:
         `image_share`: share of image tokens among the routed tokens. `entropy`: mean over tokens of the entropy of the
         router's distribution, in nats, at most log(E). `dead_experts`: number of experts that no token chose.
         `max_load`: routes of the most chosen expert divided by the mean, 1 when balanced. `dropped_image`,
-        `dropped_text`: share of a modality's routes that were dropped. `image_routes/e` and `text_routes/e`: routes
-            that
-        chose expert e, before dropping. A share of zero routes or tokens is 0.
+        `dropped_text`: share of a modality's routes that were dropped. `image_routes/e`, `text_routes/e`: routes of
+        that modality that chose expert e, before dropping. A share of zero routes or tokens is 0.
     """
     chosen = statistics.routes.sum(dim=0)  # (E,)
     by_modality = statistics.routes.sum(dim=1).clamp(min=1)  # (2,)

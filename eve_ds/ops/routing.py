@@ -1,6 +1,6 @@
 """Routing ops: the compiled ops with autograd where they are loaded, otherwise the reference.
 
-Signatures and semantics are those of :mod:`eve_ds.ops.reference`.
+Semantics are those of :mod:`eve_ds.ops.reference`; signatures too, but `route_topk` here has no `group_sizes`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ GATES, EXPERT_IDS, SLOTS, SOURCE, COUNTS, PROBABILITIES, FIRST_CHOICES, PROBABIL
 """Index of each output of the op `route_topk`."""
 CONSTANT = (EXPERT_IDS, SLOTS, SOURCE, COUNTS, PROBABILITIES, FIRST_CHOICES, LOG_SUM_EXP)
 """Indices of the outputs that have no gradient."""
+FOR_BACKWARD = (PROBABILITIES, LOG_SUM_EXP, EXPERT_IDS, SLOTS, GATES)
+"""Indices of the outputs that the backward reads, in the order of its arguments."""
 CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 """Whether bf16 products are at least as fast as fp32 on this CPU; without AVX-512 they take ten times as long."""
 
@@ -139,8 +141,8 @@ class RouteAndDispatch(torch.autograd.Function):
             routed = _sums_by_group(routed, valid, group_sizes)
         added = (embedding, modality_ids) if embed_rows else (None, None)
         rows = ops.moe_dispatch(x, routed[SLOTS], routed[SOURCE], *added)
-        kept = (PROBABILITIES, LOG_SUM_EXP, EXPERT_IDS, SLOTS, GATES)
-        ctx.save_for_backward(x, weight, modality_embedding, modality_ids, valid, *(routed[place] for place in kept))
+        saved = (routed[place] for place in FOR_BACKWARD)
+        ctx.save_for_backward(x, weight, modality_embedding, modality_ids, valid, *saved)
         ctx.embed_rows, ctx.group_sizes = embed_rows, group_sizes
         ctx.mark_non_differentiable(*(routed[place] for place in CONSTANT))
         ctx.set_materialize_grads(False)
@@ -251,8 +253,7 @@ def _routing(routed: Any) -> Routing:
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, modality_bias, modality_ids, valid, *_ = inputs
-    kept = (PROBABILITIES, LOG_SUM_EXP, EXPERT_IDS, SLOTS, GATES)
-    ctx.save_for_backward(*(output[place] for place in kept), valid, modality_ids)
+    ctx.save_for_backward(*(output[place] for place in FOR_BACKWARD), valid, modality_ids)
     ctx.num_modalities = 0 if modality_bias is None else modality_bias.shape[0]
     ctx.mark_non_differentiable(*(output[place] for place in CONSTANT))
     ctx.set_materialize_grads(False)

@@ -74,7 +74,7 @@ def _plain_line(step: int, numbers: dict[str, float]) -> str:
 
 
 def _live_line(step: int, numbers: dict[str, float]) -> str:
-    names = sorted(_shown(numbers), key="load_balancing".__eq__)
+    names = sorted(_shown(numbers), key=lambda name: name == "load_balancing")  # the least important one last
     return f"step {step} " + " ".join(LIVE.get(name, f"{name} {{:.3g}}").format(numbers[name]) for name in names)
 
 
