@@ -241,7 +241,7 @@ def draw_hard_negatives(similarity: Tensor, same: Tensor | None = None) -> tuple
     """
     if same is None:
         if len(similarity) < 2:
-            raise ValueError("hard negatives need at least two pairs of an image and a text")
+            raise ValueError(f"hard negatives need at least 2 pairs, not {len(similarity)}: raise the micro-batch size")
         logits = similarity.clone().fill_diagonal_(-math.inf)
     else:
         logits = similarity.masked_fill(same & ~same.all(dim=1, keepdim=True), -math.inf)

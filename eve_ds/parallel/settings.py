@@ -9,6 +9,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from eve_ds.config import Config, ConfigError, TrainConfig
+from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.refused import check_topology
 
 
@@ -36,10 +37,11 @@ def resolve_deepspeed_config(
     micro = _take(resolved, "train_micro_batch_size_per_gpu", train, "micro_batch_size")
     accumulation = _take(resolved, "gradient_accumulation_steps", train, "gradient_accumulation_steps")
     micro, accumulation = batch_triangle(batch, micro, accumulation, world_size)
-    if "itm" in config.model.objectives and micro < 2:
+    min_pairs = max(objective.min_pairs for objective in objectives_of(config.model))
+    if micro < min_pairs:
         raise ConfigError(
-            f"model.objectives ({', '.join(config.model.objectives)}) needs a micro_batch_size ({micro}) of 2 or more: "
-            "hard negatives of a pair are other pairs of its micro-batch"
+            f"model.objectives ({', '.join(config.model.objectives)}) needs a micro_batch_size ({micro}) of "
+            f"{min_pairs} or more, since it compares the pairs of a micro-batch: raise train.micro_batch_size"
         )
     precision = _precision(resolved, train)
     clip = _clipping(resolved, config)
@@ -183,7 +185,7 @@ def _refuse_settings(resolved: dict[str, Any]) -> None:
 def _section(resolved: dict[str, Any], name: str) -> dict[str, Any]:
     section = resolved.get(name, {})
     if not isinstance(section, dict):
-        raise ConfigError(f"{name} ({section!r}) in the DeepSpeed JSON must be a section such as {{'enabled': 'auto'}}")
+        raise ConfigError(f"{name} ({section!r}) in the DeepSpeed JSON must be a JSON object: write it in braces")
     return section
 
 

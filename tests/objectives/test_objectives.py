@@ -166,7 +166,7 @@ def test_output_equals_that_of_separate_passes(objectives):
 def test_a_single_pair_and_a_single_modality_are_refused():
     config = config_of(ITC_ITM)
     model = EVE(config.model)
-    with pytest.raises(ValueError, match="at least two pairs"):
+    with pytest.raises(ValueError, match="hard negatives need at least 2 pairs, not 1: raise the micro-batch size"):
         model(**batch_of(config, count=1).model_inputs())
     with pytest.raises(ValueError, match="need pairs of an image and a text"):
         model(input_ids=torch.ones(2, 3, dtype=torch.int64))

@@ -162,8 +162,8 @@ def test_a_contradiction_names_both_places(dictionary, sections, text):
         ({"optimizer": {"type": "Adam"}}, "optimizer in the DeepSpeed JSON has no effect here: remove it and set"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler in the DeepSpeed JSON has no effect here"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled and fp16.enabled in the DeepSpeed JSON"),
-        ({"bf16": True}, "bf16 (True) in the DeepSpeed JSON must be a section such as {'enabled': 'auto'}"),
-        ({"zero_optimization": 1}, "zero_optimization (1) in the DeepSpeed JSON must be a section"),
+        ({"bf16": True}, "bf16 (True) in the DeepSpeed JSON must be a JSON object: write it in braces"),
+        ({"zero_optimization": 1}, "zero_optimization (1) in the DeepSpeed JSON must be a JSON object"),
         ({"train_batch_size": "64"}, "train_batch_size ('64') in the DeepSpeed JSON must be a whole number above 0"),
         ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu (0) in the DeepSpeed JSON must be"),
         ({"gradient_clipping": -1}, "gradient_clipping (-1) in the DeepSpeed JSON must be a number from 0 on"),
@@ -203,5 +203,7 @@ def test_hard_negatives_need_a_micro_batch_of_two():
     sizes = {"train_batch_size": 4, "gradient_accumulation_steps": 2}
     settings = config(model={"objectives": ["itc", "itm"]}, train=sizes)
     resolve_deepspeed_config({}, settings, 1)
-    with pytest.raises(ConfigError, match=r"model.objectives \(itc, itm\) needs a micro_batch_size \(1\) of 2 or more"):
+    with pytest.raises(
+        ConfigError, match=r"model.objectives \(itc, itm\) needs a micro_batch_size \(1\) of 2 or more.*raise train"
+    ):
         resolve_deepspeed_config({}, settings, 2)
