@@ -11,7 +11,7 @@ from eve_ds.config.loss import LossConfig
 from eve_ds.config.masking import MaskingConfig
 from eve_ds.config.model import ModelConfig, MoEConfig, Objective, PixelDecoderConfig
 from eve_ds.config.optimizer import OptimizerConfig
-from eve_ds.config.parallel import ParallelConfig
+from eve_ds.config.parallel import ParallelConfig, check_experts_per_rank
 from eve_ds.config.section import ConfigError, Section
 from eve_ds.config.task import ExamplesConfig, TaskConfig
 from eve_ds.config.train import TrainConfig
@@ -35,6 +35,7 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "ValidationConfig",
+    "check_experts_per_rank",
     "load_config",
     "parse_config",
     "parse_written_config",

@@ -36,7 +36,10 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
-        require(self.kind != "shards" or bool(self.shards), "a source of kind 'shards' needs `shards`")
+        require(
+            self.kind != "shards" or bool(self.shards),
+            "kind 'shards' needs `shards`: name its files, or take kind 'scenes'",
+        )
         for name in ("reading_order_share", "reading_order_samples"):
             value = getattr(self, name)
             require(
@@ -61,12 +64,12 @@ class ValidationConfig(Section):
     def _check(self) -> ValidationConfig:
         require(
             bool(self.sources) != (self.share > 0),
-            f"data.validation needs either sources ({len(self.sources)}) or a share ({self.share:g}): set one of them",
+            f"needs either sources ({len(self.sources)}) or a share ({self.share:g}): set one of them",
         )
         for source in self.sources:
             require(
                 source.modalities == "pair",
-                f"data.validation.sources must hold pairs, not modalities '{source.modalities}'",
+                f"sources must hold pairs, not modalities '{source.modalities}': leave the source out",
             )
         return self
 

@@ -152,9 +152,10 @@ def _problem(error: Any, where: str) -> str:
         known = _known_keys(location[:-1])
         return f"{where}: unknown key '{'.'.join(location)}'{nearest(location[-1], known)}"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{where}: {message}"
-    return f"{where}: {'.'.join(location)} ({error['input']!r}): {message}"
+    place = ".".join(location)
+    if error["type"] == "value_error":  # its message names keys of the section, with their values
+        return ": ".join(part for part in (where, place, message) if part)
+    return f"{where}: {place} ({error['input']!r}): {message}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -225,11 +225,6 @@ class ModelConfig(Section):
         return bool({"mlm", "joint"} & set(self.objectives))
 
     @property
-    def contrasts_pairs(self) -> bool:
-        """Whether an objective compares features of images with features of texts."""
-        return "itc" in self.objectives
-
-    @property
     def matches_pairs(self) -> bool:
         """Whether an objective decides if an image and a text match."""
         return "itm" in self.objectives

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from eve_ds.config.section import Section
+from eve_ds.config.section import ConfigError, Section
 
 
 class ParallelConfig(Section):
@@ -15,3 +15,13 @@ class ParallelConfig(Section):
     ep_size: Annotated[int, Field(ge=0)] = 1
     """Number of ranks that share one full set of experts; must divide `model.moe.num_experts`. 0: the largest number
     that divides both the ranks and the experts."""
+
+
+def check_experts_per_rank(num_experts: int, ep_size: int) -> None:
+    """Raise ConfigError if `ep_size` ranks cannot hold equally many of `num_experts` experts."""
+    if num_experts % ep_size:
+        divisors = ", ".join(str(size) for size in range(1, num_experts + 1) if num_experts % size == 0)
+        raise ConfigError(
+            f"model.moe.num_experts ({num_experts}) must be divisible by parallel.ep_size ({ep_size}), since every "
+            f"rank of an expert-parallel group holds equally many experts: take one of {divisors} as ep_size"
+        )

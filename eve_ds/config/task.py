@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from eve_ds.config.section import Fraction, PositiveInt, Section
+from eve_ds.config.section import Fraction, PositiveInt, Section, Share
 
 
 class ExamplesConfig(Section):
@@ -51,7 +51,7 @@ class TaskConfig(Section):
     """Warm-up as a fraction of all steps; None: `optimizer.warmup_steps`."""
     head_lr_multiple: Annotated[float, Field(gt=0)] = 1.0
     """Learning rate of the new head, as a multiple of the rate of the last backbone block."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: Share = 1.0
     """Learning rate of a block, as a fraction of the rate of the block above it (BEiT; Clark et al. 2020). Embeddings
     count as the layer below block 0. 1 turns layer-wise decay off."""
     rand_augment_ops: Annotated[int, Field(ge=0)] = 0
@@ -63,7 +63,7 @@ class TaskConfig(Section):
     color jitter off."""
     blind: bool = False
     """True: replace images by gray ones in training and evaluation, as a control that uses only the texts."""
-    visible_patch_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    visible_patch_share: Share = 1.0
     """Fraction of an image's patches that the model sees in training, drawn at every step (FLIP, Li et al. 2023);
     evaluation uses all patches."""
     min_answer_count: PositiveInt = 9

@@ -9,7 +9,7 @@ from eve_ds.config.loss import LossConfig
 from eve_ds.config.masking import MaskingConfig
 from eve_ds.config.model import ModelConfig, Objective
 from eve_ds.config.optimizer import OptimizerConfig
-from eve_ds.config.parallel import ParallelConfig
+from eve_ds.config.parallel import ParallelConfig, check_experts_per_rank
 from eve_ds.config.section import Section, require
 from eve_ds.config.task import TaskConfig
 from eve_ds.config.train import TrainConfig
@@ -39,14 +39,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        require(
-            self.parallel.ep_size == 0 or self.model.moe.num_experts % self.parallel.ep_size == 0,
-            f"model.moe.num_experts ({self.model.moe.num_experts}) must be divisible by "
-            f"parallel.ep_size ({self.parallel.ep_size})",
-        )
+        if self.parallel.ep_size > 0:  # 0 becomes a size that divides the experts
+            check_experts_per_rank(self.model.moe.num_experts, self.parallel.ep_size)
         require(
             self.optimizer.decay_by == "steps" or self.train.max_seconds is not None,
-            "optimizer.decay_by ('seconds') needs train.max_seconds",
+            "optimizer.decay_by ('seconds') needs train.max_seconds: set it, or decay_by=steps",
         )
         self._check_views()
         return self

@@ -19,7 +19,7 @@ from deepspeed.moe.layer import MoE as UpstreamMoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from eve_ds.config import ConfigError, ModelConfig
+from eve_ds.config import ConfigError, ModelConfig, check_experts_per_rank
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoEOutput, Router, mix_experts, moe_output, plain_named_tensors
 from eve_ds.topology import Topology
@@ -61,10 +61,7 @@ class DeepSpeedMoE(UpstreamMoE):
             ConfigError: the number of experts is not divisible by `ep_size`.
         """
         num_experts = config.moe.num_experts
-        if num_experts % ep_size:
-            raise ConfigError(
-                f"model.moe.num_experts ({num_experts}) must be divisible by parallel.ep_size ({ep_size})"
-            )
+        check_experts_per_rank(num_experts, ep_size)
         # The engine reads attributes that upstream's constructor sets. Its gate and experts are minimal and replaced.
         super().__init__(hidden_size=1, expert=nn.Identity(), num_experts=num_experts, ep_size=ep_size)
         if ep_rank is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from eve_ds.config import ConfigError
+from eve_ds.config import ConfigError, check_experts_per_rank
 
 
 def check_topology(
@@ -30,12 +30,7 @@ def check_topology(
         ConfigError: the topology breaks a rule; the message has the value, the rule and the remedy.
     """
     sizes = ", ".join(str(size) for size in range(1, world_size + 1) if math.gcd(num_experts, world_size) % size == 0)
-    if num_experts % ep_size:
-        raise ConfigError(
-            f"model.moe.num_experts ({num_experts}) must be divisible by parallel.ep_size ({ep_size}), since every "
-            "rank of an expert-parallel group holds equally many experts: take one of "
-            f"{sizes} as ep_size"
-        )
+    check_experts_per_rank(num_experts, ep_size)
     if world_size % ep_size:
         raise ConfigError(
             f"the number of ranks ({world_size}) must be divisible by parallel.ep_size ({ep_size}), since every "

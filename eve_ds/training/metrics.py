@@ -17,6 +17,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from eve_ds.distributed import rank_zero
+from eve_ds.objectives.objective import TOKENS
 from eve_ds.topology import Topology
 from eve_ds.training.flops import peak_flops
 from eve_ds.training.job import Job
@@ -133,8 +134,8 @@ def training_numbers(
     elapsed = max(seconds - window.started, 1e-9)
     samples = window.steps * engine.train_batch_size()
     numbers |= {"samples_per_second": samples / elapsed, "peak_memory_bytes": peak_memory_bytes()}
-    if "tokens" in window.totals:
-        numbers["tokens_per_second"] = window.totals["tokens"] / elapsed
+    if TOKENS in window.totals:
+        numbers["tokens_per_second"] = window.totals[TOKENS] / elapsed
     norm = engine.get_global_grad_norm()  # None at ZeRO 0 without clipping
     if norm is not None and math.isfinite(norm):
         numbers["grad_norm"] = float(norm)

@@ -60,8 +60,8 @@ def test_error_for_an_unknown_key_suggests_the_nearest_one(override, text):
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("parallel.ep_size=3", "model.moe.num_experts (8) must be divisible by parallel.ep_size (3)"),
-        ("model.image_size=60", "image_size (60) must be divisible by patch_size (8)"),
+        ("parallel.ep_size=3", "eve_tiny: model.moe.num_experts (8) must be divisible by parallel.ep_size (3), since"),
+        ("model.image_size=60", "eve_tiny: model: image_size (60) must be divisible by patch_size (8)"),
         ("model.num_attention_heads=3", "hidden_size (128) must be divisible by num_attention_heads (3)"),
         (
             "model.pixel_decoder.num_attention_heads=7",
@@ -78,7 +78,10 @@ def test_error_for_an_unknown_key_suggests_the_nearest_one(override, text):
             "masking.text_to_image_mask_ratio=0.5",
             "text_to_image_mask_ratio (0.5) must not be below patch_mask_ratio (0.75)",
         ),
-        ("data.sources=[{kind: shards}]", "a source of kind 'shards' needs `shards`"),
+        (
+            "data.sources=[{kind: scenes}, {kind: shards}]",
+            "eve_tiny: data.sources.1: kind 'shards' needs `shards`: name its files, or take kind 'scenes'",
+        ),
         (
             "data.sources=[{kind: shards, shards: a.tar, reading_order_share: 0.5}]",
             "reading_order_share (0.5) is for sources of kind 'scenes', not 'shards'; leave it out",
@@ -146,7 +149,7 @@ def test_error_for_an_unknown_key_suggests_the_nearest_one(override, text):
             "masking.language_view_patch_share=0",
             "masking.language_view_patch_share (0): Input should be greater than 0",
         ),
-        ("optimizer.decay_by=seconds", "optimizer.decay_by ('seconds') needs train.max_seconds"),
+        ("optimizer.decay_by=seconds", "eve_tiny: optimizer.decay_by ('seconds') needs train.max_seconds: set"),
         ("train.max_steps=0", "train.max_steps (0): Input should be greater than or equal to 1"),
         ("train.precision=fp8", "train.precision ('fp8'): Input should be 'fp32', 'bf16' or 'fp16'"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 (1.0): Input should be less than 1"),
@@ -155,7 +158,7 @@ def test_error_for_an_unknown_key_suggests_the_nearest_one(override, text):
         ("data.crop_scale=[0, 1]", "data.crop_scale.0 (0): Input should be greater than 0"),
         (
             "data.crop_scale=[1, 0.5]",
-            "crop_scale ([1, 0.5]) must be in ascending order: swap its two numbers",
+            "eve_tiny: data: crop_scale ([1, 0.5]) must be in ascending order: swap its two numbers",
         ),
         ("optimizer.lr=fast", "optimizer.lr ('fast'): Input should be a valid number"),
     ],

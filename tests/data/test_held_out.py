@@ -108,9 +108,12 @@ def test_a_saved_position_with_another_share_is_refused(shards):
 @pytest.mark.parametrize(
     ("validation", "text"),
     [
-        ({}, r"data.validation needs either sources \(0\) or a share \(0\): set one of them"),
+        ({}, r"data\.validation: needs either sources \(0\) or a share \(0\): set one of them"),
         ({"share": 0.1, "sources": [{"kind": "scenes"}]}, r"either sources \(1\) or a share \(0.1\)"),
-        ({"sources": [{"kind": "scenes", "modalities": "text"}]}, r"must hold pairs, not modalities 'text'"),
+        (
+            {"sources": [{"kind": "scenes", "modalities": "text"}]},
+            r"data\.validation: sources must hold pairs, not modalities 'text': leave the source out",
+        ),
     ],
 )
 def test_validation_needs_either_sources_or_a_share(shards, validation, text):

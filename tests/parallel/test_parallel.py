@@ -136,7 +136,7 @@ def test_valid_topologies_are_accepted(change):
     [
         (
             {"num_experts": 6, "ep_size": 4},
-            r"model\.moe\.num_experts \(6\) must be divisible by parallel\.ep_size \(4\).*take one of 1, 2 as ep_size",
+            r"model\.moe\.num_experts \(6\) must be divisible by parallel\.ep_size \(4\).*one of 1, 2, 3, 6 as ep_size",
         ),
         (
             {"world_size": 6, "ep_size": 4},
