@@ -15,7 +15,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from eve_ds.checkpoint.files import KINDS, CheckpointError, Piece, PieceReader
+from eve_ds.checkpoint.files import KINDS, CheckpointError, Piece, PieceReader, listed
 from eve_ds.model.moe import plain_names_of
 from eve_ds.model.naming import expert_id
 from eve_ds.model.with_losses import plain_model
@@ -100,7 +100,7 @@ def check_tensors(reader: PieceReader, shapes: dict[str, torch.Size], where: str
         }
         if wrong:
             raise CheckpointError(
-                f"{where}: {kind} of {', '.join(sorted(wrong)[:3])} does not match the model: config.json does not "
+                f"{where}: {kind} of {listed(wrong)} does not match the model: config.json does not "
                 "belong to this checkpoint"
             )
 

@@ -53,6 +53,11 @@ class FileRecord(NamedTuple):
     sha256: str
 
 
+def tensor_file(number: int) -> str:
+    """Name of a tensor file; a run numbers its files by rank."""
+    return f"tensors-{number:05d}.safetensors"
+
+
 def listed(names: Iterable[str]) -> str:
     """First few of the names, and the number of further names."""
     ordered = sorted(names)

@@ -15,17 +15,20 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from eve_ds.checkpoint.files import CheckpointError, FileRecord, flush_folder, listed, record_of, write_bytes
+from eve_ds.distributed import get_logger, rank_zero
 
 FOLDER, LATEST = "checkpoints", "latest"
-MANIFEST, STATE, CONFIG, TOKENIZER, CHECK_BATCH = (
-    *("manifest.json", "state.json", "config.json"),
-    *("tokenizer", "check_batch.safetensors"),
-)
+MANIFEST = "manifest.json"
+STATE = "state.json"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer"
+CHECK_BATCH = "check_batch.safetensors"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -92,6 +95,29 @@ def problems(folder: Path, share: tuple[int, int] = (0, 1), hashes: bool = True)
         surplus = present - records.keys()
         found += [f"{listed(surplus)} not in {MANIFEST}"] if surplus else []
     return found
+
+
+def first_good(folders: Sequence[Path], problems_of: Callable[[Path], list[str]] = problems) -> Path | None:
+    """First good one of the given checkpoints, None without checkpoints; rank 0 warns of each one before it.
+
+    Args:
+        folders: checkpoints, usually those of :func:`committed`.
+        problems_of: returns the problems of a checkpoint, such as :func:`problems`.
+
+    Raises:
+        CheckpointError: no checkpoint is good.
+    """
+    complaints: list[str] = []
+    for folder in folders:
+        found = problems_of(folder)
+        if not found:
+            for complaint in complaints if rank_zero() else []:
+                get_logger().warning("%s; going back to %s", complaint, folder.name)
+            return folder
+        complaints.append(f"checkpoint {folder} is damaged: {'; '.join(found)}")
+    if complaints:
+        raise CheckpointError("; ".join(complaints))
+    return None
 
 
 def _file_problem(path: Path, record: FileRecord, hashes: bool) -> str | None:

@@ -12,12 +12,9 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from eve_ds.checkpoint import engine_tensors, manifest
-from eve_ds.checkpoint.files import (
-    CheckpointError,
-    PieceReader,
-)
+from eve_ds.checkpoint.files import CheckpointError, PieceReader
 from eve_ds.config import Config, ConfigError, parse_written_config
-from eve_ds.distributed import broadcast_object, gather_objects, get_logger, rank_zero
+from eve_ds.distributed import broadcast_object, gather_objects
 from eve_ds.topology import Topology
 
 
@@ -40,21 +37,15 @@ def newest_good(config: Config, named: Path | None = None) -> Path | None:
     candidates = broadcast_object(candidates)
     if named is not None and not broadcast_object(named.is_dir()):
         raise ConfigError(f"the checkpoint {named} to resume from does not exist: name a folder, or take auto or none")
-    complaints: list[str] = []
-    for folder in candidates:
-        found = _problems_over_ranks(folder)
-        if not found:
-            _check_model(folder, config)
-            for complaint in complaints if rank_zero() else []:
-                get_logger().warning("%s; going back to %s", complaint, folder.name)
-            return folder
-        complaints.append(f"checkpoint {folder} is damaged: {'; '.join(found)}")
-    if complaints:
+    try:
+        folder = manifest.first_good(candidates, _problems_over_ranks)
+    except CheckpointError as error:
         raise ConfigError(
-            f"{'; '.join(complaints)}: no good checkpoint to resume from; restore the files, or name another output "
-            "folder"
-        )
-    return None
+            f"{error}: no good checkpoint to resume from; restore the files, or name another output folder"
+        ) from None
+    if folder is not None:
+        _check_model(folder, config)
+    return folder
 
 
 def _problems_over_ranks(folder: Path) -> list[str]:
@@ -64,8 +55,13 @@ def _problems_over_ranks(folder: Path) -> list[str]:
 
 
 def _check_model(folder: Path, config: Config) -> None:
-    if parse_written_config(manifest.read_json(folder / manifest.CONFIG), str(folder)).model != config.model:
-        raise ConfigError(f"{folder} holds another model than this run's: name a checkpoint of this run")
+    theirs = parse_written_config(manifest.read_json(folder / manifest.CONFIG), str(folder)).model
+    for key, now in config.model:
+        if (then := getattr(theirs, key)) != now:
+            raise ConfigError(
+                f"{folder} holds another model than this run's: its model.{key} is {then!r}, this run's is {now!r}; "
+                "name a checkpoint of this run"
+            )
 
 
 def load(

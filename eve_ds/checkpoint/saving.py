@@ -1,7 +1,7 @@
 """Save a run so that a checkpoint appears whole or not at all.
 
 All ranks write into a hidden folder and flush. When all have, rank 0 adds the manifest, renames the folder and replaces
-`latest`. Where writing fails on any rank nothing appears, older checkpoints stay, and the run continues.
+`latest`. If writing fails on any rank, nothing appears, older checkpoints stay, and the run continues.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from eve_ds.checkpoint.files import (
     FileRecord,
     Piece,
     flush_folder,
+    tensor_file,
     write_bytes,
     write_pieces,
 )
@@ -53,7 +54,7 @@ class Content(NamedTuple):
     step: int
     """Number of optimizer updates so far."""
     numbers: dict[str, Any]
-    """Counters of the run that JSON can hold; equal on every rank."""
+    """Counters of the run that JSON can hold; those of rank 0 are saved."""
     position: dict[str, Any]
     """Position of this rank's data loader, in a form that JSON can hold."""
     check_inputs: dict[str, Any] | None
@@ -225,7 +226,8 @@ class Saver:
         allowed = self.config.train.max_failed_saves
         message = (
             f"the checkpoint of step {pending.step} was not saved ({'; '.join(problems)}); older checkpoints are "
-            f"unchanged; failure {self.failures} in a row, train.max_failed_saves ({allowed}) are allowed"
+            f"unchanged. Failures in a row: {self.failures}, limit train.max_failed_saves ({allowed}). Free space or "
+            f"change permissions of {self.root}"
         )
         if self.failures > allowed:
             raise SaveError(message)
@@ -237,7 +239,7 @@ def _write(pending: _Pending, pieces: list[Piece], small: dict[str, bytes]) -> N
     """Write this rank's files."""
 
     def write() -> None:
-        name = f"tensors-{pending.rank:05d}.safetensors"
+        name = tensor_file(pending.rank)
         pending.records[name] = write_pieces(pending.folder / name, pieces)
         for name, content in small.items():
             (pending.folder / name).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Checkpoint with whole tensors: nothing in its files depends on the number of ranks that wrote it.
+"""Checkpoint whose tensor files do not depend on the number of ranks that wrote it.
 
 It is an ordinary checkpoint, so runs resume from it and exports are made from it. In addition, other programs can read
 its tensors without knowing how ranks partitioned them.
@@ -21,6 +21,7 @@ from eve_ds.checkpoint.files import (
     PieceReader,
     flush_folder,
     record_of,
+    tensor_file,
     write_pieces,
 )
 from eve_ds.checkpoint.output_folder import check_output_folder
@@ -76,7 +77,7 @@ def _write_tensors(reader: PieceReader, folder: Path) -> dict[str, FileRecord]:
     pieces: list[Piece] = []
 
     def close_file() -> None:
-        name = f"tensors-{len(records):05d}.safetensors"
+        name = tensor_file(len(records))
         records[name] = write_pieces(folder / name, pieces)
         pieces.clear()
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import CheckpointError, PieceReader, tensor_problems
-from eve_ds.distributed import get_logger
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -31,15 +30,10 @@ def find_checkpoint(path: Path) -> Path:
     else:
         problem = f"is neither a run (no folder {manifest.FOLDER}) nor a checkpoint (no {manifest.MANIFEST})"
         raise CheckpointError(f"{path} {problem if path.exists() else 'does not exist'}: name a run or a checkpoint")
-    complaints: list[str] = []
-    for folder in folders:
-        found = manifest.problems(folder)
-        if not found:
-            for complaint in complaints:
-                get_logger().warning("%s; going back to %s", complaint, folder.name)
-            return folder
-        complaints.append(f"{folder} is damaged: {'; '.join(found)}")
-    raise CheckpointError("; ".join(complaints) or f"{path} holds no finished checkpoint: train until one is saved")
+    found = manifest.first_good(folders)
+    if found is None:
+        raise CheckpointError(f"{path} holds no finished checkpoint: train until one is saved")
+    return found
 
 
 def export_files(folder: Path) -> dict[str, Path]:

@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from eve_ds.checkpoint import engine_tensors, manifest
-from eve_ds.checkpoint.files import PieceReader, write_pieces
+from eve_ds.checkpoint.files import PieceReader, tensor_file, write_pieces
 from eve_ds.config import Config, ConfigError
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation.predictions import evaluate
-from eve_ds.model.eve import MoEFactory
+from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.with_losses import ModelWithLosses
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
@@ -33,10 +33,10 @@ from eve_ds.tasks.saved import (
     task_shapes,
 )
 from eve_ds.tasks.task import Task
-from eve_ds.training.job import Evaluation, Loading
+from eve_ds.training.job import Evaluation, Loading, Resume
 from eve_ds.training.run_folder import check_output_dir
 from eve_ds.training.schedule import with_schedule
-from eve_ds.training.start import start
+from eve_ds.training.start import set_up_backbone, start
 from eve_ds.training.task_weights import is_frozen, lr_scales, prepare_weights
 from eve_ds.training.together import on_every_rank, on_rank_zero
 from eve_ds.training.trainer import Trainer
@@ -87,7 +87,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
     examples = task.trainable(examples)
     config = with_schedule(config, len(examples))  # needs the batch size, which the JSON may set
     job = Finetuning(config, task, examples)
-    summary = start(job, config, deepspeed_config)
+    summary = start(job, deepspeed_config)
     return FinetuneSummary(
         steps=summary.steps,
         samples=summary.samples,
@@ -108,6 +108,7 @@ class Finetuning:
     """
 
     keeps_checkpoints = False
+    resume: Resume = "auto"
 
     def __init__(self, config: Config, task: Task, examples: Sequence[Example]) -> None:
         self.config, self.task, self.examples = config, task, examples
@@ -124,7 +125,7 @@ class Finetuning:
         Raises:
             ConfigError: the folder cannot be written, holds the model of a finished run, or holds another run.
         """
-        check_output_dir(self.config, "auto")
+        check_output_dir(self.config, self.resume)
         out = self.config.train.output_dir
         if _is_of_finished_run(out / MODEL) and not manifest.committed(out):
             raise ConfigError(f"train.output_dir ({out}) holds a fine-tuned model: name another folder, or remove it")
@@ -133,6 +134,7 @@ class Finetuning:
         """Build the model of the task, with weights drawn or from `train.init`."""
         model = self.task.model(moe_cls)
         prepare_weights(model, self.config, self.task)
+        set_up_backbone(cast(Backbone, model.get_submodule("backbone")), self.config.train)
         return ModelWithLosses(model, self._losses, self.task.loss_weights())
 
     def _losses(self, output: Any, batch: TaskBatch, counts: Mapping[str, float]) -> dict[str, Tensor]:
@@ -212,7 +214,7 @@ class Finetuning:
         on_rank_zero(partial(_new_folder, pieces))
         held = engine_tensors.pieces_to_write(trainer.engine, trainer.topology)
         masters = [piece for piece in held if piece.kind == "master"]
-        file = pieces / f"tensors-{trainer.topology.rank:05d}.safetensors"
+        file = pieces / tensor_file(trainer.topology.rank)
         on_every_rank(lambda: write_pieces(file, masters), trainer.host_group)
         provenance = {
             "init": self.config.train.init,

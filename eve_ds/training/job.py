@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ from eve_ds.topology import Topology
 
 if TYPE_CHECKING:
     from eve_ds.training.trainer import Trainer
+
+
+Resume = Literal["auto", "none"] | Path
+"""`auto`: resume from the newest checkpoint of `train.output_dir` if one exists. `none`: require a new folder. Path: a
+checkpoint of the same run."""
 
 
 class TrainingBatch(Protocol):
@@ -99,6 +104,7 @@ class Job(Protocol):
     tokenizer: PreTrainedTokenizerFast
     shapes: dict[str, torch.Size]
     """Shape of every tensor of the plain model, by plain name."""
+    resume: Resume
     keeps_checkpoints: bool
     """Whether the run ends with a checkpoint; False: with a smaller result, and :meth:`finish` removes checkpoints."""
 

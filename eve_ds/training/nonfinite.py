@@ -80,11 +80,13 @@ class NonFiniteSteps:
         self.skips += 1
         allowed, last_good = self._train.max_nonfinite_skips, f"Last good checkpoint: {checkpoint or 'none yet'}"
         if self._train.on_nonfinite == "stop":
-            raise NonFiniteError(f"{message}. {last_good}")
+            raise NonFiniteError(
+                f"{message}: lower optimizer.lr, check the named samples, or set train.on_nonfinite=skip. {last_good}"
+            )
         if self.skips > allowed:
             raise NonFiniteError(
-                f"{message}. This is skip number {self.skips}, more than train.max_nonfinite_skips ({allowed}). "
-                f"{last_good}"
+                f"{message}. This is skip number {self.skips}, more than train.max_nonfinite_skips ({allowed}): "
+                f"lower optimizer.lr, or check the named samples. {last_good}"
             )
         get_logger().warning("%s; skipped", message)
 

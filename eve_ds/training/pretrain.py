@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,9 +27,9 @@ from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.moe import load_plain_state_dict
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
-from eve_ds.training.job import Evaluation, Loading, Summary, summed_counts
+from eve_ds.training.job import Evaluation, Loading, Resume, Summary, summed_counts
 from eve_ds.training.run_folder import check_output_dir
-from eve_ds.training.start import start
+from eve_ds.training.start import set_up_backbone, start
 from eve_ds.training.trainer import Trainer
 
 CHECK_SAMPLES = 2
@@ -40,16 +40,13 @@ CAPTION_TOKENS = "caption_tokens"
 """Name of the count of real tokens in captions; each token counts once, whatever the number of views."""
 
 
-def pretrain(
-    config: Config, deepspeed_config: dict[str, Any] | None, resume: Literal["auto", "none"] | Path = "auto"
-) -> Summary:
+def pretrain(config: Config, deepspeed_config: dict[str, Any] | None, resume: Resume = "auto") -> Summary:
     """Pre-train as configured; collective over the ranks that the launcher started.
 
     Args:
         config: settings of model, data and training loop.
         deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 0 with everything "auto".
-        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if one exists, `none` requires a new
-            folder, a path names a checkpoint of the same run.
+        resume: see :data:`eve_ds.training.job.Resume`.
 
     Raises:
         ConfigError: settings that contradict each other, or an output folder of another run.
@@ -63,7 +60,7 @@ def pretrain(
     for task in config.tasks_without_source:
         lacking = {"mim": "images", "mlm": "captions"}[task]
         get_logger().info("model.objectives: %s is not trained, as no source has %s", task, lacking)
-    return start(Pretraining(config, resume), config, deepspeed_config, resume)
+    return start(Pretraining(config, resume), deepspeed_config)
 
 
 class Pretraining:
@@ -71,12 +68,12 @@ class Pretraining:
 
     Args:
         config: settings of model, data and training loop.
-        resume: see :func:`pretrain`.
+        resume: see :data:`eve_ds.training.job.Resume`.
     """
 
     keeps_checkpoints = True
 
-    def __init__(self, config: Config, resume: Literal["auto", "none"] | Path = "auto") -> None:
+    def __init__(self, config: Config, resume: Resume = "auto") -> None:
         self.config, self.resume = config, resume
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.shapes = model_shapes(config.model)
@@ -90,10 +87,8 @@ class Pretraining:
         """Build EVE with drawn weights, or with those of `train.init`."""
         config = self.config
         model = EVE(config.model, moe_cls=moe_cls)
-        model.backbone.activation_checkpointing = config.train.activation_checkpointing
+        set_up_backbone(model.backbone, config.train)
         model.pack_views = config.train.pack_views
-        if config.train.compile == "blocks":
-            model.backbone.compile_blocks()
         if config.train.init is not None and not from_checkpoint:
             _start_from(model, config.train.init, config)
         return ModelWithLosses(model, partial(_losses, config=config), config.loss.weights)

@@ -8,9 +8,10 @@ import os
 import platform
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from eve_ds.config import Config, ConfigError, parse_written_config
+from eve_ds.training.job import Resume
 
 IDENTITY = ("model", "masking", "data", "loss", "task")
 """Sections of the configuration that, like `train.seed`, must stay the same within one output folder."""
@@ -62,7 +63,7 @@ class FolderLock:
             self._file.close()
 
 
-def check_output_dir(config: Config, resume: Literal["auto", "none"] | Path) -> None:
+def check_output_dir(config: Config, resume: Resume) -> None:
     """Create the output folder, or check that it is writable and belongs to this run.
 
     Raises:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from eve_ds.checkpoint.resuming import newest_good
-from eve_ds.config import Config
+from eve_ds.config import TrainConfig
 from eve_ds.distributed import seed_everything
+from eve_ds.model.eve import Backbone
 from eve_ds.model.with_losses import plain_model
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE
@@ -21,18 +22,14 @@ from eve_ds.training.together import on_rank_zero
 from eve_ds.training.trainer import Trainer
 
 
-def start(
-    job: Job, config: Config, deepspeed_config: dict[str, Any], resume: Literal["auto", "none"] | Path = "auto"
-) -> Summary:
+def start(job: Job, deepspeed_config: dict[str, Any]) -> Summary:
     """Build model, optimizer and engine of a job, resume from a checkpoint if one is chosen, and train; collective.
 
     Args:
-        job: pre-training or fine-tuning.
-        config: configuration that agrees with the DeepSpeed JSON.
+        job: pre-training or fine-tuning, whose configuration agrees with `deepspeed_config`.
         deepspeed_config: DeepSpeed's configuration, from :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
-        resume: `auto` resumes from the newest checkpoint of `train.output_dir` if one exists, `none` requires a new
-            folder, a path names a checkpoint of the same run.
     """
+    config, resume = job.config, job.resume
     lock = FolderLock(config.train.output_dir)
     on_rank_zero(job.check_folder)
     on_rank_zero(lock.acquire)
@@ -50,3 +47,10 @@ def start(
         if checkpoint is not None:
             trainer.resume(checkpoint)
         return trainer.run()
+
+
+def set_up_backbone(backbone: Backbone, train: TrainConfig) -> None:
+    """Turn on recomputation of activations and compilation as configured; call before the engine is built."""
+    backbone.activation_checkpointing = train.activation_checkpointing
+    if train.compile == "blocks":
+        backbone.compile_blocks()

@@ -22,9 +22,6 @@ def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
     initialize_weights(model, config.model, int(torch.randint(2**62, (), device="cpu")))
     task.draw_head(model)
     backbone = cast(Backbone, model.get_submodule("backbone"))
-    backbone.activation_checkpointing = config.train.activation_checkpointing
-    if config.train.compile == "blocks":
-        backbone.compile_blocks()
     if config.train.init is not None:
         read = start_weights(config.train.init, config.model)
         load_plain_state_dict(backbone, lambda name: read(BACKBONE + name))

@@ -63,8 +63,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.checkpoint: Path | None = None
         self.evaluation: dict[str, Any] = {}
-        self.done = False
-        """Whether the run has reached its end."""
+        self.done = False  # whether the run has reached its end
         self.stop = StopSignals()
         # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
         self.host_group = dist.new_group(backend="gloo")
@@ -225,9 +224,10 @@ class Trainer:
         """
         self._finish_save()
         if self.checkpoint is None or self.checkpoint.name != name_of(self.step):
+            newest = "and without another one" if self.checkpoint is None else f"the newest is {self.checkpoint}"
             raise SaveError(
-                f"the run ends at step {self.step} without a checkpoint of it, the newest is {self.checkpoint}: make "
-                "room or change permissions, and rerun the same command to resume from there"
+                f"the run ends at step {self.step} without a checkpoint of it, {newest}: make room or change "
+                "permissions, and rerun the same command to compute the missing steps"
             )
 
     def _loading(self, positions: list[dict[str, Any]] | None) -> Loading:

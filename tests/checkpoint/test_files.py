@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_config
 
 from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import CheckpointError, Piece, PieceReader, record_of, write_pieces
-from eve_ds.checkpoint.resuming import restore_random_states
+from eve_ds.checkpoint.resuming import newest_good, restore_random_states
 from eve_ds.checkpoint.saving import random_states
 from eve_ds.checkpoint.universal import write_universal
+from eve_ds.config import ConfigError
 
 FIRST = "tensors-00000.safetensors"
 
@@ -139,6 +141,18 @@ def commit(run, step, *, latest=True, value=0.0):
     else:
         hidden.rename(root / manifest.name_of(step))
     return root / manifest.name_of(step)
+
+
+def test_checkpoint_of_another_model_is_refused_with_the_key_that_differs(tmp_path):
+    folder = tmp_path / manifest.FOLDER / manifest.name_of(3)
+    folder.mkdir(parents=True)
+    (folder / manifest.CONFIG).write_text(tiny_config("model.text_length=20").model_dump_json())
+    manifest.write_manifest(folder, {"step": 3}, {manifest.CONFIG: record_of(folder / manifest.CONFIG)})
+    assert newest_good(tiny_config("model.text_length=20"), folder) == folder
+    with pytest.raises(ConfigError) as caught:
+        newest_good(tiny_config(), folder)
+    text = "holds another model than this run's: its model.text_length is 20, this run's is 24; name a checkpoint of "
+    assert str(caught.value) == f"{folder} {text}this run"
 
 
 def names(run):
