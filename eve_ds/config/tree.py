@@ -78,11 +78,15 @@ class Config(Section):
             _check_source(objectives, masking, source, f"data.sources[{number}]")
 
     @property
-    def tasks_without_source(self) -> list[str]:
-        """Objectives that no source has an image or a caption for; their own parameters keep their initial values."""
+    def objectives_without_source(self) -> dict[Objective, str]:
+        """Objective -> content that it needs and no source has; its own parameters keep their initial values."""
         kinds = {source.modalities for source in self.data.sources}
-        lacking = {"mim": {"text"}, "mlm": {"image"}}
-        return [task for task in self.model.objectives if kinds <= lacking.get(task, set())]
+        lacking: dict[Objective, str] = {}
+        if kinds <= {"text"}:
+            lacking["mim"] = "images"
+        if kinds <= {"image"}:
+            lacking["mlm"] = "captions"
+        return {name: content for name, content in lacking.items() if name in self.model.objectives}
 
 
 def _check_source(objectives: list[Objective], masking: MaskingConfig, source: SourceConfig, where: str) -> None:

@@ -96,6 +96,25 @@ class Batch:
         """The same batch in page-locked memory, from which copies to a GPU can overlap with computation."""
         return self._with_each(Tensor.pin_memory)
 
+    def first(self, count: int) -> Batch:
+        """The first samples of the batch, without layouts, and at least up to the first sample with an image view.
+
+        Flat indices into the text stay valid because rows keep their length. Fields in `more` must have a row per
+        sample.
+        """
+        if self.image_view_ids is not None and len(self.image_view_ids):
+            count = max(count, int(self.image_view_ids[0]) + 1)
+        in_image_view = count if self.image_view_ids is None else int((self.image_view_ids < count).sum())
+        of_image_view = ("image_view_ids", "visible_patch_ids", "visible_patch_mask", "masked_patch_ids")
+        rows = dict.fromkeys((*of_image_view, "image_view_text_mask"), in_image_view)
+        if self.input_ids is not None and self.masked_token_ids is not None:
+            chosen = int((self.masked_token_ids < count * self.input_ids.shape[1]).sum())  # they are ascending
+            rows |= {"masked_token_ids": chosen, "token_labels": chosen}
+        tensors = {name: value for name, value in self._fields().items() if isinstance(value, Tensor)}
+        kept: dict[str, Any] = {name: tensor[: rows.get(name, count)] for name, tensor in tensors.items()}
+        more = {name: tensor[:count] for name, tensor in self.more.items()}
+        return Batch(keys=self.keys[:count], more=more, **kept)
+
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of `EVE.forward`: everything but keys and labels, pixels normalized."""
         inputs = {name: value for name, value in self._fields().items() if name not in ("keys", "token_labels", "more")}

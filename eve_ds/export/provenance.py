@@ -70,7 +70,7 @@ def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
 def trained_objectives(config: Config) -> list[Objective]:
     """Return the objectives that the run trained: those with a positive loss weight and a source of samples."""
     terms = {"joint": ("mim", "mlm")}
-    weights, unserved = config.loss.weights, config.tasks_without_source
+    weights, unserved = config.loss.weights, config.objectives_without_source
     return [
         name
         for name in config.model.objectives

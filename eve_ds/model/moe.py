@@ -242,6 +242,23 @@ def plain_named_tensors(
         yield from zip(plain_names_of(model, name, parameter), parts, strict=True)
 
 
+def local_plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Weights held by this rank (dense weights and its experts), detached, under their names in the plain model."""
+    return {name: weight.detach() for name, weight in plain_named_tensors(model)}
+
+
+@torch.no_grad()
+def load_plain_state_dict(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Copy this rank's weights from weights of the plain model; call before `deepspeed.initialize`.
+
+    Args:
+        model: plain or DeepSpeed model.
+        read: returns a tensor by its name in the plain model's state dict, such as the state dict's `__getitem__`.
+    """
+    for name, weight in plain_named_tensors(model):
+        weight.copy_(read(name))
+
+
 def plain_names_of(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
     """Plain names of the contents of a parameter of a plain or DeepSpeed model: one per expert, or its own name."""
     block, is_moe, _ = name.partition(".moe.")

@@ -9,7 +9,7 @@ and arithmetic come from :mod:`eve_ds.model.moe`. Rows of the expert buffer trav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from eve_ds.config import ConfigError, ModelConfig, check_experts_per_rank
 from eve_ds.model.experts import Experts
-from eve_ds.model.moe import MoEOutput, Router, mix_experts, moe_output, plain_named_tensors
+from eve_ds.model.moe import MoEOutput, Router, mix_experts, moe_output
 from eve_ds.topology import Topology
 
 Sizes = list[list[int]]
@@ -239,20 +239,3 @@ class SumOverRanks(torch.autograd.Function):
 
 def _sum_over_data_parallel(values: Tensor) -> Tensor:
     return SumOverRanks.apply(values, groups._get_data_parallel_group())
-
-
-def local_plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Weights held by this rank (dense weights and its experts), detached, under their names in the plain model."""
-    return {name: weight.detach() for name, weight in plain_named_tensors(model)}
-
-
-@torch.no_grad()
-def load_plain_state_dict(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Copy this rank's weights from weights of the plain model; call before `deepspeed.initialize`.
-
-    Args:
-        model: plain or DeepSpeed model.
-        read: returns a tensor by its name in the plain model's state dict, such as the state dict's `__getitem__`.
-    """
-    for name, weight in plain_named_tensors(model):
-        weight.copy_(read(name))

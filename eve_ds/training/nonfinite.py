@@ -20,7 +20,7 @@ from eve_ds.training.window import all_terms
 
 MOST_NAMED = 8
 """Maximum number of sample keys per micro-batch, and of micro-batches, that a message names."""
-OF_ALL_RANKS = ("loss", "load_balancing", "itc")
+CROSS_RANK_TERMS = ("loss", "load_balancing", "itc")
 """Loss terms that samples of other ranks can make non-finite."""
 
 
@@ -98,7 +98,7 @@ def _describe(terms: dict[str, Tensor], batch: TrainingBatch) -> tuple[int, str]
     too are not finite. 0: its loss is finite.
     """
     bad = [name for name, term in terms.items() if not math.isfinite(float(term))]
-    own = [name for name in bad if name not in OF_ALL_RANKS]
+    own = [name for name in bad if name not in CROSS_RANK_TERMS]
     more = " ..." if len(batch) > MOST_NAMED else ""
     values = ", ".join(f"{name} {float(terms[name])}" for name in (own or bad or ["loss"]))
     return 2 if own else 1 if bad else 0, f"{values}, sample keys {', '.join(batch.keys[:MOST_NAMED])}{more}"

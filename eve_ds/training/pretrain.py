@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,10 +20,10 @@ from eve_ds.distributed import gather_rows, get_logger
 from eve_ds.evaluation.held_out import HeldOut, evaluate_held_out, load_held_out
 from eve_ds.evaluation.scenes import evaluate_scenes, trains_on_scenes
 from eve_ds.model.eve import EVE, EVEOutput, MoEFactory, model_shapes
+from eve_ds.model.moe import load_plain_state_dict
 from eve_ds.model.with_losses import ModelWithLosses
 from eve_ds.objectives.pretraining import caption_tokens, count, pretraining_flops, pretraining_losses
 from eve_ds.objectives.registry import objectives_of
-from eve_ds.parallel.moe import load_plain_state_dict
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.training.job import Evaluation, Loading, Resume, Summary, summed_counts
@@ -57,9 +56,8 @@ def pretrain(config: Config, deepspeed_config: dict[str, Any] | None, resume: Re
     info = initialize_deepspeed_distributed()
     given = {} if deepspeed_config is None else deepspeed_config
     config, deepspeed_config = resolve_deepspeed_config(given, config, info.world_size)
-    for task in config.tasks_without_source:
-        lacking = {"mim": "images", "mlm": "captions"}[task]
-        get_logger().info("model.objectives: %s is not trained, as no source has %s", task, lacking)
+    for objective, lacking in config.objectives_without_source.items():
+        get_logger().info("model.objectives: %s is not trained, as no source has %s", objective, lacking)
     return start(Pretraining(config, resume), deepspeed_config)
 
 
@@ -127,7 +125,7 @@ class Pretraining:
     def check_inputs(self, batch: Batch) -> Batch | None:
         """Return the first samples of a batch; None if some field in `more` is not indexed by sample."""
         by_sample = all(tensor.shape[:1] == (len(batch),) for tensor in batch.more.values())
-        return first_samples(batch, CHECK_SAMPLES) if by_sample else None
+        return batch.first(CHECK_SAMPLES) if by_sample else None
 
     def forward_flops(self, totals: Mapping[str, float], samples: int) -> float:
         """Return the FLOPs of one pair's forward in all views, at the mean caption length."""
@@ -174,23 +172,3 @@ def _start_from(model: EVE, source: Path, config: Config) -> None:
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from None
     get_logger().info("starting from the weights of %s", source)
-
-
-def first_samples(batch: Batch, count: int) -> Batch:
-    """Return the first samples of a batch, without layouts, and at least up to the first sample with an image view.
-
-    Flat indices into the text stay valid because rows keep their length.
-    """
-    if batch.image_view_ids is not None and len(batch.image_view_ids):
-        count = max(count, int(batch.image_view_ids[0]) + 1)
-    in_image_view = count if batch.image_view_ids is None else int((batch.image_view_ids < count).sum())
-    of_image_view = ("image_view_ids", "visible_patch_ids", "visible_patch_mask", "masked_patch_ids")
-    rows = dict.fromkeys((*of_image_view, "image_view_text_mask"), in_image_view)
-    if batch.input_ids is not None and batch.masked_token_ids is not None:
-        chosen = int((batch.masked_token_ids < count * batch.input_ids.shape[1]).sum())  # they are ascending
-        rows |= {"masked_token_ids": chosen, "token_labels": chosen}
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    kept: dict[str, Any] = {name: tensor[: rows.get(name, count)] for name, tensor in tensors.items()}
-    more = {name: tensor[:count] for name, tensor in batch.more.items()}
-    return Batch(keys=batch.keys[:count], more=more, **kept)

@@ -16,7 +16,7 @@ from eve_ds.training.job import Resume
 IDENTITY = ("model", "masking", "data", "loss", "task")
 """Sections of the configuration that, like `train.seed`, must stay the same within one output folder."""
 
-NO_IDENTITY = {"data": {"num_workers", "max_bad_share"}}
+MUTABLE_KEYS = {"data": {"num_workers", "max_bad_share"}}
 """Keys of the sections in :data:`IDENTITY` that may change."""
 
 
@@ -104,7 +104,7 @@ def _identity(tree: dict[str, Any]) -> dict[str, Any]:
         identity |= {
             f"{section}.{key}": value
             for key, value in (tree.get(section) or {}).items()
-            if key not in NO_IDENTITY.get(section, ())
+            if key not in MUTABLE_KEYS.get(section, ())
         }
     return identity
 

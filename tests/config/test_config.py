@@ -297,18 +297,18 @@ def test_written_config_with_a_removed_key_at_another_value_is_refused(key, valu
 @pytest.mark.parametrize(
     ("objectives", "kinds", "lacking"),
     [
-        ("mim, mlm", ["pair"], []),
-        ("mim, mlm", ["image"], ["mlm"]),
-        ("mim, mlm", ["text"], ["mim"]),
-        ("mim, mlm", ["image", "text"], []),
-        ("mim, mlm", ["any"], []),
-        ("joint", ["image"], []),
+        ("mim, mlm", ["pair"], {}),
+        ("mim, mlm", ["image"], {"mlm": "captions"}),
+        ("mim, mlm", ["text"], {"mim": "images"}),
+        ("mim, mlm", ["image", "text"], {}),
+        ("mim, mlm", ["any"], {}),
+        ("joint", ["image"], {}),
     ],
 )
-def test_tasks_without_source_are_listed(objectives, kinds, lacking):
+def test_objectives_without_source_are_listed_with_what_they_lack(objectives, kinds, lacking):
     sources = ", ".join(f"{{kind: scenes, modalities: {kind}}}" for kind in kinds)
     config = load_config("eve_tiny", [f"model.objectives=[{objectives}]", f"data.sources=[{sources}]"])
-    assert config.tasks_without_source == lacking
+    assert config.objectives_without_source == lacking
 
 
 @pytest.mark.parametrize("preset", ["eve_tiny", "eve_base", "eve_large"])

@@ -343,7 +343,7 @@ def start_from_weights(rank, world_size, folder):
     import torch.distributed as dist
 
     from eve_ds.export import export
-    from eve_ds.parallel.moe import local_plain_state_dict
+    from eve_ds.model.moe import local_plain_state_dict
 
     start()
     base = config_of(f"{folder}/base", "train.max_steps=2")

@@ -99,8 +99,8 @@ def unequal_tensors(engine, checkpoint):
 
 def resume_elsewhere(rank, world_size, folder, cases):
     """Resume elsewhere; return for each case which tensors differ, and whether weights follow their masters."""
+    from eve_ds.model.moe import local_plain_state_dict
     from eve_ds.model.with_losses import plain_model
-    from eve_ds.parallel.moe import local_plain_state_dict
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()

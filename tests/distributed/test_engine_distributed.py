@@ -112,7 +112,7 @@ class Watch:
 
 
 def weights_of(trainer):
-    from eve_ds.parallel.moe import local_plain_state_dict
+    from eve_ds.model.moe import local_plain_state_dict
 
     return {name: value.clone() for name, value in local_plain_state_dict(trainer.model).items()}
 
@@ -297,7 +297,7 @@ def plain_step(config, weights, micro_batches):
 
 
 def plain_step_cases(rank, world_size, folder):
-    from eve_ds.parallel.moe import local_plain_state_dict
+    from eve_ds.model.moe import local_plain_state_dict
 
     found = []
     for number, (stage, accumulation) in enumerate(STEPS):

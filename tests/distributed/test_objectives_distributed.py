@@ -114,7 +114,7 @@ def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
 
 def resume_both(rank, world_size, folder):
     """Train each set without interruption and in two halves; return names of unequal weights. Ranks share experts."""
-    from eve_ds.parallel.moe import local_plain_state_dict
+    from eve_ds.model.moe import local_plain_state_dict
     from eve_ds.training import pretrain as pretraining
     from eve_ds.training import start
     from eve_ds.training.trainer import Trainer

@@ -239,7 +239,8 @@ def every_portion(outputs, part, own):
 
 def engine_for(case, world_size):
     from eve_ds.model.eve import EVE
-    from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
+    from eve_ds.model.moe import load_plain_state_dict
+    from eve_ds.parallel.moe import DeepSpeedMoE
     from eve_ds.parallel.zero import initialize_engine
     from eve_ds.training.optimizer import optimizer_parameter_groups
 
@@ -316,8 +317,7 @@ def run_case(case, rank, world_size):
     from deepspeed.utils import safe_get_full_grad
 
     from eve_ds.distributed import gather_rows
-    from eve_ds.model.moe import plain_named_tensors
-    from eve_ds.parallel.moe import local_plain_state_dict
+    from eve_ds.model.moe import local_plain_state_dict, plain_named_tensors
 
     plain = {"ep_size": 1, "zero_stage": 0, "activation_checkpointing": False, "pack_views": False, "ops": "reference"}
     expected_outputs, expected_gradients, expected_weights = reference(
@@ -557,8 +557,8 @@ def run_layer_cases(rank, world_size):
     import deepspeed
     import torch.distributed as dist
 
-    from eve_ds.model.moe import MoE, plain_named_tensors
-    from eve_ds.parallel.moe import DeepSpeedMoE, load_plain_state_dict
+    from eve_ds.model.moe import MoE, load_plain_state_dict, plain_named_tensors
+    from eve_ds.parallel.moe import DeepSpeedMoE
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
