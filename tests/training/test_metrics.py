@@ -25,6 +25,7 @@ from eve_ds.config import load_config
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.distributed import get_logger
 from eve_ds.model.eve import EVE
 from eve_ds.objectives.pretraining import pretraining_flops
 from eve_ds.objectives.registry import objectives_of
@@ -89,7 +90,7 @@ def test_an_unfinished_last_line_does_not_corrupt_the_next_record(tmp_path):
 
 @pytest.fixture
 def logged(caplog):
-    caplog.set_level(logging.INFO, "eve_ds")
+    caplog.set_level(logging.INFO, get_logger().name)  # the first call sets the level that is restored later
     return caplog
 
 
