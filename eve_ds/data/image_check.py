@@ -5,20 +5,17 @@ from __future__ import annotations
 import io
 import warnings
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from eve_ds.data.errors import BadSample
+from eve_ds.data.image_file import open_image, undecodable
 
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes are stored unchanged -> suffix in the shard. Other formats are converted to PNG."""
-READ_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that are read. Pillow knows more, but some of those start other programs."""
 JPEG_QUALITY = 95
 """Quality of the JPEG files that shrinking writes."""
-PNG_HEADER = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 
 
-def check_image(data: bytes, max_size: int | None = None) -> tuple[bytes, str]:
+def encode_for_shard(data: bytes, max_size: int | None = None) -> tuple[bytes, str]:
     """Decode an image completely and return the bytes to store with their suffix (`jpg`, `png` or `webp`).
 
     JPEG, PNG and WebP keep their bytes in any color mode; other formats are stored as RGB PNG.
@@ -29,30 +26,20 @@ def check_image(data: bytes, max_size: int | None = None) -> tuple[bytes, str]:
             limit.
 
     Raises:
-        BadSample: an empty file, an unknown format, zero width or height, truncated or damaged content, or more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+        BadSample: the image cannot be used; the reasons are those of :func:`eve_ds.data.image_file.open_image`.
     """
-    if not data:
-        raise BadSample("empty file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged EXIF and the like; they would flood the terminal
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+        with open_image(data) as image:
+            try:
                 return _store(image, data, max_size)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise BadSample("decompression bomb") from None
-        except UnidentifiedImageError:
-            raise BadSample("zero-size image" if _zero_size_png(data) else "not an image") from None
-        except (BadSample, MemoryError):
-            raise
-        except Exception:  # decoders of damaged data raise nearly anything: OSError, SyntaxError, struct.error, ...
-            raise BadSample("truncated or damaged image") from None
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders of damaged data raise nearly anything: OSError, struct.error, ...
+                raise undecodable(error) from None
 
 
 def _store(image: Image.Image, data: bytes, max_size: int | None) -> tuple[bytes, str]:
-    if 0 in image.size:
-        raise BadSample("zero-size image")
     suffix = KEPT_FORMATS.get(image.format or "")
     shrink = max_size is not None and min(image.size) > max_size
     if shrink and max_size is not None:
@@ -77,7 +64,3 @@ def _encode(image: Image.Image, image_format: str) -> bytes:
     file = io.BytesIO()
     image.save(file, image_format, **({"quality": JPEG_QUALITY} if image_format == "JPEG" else {}))
     return file.getvalue()
-
-
-def _zero_size_png(data: bytes) -> bool:
-    return data.startswith(PNG_HEADER) and b"\0\0\0\0" in (data[16:20], data[20:24])

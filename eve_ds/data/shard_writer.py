@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from eve_ds.data.errors import BadSample, SourceError
-from eve_ds.data.image_check import check_image
+from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
 
 VERSION = 1
@@ -211,10 +211,15 @@ def read_ids(path: str | None) -> frozenset[str]:
     if path is None:
         return frozenset()
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as error:
         raise SourceError(f"cannot read the ids to exclude from {path}: {error.strerror}") from None
-    return frozenset(line.strip() for line in lines if line.strip())
+    return frozenset(_one_line(line) for line in lines) - {""}
+
+
+def _one_line(image_id: str) -> str:
+    """An image id as ids.txt holds it, and as ids are compared: whitespace of any kind becomes one space."""
+    return " ".join(image_id.split())
 
 
 # ------------------------------------------------------------------------------------------------- one shard
@@ -280,7 +285,7 @@ def _write_candidate(
         captions = _usable_captions(candidate, skipped)
         if not captions:
             return
-        image, suffix = check_image(candidate.image.read(), options.max_size)
+        image, suffix = encode_for_shard(candidate.image.read(), options.max_size)
     except BadSample as bad:
         skipped.add(bad.reason, [lazy.name])
         return
@@ -294,7 +299,8 @@ def _write_candidate(
 
 
 def _require_not_excluded(candidate: Candidate, options: WriterOptions, record: ShardRecord) -> None:
-    matches = read_ids(options.exclude_ids) & {candidate.image_id, *candidate.aliases}
+    names = {_one_line(name) for name in (candidate.image_id, *candidate.aliases)}
+    matches = read_ids(options.exclude_ids) & names
     if matches:
         record.excluded += sorted(matches)
         raise BadSample("excluded id")
@@ -402,9 +408,8 @@ def _finish(folder: Path, plan: dict[str, Any], records: list[ShardRecord], num_
         {"name": record.name, "samples": record.samples, "bytes": record.bytes, "sha256": record.sha256}
         for record in written
     ]
-    _write_atomically(
-        folder / "ids.txt", "".join(f"{' '.join(name.split())}\n" for name in ids).encode(errors="surrogateescape")
-    )
+    lines = "".join(f"{_one_line(name)}\n" for name in ids)
+    _write_atomically(folder / "ids.txt", lines.encode(errors="surrogateescape"))
     _write_atomically(folder / "report.json", _dump(report, indent=2))
     _write_atomically(folder / "index.json", _dump({"version": VERSION, "shards": shards}, indent=1))
     shutil.rmtree(folder / PROGRESS_FOLDER)

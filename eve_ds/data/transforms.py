@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 
@@ -13,22 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from eve_ds.data.errors import BadSample
+from eve_ds.data.image_file import open_image, undecodable
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 
-MAX_PIXELS = 89_478_485
-"""Largest number of pixels of an image: the default of Pillow, a quarter of a gigabyte as RGB. Larger images are
-refused before decoding."""
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 """Range of the aspect ratio (width / height) of a random crop."""
 CROP_ATTEMPTS = 10
 """Random crops to try before a central crop."""
 
-# Pillow reports zero-size images only as unidentified. PNG: IHDR chunk; JPEG: frame header, height before width.
-_ZERO_SIZE = re.compile(
-    rb"\x89PNG\r\n\x1a\n.{4}IHDR(\0{4}|.{4}\0{4})|\xff\xd8.*?\xff[\xc0-\xc2]..[\x08\x0c](\0\0|..\0\0)", re.DOTALL
-)
 _DIRECTION = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 Box = tuple[float, float, float, float]
@@ -38,28 +30,6 @@ Box = tuple[float, float, float, float]
 def names_direction(caption: str) -> bool:
     """Whether a caption has a left/right word (`left`, `Right-hand`, `leftmost`), which a flip would make false."""
     return _DIRECTION.search(caption) is not None
-
-
-def open_image(data: bytes) -> Image.Image:
-    """Read the header of an encoded image without decoding pixels.
-
-    Raises:
-        BadSample: zero-size image, decompression bomb, truncated image, unreadable image.
-    """
-    if not data:
-        raise BadSample("zero-size image", "no bytes")
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise BadSample("decompression bomb", str(error)) from None
-    except Exception as error:  # decoders raise a dozen exception types on damaged bytes
-        if _ZERO_SIZE.match(data):
-            raise BadSample("zero-size image", "its header gives a width or height of 0") from None
-        raise _undecodable(error) from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadSample("decompression bomb", f"{width} x {height} pixels")
-    return image
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], rng: Generator) -> Box:
@@ -106,11 +76,7 @@ def resize(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.asarray(rgb)
     except Exception as error:  # the decoder runs here, see open_image
-        raise _undecodable(error) from None
-
-
-def _undecodable(error: Exception) -> BadSample:
-    return BadSample("truncated image" if "truncated" in str(error).lower() else "unreadable image", str(error))
+        raise undecodable(error) from None
 
 
 def _decode_smaller(image: Image.Image, box: Box, size: int) -> Box:

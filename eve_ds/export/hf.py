@@ -44,7 +44,8 @@ from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.manifest import CONFIG
 from eve_ds.checkpoint.output_folder import check_output_folder, not_empty
 from eve_ds.config import Config, ModelConfig, parse_config
-from eve_ds.data.transforms import normalize, open_image, resize
+from eve_ds.data.image_file import open_image
+from eve_ds.data.transforms import normalize, resize
 from eve_ds.export.plain import REPORT, WEIGHTS, ExportError, check_weights, load, replacing
 from eve_ds.export.provenance import describe_objectives
 from eve_ds.model.eve import EVE

@@ -21,6 +21,7 @@ from eve_ds.config import ConfigError, parse_config
 from eve_ds.data import pipeline, transforms
 from eve_ds.data import shards as shards_module
 from eve_ds.data.batch import Batch
+from eve_ds.data.image_file import open_image
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
 from eve_ds.data.pipeline import Delivery, build_loader
@@ -605,7 +606,7 @@ def test_loader_is_as_fast_as_a_webdataset_loop(tmp_path):
             yield transforms.channels_first(np.stack(images))
 
     def decode(sample):
-        image = transforms.open_image(sample["jpg"])
+        image = open_image(sample["jpg"])
         box = transforms.crop_box(*image.size, config.data.crop_scale, sample_rng(0, 0, sample["__key__"]))
         return transforms.resize(image, box, 224), sample["txt"].decode()
 

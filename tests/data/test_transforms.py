@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from eve_ds.data.errors import BadSample
+from eve_ds.data.image_file import open_image
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.transforms import (
     ASPECT_RATIOS,
@@ -19,7 +20,6 @@ from eve_ds.data.transforms import (
     crop_box,
     names_direction,
     normalize,
-    open_image,
     resize,
 )
 
@@ -114,6 +114,11 @@ def test_bad_image_gives_its_reason(name):
         whole(data)
     assert caught.value.reason == reason
     assert len(str(caught.value)) > len(reason), "the message must contain details"
+
+
+def test_formats_that_start_another_program_are_not_opened():
+    with pytest.raises(BadSample, match="unreadable image"):
+        open_image(encode(photo(), "EPS"))
 
 
 @given(width=st.integers(1, 500), height=st.integers(1, 500), low=st.floats(0.01, 1.0), key=st.text(max_size=3))
