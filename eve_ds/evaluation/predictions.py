@@ -1,6 +1,7 @@
 """Evaluation: all ranks together predict every query exactly once, write each record at once, and compute metrics.
 
-Each rank appends to its own file. A restart with any number of ranks keeps every complete line and predicts the rest.
+Each rank appends to its own file. A restart with any number of ranks keeps every complete line and predicts the rest,
+skipped queries included, whose images may be there now.
 At the end `predictions.jsonl` holds one line per query in the order of the data, and `metrics.json` is computed from
 it.
 """
@@ -59,7 +60,7 @@ def evaluate(
     identity = {"weights": weights, "examples": fingerprint(examples), "task": task.settings()}
     topology = Topology.current()
     rank, world_size = topology.data_rank, topology.data_size
-    done, problem = broadcast_object(_begin(out, identity) if rank == 0 else (set(), None))
+    done, problem = broadcast_object(_begin(out, identity, task) if rank == 0 else (set(), None))
     if problem is not None:
         raise ConfigError(problem)
     todo = [key for key in queries if key not in done][rank::world_size]
@@ -80,7 +81,7 @@ def _part(out: Path, rank: int) -> Path:
     return out / f"predictions.part-{rank:05d}.jsonl"
 
 
-def _begin(out: Path, identity: dict[str, Any]) -> tuple[set[str], str | None]:
+def _begin(out: Path, identity: dict[str, Any], task: Task) -> tuple[set[str], str | None]:
     """Keys with a prediction in `out`, and the reason why the folder cannot be used, or None."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def _begin(out: Path, identity: dict[str, Any]) -> tuple[set[str], str | None]:
         if problem is not None:
             return set(), problem
         _write_json(out / IDENTITY, identity)
-        records = _collect(out)
+        records = _kept(_collect(out), task)
         _write_lines(out / PREDICTIONS, records.values())
         for part in _parts(out):
             part.unlink()
@@ -119,11 +120,16 @@ def _collect(out: Path) -> dict[str, dict[str, Any]]:
     records = {}
     for file in (out / PREDICTIONS, *_parts(out)):
         if file.is_file():
-            whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
-            for line in whole.splitlines():
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
                 record = json.loads(line)
                 records[record["key"]] = record
     return records
+
+
+def _kept(records: dict[str, dict[str, Any]], task: Task) -> dict[str, dict[str, Any]]:
+    """Records that a restart does not make again."""
+    answered = {key: record for key, record in records.items() if "skipped" not in record}
+    return {} if task.searches and len(answered) < len(records) else answered
 
 
 def _finish(task: Task, examples: Sequence[Example], queries: list[str], out: Path) -> dict[str, Any]:

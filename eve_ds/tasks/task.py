@@ -80,6 +80,8 @@ class Task(ABC):
     """Preset for generated scenes; None for a task that has none."""
     readers: ClassVar[Mapping[str, Reader]] = {}
     """Published format (:mod:`eve_ds.data.formats`) -> reader of its examples for this task."""
+    searches: ClassVar[bool] = False
+    """Whether a prediction depends on the other examples, so that one more usable image changes all of them."""
     command: ClassVar[Literal["ask", "rank"] | None] = None
     """Command of launcher/evaluate.py for direct use of the model."""
 

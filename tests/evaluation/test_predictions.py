@@ -1,9 +1,11 @@
 """Evaluation answers every query once, with any batch size, and completes after a kill."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.tokenizer import load_tokenizer
@@ -102,6 +104,26 @@ def test_a_missing_image_counts_as_skipped_not_as_wrong(tmp_path, task_tree):
         "skipped/unreadable image": 1,
     }
     assert read_predictions(tmp_path / "out")["x"] == {"key": "x", "skipped": "missing image"}
+
+
+@pytest.mark.parametrize("name", ["vqa", "retrieval"])
+def test_a_restart_predicts_what_was_skipped_and_all_that_depends_on_it(tmp_path, task_tree, name):
+    prepared = Prepared(task_tree(name))
+    examples = [*prepared.examples[:6], Example("x", (tmp_path / "late.png",), "a red circle", "late", ("red",))]
+    out = tmp_path / "out"
+    assert prepared.evaluate(out, examples=examples)["skipped/missing image"] == 1
+    Image.new("RGB", (64, 64), (200, 0, 0)).save(tmp_path / "late.png")
+    metrics = prepared.evaluate(out, examples=examples)
+    assert not any(key.startswith("skipped") for key in metrics)
+    assert metrics == prepared.evaluate(tmp_path / "fresh", examples=examples)
+    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "fresh" / "predictions.jsonl").read_bytes()
+
+
+def test_lines_of_predictions_end_at_line_feeds_alone(tmp_path, task_tree):
+    prepared = Prepared(task_tree("vqa"))
+    examples = [replace(prepared.examples[0], key="a\u2028b\x85c")]
+    prepared.evaluate(tmp_path, examples=examples)
+    assert list(read_predictions(tmp_path)) == ["a\u2028b\x85c"]
 
 
 def test_retrieval_skips_an_unreadable_image_and_its_captions(tmp_path, task_tree):

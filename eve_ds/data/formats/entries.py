@@ -97,7 +97,7 @@ def read_json(path: Path, undecodable: Undecodable = "refuse") -> Any:
         return json.loads(text)
     except json.JSONDecodeError as whole:
         try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         except json.JSONDecodeError:
             raise SourceError(f"annotation file {path} is not JSON: {whole}") from None
 

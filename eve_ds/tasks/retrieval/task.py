@@ -45,6 +45,7 @@ class Retrieval(Task):
     recipe = "tasks/retrieval_coco"
     scenes_recipe = "tasks/scenes_retrieval"
     readers: ClassVar[Mapping[str, Reader]] = {"json": read_released, "karpathy": read_karpathy}
+    searches = True
     command = "rank"
 
     def __init__(self, config: Config, template: Template | None = None, centered: bool = False) -> None:
