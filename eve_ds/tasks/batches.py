@@ -22,6 +22,7 @@ from eve_ds.data.captions import CaptionEncoder, check_vocabulary
 from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
+from eve_ds.data.sources import UnusableData
 from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.tasks.augment import color_jitter, rand_augment
 from eve_ds.tasks.examples import Example, ImageSource
@@ -187,13 +188,17 @@ class _Item(NamedTuple):
     skipped: list[str]
 
 
-class _TrainingExamples(Dataset[_Item]):
-    """Data set whose item (epoch, index) is that example, or the next whose images can be used."""
+class _TrainingExamples(Dataset["_Item | UnusableData"]):
+    """Data set whose item (epoch, index) is that example, or the next whose images can be used.
+
+    After MAX_REPLACEMENTS without one, the item is an error, which :func:`training_batches` raises: an exception from a
+    worker process would add a traceback to its message.
+    """
 
     def __init__(self, examples: Sequence[Example], reader: ImageReader) -> None:
         self._examples, self._reader = examples, reader
 
-    def __getitem__(self, place: tuple[int, int]) -> _Item:
+    def __getitem__(self, place: tuple[int, int]) -> _Item | UnusableData:
         epoch, index = place
         skipped: list[str] = []
         while True:
@@ -203,7 +208,10 @@ class _TrainingExamples(Dataset[_Item]):
             except BadSample as error:
                 skipped.append(error.reason)
                 if len(skipped) == MAX_REPLACEMENTS:
-                    raise
+                    return UnusableData(
+                        f"{MAX_REPLACEMENTS} examples in a row had no usable image, the last error is: {error}; "
+                        "check task.train.images"
+                    )
                 continue
             return _Item(dataclasses.replace(example, images=()), images, skipped)
 
@@ -257,7 +265,7 @@ def training_batches(
         pin_memory: whether batches go to page-locked memory, from which copies to a GPU overlap with computation.
 
     Raises:
-        BadSample: too many unusable examples in a row.
+        UnusableData: too many unusable examples in a row; raised by the iterator.
     """
     train = config.train
     order = _Order(len(examples), train.seed, step, train.train_batch_size, rank, world_size, micro_batch_size)
@@ -269,16 +277,30 @@ def training_batches(
         pin_memory=pin_memory,
         persistent_workers=config.data.num_workers > 0,
     )
-    return iter(loader)
+    return map(_usable, loader)
+
+
+def _usable(batch: TaskBatch | UnusableData) -> TaskBatch:
+    if isinstance(batch, UnusableData):
+        raise batch
+    return batch
 
 
 class _Stack:
-    """Makes a batch of items of the data set; a class, as loader processes receive it by pickle."""
+    """Makes a batch of items of the data set, or the error among them.
+
+    A class, as loader processes receive it by pickle.
+    """
 
     def __init__(self, collate: TaskCollator) -> None:
         self._collate = collate
 
-    def __call__(self, items: Sequence[_Item]) -> TaskBatch:
+    def __call__(self, found: Sequence[_Item | UnusableData]) -> TaskBatch | UnusableData:
+        items: list[_Item] = []
+        for item in found:
+            if isinstance(item, UnusableData):
+                return item
+            items.append(item)
         skipped = Counter(reason for item in items for reason in item.skipped)
         return self._collate([item.example for item in items], [item.images for item in items], skipped)
 

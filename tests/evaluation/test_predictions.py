@@ -136,6 +136,15 @@ def test_retrieval_skips_an_unreadable_image_and_its_captions(tmp_path, task_tre
     assert all("x" not in record.get("dot", []) for record in read_predictions(tmp_path / "out").values())
 
 
+def test_retrieval_skips_every_query_if_no_image_can_be_read(tmp_path, task_tree):
+    prepared = Prepared(task_tree("retrieval"))
+    examples = [Example(key, (tmp_path / "gone.png",), "a red circle", f"image {key}") for key in "ab"]
+    metrics = prepared.evaluate(tmp_path / "out", examples=examples)
+    assert metrics["num_examples"] == 0
+    assert metrics["dot"]["text_retrieval"]["R@1"] is None
+    assert (metrics["skipped/missing image"], metrics["skipped/image of the caption could not be read"]) == (2, 2)
+
+
 def test_duplicate_keys_are_refused(tmp_path, task_tree):
     prepared = Prepared(task_tree("vqa"))
     image = np.zeros((8, 8, 3), np.uint8)

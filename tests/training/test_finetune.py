@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
 
+from eve_ds.cli.command import BAD_INPUT, exit_code
 from eve_ds.config import ConfigError, load_config, parse_config, presets
-from eve_ds.data.errors import BadSample
+from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation.ask import ask, rank
 from eve_ds.export import ExportError
@@ -241,8 +242,20 @@ def test_an_example_without_a_usable_image_is_replaced_and_counted(task_tree, tm
     batch = next(batches(config, VQA(config, ["red"]), examples))
     assert sorted(e.key for e in batch.examples) == ["0", "1", "2", "4", "4", "5", "6", "7"]
     assert batch.skipped == {"missing image": 1}
-    with pytest.raises(BadSample, match="missing image"):
-        next(batches(config, VQA(config, ["red"]), [examples[3]] * 8))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_examples_without_any_usable_image_end_training_with_one_line(task_tree, tmp_path, num_workers):
+    tree = task_tree("vqa")
+    config = parse_config(tree | {"data": {"num_workers": num_workers}})
+    example = Example("3", (tmp_path / "gone.png",), "what?", answers=("red",))
+    message = (
+        r"^100 examples in a row had no usable image, the last error is: missing image \(.*gone\.png\); check task"
+    )
+    with pytest.raises(UnusableData, match=message) as caught:
+        next(batches(config, VQA(config, ["red"]), [example] * 8))
+    assert "\n" not in str(caught.value)
+    assert exit_code(caught.value) == BAD_INPUT
 
 
 def test_images_are_batched_as_bytes_and_normalized_once(task_tree, monkeypatch):

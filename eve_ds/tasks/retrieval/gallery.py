@@ -53,13 +53,15 @@ class Gallery:
         self.skipped = {group: reason for group, reason in images.items() if isinstance(reason, str)}
         self.groups = [group for group in self.groups if group not in self.skipped]
         self.examples = [example for example in self.examples if example.group not in self.skipped]
+        self.text_of = {example.key: (number, example) for number, example in enumerate(self.examples)}
+        self.image_number = {group: number for number, group in enumerate(self.groups)}
+        if not self.groups:
+            return  # no image can be read, so every query is skipped
         texts = _over_ranks(self._text_features, [example.key for example in self.examples])
         self.image_features = torch.stack([images[group] for group in self.groups])
         if model.centered:
             self.image_features -= self.image_features.mean(dim=0)
         self.text_features = torch.stack([texts[example.key] for example in self.examples])
-        self.text_of = {example.key: (number, example) for number, example in enumerate(self.examples)}
-        self.image_number = {group: number for number, group in enumerate(self.groups)}
 
     def search(self, key: str, rerank: int) -> dict[str, Any]:
         """Best candidates of a query, or the reason why it is skipped.
