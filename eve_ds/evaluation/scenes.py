@@ -105,12 +105,17 @@ def evaluate_scenes(
           target of `model.pixel_target`.
 
     Raises:
-        ConfigError: no objective predicts words or pixels.
+        ConfigError: no objective predicts words or pixels, or the model takes images of another size.
     """
     if not (config.model.predicts_words or config.model.predicts_pixels):
         names = ", ".join(config.model.objectives)
         raise ConfigError(
             f"model.objectives ({names}) must include mim, mlm or joint to evaluate masked signals of scenes"
+        )
+    if config.model.image_size != IMAGE_SIZE:
+        raise ConfigError(
+            f"model.image_size ({config.model.image_size}) must be {IMAGE_SIZE} to evaluate on scenes: they are drawn "
+            "at that size only; name a model that was pre-trained on them"
         )
     training = model.training
     model.eval()

@@ -9,7 +9,7 @@ from tiny import tiny_config
 from torch import nn
 
 from eve_ds import ops
-from eve_ds.config import parse_config
+from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.collate import Collator
 from eve_ds.data.synthetic.probes import binding_probes
 from eve_ds.data.synthetic.scenes import Scenes, word_class
@@ -101,6 +101,13 @@ def result(scenes, tokenizer):
     model = Oracle([*scenes[0], *scenes[1]], tokenizer)
     found = evaluate_scenes(model, CONFIG, tokenizer, num_scenes=NUM_SCENES, batch_size=BATCH)
     return found, model
+
+
+def test_a_model_of_another_image_size_is_refused_in_one_line(tokenizer):
+    larger = parse_config({"model": CONFIG.model.model_dump() | {"image_size": 128}})
+    message = r"^model\.image_size \(128\) must be 64 to evaluate on scenes: they are drawn at that size only; name a "
+    with pytest.raises(ConfigError, match=message):
+        evaluate_scenes(nn.Linear(1, 1), larger, tokenizer, num_scenes=2)
 
 
 def test_oracle_predicts_words_correctly_only_with_the_right_image(result, scenes, tokenizer):
