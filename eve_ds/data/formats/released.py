@@ -64,7 +64,7 @@ def question(entry: Entry) -> Question:
         question_id=entry.text("question_id"),
         image=entry.file_name("image"),
         question=entry.text("question"),
-        question_type=str(entry.get("question_type", "")),
+        question_type=str(entry.get("question_type") or ""),
         answers=entry.texts("answer") if entry.get("answer") is not None else (),
     )
 

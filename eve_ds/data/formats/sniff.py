@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 from eve_ds.data.errors import SourceError
@@ -17,7 +18,7 @@ def sniff(path: Path) -> str:
     Raises:
         SourceError: the file cannot be read or has no known form.
     """
-    if path.is_dir() or ".tar" in path.suffixes:
+    if path.is_dir() or (path.is_file() and tarfile.is_tarfile(path)):
         return "nlvr"
     tree = read_json(path)
     if isinstance(tree, dict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.entries import Entry, described, numbered, read_json
@@ -46,7 +46,7 @@ def read_questions(files: Sequence[Path]) -> Iterator[Question]:
             question_id=key,
             images=(name, f"{subtype}/{name}"),
             question=entry.text("question"),
-            question_type="" if annotation is None else str(annotation.get("question_type", "")),
+            question_type="" if annotation is None else str(annotation.get("question_type") or ""),
             answers=() if annotation is None else _answers(annotation),
         )
 
@@ -57,13 +57,19 @@ def _read_entries(files: Sequence[Path]) -> tuple[list[tuple[Entry, str]], dict[
     annotations: dict[str, Entry] = {}
     for path in files:
         tree = read_json(path)
-        if not isinstance(tree, dict):
-            raise SourceError(f"{path} must be an object with `questions` or `annotations`, not {described(tree)}")
+        if not isinstance(tree, dict) or not _has_lists(tree):
+            raise SourceError(
+                f"{path} must be an object with a list of `questions` or `annotations`, not {described(tree)}"
+            )
         subtype = str(tree.get("data_subtype", ""))
         questions += [(entry, subtype) for entry in numbered(tree.get("questions", []), path)]
         for entry in numbered(tree.get("annotations", []), path):
             annotations[entry.text("question_id")] = entry
     return questions, annotations
+
+
+def _has_lists(tree: dict[str, Any]) -> bool:
+    return all(isinstance(tree.get(key, []), list) for key in ("questions", "annotations"))
 
 
 def _image_number(entry: Entry) -> int:

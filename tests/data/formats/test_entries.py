@@ -1,6 +1,7 @@
 """Entries name their file and number; JSON files may be documents or lines, and image folders are probed."""
 
 import json
+import tarfile
 
 import pytest
 
@@ -79,7 +80,22 @@ def test_bytes_that_are_not_utf8_are_refused_or_kept(tmp_path):
 def test_a_format_is_recognized_by_its_content(tmp_path, tree, name):
     (tmp_path / "a.json").write_text(json.dumps(tree))
     assert sniff(tmp_path / "a.json") == name
-    assert sniff(tmp_path) == sniff(tmp_path / "gone.tar.xz") == "nlvr"
+    assert sniff(tmp_path) == "nlvr"
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tgz", ".txz", ".tar.xz", ""])
+def test_an_archive_is_recognized_whatever_its_name(tmp_path, suffix):
+    archive = tmp_path / f"nlvr{suffix}"
+    with tarfile.open(archive, "w:xz" if suffix.endswith("xz") else "w:gz" if suffix == ".tgz" else "w") as tar:
+        tar.addfile(tarfile.TarInfo("dev.json"))
+    assert sniff(archive) == "nlvr"
+
+
+def test_a_json_file_with_the_name_of_an_archive_is_no_archive(tmp_path):
+    (tmp_path / "x.tar.json").write_text('[{"image": "a.jpg"}]')
+    assert sniff(tmp_path / "x.tar.json") == "json"
+    with pytest.raises(SourceError, match=r"gone\.tar cannot be read"):
+        sniff(tmp_path / "gone.tar")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "[3]", "{}"])

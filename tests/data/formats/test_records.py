@@ -66,6 +66,8 @@ def test_released_records_have_image_captions_and_answers():
     assert released.captioned_image(entry(image="a.jpg", caption=[], image_id=None))[2:] == ((), None)
     question = released.question(entry(image="a.jpg", question="who?", question_id=7, answer="x"))
     assert question == ("7", "a.jpg", "who?", "", ("x",))
+    untyped = entry(image="a.jpg", question="who?", question_id=7, answer="x", question_type=None)
+    assert released.question(untyped).question_type == ""
     statement = released.statement(entry(images=["a.jpg", "b.jpg"], sentence="so", label="False"))
     assert statement == (("a.jpg", "b.jpg"), "so", False)
 
@@ -76,7 +78,9 @@ def test_released_records_have_image_captions_and_answers():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ([1], r"a\.json must be an object with `questions` or `annotations`, not a list of 1"),
+        ([1], r"a\.json must be an object with a list of `questions` or `annotations`, not a list of 1"),
+        ({"questions": None}, r"a list of `questions` or `annotations`, not an object with the keys questions"),
+        ({"questions": [], "annotations": {}}, r"not an object with the keys questions, annotations"),
         ({"questions": [{"question_id": 1, "image_id": "x"}]}, r"entry 0: image_id \('x'\) must be the number of a CO"),
         ({"questions": [], "annotations": [{"question_id": 1}]}, r"a\.json holds no questions"),
     ],
@@ -84,6 +88,15 @@ def test_released_records_have_image_captions_and_answers():
 def test_vqav2_file_of_another_form_is_refused(tmp_path, tree, message):
     with pytest.raises(SourceError, match=message):
         list(vqav2.read_questions([write_json(tmp_path / "a.json", tree)]))
+
+
+def test_vqav2_question_without_a_type(tmp_path):
+    tree = {
+        "questions": [{"question_id": 1, "image_id": 2, "question": "who?"}],
+        "annotations": [{"question_id": 1, "question_type": None, "answers": [{"answer": "x"}]}],
+    }
+    (question,) = vqav2.read_questions([write_json(tmp_path / "a.json", tree)])
+    assert question.question_type == ""
 
 
 def test_vqav2_answers_must_be_objects(tmp_path):
