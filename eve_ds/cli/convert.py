@@ -42,6 +42,8 @@ from eve_ds.cli.conversion_report import print_report, print_start
 if TYPE_CHECKING:
     import torch
 
+    from eve_ds.config import Config
+
 RUN_HELP = "output folder of a run, or a checkpoint folder in it"
 
 
@@ -181,13 +183,30 @@ def run_export(arguments: argparse.Namespace) -> int:
 
     if arguments.format == "hf":
         return export_for_transformers(arguments)
-    options = {"dtype": torch_dtype(arguments.dtype), "max_shard_bytes": arguments.max_shard_size}
-    report = export(arguments.run, arguments.out, must_check=arguments.check, **options)
-    official = official_line(arguments.out, arguments.dtype) if arguments.format == "official" else ""
+    official = arguments.format == "official"
+    report = export(
+        arguments.run,
+        arguments.out,
+        dtype=torch_dtype(arguments.dtype),
+        max_shard_bytes=arguments.max_shard_size,
+        must_check=arguments.check,
+        accept=require_released_form if official else lambda config: None,
+    )
+    line = official_line(arguments.out, arguments.dtype) if official else ""
     print_report(report, arguments.out)
-    if official:
-        print(official)
+    if line:
+        print(line)
     return 0
+
+
+def require_released_form(config: Config) -> None:
+    """Raise ExportError for a model that the released code has no form of."""
+    from eve_ds.export import ExportError
+
+    if config.model.deep_ffn == "shared":
+        raise ExportError(
+            "--format official: the released code has no place for model.deep_ffn 'shared': leave --format out"
+        )
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -218,15 +237,11 @@ def existing(path: Path) -> Path:
 
 def official_line(folder: Path, dtype: str) -> str:
     """Write the weights of an export under the released names too; a line of output about that."""
-    from eve_ds.export import ExportError, load
+    from eve_ds.export import load
     from eve_ds.export.official import write_official
     from eve_ds.export.plain import OFFICIAL
 
     model, config, _ = load(folder)
-    if config.model.deep_ffn == "shared":
-        raise ExportError(
-            "--format official: the released code has no place for model.deep_ffn 'shared': leave --format out"
-        )
     write_official(model.state_dict(), folder / OFFICIAL, torch_dtype(dtype))
     line = f"official    {folder / OFFICIAL}, {dtype}, without the decoders"
     if config.model.profile == "official":

@@ -352,18 +352,23 @@ def _check_out(out: Path) -> None:
 
 
 def _card(config: Config, source: Path, dtype: torch.dtype) -> str:
-    """Return the model card, with the origin of the weights if the export has a report."""
-    origin = ""
+    """Return the model card, with the origin of the weights if the folder has a report of an export or of a start."""
+    history, origin = "pre-trained with eve_ds on these objectives", ""
     if (source / REPORT).is_file():
         report = json.loads((source / REPORT).read_text(encoding="utf-8"))
-        origin = f"\nWeights of step {report['step']}, from a plain export with sha256 `{report['sha256']}`.\n"
+        checksum = f"sha256 `{report['sha256']}`"
+        if "step" in report:
+            origin = f"\nWeights of step {report['step']}, from a plain export with {checksum}.\n"
+        else:
+            history = "not trained with eve_ds yet, with heads for these objectives"
+            origin = f"\nInitial weights, converted from `{report['source']}`, from a folder with {checksum}.\n"
     return f"""---
 library_name: transformers
 tags: [eve, vision-language, mixture-of-experts]
 ---
 # {config.name}
 
-EVE (Chen et al., AAAI 2024), pre-trained with eve_ds on these objectives:
+EVE (Chen et al., AAAI 2024), {history}:
 
 {describe_objectives(config)}
 

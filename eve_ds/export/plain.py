@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -62,6 +62,7 @@ def export(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5 * 10**9,
     must_check: bool = False,
+    accept: Callable[[Config], None] = lambda config: None,
 ) -> ExportReport:
     """Write weights, config and tokenizer of a run or checkpoint to the folder `out`.
 
@@ -73,17 +74,20 @@ def export(
         dtype: data type of the file; fp32 master weights are rounded to it.
         max_shard_bytes: largest file of weights, in bytes; more weights are split into several files with an index.
         must_check: refuse a checkpoint without recorded outputs, because its export cannot be checked.
+        accept: raises ExportError for a configuration that the caller cannot use; called before anything is written.
 
     Returns:
         Report of the export.
 
     Raises:
         CheckpointError: `source` cannot be read, or its weights are not those of its config.
-        ExportError: `out` has other contents, or outputs of the exported model differ from the recorded ones.
+        ExportError: `out` has other contents, `accept` raised it, or outputs of the exported model differ from the
+            recorded ones.
         OSError: writing failed.
     """
     checkpoint = find_checkpoint(source)
     config = _read_config(checkpoint)
+    accept(config)
     state = manifest.read_json(checkpoint / manifest.STATE)
     _check_out(out, config)
     if must_check and not (checkpoint / CHECK_BATCH).is_file():

@@ -23,6 +23,7 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.transforms import TrainTransform, normalize
 from eve_ds.export import ExportError, load
 from eve_ds.export.hf import EveConfig, EveImageProcessor, EveModel, EveProcessor, export_hf
+from eve_ds.export.start import DRAWN, draw_weights, write_start
 from eve_ds.model.eve import EVE
 from eve_ds.objectives.registry import objectives_of
 
@@ -389,6 +390,19 @@ def test_export_without_a_report_has_a_model_card_without_an_origin(plain, tmp_p
         (source / name).symlink_to(plain / name)
     export_hf(source, tmp_path / "model")
     assert "Weights of step" not in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_initial_weights_have_a_model_card_that_claims_no_training(tmp_path):
+    weights = draw_weights(CONFIG)
+    tokenizer, origins = load_tokenizer("scenes"), dict.fromkeys(weights, DRAWN)
+    write_start(tmp_path / "start", CONFIG, tokenizer, weights, source="beit.pth", origins=origins, notes=[])
+    export_hf(tmp_path / "start", tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "Initial weights, converted from `beit.pth`, " in card
+    assert "not trained with eve_ds yet" in card
+    assert "pre-trained with eve_ds" not in card
+    assert "Weights of step" not in card
+    AutoModel.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "README.md"])

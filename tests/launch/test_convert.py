@@ -179,6 +179,17 @@ def test_official_profile_needs_no_note_about_routing(convert, tmp_path):
     assert stdout.endswith("eve_official.pth, fp32, without the decoders\n")
 
 
+def test_a_model_without_a_released_form_leaves_the_earlier_export(convert, tmp_path):
+    run, out = tmp_path / "shared", tmp_path / "out"
+    write_run(run, overrides=["model.deep_ffn=shared"])
+    assert convert(run, "--out", out)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    code, stdout, stderr = convert(run, "--out", out, "--format", "official")
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert "the released code has no place for model.deep_ffn 'shared': leave --format out" in stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
 def test_bf16_in_several_files(convert, run, tmp_path):
     out = tmp_path / "out"
     code, stdout, _ = convert(run, "--out", out, "--dtype", "bf16", "--max_shard_size", "100KB")
