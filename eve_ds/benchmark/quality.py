@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eve_ds.config import ConfigError
 from eve_ds.data.synthetic.questions import unbound_accuracy
 from eve_ds.report.records import with_current_names
 
@@ -337,16 +338,22 @@ def write_results(seeds: Sequence[dict[str, dict[str, float]]], file: Path, abou
 
 
 def put_into(page: Path, text: str) -> None:
-    """Replace the text between the two marks of a page.
+    """Replace the text between the two marks of a page; raises ConfigError where a mark is missing."""
+    before, after = around_marks(page)
+    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def around_marks(page: Path) -> tuple[str, str]:
+    """Text of a page before the first mark and after the second.
 
     Raises:
-        ValueError: a mark is missing.
+        ConfigError: a mark is missing.
     """
     before, opening, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     _, closing, after = rest.partition(MARKS[1])
     if not opening or not closing:
-        raise ValueError(f"{page} lacks the marks {MARKS[0]} and {MARKS[1]}")
-    page.write_text(f"{before}{opening}\n{text}\n{closing}{after}", encoding="utf-8")
+        raise ConfigError(f"--page {page} lacks the marks {MARKS[0]} and {MARKS[1]}: put them where the tables go")
+    return before, after
 
 
 def _over_seeds(seeds: Sequence[dict[str, dict[str, float]]], measure: str, start: str) -> str:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.cli.command import BAD_INPUT, FAILED, REPOSITORY, Parser, complain, exit_code_table, run_command
+from eve_ds.cli.command import BAD_INPUT, FAILED, REPOSITORY, Parser, complain, exit_code_table, positive, run_command
 
 if TYPE_CHECKING:
     from eve_ds.benchmark.harness import Measure
@@ -66,9 +66,9 @@ def build_quality_parser() -> Parser:
         metavar="DIR",
         help="folder of all runs (default: %(default)s)",
     )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="number of seeds (default: %(default)s)")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="commands at a time, at most the idle cores (default: 1)"
+        "--jobs", type=positive, default=1, metavar="N", help="commands at a time, at most the idle cores (default: 1)"
     )
     parser.add_argument(
         "--objectives",
@@ -77,7 +77,9 @@ def build_quality_parser() -> Parser:
         metavar="SET",
         help=f"sets of objectives (default: {' '.join(OBJECTIVES)}; with one mask changed: {' '.join(PRICES)})",
     )
-    parser.add_argument("--tasks", nargs="*", metavar="TASK", help=f"tasks of {', '.join(TASKS)} (default: all)")
+    parser.add_argument(
+        "--tasks", nargs="*", choices=TASKS, metavar="TASK", help=f"tasks of {', '.join(TASKS)} (default: all)"
+    )
     parser.add_argument(
         "--curve", nargs="+", type=float, default=[], metavar="S", help="add shorter pre-training of S seconds"
     )
@@ -101,6 +103,7 @@ def measure_quality(arguments: argparse.Namespace) -> int:
         OBJECTIVES,
         TASKS,
         Budget,
+        around_marks,
         figures,
         jobs_of,
         put_into,
@@ -112,6 +115,8 @@ def measure_quality(arguments: argparse.Namespace) -> int:
     budget = Budget(*(getattr(arguments, f"{name}_seconds") for name in Budget._fields))
     objectives = arguments.objectives or list(OBJECTIVES)
     tasks = TASKS if arguments.tasks is None else arguments.tasks
+    if arguments.page is not None:
+        around_marks(arguments.page)  # a page that cannot take the tables is refused before hours of jobs
     seeds = []
     for seed in range(arguments.seeds):
         folder = arguments.out / f"seed-{seed}"

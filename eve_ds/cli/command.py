@@ -69,6 +69,17 @@ def tasks() -> str:
     return ", ".join(sorted(file.parent.name for file in (PACKAGE / "tasks").glob("*/task.py")))
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the type of an option."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+positive.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add the option `--set`."""
     parser.add_argument(

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from eve_ds.cli.command import BAD_INPUT, FAILED, INTERRUPTED, Parser, complain, exit_code_table, run_command
+from eve_ds.cli.command import BAD_INPUT, FAILED, INTERRUPTED, Parser, complain, exit_code_table, positive, run_command
 from eve_ds.cli.demo_steps import StepFailed, free_port, log_of, run_step, shown, this_machine
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     seeds = arguments.seed or list(range(arguments.seeds))
-    if not seeds or len(set(seeds)) < len(seeds):
-        parser.error("name at least one seed, and each once")
+    if len(set(seeds)) < len(seeds):
+        parser.error(f"--seed ({' '.join(map(str, seeds))}) must name each seed once")
     signal.signal(signal.SIGTERM, interrupt)
     return run_command("demo", partial(_run_seeds, seeds, arguments.out.resolve(), arguments.max_steps))
 
@@ -49,7 +49,7 @@ def build_parser() -> Parser:
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (default: %(default)s)"
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
+    which.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
     which.add_argument("--seed", type=int, action="append", metavar="S", help="this seed; may be given several times")
     parser.add_argument("--max_steps", type=int, metavar="N", help="train for N steps instead of 175 seconds")
     return parser

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eve_ds.cli.command import BAD_INPUT, INTERRUPTED, Parser, exit_code_table, run_command, start_log
+from eve_ds.cli.command import BAD_INPUT, INTERRUPTED, Parser, exit_code_table, positive, run_command, start_log
 
 if TYPE_CHECKING:
     from eve_ds.report.tables import Table
@@ -78,7 +78,9 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=Path, required=True, action="append", metavar="FILE", help="image; give it twice for two images"
     )
-    parser.add_argument("--top", type=int, default=3, help="number of answers to each question (default: %(default)s)")
+    parser.add_argument(
+        "--top", type=positive, default=3, metavar="N", help="number of answers to each question (default: %(default)s)"
+    )
     parser.add_argument("questions", nargs="+", metavar="QUESTION", help="questions, or statements")
     parser.set_defaults(run=ask_questions)
 
@@ -103,7 +105,11 @@ def _add_examples(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image names are relative to")
     parser.add_argument("--split", help="split, where the data holds several (scenes: val, the default, or test)")
     parser.add_argument(
-        "--batch_size", type=int, default=64, help="examples of a batch; changes the speed only (default: %(default)s)"
+        "--batch_size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="examples of a batch; changes the speed only (default: %(default)s)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N examples only")
     parser.add_argument("--local_rank", type=int, help="set by `deepspeed`; ignored, the environment has the rank")
@@ -145,7 +151,7 @@ def evaluate_task(arguments: argparse.Namespace) -> list[Table]:
     from eve_ds.tasks.load_examples import load_examples
     from eve_ds.tasks.saved import load_task_model
 
-    device = _begin(arguments)
+    device = _begin()
     loaded = load_task_model(arguments.model)
     if arguments.csv is not None:
         loaded.task.check_csv(arguments.csv)
@@ -177,7 +183,7 @@ def evaluate_zero_shot(arguments: argparse.Namespace) -> list[Table]:
 
     if arguments.rerank < 0:
         raise ConfigError(f"--rerank ({arguments.rerank}) must be 0 or more")
-    device = _begin(arguments)
+    device = _begin()
     loaded, examples = load_zero_shot(
         arguments.model,
         features=arguments.features,
@@ -199,16 +205,13 @@ def evaluate_zero_shot(arguments: argparse.Namespace) -> list[Table]:
     return [metrics_table(f"{arguments.model}, {arguments.out}", metrics)] if rank_zero() else []
 
 
-def _begin(arguments: argparse.Namespace) -> str:
+def _begin() -> str:
     """Join the other ranks, if any; return the device of this rank."""
     import torch
 
-    from eve_ds.config import ConfigError
     from eve_ds.distributed import initialize_process_group
     from eve_ds.launch_environment import read_environment
 
-    if arguments.batch_size < 1:
-        raise ConfigError(f"--batch_size ({arguments.batch_size}) must be at least 1")
     if read_environment().world_size > 1:
         initialize_process_group()
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"

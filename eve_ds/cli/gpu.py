@@ -241,7 +241,7 @@ def run_part(part: Part, seconds: float, out: Path) -> str:
 
 def write_document(rows: Path, outcomes: dict[str, str], out: Path) -> None:
     """Write OUT/<device>-<date>.json and OUT/table.md from the rows so far."""
-    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.is_file() else []
+    found = _records(rows)
     found += [{"part": f"train {run.name}", **_last_training(run)} for run in map(out.joinpath, RUNS) if run.is_dir()]
     about = next((row for row in found if row["what"] == "device"), {"name": "unknown"})
     date = datetime.now(UTC).strftime("%Y-%m-%d")
@@ -267,10 +267,17 @@ def _text(value: object) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
+def _records(file: Path) -> list[dict[str, Any]]:
+    """Records of a file of JSON lines; half a line of a part that was stopped is removed, as the next one appends."""
+    content = file.read_bytes() if file.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        file.write_bytes(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def _last_training(run: Path) -> dict[str, Any]:
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    records = [record for record in _records(run / "metrics.jsonl") if record["kind"] == "train"]
     keys = ("step", "loss", "samples_per_second", "model_flops_utilization")
     return {"what": "engine", **({key: records[-1][key] for key in keys if key in records[-1]} if records else {})}
 

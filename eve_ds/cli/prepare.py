@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.cli.command import BAD_INPUT, FAILED, INTERRUPTED, Parser, complain, exit_code_table, run_command
+from eve_ds.cli.command import BAD_INPUT, FAILED, INTERRUPTED, Parser, complain, exit_code_table, positive, run_command
 from eve_ds.cli.shard_progress import Tally, print_report, shown_progress
 
 if TYPE_CHECKING:
@@ -172,7 +172,10 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--id_column", metavar="NAME", help="column of image ids (default: the image path is the id)")
     parser.add_argument(
-        "--delimiter", metavar="C", help="character between columns (default: tab for .tsv, comma otherwise)"
+        "--delimiter",
+        type=delimiter,
+        metavar="C",
+        help=r"character between columns, \t for a tab (default: tab for .tsv, comma otherwise)",
     )
 
 
@@ -218,15 +221,12 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="folder of the image paths (default: the annotations' folder)")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
-
-
-positive.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
+def delimiter(text: str) -> str:
+    """One character, or a tab in its escaped form, which a shell passes on as two characters."""
+    character = "\t" if text == r"\t" else text
+    if len(character) != 1 or character in '\r\n"':
+        raise argparse.ArgumentTypeError(rf"{text!r} must be one character, or \t for a tab")
+    return character
 
 
 # -------------------------------------------------------------------------------------------------------- commands

@@ -21,7 +21,7 @@ from eve_ds.benchmark.quality import (
     table,
     write_results,
 )
-from eve_ds.config import MaskingConfig, load_config
+from eve_ds.config import ConfigError, MaskingConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -261,7 +261,7 @@ def test_table_replaces_the_text_between_the_marks_of_a_page(tmp_path):
     put_into(page, "| new |")
     assert page.read_text() == f"before\n{MARKS[0]}\n| new |\n{MARKS[1]}\nafter\n"
     page.write_text("nothing")
-    with pytest.raises(ValueError, match="lacks the marks"):
+    with pytest.raises(ConfigError, match=r"--page .* lacks the marks .*: put them where"):
         put_into(page, "| new |")
 
 

@@ -150,6 +150,34 @@ def test_an_unknown_error_keeps_its_traceback(run):
         run(raises(ZeroDivisionError()))
 
 
+@pytest.mark.parametrize(
+    ("parser", "arguments", "message"),
+    [
+        ("evaluate", ["ask", "--model", "m", "--image", "i", "--top", "0", "who?"], "--top: 0 must be at least 1"),
+        ("evaluate", ["ask", "--model", "m", "--image", "i", "--top", "-1", "who?"], "--top: -1 must be at least 1"),
+        ("evaluate", ["task", "--model", "m", "--out", "o", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+        ("demo", ["--seeds", "0"], "--seeds: 0 must be at least 1"),
+        ("quality", ["--seeds", "0"], "--seeds: 0 must be at least 1"),
+        ("quality", ["--jobs", "0"], "--jobs: 0 must be at least 1"),
+        ("quality", ["--tasks", "caption"], "--tasks: invalid choice: 'caption' (choose from "),
+    ],
+)
+def test_values_of_options_are_checked_before_a_command_runs(capsys, parser, arguments, message):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        PARSERS[parser].parse_args(arguments)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_page_without_marks_is_refused_before_the_jobs_of_quality(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)
+    (tmp_path / "page.md").write_text("no marks")
+    assert benchmark.main(["quality", "--out", str(tmp_path / "o"), "--page", str(tmp_path / "page.md")]) == 2
+    assert "page.md lacks the marks <!-- quality --> and <!-- end of quality -->: put them" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_options_are_short_for_overrides():
     arguments = pretrain.build_parser().parse_args(
         ["--set", "train.seed=3", "train.max_steps=1", "--max_steps", "5", "--init", "a", "--output_dir", "b"]

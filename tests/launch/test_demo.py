@@ -256,8 +256,8 @@ run_step([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "demo: name at least one seed, and each once (see --help)\n"),
-        (["--seed", "1", "--seed", "1"], "demo: name at least one seed, and each once (see --help)\n"),
+        (["--seeds", "0"], "demo: argument --seeds: 0 must be at least 1 (see --help)\n"),
+        (["--seed", "1", "--seed", "1"], "demo: --seed (1 1) must name each seed once (see --help)\n"),
         (["--seeds", "2", "--seed", "1"], "demo: argument --seed: not allowed with argument --seeds (see --help)\n"),
     ],
 )

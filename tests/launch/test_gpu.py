@@ -91,6 +91,19 @@ def test_no_part_starts_after_the_time(tmp_path):
     assert json.loads(file.read_text())["parts"] == dict.fromkeys(["facts", "tests"], "not run: no time left")
 
 
+def test_half_a_row_of_a_stopped_part_is_left_out(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    whole = json.dumps({"part": "facts", "what": "device", "name": "cpu"}) + "\n"
+    rows.write_text(whole + '{"part": "st')
+    (tmp_path / "tiny").mkdir()
+    metrics = json.dumps({"kind": "train", "step": 3}) + "\n"
+    (tmp_path / "tiny" / "metrics.jsonl").write_text(metrics + '{"ki')
+    gpu.write_document(rows, {"step": "stopped"}, tmp_path)
+    (file,) = tmp_path.glob("cpu-*.json")
+    assert [row["what"] for row in json.loads(file.read_text())["rows"]] == ["device", "engine"]
+    assert rows.read_text() == whole, "the next part begins a line of its own"
+
+
 def test_bad_input_is_one_line(tmp_path):
     done = run("--out", tmp_path, "--wheels", tmp_path)
     assert (done.returncode, done.stderr) == (

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from eve_ds.cli.prepare import main
 
@@ -139,6 +140,8 @@ def test_nlvr_and_a_tokenizer_of_its_captions(tmp_path):
         ),
         (["scenes", "--num_samples", "0", "--out", "o"], "argument --num_samples: 0 must be at least 1"),
         (["scenes", "--num_samples", "x", "--out", "o"], "invalid whole number value: 'x'"),
+        (["table", "t.csv", "--delimiter", "ab", "--out", "o"], r"--delimiter: 'ab' must be one character, or \t for"),
+        (["table", "t.csv", "--delimiter", "", "--out", "o"], "--delimiter: '' must be one character"),
         (["scenes"], "the following arguments are required: --out (see --help)"),
         (["parquet", "x"], "invalid choice: 'parquet'"),
         (["tokenizer", "--shards", ".", "--vocab_size", "99", "--out", "o"], "holds no .tar shards"),
@@ -157,6 +160,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
     assert message in shown.err
     assert (shown.err.count("\n"), shown.out) == (1, "")
     assert not (tmp_path / "o").exists()
+
+
+def test_a_tab_may_be_escaped(tmp_path):
+    (tmp_path / "a.txt").write_text("image\tcaption\na.png\ta cat\n")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    arguments = ["table", str(tmp_path / "a.txt"), "--delimiter", r"\t", "--workers", "1", "--out", str(tmp_path / "o")]
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "o" / "report.json").read_text())["samples"] == 1
 
 
 def test_a_read_only_folder_is_one_line(tmp_path):
