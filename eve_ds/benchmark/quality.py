@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from eve_ds.config import ConfigError
 from eve_ds.data.synthetic.questions import unbound_accuracy
+from eve_ds.data.synthetic.scenes import WORD_CLASSES
 from eve_ds.report.records import with_current_names
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launcher"
@@ -52,8 +53,6 @@ PRICES: dict[str, tuple[str, ...]] = {
 }
 """Pre-training runs with one mask setting of the paper instead of eve_tiny's cheaper one, and one run with a mask that
 is even cheaper."""
-WORDS = ("color", "shape", "size", "position")
-"""Word classes of the evaluation in pre-training; keys in `metrics.jsonl`."""
 ANOTHER = ", wrong image"
 """Suffix of a measure for which the model received the image of another scene."""
 TASKS = ("vqa", "nlvr", "nlvr_words", "retrieval", "retrieval_words")
@@ -245,9 +244,9 @@ def _figures_of_pretraining(metrics: Path) -> dict[str, float]:
     if not evaluations:
         return found
     last = evaluations[-1]
-    asked = {f"words of {kind}": last[kind] for kind in WORDS}
+    asked = {f"words of {kind}": last[kind] for kind in WORD_CLASSES}
     asked["all words of fully masked captions"] = last["hidden_words"]
-    asked |= {f"words of {kind}, a quarter of the patches": last["masked_image"][kind] for kind in WORDS}
+    asked |= {f"words of {kind}, a quarter of the patches": last["masked_image"][kind] for kind in WORD_CLASSES}
     for name, answers in asked.items():
         found |= {name: round(answers["right"], 4), name + ANOTHER: round(answers["wrong"], 4)}
     error = last["pixel_loss"]

@@ -25,21 +25,21 @@ MAX_LANES = 64
 """Up to this number of readers open disjoint shards; more readers share the shards of a lane."""
 MIXTURE_BLOCK = 1024
 """Slots of a lane in which every source gets exactly its share; shares are therefore accurate to 1/1024."""
-CACHED_LAYOUTS = 256
+CACHED_PATTERNS = 256
 """Number of cached window permutations and of cached mixture patterns: a few per lane."""
 
 
-class Layout(NamedTuple):
-    """Division of a global batch into `lanes` pieces of `width` consecutive slots."""
+class Lanes(NamedTuple):
+    """Division of a global batch into `number` lanes of `width` consecutive slots."""
 
-    lanes: int
+    number: int
     width: int
 
 
-def layout_for(train_batch_size: int) -> Layout:
-    """Return the layout with the largest number of lanes, at most MAX_LANES, that divides the global batch."""
-    lanes = max(count for count in range(1, MAX_LANES + 1) if train_batch_size % count == 0)
-    return Layout(lanes, train_batch_size // lanes)
+def lanes_for(train_batch_size: int) -> Lanes:
+    """Return the largest number of lanes, at most MAX_LANES, that divides the global batch."""
+    most = max(number for number in range(1, MAX_LANES + 1) if train_batch_size % number == 0)
+    return Lanes(most, train_batch_size // most)
 
 
 class Place(NamedTuple):
@@ -91,22 +91,22 @@ class SourceOrder:
     Args:
         name: label of the source, part of the random keys.
         shard_sizes: number of samples of each shard.
-        layout: lanes; the width is the number of consecutive samples of this source that belong to one lane.
+        lanes: the width is the number of consecutive samples of this source that belong to one lane.
         window: number of consecutive samples of a lane that are shuffled together.
         seed: seed of the run.
     """
 
-    def __init__(self, name: str, shard_sizes: Sequence[int], layout: Layout, window: int, seed: int) -> None:
+    def __init__(self, name: str, shard_sizes: Sequence[int], lanes: Lanes, window: int, seed: int) -> None:
         self.num_samples = sum(shard_sizes)
-        self._name, self._layout, self._window, self._seed = name, layout, window, seed
+        self._name, self._lanes, self._window, self._seed = name, lanes, window, seed
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._epochs = _Cache(self._make_epoch, 4)
-        self._windows = _Cache(self._make_window, CACHED_LAYOUTS)
+        self._windows = _Cache(self._make_window, CACHED_PATTERNS)
 
     def locate(self, number: int) -> tuple[int, int, int]:
         """Return epoch, shard, and index in the shard of sample `number` of the source, counted over all epochs."""
         epoch = number // self.num_samples
-        lane = number // self._layout.width % self._layout.lanes
+        lane = number // self._lanes.width % self._lanes.number
         turn = self._before(number, lane) - self._before(epoch * self.num_samples, lane)
         window, offset = divmod(turn, self._window)
         plan = self._epochs(epoch)
@@ -117,14 +117,14 @@ class SourceOrder:
 
     def _before(self, number: int, lane: int) -> int:
         """Return how many sample numbers below `number` belong to the lane."""
-        lanes, width = self._layout
+        lanes, width = self._lanes
         rounds, rest = divmod(number, lanes * width)
         return rounds * width + min(max(rest - lane * width, 0), width)
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         shards = sample_rng(self._seed, epoch, f"shards of {self._name}").permutation(len(self._sizes))
         first, last = epoch * self.num_samples, (epoch + 1) * self.num_samples
-        sizes = [self._before(last, lane) - self._before(first, lane) for lane in range(self._layout.lanes)]
+        sizes = [self._before(last, lane) - self._before(first, lane) for lane in range(self._lanes.number)]
         starts = np.cumsum([0, *sizes[:-1]]).tolist()
         return _Epoch(shards, self._sizes[shards].cumsum(), starts, sizes)
 
@@ -144,27 +144,27 @@ class StreamOrder:
     Args:
         shard_sizes: for each source, the number of samples of each shard.
         weights: weight of each source in the mixture, relative to the others.
-        layout: lanes of the global batch.
+        lanes: division of the global batch.
         window: see :class:`SourceOrder`.
         seed: seed of the run.
     """
 
     def __init__(
-        self, shard_sizes: Sequence[Sequence[int]], weights: Sequence[float], layout: Layout, window: int, seed: int
+        self, shard_sizes: Sequence[Sequence[int]], weights: Sequence[float], lanes: Lanes, window: int, seed: int
     ) -> None:
-        blocks = 1 if len(weights) == 1 else -(-MIXTURE_BLOCK // layout.width)
-        self.layout = layout
-        self.quotas = mixture_quotas(weights, blocks * layout.width)
+        blocks = 1 if len(weights) == 1 else -(-MIXTURE_BLOCK // lanes.width)
+        self.lanes = lanes
+        self.quotas = mixture_quotas(weights, blocks * lanes.width)
         self.sources = [
-            SourceOrder(f"source {number}", sizes, Layout(layout.lanes, quota), window, seed)
+            SourceOrder(f"source {number}", sizes, Lanes(lanes.number, quota), window, seed)
             for number, (sizes, quota) in enumerate(zip(shard_sizes, self.quotas, strict=True))
         ]
         self._block = sum(self.quotas)
-        self._patterns = _Cache(partial(_mixture_pattern, self.quotas, seed), CACHED_LAYOUTS)
+        self._patterns = _Cache(partial(_mixture_pattern, self.quotas, seed), CACHED_PATTERNS)
 
     def locate(self, slot: int) -> Place:
         """Return the location of the sample of slot `slot`."""
-        lanes, width = self.layout
+        lanes, width = self.lanes
         rounds, rest = divmod(slot, lanes * width)
         lane, offset = divmod(rest, width)
         block, turn = divmod(rounds * width + offset, self._block)

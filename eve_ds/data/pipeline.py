@@ -24,7 +24,7 @@ from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator, PretrainingObjective
 from eve_ds.data.errors import BadSample
 from eve_ds.data.held_out import held_out_share, is_held_out
-from eve_ds.data.order import Layout, Place, Position, StreamOrder, layout_for, merge_positions
+from eve_ds.data.order import Lanes, Place, Position, StreamOrder, lanes_for, merge_positions
 from eve_ds.data.sources import SampleSource, UnusableData, open_sources
 from eve_ds.distributed import get_logger
 
@@ -274,7 +274,7 @@ def build_loader(
     identity = _identity(config, sources, states)
     num_streams = max(config.data.num_workers, 1)
     position = _position(states, rank, world_size, micro_batch_size, num_streams)
-    order = _order(config, sources, Layout(*identity["layout"]))
+    order = _order(config, sources, Lanes(*identity["layout"]))
     share = config.data.max_bad_share
     num_samples = sum(sum(source.shard_sizes) for source in sources)
     pipeline = DataPipeline(
@@ -301,11 +301,11 @@ def build_loader(
     return loader
 
 
-def _order(config: Config, sources: Sequence[SampleSource], layout: Layout) -> StreamOrder:
+def _order(config: Config, sources: Sequence[SampleSource], lanes: Lanes) -> StreamOrder:
     return StreamOrder(
         [source.shard_sizes for source in sources],
         [source.weight for source in config.data.sources],
-        layout,
+        lanes,
         config.data.shuffle_buffer,
         config.train.seed,
     )
@@ -338,7 +338,7 @@ def _identity(config: Config, sources: Sequence[SampleSource], states: Sequence[
                     "would come, or in another order; keep it, or start without the position"
                 )
     # Derived from the batch size, but a run resumed with another batch size keeps its original order.
-    identity["layout"] = states[0]["layout"] if states else list(layout_for(config.train.train_batch_size))
+    identity["layout"] = states[0]["layout"] if states else list(lanes_for(config.train.train_batch_size))
     return identity
 
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from eve_ds.data.synthetic.scenes import WORD_CLASSES
 from eve_ds.report.records import Record, column, loss_terms, of_kind
 from eve_ds.report.style import FAINT, IMAGE_COLOR, INK, RIGHT_COLOR, TEXT_COLOR, WRONG_COLOR, save, tidy
 
@@ -20,8 +21,6 @@ PANELS = {  # name in the record: title, color; another loss term has its name a
     "load_balancing": ("load balancing (1 = balanced)", "#6b4fa0"),
     "lr": ("learning rate", FAINT),
 }
-EVALUATED = ("color", "shape", "size", "position")
-"""Word classes with a panel if the run was evaluated at least twice."""
 
 
 def plot_curves(records: list[Record], path: Path) -> Path:
@@ -38,7 +37,7 @@ def plot_curves(records: list[Record], path: Path) -> Path:
     named = dict.fromkeys([*PANELS, *loss_terms(train[-1])])
     hidden = ("loss", "router_z")
     terms = [name for name in named if name not in hidden and np.isfinite(column(train, name)).any()]
-    words = [name for name in EVALUATED if len(evals) > 1 and name in evals[-1]]
+    words = [name for name in WORD_CLASSES if len(evals) > 1 and name in evals[-1]]
     rows = (len(terms) + 1) // 2 + (len(words) + 1) // 2
     figure = Figure(figsize=(9.2, 0.5 + 2.3 * rows), layout="constrained")
     last = train[-1]

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import rich.box
 import rich.table
 
+from eve_ds.data.synthetic.scenes import WORD_CLASSES
 from eve_ds.model.moe import RouterStatistics, router_metrics
 from eve_ds.report.experts import shares
 from eve_ds.report.records import Record, column, loss_terms, of_kind
 
-WORDS = ("color", "shape", "size", "position")
-"""Word classes of the evaluation on scenes, in the order of rows."""
 LABELS = {"hidden_words": "all words of hidden captions"}
 PROBES = {
     "position_to_color": "position -> color",
@@ -72,10 +71,10 @@ def evaluation_tables(result: dict[str, Any]) -> list[Table]:
     masked = result.get("masked_image", {})
     if "color" in result:
         given = "the whole image" if masked else "a masked image"
-        names = [*WORDS, *(["hidden_words"] if "hidden_words" in result else [])]
+        names = [*WORD_CLASSES, *(["hidden_words"] if "hidden_words" in result else [])]
         tables.append(_words_table(f"Masked words predicted correctly, given {given}", result, names))
     if masked:
-        tables.append(_words_table("Masked words predicted correctly, given a masked image", masked, WORDS))
+        tables.append(_words_table("Masked words predicted correctly, given a masked image", masked, WORD_CLASSES))
     if "pixel_loss" in result:
         tables.append(_pixels_table(result["pixel_loss"]))
     if "binding" in result:
@@ -141,11 +140,11 @@ def seeds_table(entries: Sequence[dict[str, Any]]) -> Table:
             `peak_memory_bytes` and `export_max_abs_diff` added.
     """
     rows = [("accuracy of masked words, right image / wrong image", *[""] * len(entries))]
-    names = (*WORDS, "hidden_words")
+    names = (*WORD_CLASSES, "hidden_words")
     rows += [(f"  {LABELS.get(name, name)}", *(" / ".join(_pair(entry[name])) for entry in entries)) for name in names]
     rows.append(("the same, given a masked image", *[""] * len(entries)))
     masked = [entry["masked_image"] for entry in entries]
-    rows += [(f"  {name}", *(" / ".join(_pair(words[name])) for words in masked)) for name in WORDS]
+    rows += [(f"  {name}", *(" / ".join(_pair(words[name])) for words in masked)) for name in WORD_CLASSES]
     rows.append(("masked pixels, right caption / wrong caption", *[""] * len(entries)))
     losses = [entry["pixel_loss"] for entry in entries]
     rows.append(("  squared error", *(f"{loss['right']:.4f} / {loss['wrong']:.4f}" for loss in losses)))

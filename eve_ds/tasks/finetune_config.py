@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from eve_ds.config import Config, ConfigError, load_config, parse_config
+from eve_ds.data.synthetic.scenes import LevelName
 from eve_ds.tasks.registry import named_task, task_class
 from eve_ds.tasks.saved import read_start
 from eve_ds.tasks.task import no_scenes
 
-LEVELS = ("easy", "hard")
+LEVELS = get_args(LevelName)
 """Difficulties of generated scenes."""
 
 

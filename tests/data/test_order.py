@@ -8,20 +8,20 @@ from itertools import islice
 import pytest
 
 from eve_ds.config import ConfigError
-from eve_ds.data.order import Layout, Position, StreamOrder, layout_for, merge_positions, mixture_quotas
+from eve_ds.data.order import Lanes, Position, StreamOrder, lanes_for, merge_positions, mixture_quotas
 
 SIZES = [7, 1, 30, 12, 3]
-LAYOUT = Layout(8, 2)
+LANES = Lanes(8, 2)
 
 
-def make_order(shard_sizes=(SIZES,), weights=(1.0,), layout=LAYOUT, window=5, seed=0):
-    return StreamOrder(shard_sizes, weights, layout, window, seed)
+def make_order(shard_sizes=(SIZES,), weights=(1.0,), lanes=LANES, window=5, seed=0):
+    return StreamOrder(shard_sizes, weights, lanes, window, seed)
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 1), Layout(8, 2), Layout(64, 1), Layout(3, 7), Layout(64, 32)])
+@pytest.mark.parametrize("lanes", [Lanes(1, 1), Lanes(8, 2), Lanes(64, 1), Lanes(3, 7), Lanes(64, 32)])
 @pytest.mark.parametrize("window", [1, 5, 1000])
-def test_consecutive_slots_of_an_epoch_hold_every_sample_once(layout, window):
-    order = make_order(layout=layout, window=window)
+def test_consecutive_slots_of_an_epoch_hold_every_sample_once(lanes, window):
+    order = make_order(lanes=lanes, window=window)
     everything = Counter((shard, number) for shard, size in enumerate(SIZES) for number in range(size))
     for epoch in range(4):
         places = [order.locate(slot) for slot in range(epoch * 53, (epoch + 1) * 53)]
@@ -31,7 +31,7 @@ def test_consecutive_slots_of_an_epoch_hold_every_sample_once(layout, window):
 
 @pytest.mark.parametrize("sizes", [[1], [2], [1, 1, 1]])
 def test_epochs_are_complete_with_fewer_samples_than_lanes(sizes):
-    order = make_order([sizes], layout=Layout(64, 1))
+    order = make_order([sizes], lanes=Lanes(64, 1))
     total = sum(sizes)
     for epoch in range(5):
         places = [order.locate(slot) for slot in range(epoch * total, (epoch + 1) * total)]
@@ -59,7 +59,7 @@ def test_place_of_a_slot_does_not_depend_on_earlier_calls():
 def test_a_lane_reads_its_shards_sequentially():
     """Ranks with different lanes open disjoint sets of shards; a lane has few shards open at a time."""
     sizes = [100] * 64
-    order = make_order([sizes], layout=Layout(8, 1), window=50)
+    order = make_order([sizes], lanes=Lanes(8, 1), window=50)
     for lane in range(8):
         shards = [order.locate(slot).shard for slot in range(lane, 6400, 8)]
         assert len(set(shards)) in (8, 9)
@@ -69,7 +69,7 @@ def test_a_lane_reads_its_shards_sequentially():
 
 def test_mixture_follows_the_weights_and_completes_epochs_of_every_source():
     sizes = [[40, 60], [30], [8, 9]]
-    order = make_order(sizes, (6.0, 3.0, 1.0), Layout(8, 4))
+    order = make_order(sizes, (6.0, 3.0, 1.0), Lanes(8, 4))
     block = 8 * 1024
     places = [order.locate(slot) for slot in range(2 * block)]
     for half in (places[:block], places[block:]):
@@ -88,7 +88,7 @@ def test_mixture_follows_the_weights_and_completes_epochs_of_every_source():
 
 
 def test_batches_contain_all_sources():
-    order = make_order([[1000], [1000]], (1.0, 1.0), Layout(64, 1))
+    order = make_order([[1000], [1000]], (1.0, 1.0), Lanes(64, 1))
     shares = [sum(order.locate(slot).source for slot in range(start, start + 64)) / 64 for start in range(0, 6400, 64)]
     assert sum(0.25 < share < 0.75 for share in shares) >= 98
 
@@ -102,12 +102,12 @@ def test_quotas_fill_the_block_and_give_every_source_a_slot():
         mixture_quotas([1.0] * 5, 4)
 
 
-def test_layout_divides_the_global_batch():
-    assert layout_for(64) == (64, 1)
-    assert layout_for(2048) == (64, 32)
-    assert layout_for(20) == (20, 1)
-    assert layout_for(67) == (1, 67)
-    assert layout_for(96) == (48, 2)
+def test_lanes_divide_the_global_batch():
+    assert lanes_for(64) == (64, 1)
+    assert lanes_for(2048) == (64, 32)
+    assert lanes_for(20) == (20, 1)
+    assert lanes_for(67) == (1, 67)
+    assert lanes_for(96) == (48, 2)
 
 
 def serve(position, count, holes=frozenset()):

@@ -6,23 +6,21 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
 from eve_ds.data.importers.candidate import Candidate, InlineBytes
-from eve_ds.data.synthetic.scenes import Scenes
-
-Level = Literal["easy", "hard"]
+from eve_ds.data.synthetic.scenes import LevelName, Scenes, Split
 
 
 @dataclass(frozen=True)
 class SceneCandidate:
     """A scene that the worker draws; its id names level, seed, split and index."""
 
-    level: Level
+    level: LevelName
     seed: int
-    split: Literal["train", "val", "test"]
+    split: Split
     index: int
     num_captions: int = 1
 
@@ -42,9 +40,7 @@ class SceneCandidate:
 class GeneratedScenes:
     """The first `num_samples` scenes of a split."""
 
-    def __init__(
-        self, num_samples: int, level: Level = "easy", seed: int = 0, split: Literal["train", "val", "test"] = "train"
-    ) -> None:
+    def __init__(self, num_samples: int, level: LevelName = "easy", seed: int = 0, split: Split = "train") -> None:
         self._parts = (level, seed, split)
         self.total: int | None = num_samples
         self.description: dict[str, Any] = {
@@ -61,5 +57,5 @@ class GeneratedScenes:
 
 
 @lru_cache(maxsize=4)
-def _scenes(level: Level, seed: int, split: Literal["train", "val", "test"]) -> Scenes:
+def _scenes(level: LevelName, seed: int, split: Split) -> Scenes:
     return Scenes(level, seed=seed, split=split)

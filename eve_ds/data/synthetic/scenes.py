@@ -21,6 +21,8 @@ from eve_ds.config import ConfigError
 LevelName = Literal["easy", "hard"]
 Split = Literal["train", "val", "test"]
 WordClass = Literal["color", "shape", "size", "position"]
+WORD_CLASSES: tuple[WordClass, ...] = get_args(WordClass)
+"""Classes of the words that say something about the image; keys of evaluations on scenes."""
 
 IMAGE_SIZE = 64
 """Height and width in pixels."""
@@ -94,7 +96,7 @@ LEVELS: dict[str, Level] = {
 _COLOR_NAMES = tuple(COLORS)
 _COLOR_CODES = {name: code for code, name in enumerate(COLORS)}
 _SHAPE_CODES = {name: code for code, name in enumerate(SHAPES)}
-_WORD_CLASSES: dict[str, WordClass] = {
+_CLASS_OF_WORD: dict[str, WordClass] = {
     **dict.fromkeys(COLORS, "color"),
     **dict.fromkeys(SHAPES, "shape"),
     **dict.fromkeys(SIZES, "size"),
@@ -104,7 +106,7 @@ _WORD_CLASSES: dict[str, WordClass] = {
 
 def word_class(word: str) -> WordClass | None:
     """Return the class of a caption word; None for words that say nothing about the image (`a`, `and`, `of`)."""
-    return _WORD_CLASSES.get(word)
+    return _CLASS_OF_WORD.get(word)
 
 
 _MASK64 = (1 << 64) - 1
