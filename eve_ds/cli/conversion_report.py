@@ -15,7 +15,7 @@ def print_start(report: StartReport, out: Path) -> None:
     from eve_ds.export.start import DRAWN
 
     drawn = [name for name, origin in report.origins.items() if origin == DRAWN]
-    print(f"{out}: weights to start from, of {report.source}")
+    print(f"{out}: initial weights, converted from {report.source}")
     print(f"tensors     {report.tensors}, of which {len(drawn)} drawn: {listed(drawn)}")
     print_weights(report)
     for note in report.notes:

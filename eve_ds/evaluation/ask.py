@@ -49,7 +49,9 @@ def _batch(loaded: TaskModel, images: Sequence[Path], texts: Sequence[str]) -> T
     """The images, repeated for every text."""
     needed = loaded.task.num_images(loaded.config)
     if len(images) != needed:
-        raise ConfigError(f"the model looks at {needed} images at once, {len(images)} were given")
+        raise ConfigError(
+            f"--image was given {len(images)} times, the model needs {needed}: give it once per image of a question"
+        )
     examples = [Example(str(number), tuple(images), text) for number, text in enumerate(texts)]
     try:
         pixels = ImageReader(loaded.config, training=False)(examples[0])

@@ -1,8 +1,8 @@
 """Initialize an EVE from a dense image Transformer (sparse upcycling, arXiv 2212.05055).
 
-Supported are folders of Hugging Face's ViT and BEiT, and BEiTv2, the initialization of the paper, as published by its
-authors (a .pth file) and by timm (a folder or its file); :mod:`eve_ds.export.dense` has their names. From layer N are
-taken:
+The source is a folder of Hugging Face's ViT or BEiT, or BEiTv2, the initialization of the paper, as published by its
+authors (a .pth file) or by timm (a folder or its file); :mod:`eve_ds.export.dense` has their names. EVE takes these
+parts of layer N:
 
 attention             fused q, k, v. Keys of BEiT have no bias, like ours. The bias b of ViT's keys is dropped without
                       error: it adds q . b to the scores of a query for all keys, which does not change the softmax.
@@ -11,7 +11,7 @@ gamma_1, gamma_2      lambda_1, lambda_2 of BEiT; gamma_1, gamma_2 of BEiTv2; 1 
 feed-forward          for the image network of a shallow layer, on request for its text network; for every expert of an
                       MoE layer, each with its own noise, so that experts differ
 
-Also taken are patch projection, class token, position table (resized to the images of the model) and the final
+EVE also takes the patch projection, class token, position table (resized to the images of the model) and the final
 LayerNorm, if the checkpoint has one. Most BEiTs have relative position biases instead of a position table; EVE has no
 counterpart, so the position table then has its random initialization. Everything else is initialized as in a new model:
 words, routers, modality embeddings, decoders.

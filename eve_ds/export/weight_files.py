@@ -28,7 +28,7 @@ class WeightFileError(ValueError):
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read name -> tensor, on the CPU in the precision of the file, which may stay mapped into memory.
 
-    Supported are .safetensors and files of torch.save (.pth, .pt, .bin) with a dictionary of tensors, either directly
+    The file is a .safetensors, or a file of torch.save (.pth, .pt, .bin) with a dictionary of tensors, either directly
     or under the key `model`, `state_dict` or `module`. Pickles are read only by torch.load(weights_only=True): a pickle
     that refers to anything except tensors and plain data is refused, and nothing that it refers to is called.
 

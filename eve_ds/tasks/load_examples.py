@@ -69,7 +69,7 @@ def _check(examples: Sequence[Example], num_images: int, where: Path) -> None:
         if len(example.images) != num_images:
             raise ConfigError(
                 f"{where}: example {example.key} has {len(example.images)} images where task.num_images is "
-                f"{num_images}: set it, or give the other data"
+                f"{num_images}: set task.num_images to {len(example.images)}, or give other data"
             )
     chosen = examples[:: probe_step(len(examples))]
     paths = [source for example in chosen for source in example.images if isinstance(source, Path)]

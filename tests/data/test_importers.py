@@ -137,7 +137,7 @@ def test_caption_json_reads_one_or_several_captions_and_ids(tmp_path):
         ('{"images": []}', "found an object with the keys images"),
         ('[{"file": "a", "text": "b"}]', "found a list of an object with the keys file, text"),
         ("[]", "found a list of 0"),
-        ("3", "found a int"),
+        ("3", "found a number"),
     ],
 )
 def test_caption_json_of_another_format_is_refused(tmp_path, text, message):

@@ -74,7 +74,7 @@ def test_released_weights_become_a_folder_that_loads(convert, state, file, tmp_p
     assert config.model.image_size == 96
     assert torch.equal(model.backbone.blocks[2].moe.experts.fc1.weight[3], expert(state, 2, 3))
     lines = dict(re.split(r"\s{2,}|: ", line, maxsplit=1) for line in stdout.splitlines())
-    assert lines[str(out)] == f"weights to start from, of {file}"
+    assert lines[str(out)] == f"initial weights, converted from {file}"
     assert re.fullmatch(r"\d+, of which \d+ drawn: pixel_decoder\.blocks\.0\..* and \d+ more", lines["tensors"])
     assert lines["experts"] == "4 in layer 1, 4 in layer 2"
     assert lines["note"] == "backbone.image_embedding.position: 65 rows of the file became 145"
@@ -88,7 +88,7 @@ def test_a_dense_checkpoint_becomes_a_folder_that_loads(convert, dense, tmp_path
     out = tmp_path / "out"
     code, stdout, _ = convert("upcycle", dense, "--out", out, "--noise", "0", "--text_from_image", *CONFIG)
     assert code == 0
-    assert f"{out}: weights to start from, of {dense}" in stdout
+    assert f"{out}: initial weights, converted from {dense}" in stdout
     assert "note        the checkpoint was trained with gelu, the model uses quick_gelu" in stdout
     blocks = load(out)[0].backbone.blocks
     assert torch.equal(blocks[1].moe.experts.fc1.weight[0], blocks[1].moe.experts.fc1.weight[3])

@@ -128,11 +128,11 @@ def test_nlvr_and_a_tokenizer_of_its_captions(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nlvr", "nothing.tar.xz", "--out", "o"], "prepare: source nothing.tar.xz does not exist"),
+        (["nlvr", "nothing.tar.xz", "--out", "o"], "prepare: source nothing.tar.xz does not exist: check the path"),
         (["json", "list.json", "--out", "o"], "list.json is not a caption JSON: expected ["),
         (["karpathy", "list.json", "--out", "o"], "list.json is not a Karpathy JSON: expected {"),
         (["table", "t.csv", "--out", "o"], "t.csv has no column 'image'; it has: a, b"),
-        (["img2dataset", "t.csv", "--out", "o"], "prepare: img2dataset folder t.csv is not a folder"),
+        (["img2dataset", "t.csv", "--out", "o"], "prepare: img2dataset folder t.csv is not a folder: check the path"),
         (["scenes", "--num_samples", "5", "--out", "t.csv"], "prepare: cannot write to t.csv: "),
         (
             ["scenes", "--num_samples", "5", "--exclude_ids", "no", "--out", "o"],

@@ -115,8 +115,8 @@ def test_splits_of_karpathy(load):
     ("task", "content", "message"),
     [
         ("vqa", [QUESTION, QUESTION], "question id or identifier 7 occurs more than once: remove all but one"),
-        ("vqa", [{**QUESTION, "question": ""}], r"entry 0: question \(''\) must be a text"),
-        ("vqa", [{**QUESTION, "answer": 3}], r"entry 0: answer \(3\) must be a text or a list of texts"),
+        ("vqa", [{**QUESTION, "question": ""}], r"entry 0: question \(''\) must be a non-empty string"),
+        ("vqa", [{**QUESTION, "answer": 3}], r"entry 0: answer \(3\) must be a string or a list of strings"),
         ("vqa", [QUESTION, "x"], "entry 1: must be an object"),
         ("vqa", [{**QUESTION, "image": "c.jpg"}], r"none of 1 probed images exists .*c\.jpg\): set the folder"),
         ("vqa", "{", r"0\.json is not JSON"),
@@ -125,7 +125,7 @@ def test_splits_of_karpathy(load):
         (
             "nlvr",
             [{"images": ["a.jpg"], "sentence": "s", "label": "True"}],
-            r"has 1 images where task\.num_images is 2",
+            r"has 1 images where task\.num_images is 2: set task\.num_images to 1, or give other data",
         ),
         (
             "nlvr",

@@ -321,7 +321,7 @@ def test_ask_and_rank_return_sorted_answers(task_tree, tmp_path):
     matches = rank(retrieval, image, ["a red circle", "a blue square"])
     assert {match.caption for match in matches} == {"a red circle", "a blue square"}
     assert matches[0].match >= matches[1].match
-    with pytest.raises(ConfigError, match="looks at 1 images at once, 2 were given"):
+    with pytest.raises(ConfigError, match="--image was given 2 times, the model needs 1: give it once per image"):
         ask(vqa, [image, image], ["what?"])
     with pytest.raises(ConfigError, match=r"image .*gone\.png cannot be used: missing image"):
         rank(retrieval, tmp_path / "gone.png", ["a"])

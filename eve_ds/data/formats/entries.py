@@ -40,14 +40,14 @@ class Entry(NamedTuple):
         """Value of a key that must be a non-empty string or a whole number, as a string."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise self.error(f"{key} ({value!r}) must be a text")
+            raise self.error(f"{key} ({value!r}) must be a non-empty string or a whole number")
         return str(value)
 
     def file_name(self, key: str) -> str:
         """Value of a key that must be a non-empty string."""
         value = self.get(key)
         if not isinstance(value, str) or not value:
-            raise self.error(f"{key} ({value!r}) must be a text")
+            raise self.error(f"{key} ({value!r}) must be a non-empty string")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Entry(NamedTuple):
         value = self.get(key)
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(f"{key} ({value!r}) must be a text or a list of texts")
+            raise self.error(f"{key} ({value!r}) must be a string or a list of strings")
         return tuple(value)
 
     def label(self) -> bool | None:
@@ -79,7 +79,7 @@ def list_entries(files: Iterable[Path]) -> Iterator[Entry]:
     for path in files:
         tree = read_json(path)
         if not isinstance(tree, list):
-            raise SourceError(f"{path} must be a list of entries, not an object")
+            raise SourceError(f"{path} must be a list of entries, not {described(tree)}")
         yield from numbered(tree, path)
 
 
@@ -108,4 +108,4 @@ def described(tree: Any) -> str:
         return "an object with the keys " + (", ".join(list(tree)[:MOST_KEYS]) or "(none)")
     if isinstance(tree, list):
         return f"a list of {len(tree)}"
-    return f"a {type(tree).__name__}"
+    return {str: "a string", bool: "a boolean", type(None): "null"}.get(type(tree), "a number")

@@ -8,7 +8,7 @@ from pathlib import Path
 from eve_ds.data.errors import SourceError
 
 PROBED_IMAGES = 20
-"""Images spread over a set of which at least one must exist, or the image folder is taken to be wrong."""
+"""Number of images to probe; if none exists, the image folder is wrong."""
 
 
 def first_existing(folder: Path, names: Sequence[str]) -> Path:

@@ -58,13 +58,13 @@ def captioned_image(entry: Entry) -> CaptionedImage:
     """Record of an entry; raises :class:`SourceError` for a field that is missing or malformed."""
     folder = entry.get("filepath", "")
     if not isinstance(folder, str):
-        raise entry.error(f"filepath ({folder!r}) must be a text")
+        raise entry.error(f"filepath ({folder!r}) must be a string")
     path = str(PurePosixPath(folder) / entry.file_name("filename"))
     sentences = entry.get("sentences")
     if not isinstance(sentences, list) or not all(isinstance(item, dict) for item in sentences):
         raise entry.error(f"image {path} has no sentences but {sentences!r}: give a list of objects with `raw`")
     captions = tuple(item.get("raw") for item in sentences)
     if not all(isinstance(caption, str) for caption in captions):
-        raise entry.error(f"raw of a sentence of image {path} must be a text")
+        raise entry.error(f"raw of a sentence of image {path} must be a string")
     cocoid = entry.get("cocoid")
     return CaptionedImage(entry, path, captions, None if cocoid is None else str(cocoid))

@@ -81,7 +81,7 @@ class CaptionJson:
 
 
 class Table:
-    """A CSV or TSV file with a header row; rows of one image need not stand together."""
+    """A CSV or TSV file with a header row; rows of one image need not be adjacent."""
 
     def __init__(
         self,

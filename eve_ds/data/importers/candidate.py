@@ -117,7 +117,7 @@ def existing(path: str | Path, what: str) -> Path:
     """Absolute path of a file or folder that must exist; raises :class:`SourceError` with `what` as its name."""
     resolved = Path(path).resolve()
     if not resolved.exists():
-        raise SourceError(f"{what} {path} does not exist")
+        raise SourceError(f"{what} {path} does not exist: check the path")
     return resolved
 
 
@@ -125,7 +125,7 @@ def existing_folder(path: str | Path, what: str) -> Path:
     """Absolute path of a folder that must exist; raises :class:`SourceError`."""
     resolved = existing(path, what)
     if not resolved.is_dir():
-        raise SourceError(f"{what} {path} is not a folder")
+        raise SourceError(f"{what} {path} is not a folder: check the path")
     return resolved
 
 
@@ -133,5 +133,5 @@ def existing_file(path: str | Path, what: str) -> Path:
     """Absolute path of a file that must exist; raises :class:`SourceError`."""
     resolved = existing(path, what)
     if not resolved.is_file():
-        raise SourceError(f"{what} {path} is not a file")
+        raise SourceError(f"{what} {path} is not a file: check the path")
     return resolved

@@ -1,7 +1,7 @@
 """Masked words as features: likelihood of every word at each place of a caption whose words are all hidden.
 
-Masked signal modeling has no head that compares an image with a text, but learns to tell the two apart: beside an
-image, the text head gives every word a likelihood at each masked place. The logarithm of a caption's likelihood is
+Masked signal modeling has no head that compares an image with a text. But the text head, given an image, assigns every
+word a likelihood at each masked place. The logarithm of a caption's likelihood is
 
     sum over places n of  state_n . embedding(word_n) + bias(word_n) - log Z_n
 

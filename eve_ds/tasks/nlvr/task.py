@@ -129,7 +129,7 @@ class NLVR(ClassificationTask):
         return {"answer": chance > 0.5, "true": round(chance, 5)}
 
     def metrics(self, examples: Sequence[Example], predictions: dict[str, Record]) -> dict[str, Any]:
-        """Accuracy, and consistency: the share of groups of which every example is judged right."""
+        """Accuracy, and consistency: the fraction of groups in which every prediction is correct."""
         right: dict[str, list[bool]] = defaultdict(list)
         for example in examples:
             answer = predictions[example.key].get("answer")
@@ -152,7 +152,7 @@ class NLVR(ClassificationTask):
     def write_csv(cls, predictions: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         """Write the rows `dev-1572-0-0.png,true` that NLVR's `metrics_images.py` reads, one per image.
 
-        Keys must be names of images without suffix, as of the format `nlvr`. Skipped examples are left out; the script
+        Keys must be names of images without suffix, as in the format `nlvr`. Skipped examples are left out; the script
         reports them.
         """
         rows = [f"{key}.png,{str(item['answer']).lower()}" for key, item in predictions.items() if "answer" in item]

@@ -20,10 +20,10 @@ def test_errors_of_sources_are_errors_of_the_configuration():
     ("content", "read", "message"),
     [
         (7, lambda entry: entry.text("a"), "must be an object"),
-        ({"a": ""}, lambda entry: entry.text("a"), r"a \(''\) must be a text"),
-        ({"a": True}, lambda entry: entry.text("a"), r"a \(True\) must be a text"),
-        ({"a": 5}, lambda entry: entry.file_name("a"), r"a \(5\) must be a text"),
-        ({"a": ["x", 1]}, lambda entry: entry.texts("a"), r"a \(\['x', 1\]\) must be a text or a list of texts"),
+        ({"a": ""}, lambda entry: entry.text("a"), r"a \(''\) must be a non-empty string or a whole number"),
+        ({"a": True}, lambda entry: entry.text("a"), r"a \(True\) must be a non-empty string or a whole number"),
+        ({"a": 5}, lambda entry: entry.file_name("a"), r"a \(5\) must be a non-empty string"),
+        ({"a": ["x", 1]}, lambda entry: entry.texts("a"), r"a \(\['x', 1\]\) must be a string or a list of strings"),
         ({"label": "maybe"}, lambda entry: entry.label(), r"label \('maybe'\) must be true or false"),
     ],
 )
@@ -46,8 +46,13 @@ def test_entries_are_numbered_within_their_file(tmp_path):
     assert [entry.where for entry in found] == [
         f"{tmp_path}/{f}.json entry {i}" for f in ("list", "lines") for i in (0, 1)
     ]
+    (tmp_path / "number.json").write_text("7")
+    with pytest.raises(SourceError, match=r"number\.json must be a list of entries, not a number"):
+        list(list_entries([tmp_path / "number.json"]))
     (tmp_path / "object.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"object\.json must be a list of entries, not an object"):
+    with pytest.raises(
+        SourceError, match=r"object\.json must be a list of entries, not an object with the keys \(none\)"
+    ):
         list(list_entries([tmp_path / "object.json"]))
 
 

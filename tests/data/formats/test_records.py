@@ -35,11 +35,11 @@ def test_karpathy_record_has_path_captions_and_image_id():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"sentences": []}, r"filename \(None\) must be a text"),
-        ({"filename": "a", "filepath": 3, "sentences": []}, r"filepath \(3\) must be a text"),
+        ({"sentences": []}, r"filename \(None\) must be a non-empty string"),
+        ({"filename": "a", "filepath": 3, "sentences": []}, r"filepath \(3\) must be a string"),
         ({"filename": "a"}, "image a has no sentences but None: give a list of objects with `raw`"),
         ({"filename": "a", "sentences": ["x"]}, r"image a has no sentences but \['x'\]"),
-        ({"filename": "a", "sentences": [{"raw": 3}]}, "raw of a sentence of image a must be a text"),
+        ({"filename": "a", "sentences": [{"raw": 3}]}, "raw of a sentence of image a must be a string"),
     ],
 )
 def test_malformed_karpathy_entries_are_refused(content, message):
