@@ -4,7 +4,7 @@
     task      a fine-tuned model on examples of its task: metrics, and predictions in a folder
     zero_shot retrieval by a pre-trained model, without fine-tuning
     ask       answers of a model to a question, or to a statement, about an image
-    rank      captions, ordered by how well they fit an image
+    rank      rank captions by their match to an image
 
 Needs neither DeepSpeed nor a process group; `task` and `zero_shot` also run under torchrun, deepspeed, srun and
 mpirun, where each rank takes a share. Rerun the same command to resume after a kill. Options of a command:
@@ -14,12 +14,11 @@ mpirun, where each rank takes a share. Rerun the same command to resume after a 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eve_ds.cli.command import BAD_INPUT, INTERRUPTED, Parser, exit_code_table, positive, run_command, start_log
 
@@ -41,7 +40,7 @@ def build_parser() -> Parser:
     _add_task(commands.add_parser("task", help="fine-tuned model on examples of its task"))
     _add_zero_shot(commands.add_parser("zero_shot", help="retrieval by a pre-trained model"))
     _add_ask(commands.add_parser("ask", help="answers of a model about an image"))
-    _add_rank(commands.add_parser("rank", help="captions, ordered by how well they fit an image"))
+    _add_rank(commands.add_parser("rank", help="rank captions by their match to an image"))
     return parser
 
 
@@ -129,6 +128,7 @@ def evaluate_scenes(arguments: argparse.Namespace) -> list[Table]:
     """Tables of masked words, pixels and binding."""
     from eve_ds.config import ConfigError
     from eve_ds.evaluation import scenes as evaluation
+    from eve_ds.evaluation.predictions import write_json
     from eve_ds.export import load
     from eve_ds.report.tables import evaluation_tables
 
@@ -137,7 +137,8 @@ def evaluate_scenes(arguments: argparse.Namespace) -> list[Table]:
     model, config, tokenizer = load(arguments.model)
     result = evaluation.evaluate_scenes(model, config, tokenizer, num_scenes=arguments.num_scenes)
     if arguments.json is not None:
-        write_json(result, arguments.json)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.json, result)
     return evaluation_tables(result)
 
 
@@ -239,11 +240,3 @@ def rank_captions(arguments: argparse.Namespace) -> list[Table]:
         (item.caption, f"{item.similarity:.3f}", "-" if item.match is None else f"{item.match:.3f}") for item in found
     ]
     return [Table(str(arguments.image), ("caption", "similarity", "match"), rows)]
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    """Write the file whole or not at all, so that a later step can trust it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)

@@ -22,9 +22,9 @@ from eve_ds.distributed import gather_objects
 from eve_ds.evaluation.scenes import (
     SIDES,
     Tally,
-    ask,
     evaluation_config,
     nest,
+    predict_masked,
     with_another_caption,
     with_another_image,
     with_whole_caption,
@@ -90,7 +90,7 @@ def _tally_words(tally: Tally, model: nn.Module, batch: Batch) -> None:
     labels = batch.token_labels
     assert labels is not None
     for side, shown in (("right", batch), ("wrong", with_another_image(batch))):
-        logits = ask(model, shown).token_logits().float()
+        logits = predict_masked(model, shown).token_logits().float()
         tally.add(f"word_loss.{side}", F.cross_entropy(logits, labels, reduction="none"))
         tally.add(f"word_accuracy.{side}", (logits.argmax(dim=-1) == labels).float())
 
@@ -100,7 +100,7 @@ def _tally_pixels(tally: Tally, model: nn.Module, batch: Batch, config: ModelCon
     assert pixels is not None
     assert masked is not None
     for side, shown in (("right", batch), ("wrong", with_another_caption(batch))):
-        predictions: Tensor | None = ask(model, shown).pixel_predictions
+        predictions: Tensor | None = predict_masked(model, shown).pixel_predictions
         assert predictions is not None
         loss = ops.masked_pixel_loss(pixels, predictions, masked, config.patch_size, normalize=config.normalizes_pixels)
         tally.add(f"pixel_loss.{side}", loss)

@@ -19,7 +19,7 @@ from torch import nn
 
 from eve_ds.config import ConfigError
 from eve_ds.distributed import broadcast_object, gather_objects
-from eve_ds.tasks.batches import TaskCollator
+from eve_ds.tasks.batches import ImageReader, Inference, TaskCollator
 from eve_ds.tasks.examples import Example, fingerprint
 from eve_ds.tasks.task import Task
 from eve_ds.topology import Topology
@@ -64,9 +64,9 @@ def evaluate(
     if problem is not None:
         raise ConfigError(problem)
     todo = [key for key in queries if key not in done][rank::world_size]
-    model.eval()
+    inference = Inference(model.eval(), ImageReader(task.config, training=False), collate, batch_size)
     with _part(out, rank).open("w", encoding="utf-8") as file:
-        for number, record in enumerate(task.predict(model, examples, todo, collate, batch_size), start=1):
+        for number, record in enumerate(task.predict(inference, examples, todo), start=1):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             if number % FLUSH_EVERY == 0:
                 file.flush()
@@ -88,7 +88,7 @@ def _begin(out: Path, identity: dict[str, Any], task: Task) -> tuple[set[str], s
         problem = _check_identity(out / IDENTITY, identity)
         if problem is not None:
             return set(), problem
-        _write_json(out / IDENTITY, identity)
+        write_json(out / IDENTITY, identity)
         records = _kept(_collect(out), task)
         _write_lines(out / PREDICTIONS, records.values())
         for part in _parts(out):
@@ -143,11 +143,12 @@ def _finish(task: Task, examples: Sequence[Example], queries: list[str], out: Pa
         part.unlink()
     skipped = Counter(record["skipped"] for record in ordered.values() if "skipped" in record)
     metrics = task.metrics(examples, ordered) | {f"skipped/{reason}": count for reason, count in skipped.items()}
-    _write_json(out / METRICS, metrics)
+    write_json(out / METRICS, metrics)
     return metrics
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write the file whole or not at all, so that a later step can trust it."""
     _replace(file, json.dumps(content, indent=1) + "\n")
 
 

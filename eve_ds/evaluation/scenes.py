@@ -9,7 +9,7 @@ model knows which attribute belongs to which object in a scene of two objects.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast, get_args
 
@@ -22,13 +22,13 @@ from eve_ds.config import Config, ConfigError, ModelConfig
 from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.synthetic.probes import BindingProbe, ProbeType, binding_probes
-from eve_ds.data.synthetic.scenes import IMAGE_SIZE, LevelName, Scene, Scenes, word_class
+from eve_ds.data.synthetic.scenes import IMAGE_SIZE, WORD_CLASSES, LevelName, Scene, Scenes, word_class
 from eve_ds.distributed import all_reduce_sum
 from eve_ds.model.eve import EVE, EVEOutput
 from eve_ds.objectives.registry import objectives_of
+from eve_ds.tasks.batches import chunks
+from eve_ds.tasks.features.words import inner_words
 
-WORD_CLASSES = ("color", "shape", "size", "position")
-"""Word classes of :func:`eve_ds.data.synthetic.scenes.word_class`; keys of the result."""
 SIDES = ("right", "wrong")
 """The other modality: of the same scene, or of another scene."""
 MASKED = "masked_image."
@@ -125,7 +125,7 @@ def evaluate_scenes(
     scenes = Scenes(_level(config), SCENES_SEED, "val")
     mine = [scenes[index] for index in range(rank, num_scenes, world_size)]
     tally = Tally()
-    for chunk in _chunks(mine, batch_size):
+    for chunk in chunks(mine, batch_size):
         batch = collate(samples_of(chunk)).to(device)
         if config.model.predicts_words:
             _tally_words(tally, model, batch, tokenizer)
@@ -156,7 +156,7 @@ def samples_of(scenes: Sequence[Scene]) -> list[Sample]:
     return [Sample(f"eval-{i}", 0, scene.image, scene.caption) for i, scene in enumerate(scenes)]
 
 
-def ask(model: nn.Module, batch: Batch) -> EVEOutput:
+def predict_masked(model: nn.Module, batch: Batch) -> EVEOutput:
     """Predict masked patches and words of one view, the visible parts of the batch, whatever the objectives are."""
     return cast(EVE, model).predict(
         pixel_values=batch.normalized_pixels,
@@ -184,8 +184,7 @@ def with_hidden_caption(batch: Batch, mask_token_id: int) -> Batch:
     """Return the batch with all words masked and to be predicted."""
     assert batch.input_ids is not None
     assert batch.attention_mask is not None
-    place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-    words = (place > 0) & (place < batch.attention_mask.sum(dim=1, keepdim=True) - 1)  # neither [CLS] nor [SEP]
+    words = inner_words(batch.input_ids, batch.attention_mask)
     return replace(
         batch,
         masked_input_ids=batch.input_ids.masked_fill(words, mask_token_id),
@@ -228,7 +227,7 @@ def _hits(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return whether each masked word is predicted correctly, (M,) fp32, for the right and for a wrong image."""
     shown = {"right": batch, "wrong": with_another_image(batch)}
     return {
-        side: (ask(model, batch).token_logits().argmax(dim=-1) == _labels(batch)).float()
+        side: (predict_masked(model, batch).token_logits().argmax(dim=-1) == _labels(batch)).float()
         for side, batch in shown.items()
     }
 
@@ -247,14 +246,14 @@ def _tally_pixels(tally: Tally, model: nn.Module, batch: Batch, scenes: Sequence
     patches = ops.patchify(foreground.float(), config.patch_size).amax(dim=-1).to(pixels.device) > 0  # (B, N)
     chosen = patches.gather(1, whole.masked_patch_ids)
     for side, shown in (("right", whole), ("wrong", with_another_caption(whole))):
-        predictions = ask(model, shown).pixel_predictions
+        predictions = predict_masked(model, shown).pixel_predictions
         assert predictions is not None
         loss = ops.masked_pixel_loss(
             pixels,
             predictions,
             whole.masked_patch_ids,
             config.patch_size,
-            normalize=config.pixel_target == "normalized",
+            normalize=config.normalizes_pixels,
         )
         tally.add(f"pixel_loss.{side}", loss[chosen])
 
@@ -267,7 +266,7 @@ def _tally_binding(
     tokenizer: PreTrainedTokenizerFast,
     batch_size: int,
 ) -> None:
-    for chunk in _chunks(probes, batch_size):
+    for chunk in chunks(probes, batch_size):
         for prefix, whole_image in (("", True), (MASKED, False)):
             answers = answer_probes(model, chunk, collate, tokenizer, whole_image=whole_image)
             for probe, given in zip(chunk, answers, strict=True):
@@ -296,7 +295,8 @@ def answer_probes(
         input_ids[row, : len(ids)] = torch.tensor(ids)
         asked.append(row * input_ids.shape[1] + 1 + probe.asked)  # [CLS] comes first
     batch = replace(batch, masked_input_ids=input_ids, masked_token_ids=torch.tensor(asked), token_labels=None)
-    output = ask(model, (with_whole_image(batch) if whole_image else batch).to(next(model.parameters()).device))
+    shown = with_whole_image(batch) if whole_image else batch
+    output = predict_masked(model, shown.to(next(model.parameters()).device))
     return list(tokenizer.convert_ids_to_tokens(output.token_logits().argmax(dim=-1).tolist()))
 
 
@@ -325,10 +325,6 @@ def evaluation_config(config: Config) -> Config:
             "train": config.train.model_copy(update={"seed": 0}),
         }
     )
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def nest(flat: dict[str, float]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from eve_ds import ops
 from eve_ds.config import ModelConfig
 from eve_ds.data.batch import Batch
-from eve_ds.evaluation.scenes import ask, with_whole_caption, with_whole_image
+from eve_ds.evaluation.scenes import predict_masked, with_whole_caption, with_whole_image
 from eve_ds.report.style import FAINT, INK, RIGHT_COLOR, WRONG_COLOR, save
 
 MASKED_GRAY = 0.62
@@ -88,13 +88,13 @@ def reconstruct(
             "collate with masking.predicted_patch_share 1"
         )
     is_joint = "joint" in config.objectives
-    pixels = ask(model, batch if is_joint else with_whole_caption(batch)).pixel_predictions
-    words = ask(model, batch if is_joint else with_whole_image(batch))
+    pixels = predict_masked(model, batch if is_joint else with_whole_caption(batch)).pixel_predictions
+    words = predict_masked(model, batch if is_joint else with_whole_image(batch))
     index = batch.masked_patch_ids.unsqueeze(-1).expand(-1, -1, true.shape[-1])
     hidden = true.gather(1, index)
     assert pixels is not None
     predicted = pixels.float()
-    if config.pixel_target == "normalized":
+    if config.normalizes_pixels:
         mean, variance = hidden.mean(dim=-1, keepdim=True), hidden.var(dim=-1, keepdim=True)
         predicted = predicted * (variance + eps).sqrt() + mean
     gray = torch.full_like(hidden, 2 * MASKED_GRAY - 1)
@@ -125,7 +125,7 @@ def note_on(config: ModelConfig) -> str:
         else "patches were predicted given the whole caption, words given the whole image."
     )
     shade = "\nPredicted patches are shown with the true patch's mean and deviation."
-    return f"Patches and words in boxes were masked; {shown}{shade if config.pixel_target == 'normalized' else ''}"
+    return f"Patches and words in boxes were masked; {shown}{shade if config.normalizes_pixels else ''}"
 
 
 def plot_reconstructions(examples: list[Example], path: Path, title: str, note: str) -> Path:

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config, TaskConfig
-from eve_ds.data.captions import CaptionEncoder, check_vocabulary
+from eve_ds.data.captions import CaptionEncoder, check_vocabulary, padded
 from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
@@ -176,10 +176,10 @@ class TaskCollator:
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, L) int64 token ids and (B, L) bool mask; L is the length of the longest text."""
-        rows = [torch.from_numpy(self._texts.encode(text)) for text in texts]
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._texts.pad_id)
+        rows = [self._texts.encode(text) for text in texts]
         lengths = torch.tensor([len(row) for row in rows])
-        return input_ids, torch.arange(input_ids.shape[1]) < lengths[:, None]
+        longest = int(lengths.max())
+        return padded(rows, longest, self._texts.pad_id), torch.arange(longest) < lengths[:, None]
 
 
 class _Item(NamedTuple):
@@ -289,7 +289,7 @@ def _usable(batch: TaskBatch | UnusableData) -> TaskBatch:
 class _Stack:
     """Makes a batch of items of the data set, or the error among them.
 
-    A class, as loader processes receive it by pickle.
+    A class, because loader processes receive it by pickle.
     """
 
     def __init__(self, collate: TaskCollator) -> None:
@@ -305,6 +305,28 @@ class _Stack:
         return self._collate([item.example for item in items], [item.images for item in items], skipped)
 
 
+def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    """Consecutive parts of a sequence, each of `size` items but the last."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+class Inference(NamedTuple):
+    """A model, and what it takes to run it on examples."""
+
+    model: nn.Module
+    """The plain model on its device, in evaluation mode."""
+    reader: ImageReader
+    """Reads images for evaluation."""
+    collate: TaskCollator
+    batch_size: int
+    """Examples, images, captions or pairs per forward; predictions do not depend on it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.model.parameters()).device
+
+
 class Read(NamedTuple):
     """A batch to predict, and the examples that could not be read, as (example, reason)."""
 
@@ -312,18 +334,16 @@ class Read(NamedTuple):
     skipped: list[tuple[Example, str]]
 
 
-def evaluation_batches(
-    examples: Sequence[Example], reader: ImageReader, collate: TaskCollator, batch_size: int
-) -> Iterator[Read]:
+def evaluation_batches(inference: Inference, examples: Sequence[Example]) -> Iterator[Read]:
     """Batches of every example once, in order; a batch is None if none of its examples could be read."""
-    for start in range(0, len(examples), batch_size):
+    for chunk in chunks(examples, inference.batch_size):
         chosen: list[Example] = []
         images: list[NDArray[np.uint8]] = []
         skipped: list[tuple[Example, str]] = []
-        for example in examples[start : start + batch_size]:
+        for example in chunk:
             try:
-                images.append(reader(example))
+                images.append(inference.reader(example))
                 chosen.append(example)
             except BadSample as error:
                 skipped.append((example, error.reason))
-        yield Read(collate(chosen, images) if chosen else None, skipped)
+        yield Read(inference.collate(chosen, images) if chosen else None, skipped)

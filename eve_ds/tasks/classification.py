@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eve_ds.model.moe import MoEOutput
-from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator, evaluation_batches
+from eve_ds.tasks.batches import Inference, TaskBatch, evaluation_batches
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.task import Answer, Record, Task
 
@@ -49,19 +49,11 @@ class ClassificationTask(Task):
     def record(self, logits: Tensor) -> Record:
         """Prediction without its key, from the (classes,) fp32 logits of one example."""
 
-    def predict(
-        self,
-        model: nn.Module,
-        examples: Sequence[Example],
-        todo: Sequence[str],
-        collate: TaskCollator,
-        batch_size: int,
-    ) -> Iterator[Record]:
+    def predict(self, inference: Inference, examples: Sequence[Example], todo: Sequence[str]) -> Iterator[Record]:
         """One record for each key of `todo`."""
         wanted = set(todo)
         chosen = [example for example in examples if example.key in wanted]
-        reader = ImageReader(self.config, training=False)
-        for example, logits, reason in classify(model, chosen, reader, collate, batch_size):
+        for example, logits, reason in classify(inference, chosen):
             answer = {"skipped": reason} if logits is None else self.record(logits)
             yield {"key": example.key} | answer
 
@@ -77,13 +69,11 @@ class ClassificationTask(Task):
 
 
 @torch.no_grad()
-def classify(
-    model: nn.Module, examples: Sequence[Example], reader: ImageReader, collate: TaskCollator, batch_size: int
-) -> Iterator[Classified]:
+def classify(inference: Inference, examples: Sequence[Example]) -> Iterator[Classified]:
     """Logits of every example once; within a batch those that could not be read come first."""
-    device = next(model.parameters()).device
-    for read in evaluation_batches(examples, reader, collate, batch_size):
+    for read in evaluation_batches(inference, examples):
         yield from (Classified(example, None, reason) for example, reason in read.skipped)
         if read.batch is not None:
-            logits = model(**read.batch.to(device).model_inputs()).logits.float().cpu()
+            batch = read.batch.to(inference.device)
+            logits = inference.model(**batch.model_inputs()).logits.float().cpu()
             yield from (Classified(*pair) for pair in zip(read.batch.examples, logits, strict=True))

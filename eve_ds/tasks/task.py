@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from eve_ds.config import Config, ConfigError, ExamplesConfig, ModelConfig, TaskConfig
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
-from eve_ds.tasks.batches import TaskBatch, TaskCollator
+from eve_ds.tasks.batches import Inference, TaskBatch
 from eve_ds.tasks.examples import Example, SceneExamples, Section
 
 Record = dict[str, Any]
@@ -203,15 +203,14 @@ class Task(ABC):
         return [example.key for example in examples]
 
     @abstractmethod
-    def predict(
-        self,
-        model: nn.Module,
-        examples: Sequence[Example],
-        todo: Sequence[str],
-        collate: TaskCollator,
-        batch_size: int,
-    ) -> Iterator[Record]:
-        """One record for each key of `todo`."""
+    def predict(self, inference: Inference, examples: Sequence[Example], todo: Sequence[str]) -> Iterator[Record]:
+        """One record for each key of `todo`.
+
+        Args:
+            inference: the model of this task, and how to run it.
+            examples: all examples, equal on every rank.
+            todo: keys, among :meth:`queries`, that this rank predicts.
+        """
 
     @abstractmethod
     def metrics(self, examples: Sequence[Example], predictions: dict[str, Record]) -> dict[str, Any]:
@@ -234,12 +233,12 @@ class Task(ABC):
             raise ConfigError(USES[cls.command])
 
     def ask(self, model: nn.Module, batch: TaskBatch, top: int) -> list[Answer]:
-        """The `top` answers to each text of a batch, best first; raises ConfigError unless `command` is `ask`."""
-        raise ConfigError(USES[self.command])
+        """The `top` answers to each text of a batch, best first, if `command` is `ask`; see :meth:`check_command`."""
+        raise NotImplementedError
 
     def rank(self, model: nn.Module, batch: TaskBatch) -> list[Match]:
-        """Texts of a batch of one repeated image, best first; raises ConfigError unless `command` is `rank`."""
-        raise ConfigError(USES[self.command])
+        """Texts of a batch of one repeated image, best first, if `command` is `rank`; see :meth:`check_command`."""
+        raise NotImplementedError
 
 
 def task_section(config: Config) -> TaskConfig:

@@ -72,7 +72,7 @@ def test_a_killed_evaluation_is_completed(tmp_path, task_tree, monkeypatch):
     monkeypatch.setattr(
         prepared.task,
         "predict",
-        lambda model, examples, todo, *rest: asked.extend(todo) or predict(model, examples, todo, *rest),
+        lambda inference, examples, todo: asked.extend(todo) or predict(inference, examples, todo),
     )
     assert prepared.evaluate(broken) == whole
     assert asked == [json.loads(line)["key"] for line in [lines[3], *lines[4:]]]

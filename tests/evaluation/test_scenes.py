@@ -12,7 +12,7 @@ from eve_ds import ops
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.collate import Collator
 from eve_ds.data.synthetic.probes import binding_probes
-from eve_ds.data.synthetic.scenes import Scenes, word_class
+from eve_ds.data.synthetic.scenes import WORD_CLASSES, Scenes, word_class
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.transforms import normalize
 from eve_ds.evaluation.scenes import (
@@ -31,7 +31,6 @@ from eve_ds.model.eve import EVE, EVEOutput
 from eve_ds.objectives.registry import OBJECTIVES
 
 NUM_SCENES, BATCH = 24, 8
-CLASSES = ("color", "shape", "size", "position")
 CONFIG = parse_config({"model": {"image_size": 64, "patch_size": 8, "vocab_size": 256, "text_length": 24}})
 
 
@@ -124,7 +123,7 @@ def test_oracle_predicts_words_correctly_only_with_the_right_image(result, scene
             kind = word_class(own[column])
             asked[kind] += 1
             hits[kind] += column < len(other) and own[column] == other[column]
-    for kind in CLASSES:
+    for kind in WORD_CLASSES:
         assert asked[kind] > 10
         for given in (found, found["masked_image"]):  # the oracle recognizes masked images, too
             assert given[kind]["right"] == 1.0
@@ -244,7 +243,7 @@ def test_scenes_and_probes_keep_random_order_if_training_uses_reading_order(resu
 
 def test_real_models_can_be_evaluated(tokenizer):
     config = tiny_config("data.sources=[{kind: scenes, level: hard}]")
-    words = {*CLASSES, "hidden_words", "masked_image"}
+    words = {*WORD_CLASSES, "hidden_words", "masked_image"}
     for objectives, asked in (
         (["mim", "mlm"], {*words, "pixel_loss"}),
         (["joint"], {*words, "pixel_loss"}),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from eve_ds.data.errors import BadSample
 from eve_ds.distributed import gather_objects
-from eve_ds.tasks.batches import ImageReader, TaskCollator
+from eve_ds.tasks.batches import Inference, TaskBatch, chunks
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.retrieval.pair_models import PairScorer
 from eve_ds.topology import Topology
@@ -27,23 +27,12 @@ class Gallery:
     """Features of all images and captions, each computed on one rank and known to all.
 
     Args:
-        model: the model, on its device.
+        inference: a :class:`PairScorer`, and how to run it.
         examples: captions with their images, equal on every rank.
-        reader: reads images for evaluation.
-        collate: makes batches for the model.
-        batch_size: images, captions or pairs per forward.
     """
 
-    def __init__(
-        self,
-        model: PairScorer,
-        examples: Sequence[Example],
-        reader: ImageReader,
-        collate: TaskCollator,
-        batch_size: int,
-    ) -> None:
-        self.model, self.reader, self.collate, self.batch_size = model, reader, collate, batch_size
-        self.device = next(cast(nn.Module, model).parameters()).device
+    def __init__(self, inference: Inference, examples: Sequence[Example]) -> None:
+        self.inference, self.model = inference, cast(PairScorer, inference.model)
         self.examples = list(examples)
         self.first = {example.group: example for example in reversed(self.examples)}
         """Image -> its first example."""
@@ -59,7 +48,7 @@ class Gallery:
             return  # no image can be read, so every query is skipped
         texts = _over_ranks(self._text_features, [example.key for example in self.examples])
         self.image_features = torch.stack([images[group] for group in self.groups])
-        if model.centered:
+        if self.model.centered:
             self.image_features -= self.image_features.mean(dim=0)
         self.text_features = torch.stack([texts[example.key] for example in self.examples])
 
@@ -103,32 +92,37 @@ class Gallery:
                 readable.append(group)
             except BadSample as error:
                 found[group] = error.reason
-        for chunk in _chunks(readable, self.batch_size):
-            batch = self.collate([self.first[group] for group in chunk], [self._pixels(group) for group in chunk])
-            features = self.model.image_features(batch.to(self.device).normalized_pixels.squeeze(1))
+        for chunk in chunks(readable, self.inference.batch_size):
+            batch = self._batch([self.first[group] for group in chunk], chunk)
+            features = self.model.image_features(batch.normalized_pixels.squeeze(1))
             found |= dict(zip(chunk, features.cpu(), strict=True))
         return found
 
+    def _batch(self, examples: Sequence[Example], groups: Sequence[str]) -> TaskBatch:
+        """Examples, each with the image of a group, on the device of the model."""
+        batch = self.inference.collate(examples, [self._pixels(group) for group in groups])
+        return batch.to(self.inference.device)
+
     def _pixels(self, group: str) -> NDArray[np.uint8]:
         if group not in self.pixels:
-            self.pixels[group] = self.reader(self.first[group])
+            self.pixels[group] = self.inference.reader(self.first[group])
         return self.pixels[group]
 
     def _text_features(self, keys: list[str]) -> dict[str, Any]:
         by_key = {example.key: example.text for example in self.examples}
         found: dict[str, Any] = {}
-        for chunk in _chunks(keys, self.batch_size):
-            input_ids, mask = self.collate.encode([by_key[key] for key in chunk])
-            features = self.model.text_features(input_ids.to(self.device), mask.to(self.device))
+        for chunk in chunks(keys, self.inference.batch_size):
+            input_ids, mask = self.inference.collate.encode([by_key[key] for key in chunk])
+            features = self.model.text_features(input_ids.to(self.inference.device), mask.to(self.inference.device))
             found |= dict(zip(chunk, features.cpu(), strict=True))
         return found
 
     def _match(self, pairs: list[tuple[str, str]]) -> Tensor:
         """(N,) log odds of pairs (image, caption)."""
         scores = []
-        for chunk in _chunks(pairs, self.batch_size):
+        for chunk in chunks(pairs, self.inference.batch_size):
             examples = [self.text_of[caption][1] for _, caption in chunk]
-            batch = self.collate(examples, [self._pixels(group) for group, _ in chunk]).to(self.device)
+            batch = self._batch(examples, [group for group, _ in chunk])
             pixels = batch.normalized_pixels.squeeze(1)
             scores.append(self.model.match_logits(pixels, batch.input_ids, batch.attention_mask).cpu())
         return torch.cat(scores)
@@ -142,7 +136,3 @@ def _over_ranks(compute: Callable[[list[str]], dict[str, Any]], names: list[str]
     for part in gather_objects(compute(names[rank::world_size])):
         merged |= part
     return merged
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

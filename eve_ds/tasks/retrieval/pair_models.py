@@ -29,6 +29,18 @@ class PairScorer(Protocol):
     matching: bool
     """Whether training computes pairs for ITM (three fifths of its cost), so that `match_logits` are log odds."""
 
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
+    ) -> RetrievalOutput:
+        """Similarities and pairs of one training step; a collective to which every rank brings B samples.
+
+        Args:
+            pixel_values: (B, 1, 3, H, W).
+            input_ids: (B, L) int64.
+            attention_mask: (B, L) bool.
+            targets: (B,) int64, equal for captions of the same image.
+        """
+
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, F) fp32."""
 
@@ -93,14 +105,7 @@ class RetrievalModel(nn.Module):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
     ) -> RetrievalOutput:
-        """Similarities and pairs of one training step; a collective to which every rank brings B samples.
-
-        Args:
-            pixel_values: (B, 1, 3, H, W).
-            input_ids: (B, L) int64.
-            attention_mask: (B, L) bool.
-            targets: (B,) int64, equal for captions of the same image.
-        """
+        """Similarities, and pairs unless `task.itm_weight` is 0; see :meth:`PairScorer.forward`."""
         pixel_values = pixel_values.squeeze(1)
         image_pass = self.backbone(pixel_values, visible_patch_ids=self.visible_patches(pixel_values))
         text_pass = self.backbone(input_ids=input_ids, attention_mask=attention_mask)

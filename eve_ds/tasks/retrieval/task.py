@@ -18,7 +18,7 @@ from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
 from eve_ds.objectives.contrastive import contrastive_loss, matching_loss
 from eve_ds.objectives.router import router_losses
-from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
+from eve_ds.tasks.batches import Inference, TaskBatch
 from eve_ds.tasks.examples import Example, SceneExamples, Section
 from eve_ds.tasks.features.words import Template
 from eve_ds.tasks.retrieval.examples import SceneCaptions, read_karpathy, read_released
@@ -88,7 +88,11 @@ class Retrieval(Task):
 
     @classmethod
     def zero_shot_settings(cls, model: ModelConfig, features: str | None, rerank: int) -> list[str]:
-        """Overrides of the configuration by what pre-training taught; raises ConfigError where it did not."""
+        """Overrides of the configuration by what pre-training taught.
+
+        Raises:
+            ConfigError: pre-training taught no features to compare, not `features`, or no matching for `rerank`.
+        """
         return zero_shot_settings(model, features, rerank)
 
     @classmethod
@@ -148,20 +152,12 @@ class Retrieval(Task):
         return [*(IMAGE + group for group in groups), *(TEXT + example.key for example in examples)]
 
     @torch.no_grad()
-    def predict(
-        self,
-        model: nn.Module,
-        examples: Sequence[Example],
-        todo: Sequence[str],
-        collate: TaskCollator,
-        batch_size: int,
-    ) -> Iterator[Record]:
+    def predict(self, inference: Inference, examples: Sequence[Example], todo: Sequence[str]) -> Iterator[Record]:
         """One record for each key of `todo`: the best candidates by dot product, and after re-ranking.
 
         A collective, as the ranks share the computation of features. Decoded images are kept in memory for re-ranking.
         """
-        reader = ImageReader(self.config, training=False)
-        gallery = Gallery(cast(PairScorer, model), examples, reader, collate, batch_size)
+        gallery = Gallery(inference, examples)
         for key in todo:
             yield {"key": key} | gallery.search(key, self.section.rerank)
 

@@ -1,11 +1,11 @@
 """Retrieval by masked words: image features and caption features whose dot product is a log-likelihood.
 
-A gallery of N images and any number of captions costs N forwards of the backbone, and pre-training needs no extra
-objective. Hiding all words together loses the dependence of the words on each other; the best candidates are therefore
-ordered again by the likelihood of each word beside half of the others (Salazar et al., "Masked Language Model
-Scoring", ACL 2020). The features need no fine-tuning, but can be fine-tuned by contrast, where captions cost next to
-nothing. They are long: D + 2 numbers for every place of every length, 0.1 MB for a caption of up to 38 words at the
-width of EVE-Base.
+A gallery of N images costs N forward passes per caption length of the template, whatever the number of captions.
+Pre-training needs no extra objective. Hiding all words together loses the dependence of the words on each other; the
+best candidates are therefore ordered again by the likelihood of each word beside half of the others (Salazar et al.,
+"Masked Language Model Scoring", ACL 2020). The features need no fine-tuning, but can be fine-tuned by contrast, where
+captions cost next to nothing. They are long: D + 2 numbers for every place of every length, 0.1 MB for a caption of up
+to 38 words at the width of EVE-Base.
 """
 
 from __future__ import annotations
@@ -56,14 +56,7 @@ class WordRetrievalModel(WordModel):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
     ) -> RetrievalOutput:
-        """Similarities of one training step; a collective to which every rank brings B samples.
-
-        Args:
-            pixel_values: (B, 1, 3, H, W).
-            input_ids: (B, L) int64.
-            attention_mask: (B, L) bool.
-            targets: (B,) int64, equal for captions of the same image.
-        """
+        """Similarities; see :meth:`eve_ds.tasks.retrieval.pair_models.PairScorer.forward`."""
         pixel_values = pixel_values.squeeze(1)
         passes = [self.hidden_words(pixel_values, length) for length in self.template.lengths]
         images = _features(passes)

@@ -13,7 +13,8 @@ def zero_shot_settings(model: ModelConfig, features: str | None, rerank: int) ->
     chosen = _taught_features(model, features)
     itm = "itm" in model.objectives
     if chosen == "class_token" and rerank and not itm:
-        raise ConfigError(f"--rerank {rerank}: pre-training without itm does not teach it; use --rerank 0")
+        names = ", ".join(model.objectives)
+        raise ConfigError(f"--rerank {rerank} needs a model pre-trained with itm, this one has {names}: use --rerank 0")
     itm_weight = int(chosen == "class_token" and itm)
     return [f"task.features={chosen}", f"task.itm_weight={itm_weight}", f"task.rerank={rerank}"]
 

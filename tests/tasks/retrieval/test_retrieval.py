@@ -10,7 +10,7 @@ from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.eve import initialize_weights
 from eve_ds.objectives.contrastive import IGNORED, contrastive_loss, draw_hard_negatives
-from eve_ds.tasks.batches import TaskBatch, TaskCollator
+from eve_ds.tasks.batches import ImageReader, Inference, TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.registry import task_class
 from eve_ds.tasks.retrieval import Retrieval
@@ -121,7 +121,8 @@ def test_candidates_equal_a_loop_over_all_pairs(task_tree):
     model, collate = drawn(task), TaskCollator(task.config, load_tokenizer("scenes"))
     words = ("red circle", "blue square", "green cross", "white triangle", "cyan circle")
     examples = [caption(str(i), "abbcd"[i], f"a {text}") for i, text in enumerate(words)]
-    records = {r["key"]: r for r in task.predict(model, examples, task.queries(examples), collate, batch_size=2)}
+    inference = Inference(model, ImageReader(task.config, training=False), collate, batch_size=2)
+    records = {r["key"]: r for r in task.predict(inference, examples, task.queries(examples))}
     assert list(records) == ["image:a", "image:b", "image:c", "image:d", *(f"text:{i}" for i in range(5))]
     with torch.no_grad():
         for key in ("image:b", "text:3"):

@@ -12,7 +12,7 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.evaluation.ask import rank
 from eve_ds.evaluation.zero_shot import load_zero_shot
 from eve_ds.export import load
-from eve_ds.tasks.batches import TaskBatch, TaskCollator
+from eve_ds.tasks.batches import ImageReader, Inference, TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.features.words import Template
 from eve_ds.tasks.registry import task_class
@@ -179,7 +179,8 @@ def test_zero_shot_by_words_ranks_by_likelihood_relative_to_other_images(pretrai
     (task, model, config, tokenizer, _), examples = load_zero_shot(folder, limit=6, rerank=3)
     examples = list(examples)
     collate = TaskCollator(config, tokenizer)
-    records = {r["key"]: r for r in task.predict(model, examples, task.queries(examples), collate, batch_size=4)}
+    inference = Inference(model, ImageReader(config, training=False), collate, batch_size=4)
+    records = {r["key"]: r for r in task.predict(inference, examples, task.queries(examples))}
     pixels = collate(examples, [example.images[0][None] for example in examples]).normalized_pixels.squeeze(1)
     table = torch.zeros(6, 6, dtype=torch.float64)
     for column, example in enumerate(examples):
@@ -222,7 +223,7 @@ def test_features_that_the_objective_does_not_teach_are_refused(pretrained, task
     assert task.template is not None
     with pytest.raises(ConfigError, match="pre-training by mim does not teach retrieval: fine-tune the model first"):
         load_zero_shot(pretrained("mim"))
-    with pytest.raises(ConfigError, match="--rerank 4: pre-training without itm does not teach it; use --rerank 0"):
+    with pytest.raises(ConfigError, match="--rerank 4 needs a model pre-trained with itm, this one has mlm, itc: use"):
         load_zero_shot(pretrained("mlm+itc"), rerank=4)
     (task, *_), _ = load_zero_shot(pretrained("mim+itc"), limit=4)
     assert task.template is None
