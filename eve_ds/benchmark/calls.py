@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eve_ds.benchmark.harness import Measure, measured
-from eve_ds.benchmark.measures import Rows, device
+from eve_ds.benchmark.inputs import device
+from eve_ds.benchmark.measures import Rows
 from eve_ds.benchmark.peers import join_group_of_one, stock_engine
 from eve_ds.config import Config, load_config
 from eve_ds.data.batch import Batch

@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from eve_ds import ops
-from eve_ds.benchmark.measures import REAL_TOKENS, device
-from eve_ds.benchmark.objectives import backward, draw_weights, random_inputs
+from eve_ds.benchmark.harness import rounded
+from eve_ds.benchmark.inputs import REAL_TOKENS, backward, device, draw_weights, random_inputs
 from eve_ds.config import load_config
 from eve_ds.model.attention import attend
 from eve_ds.model.eve import EVE
@@ -532,14 +532,10 @@ def main() -> None:
         "engine": partial(engine, arguments.preset, arguments.batch),
     }
     for row in parts[arguments.part]():
-        line = json.dumps({"part": arguments.part, **_rounded(row)})
+        line = json.dumps({"part": arguments.part, **rounded(row)})
         print(line, flush=True)
         with arguments.rows.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-
-def _rounded(row: Row) -> Row:
-    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
 if __name__ == "__main__":

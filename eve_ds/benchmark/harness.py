@@ -12,9 +12,8 @@ import ctypes
 import gc
 import json
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from eve_ds.benchmark.commit import commit
 from eve_ds.checkpoint.manifest import installed_version
 
 Run = Callable[[], object]
@@ -211,14 +211,14 @@ def append_results(rows: list[Measure], file: Path) -> None:
         if new:
             writer.writeheader()
         about = provenance()
-        writer.writerows({**_rounded(row), **about} for row in rows)
+        writer.writerows({**rounded(row._asdict()), **about} for row in rows)
 
 
 def json_line(row: Measure) -> str:
     """Return a row as one line of JSON."""
     keys = ("measure", "dtype", "shape", "peer", "ours_ms", "peer_ms", "ratio", "ours_mb", "peer_mb")
     counted = ("ours_gflop", "peer_gflop", "ours_calls", "peer_calls")
-    values = _rounded(row)
+    values = rounded(row._asdict())
     return json.dumps({key: values[key] for key in (*keys, *counted) if key in keys or values[key] is not None})
 
 
@@ -228,13 +228,14 @@ def provenance() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "torch": torch.__version__,
         "deepspeed": installed_version("deepspeed"),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
 
-def _rounded(row: Measure) -> dict[str, object]:
-    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row._asdict().items()}
+def rounded(row: Mapping[str, object]) -> dict[str, object]:
+    """Return a row of figures with four digits of each float."""
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _processor() -> str:
@@ -242,11 +243,3 @@ def _processor() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} thread"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

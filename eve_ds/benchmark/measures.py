@@ -6,9 +6,9 @@ Each measure yields one row per installed peer, and an :class:`Absent` for each 
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from eve_ds import ops
 from eve_ds.benchmark.harness import Absent, Measure, Run, compare
+from eve_ds.benchmark.inputs import REAL_TOKENS, backward, device, random_inputs, reference_ops
 from eve_ds.benchmark.peers import StockMoE, StockRouting, find, join_group_of_one, megatron_permutation
-from eve_ds.config import Config, ModelConfig, MoEConfig, load_config
+from eve_ds.config import Config, MaskingConfig, ModelConfig, MoEConfig, load_config
 from eve_ds.data.importers.generated import GeneratedScenes
-from eve_ds.data.masking import num_chosen
 from eve_ds.data.pipeline import Loader, build_loader
 from eve_ds.data.shard_writer import WriterOptions, write_shards
 from eve_ds.data.tokenizer import load_tokenizer
@@ -32,31 +32,19 @@ from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.model.eve import EVE
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
-from eve_ds.model.with_losses import weighted_sum
-from eve_ds.objectives.pretraining import pretraining_losses
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.ops import reference
 from eve_ds.ops.feed_forward import grouped_products
-from eve_ds.views import layouts_of
 
 TOKENS, WIDTH, EXPERTS = 4096, 768, 32
 """Sizes of the MoE layers of EVE-Base."""
 DTYPES = (torch.float32, torch.bfloat16)
-ANY_COUNTS = {"masked_patches": 1000.0, "masked_tokens": 100.0, "tokens": 1000.0}
-"""Denominators of losses whose value does not matter."""
-REAL_TOKENS = 12
-"""Tokens of a caption in the step benchmark, [CLS] and [SEP] included."""
 Rows = Iterator[list[Measure] | Absent]
 
 
 def is_quick(seconds: float) -> bool:
     """Whether the time budget is too short for large shapes."""
     return seconds < 1
-
-
-def device() -> torch.device:
-    """Return the GPU if one is available, otherwise the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def routing(seconds: float) -> Rows:
@@ -294,8 +282,8 @@ class BothForms:
         factor = config.model.moe.capacity_factor
         self.layers = [(block, block.moe, StockMoE(cast(MoE, block.moe), factor).train()) for block in blocks]
         self.optimizers = [self._optimizer(stock) for stock in (False, True)]
-        self.inputs, self.labels = self._batch(batch)
-        self.layouts = layouts_of(objectives_of(config.model), self.inputs, config.model.num_patches)
+        masks = {name: getattr(config.masking, name) for name in ("patch_mask_ratio", "predicted_patch_share")}
+        self.inputs = random_inputs(config, MaskingConfig.model_validate(masks), batch)  # views of whole batches
 
     def _place(self, stock: bool) -> None:
         for block, ours, theirs in self.layers:
@@ -305,47 +293,16 @@ class BothForms:
         self._place(stock)
         return torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
-    def _batch(self, size: int) -> tuple[dict[str, Tensor], Tensor]:
-        model = self.config.model
-        masked = round(self.config.masking.patch_mask_ratio * model.num_patches)
-        predicted = num_chosen(masked, self.config.masking.predicted_patch_share)
-        order = torch.stack([torch.randperm(model.num_patches) for _ in range(size)])
-        length = model.text_length
-        positions = torch.arange(size).unsqueeze(1) * length + torch.arange(1, 1 + REAL_TOKENS // 2)
-        inputs = {
-            "pixel_values": torch.randn(size, 3, model.image_size, model.image_size),
-            "visible_patch_ids": order[:, masked:].sort().values,
-            "masked_patch_ids": order[:, :predicted].sort().values,
-            "input_ids": torch.randint(5, model.vocab_size, (size, length)),
-            "attention_mask": (torch.arange(length) < REAL_TOKENS).expand(size, -1).contiguous(),
-            "masked_token_ids": positions.flatten(),
-        }
-        labels = torch.randint(5, model.vocab_size, (positions.numel(),))
-        return {name: tensor.to(device()) for name, tensor in inputs.items()}, labels.to(device())
-
     def step(self, stock: bool) -> None:
         """Run one step of the peer (`stock`) or of ours."""
-        before = os.environ.get("EVE_DS_OPS")
-        if stock:
-            os.environ["EVE_DS_OPS"] = "reference"
         self.model.backbone.keep_padding = stock
         self.model.pack_views = not stock  # DeepSpeed's layer accepts the tokens of one view only
         self._place(stock)
-        output = self.model(**self.inputs, layouts=None if stock else self.layouts)
-        targets = {
-            "pixel_values": self.inputs["pixel_values"],
-            "masked_patch_ids": self.inputs["masked_patch_ids"],
-            "token_labels": self.labels,
-        }
-        terms = pretraining_losses(output, targets, ANY_COUNTS, self.config.model)
-        weighted_sum(terms, self.config.loss.weights).backward()
-        optimizer = self.optimizers[stock]
-        optimizer.step()
-        optimizer.zero_grad()
-        if before is not None:
-            os.environ["EVE_DS_OPS"] = before
-        else:
-            os.environ.pop("EVE_DS_OPS", None)
+        with reference_ops() if stock else nullcontext():
+            backward(self.model, self.config, self.inputs | ({"layouts": None} if stock else {}))
+            optimizer = self.optimizers[stock]
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def data(seconds: float) -> Rows:

@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eve_ds.benchmark.commit import commit
 from eve_ds.cli.command import BAD_INPUT, FAILED, PACKAGE, Parser, complain, exit_code_table, run_command
 from eve_ds.cli.command import REPOSITORY as ROOT
 
@@ -246,7 +247,7 @@ def write_document(rows: Path, outcomes: dict[str, str], out: Path) -> None:
     about = next((row for row in found if row["what"] == "device"), {"name": "unknown"})
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     name = f"{about['name'].lower().replace(' ', '-').removeprefix('nvidia-')}-{date}.json"
-    document = {"date": date, "commit": _commit(), "parts": outcomes, "rows": found}
+    document = {"date": date, "commit": commit(), "parts": outcomes, "rows": found}
     (out / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(found, outcomes), encoding="utf-8")
 
@@ -280,11 +281,3 @@ def _last_training(run: Path) -> dict[str, Any]:
     records = [record for record in _records(run / "metrics.jsonl") if record["kind"] == "train"]
     keys = ("step", "loss", "samples_per_second", "model_flops_utilization")
     return {"what": "engine", **({key: records[-1][key] for key in keys if key in records[-1]} if records else {})}
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

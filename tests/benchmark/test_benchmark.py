@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from eve_ds.benchmark import calls, measures, objectives, peers
+from eve_ds.benchmark import calls, inputs, measures, objectives, peers
 from eve_ds.benchmark.harness import COLUMNS, append_results, compare, json_line
 from eve_ds.config import load_config
 from eve_ds.model.moe import MoE
@@ -67,6 +67,19 @@ def test_rows_are_appended_with_provenance(tmp_path):
     assert line["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("before", ["build", None])
+def test_the_choice_of_ops_is_restored_after_an_error(monkeypatch, before):
+    if before is None:
+        monkeypatch.delenv("EVE_DS_OPS", raising=False)
+    else:
+        monkeypatch.setenv("EVE_DS_OPS", before)
+    with inputs.reference_ops():
+        assert os.environ["EVE_DS_OPS"] == "reference"
+    with pytest.raises(ZeroDivisionError), inputs.reference_ops():
+        1 / 0  # noqa: B018
+    assert os.environ.get("EVE_DS_OPS") == before
+
+
 def outputs_of_both_layers(rank, world_size):
     torch.manual_seed(0)
     config = tiny_model()
@@ -99,7 +112,7 @@ def losses_of_both_implementations(rank, world_size):
         found.append({name: term.detach() for name, term in terms.items()})
         return terms["mim"] * 0
 
-    measures.weighted_sum = keep
+    inputs.weighted_sum = keep
     for optimizer in both.optimizers:
         optimizer.step = lambda: None
     both.step(stock=False)
@@ -141,7 +154,7 @@ def test_all_variants_of_objectives_are_compared_and_their_operations_counted():
     def expected(side):
         # A step costs three forward passes, minus the gradient of the pixels; padding costs attention here.
         model = config.model.model_copy(update={"objectives": side.objectives})
-        return 3 * pretraining_flops(model, side.masking, measures.REAL_TOKENS) / 1e9 * 2
+        return 3 * pretraining_flops(model, side.masking, inputs.REAL_TOKENS) / 1e9 * 2
 
     for row in rows:
         assert row.ours_gflop == pytest.approx(expected(objectives.OURS[row.measure.rpartition(",")[0]]), rel=0.07)
