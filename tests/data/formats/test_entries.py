@@ -56,10 +56,10 @@ def test_entries_are_numbered_within_their_file(tmp_path):
         list(list_entries([tmp_path / "object.json"]))
 
 
-@pytest.mark.parametrize("end", ["\x85", "\u2028", "\x0b"])
+@pytest.mark.parametrize("end", ["\x85", "\u2028"])
 def test_json_lines_end_at_line_feeds_alone(tmp_path, end):
     documents = [{"a": f"one{end}two"}, {"a": "three"}]
-    text = "\r\n".join(json.dumps(tree, ensure_ascii=end < " ") for tree in documents)
+    text = "\r\n".join(json.dumps(tree, ensure_ascii=False) for tree in documents)
     (tmp_path / "lines.json").write_bytes(text.encode())
     assert read_json(tmp_path / "lines.json") == documents
 
