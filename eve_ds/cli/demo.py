@@ -130,16 +130,12 @@ def train(run: Path, config: Config, settings: list[str]) -> None:
 
 
 def is_finished(run: Path, config: Config) -> bool:
-    """Whether the newest checkpoint of a run is the one of its last step."""
+    """Whether the newest checkpoint of a run is that of its end."""
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
         return False
     state = read_json(pointer.parent / pointer.read_text(encoding="utf-8").strip() / "state.json")
-    steps, seconds, budget = state.get("step", 0), state.get("seconds", 0.0), config.train.max_seconds
-    if steps >= config.train.max_steps:
-        return True
-    # A run with a time budget stops before the step that would exceed it.
-    return budget is not None and steps > 0 and seconds * (1 + 1 / steps) >= budget
+    return bool(state.get("ended_at") == config.train.limits)
 
 
 def check_same_settings(run: Path, config: Config) -> None:

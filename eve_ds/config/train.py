@@ -67,3 +67,8 @@ class TrainConfig(Section):
     """Folder of the run: configuration, metrics, checkpoints."""
     init: Path | None = None
     """Weights to start a new run from: an export, a checkpoint or a run of the same model; None: random weights."""
+
+    @property
+    def limits(self) -> list[float | None]:
+        """Where the run ends: `max_steps` and `max_seconds`, as the checkpoint of the end holds them."""
+        return [self.max_steps, self.max_seconds]

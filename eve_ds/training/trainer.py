@@ -93,7 +93,7 @@ class Trainer:
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.nonfinite.skips = state["nonfinite_skips"]
         # The time alone does not tell: a run ends before the step that would exceed its budget.
-        self.done = state.get("ended_at") == self._limits()
+        self.done = state.get("ended_at") == self.config.train.limits
         self.engine.global_steps, self.engine.global_samples = self.step, self.samples
         self.window = Window(started=self.seconds)
         self.feed.close()
@@ -200,7 +200,7 @@ class Trainer:
         """Write a checkpoint; with `async_save` only start it, to be published after the step that finds it written."""
         self._finish_save()
         counters = {"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite.skips}
-        ended = {"ended_at": self._limits()} if self.done else {}
+        ended = {"ended_at": self.config.train.limits} if self.done else {}
         check = self.job.check_inputs(self.last_batch)
         inputs = None if check is None else check.to(self.engine.device).model_inputs()
         self.saver.begin(self.engine, Content(self.step, counters | ended, self.feed.position, inputs))
@@ -233,9 +233,6 @@ class Trainer:
     def _loading(self, positions: list[dict[str, Any]] | None) -> Loading:
         micro_batch_size, is_gpu = self.engine.train_micro_batch_size_per_gpu(), self.engine.device.type == "cuda"
         return Loading(self.topology, micro_batch_size, self.step, positions, is_gpu)
-
-    def _limits(self) -> list[float | None]:
-        return [self.config.train.max_steps, self.config.train.max_seconds]
 
     def _done_share(self) -> float:
         return done_share(self.config.train, self.step, self.seconds)
