@@ -73,7 +73,7 @@ def _add_zero_shot(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ask(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser, "model that was fine-tuned for vqa or nlvr")
+    _add_model(parser, "model that was fine-tuned for questions or statements (vqa, nlvr)")
     parser.add_argument(
         "--image", type=Path, required=True, action="append", metavar="FILE", help="image; give it twice for two images"
     )
