@@ -1,4 +1,4 @@
-"""Commit of the checkout that is measured; free of torch, as `launcher/gpu.py` names it without having torch."""
+"""Commit of the checkout that is measured. Imports no torch, because `launcher/gpu.py` runs without it."""
 
 from __future__ import annotations
 

@@ -269,7 +269,7 @@ def _text(value: object) -> str:
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
-    """Records of a file of JSON lines; half a line of a part that was stopped is removed, as the next one appends."""
+    """Records of a file of JSON lines. A stopped part may leave half a line; it is removed, since the next appends."""
     content = file.read_bytes() if file.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:

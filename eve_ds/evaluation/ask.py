@@ -12,7 +12,7 @@ from eve_ds.data.errors import BadSample
 from eve_ds.tasks.batches import ImageReader, TaskBatch, TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.saved import TaskModel
-from eve_ds.tasks.task import Answer, Match
+from eve_ds.tasks.task import Answer, AnswersQuestions, Match, RanksCaptions, Task
 
 
 @torch.no_grad()
@@ -28,8 +28,10 @@ def ask(loaded: TaskModel, images: Sequence[Path], questions: Sequence[str], top
     Raises:
         ConfigError: a model of another task, an image that cannot be read, or a wrong number of images.
     """
-    loaded.task.check_command("ask")
-    return loaded.task.ask(loaded.model, _batch(loaded, images, questions), top)
+    task = loaded.task
+    if not isinstance(task, AnswersQuestions):
+        raise _wrong_command(task)
+    return task.ask(loaded.model, _batch(loaded, images, questions), top)
 
 
 @torch.no_grad()
@@ -39,10 +41,21 @@ def rank(loaded: TaskModel, image: Path, captions: Sequence[str]) -> list[Match]
     Raises:
         ConfigError: a model of another task, no caption, or an image that cannot be read.
     """
-    loaded.task.check_command("rank")
+    task = loaded.task
+    if not isinstance(task, RanksCaptions):
+        raise _wrong_command(task)
     if not captions:
         raise ConfigError("no caption to rank: give at least one")
-    return loaded.task.rank(loaded.model, _batch(loaded, [image], captions))
+    return task.rank(loaded.model, _batch(loaded, [image], captions))
+
+
+def _wrong_command(task: Task) -> ConfigError:
+    """Error that names the right command for the model of a task."""
+    if isinstance(task, AnswersQuestions):
+        return ConfigError("the model answers questions and ranks no captions: use `evaluate.py ask`")
+    if isinstance(task, RanksCaptions):
+        return ConfigError("the model ranks captions and answers no questions: use `evaluate.py rank`")
+    return ConfigError("the model neither answers questions nor ranks captions: use `evaluate.py task`")
 
 
 def _batch(loaded: TaskModel, images: Sequence[Path], texts: Sequence[str]) -> TaskBatch:

@@ -1,9 +1,8 @@
 """Evaluation: all ranks together predict every query exactly once, write each record at once, and compute metrics.
 
-Each rank appends to its own file. A restart with any number of ranks keeps every complete line and predicts the rest,
-skipped queries included, whose images may be there now.
-At the end `predictions.jsonl` holds one line per query in the order of the data, and `metrics.json` is computed from
-it.
+Each rank appends to its own file. A restart with any number of ranks keeps every complete line and predicts the rest.
+It also predicts skipped queries again, since their images may be there now. At the end `predictions.jsonl` holds one
+line per query in the order of the data, and `metrics.json` is computed from it.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ def _collect(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _kept(records: dict[str, dict[str, Any]], task: Task) -> dict[str, dict[str, Any]]:
-    """Records that a restart does not make again."""
+    """Records that a restart keeps."""
     answered = {key: record for key, record in records.items() if "skipped" not in record}
     return {} if task.searches and len(answered) < len(records) else answered
 

@@ -37,7 +37,6 @@ class Classified(NamedTuple):
 class ClassificationTask(Task):
     """A task whose model gives one logit per answer."""
 
-    command = "ask"
     answers: Sequence[str]
     """Names of the classes in the order of the logits."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -18,13 +18,6 @@ from eve_ds.tasks.examples import Example, SceneExamples, Section
 
 Record = dict[str, Any]
 """Prediction as JSON types, with `key`; if it has no answer, with a reason in `skipped`."""
-
-USES = {
-    "ask": "the model answers questions and ranks no captions: use `evaluate.py ask`",
-    "rank": "the model ranks captions and answers no questions: use `evaluate.py rank`",
-    None: "the model neither answers questions nor ranks captions: use `evaluate.py task`",
-}
-"""Command of a task (:attr:`Task.command`) -> message that refuses the other commands."""
 
 
 class Published(NamedTuple):
@@ -82,8 +75,6 @@ class Task(ABC):
     """Published format (:mod:`eve_ds.data.formats`) -> reader of its examples for this task."""
     searches: ClassVar[bool] = False
     """Whether a prediction depends on the other examples, so that one more usable image changes all of them."""
-    command: ClassVar[Literal["ask", "rank"] | None] = None
-    """Command of launcher/evaluate.py for direct use of the model."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -226,19 +217,21 @@ class Task(ABC):
         """Write predictions in the form that the data set's own scoring script reads; see :meth:`check_csv`."""
         cls.check_csv(file)
 
-    @classmethod
-    def check_command(cls, command: Literal["ask", "rank"]) -> None:
-        """Raise ConfigError, which names the right command, unless a person uses the model by this one."""
-        if cls.command != command:
-            raise ConfigError(USES[cls.command])
+
+@runtime_checkable
+class AnswersQuestions(Protocol):
+    """A task whose models serve `evaluate.py ask`."""
 
     def ask(self, model: nn.Module, batch: TaskBatch, top: int) -> list[Answer]:
-        """The `top` answers to each text of a batch, best first, if `command` is `ask`; see :meth:`check_command`."""
-        raise NotImplementedError
+        """The `top` answers to each text of a batch, best first."""
+
+
+@runtime_checkable
+class RanksCaptions(Protocol):
+    """A task whose models serve `evaluate.py rank`."""
 
     def rank(self, model: nn.Module, batch: TaskBatch) -> list[Match]:
-        """Texts of a batch of one repeated image, best first, if `command` is `rank`; see :meth:`check_command`."""
-        raise NotImplementedError
+        """Texts of a batch of one repeated image, best first."""
 
 
 def task_section(config: Config) -> TaskConfig:

@@ -331,3 +331,5 @@ def test_ask_and_rank_return_sorted_answers(task_tree, tmp_path):
         ask(retrieval, [image], ["what?"])
     with pytest.raises(ConfigError, match="ranks no captions"):
         rank(vqa, image, ["a"])
+    with pytest.raises(ConfigError, match="neither answers questions nor ranks captions"):
+        rank(vqa._replace(task=object()), image, ["a"])

@@ -46,7 +46,6 @@ class Retrieval(Task):
     scenes_recipe = "tasks/scenes_retrieval"
     readers: ClassVar[Mapping[str, Reader]] = {"json": read_released, "karpathy": read_karpathy}
     searches = True
-    command = "rank"
 
     def __init__(self, config: Config, template: Template | None = None, centered: bool = False) -> None:
         super().__init__(config)
