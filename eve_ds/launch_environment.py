@@ -105,7 +105,7 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
 
 
 def _names(environ: Mapping[str, str], info: RankInfo) -> tuple[str, str]:
-    """Variables that hold rank and world size; those of a single process are never contradictory."""
+    """Return the names of the variables that hold rank and world size, for more than one process."""
     if info.launcher == "mpi":
         return next((rank, size) for rank, size, *_ in _MPI_VARIABLES if rank in environ)
     return ("SLURM_PROCID", "SLURM_NTASKS") if info.launcher == "slurm" else ("RANK", "WORLD_SIZE")

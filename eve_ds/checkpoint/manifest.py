@@ -98,7 +98,7 @@ def problems(folder: Path, share: tuple[int, int] = (0, 1), hashes: bool = True)
 
 
 def first_good(folders: Sequence[Path], problems_of: Callable[[Path], list[str]] = problems) -> Path | None:
-    """First good one of the given checkpoints, None without checkpoints; rank 0 warns of each one before it.
+    """Return the first good checkpoint, or None if none is given. Rank 0 warns of each damaged one before it.
 
     Args:
         folders: checkpoints, usually those of :func:`committed`.

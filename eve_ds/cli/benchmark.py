@@ -116,7 +116,7 @@ def measure_quality(arguments: argparse.Namespace) -> int:
     objectives = arguments.objectives or list(OBJECTIVES)
     tasks = TASKS if arguments.tasks is None else arguments.tasks
     if arguments.page is not None:
-        around_marks(arguments.page)  # a page that cannot take the tables is refused before hours of jobs
+        around_marks(arguments.page)  # refuses a page without marks before hours of jobs
     seeds = []
     for seed in range(arguments.seeds):
         folder = arguments.out / f"seed-{seed}"

@@ -200,7 +200,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def require_released_form(config: Config) -> None:
-    """Raise ExportError for a model that the released code has no form of."""
+    """Raise ExportError if the released code cannot hold the model."""
     from eve_ds.export import ExportError
 
     if config.model.deep_ffn == "shared":

@@ -130,7 +130,7 @@ def train(run: Path, config: Config, settings: list[str]) -> None:
 
 
 def is_finished(run: Path, config: Config) -> bool:
-    """Whether the newest checkpoint of a run is that of its end."""
+    """Whether the newest checkpoint of a run marks its end."""
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
         return False

@@ -87,8 +87,7 @@ class DataConfig(Section):
     """Number of consecutive samples that are shuffled together, in addition to the order of shards. Shuffling permutes
     indices, so no sample is held in memory."""
     crop_scale: tuple[Share, Share] = (1.0, 1.0)
-    """Range of the area of RandomResizedCrop, as fractions of the image; (1, 1) only resizes.
-    The first is at most the second."""
+    """Smallest and largest area of RandomResizedCrop, as fractions of the image; (1, 1) only resizes."""
     horizontal_flip: Fraction = 0.0
     """Probability of a horizontal flip. Images whose caption contains left or right are never flipped."""
     validation: ValidationConfig | None = None

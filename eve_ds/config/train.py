@@ -70,5 +70,5 @@ class TrainConfig(Section):
 
     @property
     def limits(self) -> list[float | None]:
-        """Where the run ends: `max_steps` and `max_seconds`, as the checkpoint of the end holds them."""
+        """`max_steps` and `max_seconds`; the last checkpoint of a run records them as `ended_at`."""
         return [self.max_steps, self.max_seconds]

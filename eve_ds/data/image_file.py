@@ -1,4 +1,4 @@
-"""Encoded images: formats that are read, and reasons why one is not. Imports no torch, which takes seconds."""
+"""Open encoded images safely, and name the reason if one cannot be used. Imports no torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def undecodable(error: Exception) -> BadSample:
-    """The error of a decoder, under one of the reasons of :func:`open_image`."""
+    """Turn the error of a decoder into one with a reason of :func:`open_image`."""
     if isinstance(error, Image.DecompressionBombError):
         return BadSample("decompression bomb", str(error))
     return BadSample("truncated image" if "truncated" in str(error).lower() else "unreadable image", str(error))

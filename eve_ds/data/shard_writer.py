@@ -218,7 +218,7 @@ def read_ids(path: str | None) -> frozenset[str]:
 
 
 def _one_line(image_id: str) -> str:
-    """An image id as ids.txt holds it, and as ids are compared: whitespace of any kind becomes one space."""
+    """Return an image id in the form of ids.txt, in which ids are compared: whitespace becomes single spaces."""
     return " ".join(image_id.split())
 
 
