@@ -205,6 +205,18 @@ class ModelConfig(Section):
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def keeps_padding(self) -> bool:
+        """Whether padding is computed and routed like words, as in the released code."""
+        return self.profile == "official"
+
+    def padded_length(self, longest: int) -> int:
+        """Length to which a batch pads its texts: that of the longest, or `text_length` where padding is routed.
+
+        The released code pads every text to its maximum, and padding takes capacity.
+        """
+        return self.text_length if self.keeps_padding else longest
+
+    @property
     def expert_layers(self) -> list[int]:
         """Layers with experts behind a learned router, counted from 0, in ascending order."""
         return sorted(set(self.moe_layers)) if self.deep_ffn == "soft_router" else []

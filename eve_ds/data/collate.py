@@ -48,9 +48,8 @@ class Collator:
     ) -> None:
         check_vocabulary(tokenizer, config)
         self._has_images, self._has_captions = has_images, has_captions
-        self._image_size, self._num_patches = config.model.image_size, config.model.num_patches
         self._objectives = objectives
-        self._keep_padding = config.model.profile == "official"
+        self._model = config.model
         self._captions = CaptionEncoder(tokenizer, config.model.text_length)
         self._masker = Masker(config, tokenizer, self._captions, has_images=has_images, has_captions=has_captions)
 
@@ -59,14 +58,15 @@ class Collator:
         fields: dict[str, Any] = {}
         tokens = [self._captions.encode(sample.caption) for sample in samples] if self._has_captions else []
         # A batch without any caption keeps one column of padding, so that no tensor of the stream is empty.
-        batch = Collated(samples, tokens, max([1, *(len(row) for row in tokens)]))
+        length = self._model.padded_length(max([1, *(len(row) for row in tokens)]))
+        batch = Collated(samples, tokens, length)
         if self._has_images:
             fields |= self._pixels(samples)
         if self._has_captions:
             fields |= self._texts(batch)
         for objective in self._objectives:
             fields |= objective.masks(self._masker, batch)
-        layouts = layouts_of(self._objectives, fields, self._num_patches, self._keep_padding)
+        layouts = layouts_of(self._objectives, fields, self._model.num_patches, self._model.keeps_padding)
         more = {name: fields.pop(name) for name in fields.keys() - Batch.__dataclass_fields__.keys()}
         return Batch(keys=[sample.key for sample in samples], **fields, more=more, layouts=layouts)
 
@@ -79,7 +79,7 @@ class Collator:
         return {"pixel_values": pixel_values, "image_mask": None if present.all() else torch.from_numpy(present)}
 
     def _with_gaps(self, pixel_values: Tensor | None, present: NDArray[np.bool_]) -> Tensor:
-        padded = torch.zeros(len(present), 3, self._image_size, self._image_size, dtype=torch.uint8)
+        padded = torch.zeros(len(present), 3, self._model.image_size, self._model.image_size, dtype=torch.uint8)
         if pixel_values is not None:
             padded[torch.from_numpy(present)] = pixel_values
         return padded

@@ -156,7 +156,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig, moe_cls: MoEFactory = MoE) -> None:
         super().__init__()
-        self.keep_padding = config.profile == "official"
+        self.keep_padding = config.keeps_padding
         """Whether padding is computed too, as the released model routes it; other results are the same, but slower."""
         self.image_embedding = ImageEmbedding(config)
         self.text_embedding = TextEmbedding(config)

@@ -155,6 +155,7 @@ class TaskCollator:
         targets: Callable[[Sequence[Example]], Tensor] | None = None,
     ) -> None:
         check_vocabulary(tokenizer, config)
+        self._model = config.model
         self._texts = CaptionEncoder(tokenizer, config.model.text_length)
         self._targets = targets
 
@@ -175,11 +176,11 @@ class TaskCollator:
         )
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(B, L) int64 token ids and (B, L) bool mask; L is the length of the longest text."""
+        """(B, L) int64 token ids and (B, L) bool mask; see :meth:`ModelConfig.padded_length` for L."""
         rows = [self._texts.encode(text) for text in texts]
         lengths = torch.tensor([len(row) for row in rows])
-        longest = int(lengths.max())
-        return padded(rows, longest, self._texts.pad_id), torch.arange(longest) < lengths[:, None]
+        length = self._model.padded_length(int(lengths.max()))
+        return padded(rows, length, self._texts.pad_id), torch.arange(length) < lengths[:, None]
 
 
 class _Item(NamedTuple):

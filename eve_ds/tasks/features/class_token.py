@@ -12,12 +12,15 @@ from eve_ds.model.eve import Backbone, BackboneOutput, MoEFactory
 from eve_ds.model.moe import MoEOutput
 from eve_ds.tasks.classification import ClassifierOutput
 from eve_ds.tasks.task import task_section
+from eve_ds.views import View
 
 
 class Classifier(nn.Module):
     """Backbone on images and text together, and a perceptron on the text's [CLS] (heads of VQA and NLVR2 in EVE).
 
-    Each of the I images of an example is paired with the text, and the I states are concatenated.
+    Each of the I images of an example is paired with the text, and the I states are concatenated. The pairs with the
+    first image are one view, those with the second another: where experts have a capacity, each view has its own, as
+    in the released code, which makes one pass per image.
 
     Args:
         config: configuration with `model` and `task`.
@@ -42,16 +45,14 @@ class Classifier(nn.Module):
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor | None = None
     ) -> ClassifierOutput:
         """(B, I, 3, H, W), (B, L) int64, (B, L) bool -> logits (B, classes); `targets` are ignored."""
-        num_images = pixel_values.shape[1]
-        pixel_values = pixel_values.flatten(0, 1)
-        encoded = self.backbone(
-            pixel_values,
-            input_ids.repeat_interleave(num_images, dim=0),
-            attention_mask.repeat_interleave(num_images, dim=0),
-            visible_patch_ids=self.visible_patches(pixel_values),
+        encoded = self.backbone.encode(
+            [
+                View(images, input_ids, attention_mask, visible_patch_ids=self.visible_patches(images))
+                for images in pixel_values.unbind(dim=1)
+            ]
         )
-        states = text_class_states(encoded).unflatten(0, (-1, num_images))  # (B, I, D)
-        return ClassifierOutput(self.head(states.flatten(1)), encoded.moe, encoded.stream.hidden_states.shape[0])
+        states = torch.cat([text_class_states(view) for view in encoded], dim=1)  # (B, I * D)
+        return ClassifierOutput(self.head(states), *sum_outputs(encoded))
 
 
 class VisiblePatches(nn.Module):

@@ -1,6 +1,7 @@
 """Official VQA accuracy (Antol et al. 2015; `vqaEval.py` of VQAv2): normalize answers, leave one annotator out.
 
-The keys of the official table of contractions are those of CONTRACTIONS with any of their apostrophes left out.
+The official table of contractions restores one missing apostrophe of a word. It matches whole words in lower case, so
+its keys with a capital I have no effect. Its oddities are kept, since accuracies are compared with published ones.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"n
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-he's how'd how'll how's i'd've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
 not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
 someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
 there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
 when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
 wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
+ODD_CONTRACTIONS = {"somebody'd": "somebodyd", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at"}
+"""Entries of the official table that do not restore one missing apostrophe of a contraction of words."""
+CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTED.split()
+    for place in range(len(word))
+    if word[place] == "'"
+} | ODD_CONTRACTIONS
+MAX_PERIODS = 32
+"""Number of periods that the official code removes; it passes a flag of 32 where `re.sub` expects a count."""
 ENOUGH = 3
 """Number of annotators whose agreement gives an answer full accuracy."""
 
@@ -32,7 +42,7 @@ def normalize_answer(answer: str) -> str:
     words = _without_punctuation(answer).lower().split()
     words = [NUMBERS.get(word, word) for word in words]
     kept = (word for word in words if word not in ARTICLES)
-    return " ".join(CONTRACTIONS.get(word.replace("'", ""), word) for word in kept)
+    return " ".join(CONTRACTIONS.get(word, word) for word in kept)
 
 
 def _without_punctuation(text: str) -> str:
@@ -44,7 +54,7 @@ def _without_punctuation(text: str) -> str:
     for mark in PUNCTUATION:
         vanishes = f"{mark} " in text or f" {mark}" in text or has_number_comma
         cleaned = cleaned.replace(mark, "" if vanishes else " ")
-    return re.sub(r"\.(?!\d)", "", cleaned)
+    return re.sub(r"\.(?!\d)", "", cleaned, count=MAX_PERIODS)
 
 
 def vqa_accuracy(answer: str, annotations: Sequence[str]) -> float:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from eve_ds.config import ConfigError, parse_config
-from eve_ds.tasks.batches import TaskBatch
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.tasks.batches import TaskBatch, TaskCollator
 from eve_ds.tasks.classification import ClassifierOutput
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.nlvr import NLVR
@@ -49,6 +50,40 @@ def test_the_two_images_are_not_exchangeable(task_tree):
     images = torch.randn(1, 2, 3, 64, 64)
     one, other = (model.eval()(pixels, **inputs).logits for pixels in (images, images.flip(1)))
     assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize(("profile", "routing"), [("official", "capacity"), ("default", "dropless")])
+def test_each_side_takes_capacity_of_its_own(task_tree, profile, routing):
+    """The released code makes one backbone pass per image; here both sides share the matrix products."""
+    tree = task_tree("nlvr")
+    tree["model"] |= {"profile": profile, "moe": tree["model"].get("moe", {}) | {"routing": routing}}
+    tree["model"]["moe"] |= {"capacity_factor": 0.5, "min_capacity": 1}
+    model = NLVR(parse_config(tree)).model().eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    images, input_ids = torch.randn(3, 2, 3, 64, 64), torch.randint(2, 200, (3, 12))
+    mask = torch.arange(12) < torch.tensor([[12], [5], [8]])
+    with torch.no_grad():
+        sides = [model.backbone(images[:, side], input_ids, mask) for side in range(2)]
+        states = [side.stream.padded()[:, side.num_image_tokens] for side in sides]
+        expected = model.head(torch.cat(states, dim=1))
+        found = model(images, input_ids, mask)
+    torch.testing.assert_close(found.logits, expected, rtol=1e-5, atol=1e-5)
+    dropped = sum(float(layer.statistics.dropped.sum()) for layer in found.moe)
+    assert (dropped > 0) == (routing == "capacity")
+    assert len(found.moe) == 2 * len(sides[0].moe)
+
+
+@pytest.mark.parametrize("profile", ["official", "default"])
+def test_official_profile_pads_texts_as_the_released_code_does(task_tree, profile):
+    tree = task_tree("nlvr")
+    tree["model"]["profile"] = profile
+    config = parse_config(tree)
+    input_ids, mask = TaskCollator(config, load_tokenizer(config.data.tokenizer)).encode(["a red square", "a"])
+    longest = int(mask.sum(dim=1).max())
+    assert input_ids.shape[1] == (config.model.text_length if profile == "official" else longest)
+    assert longest < config.model.text_length
 
 
 def test_csv_has_the_form_that_the_corpus_script_reads(tmp_path):

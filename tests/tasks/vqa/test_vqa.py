@@ -37,6 +37,16 @@ def question(key, *answers, kind=""):
         ("st. john", "st john"),
         ("dont know", "don't know"),
         ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("couldntve", "couldntve"),  # two missing apostrophes
+        ("'dont'", "'dont'"),
+        ("twas", "'twas"),
+        ("Id've", "id've"),  # the official key has a capital, the word is in lower case
+        ("somebody'd", "somebodyd"),
+        ("somebodyd've", "somebody'd've"),
+        ("'ows'at", "'ow's'at"),
+        ("ow's'at", "'ow's'at"),
+        ("x" + 40 * ".", "x" + 8 * "."),
     ],
 )
 def test_answers_are_normalized_as_in_the_official_code(answer, expected):
