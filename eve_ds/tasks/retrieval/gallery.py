@@ -80,7 +80,8 @@ class Gallery:
             candidates = [names[number] for number in order[:rerank]]
             matching = self._match([(name, other) if by_image else (other, name) for other in candidates])
             best = matching.sort(descending=True, stable=True).indices.tolist()
-            found["reranked"] = [candidates[number] for number in best[: RECALL_AT[-1]]]
+            # Candidates that the model did not score again keep their order, behind those that it did.
+            found["reranked"] = [candidates[number] for number in best[: RECALL_AT[-1]]] + found["dot"][rerank:]
         return found
 
     def _image_features(self, groups: list[str]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def test_candidates_equal_a_loop_over_all_pairs(task_tree):
                 scores[other.key if key.startswith("image") else other.group] = (float(dot), float(match))
             by_dot = sorted(scores, key=lambda name: -scores[name][0])
             assert records[key]["dot"] == by_dot
-            assert records[key]["reranked"] == sorted(by_dot[:3], key=lambda name: -scores[name][1])
+            assert records[key]["reranked"] == sorted(by_dot[:3], key=lambda name: -scores[name][1]) + by_dot[3:]
 
 
 def test_reranking_needs_matching(task_tree):
