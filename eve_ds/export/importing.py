@@ -18,6 +18,8 @@ from eve_ds.model.embeddings import cut_positions, resize_positions
 from eve_ds.model.eve import EVE
 
 IMAGE_POSITIONS, TEXT_POSITIONS = "backbone.image_embedding.position", "backbone.text_embedding.position"
+HEADS = ("output.", "mitc_", "mitm_", "itc_vl_")
+"""Starts of the names of the released code's task heads: VQA and NLVR2 (`output`), retrieval (the others)."""
 _TABLES = {"backbone.pos_embed_vision", "backbone.pos_embed_text"}
 
 
@@ -33,18 +35,18 @@ def import_weights(
 
     Position tables are fitted to the model: the image table by bicubic interpolation of all rows except the class row,
     the text table by omitting its last rows. A released file lacks pixel decoder and text head; these get the initial
-    weights of a new model with `config.train.seed`.
+    weights of a new model with `config.train.seed`. Heads of a fine-tuned model are left out; a note names them.
 
     Args:
-        file: .pth, .pt, .bin or .safetensors file; see :func:`eve_ds.export.weight_files.read_tensors`. Names may have
-            the prefix `backbone.` or not.
+        file: .pth, .pt, .th, .bin or .safetensors file; see :func:`eve_ds.export.weight_files.read_tensors`. Names may
+            have the prefix `backbone.` or not.
         out: new or empty folder.
         config: configuration of the model; the shapes of all tensors except the position tables must match the file.
         tokenizer: argument of :func:`eve_ds.data.tokenizer.load_tokenizer`; None: `config.data.tokenizer`.
         image_size: replaces `config.model.image_size`; None: no change.
 
     Raises:
-        WeightFileError: `file` cannot be read, lacks tensors of the backbone, or contains others, such as heads.
+        WeightFileError: `file` cannot be read, lacks tensors of the backbone, or contains unknown ones.
         ConfigError: the tokenizer cannot be used, or `image_size` is not a multiple of the patch size.
         ExportError: `out` is not empty.
         CheckpointError: a weight is not finite.
@@ -65,21 +67,32 @@ def read_backbone(file: Path, config: ModelConfig) -> tuple[dict[str, Tensor], l
     """Read the backbone of a released file with our names, in fp32 and with fitted position tables.
 
     Returns:
-        The tensors, and one sentence for each fitted table.
+        The tensors; and notes, one sentence each, on fitted tables and on tensors that were left out.
 
     Raises:
         WeightFileError: see :func:`import_weights`.
     """
-    taken = {name: tensor.float() for name, tensor in from_official(_read_backbone(file, config)).items()}
-    return taken, fit_positions(taken, config, str(file))
+    state, heads = _without_heads(read_tensors(file))
+    taken = {name: tensor.float() for name, tensor in from_official(_checked(state, config, file)).items()}
+    notes = [f"left out, no part of the backbone: {listed(heads)}"] if heads else []
+    return taken, notes + fit_positions(taken, config, str(file))
 
 
-def _read_backbone(file: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Read the tensors with released names and prefix; check that names and shapes are those of the model.
+def _without_heads(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Split the tensors of a released file into those of the backbone, and the names of all others.
+
+    If backbone tensors have their prefix, everything without it belongs to heads; otherwise :data:`HEADS` tells.
+    """
+    has_prefix = any(name.startswith(PREFIX) for name in state)
+    heads = [name for name in state if (not name.startswith(PREFIX) if has_prefix else name.startswith(HEADS))]
+    return {name: tensor for name, tensor in state.items() if name not in set(heads)}, heads
+
+
+def _checked(state: dict[str, Tensor], config: ModelConfig, file: Path) -> dict[str, Tensor]:
+    """Return the tensors with released names and prefix; check that names and shapes are those of the model.
 
     Rows of position tables may differ.
     """
-    state = read_tensors(file)
     prefix = PREFIX if any(name.startswith(PREFIX) for name in state) else ""
     with torch.device("meta"):
         model = to_official(EVE(config).state_dict())

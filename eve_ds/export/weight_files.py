@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eve_ds.checkpoint.files import listed
 
-TORCH_SUFFIXES = {".pth", ".pt", ".bin"}
+TORCH_SUFFIXES = {".pth", ".pt", ".th", ".bin"}
 """Suffixes of files from `torch.save`."""
 WRAPPERS = ("model", "state_dict", "module")
 """Keys that training code uses for weights next to other state; `module` is the key of DeepSpeed."""
@@ -28,9 +28,9 @@ class WeightFileError(ValueError):
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read name -> tensor, on the CPU in the precision of the file, which may stay mapped into memory.
 
-    The file is a .safetensors, or a file of torch.save (.pth, .pt, .bin) with a dictionary of tensors, either directly
-    or under the key `model`, `state_dict` or `module`. Pickles are read only by torch.load(weights_only=True): a pickle
-    that refers to anything except tensors and plain data is refused, and nothing that it refers to is called.
+    The file is a .safetensors, or a file of torch.save (.pth, .pt, .th, .bin) with a dictionary of tensors, either
+    directly or under the key `model`, `state_dict` or `module`. Pickles are read only by torch.load(weights_only=True):
+    a pickle that refers to anything except tensors and plain data is refused, and nothing that it refers to is called.
 
     Raises:
         WeightFileError: the file does not exist, is of another kind, or has values that are not dense tensors.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny import tiny_config
 
+from eve_ds.checkpoint.files import listed
 from eve_ds.config import ConfigError
 from eve_ds.export import ExportError, WeightFileError, import_weights, load
 from eve_ds.export.official import to_official, write_official
@@ -220,12 +221,29 @@ def test_code_in_pickles_is_not_run(refused, released, tmp_path, monkeypatch, wh
     assert (tmp_path / "harmed").exists()
 
 
-def test_fine_tuned_head_is_named(refused, released, tmp_path):
-    released |= {"output.0.weight": torch.zeros(2, 2), "output.0.bias": torch.zeros(2)}
-    assert refused(save(released, tmp_path / "vqa.pth")) == (
-        f"{tmp_path / 'vqa.pth'} holds output.0.bias, output.0.weight, no part of the backbone: it is not the backbone "
-        "that the config describes"
+HEADS = {
+    "answers": ["output.0.weight", "output.0.bias", "output.3.weight"],
+    "retrieval": ["mitc_vision.weight", "mitc_text.weight", "mitm_head.weight", "mitm_head.bias", "itc_vl_scale"],
+}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("prefix", ["backbone.", ""])
+def test_heads_of_the_released_code_are_left_out_by_name(weights, released, tmp_path, heads, prefix):
+    state = released if prefix else without_prefix(released)
+    file = save(state | {name: torch.zeros(2) for name in HEADS[heads]}, tmp_path / "best.th")
+    report = import_weights(file, tmp_path / "out", config=tiny_config())
+    assert report.notes[1] == f"left out, no part of the backbone: {listed(HEADS[heads])}"
+    assert torch.equal(load(tmp_path / "out")[0].backbone.norm.bias, weights["backbone.norm.bias"])
+
+
+def test_unknown_tensors_of_the_backbone_are_refused(refused, released, tmp_path):
+    line = refused(save(released | {"backbone.adapter.weight": torch.zeros(2)}, tmp_path / "eve.pth"))
+    assert line.endswith(
+        "holds backbone.adapter.weight, no part of the backbone: it is not the backbone that the config describes"
     )
+    line = refused(save(without_prefix(released) | {"adapter.weight": torch.zeros(2)}, tmp_path / "eve.pth"))
+    assert "holds adapter.weight, no part of the backbone" in line
 
 
 def test_missing_tensors_are_named_with_the_prefix_of_the_file(refused, released, tmp_path):
@@ -304,7 +322,9 @@ def test_paths_that_are_no_weight_file_are_refused(refused, file, tmp_path):
     assert "nowhere.pth does not exist: name a file of weights" in refused(tmp_path / "nowhere.pth")
     assert f"{tmp_path} is not a file: name a file of weights" in refused(tmp_path)
     other = file.rename(tmp_path / "eve.ckpt")
-    assert "eve.ckpt has the suffix '.ckpt': only files named .bin, .pt, .pth, .safetensors are read" in refused(other)
+    assert "eve.ckpt has the suffix '.ckpt': only files named .bin, .pt, .pth, .th, .safetensors are read" in refused(
+        other
+    )
 
 
 def test_tokenizer_larger_than_the_word_embedding_is_refused(released, file, tmp_path):
