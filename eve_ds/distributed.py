@@ -110,12 +110,12 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None)
     return total.to(values.device)
 
 
-def gather_objects(value: T) -> list[T]:
-    """Values of all ranks in rank order, on every rank; transferred by pickle."""
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Values of the ranks of `group` (default: all) in rank order, on each of them; transferred by pickle."""
     if not _in_group():
         return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 

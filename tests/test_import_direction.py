@@ -12,6 +12,8 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "config": set(),
     "launch_environment": set(),
     "distributed": {"launch_environment"},
+    "storage": set(),
+    "together": {"config", "distributed", "storage"},
     "topology": set(),
     "views": set(),
     "ops": {"distributed"},
@@ -20,14 +22,17 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "model/eve.py": {"objectives"},  # whose heads it holds; objectives know the other modules of model only
     "objectives": {"config", "ops", "views", "data", "model"},
     "parallel": {"config", "distributed", "topology", "launch_environment", "ops", "model", "objectives"},
-    "checkpoint": {"config", "distributed", "topology", "model"},
-    "export": {"checkpoint", "config", "data", "distributed", "model", "objectives"},
-    "tasks": {"config", "data", "distributed", "topology", "model", "objectives", "checkpoint", "export"},
-    "evaluation": {"config", "distributed", "topology", "ops", "data", "model", "objectives", "checkpoint", "tasks"},
+    "checkpoint": {"config", "distributed", "topology", "model", "storage"},
+    "export": {"checkpoint", "config", "data", "distributed", "model", "objectives", "storage"},
+    "tasks": {"config", "data", "distributed", "topology", "model", "objectives", "checkpoint", "export", "views"},
+    "evaluation": {
+        *("config", "distributed", "topology", "storage", "together", "ops", "data", "model", "objectives"),
+        *("checkpoint", "tasks"),
+    },
     "report": {"config", "ops", "data", "model", "objectives", "evaluation", "views"},
     "training": {
         *("config", "distributed", "topology", "ops", "data", "model", "objectives", "parallel", "checkpoint"),
-        *("tasks", "evaluation", "report"),
+        *("tasks", "evaluation", "report", "storage", "together"),
     },
     "benchmark": {
         *("config", "ops", "data", "model", "objectives", "checkpoint", "parallel", "training", "report", "views"),
@@ -37,7 +42,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)  # and no part may import cli
 ONLY_IN = {  # library: parts that may import it
     "deepspeed": {"parallel", "training", "checkpoint", "benchmark"},
     "megatron": {"parallel"},
-    "torch.distributed": {"distributed", "topology", "parallel", "training", "checkpoint", "benchmark"},
+    "torch.distributed": {"distributed", "together", "topology", "parallel", "training", "checkpoint", "benchmark"},
     "launcher": set(),
 }
 

@@ -39,13 +39,10 @@ from eve_ds.checkpoint.files import (
 from eve_ds.config import Config
 from eve_ds.distributed import broadcast_object, get_logger, rank_zero
 from eve_ds.model.with_losses import plain_model
+from eve_ds.storage import SaveError, reason
 from eve_ds.topology import Topology
 
 PACKAGES = ("eve_ds", "torch", "deepspeed", "transformers")
-
-
-class SaveError(RuntimeError):
-    """More saves in a row have failed than the settings allow; older checkpoints are intact."""
 
 
 class Content(NamedTuple):
@@ -90,7 +87,7 @@ class _Pending:
         try:
             write()
         except OSError as error:
-            self.problem = f"rank {self.rank}: {error.strerror or error}: {error.filename or self.folder}"
+            self.problem = f"rank {self.rank}: {reason(error)}"
         except Exception as error:
             self.problem = f"rank {self.rank}: {type(error).__name__}: {error}"
 

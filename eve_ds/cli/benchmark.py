@@ -19,7 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.cli.command import BAD_INPUT, FAILED, REPOSITORY, Parser, complain, exit_code_table, positive, run_command
+from eve_ds.cli.command import (
+    BAD_INPUT,
+    FAILED,
+    REPOSITORY,
+    Parser,
+    complain,
+    exit_code_table,
+    is_debugging,
+    positive,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from eve_ds.benchmark.harness import Measure
@@ -35,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["quality"]:
         arguments = build_quality_parser().parse_args(given[1:])
-        return run_command("benchmark", partial(measure_quality, arguments))
+        return run_command("benchmark", partial(measure_quality, arguments), is_debugging(arguments))
     arguments = build_parser().parse_args(given)
-    return run_command("benchmark", partial(measure, arguments))
+    return run_command("benchmark", partial(measure, arguments), is_debugging(arguments))
 
 
 def build_parser() -> Parser:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from eve_ds.cli.terminal import keep_terminal
+from eve_ds.storage import is_disk_error, reason
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPOSITORY = PACKAGE.parent
@@ -21,7 +23,7 @@ EXIT_CODES = {
     BAD_INPUT: "bad input: settings, data, weights, files or launch that cannot be used",
     NONFINITE: "a loss or gradient norm is not finite",
     STOPPED: "SIGTERM or SIGUSR1 to any rank: saved at the next step and stopped; rerun the same command to resume",
-    NOT_SAVED: "checkpoints cannot be written",
+    NOT_SAVED: "the disk takes no more bytes (full, read-only or broken): make room and rerun the same command",
     INTERRUPTED: "interrupted by Ctrl-C",
 }
 KNOWN_ERRORS = {
@@ -43,10 +45,14 @@ classes take seconds to import."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that reports bad arguments in one line, with exit code 2 and without the usage text."""
+    """Parser that reports bad arguments in one line, with exit code 2 and without the usage text; has `--debug`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+        if "--debug" not in self._option_string_actions:  # a parent parser has it
+            # Without a default, so that the parser of a subcommand does not reset what stood before its name.
+            show = "show the traceback of an error as well"
+            self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=show)
 
     def error(self, message: str) -> NoReturn:
         """Print the message behind the name of the command, and exit."""
@@ -100,25 +106,50 @@ def start_log() -> logging.Logger:
     return get_logger()
 
 
-def exit_code(error: Exception) -> int | None:
-    """Exit code for a known error, otherwise None."""
+class Ending(NamedTuple):
+    """How a command ends after an error."""
+
+    code: int
+    line: str
+
+
+def ending(error: Exception) -> Ending | None:
+    """Exit code and line for an error of settings, data, files or the disk; None for any other, which is a bug."""
     ours = (kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith(f"{PACKAGE.name}."))
-    return next((KNOWN_ERRORS[name] for name in ours if name in KNOWN_ERRORS), None)
+    code = next((KNOWN_ERRORS[name] for name in ours if name in KNOWN_ERRORS), None)
+    if code is not None:
+        return Ending(code, str(error))
+    if is_disk_error(error):
+        return Ending(NOT_SAVED, f"{reason(error)}; make room, and rerun the same command")
+    if isinstance(error, OSError):
+        return Ending(BAD_INPUT, f"{error.filename or 'disk'} cannot be used: {error.strerror or error}")
+    return None
 
 
-def run_command(name: str, action: Callable[[], int]) -> int:
-    """Exit code of `action`; a known error, an unusable file, or Ctrl-C becomes one line on standard error."""
+def is_debugging(arguments: argparse.Namespace) -> bool:
+    """Whether `--debug` was given."""
+    return getattr(arguments, "debug", False)
+
+
+def run_command(name: str, action: Callable[[], int], debug: bool = False) -> int:
+    """Exit code of `action`; an error for which :func:`ending` has a line, or Ctrl-C, becomes one line.
+
+    Args:
+        name: name of the command, the start of the line on standard error.
+        action: the command.
+        debug: show the traceback of such an error as well.
+    """
     try:
         return action()
-    except OSError as error:
-        return complain(name, f"{error.filename or 'disk'} cannot be used: {error.strerror or error}")
     except KeyboardInterrupt:
         return complain(name, "interrupted; rerun the same command to resume", INTERRUPTED)
     except Exception as error:
-        code = exit_code(error)
-        if code is None:
+        end = ending(error)
+        if end is None:
             raise
-        return complain(name, str(error), code)
+        if debug:
+            traceback.print_exc()
+        return complain(name, end.line, end.code)
 
 
 def complain(name: str, message: str, code: int = BAD_INPUT) -> int:

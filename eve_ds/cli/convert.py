@@ -33,6 +33,7 @@ from eve_ds.cli.command import (
     Parser,
     add_overrides,
     exit_code_table,
+    is_debugging,
     presets,
     run_command,
     start_log,
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else ""
     command = COMMANDS.get(name, EXPORT)
     parsed = build_parser(name).parse_args(arguments)
-    return run_command("convert", partial(_convert, command, parsed))
+    return run_command("convert", partial(_convert, command, parsed), is_debugging(parsed))
 
 
 def build_parser(name: str = "") -> Parser:

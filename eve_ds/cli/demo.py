@@ -18,7 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from eve_ds.cli.command import BAD_INPUT, FAILED, INTERRUPTED, Parser, complain, exit_code_table, positive, run_command
+from eve_ds.cli.command import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    Parser,
+    complain,
+    exit_code_table,
+    is_debugging,
+    positive,
+    run_command,
+)
 from eve_ds.cli.demo_steps import StepFailed, free_port, log_of, run_step, shown, this_machine
 
 if TYPE_CHECKING:
@@ -37,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(set(seeds)) < len(seeds):
         parser.error(f"--seed ({' '.join(map(str, seeds))}) must name each seed once")
     signal.signal(signal.SIGTERM, interrupt)
-    return run_command("demo", partial(_run_seeds, seeds, arguments.out.resolve(), arguments.max_steps))
+    action = partial(_run_seeds, seeds, arguments.out.resolve(), arguments.max_steps)
+    return run_command("demo", action, is_debugging(arguments))
 
 
 def build_parser() -> Parser:

@@ -20,7 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.cli.command import BAD_INPUT, INTERRUPTED, Parser, exit_code_table, positive, run_command, start_log
+from eve_ds.cli.command import (
+    BAD_INPUT,
+    INTERRUPTED,
+    Parser,
+    exit_code_table,
+    is_debugging,
+    positive,
+    run_command,
+    start_log,
+)
 
 if TYPE_CHECKING:
     from eve_ds.report.tables import Table
@@ -28,7 +37,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and print tables; exit code 0, or 2 for bad input and files that cannot be written."""
-    return run_command("evaluate", partial(_evaluate, build_parser().parse_args(argv)))
+    arguments = build_parser().parse_args(argv)
+    return run_command("evaluate", partial(_evaluate, arguments), is_debugging(arguments))
 
 
 def build_parser() -> Parser:

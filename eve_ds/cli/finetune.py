@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.cli.command import Parser, exit_code_table, presets, tasks
+from eve_ds.cli.command import Parser, exit_code_table, is_debugging, presets, tasks
 from eve_ds.cli.training import CODES, add_training_options, overrides, read_deepspeed_config, run_training
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ RECIPES_HELP = "tasks/scenes_TASK for scenes; for files the paper's: tasks/vqa, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and fine-tune; the exit code is one of :data:`eve_ds.cli.training.CODES`."""
-    return run_training(partial(_finetune, build_parser().parse_args(argv)), _describe)
+    arguments = build_parser().parse_args(argv)
+    return run_training(partial(_finetune, arguments), _describe, is_debugging(arguments))
 
 
 def build_parser() -> Parser:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eve_ds.benchmark.commit import commit
-from eve_ds.cli.command import BAD_INPUT, FAILED, PACKAGE, Parser, complain, exit_code_table, run_command
+from eve_ds.cli.command import BAD_INPUT, FAILED, PACKAGE, Parser, complain, exit_code_table, is_debugging, run_command
 from eve_ds.cli.command import REPOSITORY as ROOT
 
 PACKAGES = ("deepspeed", "pydantic", "webdataset", "transformers", "safetensors", "yaml", "PIL", "rich", "pytest")
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts; exit code 0, 1 if one failed or ran out of time, 2 if something is missing."""
     arguments = build_parser().parse_args(argv)
-    return run_command("gpu", partial(_run, arguments, time.monotonic()))
+    return run_command("gpu", partial(_run, arguments, time.monotonic()), is_debugging(arguments))
 
 
 def build_parser() -> Parser:

@@ -23,7 +23,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.cli.command import BAD_INPUT, FAILED, INTERRUPTED, Parser, complain, exit_code_table, positive, run_command
+from eve_ds.cli.command import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    Parser,
+    complain,
+    exit_code_table,
+    is_debugging,
+    positive,
+    run_command,
+)
 from eve_ds.cli.shard_progress import Tally, print_report, shown_progress
 
 if TYPE_CHECKING:
@@ -34,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write shards or a tokenizer; exit code 0, 2 for bad input, 1 where writing failed, 130 interrupted."""
     given = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args([with_underscores(argument) for argument in given])
-    return run_command("prepare", partial(_prepare, arguments))
+    return run_command("prepare", partial(_prepare, arguments), is_debugging(arguments))
 
 
 def with_underscores(argument: str) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.cli.command import Parser, exit_code_table, presets
+from eve_ds.cli.command import Parser, exit_code_table, is_debugging, presets
 from eve_ds.cli.training import CODES, add_training_options, overrides, read_deepspeed_config, run_training
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and pre-train; the exit code is one of :data:`eve_ds.cli.training.CODES`."""
-    return run_training(partial(_pretrain, build_parser().parse_args(argv)), _describe)
+    arguments = build_parser().parse_args(argv)
+    return run_training(partial(_pretrain, arguments), _describe, is_debugging(arguments))
 
 
 def build_parser() -> Parser:

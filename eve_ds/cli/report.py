@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eve_ds.cli.command import BAD_INPUT, Parser, exit_code_table, run_command, start_log
+from eve_ds.cli.command import BAD_INPUT, Parser, exit_code_table, is_debugging, run_command, start_log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report and print the files; exit code 0, or 2 for bad input and folders that cannot be written."""
-    return run_command("report", partial(_report, build_parser().parse_args(argv)))
+    arguments = build_parser().parse_args(argv)
+    return run_command("report", partial(_report, arguments), is_debugging(arguments))
 
 
 def build_parser() -> Parser:

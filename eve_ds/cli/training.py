@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from eve_ds.cli.command import BAD_INPUT, NONFINITE, NOT_SAVED, STOPPED, add_overrides, exit_code, start_log
+from eve_ds.cli.command import BAD_INPUT, NONFINITE, NOT_SAVED, STOPPED, add_overrides, ending, start_log
 
 CODES = (0, BAD_INPUT, NONFINITE, STOPPED, NOT_SAVED)
 SHORT_OPTIONS = ("output_dir", "max_steps", "max_seconds", "init")
@@ -57,16 +57,22 @@ def read_deepspeed_config(path: str | None) -> dict[str, Any] | None:
         raise ConfigError(f"--deepspeed_config {path} is not JSON: {error}") from None
 
 
-def run_training(train: Callable[[], AnySummary], describe: Callable[[AnySummary], str]) -> int:
-    """Train, log one line about the end or about a known error, and return the exit code."""
+def run_training(train: Callable[[], AnySummary], describe: Callable[[AnySummary], str], debug: bool = False) -> int:
+    """Train, log one line about the end or about an error that :func:`ending` knows, and return the exit code.
+
+    Args:
+        train: the run.
+        describe: text about its summary.
+        debug: log the traceback of such an error as well.
+    """
     logger = start_log()
     try:
         summary = train()
     except Exception as error:
-        code = exit_code(error)
-        if code is None:
+        end = ending(error)
+        if end is None:
             raise
-        logger.error("%s", error)
-        return code
+        logger.error("%s", end.line, exc_info=debug)
+        return end.code
     logger.info("%s %s", STOPPED_BY_SIGNAL if summary.stopped else "Done.", describe(summary))
     return STOPPED if summary.stopped else 0

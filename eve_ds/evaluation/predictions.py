@@ -8,19 +8,20 @@ line per query in the order of the data, and `metrics.json` is computed from it.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import nn
 
 from eve_ds.config import ConfigError
-from eve_ds.distributed import broadcast_object, gather_objects
+from eve_ds.distributed import broadcast_object
+from eve_ds.storage import is_disk_error, replace_file
 from eve_ds.tasks.batches import ImageReader, Inference, TaskCollator
 from eve_ds.tasks.examples import Example, fingerprint
-from eve_ds.tasks.task import Task
+from eve_ds.tasks.task import Record, Task
+from eve_ds.together import on_every_rank, on_rank_zero
 from eve_ds.topology import Topology
 
 PREDICTIONS, METRICS, IDENTITY = "predictions.jsonl", "metrics.json", "evaluation.json"
@@ -50,7 +51,9 @@ def evaluate(
         batch_size: examples per forward; predictions do not depend on it.
 
     Raises:
-        ConfigError: `out` holds predictions of another model, data or task, or two examples have the same key.
+        ConfigError: `out` cannot be used, holds predictions of another model, data or task, or two examples have the
+            same key.
+        SaveError: the disk takes no more predictions; a restart keeps those that were written.
     """
     queries = task.queries(examples)
     twice = [key for key, count in Counter(queries).items() if count > 1]
@@ -59,55 +62,111 @@ def evaluate(
     identity = {"weights": weights, "examples": fingerprint(examples), "task": task.settings()}
     topology = Topology.current()
     rank, world_size = topology.data_rank, topology.data_size
-    done, problem = broadcast_object(_begin(out, identity, task) if rank == 0 else (set(), None))
-    if problem is not None:
-        raise ConfigError(problem)
+    done: set[str] = set()
+    on_rank_zero(lambda: done.update(_begin(out, identity, task)))
+    done = broadcast_object(done)
     todo = [key for key in queries if key not in done][rank::world_size]
     inference = Inference(model.eval(), ImageReader(task.config, training=False), collate, batch_size)
-    with _part(out, rank).open("w", encoding="utf-8") as file:
-        for number, record in enumerate(task.predict(inference, examples, todo), start=1):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            if number % FLUSH_EVERY == 0:
-                file.flush()
-    gather_objects(None)  # all ranks have written
-    metrics = _finish(task, examples, queries, out) if rank == 0 else None
-    result = broadcast_object(metrics)
-    assert result is not None
-    return result
+    with _PartWriter(_part(out, rank)) as writer:
+        for record in task.predict(inference, examples, todo):
+            writer.write(record)
+    on_every_rank(writer.check)
+    metrics: dict[str, Any] = {}
+    on_rank_zero(lambda: metrics.update(_finish(task, examples, queries, out)))
+    return broadcast_object(metrics)
 
 
 def _part(out: Path, rank: int) -> Path:
     return out / f"predictions.part-{rank:05d}.jsonl"
 
 
-def _begin(out: Path, identity: dict[str, Any], task: Task) -> tuple[set[str], str | None]:
-    """Keys with a prediction in `out`, and the reason why the folder cannot be used, or None."""
+class _PartWriter:
+    """Writes the records of one rank; after an error of the disk it takes further records without writing them.
+
+    The rank goes on predicting, because other ranks may wait for it in a collective of the task.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lines = path, 0
+        self._error: OSError | None = None
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> _PartWriter:
+        self._attempt(self._open)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._keep_error(self._file.close)
+
+    def write(self, record: Record) -> None:
+        """Append one record."""
+        self._attempt(lambda: self._append(json.dumps(record, ensure_ascii=False) + "\n"))
+
+    def check(self) -> None:
+        """Raise the first error of the disk, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        if self._error is None:
+            self._keep_error(action)
+
+    def _keep_error(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            error.filename = error.filename or str(self._path)
+            self._error = self._error or error
+
+    def _open(self) -> None:
+        self._file = self._path.open("w", encoding="utf-8")
+
+    def _append(self, line: str) -> None:
+        assert self._file is not None
+        self._file.write(line)
+        self._lines += 1
+        if self._lines % FLUSH_EVERY == 0:
+            self._file.flush()
+
+
+def _begin(out: Path, identity: dict[str, Any], task: Task) -> set[str]:
+    """Claim the folder for these predictions; return the keys that need none any more.
+
+    Raises:
+        ConfigError: the folder cannot be used, or holds other predictions.
+        OSError: the disk is full or broken.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        problem = _check_identity(out / IDENTITY, identity)
-        if problem is not None:
-            return set(), problem
+        _check_identity(out / IDENTITY, identity)
         write_json(out / IDENTITY, identity)
         records = _kept(_collect(out), task)
         _write_lines(out / PREDICTIONS, records.values())
         for part in _parts(out):
             part.unlink()
     except OSError as error:
-        return set(), f"{error.filename or out} cannot be written: {error.strerror}; name another folder"
-    return set(records), None
+        if is_disk_error(error):
+            raise
+        raise ConfigError(f"{error.filename or out} cannot be written: {error.strerror}; name another folder") from None
+    return set(records)
 
 
-def _check_identity(file: Path, identity: dict[str, Any]) -> str | None:
+def _check_identity(file: Path, identity: dict[str, Any]) -> None:
     if not file.is_file():
-        return None
-    before = json.loads(file.read_text(encoding="utf-8"))
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"a {type(before).__name__}, not an object")
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be read ({error}): remove {file.parent}, or name another folder") from None
     other = [name for name, value in identity.items() if before.get(name) != value]
-    if not other:
-        return None
-    return (
-        f"{file.parent} holds predictions of other {' and '.join(other)} ({before.get(other[0])}, now "
-        f"{identity[other[0]]}): name another folder, or remove it"
-    )
+    if other:
+        raise ConfigError(
+            f"{file.parent} holds predictions of other {' and '.join(other)} ({before.get(other[0])}, now "
+            f"{identity[other[0]]}): name another folder, or remove it"
+        )
 
 
 def _parts(out: Path) -> list[Path]:
@@ -119,10 +178,20 @@ def _collect(out: Path) -> dict[str, dict[str, Any]]:
     records = {}
     for file in (out / PREDICTIONS, *_parts(out)):
         if file.is_file():
-            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-                record = json.loads(line)
+            for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+                record = _record(line, f"line {number} of {file}")
                 records[record["key"]] = record
     return records
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+        if not (isinstance(record, dict) and isinstance(record.get("key"), str)):
+            raise ValueError("no object with a `key`")
+    except ValueError as error:
+        raise ConfigError(f"{where} is no prediction ({error}): remove the file to predict everything again") from None
+    return record
 
 
 def _kept(records: dict[str, dict[str, Any]], task: Task) -> dict[str, dict[str, Any]]:
@@ -148,18 +217,11 @@ def _finish(task: Task, examples: Sequence[Example], queries: list[str], out: Pa
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write the file whole or not at all, so that a later step can trust it."""
-    _replace(file, json.dumps(content, indent=1) + "\n")
+    replace_file(file, json.dumps(content, indent=1) + "\n")
 
 
 def _write_lines(file: Path, records: Any) -> None:
-    _replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write the whole file or leave it unchanged."""
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
+    replace_file(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_predictions(out: Path) -> dict[str, dict[str, Any]]:

@@ -33,12 +33,12 @@ from eve_ds.tasks.saved import (
     task_shapes,
 )
 from eve_ds.tasks.task import Task
+from eve_ds.together import on_every_rank, on_rank_zero
 from eve_ds.training.job import Evaluation, Loading, Resume
 from eve_ds.training.run_folder import check_output_dir
 from eve_ds.training.schedule import with_schedule
 from eve_ds.training.start import set_up_backbone, start
 from eve_ds.training.task_weights import is_frozen, lr_scales, prepare_weights
-from eve_ds.training.together import on_every_rank, on_rank_zero
 from eve_ds.training.trainer import Trainer
 
 MODEL, EVALUATION = "model", "evaluation"

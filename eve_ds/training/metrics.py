@@ -5,19 +5,21 @@ The format of `metrics.jsonl` is stable: the report and users' scripts read it; 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 
-from eve_ds.distributed import rank_zero
+from eve_ds.distributed import get_logger, rank_zero
 from eve_ds.objectives.objective import TOKENS
+from eve_ds.storage import reason
 from eve_ds.topology import Topology
 from eve_ds.training.flops import peak_flops
 from eve_ds.training.job import Job
@@ -25,10 +27,17 @@ from eve_ds.training.window import Window
 
 
 class MetricsWriter:
-    """Appends JSON objects, one per line, to `metrics.jsonl`; only rank 0 writes."""
+    """Appends JSON objects, one per line, to `metrics.jsonl`; only rank 0 writes.
+
+    While the disk takes no bytes, records wait in memory and training goes on: checkpoints, not metrics, decide whether
+    a run with a full disk ends.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._file = _open_after_last_line(folder / "metrics.jsonl") if rank_zero() else None
+        self._path = folder / "metrics.jsonl"
+        self._waiting = b""
+        self._has_warned = False
+        self._file = _open_after_last_line(self._path) if rank_zero() else None
 
     def write(self, kind: str, *, step: int, seconds: float, samples: int, **numbers: Any) -> None:
         """Append one record; JSON has no NaN, so a non-finite number becomes null.
@@ -42,22 +51,41 @@ class MetricsWriter:
         """
         if self._file is not None:
             record = {"kind": kind, "step": step, "seconds": round(seconds, 3), "samples": samples, **numbers}
-            self._file.write(json.dumps(_finite_or_none(record), allow_nan=False) + "\n")
-            self._file.flush()
+            self._waiting += json.dumps(_finite_or_none(record), allow_nan=False).encode() + b"\n"
+            self._write_waiting(self._file)
+
+    def _write_waiting(self, file: io.RawIOBase) -> None:
+        """Append what waits; a disk that becomes full can take a part of it, and then takes the rest later."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[file.write(self._waiting) or 0 :]
+        except OSError as error:
+            if not self._has_warned:
+                get_logger().warning(
+                    "%s: %s; its records wait in memory until there is room", self._path, error.strerror or error
+                )
+            self._has_warned = True
+        else:
+            self._has_warned = False
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        """Close the file, with a warning if records could not be written."""
+        if self._file is None:
+            return
+        if self._waiting:
+            self._write_waiting(self._file)
+        if lost := self._waiting.count(b"\n"):
+            get_logger().warning("%s lacks its last %d records, which could not be written", self._path, lost)
+        self._file.close()
 
 
-def _open_after_last_line(path: Path) -> TextIO:
+def _open_after_last_line(path: Path) -> io.RawIOBase:
     """Open for appending; first remove the unfinished last line of a killed writer, which would join the next line."""
     if path.is_file():
         whole = path.read_bytes().rpartition(b"\n")
         if whole[2]:
             os.truncate(path, len(whole[0]) + len(whole[1]))
-    return path.open("a", encoding="utf-8")
+    return path.open("ab", buffering=0)
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -102,7 +130,10 @@ class Metrics:
         """
         self._writer.write(kind, step=step, seconds=seconds, samples=samples, **numbers)
         if self._monitor.enabled and rank_zero() and kind in ("train", "eval"):
-            self._monitor.write_events([(f"{kind}/{name}", value, samples) for name, value in _flat(numbers)])
+            try:
+                self._monitor.write_events([(f"{kind}/{name}", value, samples) for name, value in _flat(numbers)])
+            except OSError as error:
+                get_logger().warning("a monitor of the DeepSpeed JSON lacks step %d: %s", step, reason(error))
 
     def close(self) -> None:
         """Close the file."""

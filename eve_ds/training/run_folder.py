@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import tempfile
 from pathlib import Path
 from typing import Any, TextIO
 
+from eve_ds.checkpoint import manifest
+from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.config import Config, ConfigError, parse_written_config
+from eve_ds.distributed import get_logger
+from eve_ds.storage import replace_file
 from eve_ds.training.job import Resume
+
+CONFIG = "config.json"
+"""Name of the file that claims an output folder for a run."""
 
 IDENTITY = ("model", "masking", "data", "loss", "task")
 """Sections of the configuration that, like `train.seed`, must stay the same within one output folder."""
@@ -78,16 +84,14 @@ def check_output_dir(config: Config, resume: Resume) -> None:
             f"train.output_dir ({folder}) cannot be written: {error.strerror}; name another folder or change its "
             "permissions"
         ) from None
-    written = folder / "config.json"
-    if not written.is_file():
+    if not (folder / CONFIG).is_file():
         return
     if resume == "none":
         raise ConfigError(f"train.output_dir ({folder}) holds a run: use --resume auto, or name another folder")
-    try:
-        before = json.loads(written.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{written} is not JSON ({error}): restore it from a checkpoint of the run") from None
-    before = parse_written_config(before, str(written)).model_dump(mode="json")  # adds fields newer than the run
+    written, tree = _written_config(folder)
+    if tree is None:
+        return
+    before = parse_written_config(tree, str(written)).model_dump(mode="json")  # adds fields newer than the run
     difference = _difference(_identity(before), _identity(config.model_dump(mode="json")))
     if difference is not None:
         key, then, now = difference
@@ -95,6 +99,32 @@ def check_output_dir(config: Config, resume: Resume) -> None:
             f"train.output_dir ({folder}) is the folder of another run: its {key} is {then!r}, this run's is {now!r}; "
             "name another folder"
         )
+
+
+def _written_config(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Read the configuration that the run wrote, or a checkpoint's copy of it if a crash of the machine damaged it.
+
+    Returns:
+        The file and its content; None instead of the content of an empty file in a folder without checkpoints, which
+        claims nothing.
+
+    Raises:
+        ConfigError: neither the file nor a copy can be read.
+    """
+    written, problems = folder / CONFIG, []
+    for file in (written, *(checkpoint / manifest.CONFIG for checkpoint in manifest.committed(folder))):
+        try:
+            tree = manifest.read_json(file)
+        except CheckpointError as error:
+            problems.append(str(error).removesuffix(": take another checkpoint"))
+            continue
+        if problems:
+            get_logger().warning("%s; going on with %s", problems[0], file)
+        return file, tree
+    if len(problems) == 1 and written.stat().st_size == 0:
+        get_logger().warning("%s is empty and the folder holds no checkpoint: starting a new run in it", written)
+        return written, None
+    raise ConfigError(f"{problems[0]}, and no checkpoint has a copy: name another folder, or remove this one")
 
 
 def _identity(tree: dict[str, Any]) -> dict[str, Any]:
@@ -118,5 +148,11 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, 
 
 
 def write_config(config: Config) -> None:
-    """Write the configuration into the output folder, which claims the folder for the run."""
-    (config.train.output_dir / "config.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")
+    """Write the configuration into the output folder, which claims the folder for the run; keep a file that has it.
+
+    Raises:
+        OSError: writing failed; an earlier file is unchanged.
+    """
+    file, text = config.train.output_dir / CONFIG, config.model_dump_json(indent=2)
+    if not file.is_file() or file.read_bytes() != text.encode():
+        replace_file(file, text)

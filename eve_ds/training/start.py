@@ -14,11 +14,11 @@ from eve_ds.model.with_losses import plain_model
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.zero import initialize_engine
+from eve_ds.together import on_rank_zero
 from eve_ds.topology import Topology
 from eve_ds.training.job import Job, Summary
 from eve_ds.training.optimizer import build_optimizer
 from eve_ds.training.run_folder import FolderLock
-from eve_ds.training.together import on_rank_zero
 from eve_ds.training.trainer import Trainer
 
 

@@ -20,10 +20,12 @@ from deepspeed import DeepSpeedEngine
 
 from eve_ds.checkpoint.manifest import name_of
 from eve_ds.checkpoint.resuming import load
-from eve_ds.checkpoint.saving import Content, SaveError, Saver
+from eve_ds.checkpoint.saving import Content, Saver
 from eve_ds.data.sources import UnusableData
 from eve_ds.distributed import get_logger, rank_zero, seed_everything
 from eve_ds.model.with_losses import LossOutput, plain_model
+from eve_ds.storage import SaveError
+from eve_ds.together import on_rank_zero
 from eve_ds.topology import Topology
 from eve_ds.training.feed import Feed
 from eve_ds.training.job import Job, Loading, Summary, TrainingBatch
@@ -33,7 +35,6 @@ from eve_ds.training.progress_line import ProgressLine
 from eve_ds.training.run_folder import write_config
 from eve_ds.training.schedule import done_share, ends_after_next_step, learning_rate, save_is_due
 from eve_ds.training.signals import StopSignals
-from eve_ds.training.together import on_rank_zero
 from eve_ds.training.window import Window
 
 

@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from eve_ds.cli import benchmark, convert, demo, evaluate, finetune, gpu, prepare, pretrain, report
-from eve_ds.cli.command import EXIT_CODES, KNOWN_ERRORS, exit_code, presets, run_command, tasks
+from eve_ds.cli.command import EXIT_CODES, KNOWN_ERRORS, ending, is_debugging, presets, run_command, tasks
 from eve_ds.cli.training import read_deepspeed_config, run_training
 from eve_ds.config import ConfigError, load_config
 from eve_ds.config import presets as all_presets
 from eve_ds.export.plain import OFFICIAL
+from eve_ds.storage import SaveError
 from eve_ds.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,9 +115,9 @@ def test_known_errors_are_classes_of_the_package():
         assert len(modules) == 1, (name, modules)
         kind = getattr(importlib.import_module(modules[0]), name)
         assert issubclass(kind, Exception)
-        assert exit_code(kind("x")) == exit_code(type("Derived", (kind,), {})("x")) == code
+        assert ending(kind("x")) == ending(type("Derived", (kind,), {})("x")) == (code, "x")
         assert code in EXIT_CODES
-        assert exit_code(type(name, (Exception,), {"__module__": "elsewhere"})("x")) is None
+        assert ending(type(name, (Exception,), {"__module__": "elsewhere"})("x")) is None
 
 
 def raises(error):
@@ -134,7 +136,22 @@ def raises(error):
             2,
             "name: x cannot be used: No such file or directory\n",
         ),
-        (OSError(28, "No space left on device"), 2, "name: disk cannot be used: No space left on device\n"),
+        (
+            OSError(28, "No space left on device"),
+            5,
+            "name: No space left on device; make room, and rerun the same command\n",
+        ),
+        (
+            OSError(30, "Read-only file system", "x"),
+            5,
+            "name: x: Read-only file system; make room, and rerun the same command\n",
+        ),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            5,
+            "name: No space left on device; make room, and rerun the same command\n",
+        ),
+        (SaveError("the checkpoint was not saved"), 5, "name: the checkpoint was not saved\n"),
         (KeyboardInterrupt(), 130, "name: interrupted; rerun the same command to resume\n"),
         (ConfigError("\udcff"), 2, "name: ?\n"),
     ],
@@ -148,6 +165,25 @@ def test_a_known_error_is_one_line_and_an_exit_code(capsys, error, code, line):
 def test_an_unknown_error_keeps_its_traceback(run):
     with pytest.raises(ZeroDivisionError):
         run(raises(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize(
+    "run", [lambda *given: run_command("name", *given), lambda action, debug: run_training(action, str, debug)]
+)
+def test_debug_shows_the_traceback_before_the_line(capsys, run):
+    assert run(raises(ConfigError("train.x (1) must be 2")), False) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert run(raises(ConfigError("train.x (1) must be 2")), True) == 2
+    error = capsys.readouterr().err
+    assert "train.x (1) must be 2" in error
+    assert ", in action\n" in error
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_command_takes_debug(name):
+    for parser in every(PARSERS[name]):
+        assert "--debug" in parser.format_help()
+        assert not is_debugging(argparse.Namespace())
 
 
 @pytest.mark.parametrize(

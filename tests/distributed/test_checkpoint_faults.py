@@ -38,8 +38,8 @@ def config_of(folder, *settings):
 
 def pretrain(config, at=None, resume="auto"):
     """Train; `at` maps a step to an action of this rank before that step. Returns (summary or error, log)."""
-    from eve_ds.checkpoint.saving import SaveError
     from eve_ds.distributed import get_logger
+    from eve_ds.storage import SaveError
     from eve_ds.training import pretrain as pretraining
     from eve_ds.training import start
     from eve_ds.training.trainer import Trainer
@@ -170,7 +170,7 @@ def test_failed_saves_do_not_affect_training(run_ranks, tmp_path):
             assert left == ["latest", "step-00000002", "step-00000008"]
         kind, text, left = result[2]
         assert (kind, left) == ("SaveError", ["latest", "step-00000002"])
-        assert "the checkpoint of step 6 was not saved (rank 1: File too large: " in text
+        assert "the checkpoint of step 6 was not saved (rank 1: File too large)" in text
         assert "Failures in a row: 2, limit train.max_failed_saves (1). Free space or change permissions of " in text
         kind, text, left = result[3]
         assert (kind, left) == ("SaveError", ["latest", "step-00000002"])

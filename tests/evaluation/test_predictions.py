@@ -1,5 +1,6 @@
 """Evaluation answers every query once, with any batch size, and completes after a kill."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -9,8 +10,10 @@ from PIL import Image
 
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.evaluation import predictions
 from eve_ds.evaluation.predictions import evaluate, read_predictions
 from eve_ds.model.eve import initialize_weights
+from eve_ds.storage import SaveError
 from eve_ds.tasks.batches import TaskCollator
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.load_examples import load_examples
@@ -117,6 +120,39 @@ def test_a_restart_predicts_what_was_skipped_and_all_that_depends_on_it(tmp_path
     assert not any(key.startswith("skipped") for key in metrics)
     assert metrics == prepared.evaluate(tmp_path / "fresh", examples=examples)
     assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "fresh" / "predictions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("full_after", [0, 5])
+def test_a_full_disk_ends_an_evaluation_that_a_restart_completes(tmp_path, task_tree, monkeypatch, full_after):
+    prepared = Prepared(task_tree("vqa"))
+    append, written = predictions._PartWriter._append, []
+
+    def write(writer, line):
+        if len(written) == full_after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(line)
+        append(writer, line)
+
+    monkeypatch.setattr(predictions._PartWriter, "_append", write)
+    with pytest.raises(SaveError, match=r"^rank 0: \S+/predictions\.part-00000\.jsonl: No space left on device$"):
+        prepared.evaluate(tmp_path)
+    assert len(read_predictions(tmp_path)) == full_after
+    assert not (tmp_path / "metrics.json").exists()
+    monkeypatch.setattr(predictions._PartWriter, "_append", append)
+    prepared.evaluate(tmp_path)
+    assert len(read_predictions(tmp_path)) == len(prepared.examples)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '"x"', "", "\0\0"])
+def test_damaged_files_of_an_evaluation_are_named(tmp_path, task_tree, damage):
+    prepared = Prepared(task_tree("vqa"))
+    prepared.evaluate(tmp_path)
+    (tmp_path / "predictions.jsonl").write_text(damage + "\n")
+    with pytest.raises(ConfigError, match=r"^line 1 of \S+/predictions\.jsonl is no prediction \(.*\): remove "):
+        prepared.evaluate(tmp_path)
+    (tmp_path / "evaluation.json").write_text(damage)
+    with pytest.raises(ConfigError, match=r"^\S+/evaluation\.json cannot be read \(.*\): remove \S+, or name another"):
+        prepared.evaluate(tmp_path)
 
 
 def test_lines_of_predictions_end_at_line_feeds_alone(tmp_path, task_tree):

@@ -1,5 +1,6 @@
 """Records of metrics.jsonl, progress lines, and FLOP counts, which must match those of torch's counter."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -31,7 +32,7 @@ from eve_ds.objectives.pretraining import pretraining_flops
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.training import progress_line
 from eve_ds.training.flops import peak_flops
-from eve_ds.training.metrics import MetricsWriter, peak_memory_bytes, training_clock
+from eve_ds.training.metrics import Metrics, MetricsWriter, peak_memory_bytes, training_clock
 from eve_ds.training.progress_line import ProgressLine
 
 NUMBERS = {"loss": 2.3456, "mim": 0.12345, "mlm": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
@@ -92,6 +93,65 @@ def test_an_unfinished_last_line_does_not_corrupt_the_next_record(tmp_path):
 def logged(caplog):
     caplog.set_level(logging.INFO, get_logger().name)  # the first call sets the level that is restored later
     return caplog
+
+
+class Disk:
+    """Raw file that takes `room` more bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        taken = bytes(data[: self.room])
+        if not taken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= len(taken)
+        return self.file.write(taken)
+
+    def close(self):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 1, 40, 100])
+def test_records_wait_in_memory_while_the_disk_is_full(tmp_path, logged, room):
+    writer = MetricsWriter(tmp_path)
+    writer._file = disk = Disk(writer._file, room)
+    for step in range(1, 4):
+        writer.write("train", step=step, seconds=0.0, samples=step)
+    assert [record.getMessage() for record in logged.records] == [
+        f"{tmp_path}/metrics.jsonl: No space left on device; its records wait in memory until there is room"
+    ]
+    disk.room = 10**6
+    writer.write("train", step=4, seconds=0.0, samples=4)
+    writer.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert len(logged.records) == 1
+
+
+def test_records_that_never_reach_the_disk_are_counted_and_leave_no_half_line_to_the_next_run(tmp_path, logged):
+    writer = MetricsWriter(tmp_path)
+    writer._file = Disk(writer._file, 100)
+    for step in range(1, 4):
+        writer.write("train", step=step, seconds=0.0, samples=step)
+    writer.close()
+    assert (
+        logged.records[-1].getMessage().endswith("metrics.jsonl lacks its last 2 records, which could not be written")
+    )
+    write(tmp_path, 2, 3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_monitor_on_a_full_disk_does_not_end_the_run(tmp_path, logged):
+    def refuse(_events):
+        raise OSError(errno.ENOSPC, "No space left on device", "train_loss.csv")
+
+    metrics = Metrics(tmp_path, SimpleNamespace(monitor=SimpleNamespace(enabled=True, write_events=refuse)))
+    metrics.write("train", step=3, seconds=0.0, samples=3, loss=1.0)
+    metrics.close()
+    assert logged.records[-1].getMessage() == (
+        "a monitor of the DeepSpeed JSON lacks step 3: train_loss.csv: No space left on device"
+    )
+    assert lines(tmp_path)[0]["loss"] == 1.0
 
 
 def test_plain_lines_appear_every_log_every_steps(logged):

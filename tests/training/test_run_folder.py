@@ -11,6 +11,7 @@ import pytest
 
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.training.run_folder import FolderLock, check_output_dir
+from eve_ds.training.run_folder import write_config as write_own_config
 
 
 def of_run(folder, **train):
@@ -104,8 +105,42 @@ def test_the_folder_of_the_same_run_is_accepted(tmp_path):
     assert refused_folder(run, "none") == (
         f"train.output_dir ({tmp_path}) holds a run: use --resume auto, or name another folder"
     )
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "\ud800", "\0" * 100])
+def test_a_damaged_configuration_is_read_from_a_checkpoint(tmp_path, caplog, damage):
+    run = of_run(tmp_path)
+    (tmp_path / "config.json").write_text(damage, errors="surrogatepass")
+    checkpoint = tmp_path / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text(run.model_dump_json())
+    check_output_dir(run, "auto")
+    assert f"going on with {checkpoint}/config.json" in caplog.text
+    assert "its train.seed is 0, this run's is 1" in refused_folder(of_run(tmp_path, seed=1))
+    (checkpoint / "config.json").write_text("{")
+    assert "config.json is not JSON (" in refused_folder(run) or damage == "[]"
+    assert refused_folder(run).endswith("and no checkpoint has a copy: name another folder, or remove this one")
+
+
+def test_an_empty_configuration_without_checkpoints_claims_nothing(tmp_path, caplog):
+    run = of_run(tmp_path)
+    (tmp_path / "config.json").touch()
+    check_output_dir(run, "auto")
+    assert "config.json is empty and the folder holds no checkpoint: starting a new run in it" in caplog.text
     (tmp_path / "config.json").write_text("{")
-    assert f"{tmp_path}/config.json is not JSON (" in refused_folder(run)
+    assert "config.json is not JSON (" in refused_folder(run)
+
+
+def test_the_configuration_is_replaced_only_if_it_changed(tmp_path):
+    run = of_run(tmp_path)
+    write_own_config(run)
+    before = (tmp_path / "config.json").stat()
+    write_own_config(run)
+    assert (tmp_path / "config.json").stat().st_ino == before.st_ino
+    write_own_config(of_run(tmp_path, max_steps=3))
+    assert (tmp_path / "config.json").stat().st_ino != before.st_ino
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["max_steps"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
