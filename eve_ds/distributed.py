@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from eve_ds.launch_environment import LaunchError, RankInfo, read_environment
+from eve_ds.printable import printable
 
 T = TypeVar("T")
 
@@ -176,12 +177,19 @@ def get_logger() -> logging.Logger:
     return logger
 
 
+class _OneLineFormatter(logging.Formatter):
+    """Formatter that keeps a message on one line, whatever it quotes; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 class _RankHandler(logging.Handler):
     """Handler that writes to the current standard error; looks up the rank per record, as the group may start later."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        self.setFormatter(_OneLineFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
 
     def filter(self, record: logging.LogRecord) -> bool:
         return bool((rank_zero() or record.levelno >= logging.WARNING) and super().filter(record))

@@ -11,7 +11,8 @@ PACKAGE = Path(eve_ds.__file__).parent
 MAY_IMPORT = {  # part: other parts of eve_ds
     "config": set(),
     "launch_environment": set(),
-    "distributed": {"launch_environment"},
+    "printable": set(),
+    "distributed": {"launch_environment", "printable"},
     "storage": set(),
     "together": {"config", "distributed", "storage"},
     "topology": set(),
@@ -22,7 +23,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "model/eve.py": {"objectives"},  # whose heads it holds; objectives know the other modules of model only
     "objectives": {"config", "ops", "views", "data", "model"},
     "parallel": {"config", "distributed", "topology", "launch_environment", "ops", "model", "objectives"},
-    "checkpoint": {"config", "distributed", "topology", "model", "storage"},
+    "checkpoint": {"config", "distributed", "topology", "model", "printable", "storage"},
     "export": {"checkpoint", "config", "data", "distributed", "model", "objectives", "storage"},
     "tasks": {"config", "data", "distributed", "topology", "model", "objectives", "checkpoint", "export", "views"},
     "evaluation": {

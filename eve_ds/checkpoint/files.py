@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eve_ds.printable import printable
+
 PATTERN = "tensors-*.safetensors"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 """fp32 weight and the two moments of Adam."""
@@ -59,8 +61,8 @@ def tensor_file(number: int) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """First few of the names, and the number of further names."""
-    ordered = sorted(names)
+    """First few of the names, with controls escaped, and the number of further names."""
+    ordered = sorted(map(printable, names))
     more = len(ordered) - SHOWN
     return ", ".join(ordered[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from eve_ds.cli.terminal import keep_terminal
+from eve_ds.printable import printable
 from eve_ds.storage import is_disk_error, reason
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message behind the name of the command, and exit."""
-        self.exit(BAD_INPUT, f"{self.prog.split()[0]}: {message} (see --help)\n")
+        self.exit(BAD_INPUT, printable(f"{self.prog.split()[0]}: {message} (see --help)") + "\n")
 
 
 def exit_code_table(*codes: int, failed: str = "") -> str:
@@ -153,6 +154,6 @@ def run_command(name: str, action: Callable[[], int], debug: bool = False) -> in
 
 
 def complain(name: str, message: str, code: int = BAD_INPUT) -> int:
-    """Print one line, in which bytes of file names that are no UTF-8 are replaced; the exit code."""
-    print(f"{name}: {message}".encode("utf-8", "replace").decode(), file=sys.stderr)
+    """Print one line, with controls escaped; the exit code."""
+    print(printable(f"{name}: {message}"), file=sys.stderr)
     return code

@@ -153,7 +153,7 @@ def raises(error):
         ),
         (SaveError("the checkpoint was not saved"), 5, "name: the checkpoint was not saved\n"),
         (KeyboardInterrupt(), 130, "name: interrupted; rerun the same command to resume\n"),
-        (ConfigError("\udcff"), 2, "name: ?\n"),
+        (ConfigError("\udcff"), 2, "name: \\udcff\n"),
     ],
 )
 def test_a_known_error_is_one_line_and_an_exit_code(capsys, error, code, line):

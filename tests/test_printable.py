@@ -1,0 +1,62 @@
+"""Text of unknown origin can neither start a log line of its own nor control a terminal."""
+
+import logging
+import unicodedata
+
+import pytest
+
+from eve_ds.checkpoint.files import listed
+from eve_ds.cli.command import complain
+from eve_ds.distributed import get_logger
+from eve_ds.printable import printable
+
+HOSTILE = {
+    "line feed": ("a\n12:00:00 INFO saved", r"a\n12:00:00 INFO saved"),
+    "carriage return": ("a\rb", r"a\rb"),
+    "color": ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+    "title": ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+    "single-byte escape": ("\x9b31m", r"\x9b31m"),
+    "delete": ("a\x7f", r"a\x7f"),
+    "null": ("a\0b", r"a\x00b"),
+    "right to left": ("gnp.\u202etxt", r"gnp.\u202etxt"),
+    "isolate": ("\u2066a\u2069", r"\u2066a\u2069"),
+    "line separator": ("a\u2028b\u2029c", r"a\u2028b\u2029c"),
+    "next line": ("a\x85b", r"a\x85b"),
+    "invisible": ("a\u200bb\ufeff", r"a\u200bb\ufeff"),
+    "not UTF-8": ("a\udcff", r"a\udcff"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_controls_are_escaped_wherever_text_is_shown(kind, capsys):
+    text, escaped = HOSTILE[kind]
+    assert printable(text) == listed([text]) == escaped
+    complain("name", text)
+    get_logger().warning("key %s", text)
+    shown = capsys.readouterr().err.split("\n")
+    assert shown[0] == f"name: {escaped}"
+    assert shown[1].endswith(f"WARNING key {escaped}")
+    assert shown[2:] == [""]
+
+
+@pytest.mark.parametrize("text", ["", "plain", "a red circle", "übergroß", "红色的圆", "a\\n", "👍🏽", "é"])
+def test_words_of_any_script_are_shown_as_they_are(text):
+    assert printable(text) == text
+
+
+def test_no_character_outside_the_escaped_categories_changes():
+    for code in range(0x110000):
+        char = chr(code)
+        same = printable(char) == char
+        assert same == (unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def test_a_traceback_in_the_log_keeps_its_lines(capsys):
+    try:
+        raise ValueError("a\nb")
+    except ValueError:
+        get_logger().error("key %s", "x\ny", exc_info=True)
+    shown = capsys.readouterr().err.split("\n")
+    assert shown[0].endswith(r"ERROR key x\ny")
+    assert shown[1] == "Traceback (most recent call last):"
+    assert logging.getLogger("eve_ds") is get_logger()
