@@ -18,7 +18,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "topology": set(),
     "views": set(),
     "ops": {"distributed"},
-    "data": {"config", "distributed", "views"},
+    "data": {"config", "distributed", "storage", "views"},
     "model": {"config", "ops", "views"},
     "model/eve.py": {"objectives"},  # whose heads it holds; objectives know the other modules of model only
     "objectives": {"config", "ops", "views", "data", "model"},

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from eve_ds.cli.command import (
     BAD_INPUT,
     INTERRUPTED,
+    NOT_SAVED,
     Parser,
     exit_code_table,
     is_debugging,
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """Parser of the command line; each command sets `run`."""
-    codes = exit_code_table(0, BAD_INPUT, INTERRUPTED)
+    codes = exit_code_table(0, BAD_INPUT, NOT_SAVED, INTERRUPTED)
     parser = Parser(prog="evaluate", description=__doc__, epilog=codes)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_scenes(commands.add_parser("scenes", help="pre-trained model: masked words, pixels and binding on scenes"))

@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING
 
 from eve_ds.cli.command import (
     BAD_INPUT,
-    FAILED,
     INTERRUPTED,
+    NOT_SAVED,
     Parser,
-    complain,
     exit_code_table,
     is_debugging,
     positive,
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write shards or a tokenizer; exit code 0, 2 for bad input, 1 where writing failed, 130 interrupted."""
+    """Write shards or a tokenizer; exit code 0, 2 for bad input, 5 if the disk takes no more, 130 interrupted."""
     given = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args([with_underscores(argument) for argument in given])
     return run_command("prepare", partial(_prepare, arguments), is_debugging(arguments))
@@ -54,10 +53,7 @@ def with_underscores(argument: str) -> str:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    try:
-        arguments.run(arguments)
-    except OSError as error:
-        return complain("prepare", f"{error}; rerun the same command to resume", FAILED)
+    arguments.run(arguments)
     return 0
 
 
@@ -66,7 +62,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> Parser:
     """Parser of the command line; each command sets `run`, and each source `build`, which makes it from arguments."""
-    codes = exit_code_table(0, FAILED, BAD_INPUT, INTERRUPTED, failed="shards cannot be written")
+    codes = exit_code_table(0, BAD_INPUT, NOT_SAVED, INTERRUPTED)
     parser = Parser(prog="prepare", description=__doc__, epilog=codes)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
     shared = _shared_options()

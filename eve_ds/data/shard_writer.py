@@ -37,6 +37,7 @@ from typing import Any
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
+from eve_ds.storage import is_disk_error
 
 VERSION = 1
 """Version of index.json and report.json."""
@@ -446,6 +447,8 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         _write_atomically(plan_path, _dump(plan, indent=2))
         lock = (progress / "lock").open("wb")
     except OSError as error:
+        if is_disk_error(error):
+            raise
         raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
     with lock:
         try:

@@ -378,12 +378,12 @@ def test_damaged_complete_folder_is_refused(tmp_path):
         write_shards(GeneratedScenes(3), tmp_path, WriterOptions())
 
 
-def test_read_only_folder_gives_one_line(tmp_path, monkeypatch):
+def test_a_folder_without_permission_gives_one_line(tmp_path, monkeypatch):
     def refuse(*_arguments, **_options):
-        raise OSError(errno.EROFS, "Read-only file system")
+        raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # permissions do not apply if the tests run as root
-    with pytest.raises(OutputError, match=r"^cannot write to .*x: Read-only file system; choose another --out$"):
+    with pytest.raises(OutputError, match=r"^cannot write to .*x: Permission denied; choose another --out$"):
         write_shards(GeneratedScenes(3), tmp_path / "x", WriterOptions())
 
 
