@@ -15,6 +15,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+SEVERAL := tests/distributed tests/launch
+IN_PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 GPU_PYTHON ?= 3.12
 GPU_PACKAGES := pydantic|pydantic_core|annotated-types|typing-inspection|webdataset|braceexpand|msgpack
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -59,9 +61,13 @@ demo-seeds: $(INSTALLED)
 	$(BIN)/python launcher/demo.py --out runs/demo --seeds 3
 
 # Use a new cache of DeepSpeed extensions per run: a killed build leaves a lock there, and the next build waits for it.
+# Tests that start several processes have time limits: they run one after another, all other tests on all cores.
 test: $(INSTALLED_DEV)
 	@extensions=$$(mktemp -d) && trap 'rm -rf "$$extensions"' EXIT && \
-	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} TORCH_EXTENSIONS_DIR="$$extensions" $(BIN)/pytest $(TESTS)
+	export DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} TORCH_EXTENSIONS_DIR="$$extensions" && \
+	if test -n "$(TESTS)"; then $(BIN)/pytest $(TESTS); else \
+	  failed=0; $(BIN)/pytest $(IN_PARALLEL) $(SEVERAL:%=--ignore %) || failed=$$?; \
+	  $(BIN)/pytest $(SEVERAL) || failed=$$?; exit $$failed; fi
 
 soak: $(INSTALLED_DEV)
 	EVE_DS_SOAK=1 $(MAKE) test TESTS="-s tests/launch/test_kills.py tests/launch/test_universal_memory.py"

@@ -28,7 +28,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_controls_are_escaped_wherever_text_is_shown(kind, capsys):
+def test_controls_are_escaped_wherever_text_is_shown(kind, capsys, monkeypatch):
+    monkeypatch.setattr(get_logger(), "propagate", False)  # pytest-xdist cannot transfer a report of surrogates
     text, escaped = HOSTILE[kind]
     assert printable(text) == listed([text]) == escaped
     complain("name", text)
