@@ -18,8 +18,10 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "together": {"config", "distributed"},
     "topology": set(),
     "views": set(),
+    "limits": set(),
+    "reading": {"limits"},
     "ops": {"distributed"},
-    "data": {"config", "distributed", "views"},
+    "data": {"config", "distributed", "views", "limits", "reading"},
     "model": {"config", "ops", "views"},
     "model/eve.py": {"objectives"},  # whose heads it holds; objectives know the other modules of model only
     "objectives": {"config", "ops", "views", "data", "model"},

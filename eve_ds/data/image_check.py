@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from eve_ds.data.image_file import open_image, undecodable
+from eve_ds.data.image_file import decode, read_header, to_rgb, undecodable, upright
 
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes are stored unchanged -> suffix in the shard. Other formats are converted to PNG."""
@@ -18,7 +18,7 @@ JPEG_QUALITY = 95
 def encode_for_shard(data: bytes, max_size: int | None = None) -> tuple[bytes, str]:
     """Decode an image completely and return the bytes to store with their suffix (`jpg`, `png` or `webp`).
 
-    JPEG, PNG and WebP keep their bytes in any color mode; other formats are stored as RGB PNG.
+    JPEG, PNG and WebP keep their bytes in any color mode and orientation; other formats are stored as upright RGB PNG.
 
     Args:
         data: an encoded image.
@@ -30,7 +30,7 @@ def encode_for_shard(data: bytes, max_size: int | None = None) -> tuple[bytes, s
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged EXIF and the like; they would flood the terminal
-        with open_image(data) as image:
+        with read_header(data) as image:
             try:
                 return _store(image, data, max_size)
             except MemoryError:
@@ -46,11 +46,11 @@ def _store(image: Image.Image, data: bytes, max_size: int | None) -> tuple[bytes
         # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; twice the target size keeps enough detail for the filter.
         scale = 2 * max_size / min(image.size)
         image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
-    image.load()
+    decode(image)
     if shrink and max_size is not None:
-        return _encode(_shrink(ImageOps.exif_transpose(image).convert("RGB"), max_size), "JPEG"), "jpg"
+        return _encode(_shrink(to_rgb(upright(image)), max_size), "JPEG"), "jpg"
     if suffix is None:
-        return _encode(image.convert("RGB"), "PNG"), "png"
+        return _encode(to_rgb(upright(image)), "PNG"), "png"
     return data, suffix
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from eve_ds.data.image_file import open_image, undecodable
+from eve_ds.data.image_file import open_image, to_rgb, undecodable
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 
@@ -67,11 +67,11 @@ def resize(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
     high frequencies.
 
     Raises:
-        BadSample: truncated image, unreadable image.
+        BadSample: truncated image, unreadable image, unusable pixel values.
     """
     try:
         box = _decode_smaller(image, box, size)
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        rgb = to_rgb(image)
         if rgb.size != (size, size) or box != (0, 0, size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.asarray(rgb)

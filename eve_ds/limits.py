@@ -1,0 +1,53 @@
+"""Caps for input of unknown origin: sizes of files, images, captions, archives and lists, each with its reason.
+
+A cap is far above what honest data needs. What exceeds one is counted or refused by name, so that a single hostile or
+damaged file can neither fill the memory nor stop a run. :mod:`eve_ds.reading` applies the caps of files and of JSON.
+"""
+
+from __future__ import annotations
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+IMAGE_PIXELS = 89_478_485
+"""Pixels of one image: the default of Pillow, a quarter of a gigabyte as RGB."""
+IMAGE_BYTES = 256 * MIB
+"""Bytes of one encoded image: as many as IMAGE_PIXELS take as uncompressed RGB."""
+
+# -------------------------------------------------------------------------------------------------------- captions
+
+CAPTION_CHARACTERS = 10_000
+"""Characters of one caption. A model reads some dozens of tokens; a megabyte takes seconds to tokenize."""
+CELL_CHARACTERS = 1_000_000
+"""Characters of one row of a table. A quote without an end would otherwise take the rest of the file."""
+
+# ------------------------------------------------------------------------------------------------------- JSON, files
+
+JSON_DEPTH = 100
+"""Levels of lists and objects in a JSON document."""
+JSON_DIGITS = 300
+"""Digits of a number in a JSON document."""
+SMALL_JSON_BYTES = 64 * MIB
+"""Bytes of a JSON file that a program wrote about other files, such as an index of shards or a configuration."""
+ANNOTATION_BYTES = 4 * GIB
+"""Bytes of one annotation file, which is parsed in memory."""
+METADATA_BYTES = 16 * MIB
+"""Bytes of the text or the metadata of one sample."""
+
+# --------------------------------------------------------------------------------------------------- tars and shards
+
+SAMPLE_BYTES = GIB
+"""Bytes of one sample in a shard, headers included; the reads of one system call end at 2 GiB."""
+SAMPLE_MEMBERS = 1000
+"""Members of one sample in a shard."""
+TAR_RECORD_BYTES = MIB
+"""Bytes of an extension header of a tar, which holds a long name or pax records."""
+TAR_DAMAGE_BYTES = SAMPLE_BYTES
+"""Bytes of a tar that are searched for the next valid header after damage."""
+ARCHIVE_RATIO = 50
+"""Unpacked bytes of a compressed archive, as a multiple of its own size: images hardly compress."""
+ARCHIVE_SMALL_BYTES = 64 * MIB
+"""Unpacked bytes that an archive of any size may have."""
+SHARDS = 1_000_000
+"""Shards of one source: a thousand times a thousand samples in each is more than any published set."""

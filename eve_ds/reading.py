@@ -1,0 +1,76 @@
+"""Read files of unknown origin: regular files up to a size, and JSON of bounded depth, with errors of one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from eve_ds import limits
+
+_TOO_DEEP = f"lists and objects are nested deeper than {limits.JSON_DEPTH} levels"
+
+
+def read_file(path: str | Path, most: int, offset: int = 0, size: int | None = None) -> bytes:
+    """Read a regular file, or `size` bytes of it from `offset`; a slice that the file does not hold is shorter.
+
+    A device, a pipe, a socket or a folder is never read, so the call returns whatever the path names.
+
+    Args:
+        path: the file; symbolic links are followed.
+        most: largest number of bytes to read.
+        offset: first byte.
+        size: number of bytes; None: up to the end of the file.
+
+    Raises:
+        OSError: the file is missing, not regular or cannot be read, or there are more than `most` bytes; `strerror`
+            says which.
+    """
+    # Without O_NONBLOCK the open call would wait for a writer of a pipe.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        wanted = max(status.st_size - offset, 0) if size is None else size
+        if wanted > most:
+            raise OSError(errno.EFBIG, f"{wanted:,} bytes, more than the {most:,} that are read", str(path))
+        file.seek(offset)
+        return file.read(wanted)
+
+
+def parse_json(document: bytes | str) -> Any:
+    """Parse a JSON document; bytes must be UTF-8 and may begin with a byte order mark.
+
+    Raises:
+        ValueError: the document is not UTF-8, not JSON, nested deeper than `limits.JSON_DEPTH`, or has a number of more
+            than `limits.JSON_DIGITS` digits; the message is one line.
+    """
+    text = document if isinstance(document, str) else document.decode("utf-8-sig")
+    try:
+        tree = json.loads(text, parse_int=_whole_number)
+    except RecursionError:  # thousands of levels
+        raise ValueError(_TOO_DEEP) from None
+    if _is_deep(tree):
+        raise ValueError(_TOO_DEEP)
+    return tree
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > limits.JSON_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits, more than {limits.JSON_DIGITS}")
+    return int(digits)
+
+
+def _is_deep(tree: Any) -> bool:
+    """Whether a parsed document exceeds the depth; code that walks through it could otherwise end in a traceback."""
+    level = [tree]
+    for _ in range(limits.JSON_DEPTH + 1):
+        lists = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
+        level = [child for children in lists for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
