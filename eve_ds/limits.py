@@ -43,11 +43,13 @@ SAMPLE_MEMBERS = 1000
 """Members of one sample in a shard."""
 TAR_RECORD_BYTES = MIB
 """Bytes of an extension header of a tar, which holds a long name or pax records."""
-TAR_DAMAGE_BYTES = SAMPLE_BYTES
-"""Bytes of a tar that are searched for the next valid header after damage."""
+TAR_DAMAGE_BYTES = IMAGE_BYTES
+"""Bytes of a tar that are searched for the next valid header after damage: an image whose header is lost."""
 ARCHIVE_RATIO = 50
 """Unpacked bytes of a compressed archive, as a multiple of its own size: images hardly compress."""
 ARCHIVE_SMALL_BYTES = 64 * MIB
 """Unpacked bytes that an archive of any size may have."""
 SHARDS = 1_000_000
 """Shards of one source: a thousand times a thousand samples in each is more than any published set."""
+SHARD_SAMPLES = 10_000_000
+"""Samples that an index may give for one shard."""

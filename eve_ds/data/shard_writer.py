@@ -34,9 +34,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from eve_ds import limits
+from eve_ds.data.caption_text import clean_caption, decode_caption
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
+from eve_ds.data.sample_names import shard_files, split_name
+from eve_ds.data.tar_headers import Damage, block_reader, scan
 from eve_ds.storage import is_disk_error
 
 VERSION = 1
@@ -65,12 +69,18 @@ class WriterOptions:
     """Number of candidates to use from the start of the source; None: all."""
     exclude_ids: str | None = None
     """Path of a file with one image ID per line; images with such an ID or alias are skipped."""
+    unescape_html: bool = False
+    """Replace HTML entities of captions by their characters."""
 
     def describe(self) -> dict[str, Any]:
-        """Return the options for JSON, with a digest of the excluded IDs because their file may change."""
+        """Return the options for JSON, with a digest of the excluded IDs because their file may change.
+
+        `unescape_html` is left out where it is not set, so that folders of versions without it can be continued.
+        """
         listed = sorted(read_ids(self.exclude_ids))
         digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
-        return asdict(self) | {"exclude_ids": digest if self.exclude_ids else None}
+        described = asdict(self) | {"exclude_ids": digest if self.exclude_ids else None}
+        return {name: value for name, value in described.items() if name != "unescape_html" or value}
 
 
 @dataclass
@@ -283,7 +293,7 @@ def _write_candidate(
     try:
         candidate = lazy.resolve()
         _require_not_excluded(candidate, options, record)
-        captions = _usable_captions(candidate, skipped)
+        captions = _usable_captions(candidate, options.unescape_html, skipped)
         if not captions:
             return
         image, suffix = encode_for_shard(candidate.image.read(), options.max_size)
@@ -307,21 +317,14 @@ def _require_not_excluded(candidate: Candidate, options: WriterOptions, record: 
         raise BadSample("excluded id")
 
 
-def _usable_captions(candidate: Candidate, skipped: Skipped) -> list[tuple[int, bytes]]:
+def _usable_captions(candidate: Candidate, unescape_html: bool, skipped: Skipped) -> list[tuple[int, bytes]]:
     """Return usable captions as UTF-8 with their index; each unusable caption is counted as skipped."""
     usable = []
     for number, caption in enumerate(candidate.captions):
         try:
-            # Surrogates represent bytes of a text file that were not UTF-8; encoding rejects them.
-            text = caption.decode("utf-8") if isinstance(caption, bytes) else caption
-            data = text.strip().encode("utf-8")
-        except UnicodeError:
-            skipped.add("caption is not UTF-8", [candidate.name])
-            continue
-        if data:
-            usable.append((number, data))
-        else:
-            skipped.add("empty caption", [candidate.name])
+            usable.append((number, decode_caption(caption, unescape_html).encode("utf-8")))
+        except BadSample as bad:
+            skipped.add(bad.reason, [candidate.name])
     return usable
 
 
@@ -441,7 +444,7 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
     try:
         if plan_path.exists():
             _require_same_plan(folder, json.loads(plan_path.read_bytes()), plan)
-        elif any(folder.glob("*.tar")):
+        elif shard_files(folder):
             raise OutputError(f"{folder} holds .tar files that this command did not write; choose another --out")
         progress.mkdir(parents=True, exist_ok=True)
         _write_atomically(plan_path, _dump(plan, indent=2))
@@ -521,15 +524,24 @@ def read_captions(folder: str | Path) -> Iterator[str]:
     Raises:
         SourceError: a folder without shards, a damaged shard, or a caption that is not UTF-8.
     """
-    shards = sorted(Path(folder).glob("*.tar"))
+    shards = shard_files(Path(folder))
     if not shards:
         raise SourceError(f"{folder} holds no .tar shards")
     for path in shards:
         try:
-            with tarfile.open(path, mode="r:") as tar:
-                for member in tar:
-                    file = tar.extractfile(member) if member.name.endswith(".txt") else None
-                    if file is not None:
-                        yield file.read().decode("utf-8")
-        except (tarfile.TarError, UnicodeDecodeError, OSError) as error:
+            with path.open("rb", buffering=0) as file:
+                for text in _texts(file.fileno()):
+                    yield clean_caption(text.decode("utf-8"))[: limits.CAPTION_CHARACTERS]
+        except (OSError, ValueError) as error:  # ValueError: damage, UnicodeDecodeError
             raise SourceError(f"{path} cannot be read: {error}") from None
+
+
+def _texts(descriptor: int) -> Iterator[bytes]:
+    """Yield the `.txt` members of a tar; raises ValueError for damage and for a member above the cap."""
+    for found in scan(block_reader(descriptor), os.fstat(descriptor).st_size):
+        if isinstance(found, Damage):
+            raise ValueError(f"damaged at byte {found.offset:,}")
+        if found.name.endswith(".txt") and split_name(found.name)[0] is not None:
+            if found.size > limits.METADATA_BYTES:
+                raise ValueError(f"{found.name} has {found.size:,} bytes, more than {limits.METADATA_BYTES:,}")
+            yield os.pread(descriptor, found.size, found.end - found.size)

@@ -9,7 +9,9 @@ from typing import Protocol
 
 from eve_ds.config import Config, ConfigError, SourceConfig
 from eve_ds.data.batch import Sample
+from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import BadSample
+from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
 from eve_ds.data.shards import ShardFile, find_shards
@@ -20,8 +22,9 @@ GENERATED_PER_SHARD = 1000
 """Generated samples are ordered as if stored in shards of this size."""
 MAX_OPEN_SHARDS = 128
 """Shards that a source keeps open: two per lane, the current one and the next."""
-IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
-"""Extensions of images in shards; the first one present is used."""
+MOST_LISTED = 8
+"""Members that a message lists."""
+TOGETHER = "members of a sample, as KEY.jpg and KEY.txt, must stand together in a shard, without a dot in KEY"
 
 
 class UnusableData(ValueError):
@@ -140,7 +143,7 @@ class GeneratedSource:
 
 
 class ShardsSource:
-    """Samples from WebDataset shards: image KEY.jpg, .png, .jpeg or .webp, and caption KEY.txt."""
+    """Samples from WebDataset shards: caption KEY.txt and an image KEY.jpg, .png, ...; see `IMAGE_EXTENSIONS`."""
 
     def __init__(self, config: SourceConfig, transform: TrainTransform) -> None:
         self._modalities, self._transform = config.modalities, transform
@@ -196,11 +199,12 @@ class ShardsSource:
         if not self.has_captions:
             return None
         try:
-            caption = fields.get("txt", b"").decode("utf-8-sig").strip()
+            caption = clean_caption(fields.get("txt", b"").decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BadSample("non-UTF-8 caption", str(error)) from None
         if not caption and self._modalities != "any":
-            raise BadSample("missing caption", "empty" if "txt" in fields else "no .txt member")
+            detail = "empty" if "txt" in fields else f"no .txt but {_listed(fields)}: {TOGETHER}"
+            raise BadSample("missing caption", detail)
         return caption or None
 
     def _encoded_image(self, fields: dict[str, bytes]) -> bytes | None:
@@ -208,7 +212,7 @@ class ShardsSource:
             return None
         encoded = next((fields[name] for name in IMAGE_EXTENSIONS if name in fields), None)
         if encoded is None and self._modalities != "any":
-            raise BadSample("missing image", f"members: {', '.join(fields)}")
+            raise BadSample("missing image", f"no image but {_listed(fields)}: {TOGETHER}")
         return encoded
 
     def describe(self, shard: int, number: int) -> str:
@@ -225,6 +229,10 @@ class ShardsSource:
         """Close the open shards."""
         while self._open:
             self._open.popitem()[1].close()
+
+
+def _listed(fields: dict[str, bytes]) -> str:
+    return ", ".join(list(fields)[:MOST_LISTED])
 
 
 def open_sources(config: Config) -> list[SampleSource]:

@@ -1,42 +1,16 @@
-"""Finding shards, and reading single samples of a tar: compared with webdataset, and with damaged files."""
+"""Reading single samples of a tar: compared with webdataset, and with damaged and hostile files."""
 
 import io
-import json
-import logging
 import os
 import tarfile
 
 import pytest
+from tars import samples, write_tar
 from webdataset.tariterators import tarfile_samples
 
-from eve_ds.config import ConfigError
+from eve_ds import limits
 from eve_ds.data.errors import BadSample
-from eve_ds.data.shards import ShardFile, find_shards
-
-
-def write_tar(path, members, format=tarfile.USTAR_FORMAT):
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            if data is None:
-                info.type = tarfile.DIRTYPE
-                tar.addfile(info)
-            else:
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def samples(count, prefix="s"):
-    return [
-        member
-        for number in range(count)
-        for member in (
-            (f"{prefix}{number:04d}.jpg", os.urandom(700 + 400 * number)),
-            (f"{prefix}{number:04d}.json", b"{}"),
-            (f"{prefix}{number:04d}.txt", f"caption {number}".encode()),
-        )
-    ]
+from eve_ds.data.shards import ShardFile
 
 
 def ours(path):
@@ -170,95 +144,118 @@ def test_two_members_with_one_extension_are_refused(tmp_path):
     shard.close()
 
 
-def write_set(folder, counts, index=True, **changes):
-    folder.mkdir(exist_ok=True)
-    entries = []
-    for number, count in enumerate(counts):
-        path = write_tar(folder / f"shard-{number:06d}.tar", samples(count, f"{number}-"))
-        entries.append({"name": path.name, "samples": count, "bytes": path.stat().st_size, "sha256": ""} | changes)
-    if index:
-        (folder / "index.json").write_text(json.dumps({"version": 1, "shards": entries}))
-    return folder
+# -------------------------------------------------------------------------------------------------- hostile headers
 
 
-def sizes(spec):
-    return [(shard.path.name, shard.num_samples) for shard in find_shards(spec)]
+def header(name, size=b"00000000000\0", kind=b"0"):
+    """One header block with a valid checksum and any bytes as its size."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[156:157], block[148:156] = size, kind, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
 
 
-@pytest.mark.parametrize("index", [True, False])
-def test_shards_can_be_given_by_folder_path_braces_or_list(tmp_path, index, caplog):
-    folder = write_set(tmp_path / "set", [2, 3, 1], index)
-    everything = [("shard-000000.tar", 2), ("shard-000001.tar", 3), ("shard-000002.tar", 1)]
-    assert sizes(str(folder)) == everything
-    assert sizes(f"{folder}/shard-{{000000..000002}}.tar") == everything
-    assert sizes(f"{folder}/shard-00000{{2,0}}.tar") == [everything[2], everything[0]]
-    assert sizes([f"{folder}/shard-000001.tar", f"{folder}/shard-{{000000,000002}}.tar"]) == [
-        everything[1],
-        everything[0],
-        everything[2],
-    ]
-    assert sizes(f"{folder}/shard-000001.tar::{folder}/shard-000000.tar") == [everything[1], everything[0]]
-    assert ("3 of 3 shards have no entry in an index.json" in caplog.text) == (not index)
+def pax(records, size=None):
+    stored = b"%011o\0" % (len(records) if size is None else size)
+    return header("PaxHeader", stored, b"x") + records + bytes(-len(records) % 512)
 
 
-def test_sizes_come_from_the_index_without_opening_shards(tmp_path, monkeypatch):
-    folder = write_set(tmp_path / "set", [2, 3])
-    monkeypatch.setattr("eve_ds.data.shards.ShardFile", None)
-    assert sizes(str(folder)) == [("shard-000000.tar", 2), ("shard-000001.tar", 3)]
+def base_256(size):
+    return b"\x80" + size.to_bytes(11, "big")
 
 
-def test_missing_shards_are_refused(tmp_path):
-    folder = write_set(tmp_path / "set", [2, 3])
-    with pytest.raises(ConfigError, match=r"shard .*shard-000002.tar does not exist \(2 of 4 shards are missing\)"):
-        find_shards(f"{folder}/shard-{{000000..000003}}.tar")
-    (folder / "shard-000001.tar").unlink()
-    with pytest.raises(ConfigError, match=r"shard-000001.tar does not exist \(1 of 2 shards are missing\)"):
-        find_shards(str(folder))
+HOSTILE = {
+    "negative octal": header("bad.txt", b"-0000001000\0"),
+    "negative base 256": header("bad.txt", b"\xff" * 12),
+    "size in letters": header("bad.txt", b"00000zz0000\0"),
+    "size with an underscore": header("bad.txt", b"0000000_100\0"),
+    "a terabyte": header("bad.txt", base_256(2**40)),
+    "more than a file can hold": header("bad.txt", base_256(2**87)),
+    "long name of a terabyte": header("bad.txt", base_256(2**40), b"L"),
+    "long link of a terabyte": header("bad.txt", base_256(2**40), b"K"),
+    "pax records of a terabyte": header("bad.txt", base_256(2**40), b"x"),
+    "global records of a terabyte": header("bad.txt", base_256(2**40), b"g"),
+    "pax length of 5,000 digits": pax(b"9" * 5000 + b" size=1\n"),
+    "pax size of 5,000 digits": pax(b"5013 size=" + b"9" * 5000 + b"\n") + header("bad.txt"),
+    "pax size of a terabyte": pax(b"22 size=1099511627776\n") + header("bad.txt"),
+    "pax size below zero": pax(b"12 size=-5\n") + header("bad.txt"),
+    "pax length of zero": pax(b"0 size=5\n"),
+    "pax length below its own": pax(b"1 size=5\n"),
+    "sparse member of a terabyte": header("bad.txt", b"00000000000\0", b"S"),
+    "link with a size": header("bad.txt", b"00000001000\0", b"1"),
+    "folder with a size": header("bad.txt", b"00000001000\0", b"5"),
+    "device": header("bad.txt", kind=b"3"),
+    "unknown kind": header("bad.txt", kind=b"Z"),
+    "no number": header("bad.txt", b" " * 12),
+}
 
 
-def test_empty_shards_are_refused(tmp_path):
-    folder = write_set(tmp_path / "set", [2, 0])
-    with pytest.raises(ConfigError, match=r"shard-000001.tar is empty \(10240 bytes, 0 samples\)"):
-        find_shards(str(folder))
-    (tmp_path / "zero.tar").touch()
-    with pytest.raises(ConfigError, match=r"zero.tar is empty \(0 bytes, 0 samples\); remove it"):
-        find_shards(str(tmp_path / "zero.tar"))
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_one_hostile_header_costs_no_other_sample(tmp_path, name):
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.txt", os.urandom(600)) for n in range(6)])
+    whole, data, place = ours(path), path.read_bytes(), headers(path)["3.txt"]
+    path.write_bytes(data[:place] + HOSTILE[name] + data[place:])
+    assert [sample for sample in ours(path) if sample[0] != "bad"] == whole
+    alone = tmp_path / "alone.tar"
+    alone.write_bytes(HOSTILE[name])
+    assert {key for key, _ in ours(alone)} <= {"bad"}
 
 
-def test_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds neither shards \(\*\.tar\) nor an index\.json"):
-        find_shards(str(tmp_path))
+def test_an_extension_header_above_the_cap_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "TAR_RECORD_BYTES", 1000)
+    path = write_tar(tmp_path / "a.tar", [("x" * 1100 + ".txt", b"1"), ("b.txt", b"2")], tarfile.GNU_FORMAT)
+    assert ours(path) == [("b", {"txt": b"2"})]
 
 
-def test_shard_named_twice_is_refused(tmp_path):
-    folder = write_set(tmp_path / "set", [2])
-    with pytest.raises(ConfigError, match=r"shard-000000\.tar is named twice in one source"):
-        find_shards([f"{folder}/shard-000000.tar", str(folder)])
+@pytest.mark.timeout(20)
+def test_many_small_pax_records_are_read_in_linear_time(tmp_path):
+    records = b"6 a=b\n" * 150_000
+    path = tmp_path / "a.tar"
+    path.write_bytes(pax(records) + header("a.txt"))
+    assert ours(path) == [("a", {"txt": b""})]
 
 
-def test_unbalanced_braces_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"'.*\{0\.\.3\.tar' cannot be expanded"):
-        find_shards(f"{tmp_path}/shard-{{0..3.tar")
+@pytest.mark.timeout(20)
+def test_a_sparse_file_of_a_terabyte_is_searched_up_to_the_cap(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "TAR_DAMAGE_BYTES", 2**20)
+    path = write_tar(tmp_path / "a.tar", [("a.txt", b"1")])
+    os.truncate(path, 2**40)
+    assert ours(path) == [("a", {"txt": b"1"})]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1, "shards": [{"name": "a.tar"}]}', '{"shards": []}'])
-def test_unreadable_index_is_refused(tmp_path, text):
-    folder = write_set(tmp_path / "set", [2])
-    (folder / "index.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"index\.json is not a shard index .* launcher/prepare\.py"):
-        find_shards(str(folder))
+@pytest.mark.timeout(20)
+def test_samples_above_the_caps_are_counted(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    path.write_bytes(header("big.jpg", base_256(2**40)))
+    os.truncate(path, 512 + 2**40)  # a hole: the file holds what its header says
+    with path.open("ab") as file:
+        file.write(header("b.txt", b"00000000001\0") + b"1" + bytes(511))
+    shard = ShardFile(path)
+    with pytest.raises(BadSample, match=r"too large a sample \(1,099,511,628,288 bytes, more than 1,073,741,824\)"):
+        shard.read(0)
+    assert shard.read(1) == ("b", {"txt": b"1"})
+    shard.close()
+    monkeypatch.setattr(limits, "SAMPLE_MEMBERS", 3)
+    shard = ShardFile(write_tar(tmp_path / "b.tar", [(f"a.{n}", b"") for n in range(4)]))
+    with pytest.raises(BadSample, match=r"too large a sample .*more than 3 members"):
+        shard.read(0)
+    shard.close()
 
 
-def test_index_of_another_version_is_refused(tmp_path):
-    (tmp_path / "index.json").write_text('{"version": 2, "shards": []}')
-    with pytest.raises(ConfigError, match=r"index\.json has version 2, only 1 can be read"):
-        find_shards(str(tmp_path))
+def test_a_shard_cut_while_it_is_open_is_counted(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.txt", bytes(600)), ("b.txt", bytes(600))])
+    shard = ShardFile(path)
+    os.truncate(path, 1200)
+    with pytest.raises(BadSample, match=r"broken tar entry \(the shard is shorter than when it was opened\)"):
+        shard.read(1)
+    shard.close()
 
 
-def test_shard_whose_size_differs_from_the_index_is_logged(tmp_path, caplog):
-    folder = write_set(tmp_path / "set", [2])
-    with open(folder / "shard-000000.tar", "r+b") as file:
-        file.truncate(3000)
-    with caplog.at_level(logging.WARNING):
-        find_shards(str(folder))
-    assert "shard-000000.tar has 3000 bytes, its index.json says 10240: incomplete copy?" in caplog.text
+def test_files_of_macos_are_no_members(tmp_path):
+    plain = samples(3)
+    mixed = [(f"{folder}._{name}", b"mac") for folder in ("", "__MACOSX/") for name, _ in plain]
+    mixed += [(".DS_Store", b"mac"), ("__MACOSX/s0000.jpg", b"mac")]
+    between = [member for pair in zip(mixed, plain, strict=False) for member in pair]
+    path = write_tar(tmp_path / "a.tar", between + mixed)
+    assert ours(path) == ours(write_tar(tmp_path / "b.tar", plain))

@@ -1,0 +1,30 @@
+"""Names of shards and of their members: which files are data, and how a name divides into key and extension."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_RESERVED = re.compile(r"__[^/]*__($|/)")
+
+
+def split_name(name: str) -> tuple[str | None, str | None]:
+    """Key and extension of a member by the rule of `webdataset`: the key ends at the first dot of the last part.
+
+    Both are None for a member that is no data: without a key or a dot, reserved by `webdataset` (`__meta__`), or
+    written by macOS.
+    """
+    match = None if _RESERVED.match(name) or is_leftover(name) else _KEY_AND_EXTENSION.fullmatch(name)
+    return (match[1], match[2]) if match else (None, None)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether macOS wrote a file beside those of the user: `._NAME`, `.DS_Store`, or anything below `__MACOSX`."""
+    path = PurePosixPath(name)
+    return path.name.startswith("._") or path.name == ".DS_Store" or "__MACOSX" in path.parts
+
+
+def shard_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
+    """Tars of a folder in the order of their names, without those of macOS."""
+    return sorted(path for path in folder.glob(pattern) if not is_leftover(str(path.relative_to(folder))))

@@ -1,0 +1,151 @@
+"""What a caption is: one definition of empty, the same for `prepare` and training, and captions as ordinary text."""
+
+import io
+import time
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tars import write_tar
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from eve_ds import limits
+from eve_ds.config import SourceConfig
+from eve_ds.data.caption_text import clean_caption, decode_caption
+from eve_ds.data.captions import CaptionEncoder
+from eve_ds.data.errors import BadSample
+from eve_ds.data.masking import mask_tokens, sample_rng
+from eve_ds.data.order import Place
+from eve_ds.data.sources import ShardsSource
+from eve_ds.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from eve_ds.data.transforms import TrainTransform
+
+INVISIBLE = [
+    *("", " ", "\t\r\n", "\0", "\x1b", "\x7f", "\x85", "\xa0", "\xad", "\u034f", "\u115f", "\u1680", "\u180e"),
+    *("\u2000\u200a", "\u200b", "\u200c", "\u200d", "\u200e\u200f", "\u2028\u2029", "\u202a", "\u202f", "\u2060"),
+    *("\u2066", "\u2800", "\u3000", "\u3164", "\ufe0f", "\ufeff", "\uffa0", "\ufff9", "\U000e0020", "\U000e0100"),
+    *("\ue000", "\ufeff \u200b\x00", "\u0301"),
+]
+PHOTO = io.BytesIO()
+Image.new("RGB", (8, 8), "red").save(PHOTO, "PNG")
+
+
+def trained_caption(folder, caption):
+    """Caption that training reads from a shard, or the reason why it reads none."""
+    folder.mkdir(exist_ok=True)
+    path = write_tar(folder / "a.tar", [("a.png", PHOTO.getvalue()), ("a.txt", caption)])
+    source = ShardsSource(SourceConfig(kind="shards", shards=str(path)), TrainTransform(8, (1.0, 1.0), 0.0, 0))
+    try:
+        return source.read(Place(source=0, epoch=0, shard=0, number=0, slot=0)).caption
+    except BadSample as bad:
+        return bad.reason
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("text", INVISIBLE, ids=ascii)
+def test_a_caption_without_anything_to_read_is_empty_everywhere(tmp_path, text):
+    assert clean_caption(text) == ""
+    for caption in (text, text.encode()):
+        with pytest.raises(BadSample, match="empty caption"):
+            decode_caption(caption)
+    assert trained_caption(tmp_path / "shards", text.encode()) == "missing caption"
+
+
+@pytest.mark.parametrize(
+    "edge", [text for text in INVISIBLE if text not in "\u034f\u115f\u2800\u3164\ufe0f\uffa0\u0301"]
+)
+@pytest.mark.parametrize(
+    "caption", ["a cat", "7", "?", "猫", "👍", "❤\ufe0f", "👩\u200d👩\u200d👧", "é", "नमस्ते", "©", "_"]
+)
+def test_the_ends_of_a_caption_are_cleaned_and_its_inside_stays(edge, caption):
+    if edge[:1] == "\U000e0100":  # a variation selector changes the character before it
+        return
+    assert clean_caption(f"{edge}{caption}{edge}") == caption
+    assert decode_caption(f"{edge}{caption}{edge}".encode()) == caption
+
+
+@given(st.text(max_size=8))
+def test_what_prepare_writes_is_what_training_reads(text):
+    try:
+        written = decode_caption(text)
+    except BadSample:
+        return
+    assert clean_caption(written) == written
+    assert unicodedata.category(written[0])[0] not in "CZ"
+    assert unicodedata.category(written[-1])[0] not in "CZ"
+    assert written in text
+
+
+@pytest.mark.parametrize("caption", [b"\xff", b"\xe9t\xe9", "\udcff", "a \ud800 cat", b"\xff\xfea\0"])
+def test_bytes_that_are_not_utf8_are_counted(caption):
+    with pytest.raises(BadSample, match="caption is not UTF-8"):
+        decode_caption(caption)
+
+
+def test_html_entities_are_replaced_on_request_only():
+    written = "salt &amp; pepper &#39;&eacute;t&eacute;&#39; &lt;b&gt; 5 &euro;&nbsp;"
+    assert decode_caption(written) == written
+    assert decode_caption(written, unescape_html=True) == "salt & pepper 'été' <b> 5 €"
+    with pytest.raises(BadSample, match="empty caption"):
+        decode_caption("&nbsp;&#8203;", unescape_html=True)
+
+
+def test_a_long_caption_is_counted_before_it_is_written():
+    longest = "x" * limits.CAPTION_CHARACTERS
+    assert decode_caption(f" {longest}\n") == longest
+    with pytest.raises(BadSample, match="caption longer than 10,000 characters"):
+        decode_caption(longest + "x")
+
+
+# ------------------------------------------------------------------------------------------------- as tokens
+
+
+def split_at_spaces():
+    """Tokenizer whose vocabulary holds its special tokens as words, and whose words end at white space only."""
+    words = ["<s>", "</s>", "<pad>", "<unk>", "<mask>", "a", "red", "<eod>"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    named = dict(zip(SPECIAL_TOKENS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>"), strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named, additional_special_tokens=["<eod>"])
+
+
+@pytest.mark.parametrize("make", [lambda: load_tokenizer("scenes"), split_at_spaces], ids=["scenes", "white space"])
+@pytest.mark.parametrize("form", ["{}", "a {} red", "{}{}", "a{}red", " {} ", "{} a {}"])
+def test_special_tokens_in_a_caption_are_ordinary_text(make, form):
+    tokenizer = make()
+    encoder = CaptionEncoder(tokenizer, max_length=40)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for token in tokenizer.all_special_tokens:
+        for written in (token, token.lower(), token.upper()):
+            ids = encoder.encode(form.replace("{}", written))
+            assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+            assert not special & set(ids[1:-1].tolist())
+            maskable = np.zeros(len(ids), dtype=bool)
+            maskable[1:-1] = True
+            chosen = mask_tokens(ids, maskable, 1.0, sample_rng(0, 0, "k"), mask_token_id=tokenizer.mask_token_id)
+            assert not special & set(chosen.labels.tolist()), "a special token would be predicted"
+    plain = tokenizer.convert_tokens_to_ids(["a", "red"])
+    assert encoder.encode("a red")[1:-1].tolist() == plain
+
+
+def test_other_captions_are_encoded_as_by_the_tokenizer():
+    tokenizer = load_tokenizer("scenes")
+    encoder = CaptionEncoder(tokenizer, max_length=200)
+    for caption in ("a large red circle top left", "Two [brackets] and <angles>", "", "x " * 50, "é 猫 \u200d"):
+        assert encoder.encode(caption).tolist() == tokenizer(caption).input_ids
+
+
+def test_a_caption_of_a_megabyte_takes_no_time():
+    encoder = CaptionEncoder(load_tokenizer("scenes"), max_length=24)
+    words = "red circle " * 100_000
+    started = time.process_time()
+    ids = encoder.encode(words)
+    assert time.process_time() - started < 1, "the whole caption would take seconds"
+    assert ids.tolist() == encoder.encode(words[:1000]).tolist()
+    assert len(encoder.encode("x" * 1_000_000)) == 24

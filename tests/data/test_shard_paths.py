@@ -1,0 +1,231 @@
+"""Finding shards by paths, braces, folders and indices; everything else that users name is one line."""
+
+import json
+import logging
+import os
+
+import pytest
+from braceexpand import braceexpand
+from hypothesis import given
+from hypothesis import strategies as st
+from tars import samples, write_tar
+
+from eve_ds import limits
+from eve_ds.config import ConfigError
+from eve_ds.data.shard_paths import expand, num_expanded
+from eve_ds.data.shards import find_shards
+
+
+def write_set(folder, counts, index=True, **changes):
+    folder.mkdir(exist_ok=True)
+    entries = []
+    for number, count in enumerate(counts):
+        path = write_tar(folder / f"shard-{number:06d}.tar", samples(count, f"{number}-"))
+        entries.append({"name": path.name, "samples": count, "bytes": path.stat().st_size, "sha256": ""} | changes)
+    if index:
+        (folder / "index.json").write_text(json.dumps({"version": 1, "shards": entries}))
+    return folder
+
+
+def sizes(spec):
+    return [(shard.path.name, shard.num_samples) for shard in find_shards(spec)]
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_can_be_given_by_folder_path_braces_or_list(tmp_path, index, caplog):
+    folder = write_set(tmp_path / "set", [2, 3, 1], index)
+    everything = [("shard-000000.tar", 2), ("shard-000001.tar", 3), ("shard-000002.tar", 1)]
+    assert sizes(str(folder)) == everything
+    assert sizes(f"{folder}/shard-{{000000..000002}}.tar") == everything
+    assert sizes(f"{folder}/shard-00000{{2,0}}.tar") == [everything[2], everything[0]]
+    assert sizes([f"{folder}/shard-000001.tar", f"{folder}/shard-{{000000,000002}}.tar"]) == [
+        everything[1],
+        everything[0],
+        everything[2],
+    ]
+    assert sizes(f"{folder}/shard-000001.tar::{folder}/shard-000000.tar") == [everything[1], everything[0]]
+    assert ("3 of 3 shards have no entry in an index.json" in caplog.text) == (not index)
+
+
+def test_sizes_come_from_the_index_without_opening_shards(tmp_path, monkeypatch):
+    folder = write_set(tmp_path / "set", [2, 3])
+    monkeypatch.setattr("eve_ds.data.shards.ShardFile", None)
+    assert sizes(str(folder)) == [("shard-000000.tar", 2), ("shard-000001.tar", 3)]
+
+
+def test_missing_shards_are_refused(tmp_path):
+    folder = write_set(tmp_path / "set", [2, 3])
+    with pytest.raises(ConfigError, match=r"shard .*shard-000002.tar does not exist \(2 of 4 shards are missing\)"):
+        find_shards(f"{folder}/shard-{{000000..000003}}.tar")
+    (folder / "shard-000001.tar").unlink()
+    with pytest.raises(ConfigError, match=r"shard-000001.tar does not exist \(1 of 2 shards are missing\)"):
+        find_shards(str(folder))
+
+
+def test_empty_shards_are_refused(tmp_path):
+    folder = write_set(tmp_path / "set", [2, 0])
+    with pytest.raises(ConfigError, match=r"shard-000001.tar is empty \(10240 bytes, 0 samples\)"):
+        find_shards(str(folder))
+    (tmp_path / "zero.tar").touch()
+    with pytest.raises(ConfigError, match=r"zero.tar is empty \(0 bytes, 0 samples\); remove it"):
+        find_shards(str(tmp_path / "zero.tar"))
+
+
+def test_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds neither shards \(\*\.tar\) nor an index\.json"):
+        find_shards(str(tmp_path))
+
+
+def test_shard_named_twice_is_refused(tmp_path):
+    folder = write_set(tmp_path / "set", [2])
+    with pytest.raises(ConfigError, match=r"shard-000000\.tar is named twice in one source"):
+        find_shards([f"{folder}/shard-000000.tar", str(folder)])
+
+
+def test_unbalanced_braces_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"'.*\{0\.\.3\.tar' cannot be expanded"):
+        find_shards(f"{tmp_path}/shard-{{0..3.tar")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1, "shards": [{"name": "a.tar"}]}', '{"shards": []}'])
+def test_unreadable_index_is_refused(tmp_path, text):
+    folder = write_set(tmp_path / "set", [2])
+    (folder / "index.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"index\.json is not a shard index .* launcher/prepare\.py"):
+        find_shards(str(folder))
+
+
+def test_index_of_another_version_is_refused(tmp_path):
+    (tmp_path / "index.json").write_text('{"version": 2, "shards": []}')
+    with pytest.raises(ConfigError, match=r"index\.json has version 2, only 1 can be read"):
+        find_shards(str(tmp_path))
+
+
+def test_shard_whose_size_differs_from_the_index_is_logged(tmp_path, caplog):
+    folder = write_set(tmp_path / "set", [2])
+    with open(folder / "shard-000000.tar", "r+b") as file:
+        file.truncate(3000)
+    with caplog.at_level(logging.WARNING):
+        find_shards(str(folder))
+    assert "shard-000000.tar has 3000 bytes, its index.json says 10240: incomplete copy?" in caplog.text
+
+
+BAD_INDICES = {
+    "samples in words": '{"version": 1, "shards": [{"name": "a.tar", "samples": "many"}]}',
+    "samples of a fraction": '{"version": 1, "shards": [{"name": "a.tar", "samples": 1.5}]}',
+    "samples below zero": '{"version": 1, "shards": [{"name": "a.tar", "samples": -1}]}',
+    "samples null": '{"version": 1, "shards": [{"name": "a.tar", "samples": null}]}',
+    "samples true": '{"version": 1, "shards": [{"name": "a.tar", "samples": true}]}',
+    "samples of a galaxy": '{"version": 1, "shards": [{"name": "a.tar", "samples": 100000000000}]}',
+    "samples of 5,000 digits": '{"version": 1, "shards": [{"name": "a.tar", "samples": %s}]}' % ("9" * 5000),
+    "samples infinite": '{"version": 1, "shards": [{"name": "a.tar", "samples": Infinity}]}',
+    "bytes in words": '{"version": 1, "shards": [{"name": "a.tar", "samples": 1, "bytes": "x"}]}',
+    "name of another folder": '{"version": 1, "shards": [{"name": "../a.tar", "samples": 1}]}',
+    "name of an absolute path": '{"version": 1, "shards": [{"name": "/a.tar", "samples": 1}]}',
+    "name null": '{"version": 1, "shards": [{"name": null, "samples": 1}]}',
+    "entry of text": '{"version": 1, "shards": ["a.tar"]}',
+    "shards null": '{"version": 1, "shards": null}',
+    "shards of numbers": '{"version": 1, "shards": [1]}',
+    "text": '"index"',
+    "null": "null",
+    "empty": "",
+    "nested": "[" * 100_000,
+    "nested a little": '{"version": 1, "shards": ' + "[" * 200 + "]" * 200 + "}",
+    "UTF-16": '{"version": 1}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INDICES)
+def test_every_malformed_index_is_one_line(tmp_path, name):
+    text = BAD_INDICES[name]
+    (tmp_path / "index.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=r"index\.json is not a shard index \(.*\); write it again") as caught:
+        find_shards(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+NO_SHARDS = {
+    "s3://bucket/a.tar": r"'s3://bucket/a\.tar' is an address \(s3://\): shards are read from files, so download",
+    "https://x.invalid/{00..10}.tar": r"is an address \(https://\)",
+    "gs://bucket/folder": r"is an address \(gs://\)",
+    "hf://datasets/a/b.tar": r"is an address \(hf://\)",
+    "pipe:curl -s https://x.invalid/a.tar": r"is a command of a pipe, which is not run: name files",
+    "FOLDER/*.tar": r"\*\.tar' is a glob pattern, which is not expanded: name the folder, or numbers in braces",
+    "FOLDER/shard-?.tar": r"is a glob pattern",
+    "FOLDER/shard-[0-9].tar": r"is a glob pattern",
+    "FOLDER/set.tar.gz": r"set\.tar\.gz is compressed: samples are read at their offsets in a plain tar; unpack it",
+    "FOLDER/set.tgz": r"set\.tgz is compressed",
+    "FOLDER/gzip.tar": r"gzip\.tar is compressed by gzip: samples are read at their offsets",
+    "FOLDER/zip.tar": r"zip\.tar is a zip archive",
+    "FOLDER/parquet.tar": r"parquet\.tar is a Parquet file",
+    "FOLDER/packed": r"packed holds neither shards .*; it holds a\.tar\.xz, which is compressed",
+    "FOLDER/pipe.tar": r"pipe\.tar is not a regular file",
+    "/dev/zero": r"/dev/zero is not a regular file",
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("item", NO_SHARDS)
+def test_what_is_no_shard_is_named(tmp_path, item):
+    (tmp_path / "packed").mkdir()
+    for name, data in {
+        "set.tar.gz": b"\x1f\x8b", "set.tgz": b"x", "gzip.tar": b"\x1f\x8b" + bytes(2000), "packed/a.tar.xz": b"x",
+        "zip.tar": b"PK\x03\x04" + bytes(2000), "parquet.tar": b"PAR1" + bytes(2000),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(ConfigError, match=NO_SHARDS[item]) as caught:
+        find_shards(item.replace("FOLDER", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_tars_of_macos_beside_shards_are_no_shards(tmp_path):
+    folder = write_set(tmp_path / "set", [2, 3], index=False)
+    (folder / "._shard-000000.tar").write_bytes(b"mac")
+    assert sizes(str(folder)) == [("shard-000000.tar", 2), ("shard-000001.tar", 3)]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{00000000..99999999}.tar",
+        "{0..9999}{0..9999}.tar",
+        "{0..1" + "0" * 5000 + "}",
+        "{0..99999999..2}",
+        "{a,{0..99999999}}",
+        "{0..9}" * 9,
+        "{a,b}" * 40,
+        "a::{0..99999999}",
+        "{99999999..0}",
+    ],
+    ids=lambda text: text[:30],
+)
+def test_too_many_names_in_braces_are_refused_without_expanding_them(pattern):
+    with pytest.raises(ConfigError, match=r"names more than 1,000,000 shards: check the numbers in braces"):
+        expand(pattern)
+
+
+def test_the_cap_of_names_holds_for_a_whole_list(monkeypatch):
+    monkeypatch.setattr(limits, "SHARDS", 10)
+    with pytest.raises(ConfigError, match="names more than 10 shards"):
+        expand(["{0..4}", "{0..5}"])
+
+
+pieces = st.recursive(
+    st.sampled_from(["a", "-", "{0..12}", "{007..3}", "{a..e}", "{0..20..3}", "{-2..2}", "{x}", "{0..}"]),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map("".join),
+        st.lists(inner, min_size=2, max_size=3).map(lambda parts: "{" + ",".join(parts) + "}"),
+    ),
+    max_leaves=5,
+)
+
+
+@given(pieces)
+def test_names_are_counted_as_braceexpand_expands_them(pattern):
+    names = sum(1 for _, name in zip(range(20_000), braceexpand(pattern), strict=False))
+    assert names <= num_expanded(pattern) or names == 20_000
+    if names < 20_000 and "{x}" not in pattern and "{0..}" not in pattern:
+        assert num_expanded(pattern) == names
