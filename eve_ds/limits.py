@@ -19,8 +19,13 @@ IMAGE_BYTES = 256 * MIB
 
 CAPTION_CHARACTERS = 10_000
 """Characters of one caption. A model reads some dozens of tokens; a megabyte takes seconds to tokenize."""
-CELL_CHARACTERS = 1_000_000
-"""Characters of one row of a table. A quote without an end would otherwise take the rest of the file."""
+ROW_CHARACTERS = 131_072
+"""Characters of one row of a table, the default of :mod:`csv` for a field. A quote without an end, or a file without a
+line end, would otherwise take the rest of the file."""
+ROW_LINES = 100
+"""Lines of one row of a table."""
+MESSAGE_CHARACTERS = 300
+"""Characters of input that a message repeats."""
 
 # ------------------------------------------------------------------------------------------------------- JSON, files
 
@@ -45,7 +50,7 @@ TAR_RECORD_BYTES = MIB
 """Bytes of an extension header of a tar, which holds a long name or pax records."""
 TAR_DAMAGE_BYTES = IMAGE_BYTES
 """Bytes of a tar that are searched for the next valid header after damage: an image whose header is lost."""
-ARCHIVE_RATIO = 50
+ARCHIVE_RATIO = 20
 """Unpacked bytes of a compressed archive, as a multiple of its own size: images hardly compress."""
 ARCHIVE_SMALL_BYTES = 64 * MIB
 """Unpacked bytes that an archive of any size may have."""

@@ -29,17 +29,23 @@ def read_file(path: str | Path, most: int, offset: int = 0, size: int | None = N
         OSError: the file is missing, not regular or cannot be read, or there are more than `most` bytes; `strerror`
             says which.
     """
-    # Without O_NONBLOCK the open call would wait for a writer of a pipe.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    try:
+        # Without O_NONBLOCK the open call would wait for a writer of a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:  # a NUL character, or a surrogate that stands for no byte
+        raise FileNotFoundError(errno.ENOENT, "no file can have this name", str(path)) from None
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         wanted = max(status.st_size - offset, 0) if size is None else size
         if wanted > most:
             raise OSError(errno.EFBIG, f"{wanted:,} bytes, more than the {most:,} that are read", str(path))
-        file.seek(offset)
-        return file.read(wanted)
+        with open(descriptor, "rb", closefd=False) as file:
+            file.seek(offset)
+            return file.read(wanted)
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(document: bytes | str) -> Any:

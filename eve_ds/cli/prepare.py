@@ -80,7 +80,7 @@ def build_parser() -> Parser:
     add_source("nlvr", "NLVR 1.0: archives or extracted folders", _add_nlvr, _nlvr)
     add_source("img2dataset", "output of img2dataset, tars or files", _add_img2dataset, _img2dataset)
     add_source("karpathy", "COCO or Flickr30K with Karpathy's splits", _add_karpathy, _karpathy)
-    add_source("json", "[{image, caption, image_id}] of EVE, ALBEF, X-VLM", _add_caption_json, _caption_json)
+    add_source("json", "[{image, caption, image_id}]; metadata.jsonl", _add_caption_json, _caption_json)
     add_source("table", "CSV or TSV of image path and caption", _add_table, _table)
     add_source("scenes", "generated scenes", _add_scenes, _scenes)
     _add_tokenizer(commands.add_parser("tokenizer", help="train a BPE tokenizer on the captions of shards"))
@@ -112,6 +112,9 @@ def _shared_options() -> Parser:
     )
     shared.add_argument("--limit", type=positive, metavar="N", help="take the first N images of the source only")
     shared.add_argument("--exclude_ids", metavar="FILE", help="leave out these image ids: ids.txt of a test set")
+    shared.add_argument(
+        "--unescape_html", action="store_true", help="replace HTML entities of captions, such as &amp;, by characters"
+    )
     return shared
 
 
@@ -153,7 +156,7 @@ def _add_karpathy(parser: argparse.ArgumentParser) -> None:
 def _karpathy(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import Karpathy
 
-    return Karpathy(arguments.path, arguments.images, arguments.split)
+    return Karpathy(arguments.path, arguments.images, arguments.split, arguments.strip_prefix, arguments.follow_links)
 
 
 def _add_caption_json(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +167,7 @@ def _add_caption_json(parser: argparse.ArgumentParser) -> None:
 def _caption_json(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import CaptionJson
 
-    return CaptionJson(arguments.path, arguments.images)
+    return CaptionJson(arguments.path, arguments.images, arguments.strip_prefix, arguments.follow_links)
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +192,8 @@ def _table(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import Table
 
     columns = (arguments.image_column, arguments.caption_column, arguments.id_column)
-    return Table(arguments.path, arguments.images, *columns, arguments.delimiter)
+    rules = (arguments.strip_prefix, arguments.follow_links)
+    return Table(arguments.path, arguments.images, *columns, arguments.delimiter, *rules)
 
 
 def _add_scenes(parser: argparse.ArgumentParser) -> None:
@@ -225,6 +229,12 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="folder of the image paths (default: the annotations' folder)")
+    parser.add_argument(
+        "--strip_prefix", metavar="TEXT", help="remove this start of image paths, such as the folder on another machine"
+    )
+    parser.add_argument(
+        "--follow_links", action="store_true", help="read images through symbolic links that leave the image folder"
+    )
 
 
 def delimiter(text: str) -> str:
@@ -242,7 +252,13 @@ def prepare_shards(arguments: argparse.Namespace) -> None:
     """Write the shards of a source."""
     from eve_ds.data.shard_writer import WriterOptions, write_shards
 
-    options = WriterOptions(arguments.samples_per_shard, arguments.max_size, arguments.limit, arguments.exclude_ids)
+    options = WriterOptions(
+        arguments.samples_per_shard,
+        arguments.max_size,
+        arguments.limit,
+        arguments.exclude_ids,
+        arguments.unescape_html,
+    )
     source: Source = arguments.build(arguments)
     tally = Tally()
     with shown_progress(tally) as on_shard:

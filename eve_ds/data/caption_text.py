@@ -21,6 +21,7 @@ _READABLE = "LNPS"
 _EDGES = "CZ"
 """Unicode categories that are removed at both ends: control and format characters, among them the byte order mark and
 zero-width spaces, and white space."""
+_SURROGATE = "Cs"
 _BLANK_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 """Letters and symbols without ink: Hangul fillers and the empty Braille pattern."""
 
@@ -28,16 +29,27 @@ _BLANK_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 def clean_caption(text: str) -> str:
     """Remove what cannot be seen at both ends of a caption; the empty string if there is nothing to read.
 
-    A joiner or a variation selector inside a caption is a part of its emoji or its script and stays.
+    A joiner or a variation selector inside a caption is a part of its emoji or its script and stays. So do surrogates,
+    which stand for bytes that are not UTF-8, until :func:`decode_caption` refuses them.
     """
-    if not any(unicodedata.category(char)[0] in _READABLE and char not in _BLANK_LETTERS for char in text):
+    if not any(_is_readable(char) for char in text):
         return ""
     start, end = 0, len(text)
-    while unicodedata.category(text[start])[0] in _EDGES:
+    while _is_edge(text[start]):
         start += 1
-    while unicodedata.category(text[end - 1])[0] in _EDGES:
+    while _is_edge(text[end - 1]):
         end -= 1
     return text[start:end]
+
+
+def _is_readable(char: str) -> bool:
+    category = unicodedata.category(char)
+    return (category[0] in _READABLE and char not in _BLANK_LETTERS) or category == _SURROGATE
+
+
+def _is_edge(char: str) -> bool:
+    category = unicodedata.category(char)
+    return category[0] in _EDGES and category != _SURROGATE
 
 
 def decode_caption(caption: str | bytes, unescape_html: bool = False) -> str:

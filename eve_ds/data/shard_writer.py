@@ -22,6 +22,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -48,6 +49,7 @@ VERSION = 1
 PROGRESS_FOLDER = ".prepare"
 EXAMPLES_PER_REASON = 5
 """Names of skipped samples to keep for each reason."""
+_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 TASKS_PER_WORKER = 2
 """Shards that are assigned in advance, per worker; images of compressed archives stay in memory meanwhile."""
 
@@ -179,10 +181,13 @@ def write_shards(
         shutil.rmtree(folder / PROGRESS_FOLDER, ignore_errors=True)  # left by a run killed after it wrote the index
         return complete
     with _claimed(folder, plan):
-        records = sorted(_records(source, folder, options, workers, on_shard), key=lambda record: record.name)
-        if not any(record.samples for record in records):
-            shutil.rmtree(folder / PROGRESS_FOLDER)
-            raise SourceError(f"no sample could be used: {_summary(_merge_skipped(records))}")
+        try:
+            records = sorted(_records(source, folder, options, workers, on_shard), key=lambda record: record.name)
+            if not any(record.samples for record in records):
+                raise SourceError(f"no sample could be used: {_summary(_merge_skipped(records))}")
+        except SourceError:
+            _discard(folder)  # another source has another plan, which could not continue these shards
+            raise
         report = _finish(folder, plan, records, len(read_ids(options.exclude_ids)))
     return report
 
@@ -229,8 +234,11 @@ def read_ids(path: str | None) -> frozenset[str]:
 
 
 def _one_line(image_id: str) -> str:
-    """Return an image id in the form of ids.txt, in which ids are compared: whitespace becomes single spaces."""
-    return " ".join(image_id.split())
+    """Return an image id in the form of ids.txt, in which ids are compared.
+
+    Whitespace becomes single spaces, and a surrogate that stands for no byte the replacement character.
+    """
+    return _LONE_SURROGATE.sub("\ufffd", " ".join(image_id.split()))
 
 
 # ------------------------------------------------------------------------------------------------- one shard
@@ -463,6 +471,12 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         for leftover in (*progress.glob("*.tmp"), *folder.glob("*.tmp")):
             leftover.unlink(missing_ok=True)
         yield
+
+
+def _discard(folder: Path) -> None:
+    for shard in folder.glob("shard-*.tar"):
+        shard.unlink()
+    shutil.rmtree(folder / PROGRESS_FOLDER)
 
 
 def _require_same_plan(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

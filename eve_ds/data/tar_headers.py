@@ -98,6 +98,8 @@ def scan(block: Callable[[int], bytes], size: int, verify: bool = True) -> Itera
                 yield Member(name or header.name, first, end, stored)
             first, name, length = None, None, None
         offset, lost, reported = round_up(end), 0, False
+    if offset < size < offset + BLOCK and any(block(offset)):
+        yield Damage(offset)
 
 
 def round_up(offset: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
+from eve_ds import limits
 from eve_ds.config import Config, TaskConfig
 from eve_ds.data.captions import CaptionEncoder, check_vocabulary, padded
 from eve_ds.data.errors import BadSample
@@ -24,6 +25,7 @@ from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.transforms import TrainTransform, channels_first
+from eve_ds.reading import read_file
 from eve_ds.tasks.augment import color_jitter, rand_augment
 from eve_ds.tasks.examples import Example, ImageSource
 
@@ -129,7 +131,7 @@ def _encoded(source: ImageSource) -> bytes | NDArray[np.uint8]:
     if not isinstance(source, Path):
         return source
     try:
-        return source.read_bytes()
+        return read_file(source, limits.IMAGE_BYTES)
     except FileNotFoundError:
         raise BadSample("missing image", str(source)) from None
     except OSError as error:

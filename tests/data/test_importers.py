@@ -259,9 +259,9 @@ def test_img2dataset_counts_broken_tars_and_reads_the_next_one(tmp_path):
     found, skipped = split(resolve(Img2dataset(tmp_path)))
     assert [item.name for item in found] == ["0.tar/0", "1.tar/0", "3.tar/9"]
     reasons = {(item.name, item.reason) for item in skipped}
-    assert ("1.tar", "broken tar (rest of it lost)") in reasons
-    assert ("2.tar", "broken tar (rest of it lost)") in reasons
-    assert ("0.tar", "broken tar (rest of it lost)") in reasons
+    assert ("1.tar", "damaged tar (members of it are lost)") in reasons
+    assert ("2.tar", "damaged tar (members of it are lost)") in reasons
+    assert ("0.tar", "damaged tar (members of it are lost)") in reasons
 
 
 def test_img2dataset_refuses_an_empty_folder(tmp_path):

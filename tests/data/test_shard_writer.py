@@ -217,7 +217,7 @@ def test_report_counts_and_names_skipped_samples(tmp_path):
         assert report["skipped"] == {
             "zero-size image": {"count": 7, "examples": [f"empty{n}" for n in range(5)]},
             "missing file": {"count": 1, "examples": ["gone"]},
-            "unreadable file": {"count": 1, "examples": ["folder"]},
+            "not a regular file": {"count": 1, "examples": ["folder"]},
             "empty caption": {"count": 1, "examples": ["mute"]},
             "malformed entry": {"count": 1, "examples": ["s1"]},
         }

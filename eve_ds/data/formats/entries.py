@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from eve_ds import limits
+from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.unread import refuse_binary
+from eve_ds.reading import parse_json, read_file
 
 Undecodable = Literal["refuse", "keep"]
 """Treatment of bytes that are not UTF-8: raise an error, or keep them as surrogates for the shard writer to count."""
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+"""Suffixes of files with one JSON document a line."""
 MOST_KEYS = 8
 """Number of keys that a message lists."""
 
@@ -36,18 +43,24 @@ class Entry(NamedTuple):
             raise self.error("must be an object")
         return self.content.get(key, default)
 
+    def has(self, key: str) -> bool:
+        """Whether the entry has a key, also with null."""
+        if not isinstance(self.content, dict):
+            raise self.error("must be an object")
+        return key in self.content
+
     def text(self, key: str) -> str:
         """Value of a key that must be a non-empty string or a whole number, as a string."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise self.error(f"{key} ({value!r}) must be a non-empty string or a whole number")
+            raise self.error(f"{key} ({shortened(value)}) must be a non-empty string or a whole number")
         return str(value)
 
     def file_name(self, key: str) -> str:
         """Value of a key that must be a non-empty string."""
         value = self.get(key)
         if not isinstance(value, str) or not value:
-            raise self.error(f"{key} ({value!r}) must be a non-empty string")
+            raise self.error(f"{key} ({shortened(value)}) must be a non-empty string")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -55,8 +68,21 @@ class Entry(NamedTuple):
         value = self.get(key)
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(f"{key} ({value!r}) must be a string or a list of strings")
+            raise self.error(f"{key} ({shortened(value)}) must be a string or a list of strings")
         return tuple(value)
+
+    def captions(self, key: str) -> tuple[str, ...]:
+        """Clean captions of a key that must be a string, null, or a list of these; "" for null and what is not seen.
+
+        Empty for null in place of a list. NaN, which pandas writes for none, counts as null.
+        """
+        if not self.has(key):
+            raise self.error(f"{key} is missing")
+        value = self.get(key)
+        values = () if is_null(value) else value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) or is_null(item) for item in values):
+            raise self.error(f"{key} ({shortened(value)}) must be a string or a list of strings")
+        return tuple("" if is_null(item) else clean_caption(item) for item in values)
 
     def label(self) -> bool | None:
         """Value of `label`, which must be true or false in any case of letters; None where it is absent or null."""
@@ -65,7 +91,7 @@ class Entry(NamedTuple):
         if value is None:
             return None
         if str(value).lower() not in known:
-            raise self.error(f"label ({value!r}) must be true or false")
+            raise self.error(f"label ({shortened(value)}) must be true or false")
         return known[str(value).lower()]
 
 
@@ -84,22 +110,62 @@ def list_entries(files: Iterable[Path]) -> Iterator[Entry]:
 
 
 def read_json(path: Path, undecodable: Undecodable = "refuse") -> Any:
-    """A JSON document, or the list of the documents of a file with one document a line.
+    """A JSON document, or the list of the documents of a file with one document a line (always in `.jsonl`).
 
     Raises:
-        SourceError: the file cannot be read, is not UTF-8 (unless `undecodable` is "keep"), or is not JSON.
+        SourceError: the file cannot be read, is not UTF-8 (unless `undecodable` is "keep"), is not JSON, or exceeds a
+            cap of :mod:`eve_ds.limits`.
     """
+    refuse_binary(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig", errors="strict" if undecodable == "refuse" else "surrogateescape")
+        data = read_file(path, limits.ANNOTATION_BYTES)
+        text = data.decode("utf-8-sig", errors="strict" if undecodable == "refuse" else "surrogateescape")
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"annotation file {path} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"annotation file {path} cannot be read: {reason}") from None
+    lines = text.split("\n")
     try:
-        return json.loads(text)
+        return _documents(lines) if path.suffix.lower() in LINE_SUFFIXES else parse_json(text)
     except json.JSONDecodeError as whole:
-        try:
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        except json.JSONDecodeError:
+        if not _is_json(lines[0]):
             raise SourceError(f"annotation file {path} is not JSON: {whole}") from None
+    except ValueError as error:
+        raise SourceError(f"annotation file {path} is not JSON: {error}") from None
+    try:
+        return _documents(lines)
+    except ValueError as error:
+        raise SourceError(f"annotation file {path} is not JSON: {error}") from None
+
+
+def _documents(lines: Sequence[str]) -> list[Any]:
+    """Documents of JSON lines; raises ValueError that names the line."""
+    documents = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            documents += [parse_json(line)] if line.strip() else []
+        except ValueError as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ValueError(f"line {number}: {reason}") from None
+    return documents
+
+
+def _is_json(line: str) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return False
+    return True
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value means "none": null, or NaN as pandas writes it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def shortened(value: Any) -> str:
+    """A value of a file for a message, cut to `limits.MESSAGE_CHARACTERS`."""
+    text = repr(value)
+    return text if len(text) <= limits.MESSAGE_CHARACTERS else f"{text[: limits.MESSAGE_CHARACTERS]} ..."
 
 
 def described(tree: Any) -> str:

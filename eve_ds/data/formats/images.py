@@ -22,12 +22,13 @@ def probe_step(total: int) -> int:
     return max(1, total // PROBED_IMAGES)
 
 
-def require_some_image(paths: Iterable[Path], where: str | Path) -> None:
+def require_some_image(paths: Iterable[Path], where: str | Path, advice: str = "--images") -> None:
     """Refuse an image folder in which no probed image exists, before an hour is spent skipping every sample.
 
     Args:
         paths: probed images; none are read after the first that exists. No path at all passes.
         where: annotation file, for the message.
+        advice: options that set the folder, for the message.
 
     Raises:
         SourceError: no path is a file.
@@ -40,5 +41,5 @@ def require_some_image(paths: Iterable[Path], where: str | Path) -> None:
     if missing:
         raise SourceError(
             f"{where}: none of {len(missing)} probed images exists (the first: {missing[0]}): set the folder of the "
-            "images with --images"
+            f"images with {advice}"
         )

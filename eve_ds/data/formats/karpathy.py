@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import SourceError
-from eve_ds.data.formats.entries import Entry, Undecodable, described, numbered, read_json
+from eve_ds.data.formats.entries import Entry, Undecodable, described, is_null, numbered, read_json, shortened
+from eve_ds.data.formats.unread import refuse_document
 
 TRAIN_SPLITS = ("train", "restval")
 """Splits that are trained on together."""
@@ -33,6 +35,7 @@ class CaptionedImage(NamedTuple):
 def read_entries(path: Path, undecodable: Undecodable = "refuse") -> list[Entry]:
     """Entries of all splits in the order of the file; raises :class:`SourceError` for a file of another form."""
     tree = read_json(path, undecodable)
+    refuse_document(path, tree)
     if not (isinstance(tree, dict) and isinstance(tree.get("images"), list)):
         raise SourceError(
             f'{path} is not a Karpathy JSON: expected {{"images": [{{"filename", "split", "sentences": '
@@ -47,7 +50,8 @@ def of_splits(entries: Sequence[Entry], splits: Sequence[str], path: Path) -> li
     Raises:
         SourceError: no entry is of one of the splits; names the splits of the file.
     """
-    found = Counter(entry.content.get("split") for entry in entries if isinstance(entry.content, dict))
+    names = [entry.content.get("split") for entry in entries if isinstance(entry.content, dict)]
+    found = Counter(name if name is None else str(name) for name in names)
     if not any(split in found for split in splits):
         have = ", ".join(f"{name} ({count})" for name, count in sorted(found.items(), key=str))
         raise SourceError(f"{path} has no image of split {' or '.join(splits)}; it has: {have or 'no images'}")
@@ -56,15 +60,20 @@ def of_splits(entries: Sequence[Entry], splits: Sequence[str], path: Path) -> li
 
 def captioned_image(entry: Entry) -> CaptionedImage:
     """Record of an entry; raises :class:`SourceError` for a field that is missing or malformed."""
-    folder = entry.get("filepath", "")
+    folder = entry.get("filepath") or ""
     if not isinstance(folder, str):
         raise entry.error(f"filepath ({folder!r}) must be a string")
-    path = str(PurePosixPath(folder) / entry.file_name("filename"))
+    name = entry.file_name("filename")
+    path = str(PurePosixPath(folder) / name) if folder else name
     sentences = entry.get("sentences")
+    sentences = [] if sentences is None and entry.has("sentences") else sentences
     if not isinstance(sentences, list) or not all(isinstance(item, dict) for item in sentences):
-        raise entry.error(f"image {path} has no sentences but {sentences!r}: give a list of objects with `raw`")
-    captions = tuple(item.get("raw") for item in sentences)
-    if not all(isinstance(caption, str) for caption in captions):
+        raise entry.error(
+            f"image {path} has no sentences but {shortened(sentences)}: give a list of objects with `raw`"
+        )
+    raw = ["" if "raw" in item and is_null(item["raw"]) else item.get("raw") for item in sentences]
+    if not all(isinstance(caption, str) for caption in raw):
         raise entry.error(f"raw of a sentence of image {path} must be a string")
+    captions = tuple(map(clean_caption, raw))
     cocoid = entry.get("cocoid")
     return CaptionedImage(entry, path, captions, None if cocoid is None else str(cocoid))

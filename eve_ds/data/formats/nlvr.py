@@ -7,18 +7,25 @@ permutation is true of all six. Images are 400x100 RGBA with an opaque alpha cha
 
 from __future__ import annotations
 
-import json
+import bz2
+import gzip
 import lzma
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+from eve_ds import limits
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.entries import Entry
+from eve_ds.data.sample_names import is_leftover
+from eve_ds.reading import parse_json, read_file
 
+_DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+"""First bytes of a compressed file -> function that opens it."""
 PERMUTATIONS = 6
 IMAGE_NAME = re.compile(r"(?P<split>[A-Za-z]\w*)-(?P<identifier>\d+-\d+)-[0-5]\.png")
 LAYOUT = "expected SPLIT/SPLIT.json beside SPLIT/images/DIRECTORY/SPLIT-N-M-K.png"
@@ -54,9 +61,9 @@ def read_statements(data: bytes, split: str, path: Path) -> Iterator[Statement]:
     for number, line in enumerate(data.splitlines(), start=1):
         where = f"line {number} of {split}.json"
         try:
-            entry = Entry(json.loads(line), where)
+            entry = Entry(parse_json(line), where)
             yield Statement(split, entry.text("identifier"), entry.text("sentence"), entry.label())
-        except ValueError as error:  # SourceError of the entry, JSONDecodeError, UnicodeDecodeError
+        except ValueError as error:  # SourceError of the entry, or no JSON
             raise SourceError(
                 f"{path}: {where} is not an NLVR example; expected one JSON object a line with sentence, label, "
                 f"identifier ({error})"
@@ -67,6 +74,11 @@ def folder_splits(folder: Path) -> list[tuple[Path, Path]]:
     """Pairs of annotation file and image folder of the splits at, below, or two levels below the folder."""
     found = [path for pattern in ("*.json", "*/*.json", "*/*/*.json") for path in folder.glob(pattern)]
     return [(path, path.parent / "images") for path in sorted(found) if (path.parent / "images").is_dir()]
+
+
+def folder_images(folder: Path) -> list[Path]:
+    """Images of a split, sorted by path, without files of macOS."""
+    return sorted(path for path in folder.rglob("*.png") if not is_leftover(path.name))
 
 
 def annotated_split(path: PurePosixPath) -> str | None:
@@ -80,17 +92,57 @@ def image_split(name: PurePosixPath) -> str | None:
     return match["split"] if match else None
 
 
+class Unpacked:
+    """Unpacked bytes of an archive of any compression, up to a multiple of its size.
+
+    Headers are capped as well as members: :mod:`tarfile` reads both at any size that they claim.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            start = file.read(6)
+        opener = next((function for magic, function in _DECOMPRESSORS.items() if start.startswith(magic)), open)
+        self._file: IO[bytes] = opener(path, "rb")  # type: ignore[operator]
+        self._path, self._left = path, max(limits.ARCHIVE_RATIO * path.stat().st_size, limits.ARCHIVE_SMALL_BYTES)
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, at most `size`; raises :class:`SourceError` where the archive unpacks to too many."""
+        data = self._file.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise SourceError(
+                f"{self._path} unpacks to more than {limits.ARCHIVE_RATIO} times its size: it is no archive of images"
+            )
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _opened(unpacked: Unpacked) -> tarfile.TarFile:
+    return tarfile.open(fileobj=unpacked, mode="r|")  # type: ignore[call-overload]
+
+
 def archive_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Files of an archive in order, read as a stream; raises :class:`SourceError` where it is damaged."""
+    """Files of an archive in order, read as a stream, without those of macOS.
+
+    Raises:
+        SourceError: the archive is damaged, or unpacks to far more than its own size.
+    """
     read = 0
     try:
-        with tarfile.open(path, mode="r|*") as archive:
+        with closing(Unpacked(path)) as unpacked, _opened(unpacked) as archive:
             for member in archive:
-                file = archive.extractfile(member) if member.isfile() else None
+                # The holes of a sparse file would be filled in memory.
+                plain = member.isfile() and not member.issparse() and not is_leftover(member.name)
+                file = archive.extractfile(member) if plain else None
                 if file is not None:
                     read += 1
                     yield PurePosixPath(member.name), file.read()
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+    except SourceError:
+        raise
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError) as error:
         if read:
             raise SourceError(f"{path} is damaged after {read} files ({error}); get it again") from None
         raise SourceError(f"{path} is not a tar archive ({error}); {LAYOUT}") from None
@@ -116,7 +168,7 @@ def read_corpus(path: Path, split: str | None) -> Corpus:
     for name, content in _folder_files(path) if path.is_dir() else archive_members(path):
         annotated = annotated_split(name)
         if annotated is not None and split in (None, annotated):
-            data = content.read_bytes() if isinstance(content, Path) else content
+            data = read_file(content, limits.ANNOTATION_BYTES) if isinstance(content, Path) else content
             corpus.statements.extend(read_statements(data, annotated, path))
         elif (shown := image_split(name)) is not None and split in (None, shown):
             corpus.images[name.stem] = content
@@ -128,5 +180,5 @@ def read_corpus(path: Path, split: str | None) -> Corpus:
 def _folder_files(folder: Path) -> Iterator[tuple[PurePosixPath, Path | bytes]]:
     """Annotations, then images, of each split of a folder."""
     for sentences, images in folder_splits(folder):
-        for path in (sentences, *sorted(images.rglob("*.png"))):
+        for path in (sentences, *folder_images(images)):
             yield PurePosixPath(path.relative_to(folder)), path

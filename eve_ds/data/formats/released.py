@@ -1,6 +1,7 @@
 """JSON lists of the released code of ALBEF, X-VLM and EVE: captions, questions, and statements about images.
 
-Captions: `[{image, caption, image_id}]`; `caption` is a text or a list, `image_id` may be absent.
+Captions: `[{image, caption, image_id}]`; `caption` is a text or a list, `image_id` may be absent. The names of Hugging
+Face's `metadata.jsonl`, `file_name` and `text`, are read as well.
 Questions: `[{image, question, question_id, answer, question_type}]`; `answer` is a text or one text per annotator,
 absent in a test set.
 Statements: `[{images: [left, right], sentence, label}]`; `label` is absent in a test set.
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eve_ds.data.errors import SourceError
-from eve_ds.data.formats.entries import Entry, described
+from eve_ds.data.formats.entries import Entry, described, is_null
+from eve_ds.data.formats.unread import refuse_document
 
 
 class CaptionedImage(NamedTuple):
@@ -53,9 +55,10 @@ class Statement(NamedTuple):
 def captioned_image(entry: Entry) -> CaptionedImage:
     """Record of an entry with captions; raises :class:`SourceError` for a field that is missing or malformed."""
     image_id = entry.get("image_id")
-    return CaptionedImage(
-        entry, entry.file_name("image"), entry.texts("caption"), None if image_id is None else str(image_id)
-    )
+    image = "file_name" if entry.has("file_name") and not entry.has("image") else "image"
+    caption = "text" if entry.has("text") and not entry.has("caption") else "caption"
+    image_id = None if is_null(image_id) else str(image_id)
+    return CaptionedImage(entry, entry.file_name(image), entry.captions(caption), image_id)
 
 
 def question(entry: Entry) -> Question:
@@ -75,13 +78,14 @@ def statement(entry: Entry) -> Statement:
 
 
 def require_captions(tree: Any, path: Path) -> None:
-    """Raise :class:`SourceError` unless the document is a list whose first entry has an image and captions."""
-    if isinstance(tree, list) and tree and _has_captions(Entry(tree[0], str(path))):
+    """Raise :class:`SourceError` unless the document is a list with some entry that has an image and captions."""
+    if isinstance(tree, list) and any(_has_captions(Entry(item, str(path))) for item in tree):
         return
+    refuse_document(path, tree)
     found = f"a list of {described(tree[0])}" if isinstance(tree, list) and tree else described(tree)
     raise SourceError(
-        f'{path} is not a caption JSON: expected [{{"image": path, "caption": text or list, "image_id": id}}], '
-        f"found {found}"
+        f'{path} is not a caption JSON: expected [{{"image": path, "caption": text or list, "image_id": id}}] or '
+        f'lines of {{"file_name": path, "text": caption}}, found {found}'
     )
 
 

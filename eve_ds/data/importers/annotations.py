@@ -16,9 +16,9 @@ from eve_ds.data.errors import SourceError
 from eve_ds.data.formats import karpathy, released, tables
 from eve_ds.data.formats.entries import Entry, numbered, read_json
 from eve_ds.data.formats.images import PROBED_IMAGES, probe_step, require_some_image
+from eve_ds.data.formats.tables import MALFORMED, NO_CAPTION
 from eve_ds.data.importers.candidate import Candidate, FileSlice, Skip, Source, existing_file, existing_folder
-
-MALFORMED = "malformed entry"
+from eve_ds.data.importers.image_folder import ImageFolder
 
 
 class Karpathy:
@@ -29,9 +29,11 @@ class Karpathy:
         path: str | Path,
         images: str | Path | None = None,
         splits: Sequence[str] = karpathy.TRAIN_SPLITS,
+        strip_prefix: str | None = None,
+        follow_links: bool = False,
     ) -> None:
         """Read the annotations; raises :class:`SourceError` for a file of another form or a split it does not have."""
-        (annotations,), self._images = _locate([path], images)
+        (annotations,), self._images = _locate([path], images, strip_prefix, follow_links)
         entries = karpathy.read_entries(annotations, "keep")
         self._entries = karpathy.of_splits(entries, splits, annotations)
         self.total: int | None = len(self._entries)
@@ -56,9 +58,15 @@ class Karpathy:
 class CaptionJson:
     """`[{image, caption, image_id}]`; `caption` may be a list; without `image_id` the image path is the id."""
 
-    def __init__(self, paths: Sequence[str | Path], images: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        images: str | Path | None = None,
+        strip_prefix: str | None = None,
+        follow_links: bool = False,
+    ) -> None:
         """Read the annotations; raises :class:`SourceError` for a file of another form."""
-        annotations, self._images = _locate(paths, images)
+        annotations, self._images = _locate(files, images, strip_prefix, follow_links)
         self._entries: list[Entry] = []
         for path in annotations:
             tree = read_json(path, "keep")
@@ -76,8 +84,7 @@ class CaptionJson:
             except SourceError:
                 yield Skip(f"entry {number}", MALFORMED)
                 continue
-            image_id = image.image if image.image_id is None else image.image_id
-            yield _candidate(self._images, image.image, image.captions, image_id)
+            yield _candidate(self._images, image.image, image.captions, image.image_id)
 
 
 class Table:
@@ -91,12 +98,14 @@ class Table:
         caption_column: str = "caption",
         id_column: str | None = None,
         delimiter: str | None = None,
+        strip_prefix: str | None = None,
+        follow_links: bool = False,
     ) -> None:
         """Check the header; raises :class:`SourceError` where a column is missing.
 
         `delimiter` defaults to a tab for `.tsv` and a comma otherwise; without `id_column` the image path is the id.
         """
-        (annotations,), self._images = _locate([path], images)
+        (annotations,), self._images = _locate([path], images, strip_prefix, follow_links)
         columns = tables.Columns(image_column, caption_column, id_column)
         self._table = tables.Table(annotations, columns, delimiter)
         self.total: int | None = None
@@ -110,23 +119,27 @@ class Table:
     def __iter__(self) -> Iterator[Candidate | Skip]:
         """Rows in the order of the file."""
         for row in self._table:
-            if not row.image or row.caption is None:
-                yield Skip(f"row {row.number}", MALFORMED)
+            if row.problem is not None:
+                yield Skip(f"row {row.number}", row.problem)
             else:
-                yield _candidate(self._images, row.image, (row.caption,), row.image_id or row.image)
+                yield _candidate(self._images, row.image, (row.caption,), row.image_id)
 
 
-def _locate(paths: Sequence[str | Path], images: str | Path | None) -> tuple[list[Path], Path]:
-    """Absolute paths of the annotation files and of the image folder, by default that of the first file."""
+def _locate(
+    paths: Sequence[str | Path], images: str | Path | None, strip_prefix: str | None, follow_links: bool
+) -> tuple[list[Path], ImageFolder]:
+    """Absolute paths of the annotation files, and the image folder, by default that of the first file."""
     annotations = [existing_file(path, "annotation file") for path in paths]
     root = annotations[0].parent if images is None else existing_folder(images, "image folder")
-    return annotations, root
+    return annotations, ImageFolder(root, strip_prefix, follow_links)
 
 
-def _description(name: str, annotations: Sequence[Path], images: Path) -> dict[str, Any]:
-    """Format, annotation files with their SHA-256, and image folder."""
+def _description(name: str, annotations: Sequence[Path], images: ImageFolder) -> dict[str, Any]:
+    """Format, annotation files with their SHA-256, and image folder; rules of paths only where they are not default."""
     files = [{"path": str(path), "sha256": _sha256(path)} for path in annotations]
-    return {"format": name, "annotations": files, "images": str(images)}
+    rules = {"strip_prefix": images.strip_prefix, "follow_links": images.follow_links}
+    used = {key: value for key, value in rules.items() if value}
+    return {"format": name, "annotations": files, "images": str(images.root), **used}
 
 
 def _sha256(path: Path) -> str:
@@ -135,17 +148,19 @@ def _sha256(path: Path) -> str:
 
 
 def _candidate(
-    root: Path, image: str, captions: tuple[str, ...], image_id: str, aliases: Sequence[str] = ()
+    images: ImageFolder, image: str, captions: tuple[str, ...], image_id: str | None, aliases: Sequence[str] = ()
 ) -> Candidate | Skip:
+    """Candidate of an annotated path; without an id the path below the image folder is the id."""
     if not captions:
-        return Skip(image, "no caption")
-    path = PurePosixPath(image)
+        return Skip(image, NO_CAPTION)
+    name = images.name(image)
+    path = PurePosixPath(name)
     return Candidate(
-        name=image,
-        image=FileSlice(str(root / image)),
+        name=name,
+        image=images.image(name),
         captions=captions,
-        image_id=image_id,
-        aliases=(*aliases, image, path.name, path.stem),
+        image_id=name if image_id is None else image_id,
+        aliases=(*aliases, image, *([name] if name != image else []), path.name, path.stem),
     )
 
 
@@ -154,4 +169,4 @@ def _probe(source: Source, annotations: Path) -> None:
     step = probe_step(source.total or 1)
     spread = (item for number, item in enumerate(source) if number % step == 0 and isinstance(item, Candidate))
     paths = (Path(item.image.path) for item in islice(spread, PROBED_IMAGES) if isinstance(item.image, FileSlice))
-    require_some_image(paths, annotations)
+    require_some_image(paths, annotations, "--images, or remove the start of their paths with --strip_prefix")

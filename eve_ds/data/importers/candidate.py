@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
+from eve_ds.reading import read_file
+
+_REASONS = {errno.EINVAL: "not a regular file", errno.ENXIO: "not a regular file", errno.EFBIG: "too large a file"}
+"""Reasons of errors of :func:`eve_ds.reading.read_file`; ENXIO: a socket."""
 
 
 class Readable(Protocol):
@@ -19,25 +26,49 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class FileSlice:
-    """A whole file, or `size` bytes of it from `offset` (a member of an uncompressed tar)."""
+    """A whole file, or `size` bytes of it from `offset` (a member of an uncompressed tar).
+
+    Attributes:
+        path: absolute path of the file.
+        offset: first byte.
+        size: number of bytes; None: all.
+        most: largest number of bytes that are read.
+        folder: absolute path of the folder that the file must lie in; None: it may lie anywhere.
+        follow_links: whether a symbolic link may lead out of the folder.
+    """
 
     path: str
     offset: int = 0
     size: int | None = None
+    most: int = limits.IMAGE_BYTES
+    folder: str | None = None
+    follow_links: bool = False
 
     def read(self) -> bytes:
-        """Read the slice; raises :class:`BadSample` for a file that is missing, unreadable or too short."""
+        """Read the slice.
+
+        Raises:
+            BadSample: the file is missing, outside its folder, not regular, too large, too short or unreadable.
+        """
         try:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                data = file.read() if self.size is None else file.read(self.size)
+            self._require_inside()
+            data = read_file(self.path, self.most, self.offset, self.size)
         except FileNotFoundError:
             raise BadSample("missing file") from None
-        except (OSError, ValueError):  # ValueError: a NUL byte in the path
-            raise BadSample("unreadable file") from None
+        except OSError as error:
+            raise BadSample(_REASONS.get(error.errno or 0, "unreadable file")) from None
+        except ValueError as error:  # a NUL byte or a lone surrogate in the path
+            raise error if isinstance(error, BadSample) else BadSample("unreadable file") from None
         if self.size is not None and len(data) < self.size:
             raise BadSample("broken tar entry")
         return data
+
+    def _require_inside(self) -> None:
+        if self.folder is None:
+            return
+        path = os.path.normpath(self.path) if self.follow_links else os.path.realpath(self.path)
+        if not Path(path).is_relative_to(self.folder):
+            raise BadSample("path outside the image folder")
 
 
 @dataclass(frozen=True)

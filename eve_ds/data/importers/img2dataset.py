@@ -1,23 +1,29 @@
 """Output of img2dataset: `webdataset` shards (tars) or `files` (numbered folders) of KEY.jpg, KEY.txt and KEY.json.
 
-The importer lists tar headers; the worker reads captions, metadata and images at their offsets.
+The importer lists tar headers; the worker reads captions, metadata and images at their offsets. Only files with the
+same name up to the last dot are one sample: `a.0.jpg` belongs to `a.0.txt`, and to no other caption.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
+from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.importers.candidate import Candidate, FileSlice, Skip, existing_folder
+from eve_ds.data.sample_names import is_leftover, shard_files, split_name
+from eve_ds.data.tar_headers import Damage, block_reader, scan
+from eve_ds.reading import parse_json
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+TEXT, METADATA = ".txt", ".json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Img2datasetCandidate:
         if self.metadata is None:
             return {}
         try:
-            metadata = json.loads(self.metadata.read())
+            metadata = parse_json(self.metadata.read())
         except ValueError as error:
             raise error if isinstance(error, BadSample) else BadSample("unreadable metadata") from None
         if not isinstance(metadata, dict):
@@ -58,7 +64,7 @@ class Img2dataset:
         """Find the shards; raises :class:`SourceError` for a folder with neither tars nor images."""
         self._folder = existing_folder(folder, "img2dataset folder")
         self._id_field = id_field
-        self._tars = sorted(self._folder.rglob("*.tar"))
+        self._tars = shard_files(self._folder, "**/*.tar")
         self.total: int | None = None
         self.description: dict[str, Any] = {"format": "img2dataset", "path": str(self._folder), "id_field": id_field}
         if not self._tars and next(iter(self), None) is None:
@@ -69,53 +75,91 @@ class Img2dataset:
         if not self._tars:
             yield from self._files()
         for path in self._tars:
-            shard = str(path.relative_to(self._folder))
-            members, damaged = _list_tar(path)
-            for key, group in groupby(members, key=lambda member: _key(member[0])):
-                yield from self._sample(f"{shard}/{key}", group)
-            if damaged:
-                yield Skip(shard, "broken tar (rest of it lost)")
+            yield from self._tar(path, str(path.relative_to(self._folder)))
+
+    def _tar(self, path: Path, shard: str) -> Iterator[Img2datasetCandidate | Skip]:
+        members, beside_damage = _list_tar(path)
+        groups = [
+            (key, stem, files) for key, group in groupby(members, key=_key) for stem, files in _parts(group).items()
+        ]
+        counts = Counter(stem for _, stem, _ in groups)
+        for key, stem, files in groups:
+            # Without its metadata a sample has no id, by which it may have to be left out.
+            if key in beside_damage and METADATA not in dict(files):
+                yield Skip(f"{shard}/{stem}", "broken tar entry")
+            else:
+                yield self._sample(f"{shard}/{stem}", files, divided=counts[stem] > 1)
+        if beside_damage:
+            yield Skip(shard, "damaged tar (members of it are lost)")
 
     def _files(self) -> Iterator[Img2datasetCandidate | Skip]:
         for folder, subfolders, names in os.walk(self._folder):
-            subfolders.sort()
+            subfolders[:] = sorted(name for name in subfolders if not is_leftover(name))
             where = Path(folder).relative_to(self._folder)
-            for key, members in groupby(sorted(names, key=_key_then_name), key=_key):
-                slices = [(name, FileSlice(os.path.join(folder, name))) for name in members]
+            slices = [
+                (name, FileSlice(os.path.join(folder, name), most=_most(name), folder=str(self._folder)))
+                for name in sorted(names, key=_key_then_name)
+                if split_name(name)[0] is not None
+            ]
+            for stem, files in _parts(slices).items():
                 # KEY_stats.json and KEY.parquet beside the images describe a whole folder: they are no samples.
-                if any(name.lower().endswith((*IMAGE_SUFFIXES, ".txt")) for name, _ in slices):
-                    yield from self._sample(str(where / key), slices)
+                if any(suffix in (*IMAGE_SUFFIXES, TEXT) for suffix, _ in files):
+                    yield self._sample(str(where / stem), files)
 
-    def _sample(self, name: str, members: Iterable[tuple[str, FileSlice]]) -> Iterator[Img2datasetCandidate | Skip]:
-        by_suffix = {PurePosixPath(member).suffix.lower(): file for member, file in members}
+    def _sample(
+        self, name: str, files: Sequence[tuple[str, FileSlice]], divided: bool = False
+    ) -> Img2datasetCandidate | Skip:
+        """Candidate of the files of one sample; `divided`: there are more of them elsewhere in the tar."""
+        by_suffix = dict(files)
+        if len(by_suffix) < len(files):
+            return Skip(name, "duplicate member")
         image = next((by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix), None)
+        if divided and (image is None or not by_suffix.keys() & {TEXT, METADATA}):
+            return Skip(name, "members of a sample must stand together in the tar")
         if image is None:
-            yield Skip(name, "no image")
-        else:
-            yield Img2datasetCandidate(name, image, by_suffix.get(".txt"), by_suffix.get(".json"), self._id_field)
+            return Skip(name, "no image")
+        return Img2datasetCandidate(name, image, by_suffix.get(TEXT), by_suffix.get(METADATA), self._id_field)
 
 
-def _key(name: str) -> str:
-    """The WebDataset key: the path up to the first dot of its last part."""
-    path = PurePosixPath(name)
-    return str(path.with_name(path.name.partition(".")[0] or path.name))
+def _key(member: tuple[str, FileSlice]) -> str | None:
+    return split_name(member[0])[0]
 
 
 def _key_then_name(name: str) -> tuple[str, str]:
-    return _key(name), name
+    return str(split_name(name)[0]), name
 
 
-def _list_tar(path: Path) -> tuple[list[tuple[str, FileSlice]], bool]:
-    """Names and offsets of the members up to the end or the first damage, and whether the tar is damaged."""
-    members = []
+def _parts(members: Iterable[tuple[str, FileSlice]]) -> dict[str, list[tuple[str, FileSlice]]]:
+    """Files with image, text or metadata by their name up to the last dot; each with its suffix in lower case."""
+    parts: dict[str, list[tuple[str, FileSlice]]] = {}
+    for name, file in members:
+        path = PurePosixPath(name)
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, TEXT, METADATA):
+            parts.setdefault(str(path.with_suffix("")), []).append((path.suffix.lower(), file))
+    return parts
+
+
+def _most(name: str) -> int:
+    return limits.METADATA_BYTES if name.lower().endswith((TEXT, METADATA)) else limits.IMAGE_BYTES
+
+
+def _list_tar(path: Path) -> tuple[list[tuple[str, FileSlice]], set[str | None]]:
+    """Names and places of the members that are data, and the keys before and behind damage, None for no key."""
+    members: list[tuple[str, FileSlice]] = []
+    beside_damage: set[str | None] = set()
+    after_damage = False
     try:
-        with tarfile.open(path, mode="r:") as archive:
-            for member in archive:
-                if member.isfile():
-                    members.append((member.name, FileSlice(str(path), member.offset_data, member.size)))
-            # tarfile stops without an error at a header that it cannot read; an intact archive ends with zeros.
-            with path.open("rb") as file:
-                file.seek(archive.offset)
-                return members, any(file.read(tarfile.BLOCKSIZE))
-    except (tarfile.TarError, OSError):
-        return members, True
+        with path.open("rb", buffering=0) as file:
+            for found in scan(block_reader(file.fileno()), os.fstat(file.fileno()).st_size):
+                if isinstance(found, Damage):
+                    after_damage = True
+                    beside_damage.add(_key(members[-1]) if members else None)
+                elif split_name(found.name)[0] is not None:
+                    place = FileSlice(str(path), found.end - found.size, found.size, _most(found.name))
+                    members.append((found.name, place))
+                    if after_damage:
+                        beside_damage.add(_key(members[-1]))
+                        after_damage = False
+    except OSError:
+        beside_damage.add(None)
+    return members, beside_damage

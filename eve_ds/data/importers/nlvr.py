@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eve_ds import limits
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.nlvr import (
     IMAGE_NAME,
     LAYOUT,
     annotated_split,
     archive_members,
+    folder_images,
     folder_splits,
     read_statements,
 )
 from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Readable, Skip, existing
+from eve_ds.reading import read_file
 
 
 @dataclass
@@ -81,9 +84,11 @@ class Nlvr:
     def _folder(self, folder: Path) -> Iterator[Candidate | Skip]:
         for annotation_path, image_folder in folder_splits(folder):
             if self._wanted(annotation_path.stem):
-                self._read_annotations(annotation_path.stem, annotation_path.read_bytes(), annotation_path)
-                for image in sorted(image_folder.rglob("*.png")):
-                    yield from self._image(image.stem, FileSlice(str(image)))
+                self._read_annotations(
+                    annotation_path.stem, read_file(annotation_path, limits.ANNOTATION_BYTES), annotation_path
+                )
+                for image in folder_images(image_folder):
+                    yield from self._image(image.stem, FileSlice(str(image), folder=str(folder)))
 
     def _archive(self, path: Path) -> Iterator[Candidate | Skip]:
         # Published archives hold the annotations before the images. Images that come earlier are kept until then.

@@ -34,7 +34,7 @@ def read_released(source: Published) -> Iterator[Example]:
     """Captions of the released code; the key is the number of the caption."""
     number = 0
     for item in map(released.captioned_image, list_entries(source.files)):
-        if not item.captions:
+        if not item.captions or not all(item.captions):
             raise item.entry.error(f"image {item.image} has no caption: give one, or leave the image out")
         group = item.image if item.image_id is None else item.image_id
         for caption in item.captions:

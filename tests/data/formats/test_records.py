@@ -157,8 +157,8 @@ def test_rows_of_a_table_are_read_as_a_stream(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("image\tcaption\na.jpg\tone\nb.jpg\n")
     rows = iter(tables.Table(path, tables.Columns("image", "caption", None)))
-    assert next(rows) == (1, "a.jpg", "one", None)
-    assert next(rows) == (2, "b.jpg", None, None)
+    assert next(rows) == (1, "a.jpg", "one", None, None)
+    assert next(rows) == (2, "", "", None, "malformed entry")
 
 
 # --- both readers -----------------------------------------------------------------------------------------------------

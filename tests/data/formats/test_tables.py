@@ -1,0 +1,197 @@
+"""Rows of CSV and TSV files: quotes as text or as quoting, wrong numbers of fields, missing values, hostile files."""
+
+import csv
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eve_ds import limits
+from eve_ds.data.caption_text import ABSENT_CELLS
+from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.tables import Columns, Table
+
+COLUMNS = Columns("image", "caption", None)
+TOO_LONG = {
+    ",": "more fields than the header (quote captions with ',' in them)",
+    "\t": "more fields than the header (quote captions with '\\t' in them)",
+}
+
+
+def rows(folder, text, suffix=".csv", columns=COLUMNS, delimiter=None):
+    path = folder / f"t{suffix}"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return list(Table(path, columns, delimiter))
+
+
+def pairs(found):
+    return [(row.image, row.caption) if row.problem is None else row.problem for row in found]
+
+
+def table(delimiter, *captions):
+    return "".join(f"{image}{delimiter}{text}\n" for image, text in (("image", "caption"), *enumerated(captions)))
+
+
+def enumerated(captions):
+    return [(f"{number}.jpg", caption) for number, caption in enumerate(captions)]
+
+
+TEXT_WITH_QUOTES = [
+    '"hello',
+    'hello"',
+    '"',
+    '""hello',
+    'a 5" pipe',
+    '"hello" he said',
+    'he said "hello"',
+    '"a" and "b"',
+    'one " two " three "',
+    "it's",
+]
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ",", ";", "|"])
+@pytest.mark.parametrize("caption", TEXT_WITH_QUOTES)
+def test_a_quote_that_opens_no_field_is_text(tmp_path, delimiter, caption):
+    captions = [caption, "a cat", caption, "a dog"]
+    found = rows(tmp_path, table(delimiter, *captions), delimiter=delimiter)
+    assert pairs(found) == enumerated(captions)
+
+
+@pytest.mark.parametrize("first", TEXT_WITH_QUOTES)
+@pytest.mark.parametrize("second", TEXT_WITH_QUOTES)
+def test_two_quotes_in_different_rows_join_nothing(tmp_path, first, second):
+    captions = [first, "between", second, "behind"]
+    assert pairs(rows(tmp_path, table("\t", *captions), ".tsv")) == enumerated(captions)
+
+
+captions_of_any_kind = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12
+).filter(lambda text: text.strip() not in ABSENT_CELLS)
+
+
+def test_rows_of_images_without_a_suffix_are_not_joined(tmp_path):
+    text = 'image\tcaption\nx1\t"hello\nx2\tbetween\nx3\tworld"\n'
+    assert pairs(rows(tmp_path, text, ".tsv")) == [("x1", '"hello'), ("x2", "between"), ("x3", 'world"')]
+
+
+@given(st.lists(captions_of_any_kind, min_size=1, max_size=6), st.sampled_from([",", "\t", ";"]), st.booleans())
+def test_what_csv_writes_is_read(tmp_path_factory, captions, delimiter, quote_all):
+    """Independent reference: the writer of the standard library, which pandas uses."""
+    if delimiter == "\t":  # a tab on a later line of a field looks like a row
+        captions = [caption.replace("\t", "-") for caption in captions]
+    file = io.StringIO(newline="")
+    quoting = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
+    writer = csv.writer(file, delimiter=delimiter, quoting=quoting)
+    writer.writerows([("image", "caption"), *enumerated(captions)])
+    folder = tmp_path_factory.mktemp("csv", numbered=True)
+    assert pairs(rows(folder, file.getvalue(), delimiter=delimiter)) == enumerated(captions)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("last", [True, False])
+def test_line_ends_and_byte_order_marks_are_no_text(tmp_path, end, bom, last):
+    text = end.join(["image,caption", "a.jpg,one", "", "b.jpg,two"]) + (end if last else "")
+    assert pairs(rows(tmp_path, bom + text.encode())) == [("a.jpg", "one"), ("b.jpg", "two")]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_rows_with_too_many_or_too_few_fields_are_counted(tmp_path, delimiter):
+    lines = [("image", "caption"), ("a.jpg", "a dog", " asleep"), ("b.jpg",), ("c.jpg", "whole"), ("", "no image")]
+    lines += [("d.jpg", '"unpaired', "cut"), ("e.jpg", "trailing", "", "")]
+    text = "\n".join(map(delimiter.join, lines))
+    found = rows(tmp_path, text, delimiter=delimiter)
+    assert pairs(found) == [
+        TOO_LONG[delimiter],
+        "malformed entry",
+        ("c.jpg", "whole"),
+        "malformed entry",
+        TOO_LONG[delimiter],
+        ("e.jpg", "trailing"),
+    ]
+    assert [row.number for row in found] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "cell", ["", " ", "nan", "NaN", "-nan", "None", "null", "NULL", "<NA>", "N/A", "n/a", "NA", "#N/A", "NaT", " nan "]
+)
+def test_missing_values_of_pandas_are_absent(tmp_path, cell):
+    columns = Columns("image", "caption", "id")
+    text = f"image,caption,id\na.jpg,{cell},1\n{cell},a cat,2\nb.jpg,a dog,{cell}\n"
+    found = rows(tmp_path, text, columns=columns)
+    assert pairs(found) == ["no caption", "malformed entry", ("b.jpg", "a dog")]
+    assert found[2].image_id is None
+
+
+def test_words_that_contain_a_missing_value_are_captions(tmp_path):
+    captions = ["nan bread", "none", "Nan", "null island", "NAN"]
+    assert pairs(rows(tmp_path, table(",", *captions))) == enumerated(captions)
+
+
+def test_a_field_above_every_cap_ends_nothing(tmp_path):
+    huge = "x" * (limits.ROW_CHARACTERS * 2 + 17)
+    captions = [huge, "a", f'"{huge}"', "b", f'"{huge}', "c", "x," * 100_000, "d"]
+    found = rows(tmp_path, table(",", *captions))
+    kept = [row for row in found if row.problem is None and len(row.caption) <= limits.CAPTION_CHARACTERS]
+    assert pairs(kept) == [("1.jpg", "a"), ("3.jpg", "b"), ("5.jpg", "c"), ("7.jpg", "d")]
+    assert len(found) == 8
+    assert max(len(row.caption) for row in found) <= limits.ROW_CHARACTERS
+
+
+def test_a_quote_without_an_end_takes_a_bounded_number_of_lines(tmp_path):
+    lines = "".join(f"line {number}\n" for number in range(1000))
+    found = rows(tmp_path, f'image,caption\na.jpg,"open\n{lines}b.jpg,a cat\n')
+    assert pairs(found)[0] == ("a.jpg", '"open')
+    assert pairs(found)[-1] == ("b.jpg", "a cat")
+    assert set(pairs(found)[1:-1]) == {"malformed entry"}
+
+
+def test_a_nul_byte_makes_its_row_malformed(tmp_path):
+    filler = "".join(f"{number}.jpg,a cat\n" for number in range(500))
+    found = rows(tmp_path, f"image,caption\n{filler}x.jpg,a \0 cat\ny.jpg,a cat\n")
+    assert pairs(found)[-2:] == ["malformed entry", ("y.jpg", "a cat")]
+
+
+REFUSED = {
+    "UTF-16": ("image,caption\na.jpg,x".encode("utf-16"), r"is UTF-16; this is not read: save it as UTF-8"),
+    "UTF-16 without a mark": ("image,caption".encode("utf-16-le"), r"it has NUL bytes; this is not read: save it as"),
+    "UTF-32": ("image,caption".encode("utf-32"), r"is UTF-16; this is not read|NUL bytes"),
+    "Parquet": (b"PAR1\0\0", r"is Parquet, as LAION's lists; this is not read: download the images with img2dataset"),
+    "Excel": (b"PK\x03\x04\0", r"is a zip archive or a spreadsheet; this is not read: unpack it, or save the sheet"),
+    "gzip": (b"\x1f\x8b\x08", r"is compressed by gzip; this is not read: unpack it"),
+    "CC3M": (
+        b"a very typical bus station\thttp://x.invalid/a.jpg\nsierra\thttp://x.invalid/b.jpg\n",
+        r"is a list of captions and addresses without a header, as CC3M and CC12M publish; this is not read: download",
+    ),
+    "CC12M": (b"https://x.invalid/a.jpg\ta very typical bus station\n", r"as CC3M and CC12M publish; this is not read"),
+    "empty": (b"", r"is empty; expected a header row with the columns image, caption"),
+    "blank": (b"\n\n", r"has no column 'image'"),
+    "semicolons": (b"image;caption\na.jpg;x\n", r"has no column 'image'; .* \(another delimiter\? --delimiter ';'\)"),
+    "tabs": (b"image\tcaption\n", r"has no column 'image'; .*--delimiter '\\t'\)"),
+    "other names": (b"file,text\n", r"has no column 'image'; it has: file, text$"),
+    "a column twice": (b"image,caption,caption\n", r"has 2 columns 'caption': rename all but one"),
+    "a long line": (b"x" * 1_000_000, r"has no column 'image'; it has: x+ \.\.\.$"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_is_no_table_is_one_line(tmp_path, name):
+    data, message = REFUSED[name]
+    suffix = ".tsv" if name.startswith("CC") else ".csv"
+    with pytest.raises(SourceError, match=message) as caught:
+        rows(tmp_path, data, suffix)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_give_rows_or_one_line(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz", numbered=True)
+    for text in (data, b"image,caption\n" + data, b'image,caption\na.jpg,"' + data):
+        try:
+            found = rows(folder, text)
+        except SourceError:
+            continue
+        assert all(row.problem or (row.image and row.caption) for row in found)
