@@ -40,7 +40,7 @@ def read_file(path: str | Path, most: int, offset: int = 0, size: int | None = N
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         wanted = max(status.st_size - offset, 0) if size is None else size
         if wanted > most:
-            raise OSError(errno.EFBIG, f"{wanted:,} bytes, more than the {most:,} that are read", str(path))
+            raise OSError(errno.EOVERFLOW, f"{wanted:,} bytes, more than the {most:,} that are read", str(path))
         with open(descriptor, "rb", closefd=False) as file:
             file.seek(offset)
             return file.read(wanted)

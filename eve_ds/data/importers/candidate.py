@@ -13,7 +13,7 @@ from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.reading import read_file
 
-_REASONS = {errno.EINVAL: "not a regular file", errno.ENXIO: "not a regular file", errno.EFBIG: "too large a file"}
+_REASONS = {errno.EINVAL: "not a regular file", errno.ENXIO: "not a regular file", errno.EOVERFLOW: "too large a file"}
 """Reasons of errors of :func:`eve_ds.reading.read_file`; ENXIO: a socket."""
 
 
