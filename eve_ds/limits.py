@@ -33,7 +33,7 @@ JSON_DEPTH = 100
 """Levels of lists and objects in a JSON document."""
 JSON_DIGITS = 300
 """Digits of a number in a JSON document."""
-SMALL_JSON_BYTES = 64 * MIB
+SMALL_JSON_BYTES = 256 * MIB
 """Bytes of a JSON file that a program wrote about other files, such as an index of shards or a configuration."""
 ANNOTATION_BYTES = 4 * GIB
 """Bytes of one annotation file, which is parsed in memory."""

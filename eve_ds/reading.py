@@ -74,7 +74,7 @@ def _whole_number(digits: str) -> int:
 def _is_deep(tree: Any) -> bool:
     """Whether a parsed document exceeds the depth; code that walks through it could otherwise end in a traceback."""
     level = [tree]
-    for _ in range(limits.JSON_DEPTH + 1):
+    for _ in range(limits.JSON_DEPTH):
         lists = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
         level = [child for children in lists for child in children if isinstance(child, dict | list)]
         if not level:

@@ -42,6 +42,7 @@ from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
 from eve_ds.data.sample_names import shard_files, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
+from eve_ds.reading import parse_json, read_file
 from eve_ds.storage import is_disk_error
 
 VERSION = 1
@@ -202,10 +203,12 @@ def completed_report(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | Non
     if not index_path.exists():
         return None
     try:
-        index, report = json.loads(index_path.read_bytes()), json.loads(report_path.read_bytes())
+        index, report = (parse_json(read_file(path, limits.SMALL_JSON_BYTES)) for path in (index_path, report_path))
         _require_same_plan(folder, {key: report[key] for key in plan}, plan)
         entries = [(folder / entry["name"], entry["bytes"]) for entry in index["shards"]]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+    except OutputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
         raise OutputError(
             f"{folder} holds an index.json that this command did not write; choose another --out"
         ) from None
@@ -227,7 +230,7 @@ def read_ids(path: str | None) -> frozenset[str]:
     if path is None:
         return frozenset()
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        lines = read_file(path, limits.ANNOTATION_BYTES).decode("utf-8", "surrogateescape").split("\n")
     except OSError as error:
         raise SourceError(f"cannot read the ids to exclude from {path}: {error.strerror}") from None
     return frozenset(_one_line(line) for line in lines) - {""}
