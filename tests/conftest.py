@@ -24,8 +24,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A killed DeepSpeed build leaves a lock in the shared extension cache, and the next run would wait for it.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="eve_ds_extensions_"))
 
+import hypothesis
 import pytest
 from tiny import MODEL
+
+# The same examples in every run, and no limit on the time of one, which other programs on the machine could exceed.
+hypothesis.settings.register_profile("eve_ds", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("eve_ds")
 
 RANK_MAIN = Path(__file__).parent / "distributed" / "rank_main.py"
 SUPPORT = Path(__file__).parent / "support"
