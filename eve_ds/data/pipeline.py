@@ -32,6 +32,8 @@ STATE_VERSION = 1
 """Version of the saved data position."""
 HELD_OUT = "data.validation.share"
 """Key of the held-out share in a saved data position."""
+CONTENTS = "data.sources.contents"
+"""Key of the digests of each source's stored bytes in a saved data position; earlier versions had none."""
 MIN_COUNTED = 1000
 """Smallest number of samples for `data.max_bad_share`, so that a few early bad samples do not stop a run."""
 MAX_BAD_RUN = 1000
@@ -327,6 +329,7 @@ def _identity(config: Config, sources: Sequence[SampleSource], states: Sequence[
         "data.sources": [source.fingerprint() for source in sources],
         HELD_OUT: held_out_share(config),
     }
+    contents = [source.contents() for source in sources]
     for state in states:
         if state.get("version") != STATE_VERSION:
             raise ConfigError(f"data position has version {state.get('version')}, only {STATE_VERSION} can be read")
@@ -337,9 +340,22 @@ def _identity(config: Config, sources: Sequence[SampleSource], states: Sequence[
                     f"{name} ({value}) differs from the saved data position's ({saved}), so other samples "
                     "would come, or in another order; keep it, or start without the position"
                 )
+        _require_same_contents(state.get(CONTENTS, []), contents)
+    identity[CONTENTS] = contents
     # Derived from the batch size, but a run resumed with another batch size keeps its original order.
     identity["layout"] = states[0]["layout"] if states else list(lanes_for(config.train.train_batch_size))
     return identity
+
+
+def _require_same_contents(saved: Sequence[dict[str, str]], now: Sequence[dict[str, str]]) -> None:
+    """Raise ConfigError if shards have other bytes than those of a saved position; names and numbers may be equal."""
+    for number, (before, after) in enumerate(zip(saved, now, strict=False)):
+        for name in before.keys() & after.keys():
+            if before[name] != after[name]:
+                raise ConfigError(
+                    f"data.sources.{number}: the {name} of its shards differ from those of the saved data position, so "
+                    "they hold other samples; restore the shards, or start without the position"
+                )
 
 
 def _position(

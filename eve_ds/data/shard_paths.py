@@ -39,6 +39,8 @@ class IndexEntry(NamedTuple):
     samples: int
     bytes: int | None
     """Size of the shard; None: not in the index."""
+    sha256: str | None
+    """Hash of the shard when it was written; None: not in the index."""
 
 
 def expand(spec: str | Sequence[str]) -> list[Path]:
@@ -176,7 +178,8 @@ def _index_entry(item: Any) -> tuple[str, IndexEntry]:
             raise ValueError(f"{key} of {name} ({value!r}) must be a whole number")
     if samples > limits.SHARD_SAMPLES:
         raise ValueError(f"samples of {name} ({samples:,}) must be at most {limits.SHARD_SAMPLES:,}")
-    return name, IndexEntry(samples, size)
+    digest = item.get("sha256")
+    return name, IndexEntry(samples, size, digest if isinstance(digest, str) and digest else None)
 
 
 def _length(start: str, end: str, step: str | None) -> int:

@@ -26,6 +26,9 @@ class Shard(NamedTuple):
 
     path: Path
     num_samples: int
+    bytes: int
+    sha256: str | None
+    """Hash in the index, which is believed if the size in the index is that of the file; None: unknown."""
 
 
 def find_shards(spec: str | Sequence[str]) -> list[Shard]:
@@ -61,7 +64,7 @@ def _measure(path: Path, entry: IndexEntry | None) -> Shard:
         )
     if size == 0 or samples == 0:
         refuse_other_content(path)
-    return Shard(path, samples)
+    return Shard(path, samples, size, entry.sha256 if entry is not None and entry.bytes == size else None)
 
 
 def _count(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -60,6 +61,9 @@ class SampleSource(Protocol):
 
     def fingerprint(self) -> str:
         """Text that changes with the samples or their order, so that a saved position is not used with other data."""
+
+    def contents(self) -> dict[str, str]:
+        """Digests of the stored bytes, by name; a digest that two sources have is equal if they hold the same data."""
 
     def close(self) -> None:
         """Close all files; :meth:`read` opens them again."""
@@ -137,6 +141,10 @@ class GeneratedSource:
     def fingerprint(self) -> str:
         """Return level, seed and number of samples, and the order of captions if it is not random."""
         return f"{self._name} x {sum(self.shard_sizes)}{self._reading_order}"
+
+    def contents(self) -> dict[str, str]:
+        """Return nothing: the fingerprint determines the samples."""
+        return {}
 
     def close(self) -> None:
         """Do nothing: no file is open."""
@@ -221,9 +229,15 @@ class ShardsSource:
 
     def fingerprint(self) -> str:
         """Return a digest of names and sizes of the shards in their order, independent of their folder."""
-        listing = "\n".join(f"{Path(shard.path).name} {shard.num_samples}" for shard in self._shards)
-        digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+        digest = _digest(f"{Path(shard.path).name} {shard.num_samples}" for shard in self._shards)
         return f"{len(self._shards)} shards, {sum(self.shard_sizes)} samples, {digest}"
+
+    def contents(self) -> dict[str, str]:
+        """Return a digest of the sizes of all shards and, if an index has all of them, one of their hashes."""
+        found = {"sizes": _digest(str(shard.bytes) for shard in self._shards)}
+        if all(shard.sha256 for shard in self._shards):
+            found["hashes"] = _digest(str(shard.sha256) for shard in self._shards)
+        return found
 
     def close(self) -> None:
         """Close the open shards."""
@@ -233,6 +247,10 @@ class ShardsSource:
 
 def _listed(fields: dict[str, bytes]) -> str:
     return ", ".join(list(fields)[:MOST_LISTED])
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def open_sources(config: Config) -> list[SampleSource]:

@@ -552,6 +552,47 @@ def test_position_of_other_data_is_refused(tmp_path):
     )
 
 
+def test_position_of_shards_with_the_same_names_and_other_bytes_is_refused(tmp_path):
+    source = write_shards(tmp_path / "a", [48])
+    state = Run(make_config(source)).state()
+    shard = next((tmp_path / "a").glob("*.tar"))
+    with shard.open("ab") as file:
+        file.write(b"\0" * 10240)
+    with pytest.raises(ConfigError, match=r"^data\.sources\.0: the sizes of its shards differ from those of the saved"):
+        Run(make_config(source), state=state)
+
+
+@pytest.mark.parametrize("known", ["neither", "before", "after", "both"])
+def test_hashes_of_an_index_tell_shards_of_equal_sizes_apart(tmp_path, known):
+    """Without an index on both sides, only sizes can be compared, and they are equal."""
+
+    def write_index(digest):
+        shard = next(tmp_path.glob("*.tar"))
+        entry = {"name": shard.name, "samples": 48, "bytes": shard.stat().st_size, "sha256": digest}
+        (tmp_path / "index.json").write_text(json.dumps({"version": 1, "shards": [entry]}))
+
+    source = write_shards(tmp_path, [48])
+    (tmp_path / "index.json").unlink(missing_ok=True)
+    if known in ("before", "both"):
+        write_index("a" * 64)
+    state = Run(make_config(source)).state()
+    (tmp_path / "index.json").unlink(missing_ok=True)
+    if known in ("after", "both"):
+        write_index("b" * 64)
+    if known == "both":
+        with pytest.raises(ConfigError, match=r"the hashes of its shards differ from those of the saved data position"):
+            Run(make_config(source), state=state)
+    else:
+        assert Run(make_config(source), state=state).keys(1)
+
+
+def test_position_of_an_earlier_version_has_no_contents(tmp_path):
+    source = write_shards(tmp_path, [48])
+    state = Run(make_config(source)).state()
+    del state["data.sources.contents"]
+    assert Run(make_config(source), state=state).keys(1)
+
+
 def test_position_of_a_single_rank_cannot_resume_another_world_size(tmp_path):
     config = make_config(write_shards(tmp_path, [48]))
     state = Run(config, 1, 2).state()
