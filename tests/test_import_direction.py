@@ -11,11 +11,14 @@ PACKAGE = Path(eve_ds.__file__).parent
 MAY_IMPORT = {  # part: other parts of eve_ds
     "config": set(),
     "launch_environment": set(),
+    "signals": set(),
+    "launcher_watch": {"signals"},
     "distributed": {"launch_environment"},
+    "file_lock": {"distributed"},
     "topology": set(),
     "views": set(),
-    "ops": {"distributed"},
-    "data": {"config", "distributed", "views"},
+    "ops": {"distributed", "file_lock"},
+    "data": {"config", "distributed", "file_lock", "signals", "views"},
     "model": {"config", "ops", "views"},
     "model/eve.py": {"objectives"},  # whose heads it holds; objectives know the other modules of model only
     "objectives": {"config", "ops", "views", "data", "model"},
@@ -27,7 +30,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "report": {"config", "ops", "data", "model", "objectives", "evaluation", "views"},
     "training": {
         *("config", "distributed", "topology", "ops", "data", "model", "objectives", "parallel", "checkpoint"),
-        *("tasks", "evaluation", "report"),
+        *("tasks", "evaluation", "report", "file_lock", "signals"),
     },
     "benchmark": {
         *("config", "ops", "data", "model", "objectives", "checkpoint", "parallel", "training", "report", "views"),

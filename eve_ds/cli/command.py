@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from eve_ds.cli.terminal import keep_terminal
+from eve_ds.launcher_watch import LauncherWatch
+from eve_ds.signals import Stopped, StopSignals
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPOSITORY = PACKAGE.parent
 
-FAILED, BAD_INPUT, NONFINITE, STOPPED, NOT_SAVED, INTERRUPTED = 1, 2, 3, 4, 5, 130
+FAILED, BAD_INPUT, NONFINITE, STOPPED, NOT_SAVED, RANK_LOST, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
+SIGNALED = (STOPPED, INTERRUPTED)
+"""Codes of every command but training, which also saves and stops at Ctrl-C."""
 EXIT_CODES = {
     0: "success",
     FAILED: "the command failed",
     BAD_INPUT: "bad input: settings, data, weights, files or launch that cannot be used",
     NONFINITE: "a loss or gradient norm is not finite",
-    STOPPED: "SIGTERM or SIGUSR1 to any rank: saved at the next step and stopped; rerun the same command to resume",
+    STOPPED: "stopped by a signal, a training run after saving; rerun the same command to resume",
     NOT_SAVED: "checkpoints cannot be written",
+    RANK_LOST: "another rank has ended or did not answer in time; rerun the same command to resume",
     INTERRUPTED: "interrupted by Ctrl-C",
 }
 KNOWN_ERRORS = {
@@ -32,6 +39,7 @@ KNOWN_ERRORS = {
     "NonFiniteError": NONFINITE,
     "OpsBuildError": BAD_INPUT,
     "OutputError": BAD_INPUT,
+    "RankLostError": RANK_LOST,
     "ReportError": BAD_INPUT,
     "SaveError": NOT_SAVED,
     "SourceError": BAD_INPUT,
@@ -92,6 +100,12 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Add the option that `deepspeed` and `torch.distributed.launch` give to every rank, in both spellings."""
+    spellings = ("--local_rank", "--local-rank")
+    parser.add_argument(*spellings, type=int, help="set by launchers; ignored, the environment has the rank")
+
+
 def start_log() -> logging.Logger:
     """The package's logger, with a handler, so that messages about the configuration are shown."""
     from eve_ds.distributed import get_logger
@@ -106,14 +120,23 @@ def exit_code(error: Exception) -> int | None:
     return next((KNOWN_ERRORS[name] for name in ours if name in KNOWN_ERRORS), None)
 
 
+@contextmanager
+def handled_signals() -> Iterator[StopSignals]:
+    """Handle the signals that end a command, and the end of its launcher."""
+    with StopSignals() as stop, LauncherWatch(stop, STOPPED, RANK_LOST, os.environ):
+        yield stop
+
+
 def run_command(name: str, action: Callable[[], int]) -> int:
-    """Exit code of `action`; a known error, an unusable file, or Ctrl-C becomes one line on standard error."""
+    """Exit code of `action`; a known error, an unusable file, or a signal becomes one line on standard error."""
     try:
-        return action()
+        with handled_signals():
+            return action()
     except OSError as error:
         return complain(name, f"{error.filename or 'disk'} cannot be used: {error.strerror or error}")
-    except KeyboardInterrupt:
-        return complain(name, "interrupted; rerun the same command to resume", INTERRUPTED)
+    except Stopped as signal:
+        signaled = INTERRUPTED if signal.name == "SIGINT" else STOPPED
+        return complain(name, f"stopped by {signal.name}; rerun the same command to resume", signaled)
     except Exception as error:
         code = exit_code(error)
         if code is None:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eve_ds.cli.command import BAD_INPUT, FAILED, INTERRUPTED, Parser, complain, exit_code_table, positive, run_command
+from eve_ds.cli.command import BAD_INPUT, FAILED, SIGNALED, Parser, complain, exit_code_table, positive, run_command
 from eve_ds.cli.shard_progress import Tally, print_report, shown_progress
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write shards or a tokenizer; exit code 0, 2 for bad input, 1 where writing failed, 130 interrupted."""
+    """Write shards or a tokenizer; exit code 0, 2 for bad input, 1 where writing failed, 4 or 130 for a signal."""
     given = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args([with_underscores(argument) for argument in given])
     return run_command("prepare", partial(_prepare, arguments))
@@ -56,7 +56,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> Parser:
     """Parser of the command line; each command sets `run`, and each source `build`, which makes it from arguments."""
-    codes = exit_code_table(0, FAILED, BAD_INPUT, INTERRUPTED, failed="shards cannot be written")
+    codes = exit_code_table(0, FAILED, BAD_INPUT, *SIGNALED, failed="shards cannot be written")
     parser = Parser(prog="prepare", description=__doc__, epilog=codes)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
     shared = _shared_options()

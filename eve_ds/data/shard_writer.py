@@ -16,14 +16,12 @@ run. A sample is three members of the tar: KEY.jpg (or png, webp), KEY.txt (the 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import shutil
-import signal
 import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +35,8 @@ from typing import Any
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
+from eve_ds.file_lock import lock_file
+from eve_ds.signals import ignore_stop_signals
 
 VERSION = 1
 """Version of index.json and report.json."""
@@ -380,7 +380,7 @@ def _run(tasks: Iterator[ShardTask], folder: Path, options: WriterOptions, worke
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
+    ignore_stop_signals()  # the parent handles them
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -449,11 +449,9 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock, wait=False, owner="file")
         except BlockingIOError:
             raise OutputError(f"another process is writing to {folder}") from None
-        except OSError:
-            pass  # the file system does not support locks
         for leftover in (*progress.glob("*.tmp"), *folder.glob("*.tmp")):
             leftover.unlink(missing_ok=True)
         yield

@@ -5,6 +5,7 @@ import ast
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from eve_ds.cli.command import EXIT_CODES, KNOWN_ERRORS, exit_code, presets, run
 from eve_ds.cli.training import read_deepspeed_config, run_training
 from eve_ds.config import ConfigError, load_config
 from eve_ds.config import presets as all_presets
+from eve_ds.distributed import RankLostError
 from eve_ds.export.plain import OFFICIAL
+from eve_ds.signals import Stopped
 from eve_ds.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +138,9 @@ def raises(error):
             "name: x cannot be used: No such file or directory\n",
         ),
         (OSError(28, "No space left on device"), 2, "name: disk cannot be used: No space left on device\n"),
-        (KeyboardInterrupt(), 130, "name: interrupted; rerun the same command to resume\n"),
+        (Stopped(signal.SIGINT), 130, "name: stopped by SIGINT; rerun the same command to resume\n"),
+        (Stopped(signal.SIGTERM), 4, "name: stopped by SIGTERM; rerun the same command to resume\n"),
+        (RankLostError("another rank has ended"), 6, "name: another rank has ended\n"),
         (ConfigError("\udcff"), 2, "name: ?\n"),
     ],
 )
@@ -144,7 +149,10 @@ def test_a_known_error_is_one_line_and_an_exit_code(capsys, error, code, line):
     assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("run", [lambda action: run_command("name", action), lambda action: run_training(action, str)])
+@pytest.mark.parametrize(
+    "run",
+    [lambda action: run_command("name", action), lambda action: run_training("name", lambda stop: action(), str)],
+)
 def test_an_unknown_error_keeps_its_traceback(run):
     with pytest.raises(ZeroDivisionError):
         run(raises(ZeroDivisionError()))

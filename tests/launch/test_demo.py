@@ -232,12 +232,11 @@ def test_terminated_demo_ends_its_step(tmp_path):
     step = tmp_path / "step.py"
     step.write_text(f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
     code = f"""
-import signal, sys
+import sys
 from pathlib import Path
-from eve_ds.cli.demo import interrupt
+from eve_ds.cli.command import run_command
 from eve_ds.cli.demo_steps import run_step
-signal.signal(signal.SIGTERM, interrupt)
-run_step([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
+sys.exit(run_command("demo", lambda: run_step([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -246,7 +245,7 @@ run_step([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
         time.sleep(0.05)
     child = int((tmp_path / "pid").read_text())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) != 0
+    assert process.wait(30) == 4
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
