@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 from typing import IO, Any, Literal
-
-from eve_ds.distributed import get_logger
 
 HELD = (errno.EAGAIN, errno.EACCES)
 """Errors by which POSIX says that another process holds the lock."""
@@ -33,7 +32,7 @@ def lock_file(file: IO[Any], *, wait: bool, owner: Literal["process", "file"]) -
     except OSError as error:
         if error.errno in HELD:
             raise BlockingIOError(error.errno, error.strerror, file.name) from None
-        get_logger().warning(
+        logging.getLogger(__name__).warning(
             "%s cannot be locked (%s), so nothing keeps two processes from writing there at a time: start one only",
             file.name,
             error.strerror,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -63,6 +65,16 @@ class StopSignals:
         """Name of a signal that this method has not returned yet, or None."""
         number, self._unnamed = self._unnamed, None
         return None if number is None else signal.Signals(number).name
+
+
+@contextmanager
+def children_without_signals() -> Iterator[None]:
+    """Context in which started processes inherit :data:`STOP_SIGNALS` as blocked, from their first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_stop_signals() -> None:

@@ -14,7 +14,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "signals": set(),
     "launcher_watch": {"signals"},
     "distributed": {"launch_environment"},
-    "file_lock": {"distributed"},
+    "file_lock": set(),
     "topology": set(),
     "views": set(),
     "ops": {"distributed", "file_lock"},

@@ -96,7 +96,8 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="override keys of the configuration, such as train.seed=1",
+        help="override keys of the configuration, such as train.seed=1; with several hosts (pdsh) write values with "
+        "braces, parentheses or quotes into the YAML file, since shells of the hosts expand them",
     )
 
 

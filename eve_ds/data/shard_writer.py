@@ -36,7 +36,7 @@ from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
 from eve_ds.file_lock import lock_file
-from eve_ds.signals import ignore_stop_signals
+from eve_ds.signals import children_without_signals
 
 VERSION = 1
 """Version of index.json and report.json."""
@@ -360,11 +360,13 @@ def _run(tasks: Iterator[ShardTask], folder: Path, options: WriterOptions, worke
         yield from (write_shard(task, folder, options) for task in tasks)
         return
     # Spawn instead of fork, so that nothing of the caller (progress bar threads, open files) is inherited.
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    with children_without_signals():  # this process handles them
+        executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending: set[Future[ShardRecord]] = set()
     try:
         for task in tasks:
-            pending.add(executor.submit(write_shard, task, folder, options))
+            with children_without_signals():
+                pending.add(executor.submit(write_shard, task, folder, options))
             if len(pending) >= TASKS_PER_WORKER * workers:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
@@ -380,7 +382,6 @@ def _run(tasks: Iterator[ShardTask], folder: Path, options: WriterOptions, worke
 
 
 def _start_worker() -> None:
-    ignore_stop_signals()  # the parent handles them
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
