@@ -195,6 +195,20 @@ def test_options_are_short_for_overrides():
     assert load_config("eve_tiny", given).train.max_steps == 5
 
 
+@pytest.mark.parametrize("spelling", ["--local_rank=1", "--local-rank=1"])
+@pytest.mark.parametrize(
+    ("parser", "arguments"),
+    [
+        ("pretrain", []),
+        ("finetune", ["--task", "vqa", "--init", "none"]),
+        ("evaluate", ["task", "--model", "m", "--out", "o"]),
+        ("evaluate", ["zero_shot", "--model", "m", "--out", "o"]),
+    ],
+)
+def test_commands_that_run_on_several_ranks_take_the_local_rank_of_every_launcher(parser, arguments, spelling):
+    assert PARSERS[parser].parse_args([*arguments, spelling]).local_rank == 1
+
+
 def test_deepspeed_config_is_read_or_refused_in_one_line(tmp_path):
     (tmp_path / "good.json").write_text('{"a": 1}')
     (tmp_path / "bad.json").write_text("{")
