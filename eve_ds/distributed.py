@@ -116,8 +116,11 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def rank_losses() -> Iterator[None]:
+def rank_losses(setting: str | None = None) -> Iterator[None]:
     """Context in which the error of torch about another rank becomes RankLostError, with the place of the wait.
+
+    Args:
+        setting: name of the setting for the longest wait, if there is one.
 
     Raises:
         RankLostError: a rank has ended, is stopped, is stuck or is much slower than this one.
@@ -125,13 +128,13 @@ def rank_losses() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        problem = _rank_loss(error)
+        problem = _rank_loss(error, setting)
         if problem is None:
             raise
         raise RankLostError(problem) from None
 
 
-def _rank_loss(error: RuntimeError) -> str | None:
+def _rank_loss(error: RuntimeError, setting: str | None) -> str | None:
     """Message about another rank, or None if the error is about something else."""
     text = str(error)
     if not (isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text):
@@ -139,7 +142,7 @@ def _rank_loss(error: RuntimeError) -> str | None:
     if timed_out := _TIMED_OUT.search(text):
         seconds = int(timed_out[1]) / (1000 if timed_out[2] == "ms" else 1)
         return (
-            f"another rank did not answer within {seconds:.0f} s (train.timeout_seconds; waited in "
+            f"another rank did not answer within {seconds:.0f} s ({f'{setting}; ' if setting else ''}waited in "
             f"{_place(error)}): it is stopped, stuck, far slower, or was never started"
         )
     if any(sign in text for sign in _CLOSED):

@@ -42,7 +42,10 @@ class StopSignals:
         self._before: list[dict[int, Any]] = []
 
     def __enter__(self) -> StopSignals:
-        self._before.append({number: signal.signal(number, self._receive) for number in STOP_SIGNALS})
+        # A shell lets the background jobs of a script ignore Ctrl-C, which is meant for the script.
+        ignored = {signal.SIGINT} if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else set()
+        handled = [number for number in STOP_SIGNALS if number not in ignored]
+        self._before.append({number: signal.signal(number, self._receive) for number in handled})
         return self
 
     def __exit__(

@@ -126,7 +126,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp"
     ],
 )
 def test_errors_about_another_rank_become_one_line(error, text):
-    with pytest.raises(RankLostError) as caught, rank_losses():
+    with pytest.raises(RankLostError) as caught, rank_losses("train.timeout_seconds"):
         raise error
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -144,13 +144,13 @@ def test_other_errors_pass(error):
 def test_a_rank_whose_peers_never_start_names_the_setting_and_the_place(free_port):
     code = (
         "from datetime import timedelta; from eve_ds.distributed import *\n"
-        "with rank_losses(): initialize_process_group('gloo', timedelta(seconds=1))"
+        "with rank_losses('x.timeout'): initialize_process_group('gloo', timedelta(seconds=1))"
     )
     world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | world, capture_output=True, text=True, check=False
     )
-    assert re.search(r"RankLostError: another rank did not answer within \d s \(train.timeout_seconds;", done.stderr)
+    assert re.search(r"RankLostError: another rank did not answer within \d s \(x\.timeout; waited in ", done.stderr)
 
 
 def test_a_port_in_use_is_named(monkeypatch):

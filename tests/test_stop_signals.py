@@ -7,6 +7,15 @@ import pytest
 
 from eve_ds.signals import STOP_SIGNALS, Stopped, StopSignals, ignore_stop_signals
 
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Handle SIGINT, which the tests ignore if they run as a background job of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 every_signal = pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 
 
@@ -43,6 +52,16 @@ def test_nested_contexts_restore_each_other():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_background_jobs_of_scripts_go_on_ignoring_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.requested
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_a_process_whose_code_is_decided_ignores_signals():

@@ -88,7 +88,7 @@ def _train(train: Callable[[], AnySummary], describe: Callable[[AnySummary], str
     from eve_ds.distributed import rank_losses
 
     try:
-        with rank_losses():
+        with rank_losses("train.timeout_seconds"):
             summary = train()
     except Exception as error:
         code = exit_code(error)

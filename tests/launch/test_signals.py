@@ -27,6 +27,14 @@ ENDS_WITHIN = 60.0
 """Seconds from a signal, or from the end of the launcher, to the end of the last rank; on an idle machine at most 7."""
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Let programs receive SIGINT, which they would ignore if the tests run as a background job of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def table(header):
     """Rows of the table of docs/cluster.md whose header begins like this, as lists of cells without code marks."""
     lines = PAGE.read_text(encoding="utf-8").split(f"\n| {header} |")[1].split("\n\n")[0].splitlines()[2:]
