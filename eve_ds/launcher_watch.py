@@ -22,6 +22,8 @@ POLL_SECONDS = 1.0
 """Seconds between looks at the launcher."""
 GRACE_SECONDS = 5.0
 """Seconds that the main thread of a rank gets to end by itself before training."""
+GONE = -1
+"""Id in place of a launcher that has ended already."""
 MARKS = (
     *("TORCHELASTIC_RUN_ID", "CROSS_SIZE", "SLURM_STEP_ID", "PMI_RANK", "PMIX_RANK", "PALS_RANKID"),
     *("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK", "FLUX_TASK_RANK"),
@@ -74,7 +76,7 @@ class LauncherWatch(threading.Thread):
             if self._launcher and not self._signals.deferred and self._has_lost_a_peer():
                 self._end_after_grace(self._rank_lost, "another rank of this host has ended before training")
             if self._launcher and not still_above(self._launcher):
-                _say(f"the launcher (process {self._launcher[-1]}) has ended, this rank stops")
+                _say("the launcher has ended, this rank stops")
                 self._launcher = []
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -102,11 +104,14 @@ def _say(message: str) -> None:
 def launcher_processes() -> list[int]:
     """Ids of the processes whose end is the end of the launcher: the parent, and then the command that started it.
 
-    The parent of a rank of `deepspeed` is a process of its host; the command that the user typed is one above.
+    The parent of a rank of `deepspeed` is a process of its host; the command that the user typed is one above. A parent
+    that ended while Python started has left this process to process 1, which is the launcher in a container only.
     """
     parent = os.getppid()
+    if parent == 1 and not _names_program(1, b"python"):
+        return [GONE]
     above = _parent_of(parent)
-    return [parent, above] if _is_deepspeed(above) else [parent]
+    return [parent, above] if _names_program(above, b"deepspeed") else [parent]
 
 
 def still_above(processes: list[int]) -> bool:
@@ -117,10 +122,11 @@ def still_above(processes: list[int]) -> bool:
     return os.getppid() == processes[0] and all(_parent_of(child) == parent for child, parent in pairwise(processes))
 
 
-def _is_deepspeed(process: int) -> bool:
+def _names_program(process: int, program: bytes) -> bool:
+    """Whether the program of a process, or the script or module that it runs, has a name like this."""
     with suppress(OSError):
         words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:3]
-        return any(b"deepspeed" in word.rpartition(b"/")[2] for word in words)
+        return any(program in word.rpartition(b"/")[2] for word in words)
     return False
 
 

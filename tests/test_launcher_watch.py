@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -111,6 +112,13 @@ def test_the_command_above_the_host_process_of_deepspeed_counts(tmp_path):
         for above in ([script], [sys.executable, "-c", SHELL])
     ]
     assert found == ["2 True", "1 True"]
+
+
+@pytest.mark.parametrize(("first_process", "gone"), [(b"/sbin/init", True), (b"python3\0/usr/bin/torchrun", False)])
+def test_a_launcher_that_ended_before_the_watch_began_is_noticed(monkeypatch, first_process, gone):
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: first_process)
+    assert still_above(launcher_processes()) != gone
 
 
 def test_another_parent_is_not_the_launcher():
