@@ -10,7 +10,12 @@ import atexit
 import logging
 import os
 import random
+import re
+import socket
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +30,12 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 """Longest wait of a collective for the slowest rank; after that the run fails."""
+_TIMED_OUT = re.compile(r"(?:[Tt]imed out|timeout) (?:after|waiting) (\d+) ?(ms|seconds)")
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "pair closure", "got 0 bytes")
+
+
+class RankLostError(RuntimeError):
+    """Another rank has ended, or did not answer in time."""
 
 
 def initialize_process_group(backend: str | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> RankInfo:
@@ -49,9 +60,22 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
     if info.world_size == 1:  # this store needs no port, so two such runs can share a host
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        _check_interface(info)
+        _join(backend, timeout)
     atexit.register(_leave_process_group)
     return info
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise LaunchError(
+            f"MASTER_PORT ({os.environ['MASTER_PORT']}) is in use on this host, perhaps by another run: choose another "
+            "one for all ranks (deepspeed and torchrun: --master_port)"
+        ) from None
 
 
 def _leave_process_group() -> None:
@@ -63,6 +87,76 @@ def _leave_process_group() -> None:
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
+
+
+def _check_interface(info: RankInfo) -> None:
+    """Refuse a host that gloo would announce to other hosts under an address of the host itself.
+
+    gloo listens on the address of the host's name. Debian's /etc/hosts gives that name the address 127.0.1.1.
+
+    Raises:
+        LaunchError: the ranks are on several hosts, and the name has a loopback address or none.
+    """
+    several_hosts = info.local_size is not None and info.local_size < info.world_size
+    if "GLOO_SOCKET_IFNAME" in os.environ or not several_hosts or _is_loopback(os.environ["MASTER_ADDR"]):
+        return
+    name = socket.gethostname()
+    if _is_loopback(name):
+        raise LaunchError(
+            f"GLOO_SOCKET_IFNAME is not set, and the name of this host ({name}) has no address that other hosts reach: "
+            "set it on every host to the network interface between them (`ip -brief address` lists them)"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host name or address means this host only; so does a name without an address, for gloo."""
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return True
+
+
+@contextmanager
+def rank_losses(setting: str | None = None) -> Iterator[None]:
+    """Context in which the error of torch about another rank becomes RankLostError, with the place of the wait.
+
+    Args:
+        setting: name of the setting for the longest wait, if there is one.
+
+    Raises:
+        RankLostError: a rank has ended, is stopped, is stuck or is much slower than this one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        problem = _rank_loss(error, setting)
+        if problem is None:
+            raise
+        raise RankLostError(problem) from None
+
+
+def _rank_loss(error: RuntimeError, setting: str | None) -> str | None:
+    """Message about another rank, or None if the error is about something else."""
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text):
+        return None
+    if timed_out := _TIMED_OUT.search(text):
+        seconds = int(timed_out[1]) / (1000 if timed_out[2] == "ms" else 1)
+        return (
+            f"another rank did not answer within {seconds:.0f} s ({f'{setting}; ' if setting else ''}waited in "
+            f"{_place(error)}): it is stopped, stuck, far slower, or was never started"
+        )
+    if any(sign in text for sign in _CLOSED):
+        return f"another rank has ended (noticed in {_place(error)}): its own log or its launcher's has the cause"
+    return None
+
+
+def _place(error: BaseException) -> str:
+    """Innermost function of the package, outside of this module, that an error passed."""
+    inside = f"{__package__}{os.sep}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if inside in frame.filename]
+    frames = [frame for frame in frames if frame.filename != __file__] or frames
+    return f"{frames[-1].filename.rpartition(inside)[2]}, {frames[-1].name}" if frames else "torch"
 
 
 def _bind_device(info: RankInfo) -> None:

@@ -27,8 +27,13 @@ def _load_package() -> None:
 
 
 def run(command: str) -> None:
-    """Run `eve_ds.cli.COMMAND` with the arguments of this process, and exit with its code."""
-    sys.exit(importlib.import_module(f"eve_ds.cli.{command}").main())
+    """Run `eve_ds.cli.COMMAND` with the arguments of this process, and exit with its code.
+
+    A launcher ends the other ranks once the first has ended with another code than 0; this must not change theirs.
+    """
+    code = importlib.import_module(f"eve_ds.cli.{command}").main()
+    importlib.import_module("eve_ds.signals").ignore_stop_signals()
+    sys.exit(code)
 
 
 _load_package()

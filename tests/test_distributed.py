@@ -4,6 +4,8 @@ import io
 import logging
 import os
 import random
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +17,12 @@ import torch.distributed as dist
 
 from eve_ds.distributed import (
     DEFAULT_TIMEOUT,
+    RankLostError,
     all_reduce_sum,
     broadcast_object,
     get_logger,
     initialize_process_group,
+    rank_losses,
     rank_zero,
     seed_everything,
     set_group_timeout,
@@ -96,6 +100,103 @@ def test_log_writes_to_the_current_standard_error(monkeypatch):
         get_logger().info(message)
         assert stream.getvalue().endswith(f"{message}\n")
         stream.close()
+
+
+# ------------------------------------------------------------------------------------------ ranks that do not answer
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            RuntimeError(f"{GLOO}/unbound_buffer.cc:78] Timed out waiting 600000ms for recv operation to complete"),
+            "another rank did not answer within 600 s (train.timeout_seconds; waited in",
+        ),
+        (dist.DistStoreError("Timed out after 4 seconds waiting for clients. 1/2 clients joined."), "within 4 s"),
+        (
+            dist.DistNetworkError("The client socket has timed out after 3000ms while trying to connect to (a, 1)."),
+            "within 3 s",
+        ),
+        (dist.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0//cpu//0/1"), "within 300 s"),
+        (RuntimeError(f"{GLOO}/pair.cc:537] Read error [::1]:1: Connection reset by peer."), "another rank has ended"),
+        (RuntimeError(f"{GLOO}/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), "another rank has ended"),
+        (RuntimeError("Application timeout caused pair closure"), "another rank has ended"),
+    ],
+)
+def test_errors_about_another_rank_become_one_line(error, text):
+    with pytest.raises(RankLostError) as caught, rank_losses("train.timeout_seconds"):
+        raise error
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes"), RuntimeError("Timed out after 5 seconds"), ValueError("gloo")]
+)
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as caught, rank_losses():
+        raise error
+    assert caught.value is error
+
+
+def test_a_rank_whose_peers_never_start_names_the_setting_and_the_place(free_port):
+    code = (
+        "from datetime import timedelta; from eve_ds.distributed import *\n"
+        "with rank_losses('x.timeout'): initialize_process_group('gloo', timedelta(seconds=1))"
+    )
+    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | world, capture_output=True, text=True, check=False
+    )
+    assert re.search(r"RankLostError: another rank did not answer within \d s \(x\.timeout; waited in ", done.stderr)
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        for name, value in (TORCH | {"RANK": "0", "MASTER_ADDR": "127.0.0.1"}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(LaunchError, match=r"^MASTER_PORT \(\d+\) is in use on this host.*choose another one"):
+            initialize_process_group("gloo", timedelta(seconds=2))
+
+
+@pytest.mark.parametrize(
+    ("own", "local_size", "master", "interface", "refused"),
+    [
+        ("127.0.1.1", "2", "10.0.0.1", None, True),
+        (None, "2", "10.0.0.1", None, True),  # gloo takes the loopback interface for a name without an address
+        ("127.0.1.1", "2", "10.0.0.1", "eth0", False),
+        ("127.0.1.1", "8", "10.0.0.1", None, False),  # one host
+        ("127.0.1.1", "2", "127.0.0.2", None, False),  # several "hosts" on one machine
+        ("10.0.0.2", "2", "10.0.0.1", None, False),
+    ],
+)
+def test_a_host_under_a_loopback_address_is_refused(monkeypatch, own, local_size, master, interface, refused):
+    def resolve(name):
+        address = own if name == "this-host" else master
+        if address is None:
+            raise socket.gaierror
+        return address
+
+    joined = []
+    monkeypatch.setattr(socket, "gethostname", lambda: "this-host")
+    monkeypatch.setattr(socket, "gethostbyname", resolve)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: joined.append(True))
+    for name, value in (TORCH | {"LOCAL_WORLD_SIZE": local_size, "MASTER_ADDR": master}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if interface:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    if refused:
+        with pytest.raises(LaunchError, match=r"GLOO_SOCKET_IFNAME is not set.*\(this-host\).*network interface"):
+            initialize_process_group("gloo")
+    else:
+        initialize_process_group("gloo")
+    assert joined == ([] if refused else [True])
 
 
 def collectives_and_timeouts(rank, world_size, port):

@@ -14,14 +14,14 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     **{part: set() for part in BASE},
     "config": set(),
     "launch_environment": set(),
+    "signals": set(),
+    "launcher_watch": {"signals"},
     "distributed": {"launch_environment"},
     "together": {"config", "distributed"},
     "topology": set(),
     "views": set(),
-    "limits": set(),
-    "reading": {"limits"},
     "ops": {"distributed"},
-    "data": {"config", "distributed", "views", "limits", "reading"},
+    "data": {"config", "distributed", "signals", "views"},
     "model": {"config", "ops", "views"},
     "model/eve.py": {"objectives"},  # whose heads it holds; objectives know the other modules of model only
     "objectives": {"config", "ops", "views", "data", "model"},
@@ -36,7 +36,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "report": {"config", "ops", "data", "model", "objectives", "evaluation", "views"},
     "training": {
         *("config", "distributed", "together", "topology", "ops", "data", "model", "objectives", "parallel"),
-        *("checkpoint", "tasks", "evaluation", "report"),
+        *("checkpoint", "tasks", "evaluation", "report", "signals"),
     },
     "benchmark": {
         *("config", "ops", "data", "model", "objectives", "checkpoint", "parallel", "training", "report", "views"),

@@ -23,20 +23,19 @@ def newest_good(config: Config, named: Path | None = None) -> Path | None:
 
     Args:
         config: configuration of this run.
-        named: the only checkpoint to consider. None takes the newest good one of `train.output_dir`, with a warning for
-            every newer one that is not good.
+        named: a checkpoint, or the folder of a run. None means `train.output_dir`. Of a run the newest good checkpoint
+            is taken, with a warning for every newer one that is not good.
 
     Returns:
         Folder of the checkpoint, or None if the run has no checkpoint.
 
     Raises:
-        ConfigError: the named checkpoint is not good, all checkpoints are damaged, or the checkpoint holds another
-            model.
+        ConfigError: the named folder is neither a run with a checkpoint nor a checkpoint, all checkpoints are damaged,
+            or the checkpoint holds another model.
     """
-    candidates = manifest.committed(config.train.output_dir) if named is None else [named]
-    candidates = broadcast_object(candidates)
-    if named is not None and not broadcast_object(named.is_dir()):
-        raise ConfigError(f"the checkpoint {named} to resume from does not exist: name a folder, or take auto or none")
+    candidates, problem = broadcast_object(_candidates(config.train.output_dir, named))
+    if problem is not None:
+        raise ConfigError(f"{problem}: name a checkpoint or a run with one, or take auto or none")
     try:
         folder = manifest.first_good(candidates, _problems_over_ranks)
     except CheckpointError as error:
@@ -46,6 +45,19 @@ def newest_good(config: Config, named: Path | None = None) -> Path | None:
     if folder is not None:
         _check_model(folder, config)
     return folder
+
+
+def _candidates(output_dir: Path, named: Path | None) -> tuple[list[Path], str | None]:
+    """Checkpoints to resume from, best first, and the problem of a named folder that has none."""
+    if named is None:
+        return manifest.committed(output_dir), None
+    if (named / manifest.FOLDER).is_dir():
+        found = manifest.committed(named)
+        return found, None if found else f"the run {named} to resume from has no finished checkpoint"
+    if (named / manifest.MANIFEST).is_file():
+        return [named], None
+    what = f"has no {manifest.MANIFEST}" if named.is_dir() else "does not exist"
+    return [], f"the checkpoint {named} to resume from {what}"
 
 
 def _problems_over_ranks(folder: Path) -> list[str]:

@@ -23,6 +23,7 @@ from eve_ds.cli.command import (
     BAD_INPUT,
     FAILED,
     REPOSITORY,
+    SIGNALED,
     Parser,
     complain,
     exit_code_table,
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """Parser of the command line, without `quality`."""
-    parser = Parser(prog="benchmark", description=__doc__, epilog=exit_code_table(0, BAD_INPUT))
+    parser = Parser(prog="benchmark", description=__doc__, epilog=exit_code_table(0, BAD_INPUT, *SIGNALED))
     parser.add_argument("measure", nargs="+", choices=NAMES, help="parts to measure")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, with fewer repeats")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each row, and nothing else")
@@ -67,7 +68,7 @@ def build_quality_parser() -> Parser:
     parser = Parser(
         prog="benchmark quality",
         description="Measure how much pre-training improves the tasks on scenes.",
-        epilog=exit_code_table(0, FAILED, BAD_INPUT, failed="a job failed"),
+        epilog=exit_code_table(0, FAILED, BAD_INPUT, *SIGNALED, failed="a job failed"),
     )
     parser.add_argument(
         "--out",

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from eve_ds.cli.terminal import keep_terminal
+from eve_ds.launcher_watch import LauncherWatch
 from eve_ds.printable import printable
+from eve_ds.signals import Stopped, StopSignals
 from eve_ds.storage import is_disk_error, reason
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPOSITORY = PACKAGE.parent
 
-FAILED, BAD_INPUT, NONFINITE, STOPPED, NOT_SAVED, INTERRUPTED = 1, 2, 3, 4, 5, 130
+FAILED, BAD_INPUT, NONFINITE, STOPPED, NOT_SAVED, RANK_LOST, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
+SIGNALED = (STOPPED, INTERRUPTED)
+"""Codes of every command but training, which also saves and stops at Ctrl-C."""
 EXIT_CODES = {
     0: "success",
     FAILED: "the command failed",
     BAD_INPUT: "bad input: settings, data, weights, files or launch that cannot be used",
     NONFINITE: "a loss or gradient norm is not finite",
-    STOPPED: "SIGTERM or SIGUSR1 to any rank: saved at the next step and stopped; rerun the same command to resume",
+    STOPPED: "stopped by a signal, a training run after saving; rerun the same command to resume",
     NOT_SAVED: "the disk takes no more bytes (full, read-only or broken): make room and rerun the same command",
+    RANK_LOST: "another rank has ended or did not answer in time; rerun the same command to resume",
     INTERRUPTED: "interrupted by Ctrl-C",
 }
 KNOWN_ERRORS = {
@@ -35,6 +42,7 @@ KNOWN_ERRORS = {
     "NonFiniteError": NONFINITE,
     "OpsBuildError": BAD_INPUT,
     "OutputError": BAD_INPUT,
+    "RankLostError": RANK_LOST,
     "ReportError": BAD_INPUT,
     "SaveError": NOT_SAVED,
     "SourceError": BAD_INPUT,
@@ -95,8 +103,15 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="override keys of the configuration, such as train.seed=1",
+        help="override keys of the configuration, such as train.seed=1; with several hosts (pdsh) write values with "
+        "braces, parentheses or quotes into the YAML file, since shells of the hosts expand them",
     )
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Add the option that `deepspeed` and `torch.distributed.launch` give to every rank, in both spellings."""
+    spellings = ("--local_rank", "--local-rank")
+    parser.add_argument(*spellings, type=int, help="set by launchers; ignored, the environment has the rank")
 
 
 def start_log() -> logging.Logger:
@@ -132,8 +147,15 @@ def is_debugging(arguments: argparse.Namespace) -> bool:
     return getattr(arguments, "debug", False)
 
 
+@contextmanager
+def handled_signals() -> Iterator[StopSignals]:
+    """Handle the signals that end a command, and the end of its launcher."""
+    with StopSignals() as stop, LauncherWatch(stop, STOPPED, RANK_LOST, os.environ):
+        yield stop
+
+
 def run_command(name: str, action: Callable[[], int], debug: bool = False) -> int:
-    """Exit code of `action`; an error for which :func:`ending` has a line, or Ctrl-C, becomes one line.
+    """Exit code of `action`; an error for which :func:`ending` has a line, or a signal, becomes one line.
 
     Args:
         name: name of the command, the start of the line on standard error.
@@ -141,9 +163,11 @@ def run_command(name: str, action: Callable[[], int], debug: bool = False) -> in
         debug: show the traceback of such an error as well.
     """
     try:
-        return action()
-    except KeyboardInterrupt:
-        return complain(name, "interrupted; rerun the same command to resume", INTERRUPTED)
+        with handled_signals():
+            return action()
+    except Stopped as signal:
+        signaled = INTERRUPTED if signal.name == "SIGINT" else STOPPED
+        return complain(name, f"stopped by {signal.name}; rerun the same command to resume", signaled)
     except Exception as error:
         end = ending(error)
         if end is None:

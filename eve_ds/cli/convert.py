@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from eve_ds.cli.command import (
     BAD_INPUT,
     FAILED,
-    INTERRUPTED,
     NOT_SAVED,
+    SIGNALED,
     Parser,
     add_overrides,
     exit_code_table,
@@ -70,7 +70,7 @@ def build_parser(name: str = "") -> Parser:
     """Parser of the command `name`, by default of the export."""
     command = COMMANDS.get(name, EXPORT)
     description = inspect.cleandoc((command.run.__doc__ if name else __doc__) or "")
-    codes = (0, FAILED, BAD_INPUT) if name == "verify" else (0, BAD_INPUT, NOT_SAVED, INTERRUPTED)
+    codes = (0, FAILED, BAD_INPUT, *SIGNALED) if name == "verify" else (0, BAD_INPUT, NOT_SAVED, *SIGNALED)
     epilog = exit_code_table(*codes, failed="damage found")
     parser = Parser(prog=f"convert {name}".strip(), description=description, epilog=epilog)
     command.add_options(parser)

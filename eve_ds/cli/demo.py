@@ -11,17 +11,16 @@ resume.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from eve_ds.cli.command import (
     BAD_INPUT,
     FAILED,
-    INTERRUPTED,
+    SIGNALED,
     Parser,
     complain,
     exit_code_table,
@@ -40,20 +39,19 @@ BUDGET = ("train.max_steps=1000000", "train.max_seconds=175", "optimizer.decay_b
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; exit code 0, 2 for bad input, 130 interrupted, otherwise that of the step that failed."""
+    """Run the demo; exit code 0, 2 for bad input, 4 or 130 for a signal, otherwise that of the step that failed."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     seeds = arguments.seed or list(range(arguments.seeds))
     if len(set(seeds)) < len(seeds):
         parser.error(f"--seed ({' '.join(map(str, seeds))}) must name each seed once")
-    signal.signal(signal.SIGTERM, interrupt)
     action = partial(_run_seeds, seeds, arguments.out.resolve(), arguments.max_steps)
     return run_command("demo", action, is_debugging(arguments))
 
 
 def build_parser() -> Parser:
     """Parser of the command line."""
-    codes = exit_code_table(0, FAILED, BAD_INPUT, INTERRUPTED, failed="training ended before its last checkpoint")
+    codes = exit_code_table(0, FAILED, BAD_INPUT, *SIGNALED, failed="training ended before its last checkpoint")
     epilog = f"{codes}\nA step that fails ends the demo with its own exit code."
     parser = Parser(prog="demo", description=__doc__, epilog=epilog)
     parser.add_argument(
@@ -64,11 +62,6 @@ def build_parser() -> Parser:
     which.add_argument("--seed", type=int, action="append", metavar="S", help="this seed; may be given several times")
     parser.add_argument("--max_steps", type=int, metavar="N", help="train for N steps instead of 175 seconds")
     return parser
-
-
-def interrupt(*_: object) -> NoReturn:
-    """Treat a signal as Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 def _run_seeds(seeds: list[int], out: Path, max_steps: int | None) -> int:

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING
 
 from eve_ds.cli.command import (
     BAD_INPUT,
-    INTERRUPTED,
     NOT_SAVED,
+    RANK_LOST,
+    SIGNALED,
     Parser,
+    add_local_rank,
     exit_code_table,
     is_debugging,
     positive,
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """Parser of the command line; each command sets `run`."""
-    codes = exit_code_table(0, BAD_INPUT, NOT_SAVED, INTERRUPTED)
+    codes = exit_code_table(0, BAD_INPUT, NOT_SAVED, RANK_LOST, *SIGNALED)
     parser = Parser(prog="evaluate", description=__doc__, epilog=codes)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_scenes(commands.add_parser("scenes", help="pre-trained model: masked words, pixels and binding on scenes"))
@@ -122,15 +124,19 @@ def _add_examples(parser: argparse.ArgumentParser) -> None:
         help="examples of a batch; changes the speed only (default: %(default)s)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N examples only")
-    parser.add_argument("--local_rank", type=int, help="set by `deepspeed`; ignored, the environment has the rank")
+    add_local_rank(parser)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     start_log()
     from rich.console import Console
 
+    from eve_ds.distributed import rank_losses
+
     console = Console()
-    for table in arguments.run(arguments):
+    with rank_losses():
+        tables = arguments.run(arguments)
+    for table in tables:
         console.print(table.to_rich())
     return 0
 

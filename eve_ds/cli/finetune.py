@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from eve_ds.cli.command import Parser, exit_code_table, is_debugging, presets, tasks
 from eve_ds.cli.training import CODES, add_training_options, overrides, read_deepspeed_config, run_training
+from eve_ds.signals import StopSignals
 
 if TYPE_CHECKING:
     from eve_ds.config import Config
@@ -28,7 +29,7 @@ RECIPES_HELP = "tasks/scenes_TASK for scenes; for files the paper's: tasks/vqa, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and fine-tune; the exit code is one of :data:`eve_ds.cli.training.CODES`."""
     arguments = build_parser().parse_args(argv)
-    return run_training(partial(_finetune, arguments), _describe, is_debugging(arguments))
+    return run_training("finetune", partial(_finetune, arguments), _describe, is_debugging(arguments))
 
 
 def build_parser() -> Parser:
@@ -84,13 +85,13 @@ def read_config(arguments: argparse.Namespace) -> Config:
     )
 
 
-def _finetune(arguments: argparse.Namespace) -> FinetuneSummary:
+def _finetune(arguments: argparse.Namespace, stop: StopSignals) -> FinetuneSummary:
     config = read_config(arguments)
     deepspeed_config = read_deepspeed_config(arguments.deepspeed_config)
     # Takes seconds to import: an error in the configuration is reported before.
     from eve_ds.training.finetune import finetune
 
-    return finetune(config, deepspeed_config)
+    return finetune(config, deepspeed_config, stop)
 
 
 def _describe(summary: FinetuneSummary) -> str:

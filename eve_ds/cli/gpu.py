@@ -28,7 +28,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eve_ds.benchmark.commit import commit
-from eve_ds.cli.command import BAD_INPUT, FAILED, PACKAGE, Parser, complain, exit_code_table, is_debugging, run_command
+from eve_ds.cli.command import (
+    BAD_INPUT,
+    FAILED,
+    PACKAGE,
+    SIGNALED,
+    Parser,
+    complain,
+    exit_code_table,
+    is_debugging,
+    run_command,
+)
 from eve_ds.cli.command import REPOSITORY as ROOT
 
 PACKAGES = ("deepspeed", "pydantic", "webdataset", "transformers", "safetensors", "yaml", "PIL", "rich", "pytest")
@@ -72,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """Parser of the command line."""
-    codes = exit_code_table(0, FAILED, BAD_INPUT, failed="a part failed or ran out of time")
+    codes = exit_code_table(0, FAILED, BAD_INPUT, *SIGNALED, failed="a part failed or ran out of time")
     parser = Parser(prog="gpu", description=__doc__, epilog=codes)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="folder to write (default: %(default)s)"

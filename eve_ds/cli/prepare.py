@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 
 from eve_ds.cli.command import (
     BAD_INPUT,
-    INTERRUPTED,
     NOT_SAVED,
+    SIGNALED,
     Parser,
     exit_code_table,
     is_debugging,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write shards or a tokenizer; exit code 0, 2 for bad input, 5 if the disk takes no more, 130 interrupted."""
+    """Write shards or a tokenizer; exit code 0, 2 for bad input, 5 if the disk takes no more, 4 or 130 for a signal."""
     given = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args([with_underscores(argument) for argument in given])
     return run_command("prepare", partial(_prepare, arguments), is_debugging(arguments))
@@ -62,7 +62,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> Parser:
     """Parser of the command line; each command sets `run`, and each source `build`, which makes it from arguments."""
-    codes = exit_code_table(0, BAD_INPUT, NOT_SAVED, INTERRUPTED)
+    codes = exit_code_table(0, BAD_INPUT, NOT_SAVED, *SIGNALED)
     parser = Parser(prog="prepare", description=__doc__, epilog=codes)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
     shared = _shared_options()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from eve_ds.cli.command import Parser, exit_code_table, is_debugging, presets
 from eve_ds.cli.training import CODES, add_training_options, overrides, read_deepspeed_config, run_training
+from eve_ds.signals import StopSignals
 
 if TYPE_CHECKING:
     from eve_ds.training.trainer import Summary
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and pre-train; the exit code is one of :data:`eve_ds.cli.training.CODES`."""
     arguments = build_parser().parse_args(argv)
-    return run_training(partial(_pretrain, arguments), _describe, is_debugging(arguments))
+    return run_training("pretrain", partial(_pretrain, arguments), _describe, is_debugging(arguments))
 
 
 def build_parser() -> Parser:
@@ -41,12 +42,12 @@ def build_parser() -> Parser:
         default="auto",
         metavar="auto|none|DIR",
         help="auto: resume from the newest checkpoint of the output folder, if it has one; none: require a new folder; "
-        "DIR: resume from this checkpoint (default: %(default)s)",
+        "DIR: resume from this checkpoint, or from the newest one of this run (default: %(default)s)",
     )
     return parser
 
 
-def _pretrain(arguments: argparse.Namespace) -> Summary:
+def _pretrain(arguments: argparse.Namespace, stop: StopSignals) -> Summary:
     from eve_ds.config import load_config
 
     config = load_config(arguments.config, overrides(arguments))
@@ -54,9 +55,8 @@ def _pretrain(arguments: argparse.Namespace) -> Summary:
     # Takes seconds to import: an error in the configuration is reported before.
     from eve_ds.training.pretrain import pretrain
 
-    return pretrain(
-        config, deepspeed_config, arguments.resume if arguments.resume in {"auto", "none"} else Path(arguments.resume)
-    )
+    resume = arguments.resume if arguments.resume in {"auto", "none"} else Path(arguments.resume)
+    return pretrain(config, deepspeed_config, resume, stop)
 
 
 def _describe(summary: Summary) -> str:

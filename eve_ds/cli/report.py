@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eve_ds.cli.command import BAD_INPUT, Parser, exit_code_table, is_debugging, run_command, start_log
+from eve_ds.cli.command import BAD_INPUT, SIGNALED, Parser, exit_code_table, is_debugging, run_command, start_log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """Parser of the command line."""
-    parser = Parser(prog="report", description=__doc__, epilog=exit_code_table(0, BAD_INPUT))
+    parser = Parser(prog="report", description=__doc__, epilog=exit_code_table(0, BAD_INPUT, *SIGNALED))
     parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument("--model", type=Path, metavar="DIR", help="export of that run, for the pictures that need it")
     parser.add_argument(

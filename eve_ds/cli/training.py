@@ -5,12 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from eve_ds.cli.command import BAD_INPUT, NONFINITE, NOT_SAVED, STOPPED, add_overrides, ending, start_log
+from eve_ds.cli.command import (
+    BAD_INPUT,
+    NONFINITE,
+    NOT_SAVED,
+    RANK_LOST,
+    STOPPED,
+    add_local_rank,
+    add_overrides,
+    complain,
+    ending,
+    handled_signals,
+    start_log,
+)
+from eve_ds.signals import Stopped, StopSignals
 
-CODES = (0, BAD_INPUT, NONFINITE, STOPPED, NOT_SAVED)
+CODES = (0, BAD_INPUT, NONFINITE, STOPPED, NOT_SAVED, RANK_LOST)
 SHORT_OPTIONS = ("output_dir", "max_steps", "max_seconds", "init")
 """Options that are short for `--set train.NAME=...`, where a command has them."""
 STOPPED_BY_SIGNAL = "Stopped by signal; rerun the same command to resume."
@@ -34,7 +48,7 @@ def add_training_options(parser: argparse.ArgumentParser, zero_stage: int) -> No
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the run; short for --set train.output_dir=...")
     parser.add_argument("--max_steps", type=int, metavar="N", help="short for --set train.max_steps=...")
     parser.add_argument("--max_seconds", type=float, metavar="S", help="short for --set train.max_seconds=...")
-    parser.add_argument("--local_rank", type=int, help="set by `deepspeed`; ignored, the environment has the rank")
+    add_local_rank(parser)
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
@@ -57,17 +71,36 @@ def read_deepspeed_config(path: str | None) -> dict[str, Any] | None:
         raise ConfigError(f"--deepspeed_config {path} is not JSON: {error}") from None
 
 
-def run_training(train: Callable[[], AnySummary], describe: Callable[[AnySummary], str], debug: bool = False) -> int:
+def run_training(
+    name: str,
+    train: Callable[[StopSignals], AnySummary],
+    describe: Callable[[AnySummary], str],
+    debug: bool = False,
+) -> int:
     """Train, log one line about the end or about an error that :func:`ending` knows, and return the exit code.
 
+    A signal before training ends the run, which has nothing to save yet.
+
     Args:
-        train: the run.
+        name: name of the command.
+        train: the run, which gets the handlers of the signals.
         describe: text about its summary.
         debug: log the traceback of such an error as well.
     """
-    logger = start_log()
     try:
-        summary = train()
+        with handled_signals() as stop:
+            return _train(partial(train, stop), describe, debug)
+    except Stopped as signal:
+        return complain(name, f"stopped by {signal.name} before training; rerun the same command to resume", STOPPED)
+
+
+def _train(train: Callable[[], AnySummary], describe: Callable[[AnySummary], str], debug: bool) -> int:
+    logger = start_log()
+    from eve_ds.distributed import rank_losses
+
+    try:
+        with rank_losses("train.timeout_seconds"):
+            summary = train()
     except Exception as error:
         end = ending(error)
         if end is None:

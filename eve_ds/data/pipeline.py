@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerFast
 from webdataset import DataPipeline
 
@@ -26,6 +26,7 @@ from eve_ds.data.errors import BadSample
 from eve_ds.data.held_out import held_out_share, is_held_out
 from eve_ds.data.order import Lanes, Place, Position, StreamOrder, lanes_for, merge_positions
 from eve_ds.data.sources import SampleSource, UnusableData, open_sources
+from eve_ds.data.workers import start_loader
 from eve_ds.distributed import get_logger
 
 STATE_VERSION = 1
@@ -121,16 +122,15 @@ def _deliveries(
 ) -> Iterator[Delivery]:
     if num_workers == 0:
         return map(Delivery.pin_memory, pipeline) if pin_memory else iter(pipeline)
-    loader = DataLoader(
+    return start_loader(
         pipeline,
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_unchanged,  # type: ignore[arg-type]
+        collate_fn=_unchanged,
         multiprocessing_context=start_method,
         pin_memory=pin_memory,  # in a thread of this process
         generator=torch.Generator(),  # the default generator belongs to the noise of the model
     )
-    return iter(loader)
 
 
 def _unchanged(delivery: Delivery) -> Delivery:

@@ -16,7 +16,6 @@ run. A sample is three members of the tar: KEY.jpg (or png, webp), KEY.txt (the 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -24,7 +23,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -42,7 +40,9 @@ from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
 from eve_ds.data.sample_names import shard_files, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
+from eve_ds.file_lock import lock_file
 from eve_ds.reading import parse_json, read_file
+from eve_ds.signals import children_without_signals
 from eve_ds.storage import is_disk_error
 
 VERSION = 1
@@ -375,11 +375,13 @@ def _run(tasks: Iterator[ShardTask], folder: Path, options: WriterOptions, worke
         yield from (write_shard(task, folder, options) for task in tasks)
         return
     # Spawn instead of fork, so that nothing of the caller (progress bar threads, open files) is inherited.
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    with children_without_signals():  # this process handles them
+        executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending: set[Future[ShardRecord]] = set()
     try:
         for task in tasks:
-            pending.add(executor.submit(write_shard, task, folder, options))
+            with children_without_signals():
+                pending.add(executor.submit(write_shard, task, folder, options))
             if len(pending) >= TASKS_PER_WORKER * workers:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
@@ -395,7 +397,6 @@ def _run(tasks: Iterator[ShardTask], folder: Path, options: WriterOptions, worke
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -466,11 +467,9 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock, wait=False, owner="file")
         except BlockingIOError:
             raise OutputError(f"another process is writing to {folder}") from None
-        except OSError:
-            pass  # the file system does not support locks
         for leftover in (*progress.glob("*.tmp"), *folder.glob("*.tmp")):
             leftover.unlink(missing_ok=True)
         yield

@@ -13,7 +13,6 @@ the op runs. A bad id ends the program with a line such as
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -30,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from eve_ds.distributed import get_logger
+from eve_ds.file_lock import lock_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 KERNELS = (PACKAGE if (PACKAGE / "kernels").is_dir() else PACKAGE.parent) / "kernels"
@@ -232,5 +232,5 @@ def _run(command: list[str]) -> str:
 def _lock(path: Path) -> Iterator[None]:
     """Hold `path` as a lock for one process at a time; the system releases the lock if the process dies."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file, wait=True, owner="file")
         yield

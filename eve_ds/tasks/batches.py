@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds import limits
@@ -25,6 +25,7 @@ from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.transforms import TrainTransform, channels_first
+from eve_ds.data.workers import start_loader
 from eve_ds.reading import read_file
 from eve_ds.tasks.augment import color_jitter, rand_augment
 from eve_ds.tasks.examples import Example, ImageSource
@@ -272,7 +273,7 @@ def training_batches(
     """
     train = config.train
     order = _Order(len(examples), train.seed, step, train.train_batch_size, rank, world_size, micro_batch_size)
-    loader = DataLoader(
+    loader = start_loader(
         _TrainingExamples(examples, ImageReader(config, training=True)),
         batch_sampler=order,
         num_workers=config.data.num_workers,

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,6 +23,7 @@ from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.with_losses import ModelWithLosses
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
+from eve_ds.signals import StopSignals
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.load_examples import load_examples
@@ -63,12 +65,15 @@ class FinetuneSummary(NamedTuple):
     """Whether a signal stopped the run before its end; rerun the same command to resume."""
 
 
-def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> FinetuneSummary:
+def finetune(
+    config: Config, deepspeed_config: dict[str, Any] | None = None, stop: StopSignals | None = None
+) -> FinetuneSummary:
     """Fine-tune on `config.task`, save the model, and evaluate it; collective over the ranks that were launched.
 
     Args:
         config: configuration with a task; `train.init` names the weights of the backbone, None draws them.
         deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 1 with everything "auto".
+        stop: see :func:`eve_ds.training.start.start`.
 
     Raises:
         ConfigError: settings that contradict each other, data or weights that cannot be used, or a folder that holds
@@ -77,7 +82,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
         NonFiniteError: a loss or gradient that is not finite.
         SaveError: checkpoints could not be written several times in a row.
     """
-    info = initialize_deepspeed_distributed()
+    info = initialize_deepspeed_distributed(timedelta(seconds=config.train.timeout_seconds))
     # Stage 0 cannot clip if experts are spread over ranks.
     given = {"zero_optimization": {"stage": 1}} if deepspeed_config is None else deepspeed_config
     config, deepspeed_config = resolve_deepspeed_config(given, config, info.world_size)
@@ -87,7 +92,7 @@ def finetune(config: Config, deepspeed_config: dict[str, Any] | None = None) -> 
     examples = task.trainable(examples)
     config = with_schedule(config, len(examples))  # needs the batch size, which the JSON may set
     job = Finetuning(config, task, examples)
-    summary = start(job, deepspeed_config)
+    summary = start(job, deepspeed_config, stop)
     return FinetuneSummary(
         steps=summary.steps,
         samples=summary.samples,

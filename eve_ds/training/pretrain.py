@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from eve_ds.objectives.pretraining import caption_tokens, count, pretraining_flo
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
+from eve_ds.signals import StopSignals
 from eve_ds.training.job import Evaluation, Loading, Resume, Summary, summed_counts
 from eve_ds.training.run_folder import check_output_dir
 from eve_ds.training.start import set_up_backbone, start
@@ -39,13 +41,19 @@ CAPTION_TOKENS = "caption_tokens"
 """Name of the count of real tokens in captions; each token counts once, whatever the number of views."""
 
 
-def pretrain(config: Config, deepspeed_config: dict[str, Any] | None, resume: Resume = "auto") -> Summary:
+def pretrain(
+    config: Config,
+    deepspeed_config: dict[str, Any] | None,
+    resume: Resume = "auto",
+    stop: StopSignals | None = None,
+) -> Summary:
     """Pre-train as configured; collective over the ranks that the launcher started.
 
     Args:
         config: settings of model, data and training loop.
         deepspeed_config: DeepSpeed's JSON as a dictionary; None means ZeRO 0 with everything "auto".
         resume: see :data:`eve_ds.training.job.Resume`.
+        stop: see :func:`eve_ds.training.start.start`.
 
     Raises:
         ConfigError: settings that contradict each other, or an output folder of another run.
@@ -53,12 +61,12 @@ def pretrain(config: Config, deepspeed_config: dict[str, Any] | None, resume: Re
         NonFiniteError: a loss or gradient that is not finite.
         OpsBuildError: `EVE_DS_OPS=build`, and the fused ops cannot be built.
     """
-    info = initialize_deepspeed_distributed()
+    info = initialize_deepspeed_distributed(timedelta(seconds=config.train.timeout_seconds))
     given = {} if deepspeed_config is None else deepspeed_config
     config, deepspeed_config = resolve_deepspeed_config(given, config, info.world_size)
     for objective, lacking in config.objectives_without_source.items():
         get_logger().info("model.objectives: %s is not trained, as no source has %s", objective, lacking)
-    return start(Pretraining(config, resume), deepspeed_config)
+    return start(Pretraining(config, resume), deepspeed_config, stop)
 
 
 class Pretraining:

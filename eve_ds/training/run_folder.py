@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import tempfile
@@ -13,6 +12,7 @@ from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.config import Config, ConfigError, parse_written_config
 from eve_ds.distributed import get_logger
+from eve_ds.file_lock import lock_file
 from eve_ds.storage import replace_file
 from eve_ds.training.job import Resume
 
@@ -27,34 +27,24 @@ MUTABLE_KEYS = {"data": {"num_workers", "max_bad_share"}}
 
 
 class FolderLock:
-    """File lock that allows at most one run to write into a folder; the operating system releases it with the process.
-
-    The lock belongs to the process, not to the open file: data workers outlive a killed rank by seconds and must not
-    hold its lock.
-    """
+    """File lock that allows one run at a time to write into a folder; the system releases it with the process."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
         self._file: TextIO | None = None
 
     def acquire(self) -> None:
-        """Acquire the lock; raises ConfigError if another process holds it, or if the file system has no locks."""
+        """Acquire the lock; raises ConfigError if another process holds it."""
         file = self.path.open("a+", encoding="utf-8")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # POSIX allows either for a lock that another process holds
+            lock_file(file, wait=False, owner="process")
+        except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             file.close()
             raise ConfigError(
                 f"train.output_dir ({self.path.parent}) is being written by another run ({owner}): wait until it ends, "
                 "or name another folder"
-            ) from None
-        except OSError as error:
-            file.close()
-            raise ConfigError(
-                f"train.output_dir ({self.path.parent}) cannot be locked: {error.strerror}; name an output_dir on a "
-                "file system with locks"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")

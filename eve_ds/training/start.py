@@ -14,6 +14,7 @@ from eve_ds.model.with_losses import plain_model
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.zero import initialize_engine
+from eve_ds.signals import StopSignals
 from eve_ds.together import on_rank_zero
 from eve_ds.topology import Topology
 from eve_ds.training.job import Job, Summary
@@ -22,12 +23,13 @@ from eve_ds.training.run_folder import FolderLock
 from eve_ds.training.trainer import Trainer
 
 
-def start(job: Job, deepspeed_config: dict[str, Any]) -> Summary:
+def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None = None) -> Summary:
     """Build model, optimizer and engine of a job, resume from a checkpoint if one is chosen, and train; collective.
 
     Args:
         job: pre-training or fine-tuning, whose configuration agrees with `deepspeed_config`.
         deepspeed_config: DeepSpeed's configuration, from :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
+        stop: handlers of the signals, if the caller has installed them; None installs them during training.
     """
     config, resume = job.config, job.resume
     lock = FolderLock(config.train.output_dir)
@@ -43,7 +45,7 @@ def start(job: Job, deepspeed_config: dict[str, Any]) -> Summary:
     engine = initialize_engine(module, optimizer, deepspeed_config)
     job.freeze(model)
     use_built(next(model.parameters()))  # a build, if needed, must not count as time of the first step
-    with lock, Trainer(job, engine, optimizer) as trainer:
+    with lock, stop or StopSignals() as signals, Trainer(job, engine, optimizer, signals) as trainer:
         if checkpoint is not None:
             trainer.resume(checkpoint)
         return trainer.run()

@@ -24,6 +24,7 @@ from eve_ds.checkpoint.saving import Content, Saver
 from eve_ds.data.sources import UnusableData
 from eve_ds.distributed import get_logger, rank_zero, seed_everything
 from eve_ds.model.with_losses import LossOutput, plain_model
+from eve_ds.signals import StopSignals
 from eve_ds.storage import SaveError
 from eve_ds.together import on_rank_zero
 from eve_ds.topology import Topology
@@ -34,7 +35,6 @@ from eve_ds.training.nonfinite import NonFiniteError, NonFiniteSteps, poison_if_
 from eve_ds.training.progress_line import ProgressLine
 from eve_ds.training.run_folder import write_config
 from eve_ds.training.schedule import done_share, ends_after_next_step, learning_rate, save_is_due
-from eve_ds.training.signals import StopSignals
 from eve_ds.training.window import Window
 
 
@@ -52,9 +52,9 @@ class Agreement(NamedTuple):
 
 
 class Trainer:
-    """State of one run: engine, batches, counters; use as a context manager."""
+    """State of one run: engine, batches, counters; use as a context manager, in which `stop` only records signals."""
 
-    def __init__(self, job: Job, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, job: Job, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer, stop: StopSignals) -> None:
         self.job, self.config, self.engine, self.optimizer = job, job.config, engine, optimizer
         self.model = plain_model(engine.module)
         self.topology = Topology.current(self.config.parallel.ep_size)
@@ -65,7 +65,7 @@ class Trainer:
         self.checkpoint: Path | None = None
         self.evaluation: dict[str, Any] = {}
         self.done = False  # whether the run has reached its end
-        self.stop = StopSignals()
+        self.stop = stop
         # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
         self.host_group = dist.new_group(backend="gloo")
         self.saver = Saver(self.config, job.tokenizer, self.host_group)
@@ -78,11 +78,10 @@ class Trainer:
         self.metrics = Metrics(self.config.train.output_dir, engine)
 
     def __enter__(self) -> Trainer:
-        self.stop.__enter__()
+        self.stop.defer()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.stop.__exit__()
         if kind is not None and issubclass(kind, (NonFiniteError, UnusableData)):  # raised by all ranks together
             self._finish_save()
         self.feed.close()
@@ -112,7 +111,8 @@ class Trainer:
             while not (self.done or stopped):
                 with self._clock():
                     agreed = self._train_step()
-                self.stop.log()
+                if (name := self.stop.take_name()) is not None:
+                    get_logger().warning("%s: saving and stopping after this step or the next", name)
                 self.done, stopped = agreed.done, agreed.stop and not agreed.done
                 written = self.step % train.metrics_every == 0 or self.step % train.log_every == 0
                 if (written or self.done or stopped) and self.window.steps:

@@ -5,6 +5,7 @@ import ast
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from eve_ds.cli.command import EXIT_CODES, KNOWN_ERRORS, ending, is_debugging, p
 from eve_ds.cli.training import read_deepspeed_config, run_training
 from eve_ds.config import ConfigError, load_config
 from eve_ds.config import presets as all_presets
+from eve_ds.distributed import RankLostError
 from eve_ds.export.plain import OFFICIAL
+from eve_ds.signals import Stopped
 from eve_ds.storage import SaveError
 from eve_ds.tasks.registry import TASKS
 
@@ -152,7 +155,9 @@ def raises(error):
             "name: No space left on device; make room, and rerun the same command\n",
         ),
         (SaveError("the checkpoint was not saved"), 5, "name: the checkpoint was not saved\n"),
-        (KeyboardInterrupt(), 130, "name: interrupted; rerun the same command to resume\n"),
+        (Stopped(signal.SIGINT), 130, "name: stopped by SIGINT; rerun the same command to resume\n"),
+        (Stopped(signal.SIGTERM), 4, "name: stopped by SIGTERM; rerun the same command to resume\n"),
+        (RankLostError("another rank has ended"), 6, "name: another rank has ended\n"),
         (ConfigError("\udcff"), 2, "name: \\udcff\n"),
     ],
 )
@@ -161,14 +166,21 @@ def test_a_known_error_is_one_line_and_an_exit_code(capsys, error, code, line):
     assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("run", [lambda action: run_command("name", action), lambda action: run_training(action, str)])
+@pytest.mark.parametrize(
+    "run",
+    [lambda action: run_command("name", action), lambda action: run_training("name", lambda stop: action(), str)],
+)
 def test_an_unknown_error_keeps_its_traceback(run):
     with pytest.raises(ZeroDivisionError):
         run(raises(ZeroDivisionError()))
 
 
 @pytest.mark.parametrize(
-    "run", [lambda *given: run_command("name", *given), lambda action, debug: run_training(action, str, debug)]
+    "run",
+    [
+        lambda action, debug: run_command("name", action, debug),
+        lambda action, debug: run_training("name", lambda stop: action(), str, debug),
+    ],
 )
 def test_debug_shows_the_traceback_before_the_line(capsys, run):
     assert run(raises(ConfigError("train.x (1) must be 2")), False) == 2
@@ -221,6 +233,20 @@ def test_options_are_short_for_overrides():
     given = pretrain.overrides(arguments)
     assert given == ["train.seed=3", "train.max_steps=1", "train.output_dir=b", "train.max_steps=5", "train.init=a"]
     assert load_config("eve_tiny", given).train.max_steps == 5
+
+
+@pytest.mark.parametrize("spelling", ["--local_rank=1", "--local-rank=1"])
+@pytest.mark.parametrize(
+    ("parser", "arguments"),
+    [
+        ("pretrain", []),
+        ("finetune", ["--task", "vqa", "--init", "none"]),
+        ("evaluate", ["task", "--model", "m", "--out", "o"]),
+        ("evaluate", ["zero_shot", "--model", "m", "--out", "o"]),
+    ],
+)
+def test_commands_that_run_on_several_ranks_take_the_local_rank_of_every_launcher(parser, arguments, spelling):
+    assert PARSERS[parser].parse_args([*arguments, spelling]).local_rank == 1
 
 
 def test_deepspeed_config_is_read_or_refused_in_one_line(tmp_path):

@@ -43,6 +43,11 @@ class PretrainRun:
         records = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
         return [record["loss"] for record in records if record["kind"] == "train"]
 
+    def steps(self) -> list[int]:
+        """Steps in metrics.jsonl, in the order of their records."""
+        records = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [record["step"] for record in records if record["kind"] == "train"]
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> PretrainRun:

@@ -1,4 +1,4 @@
-"""launcher/demo.py: its own commands end to end at 20 steps, reuse of results, and errors."""
+"""launcher/demo.py: its own commands end to end at 8 steps, reuse of results, and errors."""
 
 import contextlib
 import json
@@ -25,10 +25,10 @@ PROBES = ("position_to_color", "position_to_shape", "color_to_shape", "shape_to_
 SIDES = {name: {"right", "wrong"} for name in ("color", "shape", "size", "position", "hidden_words", "pixel_loss")}
 SIDES |= {name: {"target", "distractor"} for name in PROBES}
 LIMIT = 800.0
-"""Seconds a demo of 20 steps may take; on an idle machine it is about one minute."""
+"""Seconds a demo of 8 steps may take; on an idle machine it is about one minute."""
 
 
-def run_demo(out, max_steps=20):
+def run_demo(out, max_steps=8):
     """Run it as `make demo` does, from another working directory; end all its processes."""
     arguments = ["--out", str(out), "--seed", str(SEED), "--max_steps", str(max_steps)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -57,7 +57,7 @@ def test_launch_line_is_printed_and_real(first):
     (line,) = (line for line in completed.stdout.splitlines() if line.startswith("$ deepspeed"))
     assert line.startswith("$ deepspeed --num_accelerators 2 ")
     assert "launcher/pretrain.py --config eve_tiny --deepspeed_config ds_configs/zero1_ep2_cpu.json" in line
-    state = json.loads((out / f"seed-{SEED}/checkpoints/step-00000020/state.json").read_text())
+    state = json.loads((out / f"seed-{SEED}/checkpoints/step-00000008/state.json").read_text())
     assert state["topology"] == {"world_size": 2, "ep_size": 2, "zero_stage": 1}
     assert json.loads((out / f"seed-{SEED}/config.json").read_text())["train"]["seed"] == SEED
 
@@ -69,7 +69,7 @@ def test_terminal_shows_our_lines_and_the_log_those_of_libraries(first):
     assert completed.stdout.splitlines().count(f"seed {SEED}: messages of DeepSpeed and torch are in {log}") == 1
     for line in completed.stderr.splitlines():
         assert re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line), line
-    assert "INFO Done. 20 steps" in completed.stderr
+    assert "INFO Done. 8 steps" in completed.stderr
     assert "[launch.py:" not in completed.stdout
     text = log.read_text()
     assert "[launch.py:" in text
@@ -82,14 +82,14 @@ def test_terminal_shows_our_lines_and_the_log_those_of_libraries(first):
 def test_summary_holds_every_figure(first):
     out, _ = first
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["steps"] == 20
+    assert summary["steps"] == 8
     assert summary["train_seconds"] > 0
-    assert summary["samples_per_second"] * summary["train_seconds"] == pytest.approx(20 * 64)
+    assert summary["samples_per_second"] * summary["train_seconds"] == pytest.approx(8 * 64)
     assert summary["peak_memory_bytes"] > 100e6
     assert 0 <= summary["export_max_abs_diff"] <= 1e-6
     (entry,) = summary["seeds"]
     assert entry["seed"] == SEED
-    assert entry["steps"] == 20
+    assert entry["steps"] == 8
     figures = {name: entry[name] for name in entry if name in SIDES} | entry["binding"]
     assert {name: set(sides) for name, sides in figures.items()} == SIDES
     assert all(0 <= value <= 1.5 for sides in figures.values() for value in sides.values())
@@ -139,7 +139,7 @@ def test_other_settings_are_not_mixed_into_the_folder(first):
     refused = run_demo(first[0], max_steps=30)
     assert refused.returncode == 2
     assert refused.stderr == (
-        f"demo: {first[0] / f'seed-{SEED}'} holds a run with train.max_steps 20, now it is 30: "
+        f"demo: {first[0] / f'seed-{SEED}'} holds a run with train.max_steps 8, now it is 30: "
         "remove that folder, or name another --out\n"
     )
 
@@ -147,7 +147,7 @@ def test_other_settings_are_not_mixed_into_the_folder(first):
 @pytest.mark.timeout(900)
 def test_a_step_that_fails_stops_the_demo_with_its_exit_code(first, tmp_path):
     run = tmp_path / "out" / f"seed-{SEED}"
-    for name in ("checkpoints/latest", "checkpoints/step-00000020/state.json", "config.json", "export/export.json"):
+    for name in ("checkpoints/latest", "checkpoints/step-00000008/state.json", "config.json", "export/export.json"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes((first[0] / run.name / name).read_bytes())
     stopped = run_demo(tmp_path / "out")  # the export has lost its weights
@@ -232,12 +232,11 @@ def test_terminated_demo_ends_its_step(tmp_path):
     step = tmp_path / "step.py"
     step.write_text(f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
     code = f"""
-import signal, sys
+import sys
 from pathlib import Path
-from eve_ds.cli.demo import interrupt
+from eve_ds.cli.command import run_command
 from eve_ds.cli.demo_steps import run_step
-signal.signal(signal.SIGTERM, interrupt)
-run_step([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
+sys.exit(run_command("demo", lambda: run_step([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -246,7 +245,7 @@ run_step([sys.executable, {str(step)!r}], Path({str(tmp_path)!r}))
         time.sleep(0.05)
     child = int((tmp_path / "pid").read_text())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) != 0
+    assert process.wait(30) == 4
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 

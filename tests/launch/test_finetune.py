@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from tiny import overrides
 
+from eve_ds.cli.finetune import main
+
 SHORT = ["train.train_batch_size=8", "optimizer.decay_by=steps", "train.metrics_every=1", "task.val.num_examples=12"]
 
 
@@ -168,11 +170,9 @@ def test_published_nlvr_from_files_to_its_csv(launch, tmp_path):
         (["--init", "none", "--set", "task.epoch=1"], "unknown key 'task.epoch'; did you mean 'epochs'?"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(launch, tmp_path, arguments, text):
-    command = [sys.executable, "launcher/finetune.py", "--task", "vqa", "--output_dir", str(tmp_path / "out")]
-    launched = launch([*command, *arguments])
-    assert launched.returncode == 2, launched.output
-    errors = [line for line in launched.output.splitlines() if "ERROR" in line]
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, text):
+    assert main(["--task", "vqa", "--output_dir", str(tmp_path / "out"), *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "ERROR" in line]
     assert len(errors) == 1
     assert text in errors[0]
     assert not Path(tmp_path / "out").exists()

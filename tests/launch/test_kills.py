@@ -1,6 +1,6 @@
 """kill -9 of a rank, of all ranks, and of their launcher, at random moments and inside of saves: the run resumes.
 
-Five kills, 25 in `make soak`, which sets `EVE_DS_SOAK`. Saves are synchronous and in the background in turn.
+Three kills, 25 in `make soak`, which sets `EVE_DS_SOAK`. Saves are synchronous and in the background in turn.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -20,10 +19,10 @@ import pytest
 from eve_ds.checkpoint import manifest
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launcher" / "pretrain.py"
-KILLS = 25 if "EVE_DS_SOAK" in os.environ else 5
+KILLS = 25 if "EVE_DS_SOAK" in os.environ else 3
 STEPS = 40 * (KILLS + 1)
-PEERS_DIE_WITHIN = 60
-"""Seconds; gloo notices a closed connection at the next collective."""
+PEERS_DIE_WITHIN = 30
+"""Seconds; gloo notices a closed connection at the next collective, and a rank the end of its launcher in a second."""
 LIMIT = 120 + 40 * KILLS
 pytestmark = pytest.mark.timeout(LIMIT)
 
@@ -105,8 +104,6 @@ def test_killed_runs_resume_to_the_same_losses(run, tmp_path, free_port):
         for process in ranks.processes if how != "one" else [ranks.processes[drawn.randrange(2)]]:
             process.kill()
         ranks.wait(PEERS_DIE_WITHIN)
-        for child in children:  # ranks without a launcher keep running until SIGTERM; then they save and end
-            child.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(children, timeout=PEERS_DIE_WITHIN)
         assert not alive
         committed = manifest.committed(run.folder)

@@ -12,6 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "slurm" / "pretrain.sbatch"
 
+soak = pytest.mark.skipif("EVE_DS_SOAK" not in os.environ, reason="minutes: make soak")
 NODES = ("127.0.0.2", "127.0.0.3")
 """Node names that resolve everywhere, as names in a cluster do."""
 
@@ -63,7 +64,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser={getpass.getuser()}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
+AuthInfo=socket={folder}/munge.sock,cred_expire=10
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -99,6 +100,39 @@ def submit(run, launch, cluster, log, max_steps):
     submitted = launch(command, PYTHON=sys.executable, **cluster)
     assert submitted.returncode == 0, submitted.output
     return submitted.output.strip()
+
+
+@soak
+@pytest.mark.timeout(600)
+def test_a_preempted_job_requeues_itself_and_resumes_three_times(run, launch, cluster, daemons, tmp_path):
+    log, queue = tmp_path / "job.log", ["squeue", "--noheader", "--format=%T"]
+    job = submit(run, launch, cluster, log, max_steps=1_000_000)
+    for round in range(1, 4):
+        daemons.wait_until(lambda round=round: steps_since_start(run, log, round) >= 3, "training", limit=120)
+        subprocess.run(["scancel", "--signal=USR1", job], env=os.environ | cluster, check=True)
+        daemons.wait_until(lambda round=round: saves(log) == round, "the job has saved", limit=60)
+    daemons.wait_until(lambda: steps_since_start(run, log, 4) >= 3, "training", limit=120)
+    subprocess.run(["scancel", job], env=os.environ | cluster, check=True)
+    daemons.wait_until(lambda: output_of(queue, cluster) == "", "the job is over", limit=60)
+    assert "JobState=CANCEL" in output_of(["scontrol", "show", "job", job], cluster)
+    text = log.read_text()
+    assert text.count("resumed from") == 3
+    assert saves(log) == 4, "scancel without a signal saves too, but queues nothing again"
+    assert "Traceback" not in text
+    assert run.steps() == list(range(1, max(run.steps()) + 1)), "every step once: nothing was lost"
+
+
+def saves(log):
+    """Number of starts that a signal has ended after a save."""
+    return log.read_text().count("Stopped by signal; rerun the same command to resume.")
+
+
+def steps_since_start(run, log, start):
+    """Number of steps that the job has made since its `start`-th start."""
+    resumed = re.findall(r"resumed from .*step-(\d+)", log.read_text()) if log.is_file() else []
+    if len(resumed) < start - 1 or not (run.folder / "metrics.jsonl").is_file():
+        return 0
+    return max([0, *run.steps()]) - (int(resumed[-1]) if resumed else 0)
 
 
 def test_sbatch_trains_on_two_nodes_and_the_same_line_again_resumes(

@@ -171,7 +171,7 @@ def test_steps_follow_from_the_batch_size_of_the_deepspeed_json(task_tree, monke
     tree["train"] = {"output_dir": str(tmp_path)}
     started = mock.Mock(return_value=mock.MagicMock(evaluation={}))
     monkeypatch.setattr(finetune, "start", started)
-    monkeypatch.setattr(finetune, "initialize_deepspeed_distributed", lambda: RankInfo(0, 1, 0, "single"))
+    monkeypatch.setattr(finetune, "initialize_deepspeed_distributed", lambda timeout: RankInfo(0, 1, 0, "single"))
     finetune.finetune(parse_config(tree), {"train_batch_size": 8})
     train = started.call_args.args[0].config.train
     assert (train.train_batch_size, train.max_steps) == (8, 31)
