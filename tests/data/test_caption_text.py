@@ -134,6 +134,12 @@ def test_special_tokens_in_a_caption_are_ordinary_text(make, form):
     assert encoder.encode("a red")[1:-1].tolist() == plain
 
 
+def test_a_written_special_token_has_the_pieces_of_its_letters():
+    encoder = CaptionEncoder(load_tokenizer("scenes"), max_length=40)
+    for token in SPECIAL_TOKENS.values():  # the tokenizer lowers letters, so this spelling is no special token
+        assert encoder.encode(f"a {token} red").tolist() == encoder.encode(f"a {token.lower()} red").tolist()
+
+
 def test_other_captions_are_encoded_as_by_the_tokenizer():
     tokenizer = load_tokenizer("scenes")
     encoder = CaptionEncoder(tokenizer, max_length=200)
