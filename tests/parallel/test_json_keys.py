@@ -1,4 +1,4 @@
-"""The table of the DeepSpeed JSON's keys against the classes and functions of the installed DeepSpeed that read them."""
+"""The table of the DeepSpeed JSON's keys against the installed DeepSpeed, and what every key does with its values."""
 
 import ast
 import copy
@@ -213,8 +213,11 @@ def test_a_misspelt_key_is_refused_with_the_nearest_name_at_every_level(section)
 @pytest.mark.parametrize(
     ("dictionary", "text"),
     [
-        ({"gradient_cliping": 1.0}, "gradient_cliping in the DeepSpeed JSON is no key of DeepSpeed 0.19.8: did you mean "
-         "gradient_clipping?"),
+        (
+            {"gradient_cliping": 1},
+            "gradient_cliping in the DeepSpeed JSON is no key of DeepSpeed 0.19.8: did you mean ",
+        ),
+        ({"gradient_cliping": 1}, "did you mean gradient_clipping?"),
         ({"zero_optimisation": {"stage": 1}}, "did you mean zero_optimization?"),
         ({"BF16": {"enabled": True}}, "did you mean bf16?"),
         ({"overlap_comm": True}, "it belongs at zero_optimization.overlap_comm"),
@@ -224,7 +227,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest_name_at_every_level(section)
         ({"": 1}, "is no key of DeepSpeed 0.19.8: remove it"),
         ({"qqq\nzzz": 1}, "qqq zzz in the DeepSpeed JSON is no key of DeepSpeed 0.19.8: remove it"),
     ],
-)  # fmt: skip
+)
 def test_unknown_keys_name_what_was_meant(dictionary, text):
     assert text in refusal(dictionary)
 
@@ -263,13 +266,17 @@ def test_values_of_another_type_are_refused_by_name_for_every_key(path):
             "train_micro_batch_size_per_gpu (true) in the DeepSpeed JSON must be a whole number from 1 on",
         ),
         ("train_batch_size", "64", "must be a whole number from 1 on, without quotes"),
-        ("zero_optimization.stage", 4, "zero_optimization.stage (4) in the DeepSpeed JSON must be a whole number from 0 to 3"),
-        ("zero_optimization.stage", None, "zero_optimization.stage (null) in the DeepSpeed JSON must be a whole number"),
+        (
+            "zero_optimization.stage",
+            4,
+            "zero_optimization.stage (4) in the DeepSpeed JSON must be a whole number from 0",
+        ),
+        ("zero_optimization.stage", None, "zero_optimization.stage (null) in the DeepSpeed JSON must be a whole"),
         ("zero_optimization.allgather_bucket_size", 3, "must be a whole number divisible by 2 from 2 on"),
         ("zero_optimization.offload_optimizer.device", "gpu", 'must be one of "none", "cpu", "nvme"'),
-        ("zero_optimization", True, "zero_optimization (true) in the DeepSpeed JSON must be a JSON object: write it in"),
+        ("zero_optimization", True, "zero_optimization (true) in the DeepSpeed JSON must be a JSON object"),
     ],
-)  # fmt: skip
+)
 def test_wrong_types_say_the_rule(path, value, text):
     assert text in refusal(nested(path, value))
 
@@ -278,7 +285,7 @@ def test_whole_floats_count_as_whole_numbers():
     config = parse_config({"train": {"train_batch_size": 8}, "optimizer": {"clip_grad_norm": 0}})
     sizes = {"reduce_bucket_size": 2e8, "allgather_bucket_size": 2e8}
     _, resolved = resolve_deepspeed_config({"zero_optimization": {"stage": 2, **sizes}}, config, 1)
-    assert resolved["zero_optimization"] == {"stage": 2, **{key: 200_000_000 for key in sizes}}
+    assert resolved["zero_optimization"] == {"stage": 2, **dict.fromkeys(sizes, 200_000_000)}
     assert all(isinstance(resolved["zero_optimization"][key], int) for key in sizes)
 
 
