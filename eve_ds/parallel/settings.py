@@ -148,7 +148,7 @@ def batch_triangle(batch: int, micro: int | None, accumulation: int | None, worl
     if accumulation is None:
         accumulation = batch // (world_size * micro)
     if micro * accumulation * world_size != batch or micro < 1:
-        raise ConfigError(f"{rule}; leave one of them out, or change train_batch_size to a multiple of the others")
+        raise ConfigError(f"{rule}: leave one of them out, or change train_batch_size to a multiple of the others")
     return micro, accumulation
 
 
@@ -211,7 +211,7 @@ def _settle_zero(resolved: dict[str, Any], precision: str, problems: Problems) -
         problems.add(
             "zero_optimization.offload_optimizer.device",
             f'zero_optimization.offload_optimizer.device ("nvme") {JSON} cannot be used: only ZeRO 3 offloads to '
-            'NVMe; write "cpu", or remove it',
+            'NVMe: write "cpu", or remove it',
         )
     notes = []
     overlap = zero.get("overlap_comm", False)

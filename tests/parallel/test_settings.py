@@ -39,7 +39,7 @@ def test_batch_sizes_that_do_not_fit_are_refused(batch, micro, accumulation, ran
     with pytest.raises(ConfigError) as caught:
         batch_triangle(batch, micro, accumulation, ranks)
     assert str(caught.value) == (
-        f"train_batch_size {text}; leave one of them out, or change train_batch_size to a multiple of the others"
+        f"train_batch_size {text}: leave one of them out, or change train_batch_size to a multiple of the others"
     )
 
 

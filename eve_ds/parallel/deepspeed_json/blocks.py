@@ -61,7 +61,7 @@ def compare_optimizer(block: dict[str, Any], shared: SharedSettings) -> None:
     if kind.lower() not in ADAM:
         shared.problems.add(
             "optimizer.type",
-            f'optimizer.type ({show(kind)}) {JSON} cannot be used: eve_ds trains with AdamW; write "AdamW", or '
+            f'optimizer.type ({show(kind)}) {JSON} cannot be used: eve_ds trains with AdamW: write "AdamW", or '
             "remove optimizer",
         )
     _compare_params("optimizer.params", block.get("params", {}), ADAM_PARAMS, shared)
@@ -100,7 +100,7 @@ def _compare_params(
         if value == AUTO or name.startswith(("_", "//")):
             continue
         if rule is None:
-            shared.problems.add(path, f"{path} {JSON} has no counterpart here: remove it; known are {', '.join(known)}")
+            shared.problems.add(path, f"{path} {JSON} has no counterpart here: remove it (known: {', '.join(known)})")
         elif not rule.kind.fits(value):
             shared.problems.add(path, f"{path} ({show(value)}) {JSON} must be {rule.kind.rule}")
         elif isinstance(rule, Field):

@@ -27,7 +27,7 @@ MAX_DEPTH = 20
 
 
 class Problems:
-    """Everything that is wrong with one file, told in the order of its keys.
+    """Everything that is wrong with one file, told in the order of its keys; no text may have a semicolon.
 
     Args:
         document: content of the file.

@@ -30,7 +30,7 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is not JSON: byte {error.start} is not UTF-8; save it as UTF-8") from None
+        raise ConfigError(f"{name} is not JSON: byte {error.start} is not UTF-8: save it as UTF-8") from None
     except RecursionError:
         raise ConfigError(f"{name} is not JSON of DeepSpeed: its brackets are nested too deep") from None
     except ValueError as error:
@@ -41,11 +41,12 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"the key {show(twice[0])} appears twice in one object: keep one of them")
-    return dict(pairs)
+    seen: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in seen:
+            raise ValueError(f"the key {show(name)} appears twice in one object: keep one of them")
+        seen[name] = value
+    return seen
 
 
 def _finite(text: str) -> float:

@@ -239,7 +239,7 @@ CHECKPOINT: Section = {
     },
 }
 DATA_EFFICIENCY: Section = {
-    "enabled": refused(BOOL, f"{OWN_DATA}; remove it", False),
+    "enabled": refused(BOOL, f"{OWN_DATA}, and remove it", False),
     **unused(seed=whole(0), data_sampling=MAPPING, data_routing=MAPPING),
 }
 MONITOR: Section = {"enabled": Rule(BOOL), "output_path": Rule(TEXT), "job_name": Rule(TEXT)}
@@ -306,7 +306,7 @@ TENSOR_PARALLEL: Section = {
     },
 }
 AUTO_EP: Section = {
-    "enabled": refused(BOOL, f"AutoEP replaces the experts of known language models; {EXPERTS}", False),
+    "enabled": refused(BOOL, f"AutoEP replaces the experts of known language models, and {EXPERTS}", False),
     **unused(
         **dict.fromkeys(
             (
