@@ -213,23 +213,33 @@ def _settle_zero(resolved: dict[str, Any], precision: str, problems: Problems) -
             f'zero_optimization.offload_optimizer.device ("nvme") {JSON} cannot be used: only ZeRO 3 offloads to '
             'NVMe: write "cpu", or remove it',
         )
-    notes = []
-    overlap = zero.get("overlap_comm", False)
     if _accumulates_in_fp32(types, zero, precision, problems):
         resolved["data_types"] = {"grad_accum_dtype": "fp32"}
-        if zero["stage"] == 1:
-            notes = [
-                f"zero_optimization.{key} ({show(zero.pop(key))}) {JSON} has no effect: ZeRO 1 averages sums in fp32 "
-                "once, after the last backward pass of a step"
-                for key in ("overlap_comm", "use_multi_rank_bucket_allreduce", "reduce_bucket_size")
-                if key in zero
-            ]
-    elif zero["stage"] == 1 and not overlap and not offload and "reduce_bucket_size" in zero:
-        notes.append(
+        return _settle_sums(resolved, problems) if zero["stage"] == 1 else []
+    if zero["stage"] == 1 and not (zero.get("overlap_comm") or offload) and "reduce_bucket_size" in zero:
+        return [
             f"zero_optimization.reduce_bucket_size ({zero['reduce_bucket_size']}) {JSON} has no effect: ZeRO 1 without "
             "overlap_comm averages all gradients in one buffer"
+        ]
+    return []
+
+
+def _settle_sums(resolved: dict[str, Any], problems: Problems) -> list[str]:
+    """Remove settings that do not act on ZeRO 1's own sums in fp32; return a line about each."""
+    sent = resolved.pop("communication_data_type", "fp32")
+    if sent != "fp32":
+        problems.add(
+            "communication_data_type",
+            f"communication_data_type ({show(sent)}) {JSON} cannot be used with data_types.grad_accum_dtype fp32 and "
+            'zero_optimization.stage 1, which sends the sums as they are: write "fp32", or use stage 2',
         )
-    return notes
+    zero = resolved["zero_optimization"]
+    return [
+        f"zero_optimization.{key} ({show(zero.pop(key))}) {JSON} has no effect: ZeRO 1 averages sums in fp32 once, "
+        "after the last backward pass of a step"
+        for key in ("overlap_comm", "use_multi_rank_bucket_allreduce", "reduce_bucket_size")
+        if key in zero
+    ]
 
 
 def _accumulates_in_fp32(types: dict[str, Any], zero: dict[str, Any], precision: str, problems: Problems) -> bool:
@@ -243,7 +253,7 @@ def _accumulates_in_fp32(types: dict[str, Any], zero: dict[str, Any], precision:
         if dtype == precision:
             continue
         if name == "param_dtype" or dtype != "fp32":
-            allowed = precision if name == "param_dtype" else f"fp32 or {precision}"
+            allowed = " or ".join(dict.fromkeys((precision,) if name == "param_dtype" else ("fp32", precision)))
             problems.add(
                 path,
                 f"{path} ({show(given)}) {JSON} must be {allowed}, since the model computes in {precision}: remove it, "

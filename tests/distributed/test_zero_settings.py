@@ -8,12 +8,13 @@ import functools
 
 import pytest
 import torch
+from joint_loss import MICRO_SIZE, joint_loss
 from tiny import MODEL
 
 from eve_ds.config import parse_config
 from eve_ds.parallel.deepspeed_json.keys import NOTED, TAKEN, ZERO, Rule
 
-RANKS, STEPS, MICRO_STEPS, MICRO_SIZE = 2, 2, 2, 3
+RANKS, STEPS, MICRO_STEPS = 2, 2, 2
 CLIP = 0.5
 EPS = 1e-3
 """Large enough that gradients which are zero but for rounding (biases of keys) do not move weights."""
@@ -72,20 +73,6 @@ def configuration(dictionary):
 PLAIN = configuration({"zero_optimization": {"stage": 1}})
 
 
-def loss_of(model, config, rank, step, part):
-    generator = torch.Generator().manual_seed(1000 * step + 10 * part + rank)
-    order = torch.stack([torch.randperm(config.num_patches, generator=generator) for _ in range(MICRO_SIZE)])
-    output = model(
-        pixel_values=torch.randn(MICRO_SIZE, 3, config.image_size, config.image_size, generator=generator),
-        visible_patch_ids=order[:, :2].sort().values,
-        masked_patch_ids=order[:, 2:].sort().values,
-        input_ids=torch.randint(5, config.vocab_size, (MICRO_SIZE, 5), generator=generator),
-        attention_mask=torch.ones(MICRO_SIZE, 5, dtype=torch.bool),
-        masked_token_ids=torch.tensor([1, 2, 6, 8]),
-    )
-    return 10 * sum(tensor.square().mean() for tensor in output.tensors().values())
-
-
 def train(rank, world_size, cases):
     """For each case: gradient norms, and (name, first element, kind, values) of the state that this rank holds."""
     from eve_ds.checkpoint.engine_tensors import fragments
@@ -106,7 +93,7 @@ def train(rank, world_size, cases):
         norms = []
         for step in range(STEPS):
             for part in range(MICRO_STEPS):
-                engine.backward(loss_of(engine, config.model, rank, step, part))
+                engine.backward(joint_loss(engine, config.model, rank, step, part))
                 engine.step()
             norms.append(float(engine.get_global_grad_norm() or 0))
         state = [
@@ -133,7 +120,7 @@ def reference(clip):
         optimizer.zero_grad()
         for part in range(MICRO_STEPS):
             for rank in range(RANKS):
-                (loss_of(model, config, rank, step, part) / (MICRO_STEPS * RANKS)).backward()
+                (joint_loss(model, config, rank, step, part) / (MICRO_STEPS * RANKS)).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
         optimizer.step()
     state = {}

@@ -12,7 +12,8 @@ from unittest import mock
 
 from tiny import tiny_tree
 
-from eve_ds.config import Config, ConfigError, parse_config
+from eve_ds.cli.command import exit_code
+from eve_ds.config import Config, parse_config
 
 TREE: dict[str, Any] = {
     "model": tiny_tree(patch_size=16, num_hidden_layers=2, moe_layers=[1], objectives=["joint"]),
@@ -35,7 +36,7 @@ def one_step(dictionary: dict[str, Any], config: Config) -> dict[str, Any]:
 
     Returns:
         `steps` that were trained, `saved`: whether there is a checkpoint, `notes`: log lines about the JSON, and
-        `refused`: text of the ConfigError; without one, None.
+        `refused`: text of an error that the commands report in one line; without one, None.
     """
     from eve_ds.distributed import get_logger
     from eve_ds.training import pretrain as pretraining
@@ -48,7 +49,9 @@ def one_step(dictionary: dict[str, Any], config: Config) -> dict[str, Any]:
     try:
         with mock.patch.object(pretraining, "evaluate_scenes", return_value={}), contextlib.chdir(folder):
             summary = pretraining.pretrain(config.model_copy(update={"train": train}), dictionary)
-    except ConfigError as error:
+    except Exception as error:
+        if exit_code(error) is None:
+            raise
         refused = str(error)
     finally:
         get_logger().removeHandler(handler)
