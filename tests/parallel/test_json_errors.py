@@ -46,6 +46,12 @@ def test_every_exception_of_deepspeeds_parser_names_the_key(dictionary, text):
     assert text in line_of({"train_batch_size": 1, **dictionary})
 
 
+def test_a_key_written_with_spaces_is_found():
+    error = AssertionError("Contiguous Gradients in ZeRO Stage 2 must be set to True for MoE")
+    dictionary = {"zero_optimization": {"stage": 2, "contiguous_gradients": False}}
+    assert line_of(dictionary, error).endswith(": look at zero_optimization.contiguous_gradients in the DeepSpeed JSON")
+
+
 def test_an_exception_without_a_key_repeats_deepspeeds_words_in_one_line():
     text = line_of({"wandb": {"enabled": True}}, ImportError("If you want\nto use wandb, \n  install it"))
     assert text == "DeepSpeed cannot use its configuration (If you want to use wandb, install it) in the DeepSpeed JSON"

@@ -59,6 +59,6 @@ def _settings(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _mentions(words: str, path: str) -> bool:
-    """Whether a text has the last part of a path as a word; words such as `enabled` tell nothing."""
-    name = path.rpartition(".")[2]
-    return "_" in name and re.search(rf"\b{re.escape(name)}\b", words.lower()) is not None
+    """Whether a text has the last part of a path, with underscores or spaces; words such as `enabled` tell nothing."""
+    name, text = path.rpartition(".")[2], re.sub(r"[\s_]+", "_", words.lower())
+    return "_" in name and re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", text) is not None
