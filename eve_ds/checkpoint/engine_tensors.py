@@ -1,8 +1,8 @@
 """Tensors of a DeepSpeed engine (fp32 weights and Adam's moments), in pieces, under plain names.
 
-ZeRO 1 and 2 split the concatenated parameters of a group evenly over ranks. The attribute `_hp_mapping` of a parameter
-gives the range of it that lies in this rank's partition, and its place there (DeepSpeed, utils/tensor_fragment.py). At
-ZeRO 0 every rank holds all tensors of its computation: the parameters themselves in fp32, or the copies of
+ZeRO 1 and 2 concatenate the parameters of a group and split the result evenly over ranks. The optimizer knows the place
+of each parameter. (DeepSpeed's own `_hp_mapping` forgets the order that `round_robin_gradients` gives them.) At ZeRO 0
+every rank holds all tensors of its computation: the parameters themselves in fp32, or the copies of
 FP16_UnfusedOptimizer in bf16 and fp16.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
@@ -35,12 +36,15 @@ class Fragment(NamedTuple):
 
 def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
     """All fragments that this rank holds, in the order of the model's parameters."""
-    held = _held_at_stage_0 if engine.zero_optimization_stage() == 0 else _held_in_partition
-    masters = _masters_at_stage_0(engine)
+    is_sharded = engine.zero_optimization_stage() > 0
+    masters, places = _masters_at_stage_0(engine), _places(engine) if is_sharded else {}
     found: list[Fragment] = []
     model = plain_model(engine.module)
     for name, parameter in model.named_parameters():
-        start, tensors = held(engine, parameter, masters)
+        if is_sharded:
+            start, tensors = _held_in_partition(engine, places[parameter], parameter.numel())
+        else:
+            start, tensors = _held_at_stage_0(engine, masters.get(parameter, parameter))
         if tensors:
             found += _split_by_tensor(plain_names_of(model, name, parameter), parameter, start, tensors)
     return found
@@ -167,27 +171,43 @@ Masters = dict[nn.Parameter, Tensor]
 """Low-precision parameter -> its fp32 copy."""
 
 
-def _held_at_stage_0(
-    engine: DeepSpeedEngine, parameter: nn.Parameter, masters: Masters
-) -> tuple[int, dict[str, Tensor]]:
+def _held_at_stage_0(engine: DeepSpeedEngine, master: Tensor) -> tuple[int, dict[str, Tensor]]:
     """First element and kind -> flat view of this rank's part of a parameter: at stage 0, all of it."""
-    master = masters.get(parameter, parameter)
     state = _initialized(_inner(engine).state[master], master)
     return 0, {"master": master.detach().view(-1), **{kind: state[kind].view(-1) for kind in KINDS[1:]}}
 
 
-def _held_in_partition(engine: DeepSpeedEngine, parameter: nn.Parameter, _: Masters) -> tuple[int, dict[str, Tensor]]:
-    """Same for ZeRO's partition; no views if no part of the parameter lies in it."""
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    if mapping is None:
-        return 0, {}
-    partition = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    state = _initialized(_inner(engine).state[partition], partition)
-    where = mapping.hp_fragment_address
-    whole = {"master": partition.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
-    return mapping.lp_fragment_address.start, {
-        kind: tensor.narrow(0, where.start, where.numel) for kind, tensor in whole.items()
+class Place(NamedTuple):
+    """Place of a parameter in the flat weights that ZeRO splits over ranks."""
+
+    group: int
+    """Number of the parameter group."""
+    offset: int
+    """First element in the flat weights of the group."""
+
+
+def _places(engine: DeepSpeedEngine) -> dict[nn.Parameter, Place]:
+    """Place of every parameter, in the order that `round_robin_gradients` may have changed."""
+    optimizer = engine.optimizer
+    groups = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True)
+    return {
+        parameter: Place(number, offset)
+        for number, (parameters, offsets) in enumerate(groups)
+        for parameter, offset in zip(parameters, offsets, strict=True)
     }
+
+
+def _held_in_partition(engine: DeepSpeedEngine, place: Place, numel: int) -> tuple[int, dict[str, Tensor]]:
+    """Same for ZeRO's partition; no views if no part of the parameter lies in it."""
+    partition = engine.optimizer.single_partition_of_fp32_groups[place.group]
+    rank = dist.get_rank(engine.optimizer.real_dp_process_group[place.group])
+    before = place.offset - rank * partition.numel()  # the parameter's first element, counted from the partition's
+    start, stop = max(0, -before), min(numel, partition.numel() - before)
+    if start >= stop:
+        return 0, {}
+    state = _initialized(_inner(engine).state[partition], partition)
+    whole = {"master": partition.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+    return start, {kind: tensor.narrow(0, before + start, stop - start) for kind, tensor in whole.items()}
 
 
 def _masters_at_stage_0(engine: DeepSpeedEngine) -> Masters:

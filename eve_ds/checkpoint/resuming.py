@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from eve_ds.checkpoint import engine_tensors, manifest
 from eve_ds.checkpoint.files import CheckpointError, PieceReader
 from eve_ds.config import Config, ConfigError, parse_written_config
 from eve_ds.distributed import broadcast_object, gather_objects
 from eve_ds.topology import Topology
+
+PROBES = ("A red Circle, left of 2 BLUE squares.", "naïve  café\t(50%)", "红色的圆", "don't re-do [MASK]")
+"""Texts whose token ids tell tokenizers of one vocabulary apart."""
 
 
 def newest_good(config: Config, named: Path | None = None) -> Path | None:
@@ -74,6 +81,51 @@ def _check_model(folder: Path, config: Config) -> None:
                 f"{folder} holds another model than this run's: its model.{key} is {then!r}, this run's is {now!r}; "
                 "name a checkpoint of this run"
             )
+
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Compare the run's tokenizer with the one that a checkpoint holds, wherever either was read from.
+
+    Raises:
+        ConfigError: they give a text other token ids.
+    """
+    file = folder / manifest.TOKENIZER / "tokenizer.json"
+    if not file.is_file():
+        return
+    theirs, ours = Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer
+    before, now = theirs.get_vocab(), ours.get_vocab()
+    token = next((token for token in sorted(before.keys() | now.keys()) if before.get(token) != now.get(token)), None)
+    if token is not None:
+        problem = f"the token '{token}' has the id {before.get(token, 'none')} there and {now.get(token, 'none')} here"
+    elif _ids(theirs) != _ids(ours):
+        problem = "the vocabularies are equal, but texts are split otherwise"
+    else:
+        return
+    raise ConfigError(
+        f"{folder} was written with another tokenizer than data.tokenizer ({problem}): restore the tokenizer, or name "
+        "another output folder"
+    )
+
+
+def _ids(tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token ids of a few texts that tokenizers normalize and split in different ways."""
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in PROBES]
+
+
+def changed_settings(folder: Path, config: Config) -> list[str]:
+    """Settings that differ from those of the run that wrote a checkpoint, as `section.key: before -> now`."""
+    before = parse_written_config(manifest.read_json(folder / manifest.CONFIG), str(folder))
+    then, now = (dict(_flat(settings.model_dump(mode="json"))) for settings in (before, config))
+    keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]
+    return [f"{key}: {json.dumps(then.get(key))} -> {json.dumps(now.get(key))}" for key in keys]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def load(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from eve_ds.cli.command import (
@@ -59,16 +57,9 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 def read_deepspeed_config(path: str | None) -> dict[str, Any] | None:
     """Content of the file that `--deepspeed_config` names, None without one; raises ConfigError if it is not JSON."""
-    from eve_ds.config import ConfigError
+    from eve_ds.parallel.deepspeed_json.file import read_deepspeed_json
 
-    if path is None:
-        return None
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--deepspeed_config {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"--deepspeed_config {path} is not JSON: {error}") from None
+    return None if path is None else read_deepspeed_json(path)
 
 
 def run_training(

@@ -14,7 +14,6 @@ def check_topology(
     ep_size: int,
     zero_stage: int,
     clip_grad_norm: float,
-    data_before_expert: bool = False,
 ) -> None:
     """Check how experts are to be spread before anything is built.
 
@@ -24,7 +23,6 @@ def check_topology(
         ep_size: ranks that share one full set of experts.
         zero_stage: `zero_optimization.stage` of the DeepSpeed JSON, 0 to 3.
         clip_grad_norm: largest gradient norm, 0 = no clipping.
-        data_before_expert: `use_data_before_expert_parallelism` of the DeepSpeed JSON.
 
     Raises:
         ConfigError: the topology breaks a rule; the message has the value, the rule and the remedy.
@@ -48,9 +46,4 @@ def check_topology(
             f"parallel.ep_size ({ep_size}): ranks hold different experts, and DeepSpeed at stage 0 clips by the "
             "average of the ranks' gradient norms, which is not the norm of the whole gradient: use stage 1 or 2, "
             "where it is, or clip_grad_norm=0"
-        )
-    if data_before_expert:
-        raise ConfigError(
-            "use_data_before_expert_parallelism (true) must be left out of the DeepSpeed JSON: here an expert-parallel "
-            "group consists of consecutive ranks, in training and in checkpoints"
         )

@@ -1,16 +1,38 @@
-"""Reconcile DeepSpeed's JSON with the YAML: batch triangle, precision, clipping, expert parallelism."""
+"""Reconcile DeepSpeed's JSON with the YAML: batch triangle, precision, clipping, optimizer, expert parallelism."""
 
 from __future__ import annotations
 
-import json
+import copy
+import importlib.util
 import math
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
-from eve_ds.config import Config, ConfigError, TrainConfig
+from eve_ds.config import Config, ConfigError
+from eve_ds.distributed import get_logger
 from eve_ds.objectives.registry import objectives_of
+from eve_ds.parallel.deepspeed_json.blocks import (
+    compare_optimizer,
+    compare_scheduler,
+    describe_optimizer,
+    describe_scheduler,
+)
+from eve_ds.parallel.deepspeed_json.check import JSON, Problems, check_keys
+from eve_ds.parallel.deepspeed_json.shared import SharedSettings, contradiction
+from eve_ds.parallel.deepspeed_json.values import show
 from eve_ds.parallel.refused import check_topology
+
+BATCH = {
+    "train_batch_size": "train_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
+"""Batch sizes of the JSON -> fields of the YAML's section `train`."""
+MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+"""Monitors -> packages that they need."""
+PRECISIONS = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}
+"""Further names of data types in the JSON -> values of `train.precision`."""
 
 
 def resolve_deepspeed_config(
@@ -18,71 +40,95 @@ def resolve_deepspeed_config(
 ) -> tuple[Config, dict[str, Any]]:
     """Reconcile the DeepSpeed JSON with the YAML.
 
-    A value that is "auto" or absent in the JSON is taken from the YAML. A value that only the JSON sets is taken into
-    the configuration. A value that both set must be equal.
+    A value that is "auto" or absent in the JSON is taken from the YAML, and means DeepSpeed's default where the YAML
+    has no such setting. A value that only the JSON sets is taken into the configuration. A value that both set must be
+    equal. Values of the JSON without effect are logged; :mod:`eve_ds.parallel.deepspeed_json.keys` lists all keys.
+
+    Args:
+        deepspeed_config: content of the JSON; not changed.
+        config: settings of the YAML.
+        world_size: number of ranks.
 
     Returns:
-        The configuration with batch triangle, precision, clipping and ep_size settled, and the JSON without any "auto".
+        The configuration with batch triangle, precision, clipping, optimizer and ep_size settled, and the JSON as
+        :func:`eve_ds.parallel.zero.initialize_engine` takes it: without "auto" and without keys that have no effect.
 
     Raises:
-        ConfigError: the two files contradict each other (the message names both places), the batch sizes do not fit,
-            the topology is refused, an "auto" has no source, or a setting would compete with ours or have no effect.
+        ConfigError: everything that is wrong with the JSON, in the order of its keys: unknown keys, values of another
+            type, refused features, contradictions with the YAML (each names both places), batch sizes that do not fit,
+            a topology that is refused.
     """
     if not isinstance(deepspeed_config, dict):
         raise ConfigError(f"the DeepSpeed JSON must be a mapping of settings, not a {type(deepspeed_config).__name__}")
-    resolved = json.loads(json.dumps(deepspeed_config))
-    train = config.train
-    _refuse_settings(resolved)
-    batch = _take(resolved, "train_batch_size", train, "train_batch_size")
-    micro = _take(resolved, "train_micro_batch_size_per_gpu", train, "micro_batch_size")
-    accumulation = _take(resolved, "gradient_accumulation_steps", train, "gradient_accumulation_steps")
-    micro, accumulation = batch_triangle(batch, micro, accumulation, world_size)
-    min_pairs = max(objective.min_pairs for objective in objectives_of(config.model))
-    if micro < min_pairs:
-        raise ConfigError(
-            f"model.objectives ({', '.join(config.model.objectives)}) needs a micro_batch_size ({micro}) of "
-            f"{min_pairs} or more, since it compares the pairs of a micro-batch: raise train.micro_batch_size"
-        )
-    precision = _precision(resolved, train)
-    clip = _clipping(resolved, config)
-    resolved |= {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "bf16": {**_section(resolved, "bf16"), "enabled": precision == "bf16"},
-        "fp16": {**_section(resolved, "fp16"), "enabled": precision == "fp16"},
+    problems = Problems(deepspeed_config)
+    settings, notes = check_keys(deepspeed_config, problems)
+    resolved = copy.deepcopy(settings)
+    shared = SharedSettings(config, problems)
+    notes += _take_shared(resolved, shared)
+    _rename(resolved, problems)
+    precision = _precision(resolved, shared)
+    stage = 1 if problems.below("zero_optimization.stage") else 0  # 1: a bad stage shall not cause further problems
+    zero = resolved["zero_optimization"] = {"stage": stage, **resolved.get("zero_optimization", {})}
+    notes += _settle_zero(resolved, precision, problems)
+    _check_monitors(resolved, problems)
+    settled = _settle_run(shared, precision, zero["stage"], world_size)
+    problems.raise_all()
+    for note in notes:
+        get_logger().info(note)
+    train = settled.train
+    return settled, resolved | {
+        "train_batch_size": train.train_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_clipping": settled.optimizer.clip_grad_norm,
+        "bf16": {**resolved.get("bf16", {}), "enabled": precision == "bf16"},
+        "fp16": {**resolved.get("fp16", {}), "enabled": precision == "fp16"},
         "steps_per_print": resolved.get("steps_per_print", 10**9),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
-    zero = resolved["zero_optimization"] = {"stage": 0, **_section(resolved, "zero_optimization")}
-    _refuse_auto(resolved, "")
-    _check_precision(precision, zero["stage"], clip)
+
+
+def _take_shared(resolved: dict[str, Any], shared: SharedSettings) -> list[str]:
+    """Take batch sizes, clipping and the blocks; return a line about each block, which is removed."""
+    for key, field in BATCH.items():
+        if key in resolved:
+            shared.take(key, resolved[key], "train", field)
+    if "gradient_clipping" in resolved:
+        shared.take("gradient_clipping", resolved["gradient_clipping"], "optimizer", "clip_grad_norm")
+    notes = []
+    for name, compare, describe in (
+        ("optimizer", compare_optimizer, describe_optimizer),
+        ("scheduler", compare_scheduler, describe_scheduler),
+    ):
+        block = resolved.pop(name, None)
+        if block is not None:
+            compare(block, shared)
+            notes.append(describe(shared))
+    return notes
+
+
+def _settle_run(shared: SharedSettings, precision: str, stage: int, world_size: int) -> Config:
+    """Configuration with everything settled; rules that several settings break together become problems."""
+    problems, config = shared.problems, shared.config
+    clip = float(shared.get("optimizer", "clip_grad_norm"))
     ep_size = config.parallel.ep_size or math.gcd(world_size, config.model.moe.num_experts)
-    check_topology(
-        world_size=world_size,
-        num_experts=config.model.moe.num_experts,
-        ep_size=ep_size,
-        zero_stage=zero["stage"],
-        clip_grad_norm=clip,
-        data_before_expert=bool(resolved.get("use_data_before_expert_parallelism", False)),
-    )
-    settled = {
-        "train_batch_size": batch,
-        "micro_batch_size": micro,
-        "gradient_accumulation_steps": accumulation,
-        "precision": precision,
-    }
-    return (
-        config.model_copy(
-            update={
-                "train": train.model_copy(update=settled),
-                "optimizer": config.optimizer.model_copy(update={"clip_grad_norm": clip}),
-                "parallel": config.parallel.model_copy(update={"ep_size": ep_size}),
-            }
-        ),
-        resolved,
-    )
+    train = {"train_batch_size": shared.get("train", "train_batch_size"), "precision": precision}
+    if not any(problems.below(key) for key in BATCH):
+        with problems.collect():
+            train["micro_batch_size"], train["gradient_accumulation_steps"] = _batch(shared, world_size)
+    if not any(problems.below(key) for key in ("bf16", "fp16")):
+        with problems.collect():
+            _check_precision(precision, stage, clip)
+    with problems.collect("zero_optimization.stage" if stage == 3 else ""):
+        check_topology(
+            world_size=world_size,
+            num_experts=config.model.moe.num_experts,
+            ep_size=ep_size,
+            zero_stage=stage,
+            clip_grad_norm=clip,
+        )
+    return shared.settled(train=train, optimizer={"clip_grad_norm": clip}, parallel={"ep_size": ep_size})
 
 
 def batch_triangle(batch: int, micro: int | None, accumulation: int | None, world_size: int) -> tuple[int, int]:
@@ -102,55 +148,138 @@ def batch_triangle(batch: int, micro: int | None, accumulation: int | None, worl
     if accumulation is None:
         accumulation = batch // (world_size * micro)
     if micro * accumulation * world_size != batch or micro < 1:
-        raise ConfigError(f"{rule}; leave one of them out, or change train_batch_size to a multiple of the others")
+        raise ConfigError(f"{rule}: leave one of them out, or change train_batch_size to a multiple of the others")
     return micro, accumulation
 
 
-def _take(resolved: dict[str, Any], key: str, train: TrainConfig, field: str) -> Any:
-    """Value of a setting that either file may hold; `None` if neither does."""
-    ours, theirs = getattr(train, field), resolved.get(key, "auto")
-    if theirs == "auto":
-        return ours
-    if not isinstance(theirs, int) or theirs < 1:
-        raise ConfigError(f'{key} ({theirs!r}) in the DeepSpeed JSON must be a whole number above 0, or "auto"')
-    if field in train.model_fields_set and ours is not None and ours != theirs:
-        raise ConfigError(_contradiction(f"train.{field}", ours, key, theirs))
-    return theirs
+def _batch(shared: SharedSettings, world_size: int) -> tuple[int, int]:
+    """Micro-batch size and accumulation steps; the objectives may need several pairs in a micro-batch."""
+    batch, micro, accumulation = (shared.get("train", field) for field in BATCH.values())
+    micro, accumulation = batch_triangle(batch, micro, accumulation, world_size)
+    model = shared.config.model
+    min_pairs = max(objective.min_pairs for objective in objectives_of(model))
+    if micro < min_pairs:
+        raise ConfigError(
+            f"model.objectives ({', '.join(model.objectives)}) needs a micro_batch_size ({micro}) of "
+            f"{min_pairs} or more, since it compares the pairs of a micro-batch: raise train.micro_batch_size"
+        )
+    return micro, accumulation
 
 
-def _contradiction(ours: str, our_value: Any, theirs: str, their_value: Any) -> str:
-    return (
-        f"{ours} ({our_value}) in the YAML contradicts {theirs} ({their_value}) in the DeepSpeed JSON: "
-        'set the JSON to "auto", or make them equal'
-    )
+def _rename(resolved: dict[str, Any], problems: Problems) -> None:
+    """Give old keys their present names: `bfloat16` and `zero_optimization.cpu_offload`."""
+    if "bfloat16" in resolved:
+        old = resolved.pop("bfloat16")
+        if resolved.setdefault("bf16", old) != old:
+            problems.add("bfloat16", f"bfloat16 {JSON} is the former name of bf16, which differs: remove it")
+    zero = resolved.get("zero_optimization", {})
+    if zero.pop("cpu_offload", False):
+        offload = zero.setdefault("offload_optimizer", {})
+        if offload.setdefault("device", "cpu") != "cpu":
+            problems.add(
+                "zero_optimization.cpu_offload",
+                f"zero_optimization.cpu_offload (true) {JSON} is the former name of offload_optimizer.device "
+                f'"cpu", which differs ({show(offload["device"])}): remove it',
+            )
 
 
-def _precision(resolved: dict[str, Any], train: TrainConfig) -> str:
-    wanted = {name: _section(resolved, name).get("enabled", "auto") for name in ("bf16", "fp16")}
-    if all(enabled is True for enabled in wanted.values()):
-        raise ConfigError("bf16.enabled and fp16.enabled in the DeepSpeed JSON are both true: turn one of them off")
-    chosen = next((name for name, enabled in wanted.items() if enabled is True), None)
-    explicit = "precision" in train.model_fields_set
+def _precision(resolved: dict[str, Any], shared: SharedSettings) -> str:
+    problems, train = shared.problems, shared.config.train
+    wanted = {name: resolved.get(name, {}).get("enabled") for name in ("bf16", "fp16")}
+    if all(wanted.values()):
+        problems.add("fp16.enabled", f"bf16.enabled and fp16.enabled {JSON} are both true: turn one of them off")
+    chosen = next((name for name, enabled in wanted.items() if enabled), None)
+    explicit = shared.is_explicit("train", "precision")
     if chosen is not None:
         if explicit and train.precision != chosen:
-            raise ConfigError(_contradiction("train.precision", train.precision, f"{chosen}.enabled", True))
+            path = f"{chosen}.enabled"
+            problems.add(path, contradiction("train.precision", train.precision, path, True))
         return chosen
     if wanted.get(train.precision) is False:
         if explicit:
-            raise ConfigError(_contradiction("train.precision", train.precision, f"{train.precision}.enabled", False))
+            path = f"{train.precision}.enabled"
+            problems.add(path, contradiction("train.precision", train.precision, path, False))
         return "fp32"
     return train.precision
 
 
-def _clipping(resolved: dict[str, Any], config: Config) -> float:
-    ours, theirs = config.optimizer.clip_grad_norm, resolved.get("gradient_clipping", "auto")
-    if theirs == "auto":
-        return ours
-    if not isinstance(theirs, int | float) or theirs < 0:
-        raise ConfigError(f'gradient_clipping ({theirs!r}) in the DeepSpeed JSON must be a number from 0 on, or "auto"')
-    if "clip_grad_norm" in config.optimizer.model_fields_set and ours != theirs:
-        raise ConfigError(_contradiction("optimizer.clip_grad_norm", ours, "gradient_clipping", theirs))
-    return float(theirs)
+def _settle_zero(resolved: dict[str, Any], precision: str, problems: Problems) -> list[str]:
+    """Settle data types and offload, which depend on stage and precision; return a line per value without effect."""
+    zero, types = resolved["zero_optimization"], resolved.pop("data_types", {})
+    offload = zero.get("offload_optimizer", {})
+    if offload.get("device", "").lower() == "nvme":
+        problems.add(
+            "zero_optimization.offload_optimizer.device",
+            f'zero_optimization.offload_optimizer.device ("nvme") {JSON} cannot be used: only ZeRO 3 offloads to '
+            'NVMe: write "cpu", or remove it',
+        )
+    if _accumulates_in_fp32(types, zero, precision, problems):
+        resolved["data_types"] = {"grad_accum_dtype": "fp32"}
+        return _settle_sums(resolved, problems) if zero["stage"] == 1 else []
+    if zero["stage"] == 1 and not (zero.get("overlap_comm") or offload) and "reduce_bucket_size" in zero:
+        return [
+            f"zero_optimization.reduce_bucket_size ({zero['reduce_bucket_size']}) {JSON} has no effect: ZeRO 1 without "
+            "overlap_comm averages all gradients in one buffer"
+        ]
+    return []
+
+
+def _settle_sums(resolved: dict[str, Any], problems: Problems) -> list[str]:
+    """Remove settings that do not act on ZeRO 1's own sums in fp32; return a line about each."""
+    sent = resolved.pop("communication_data_type", "fp32")
+    if sent != "fp32":
+        problems.add(
+            "communication_data_type",
+            f"communication_data_type ({show(sent)}) {JSON} cannot be used with data_types.grad_accum_dtype fp32 and "
+            'zero_optimization.stage 1, which sends the sums as they are: write "fp32", or use stage 2',
+        )
+    zero = resolved["zero_optimization"]
+    return [
+        f"zero_optimization.{key} ({show(zero.pop(key))}) {JSON} has no effect: ZeRO 1 averages sums in fp32 once, "
+        "after the last backward pass of a step"
+        for key in ("overlap_comm", "use_multi_rank_bucket_allreduce", "reduce_bucket_size")
+        if key in zero
+    ]
+
+
+def _accumulates_in_fp32(types: dict[str, Any], zero: dict[str, Any], precision: str, problems: Problems) -> bool:
+    """Whether gradients are summed over micro-steps in fp32, although the model computes in less; checks the types."""
+    for name in ("param_dtype", "grad_accum_dtype"):
+        given = types.get(name)
+        if given is None:
+            continue
+        path, dtype = f"data_types.{name}", given.lower().removeprefix("torch.")
+        dtype = PRECISIONS.get(dtype, dtype)
+        if dtype == precision:
+            continue
+        if name == "param_dtype" or dtype != "fp32":
+            allowed = " or ".join(dict.fromkeys((precision,) if name == "param_dtype" else ("fp32", precision)))
+            problems.add(
+                path,
+                f"{path} ({show(given)}) {JSON} must be {allowed}, since the model computes in {precision}: remove it, "
+                "or change train.precision",
+            )
+        elif zero["stage"] == 0 or (zero["stage"] == 1 and "offload_optimizer" in zero):
+            remedies = {0: "stage 0: use stage 1 or 2", 1: "stage 1 and offload_optimizer: use stage 2"}
+            problems.add(
+                path,
+                f"{path} ({show(given)}) {JSON} cannot be used with precision {precision}, "
+                f"zero_optimization.{remedies[zero['stage']]}, or remove it",
+            )
+        else:
+            return True
+    return False
+
+
+def _check_monitors(resolved: dict[str, Any], problems: Problems) -> None:
+    """Refuse monitors whose package is not installed."""
+    for name, package in MONITOR_PACKAGES.items():
+        if resolved.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            problems.add(
+                f"{name}.enabled",
+                f"{name}.enabled (true) {JSON} needs the package {package}, which is not installed: run "
+                f"pip install {package}, or set it to false",
+            )
 
 
 def _check_precision(precision: str, stage: int, clip: float) -> None:
@@ -167,31 +296,3 @@ def _check_precision(precision: str, stage: int, clip: float) -> None:
             "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use stage 1 or 2, "
             "or clip_grad_norm=0"
         )
-
-
-def _refuse_settings(resolved: dict[str, Any]) -> None:
-    """Refuse settings that would compete with ours, or turn off the check of gradients before the update."""
-    for key, ours in (("optimizer", "optimizer"), ("scheduler", "optimizer (warmup_steps, decay)")):
-        if key in resolved:
-            raise ConfigError(f"{key} in the DeepSpeed JSON has no effect here: remove it and set {ours} in the YAML")
-    for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
-        if _section(resolved, section).get(key) is False:
-            raise ConfigError(
-                f"{section}.{key} (false) in the DeepSpeed JSON must be left out: a gradient that is not finite would "
-                "be applied"
-            )
-
-
-def _section(resolved: dict[str, Any], name: str) -> dict[str, Any]:
-    section = resolved.get(name, {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"{name} ({section!r}) in the DeepSpeed JSON must be a JSON object: write it in braces")
-    return section
-
-
-def _refuse_auto(value: Any, path: str) -> None:
-    if value == "auto":
-        raise ConfigError(f'{path} in the DeepSpeed JSON is "auto", but no setting of eve_ds defines it: give a value')
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_auto(item, f"{path}.{key}" if path else key)

@@ -8,6 +8,8 @@ version `FOLLOWED`, with these differences:
 - ZeRO 1 copies all gradients into flat buffers with the layout of the flat weights. The partition that this rank
   updates is a slice of these buffers. Sums over ranks add the same numbers, so a result can differ only for more than
   two ranks, and only in the last bit.
+- ZeRO 1 sums gradients over micro-steps in fp32 in these buffers if `data_types.grad_accum_dtype` says so. DeepSpeed
+  would take another optimizer for that, whose tensors our checkpoints do not know.
 - The norm alone detects gradients that are not finite, because sums over ranks spread such values to all ranks.
 - Weights that already are views of the flat weights are not set again.
 """
@@ -25,10 +27,13 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPar
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor, nn
 
+from eve_ds.config import ConfigError
 from eve_ds.distributed import get_logger
+from eve_ds.parallel.deepspeed_json.errors import deepspeed_errors
+from eve_ds.parallel.deepspeed_json.keys import FOLLOWED
 
-FOLLOWED = "0.19.8"
-"""Version of DeepSpeed whose methods this module replaces."""
+DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's default of `reduce_bucket_size`."""
 
 
 def initialize_engine(
@@ -40,19 +45,42 @@ def initialize_engine(
         model: model with the experts of this rank.
         optimizer: optimizer over the groups of :func:`eve_ds.training.optimizer.optimizer_parameter_groups`.
         deepspeed_config: result of :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
     """
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
-    )
-    lower_host_calls(engine)
+    config = _fit_bucket(deepspeed_config, model)
+    sums_in_fp32 = config["zero_optimization"]["stage"] == 1 and "data_types" in config
+    if sums_in_fp32:
+        del config["data_types"]
+    with deepspeed_errors(deepspeed_config):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    lower_host_calls(engine, torch.float32 if sums_in_fp32 else None)
+    if sums_in_fp32 and getattr(engine.optimizer, "flat_gradients", None) is None:
+        raise ConfigError(
+            f"data_types.grad_accum_dtype (fp32) in the DeepSpeed JSON needs DeepSpeed {FOLLOWED} at ZeRO 1, and this "
+            f"is {deepspeed.__version__}: use stage 2, or remove it"
+        )
     return engine
 
 
-def lower_host_calls(engine: DeepSpeedEngine) -> bool:
+def _fit_bucket(deepspeed_config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Copy of the configuration with a bucket of gradients no larger than the model: DeepSpeed allocates all of it."""
+    zero = dict(deepspeed_config["zero_optimization"])
+    size = sum(parameter.numel() for parameter in model.parameters())
+    zero["reduce_bucket_size"] = min(zero.get("reduce_bucket_size", DEFAULT_BUCKET), size)
+    return deepspeed_config | {"zero_optimization": zero}
+
+
+def lower_host_calls(engine: DeepSpeedEngine, sum_dtype: torch.dtype | None = None) -> bool:
     """Replace methods of the engine's ZeRO optimizer; return whether they were replaced.
 
     Nothing is replaced at ZeRO 0, with offload to the CPU, with a model-parallel group, with an optimizer other than
     AdamW, or with a DeepSpeed version other than `FOLLOWED`. The last case is logged.
+
+    Args:
+        engine: new engine.
+        sum_dtype: data type in which ZeRO 1 sums gradients over micro-steps and ranks; None: that of the weights.
     """
     optimizer = engine.optimizer
     if type(optimizer) is not DeepSpeedZeroOptimizer or not _is_supported(optimizer):
@@ -65,7 +93,8 @@ def lower_host_calls(engine: DeepSpeedEngine) -> bool:
         )
         return False
     optimizer.__class__ = FewerCallsOptimizer
-    optimizer.flat_gradients = FlatGradients(optimizer) if _reduces_after_backward(optimizer) else None
+    reduces_after = _reduces_after_backward(optimizer)
+    optimizer.flat_gradients = FlatGradients(optimizer, sum_dtype or optimizer.dtype) if reduces_after else None
     if optimizer.flat_gradients is not None:
         for hook in optimizer._grad_acc_hooks:  # these hooks would fill DeepSpeed's own buckets
             hook.remove()
@@ -99,11 +128,18 @@ def _reduces_after_backward(optimizer: DeepSpeedZeroOptimizer) -> bool:
 class FlatGradients:
     """Gradients of all parameters that a rank computes, in one buffer per process group that averages them.
 
-    Each buffer has the size and precision of the weights it serves and lives across steps. It replaces DeepSpeed's
-    bucket of `reduce_bucket_size` elements and its copy of this rank's gradients.
+    Each buffer has the size of the weights it serves and lives across steps. It replaces DeepSpeed's bucket of
+    `reduce_bucket_size` elements and its copy of this rank's gradients.
+
+    Args:
+        optimizer: ZeRO 1 optimizer.
+        dtype: data type of the buffers. If it is not that of the weights, micro-steps are summed in the buffers.
     """
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer, dtype: torch.dtype) -> None:
+        self.sums_micro_steps = dtype != optimizer.dtype
+        self.is_empty = True
+        """Whether the buffers hold nothing of the step that is being computed."""
         self.parameters: list[nn.Parameter] = []
         self.views: list[Tensor] = []
         """Destination of each parameter's gradient, in the shape of the parameter."""
@@ -115,7 +151,7 @@ class FlatGradients:
         for process_group in dict.fromkeys(groups):
             members = [number for number, group in enumerate(groups) if group is process_group]
             sizes = [optimizer.bit16_groups_flat[number].numel() for number in members]
-            buffer = optimizer.bit16_groups_flat[members[0]].new_zeros(sum(sizes))
+            buffer = optimizer.bit16_groups_flat[members[0]].new_zeros(sum(sizes), dtype=dtype)
             self.buffers.append((buffer, process_group))
             for number, flat in zip(members, buffer.split(sizes), strict=True):
                 self._add(optimizer, number, flat)
@@ -132,18 +168,21 @@ class FlatGradients:
         partition.move_flat_partition(flat.device)  # recreates its views
         self.partitions[number] = partition
 
-    def fill(self) -> None:
-        """Copy the gradients of all parameters; a missing gradient counts as 0."""
+    def add(self) -> None:
+        """Add the gradients of all parameters to the step's sums; a missing gradient counts as 0."""
         pairs = zip(self.views, (parameter.grad for parameter in self.parameters), strict=True)
         found = [(view, gradient) for view, gradient in pairs if gradient is not None]
-        if len(found) < len(self.views):
+        if self.is_empty and len(found) < len(self.views):
             for buffer, _ in self.buffers:
                 buffer.zero_()
         if found:
-            torch._foreach_copy_([view for view, _ in found], [gradient for _, gradient in found])
+            combine = torch._foreach_copy_ if self.is_empty else torch._foreach_add_
+            combine([view for view, _ in found], [gradient for _, gradient in found])
+        self.is_empty = False
 
     def average(self, num_ranks: int) -> None:
         """Sum over the ranks of each process group, divided by the number of all data-parallel ranks."""
+        self.is_empty = True  # the next step starts anew
         for buffer, process_group in self.buffers:
             if num_ranks > 1:
                 buffer.div_(num_ranks)
@@ -169,11 +208,20 @@ class FewerCallsOptimizer(DeepSpeedZeroOptimizer):
         if self.flat_gradients is None:
             super().reduce_gradients(pipeline_parallel)
             return
-        self.flat_gradients.fill()
+        self.flat_gradients.add()
         self.flat_gradients.average(dist.get_world_size(self.dp_process_group) if self.gradient_average else 1)
         self.averaged_gradients.update(self.flat_gradients.partitions)
         self._clear_param_grad_only()
         self._epilogue_ran_this_backward = True
+
+    @torch.no_grad()
+    def backward_epilogue(self, *arguments: Any, **options: Any) -> None:
+        """After each backward: move the gradients of a micro-step into the sums, if these are of their own type."""
+        super().backward_epilogue(*arguments, **options)
+        flat = self.flat_gradients
+        if flat is not None and flat.sums_micro_steps and not self.is_gradient_accumulation_boundary():
+            flat.add()
+            self._clear_param_grad_only()
 
     def should_refresh_expected_hook_count(self) -> bool:
         """Whether to count the parameters in the graph: no if autograd signals the end of the backward."""

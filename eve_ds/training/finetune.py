@@ -25,7 +25,7 @@ from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.signals import StopSignals
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
-from eve_ds.tasks.examples import Example
+from eve_ds.tasks.examples import Example, fingerprint
 from eve_ds.tasks.load_examples import load_examples
 from eve_ds.tasks.registry import new_task
 from eve_ds.tasks.saved import (
@@ -48,6 +48,8 @@ MODEL, EVALUATION = "model", "evaluation"
 EVALUATION_BATCH = 64
 SKIPPED = "skipped"
 """Name of the count of examples that were replaced because they had no usable image."""
+EXAMPLES = "examples"
+"""Key of a position with the fingerprint of the training examples; earlier versions had none."""
 MIN_COUNTED = 1000
 """Number of samples before `data.max_bad_share` applies, so that a few early bad examples do not stop a run."""
 
@@ -158,7 +160,19 @@ class Finetuning:
             model.get_submodule("backbone").requires_grad_(False)
 
     def open(self, loading: Loading) -> TaskBatches:
-        """Open the examples from the step on; the order depends on the step, so no saved position is needed."""
+        """Open the examples from the step on; the order depends on the step, so no saved position is needed.
+
+        Raises:
+            ConfigError: the checkpoint was written with other examples.
+        """
+        contents = fingerprint(self.examples)
+        for position in loading.positions or []:
+            before = position.get(EXAMPLES, contents)
+            if before != contents:
+                raise ConfigError(
+                    f"task.train holds other examples ({contents}) than the checkpoint was written with ({before}): "
+                    "restore them, or name another output folder"
+                )
         collate = TaskCollator(self.config, self.tokenizer, self.task.targets)
         batches = training_batches(
             self.examples,
@@ -170,7 +184,7 @@ class Finetuning:
             micro_batch_size=loading.micro_batch_size,
             pin_memory=loading.pin_memory,
         )
-        return TaskBatches(batches)
+        return TaskBatches(batches, contents)
 
     def counts(self, micro_batches: Sequence[TaskBatch]) -> dict[str, float]:
         """Return the number of examples that were replaced."""
@@ -249,10 +263,11 @@ class TaskBatches:
 
     Args:
         batches: endless micro-batches of one data rank.
+        contents: fingerprint of all training examples, by which a resumed run knows them again.
     """
 
-    def __init__(self, batches: Iterator[TaskBatch]) -> None:
-        self._batches = batches
+    def __init__(self, batches: Iterator[TaskBatch], contents: str) -> None:
+        self._batches, self._contents = batches, contents
         self._skipped: Counter[str] = Counter()
 
     def __next__(self) -> TaskBatch:
@@ -262,8 +277,8 @@ class TaskBatches:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of examples replaced since this start of the run, by reason."""
-        return {SKIPPED: dict(self._skipped)}
+        """Return the number of examples replaced since this start of the run, by reason, and the fingerprint."""
+        return {SKIPPED: dict(self._skipped), EXAMPLES: self._contents}
 
     def close(self) -> None:
         """End the worker processes."""

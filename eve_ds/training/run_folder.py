@@ -25,6 +25,10 @@ IDENTITY = ("model", "masking", "data", "loss", "task")
 MUTABLE_KEYS = {"data": {"num_workers", "max_bad_share"}}
 """Keys of the sections in :data:`IDENTITY` that may change."""
 
+LOCATIONS = ("tokenizer", "shards", "annotations", "images")
+"""Keys in these sections, at any depth, that say where data lies. They may change once a checkpoint exists: resuming
+compares the tokenizer, the shards and the examples themselves."""
+
 
 class FolderLock:
     """File lock that allows one run at a time to write into a folder; the system releases it with the process."""
@@ -82,7 +86,10 @@ def check_output_dir(config: Config, resume: Resume) -> None:
     if tree is None:
         return
     before = parse_written_config(tree, str(written)).model_dump(mode="json")  # adds fields newer than the run
-    difference = _difference(_identity(before), _identity(config.model_dump(mode="json")))
+    now = config.model_dump(mode="json")
+    difference = _difference(_identity(before), _identity(now))
+    if difference is not None and manifest.committed(folder):
+        difference = _difference(_identity(_without_locations(before)), _identity(_without_locations(now)))
     if difference is not None:
         key, then, now = difference
         raise ConfigError(
@@ -127,6 +134,15 @@ def _identity(tree: dict[str, Any]) -> dict[str, Any]:
             if key not in MUTABLE_KEYS.get(section, ())
         }
     return identity
+
+
+def _without_locations(tree: Any) -> Any:
+    """Return settings without :data:`LOCATIONS`."""
+    if isinstance(tree, list):
+        return [_without_locations(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without_locations(value) for key, value in tree.items() if key not in LOCATIONS}
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:

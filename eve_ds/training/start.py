@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eve_ds.checkpoint.resuming import newest_good
+from eve_ds.checkpoint.resuming import check_tokenizer, newest_good
 from eve_ds.config import TrainConfig
 from eve_ds.distributed import seed_everything
 from eve_ds.model.eve import Backbone
@@ -36,6 +36,8 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
     on_rank_zero(job.check_folder)
     on_rank_zero(lock.acquire)
     checkpoint = None if resume == "none" else newest_good(config, resume if isinstance(resume, Path) else None)
+    if checkpoint is not None:
+        on_rank_zero(partial(check_tokenizer, checkpoint, job.tokenizer))
     seed_everything(config.train.seed)
     topology = Topology.current(config.parallel.ep_size)
     moe_cls = partial(DeepSpeedMoE, ep_size=topology.ep_size, ep_rank=topology.expert_rank)

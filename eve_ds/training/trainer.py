@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from eve_ds.checkpoint.manifest import name_of
-from eve_ds.checkpoint.resuming import load
+from eve_ds.checkpoint.resuming import changed_settings, load
 from eve_ds.checkpoint.saving import Content, Saver
 from eve_ds.data.sources import UnusableData
 from eve_ds.distributed import get_logger, rank_zero, seed_everything
@@ -100,8 +100,9 @@ class Trainer:
         self.feed.open(self._loading(positions))
         self.checkpoint = checkpoint
         # Earlier records in the file with larger step numbers belong to updates that were lost.
-        self.metrics.write("event", **self._stamp(), event="resumed", message=f"from {checkpoint}")
-        get_logger().info("resumed from %s", checkpoint)
+        message = "; ".join([f"from {checkpoint}", *changed_settings(checkpoint, self.config)])
+        self.metrics.write("event", **self._stamp(), event="resumed", message=message)
+        get_logger().info("resumed %s", message)
 
     def run(self) -> Summary:
         """Train until `max_steps` or `max_seconds`; evaluate and save when due and at the end."""

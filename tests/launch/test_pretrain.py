@@ -83,10 +83,10 @@ def cases(folder):
         ("no JSON", None, [], run, "cannot be read: No such file or directory"),
         (
             "optimizer",
-            zero1 | {"optimizer": {"type": "Adam"}},
+            zero1 | {"optimizer": {"type": "Lamb"}},
             [],
             run,
-            "optimizer in the DeepSpeed JSON has no effect",
+            'optimizer.type ("Lamb") in the DeepSpeed JSON cannot be used: eve_ds trains with AdamW',
         ),
         ("no checkpoint", zero1, ["--resume", f"{folder}/x"], run, f"{folder}/x to resume from does not exist"),
     ]

@@ -144,7 +144,6 @@ def test_valid_topologies_are_accepted(change):
             r"clip_grad_norm \(1\) cannot be used with zero_optimization\.stage 0 and parallel\.ep_size \(2\).*"
             r"average of the ranks' gradient norms.*use stage 1 or 2, where it is, or clip_grad_norm=0",
         ),
-        ({"data_before_expert": True}, r"use_data_before_expert_parallelism \(true\) must be left out"),
     ],
 )
 def test_topologies_that_fail_or_give_other_results_are_refused(change, text):

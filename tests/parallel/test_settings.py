@@ -39,7 +39,7 @@ def test_batch_sizes_that_do_not_fit_are_refused(batch, micro, accumulation, ran
     with pytest.raises(ConfigError) as caught:
         batch_triangle(batch, micro, accumulation, ranks)
     assert str(caught.value) == (
-        f"train_batch_size {text}; leave one of them out, or change train_batch_size to a multiple of the others"
+        f"train_batch_size {text}: leave one of them out, or change train_batch_size to a multiple of the others"
     )
 
 
@@ -133,17 +133,17 @@ END = 'in the DeepSpeed JSON: set the JSON to "auto", or make them equal'
         (
             {"bf16": {"enabled": True}},
             {"train": {"precision": "fp32"}},
-            f"train.precision (fp32) in the YAML contradicts bf16.enabled (True) {END}",
+            f"train.precision (fp32) in the YAML contradicts bf16.enabled (true) {END}",
         ),
         (
             {"bf16": {"enabled": False}},
             {"train": {"precision": "bf16"}},
-            f"train.precision (bf16) in the YAML contradicts bf16.enabled (False) {END}",
+            f"train.precision (bf16) in the YAML contradicts bf16.enabled (false) {END}",
         ),
         (
             {"fp16": {"enabled": True}},
             {"train": {"precision": "bf16"}},
-            f"train.precision (bf16) in the YAML contradicts fp16.enabled (True) {END}",
+            f"train.precision (bf16) in the YAML contradicts fp16.enabled (true) {END}",
         ),
     ],
 )
@@ -155,25 +155,19 @@ def test_a_contradiction_names_both_places(dictionary, sections, text):
     ("dictionary", "text"),
     [
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage (3) must be below 3, since DeepSpeed cannot"),
-        (
-            {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
-            'zero_optimization.reduce_bucket_size in the DeepSpeed JSON is "auto", but no setting',
-        ),
-        ({"optimizer": {"type": "Adam"}}, "optimizer in the DeepSpeed JSON has no effect here: remove it and set"),
-        ({"scheduler": {"type": "WarmupLR"}}, "scheduler in the DeepSpeed JSON has no effect here"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled and fp16.enabled in the DeepSpeed JSON"),
-        ({"bf16": True}, "bf16 (True) in the DeepSpeed JSON must be a JSON object: write it in braces"),
+        ({"bf16": True}, "bf16 (true) in the DeepSpeed JSON must be a JSON object: write it in braces"),
         ({"zero_optimization": 1}, "zero_optimization (1) in the DeepSpeed JSON must be a JSON object"),
-        ({"train_batch_size": "64"}, "train_batch_size ('64') in the DeepSpeed JSON must be a whole number above 0"),
+        ({"train_batch_size": "64"}, 'train_batch_size ("64") in the DeepSpeed JSON must be a whole number from 1 on'),
         ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu (0) in the DeepSpeed JSON must be"),
         ({"gradient_clipping": -1}, "gradient_clipping (-1) in the DeepSpeed JSON must be a number from 0 on"),
         (
             {"bf16": {"enabled": True, "check_grad_overflow": False}},
-            "bf16.check_grad_overflow (false) in the DeepSpeed JSON must be left out: a gradient that is not finite",
+            "bf16.check_grad_overflow (false) in the DeepSpeed JSON cannot be used: a gradient that is not finite",
         ),
         (
             {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
-            "zero_optimization.compute_grad_norm (false) in the DeepSpeed JSON must be left out",
+            "zero_optimization.compute_grad_norm (false) in the DeepSpeed JSON cannot be used: a gradient that is not",
         ),
         (
             {"bf16": {"enabled": True}},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
 
-from eve_ds.cli.command import BAD_INPUT, exit_code
+from eve_ds.cli.command import BAD_INPUT, ending
 from eve_ds.config import ConfigError, load_config, parse_config, presets
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
@@ -255,7 +255,7 @@ def test_examples_without_any_usable_image_end_training_with_one_line(task_tree,
     with pytest.raises(UnusableData, match=message) as caught:
         next(batches(config, VQA(config, ["red"]), [example] * 8))
     assert "\n" not in str(caught.value)
-    assert exit_code(caught.value) == BAD_INPUT
+    assert ending(caught.value).code == BAD_INPUT
 
 
 def test_images_are_batched_as_bytes_and_normalized_once(task_tree, monkeypatch):

@@ -107,6 +107,35 @@ def test_the_folder_of_the_same_run_is_accepted(tmp_path):
     )
 
 
+MOVED = {
+    "tokenizer": {"data": {"tokenizer": "/other/place"}},
+    "shards": {"data": {"sources": [{"kind": "shards", "shards": "/other/{000..001}.tar"}]}},
+    "validation": {"data": {"validation": {"sources": [{"kind": "shards", "shards": "/other/v"}]}}},
+    "examples": {"task": {"name": "vqa", "train": {"format": "json", "annotations": ["/other/a"], "images": "/b"}}},
+}
+
+
+def at_home(moved):
+    """The same settings with the data in another place."""
+    if isinstance(moved, dict):
+        return {key: at_home(value) for key, value in moved.items()}
+    if isinstance(moved, list):
+        return [at_home(item) for item in moved]
+    return moved.replace("/other", "/home") if isinstance(moved, str) else moved
+
+
+@pytest.mark.parametrize("what", MOVED)
+def test_data_may_move_once_a_checkpoint_can_tell_whether_it_is_the_same(tmp_path, what):
+    train = {"train": {"output_dir": str(tmp_path)}}
+    before, now = (parse_config(train | tree) for tree in (at_home(MOVED[what]), MOVED[what]))
+    write_config(before)
+    assert "is the folder of another run: its " in refused_folder(now)
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    check_output_dir(now, "auto")
+    changed = now.model_copy(update={"loss": now.loss.model_copy(update={"mlm_weight": 3.0})})
+    assert "its loss.mlm_weight is 1.0, this run's is 3.0" in refused_folder(changed)
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", "\ud800", "\0" * 100])
 def test_a_damaged_configuration_is_read_from_a_checkpoint(tmp_path, caplog, damage):
     run = of_run(tmp_path)

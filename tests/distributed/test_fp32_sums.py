@@ -1,0 +1,127 @@
+"""Gradients of a bf16 model summed in fp32 (`data_types.grad_accum_dtype`): against plain torch, saved and resumed."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from joint_loss import MICRO_SIZE, joint_loss
+from tiny import tiny_tree
+
+from eve_ds.config import parse_config
+
+MICRO_STEPS = 3
+IN_FP32 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+TOLERANCE = 1e-6
+"""Relative to the largest element: sums of fp32 numbers in another order. Sums in bf16 are off by up to 2^-8."""
+
+
+def configuration(ranks, model=(), **train):
+    return parse_config(
+        {
+            "model": tiny_tree(objectives=["joint"], **dict(model)),
+            "data": {"sources": [{"kind": "scenes", "num_samples": 64}], "num_workers": 0},
+            "optimizer": {"lr": 1e-2, "warmup_steps": 1, "decay": "constant"},
+            "train": {
+                "train_batch_size": ranks * MICRO_STEPS * MICRO_SIZE,
+                "gradient_accumulation_steps": MICRO_STEPS,
+                **train,
+            },
+        }
+    )
+
+
+SMALL = {"image_size": 16, "text_length": 6}
+
+
+def gradients_of_engines(rank, world_size, stages):
+    """For each stage: 10 times Adam's first moments after one step, which are the gradients."""
+    from eve_ds.checkpoint.engine_tensors import fragments
+    from eve_ds.model.eve import EVE
+    from eve_ds.parallel.moe import DeepSpeedMoE
+    from eve_ds.parallel.settings import resolve_deepspeed_config
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+    from eve_ds.parallel.zero import initialize_engine
+    from eve_ds.training.optimizer import build_optimizer
+
+    initialize_deepspeed_distributed()
+    results = []
+    for stage in stages:
+        dictionary = {**IN_FP32, "zero_optimization": {"stage": stage}, "communication_data_type": "fp32"}
+        config, resolved = resolve_deepspeed_config(dictionary, configuration(world_size, SMALL), world_size)
+        torch.manual_seed(3)
+        model = EVE(config.model, functools.partial(DeepSpeedMoE, ep_size=1))
+        engine = initialize_engine(model, build_optimizer(model, config, resolved), resolved)
+        for part in range(MICRO_STEPS):
+            engine.backward(joint_loss(engine, config.model, rank, 0, part))
+            engine.step()
+        found = [(part.name, part.start, part.tensors["exp_avg"].clone() * 10) for part in fragments(engine)]
+        results.append((float(engine.get_global_grad_norm()), found))
+        engine.destroy()
+    return results
+
+
+def reference(ranks):
+    """Gradients of plain torch: each micro-step's in bf16, their sum in fp32."""
+    from eve_ds.model.eve import EVE
+    from eve_ds.model.moe import plain_names_of
+
+    config = configuration(ranks, SMALL).model
+    torch.manual_seed(3)
+    model = EVE(config).bfloat16()
+    sums = {}
+    for rank in range(ranks):
+        for part in range(MICRO_STEPS):
+            (joint_loss(model, config, rank, 0, part) / MICRO_STEPS).backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    sums[name] = sums.get(name, 0) + parameter.grad.float() / ranks
+                    parameter.grad = None
+    return {
+        one: part
+        for name, parameter in model.named_parameters()
+        if name in sums
+        for names in [plain_names_of(model, name, parameter)]
+        for one, part in zip(names, sums[name].reshape(len(names), -1), strict=True)
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sums_over_micro_steps_and_ranks_are_those_of_plain_torch(run_ranks, ranks):
+    expected = reference(ranks)
+    norm = float(torch.cat(list(expected.values())).norm())
+    results = run_ranks(gradients_of_engines, ranks, [1, 2])
+    for number in range(2):
+        for own_norm, found in (of_rank[number] for of_rank in results):
+            assert own_norm == pytest.approx(norm, rel=TOLERANCE)
+            scale = min(1.0, 1.0 / (norm + 1e-6))  # clipping at 1
+            for name, start, values in found:
+                whole = expected.get(name)
+                if whole is None:
+                    assert not values.any()
+                    continue
+                error = (values - scale * whole[start : start + values.numel()]).abs().max() / whole.abs().max()
+                assert error < 2 * TOLERANCE, (number, name)
+
+
+def train_and_resume(rank, world_size, folder):
+    """Hashes of the tensors after two steps in one run, and in a run that stopped after the first."""
+    from eve_ds.training.pretrain import pretrain
+
+    results = {}
+    for name, limits in {"whole": [2], "resumed": [1, 2]}.items():
+        output = Path(folder) / name
+        for limit in limits:
+            config = configuration(world_size, {"patch_size": 16}, max_steps=limit, output_dir=str(output))
+            config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": 2})})
+            pretrain(config, {**IN_FP32, "zero_optimization": {"stage": 1}})
+        files = sorted((output / "checkpoints" / "step-00000002").glob("*.safetensors"))
+        results[name] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return results
+
+
+def test_a_run_that_sums_in_fp32_is_saved_and_resumes_bit_for_bit(run_ranks, tmp_path):
+    for found in run_ranks(train_and_resume, 2, str(tmp_path)):
+        assert len(found["whole"]) >= 2
+        assert found["whole"] == found["resumed"]
