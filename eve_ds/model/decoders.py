@@ -92,6 +92,7 @@ class TextHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(M, D) -> (M, D); the caller multiplies the result by the word embedding."""
-        return self.norm(F.gelu(self.dense(hidden_states)))
+    def forward(self, hidden_states: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+        """(M, D) -> (M, D), which the caller multiplies by the word embedding; with that (V, D) -> logits (M, V)."""
+        hidden = self.norm(F.gelu(self.dense(hidden_states)))
+        return hidden if vocabulary is None else F.linear(hidden, vocabulary, self.bias)

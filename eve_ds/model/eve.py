@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from eve_ds.config import ModelConfig
 from eve_ds.model.attention import SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
-from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
+from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding, vocabulary_matrix
 from eve_ds.model.feed_forward import ModalityFeedForward, SharedFeedForward
 from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
 from eve_ds.model.stream import TokenStream, join
+from eve_ds.model.view_check import check_view
 from eve_ds.objectives.contrastive import MatchingHeads, MatchingOutput
 from eve_ds.objectives.objective import Objective
 from eve_ds.objectives.registry import OBJECTIVES, objectives_of
@@ -41,6 +42,8 @@ class BackboneOutput(NamedTuple):
     """Token states after the final LayerNorm; `stream.padded()` lays them out by sample."""
     moe: tuple[MoEOutput, ...]
     """One output per MoE layer, shallow to deep, for this view; their `hidden_states` are internal."""
+    block_states: tuple[Tensor, ...] = ()
+    """(N, D) tokens before the first block and after each block, if they were asked for."""
 
     @property
     def num_image_tokens(self) -> int:
@@ -83,7 +86,11 @@ class EVEOutput(NamedTuple):
         """Return the logits (M, V) of the masked tokens; raises ValueError for a batch without text."""
         if self.token_hidden is None:
             raise ValueError("no token logits: this batch had no text")
-        return F.linear(self.token_hidden, self.vocabulary_weight, self.vocabulary_bias)
+        hidden, bias = self.token_hidden, self.vocabulary_bias
+        # Outside autocast, whose states have a smaller dtype than the weights.
+        return F.linear(
+            hidden, self.vocabulary_weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        )
 
 
 class Block(nn.Module):
@@ -158,6 +165,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.keep_padding = config.profile == "official"
         """Whether padding is computed too, as the released model routes it; other results are the same, but slower."""
+        self.image_size, self.num_patches = config.image_size, config.num_patches
         self.image_embedding = ImageEmbedding(config)
         self.text_embedding = TextEmbedding(config)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -173,30 +181,42 @@ class Backbone(nn.Module):
         image_mask: Tensor | None = None,
         visible_patch_ids: Tensor | None = None,
         visible_patch_mask: Tensor | None = None,
+        keep_states: bool = False,
     ) -> BackboneOutput:
-        """Encode one view of images (B, 3, H, W), texts (B, L) or pairs; arguments are the fields of :class:`View`."""
-        view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
-        return self.encode([view])[0]
+        """Encode one view of images (B, 3, H, W), texts (B, L) or pairs.
 
-    def encode(self, views: Sequence[View]) -> list[BackboneOutput]:
+        The arguments are the fields of :class:`View`, and `keep_states` of :meth:`encode`. Raises ValueError for a
+        tensor of another shape or dtype.
+        """
+        view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
+        return self.encode([view], keep_states)[0]
+
+    def encode(self, views: Sequence[View], keep_states: bool = False) -> list[BackboneOutput]:
         """Encode views in one pass; except for rounding and random draws, no view's result depends on the other views.
 
         Matrix products run once over the tokens of all views. Attention and router statistics keep the views apart, and
-        where experts have a capacity, each view has its own.
+        where experts have a capacity, each view has its own. With `keep_states`, the result has the tokens between the
+        blocks.
         """
         streams = [self._embed(view) for view in views]
         packing = Packing.of([stream.layout for stream in streams])
         x = joined([stream.hidden_states for stream in streams])
         moe_outputs: list[list[MoEOutput]] = [[] for _ in views]
+        kept = [x]
         for block in self.blocks:
             x, moe = self._run(cast(Block, block), x, packing)
+            if keep_states:
+                kept.append(x)
             if moe is not None:
                 for own, output in zip(moe_outputs, [moe] if len(views) == 1 else moe.by_view(), strict=True):
                     own.append(output)
         states = self.norm(x).split(packing.view_sizes)
+        between = (
+            list(zip(*(x.split(packing.view_sizes) for x in kept), strict=True)) if keep_states else [()] * len(views)
+        )
         return [
-            BackboneOutput(TokenStream(own, layout), tuple(moe))
-            for own, layout, moe in zip(states, packing.layouts, moe_outputs, strict=True)
+            BackboneOutput(TokenStream(own, layout), tuple(moe), block_states)
+            for own, layout, moe, block_states in zip(states, packing.layouts, moe_outputs, between, strict=True)
         ]
 
     def compile_blocks(self, backend: str | Callable[..., object] = "inductor") -> None:
@@ -210,9 +230,10 @@ class Backbone(nn.Module):
                 block.compiled = torch.compile(block.compute, dynamic=True, fullgraph=True, backend=backend)
 
     def _embed(self, view: View) -> TokenStream:
+        check_view(view, self.image_size)
         layout = view.layout
         if layout is None:
-            layout = view.layout_of(len(self.image_embedding.position) - 1, self.keep_padding)
+            layout = view.layout_of(self.num_patches, self.keep_padding)
         image = None if view.pixel_values is None else self.image_embedding(view.pixel_values, view.visible_patch_ids)
         text = None if view.input_ids is None else self.text_embedding(view.input_ids)
         stream = join(image, text, layout)
@@ -347,7 +368,7 @@ class EVE(nn.Module):
             made |= objective.predict(self, encoded, inputs, made)
         more = {name: made.pop(name) for name in made.keys() - EVEOutput._field_defaults.keys()}
         return EVEOutput(
-            vocabulary_weight=self.backbone.text_embedding.word.weight,
+            vocabulary_weight=vocabulary_matrix(self.backbone.text_embedding.word),
             vocabulary_bias=None if self.text_head is None else self.text_head.bias,
             moe={name: view.moe for name, view in encoded.items()},
             more=more,
