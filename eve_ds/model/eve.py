@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +32,8 @@ from eve_ds.objectives.objective import Objective
 from eve_ds.objectives.registry import OBJECTIVES, objectives_of
 from eve_ds.views import Layout, Packing, View, joined, views_of
 
+CHECKPOINT = partial(checkpoint, use_reentrant=False)
+"""Activation checkpointing of torch, which recomputes what it did not keep."""
 MoEFactory = Callable[[ModelConfig], nn.Module]
 """Makes the MoE of one layer; its forward has the signature of :meth:`eve_ds.model.moe.MoE.forward`."""
 
@@ -111,6 +114,8 @@ class Block(nn.Module):
         else:
             is_shared = layer in config.moe_layers and config.deep_ffn == "shared"
             self.ffn = SharedFeedForward(config) if is_shared else ModalityFeedForward(config)
+        self.checkpoint: Callable[..., Any] | None = None
+        """Function that runs the block in training without keeping its activations; None: they are kept."""
         self.compiled: Callable[..., tuple[Tensor, ...]] | None = None
         """Compiled :meth:`compute`, set by :meth:`Backbone.compile_blocks` and used in training only."""
 
@@ -171,7 +176,6 @@ class Backbone(nn.Module):
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config, layer, moe_cls) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.activation_checkpointing = False
 
     def forward(
         self,
@@ -219,6 +223,14 @@ class Backbone(nn.Module):
             for own, layout, moe, block_states in zip(states, packing.layouts, moe_outputs, between, strict=True)
         ]
 
+    def checkpoint_blocks(self, function: Callable[..., Any] | None = CHECKPOINT, every: int = 1) -> None:
+        """Keep no activations of every `every`-th block in training, and compute them again in the backward.
+
+        `function` runs a block with its arguments; None turns this off.
+        """
+        for number, block in enumerate(cast(Iterable[Block], self.blocks)):
+            block.checkpoint = function if number % every == 0 else None
+
     def compile_blocks(self, backend: str | Callable[..., object] = "inductor") -> None:
         """Compile one graph for every kind of block, for any number of tokens; training uses it, evaluation does not.
 
@@ -241,8 +253,8 @@ class Backbone(nn.Module):
 
     def _run(self, block: Block, x: Tensor, packing: Packing) -> tuple[Tensor, MoEOutput | None]:
         kept = block.draw_kept(packing, x.dtype)
-        if self.activation_checkpointing and self.training:
-            return checkpoint(block, x, packing, kept, use_reentrant=False)
+        if block.checkpoint is not None and self.training:
+            return block.checkpoint(block, x, packing, kept)
         return block(x, packing, kept)
 
 

@@ -246,7 +246,8 @@ def engine_for(case, world_size):
 
     os.environ["EVE_DS_OPS"] = case.ops
     model = EVE(case.config(), functools.partial(DeepSpeedMoE, ep_size=case.ep_size))
-    model.backbone.activation_checkpointing = case.activation_checkpointing
+    if case.activation_checkpointing:
+        model.backbone.checkpoint_blocks()
     model.pack_views = case.pack_views
     load_plain_state_dict(model, plain_model(case.config()).state_dict().__getitem__)
     settings = {
