@@ -40,7 +40,16 @@ class PixelDecoder(nn.Module):
         self.pixels = nn.Linear(width, config.patch_size**2 * 3)
 
     def forward(self, stream: TokenStream, visible_patch_ids: Tensor, masked_patch_ids: Tensor) -> Tensor:
-        """Encoded stream of B samples, (B, N_visible), (B, N_masked) int64 -> pixels (B, N_masked, P * P * 3)."""
+        """Encoded stream of B samples, (B, N_visible), (B, N_masked) int64 -> pixels (B, N_masked, P * P * 3).
+
+        Raises:
+            ValueError: `masked_patch_ids` does not have B rows.
+        """
+        batch = len(stream.layout.mask)
+        if masked_patch_ids.ndim != 2 or len(masked_patch_ids) != batch:
+            raise ValueError(
+                f"masked_patch_ids {tuple(masked_patch_ids.shape)} must be ({batch}, patches): a row for every image"
+            )
         queries = self.mask_token + self.position[masked_patch_ids]  # (B, N_masked, W)
         memory = self.memory(self.memory_norm(stream.hidden_states))  # (N, W or D)
         if self.kind == "cross":

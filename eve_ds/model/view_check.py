@@ -17,16 +17,16 @@ def check_view(view: View, image_size: int) -> None:
     Raises:
         ValueError: a tensor has another shape or dtype than :class:`eve_ds.views.View` describes.
     """
-    if view.pixel_values is not None:
-        _check_images(view, view.pixel_values, image_size)
-    if view.input_ids is not None:
-        _check_texts(view, view.input_ids)
     if view.pixel_values is not None and view.input_ids is not None:
         images, texts = len(view.pixel_values), len(view.input_ids)
         if images != texts:
             raise ValueError(
                 f"pixel_values has {images} samples and input_ids has {texts}: pass one text for every image"
             )
+    if view.pixel_values is not None:
+        _check_images(view, view.pixel_values, image_size)
+    if view.input_ids is not None:
+        _check_texts(view, view.input_ids)
 
 
 def _check_images(view: View, pixel_values: Tensor, image_size: int) -> None:
@@ -51,6 +51,10 @@ def _check_images(view: View, pixel_values: Tensor, image_size: int) -> None:
 def _check_texts(view: View, input_ids: Tensor) -> None:
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids {tuple(input_ids.shape)} must be (batch, tokens): add a dimension for one text")
+    if input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids {tuple(input_ids.shape)} must have a token, [CLS]: leave out texts for images alone"
+        )
     if input_ids.is_floating_point():
         raise ValueError(f"input_ids ({input_ids.dtype}) must be int64: pass token ids")
     _check_shape("attention_mask", view.attention_mask, tuple(input_ids.shape))

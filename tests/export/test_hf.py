@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hf_export import CONFIG, inputs
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
@@ -27,7 +27,6 @@ from eve_ds.export.start import DRAWN, draw_weights, write_start
 from eve_ds.model.eve import EVE
 from eve_ds.objectives.registry import objectives_of
 
-CONFIG = tiny_config()
 SIZE = CONFIG.model.image_size
 EXPERT = "backbone.blocks.1.moe.experts.fc1_weight"
 WORDS = "backbone.text_embedding.word.weight"
@@ -36,46 +35,6 @@ CAPTIONS = ["a red circle", "blue", "a green square left of " * 9]
 
 def fields(config=CONFIG.model, **changes):
     return config.model_dump(mode="json") | changes
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """Plain export of random weights; biases and norms are not 0 or 1 as initially."""
-    folder = tmp_path_factory.mktemp("plain")
-    torch.manual_seed(7)
-    weights = EVE(CONFIG.model).state_dict()
-    drawn = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in weights.items()}
-    save_file(drawn, folder / "model.safetensors")
-    (folder / "config.json").write_text(CONFIG.model_dump_json())
-    (folder / "export.json").write_text(json.dumps({"step": 300, "sha256": "c0ffee"}))
-    load_tokenizer("scenes").save_pretrained(folder / "tokenizer")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(plain, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "model"
-    export_hf(plain, folder)
-    return folder
-
-
-def inputs(kind="masked"):
-    """Three samples, the last without an image, with captions of 9, 6 and 3 tokens."""
-    generator = torch.Generator().manual_seed(3)
-    patches = torch.stack([torch.randperm(64, generator=generator) for _ in range(3)])
-    image = {"pixel_values": torch.randn(3, 3, 64, 64, generator=generator)}
-    text = {
-        "input_ids": torch.randint(5, 60, (3, 9), generator=generator),
-        "attention_mask": torch.arange(9) < torch.tensor([[9], [6], [3]]),
-    }
-    masks = {
-        "image_mask": torch.tensor([True, True, False]),
-        "visible_patch_ids": patches[:, :16].sort().values,
-        "visible_patch_mask": torch.arange(16) < torch.tensor([[16], [5], [16]]),
-        "masked_patch_ids": patches[:, 16:].sort().values,
-        "masked_token_ids": torch.tensor([1, 4, 11, 19]),
-    }
-    return {"image": image, "text": text, "pair": image | text, "masked": image | text | masks}[kind]
 
 
 @torch.no_grad()
