@@ -1,31 +1,22 @@
 """Transformers classes compared with the plain export and with image transform and tokens of training."""
 
-import io
 import json
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from hf_export import CONFIG, inputs
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel
 
 from eve_ds.config import ConfigError, ModelConfig
-from eve_ds.data.batch import Sample
-from eve_ds.data.collate import Collator
-from eve_ds.data.errors import BadSample
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.data.transforms import TrainTransform, normalize
 from eve_ds.export import ExportError, load
-from eve_ds.export.hf import EveConfig, EveImageProcessor, EveModel, EveProcessor, export_hf
+from eve_ds.export.hf import EveConfig, EveModel, export_hf
 from eve_ds.export.start import DRAWN, draw_weights, write_start
 from eve_ds.model.eve import EVE
-from eve_ds.objectives.registry import objectives_of
 
 SIZE = CONFIG.model.image_size
 EXPERT = "backbone.blocks.1.moe.experts.fc1_weight"
@@ -245,101 +236,6 @@ def test_invalid_config_is_refused_in_one_line(tmp_path, changes, message):
 def test_field_that_is_set_later_is_checked(exported):
     with pytest.raises(ConfigError, match=r"hidden_size \(33\) must be divisible"):
         AutoModel.from_pretrained(exported, hidden_size=33)
-
-
-def picture(width, height, mode="RGB"):
-    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def encode(image, kind):
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-def evaluation_transform(image):
-    return normalize(np.stack([TrainTransform(SIZE, (1.0, 1.0), 0.0, seed=0)(image, None, 0, "key")]))
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        encode(picture(90, 70), "PNG"),
-        encode(picture(SIZE, SIZE), "PNG"),
-        encode(picture(40, 300, "L"), "PNG"),
-        encode(picture(50, 80, "RGBA"), "PNG"),
-        encode(picture(90, 70), "JPEG"),
-        encode(picture(700, 530), "JPEG"),  # decoded at a fraction of its size
-    ],
-    ids=["png", "right size", "gray", "alpha", "jpeg", "large jpeg"],
-)
-def test_images_are_processed_by_the_evaluation_transform(exported, data, tmp_path):
-    processor = AutoImageProcessor.from_pretrained(exported)
-    expected = evaluation_transform(data)
-    (tmp_path / "image").write_bytes(data)
-    with Image.open(tmp_path / "image") as opened:
-        size, mode = opened.size, opened.mode
-        assert torch.equal(processor(opened)["pixel_values"], expected)
-        assert torch.equal(processor([opened, data])["pixel_values"], expected.repeat(2, 1, 1, 1))
-        assert (opened.size, opened.mode) == (size, mode)
-        array = np.asarray(opened.convert("RGB"))
-    assert torch.equal(processor(array)["pixel_values"], evaluation_transform(array))
-    assert expected.shape == (1, 3, SIZE, SIZE)
-
-
-def test_captions_are_processed_like_in_the_collator(exported):
-    processor = AutoProcessor.from_pretrained(exported)
-    images = [picture(SIZE, SIZE), picture(SIZE, SIZE), picture(SIZE, SIZE)]
-    collate = Collator(
-        CONFIG, load_tokenizer("scenes"), objectives_of(CONFIG.model), has_images=True, has_captions=True
-    )
-    samples = zip(images, CAPTIONS, strict=True)
-    batch = collate([Sample(str(i), 0, np.asarray(image), text) for i, (image, text) in enumerate(samples)])
-    found = processor(images=images, text=CAPTIONS, return_tensors="pt")
-    names = ("pixel_values", "input_ids", "attention_mask")
-    assert_same(dict(found), {name: batch.model_inputs()[name] for name in names})
-    assert found["input_ids"].shape == (3, CONFIG.model.text_length)
-    assert torch.equal(processor(text="blue")["input_ids"], processor(text=["blue"])["input_ids"])
-
-
-def test_tokenizer_with_other_settings_is_used_like_in_the_collator():
-    tokenizer = load_tokenizer("scenes")
-    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[MASK]", "[SEP]")]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS] [MASK] $A [SEP]", special_tokens=special)
-    tokenizer.truncation_side = tokenizer.padding_side = "left"
-    tokenizer.pad_token = "[UNK]"
-    tokenizer.model_max_length = CONFIG.model.text_length
-    collate = Collator(CONFIG, tokenizer, objectives_of(CONFIG.model), has_images=False, has_captions=True)
-    batch = collate([Sample(str(i), 0, None, text) for i, text in enumerate(CAPTIONS)])
-    found = EveProcessor(EveImageProcessor(SIZE), tokenizer)(text=CAPTIONS)
-    assert_same(dict(found), {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
-
-
-def test_model_accepts_the_output_of_the_processor(exported):
-    model, processor = AutoModel.from_pretrained(exported), AutoProcessor.from_pretrained(exported)
-    with torch.no_grad():
-        output = model(**processor(images=picture(80, 60), text="a red circle"))
-    assert output.last_hidden_state.shape == (1, 1 + CONFIG.model.num_patches + 5, 32)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "these are neither"),
-        ({"images": [picture(9, 9)], "text": ["a", "b"]}, "'pixel_values': 1, 'input_ids': 2"),
-        ({"images": np.zeros((9, 9, 5), np.uint8)}, r"shape \(9, 9, 5\) must be \(H, W\), \(H, W, C\) or \(C, H, W\)"),
-        ({"images": np.full((9, 9, 3), -0.5)}, r"float64 has values from -0\.5 to -0\.5, which must be within 0\.\.1"),
-    ],
-)
-def test_processor_refuses_inputs_that_form_no_batch(exported, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        AutoProcessor.from_pretrained(exported)(**arguments)
-
-
-def test_damaged_image_is_a_bad_sample(exported):
-    with pytest.raises(BadSample, match="truncated image"):
-        AutoImageProcessor.from_pretrained(exported)(encode(picture(90, 70), "PNG")[:300])
 
 
 def test_export_has_a_model_card_and_replaces_an_earlier_export(plain, tmp_path):
