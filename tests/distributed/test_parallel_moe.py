@@ -195,7 +195,7 @@ def adamw(groups):
 def decays(name):
     """Whether a parameter decays, by an explicit list of names."""
     last = name.rpartition(".")[2]
-    return last in {"weight"} and "norm" not in name and ".word." not in name
+    return last in {"weight", "fc1_weight", "fc2_weight"} and "norm" not in name and ".word." not in name
 
 
 @functools.cache
