@@ -27,7 +27,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "objectives": {"config", "ops", "views", "data", "model"},
     "parallel": {"config", "distributed", "topology", "launch_environment", "ops", "model", "objectives"},
     "checkpoint": {"config", "distributed", "topology", "model"},
-    "export": {"checkpoint", "config", "data", "distributed", "model", "objectives"},
+    "export": {"checkpoint", "config", "data", "distributed", "model", "objectives", "ops"},
     "tasks": {"config", "data", "distributed", "topology", "model", "objectives", "checkpoint", "export", "views"},
     "evaluation": {
         *("config", "distributed", "together", "topology", "ops", "data", "model", "objectives", "checkpoint"),

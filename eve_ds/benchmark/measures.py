@@ -175,8 +175,7 @@ def moe(seconds: float) -> Rows:
 def _experts_step(experts: Experts, inputs: dict[str, Tensor], form: object) -> None:
     rows = torch.cat([inputs["x"], inputs["upstream"]])
     sizes = torch.full((EXPERTS,), len(rows) // EXPERTS, device=rows.device)
-    fc1, fc2 = experts.fc1, experts.fc2
-    out = form(rows, sizes, fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[operator]
+    out = form(rows, sizes, experts.fc1_weight, experts.fc1_bias, experts.fc2_weight, experts.fc2_bias)  # type: ignore[operator]
     out.backward(rows.detach())
     for tensor in (inputs["x"], *experts.parameters()):
         tensor.grad = None

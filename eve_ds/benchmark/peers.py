@@ -80,10 +80,10 @@ class StockMoE(nn.Module):
         gate = TopKGate(width, num_experts, 2, capacity_factor, capacity_factor, top2_2nd_expert_sampling=False)
         gate.wg.weight = moe.router.weight
         experts = Experts(nn.Identity(), num_experts)
-        _, intermediate, _ = moe.experts.fc1.weight.shape
+        _, intermediate, _ = moe.experts.fc1_weight.shape
         networks = nn.ModuleList(FeedForward(width, intermediate) for _ in range(num_experts))
         networks.load_state_dict(moe.experts.state_dict())
-        experts.deepspeed_experts = networks.to(moe.experts.fc1.weight)
+        experts.deepspeed_experts = networks.to(moe.experts.fc1_weight)
         assert moe.router.modality_embedding is not None
         self.modality_embedding = moe.router.modality_embedding
         self.layer = MOELayer(gate, experts, "ep_size_1", 1, num_experts)

@@ -199,6 +199,10 @@ class ModelConfig(Section):
             f"objectives ({names}) has joint beside mim or mlm, which are the two halves of joint: leave out one side",
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the section as plain data; peft reads the configuration of a model by a method of this name."""
+        return self.model_dump(mode="json")
+
     @property
     def num_patches(self) -> int:
         """Number of patches of one image."""

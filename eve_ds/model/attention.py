@@ -13,13 +13,21 @@ from eve_ds.model.stream import pack, pad
 from eve_ds.views import Layout, joined
 
 
+class FusedProjection(nn.Linear):
+    """Linear layer without a bias of its own; a call may pass one, which saves a pass over the output."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(N, D), (F,) -> (N, F)."""
+        return F.linear(x, self.weight, bias)
+
+
 class SelfAttention(nn.Module):
     """Fused qkv weight; queries and values have a bias, keys have none (BEiT; upstream `Attention`)."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.qkv = FusedProjection(hidden_size, 3 * hidden_size, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(hidden_size))
         self.v_bias = nn.Parameter(torch.zeros(hidden_size))
         self.proj = nn.Linear(hidden_size, hidden_size)
@@ -29,11 +37,19 @@ class SelfAttention(nn.Module):
 
         The tokens of several layouts follow one another in N and share the projections.
         """
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).split([layout.num_tokens for layout in layouts])
+        qkv = self._project(x).split([layout.num_tokens for layout in layouts])
         return self.proj(
             joined([attend(None, own, self.num_heads, layout) for own, layout in zip(qkv, layouts, strict=True)])
         )
+
+    def _project(self, x: Tensor) -> Tensor:
+        """(N, D) -> (N, 3 D)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        if type(self.qkv) is FusedProjection:
+            return self.qkv(x, bias)
+        # An adapter or a quantized layer took its place: those act on a layer without a bias.
+        qkv = self.qkv(x)
+        return qkv + bias.to(qkv.dtype)
 
 
 class CrossAttention(nn.Module):

@@ -40,7 +40,16 @@ class PixelDecoder(nn.Module):
         self.pixels = nn.Linear(width, config.patch_size**2 * 3)
 
     def forward(self, stream: TokenStream, visible_patch_ids: Tensor, masked_patch_ids: Tensor) -> Tensor:
-        """Encoded stream of B samples, (B, N_visible), (B, N_masked) int64 -> pixels (B, N_masked, P * P * 3)."""
+        """Encoded stream of B samples, (B, N_visible), (B, N_masked) int64 -> pixels (B, N_masked, P * P * 3).
+
+        Raises:
+            ValueError: `masked_patch_ids` does not have B rows.
+        """
+        batch = len(stream.layout.mask)
+        if masked_patch_ids.ndim != 2 or len(masked_patch_ids) != batch:
+            raise ValueError(
+                f"masked_patch_ids {tuple(masked_patch_ids.shape)} must be ({batch}, patches): a row for every image"
+            )
         queries = self.mask_token + self.position[masked_patch_ids]  # (B, N_masked, W)
         memory = self.memory(self.memory_norm(stream.hidden_states))  # (N, W or D)
         if self.kind == "cross":
@@ -92,6 +101,7 @@ class TextHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(M, D) -> (M, D); the caller multiplies the result by the word embedding."""
-        return self.norm(F.gelu(self.dense(hidden_states)))
+    def forward(self, hidden_states: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+        """(M, D) -> (M, D), which the caller multiplies by the word embedding; with that (V, D) -> logits (M, V)."""
+        hidden = self.norm(F.gelu(self.dense(hidden_states)))
+        return hidden if vocabulary is None else F.linear(hidden, vocabulary, self.bias)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import ModelConfig
+
+
+class PatchProjection(nn.Conv2d):
+    """Convolution whose kernel covers a patch; for single patches it is a linear layer, which is faster."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(M, 3, P, P) -> (M, D, 1, 1); whole images (M, 3, H, W) -> (M, D, H / P, W / P)."""
+        if patches.shape[2:] != self.weight.shape[2:]:
+            return super().forward(patches)
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
 
 
 class ImageEmbedding(nn.Module):
@@ -18,7 +29,7 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.patch_size = config.patch_size
-        self.projection = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size)
+        self.projection = PatchProjection(3, width, kernel_size=config.patch_size, stride=config.patch_size)
         self.class_token = nn.Parameter(torch.empty(width))
         self.position = nn.Parameter(torch.empty(config.num_patches + 1, width))
         self.modality = nn.Parameter(torch.empty(width))
@@ -29,14 +40,14 @@ class ImageEmbedding(nn.Module):
         Each patch gets the position embedding of its place in the image.
         """
         batch = pixel_values.shape[0]
-        pixel_values = pixel_values.to(self.projection.weight.dtype)  # batches are fp32, weights may not be
+        pixel_values = pixel_values.to(self.position.dtype)  # batches are fp32, weights may not be
         patches = _patches(pixel_values, self.patch_size)
         position = self.position[1:].expand(batch, -1, -1)
         if visible_patch_ids is not None:
             patches = _take(patches, visible_patch_ids)
             position = self.position[1:][visible_patch_ids]
-        # On patches, the linear layer equals the convolution, and it can skip patches that are not visible.
-        patches = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
+        shape = (batch, patches.shape[1], self.position.shape[1])
+        patches = self.projection(patches.reshape(-1, 3, self.patch_size, self.patch_size)).view(shape)
         first = (self.class_token + self.position[0]).expand(batch, 1, -1)
         return torch.cat([first, patches + position], dim=1) + self.modality
 
@@ -63,6 +74,18 @@ class TextEmbedding(nn.Module):
             raise ValueError(f"text of {length} tokens exceeds text_positions ({self.position.shape[0]})")
         words = self.dropout(self.norm(self.word(input_ids)))
         return words + self.position[:length] + self.modality
+
+
+def vocabulary_matrix(word: nn.Module) -> Tensor:
+    """(V, D) embeddings of all words, by which the text head multiplies.
+
+    This is the weight of `word`, unless an adapter took its place, or accelerate moves the weight to its device during
+    a call only. Then `word` is called with all ids, so that the logits use the same embeddings as the input.
+    """
+    weight = cast(Tensor, word.weight)
+    if type(word) is nn.Embedding and not hasattr(word, "_hf_hook"):
+        return weight
+    return word(torch.arange(weight.shape[0], device="cpu" if weight.is_meta else weight.device))
 
 
 def resize_positions(position: Tensor, side: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -21,15 +22,18 @@ from torch.utils.checkpoint import checkpoint
 from eve_ds.config import ModelConfig
 from eve_ds.model.attention import SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
-from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
+from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding, vocabulary_matrix
 from eve_ds.model.feed_forward import ModalityFeedForward, SharedFeedForward
 from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
 from eve_ds.model.stream import TokenStream, join
+from eve_ds.model.view_check import check_view
 from eve_ds.objectives.contrastive import MatchingHeads, MatchingOutput
 from eve_ds.objectives.objective import Objective
 from eve_ds.objectives.registry import OBJECTIVES, objectives_of
 from eve_ds.views import Layout, Packing, View, joined, views_of
 
+CHECKPOINT = partial(checkpoint, use_reentrant=False)
+"""Activation checkpointing of torch, which recomputes what it did not keep."""
 MoEFactory = Callable[[ModelConfig], nn.Module]
 """Makes the MoE of one layer; its forward has the signature of :meth:`eve_ds.model.moe.MoE.forward`."""
 
@@ -41,6 +45,8 @@ class BackboneOutput(NamedTuple):
     """Token states after the final LayerNorm; `stream.padded()` lays them out by sample."""
     moe: tuple[MoEOutput, ...]
     """One output per MoE layer, shallow to deep, for this view; their `hidden_states` are internal."""
+    block_states: tuple[Tensor, ...] = ()
+    """(N, D) tokens before the first block and after each block, if they were asked for."""
 
     @property
     def num_image_tokens(self) -> int:
@@ -83,7 +89,11 @@ class EVEOutput(NamedTuple):
         """Return the logits (M, V) of the masked tokens; raises ValueError for a batch without text."""
         if self.token_hidden is None:
             raise ValueError("no token logits: this batch had no text")
-        return F.linear(self.token_hidden, self.vocabulary_weight, self.vocabulary_bias)
+        hidden, bias = self.token_hidden, self.vocabulary_bias
+        # Outside autocast, whose states have a smaller dtype than the weights.
+        return F.linear(
+            hidden, self.vocabulary_weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        )
 
 
 class Block(nn.Module):
@@ -104,6 +114,8 @@ class Block(nn.Module):
         else:
             is_shared = layer in config.moe_layers and config.deep_ffn == "shared"
             self.ffn = SharedFeedForward(config) if is_shared else ModalityFeedForward(config)
+        self.checkpoint: Callable[..., Any] | None = None
+        """Function that runs the block in training without keeping its activations; None: they are kept."""
         self.compiled: Callable[..., tuple[Tensor, ...]] | None = None
         """Compiled :meth:`compute`, set by :meth:`Backbone.compile_blocks` and used in training only."""
 
@@ -158,12 +170,12 @@ class Backbone(nn.Module):
         super().__init__()
         self.keep_padding = config.keeps_padding
         """Whether padding is computed too, as the released model routes it; other results are the same, but slower."""
+        self.image_size, self.num_patches = config.image_size, config.num_patches
         self.image_embedding = ImageEmbedding(config)
         self.text_embedding = TextEmbedding(config)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config, layer, moe_cls) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.activation_checkpointing = False
 
     def forward(
         self,
@@ -173,31 +185,51 @@ class Backbone(nn.Module):
         image_mask: Tensor | None = None,
         visible_patch_ids: Tensor | None = None,
         visible_patch_mask: Tensor | None = None,
+        keep_states: bool = False,
     ) -> BackboneOutput:
-        """Encode one view of images (B, 3, H, W), texts (B, L) or pairs; arguments are the fields of :class:`View`."""
-        view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
-        return self.encode([view])[0]
+        """Encode one view of images (B, 3, H, W), texts (B, L) or pairs.
 
-    def encode(self, views: Sequence[View]) -> list[BackboneOutput]:
+        The arguments are the fields of :class:`View`, and `keep_states` of :meth:`encode`. Raises ValueError for a
+        tensor of another shape or dtype.
+        """
+        view = View(pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask)
+        return self.encode([view], keep_states)[0]
+
+    def encode(self, views: Sequence[View], keep_states: bool = False) -> list[BackboneOutput]:
         """Encode views in one pass; except for rounding and random draws, no view's result depends on the other views.
 
         Matrix products run once over the tokens of all views. Attention and router statistics keep the views apart, and
-        where experts have a capacity, each view has its own.
+        where experts have a capacity, each view has its own. With `keep_states`, the result has the tokens between the
+        blocks.
         """
         streams = [self._embed(view) for view in views]
         packing = Packing.of([stream.layout for stream in streams])
         x = joined([stream.hidden_states for stream in streams])
         moe_outputs: list[list[MoEOutput]] = [[] for _ in views]
+        kept = [x]
         for block in self.blocks:
             x, moe = self._run(cast(Block, block), x, packing)
+            if keep_states:
+                kept.append(x)
             if moe is not None:
                 for own, output in zip(moe_outputs, [moe] if len(views) == 1 else moe.by_view(), strict=True):
                     own.append(output)
         states = self.norm(x).split(packing.view_sizes)
+        between = (
+            list(zip(*(x.split(packing.view_sizes) for x in kept), strict=True)) if keep_states else [()] * len(views)
+        )
         return [
-            BackboneOutput(TokenStream(own, layout), tuple(moe))
-            for own, layout, moe in zip(states, packing.layouts, moe_outputs, strict=True)
+            BackboneOutput(TokenStream(own, layout), tuple(moe), block_states)
+            for own, layout, moe, block_states in zip(states, packing.layouts, moe_outputs, between, strict=True)
         ]
+
+    def checkpoint_blocks(self, function: Callable[..., Any] | None = CHECKPOINT, every: int = 1) -> None:
+        """Keep no activations of every `every`-th block in training, and compute them again in the backward.
+
+        `function` runs a block with its arguments; None turns this off.
+        """
+        for number, block in enumerate(cast(Iterable[Block], self.blocks)):
+            block.checkpoint = function if number % every == 0 else None
 
     def compile_blocks(self, backend: str | Callable[..., object] = "inductor") -> None:
         """Compile one graph for every kind of block, for any number of tokens; training uses it, evaluation does not.
@@ -210,9 +242,10 @@ class Backbone(nn.Module):
                 block.compiled = torch.compile(block.compute, dynamic=True, fullgraph=True, backend=backend)
 
     def _embed(self, view: View) -> TokenStream:
+        check_view(view, self.image_size)
         layout = view.layout
         if layout is None:
-            layout = view.layout_of(len(self.image_embedding.position) - 1, self.keep_padding)
+            layout = view.layout_of(self.num_patches, self.keep_padding)
         image = None if view.pixel_values is None else self.image_embedding(view.pixel_values, view.visible_patch_ids)
         text = None if view.input_ids is None else self.text_embedding(view.input_ids)
         stream = join(image, text, layout)
@@ -220,8 +253,8 @@ class Backbone(nn.Module):
 
     def _run(self, block: Block, x: Tensor, packing: Packing) -> tuple[Tensor, MoEOutput | None]:
         kept = block.draw_kept(packing, x.dtype)
-        if self.activation_checkpointing and self.training:
-            return checkpoint(block, x, packing, kept, use_reentrant=False)
+        if block.checkpoint is not None and self.training:
+            return block.checkpoint(block, x, packing, kept)
         return block(x, packing, kept)
 
 
@@ -347,7 +380,7 @@ class EVE(nn.Module):
             made |= objective.predict(self, encoded, inputs, made)
         more = {name: made.pop(name) for name in made.keys() - EVEOutput._field_defaults.keys()}
         return EVEOutput(
-            vocabulary_weight=self.backbone.text_embedding.word.weight,
+            vocabulary_weight=vocabulary_matrix(self.backbone.text_embedding.word),
             vocabulary_bias=None if self.text_head is None else self.text_head.bias,
             moe={name: view.moe for name, view in encoded.items()},
             more=more,

@@ -28,6 +28,7 @@ from eve_ds import ops
 from eve_ds.config import ModelConfig
 from eve_ds.model.experts import Experts
 from eve_ds.model.naming import is_stacked, plain_names
+from eve_ds.ops.autocast import keeps_dtypes
 from eve_ds.views import IMAGE, TEXT
 
 
@@ -76,10 +77,23 @@ class RouterOutput(NamedTuple):
 
     rows: Tensor
     """(R, D) input of the experts."""
+    rows_per_expert: Tensor
+    """(E,) int64 rows of each expert among them: the filled rows if dropless, otherwise the expert's slots."""
     routing: ops.Routing
     num_tokens: Tensor
     """() fp32 number of routed tokens; (V,) for V views."""
     statistics: RouterStatistics
+
+
+def is_dropless(config: ModelConfig, training: bool) -> bool:
+    """Whether rows are packed, rather than laid out in fixed slots per expert."""
+    always = config.moe.routing == "dropless"
+    return always or (config.profile == "default" and not training)
+
+
+def packs_views(config: ModelConfig, training: bool) -> bool:
+    """Whether one routing can serve several views: true if no token's route depends on another token."""
+    return is_dropless(config, training) and not (training and config.moe.router_jitter > 0)
 
 
 class Router(nn.Module):
@@ -87,13 +101,14 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config.moe
+        self.model_config, self.config = config, config.moe
         self.official = config.profile == "official"
         self.capacity_share = ops.capacity_share(config.moe.num_experts, config.moe.top_k, config.moe.capacity_factor)
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
         shape = (2, config.hidden_size)
         self.modality_embedding = nn.Parameter(torch.empty(shape)) if config.moe.modality_embedding else None
 
+    @keeps_dtypes
     def forward(
         self,
         x: Tensor,
@@ -104,7 +119,7 @@ class Router(nn.Module):
         """Route tokens (T, D) with modality ids (T,); `valid` (T,) is False for padding, None without padding.
 
         `view_sizes` gives the token count of each view and keeps the sums of views separate; it requires
-        :attr:`packs_views`. None gives one sum.
+        :func:`packs_views`. None gives one sum.
         """
         routed = None if self.official else valid
         embedding = x.new_zeros(2, x.shape[1]) if self.modality_embedding is None else self.modality_embedding
@@ -126,23 +141,11 @@ class Router(nn.Module):
         )
         counted = torch.ones_like(modality_ids, dtype=torch.bool) if routed is None else routed
         num_tokens = ops.sum_groups(counted, view_sizes).float()
-        return RouterOutput(rows, routing, num_tokens, _statistics(routing, modality_ids, counted, view_sizes))
+        statistics = _statistics(routing, modality_ids, counted, view_sizes)
+        return RouterOutput(rows, self._rows_per_expert(routing), routing, num_tokens, statistics)
 
-    @property
-    def packs_views(self) -> bool:
-        """Whether one routing can serve several views: true if no token's route depends on another token."""
-        return self.dropless and not (self.training and self.config.router_jitter > 0)
-
-    @property
-    def dropless(self) -> bool:
-        """Whether rows are packed, rather than laid out in fixed slots per expert."""
-        if self.official:
-            return self.config.routing == "dropless"
-        return self.config.routing == "dropless" or not self.training
-
-    def rows_per_expert(self, routing: ops.Routing) -> Tensor:
-        """(E,) int64 rows of each expert in the buffer: the filled rows if dropless, otherwise the expert's slots."""
-        if self.dropless:
+    def _rows_per_expert(self, routing: ops.Routing) -> Tensor:
+        if is_dropless(self.model_config, self.training):
             return routing.counts
         return torch.full_like(routing.counts, routing.source.numel() // routing.counts.numel())
 
@@ -170,7 +173,7 @@ class Router(nn.Module):
         return ops.moe_dispatch(x, routing.slots, routing.source, *added), routing
 
     def _capacity(self, num_tokens: int) -> int:
-        if self.dropless:
+        if is_dropless(self.model_config, self.training):
             return -1
         return ops.slots_of_share(num_tokens, self.capacity_share, self.config.min_capacity)
 
@@ -191,6 +194,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.router = Router(config)
         self.experts = Experts(config.moe.num_experts, config.hidden_size, config.intermediate_size)
 
@@ -215,7 +219,8 @@ class MoE(nn.Module):
         view_sizes: Sequence[int] | None,
     ) -> tuple[Tensor, ...]:
         """Output of :func:`mix_experts` for the arguments of :meth:`forward`."""
-        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.experts, view_sizes)
+        one_pass = packs_views(self.config, self.training)
+        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.experts, view_sizes, one_pass)
 
     def output(self, *mixed: Tensor) -> MoEOutput:
         """Convert the output of :meth:`mix` to a MoEOutput."""
@@ -272,7 +277,8 @@ def mix_experts(
     modality_ids: Tensor,
     attention_mask: Tensor | None,
     apply_experts: Callable[[Tensor, Tensor], Tensor],
-    view_sizes: Sequence[int] | None = None,
+    view_sizes: Sequence[int] | None,
+    one_pass: bool,
 ) -> tuple[Tensor, ...]:
     """Steps shared by every MoE layer: route, dispatch, run the experts wherever they are, combine.
 
@@ -283,13 +289,14 @@ def mix_experts(
         hidden_states, modality_ids, attention_mask: (..., D), (...) int64, (...) bool or None without padding.
         apply_experts: maps the expert buffer (R, D) and the (E,) int64 rows of each expert in it to the (R, D) outputs.
         view_sizes: token counts of V consecutive views. None means one view, and results without a view dimension.
+        one_pass: whether the views are routed together, see :func:`packs_views`.
 
     Returns:
         Arguments of :func:`moe_output`: tensors only, computed without a collective, so that all of this can compile.
     """
     x, ids = hidden_states.flatten(0, -2), modality_ids.flatten()
     valid = None if attention_mask is None else attention_mask.flatten()
-    if view_sizes is None or router.packs_views:
+    if view_sizes is None or one_pass:
         mixed, *sums = _mix(router, x, ids, valid, apply_experts, view_sizes)
     else:
         sizes = list(view_sizes)
@@ -311,7 +318,7 @@ def _mix(
     """Route tokens (T, D) once, run the experts and combine."""
     routed = router(x, modality_ids, valid, view_sizes)
     routing = routed.routing
-    rows = apply_experts(routed.rows, router.rows_per_expert(routing))
+    rows = apply_experts(routed.rows, routed.rows_per_expert)
     mixed = ops.moe_combine(rows, routing.slots, routing.gates, routing.source)
     balance = torch.cat([routing.first_choices, routing.probability_sum, routed.num_tokens.unsqueeze(-1)], dim=-1)
     return mixed, balance, routing.z_sum, *routed.statistics

@@ -59,6 +59,14 @@ class MatchingHeads(nn.Module):
         self.log_temperature = nn.Parameter(torch.full((1,), math.log(INITIAL_TEMPERATURE)))
         self.classifier = nn.Linear(width, 2) if config.matches_pairs else None
 
+    def forward(
+        self, class_states: Tensor | None, cls_states: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """States (B, D) of class tokens and of [CLS], or None -> features (B, D) of both, or None, and temperature."""
+        images = None if class_states is None else self.image_features(class_states)
+        texts = None if cls_states is None else self.text_features(cls_states)
+        return images, texts, self.temperature()
+
     def temperature(self) -> Tensor:
         """Return the temperature, () fp32, at least `LOWEST_TEMPERATURE`."""
         return self.log_temperature.float().clamp(min=math.log(LOWEST_TEMPERATURE)).exp().squeeze(0)
@@ -93,11 +101,10 @@ class Contrast(Objective):
         self, model: EVE, encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any], made: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return `matching` without logits."""
-        heads = model.matching
-        assert heads is not None
-        image_features = heads.image_features(encoded["itc_image"].stream.padded()[:, 0])
-        text_features = heads.text_features(encoded["itc_text"].stream.padded()[:, 0])
-        return {"matching": MatchingOutput(image_features, text_features, heads.temperature(), None)}
+        assert model.matching is not None
+        image_states, text_states = (encoded[view].stream.padded()[:, 0] for view in ("itc_image", "itc_text"))
+        images, texts, temperature = model.matching(image_states, text_states)
+        return {"matching": MatchingOutput(images, texts, temperature, None)}
 
     def losses(
         self, output: EVEOutput, targets: Mapping[str, Any], counts: Counts, config: ModelConfig, gather: Gather

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eve_ds.ops import reference
+from eve_ds.ops.autocast import like_linear
 from eve_ds.ops.build import mode, use_built
 from eve_ds.ops.schema import LIBRARY
 
@@ -22,6 +23,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return torch.ops.eve_ds.quick_gelu(x) if use_built(x) else reference.quick_gelu(x)
 
 
+@like_linear
 def grouped_feed_forward(
     rows: Tensor, sizes: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor
 ) -> Tensor:

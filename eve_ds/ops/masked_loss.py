@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eve_ds.ops import reference
+from eve_ds.ops.autocast import keeps_dtypes, like_linear
 from eve_ds.ops.build import use_built
 from eve_ds.ops.schema import LIBRARY
 
@@ -26,6 +27,7 @@ SLICE_ROWS = 4096
 """Vocabulary rows per step when the weight gradient accumulates in fp32 while the weight has a smaller dtype."""
 
 
+@like_linear
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int | None = None
 ) -> Tensor:
@@ -55,6 +57,7 @@ def _chunk_rows(rows: int, row_bytes: int, on: torch.device) -> int:
     return math.ceil(rows / pieces / 64) * 64
 
 
+@keeps_dtypes
 def masked_pixel_loss(
     pixel_values: Tensor,
     predictions: Tensor,

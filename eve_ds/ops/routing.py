@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eve_ds.ops import reference
+from eve_ds.ops.autocast import keeps_dtypes
 from eve_ds.ops.build import use_built
 from eve_ds.ops.reference import Routing, sum_groups
 from eve_ds.ops.schema import LIBRARY
@@ -26,6 +27,7 @@ CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mk
 """Whether bf16 products are at least as fast as fp32 on this CPU; without AVX-512 they take ten times as long."""
 
 
+@keeps_dtypes
 def route_topk(
     logits: Tensor,
     *,
@@ -67,6 +69,7 @@ def moe_dispatch(
     return torch.ops.eve_ds.moe_dispatch(x, slots, source, modality_embedding.float(), modality_ids)
 
 
+@keeps_dtypes
 def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tensor) -> Tensor:
     """Sum the weighted rows of each token; see :func:`eve_ds.ops.reference.moe_combine`."""
     if not use_built(expert_rows):
@@ -74,6 +77,7 @@ def moe_combine(expert_rows: Tensor, slots: Tensor, gates: Tensor, source: Tenso
     return torch.ops.eve_ds.moe_combine(expert_rows, slots, gates, source)
 
 
+@keeps_dtypes
 def route_and_dispatch(
     x: Tensor,
     weight: Tensor,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from eve_ds.config import ConfigError, ModelConfig, check_experts_per_rank
 from eve_ds.model.experts import Experts
-from eve_ds.model.moe import MoEOutput, Router, mix_experts, moe_output
+from eve_ds.model.moe import MoEOutput, Router, is_dropless, mix_experts, moe_output, packs_views
 from eve_ds.topology import Topology
 
 Sizes = list[list[int]]
@@ -70,6 +70,7 @@ class DeepSpeedMoE(UpstreamMoE):
         self.first_expert = ep_rank * self.num_local_experts
         self.is_compilable = ep_size == 1
         self.balance_over_ranks = config.moe.balance_over == "data_parallel"
+        self.config = config
         self.router = Router(config)
         experts = Experts(self.num_local_experts, config.hidden_size, config.intermediate_size)
         for parameter in experts.parameters():  # the marks that upstream's Experts sets
@@ -109,8 +110,9 @@ class DeepSpeedMoE(UpstreamMoE):
         view_sizes: Sequence[int] | None,
     ) -> tuple[Tensor, ...]:
         """See :meth:`eve_ds.model.moe.MoE.mix`; a collective of the expert-parallel group."""
-        experts = partial(self.deepspeed_moe, has_slots=not self.router.dropless)
-        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, experts, view_sizes)
+        experts = partial(self.deepspeed_moe, has_slots=not is_dropless(self.config, self.training))
+        one_pass = packs_views(self.config, self.training)
+        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, experts, view_sizes, one_pass)
 
     def output(self, hidden_states: Tensor, balance: Tensor, *others: Tensor) -> MoEOutput:
         """See :meth:`eve_ds.model.moe.MoE.output`; a collective of all data-parallel ranks if they balance jointly."""

@@ -55,6 +55,7 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
 
 def set_up_backbone(backbone: Backbone, train: TrainConfig) -> None:
     """Turn on recomputation of activations and compilation as configured; call before the engine is built."""
-    backbone.activation_checkpointing = train.activation_checkpointing
+    if train.activation_checkpointing:
+        backbone.checkpoint_blocks()
     if train.compile == "blocks":
         backbone.compile_blocks()

@@ -195,7 +195,7 @@ def adamw(groups):
 def decays(name):
     """Whether a parameter decays, by an explicit list of names."""
     last = name.rpartition(".")[2]
-    return last in {"weight"} and "norm" not in name and ".word." not in name
+    return last in {"weight", "fc1_weight", "fc2_weight"} and "norm" not in name and ".word." not in name
 
 
 @functools.cache
@@ -246,7 +246,8 @@ def engine_for(case, world_size):
 
     os.environ["EVE_DS_OPS"] = case.ops
     model = EVE(case.config(), functools.partial(DeepSpeedMoE, ep_size=case.ep_size))
-    model.backbone.activation_checkpointing = case.activation_checkpointing
+    if case.activation_checkpointing:
+        model.backbone.checkpoint_blocks()
     model.pack_views = case.pack_views
     load_plain_state_dict(model, plain_model(case.config()).state_dict().__getitem__)
     settings = {

@@ -187,7 +187,7 @@ def test_hf_export_loads_with_automodel(convert, run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
     _, model = write_run(tmp_path / "again")
     state = AutoModel.from_pretrained(out).state_dict()
-    assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
+    assert all(torch.equal(state[name], weight) for name, weight in model.named_parameters())
 
 
 def test_card_names_the_origin_of_the_weights(convert, run, checkpoint, tmp_path):

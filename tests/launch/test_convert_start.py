@@ -72,7 +72,7 @@ def test_released_weights_become_a_folder_that_loads(convert, state, file, tmp_p
     assert code == 0
     model, config, _ = load(out)
     assert config.model.image_size == 96
-    assert torch.equal(model.backbone.blocks[2].moe.experts.fc1.weight[3], expert(state, 2, 3))
+    assert torch.equal(model.backbone.blocks[2].moe.experts.fc1_weight[3], expert(state, 2, 3))
     lines = dict(re.split(r"\s{2,}|: ", line, maxsplit=1) for line in stdout.splitlines())
     assert lines[str(out)] == f"initial weights, converted from {file}"
     assert re.fullmatch(r"\d+, of which \d+ drawn: pixel_decoder\.blocks\.0\..* and \d+ more", lines["tensors"])
@@ -91,7 +91,7 @@ def test_a_dense_checkpoint_becomes_a_folder_that_loads(convert, dense, tmp_path
     assert f"{out}: initial weights, converted from {dense}" in stdout
     assert "note        the checkpoint was trained with gelu, the model uses quick_gelu" in stdout
     blocks = load(out)[0].backbone.blocks
-    assert torch.equal(blocks[1].moe.experts.fc1.weight[0], blocks[1].moe.experts.fc1.weight[3])
+    assert torch.equal(blocks[1].moe.experts.fc1_weight[0], blocks[1].moe.experts.fc1_weight[3])
     assert torch.equal(blocks[0].ffn.text.fc1.weight, blocks[0].ffn.image.fc1.weight)
 
 
@@ -125,7 +125,7 @@ def test_a_beit2_file_becomes_a_folder_that_loads(convert, refused, beit2, tmp_p
     published = torch.load(beit2, weights_only=True)["model"]
     blocks = load(out)[0].backbone.blocks
     assert torch.equal(blocks[0].attention.qkv.weight, published["blocks.0.attn.qkv.weight"])
-    assert torch.equal(blocks[1].moe.experts.fc2.weight[3], published["blocks.1.mlp.fc2.weight"])
+    assert torch.equal(blocks[1].moe.experts.fc2_weight[3], published["blocks.1.mlp.fc2.weight"])
     assert f"{beit2} has num_attention_heads 4 where the model has 2: take a" in refused(
         "upcycle", beit2, "--out", tmp_path / "other", *CONFIG, "model.num_attention_heads=2"
     )

@@ -46,10 +46,10 @@ def token_by_loop(moe, x, modality, *, top_k=2):
     enters = seen if router.official else x.double()
     out = torch.zeros(WIDTH, dtype=torch.float64)
     for expert in chosen:
-        fc1, fc2 = moe.experts.fc1, moe.experts.fc2
-        hidden = fc1.weight[expert].double() @ enters + fc1.bias[expert].double()
+        experts = moe.experts
+        hidden = experts.fc1_weight[expert].double() @ enters + experts.fc1_bias[expert].double()
         hidden = hidden * torch.sigmoid(1.702 * hidden)
-        done = fc2.weight[expert].double() @ hidden + fc2.bias[expert].double()
+        done = experts.fc2_weight[expert].double() @ hidden + experts.fc2_bias[expert].double()
         out = out + probabilities[expert] / total * done
     return out
 

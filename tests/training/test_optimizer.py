@@ -39,6 +39,7 @@ def test_matrices_decay_and_biases_norms_scales_and_embeddings_do_not():
         name
         for name in found
         if name.endswith((".fc1.weight", ".fc2.weight", ".qkv.weight", ".proj.weight", ".projection.weight"))
+        or name.endswith((".fc1_weight", ".fc2_weight"))
         or name.endswith((".router.weight", ".query.weight", ".key_value.weight", ".pixels.weight", ".dense.weight"))
     }
     for name in ("text_embedding.word.weight", "image_embedding.position", "blocks.0.gamma_1", "norm.weight"):
