@@ -34,9 +34,10 @@ def picture(width, height, mode="RGB"):
     return Image.fromarray(pixels).convert(mode)
 
 
-def encode(image, kind):
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
+def encode(image, kind, orientation=1):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.save(buffer, kind, exif=exif)
     return buffer.getvalue()
 
 
@@ -53,8 +54,10 @@ def evaluation_transform(image):
         encode(picture(50, 80, "RGBA"), "PNG"),
         encode(picture(90, 70), "JPEG"),
         encode(picture(700, 530), "JPEG"),  # decoded at a fraction of its size
+        encode(picture(90, 70), "JPEG", orientation=6),
+        encode(picture(90, 70), "PNG", orientation=8),
     ],
-    ids=["png", "right size", "gray", "alpha", "jpeg", "large jpeg"],
+    ids=["png", "right size", "gray", "alpha", "jpeg", "large jpeg", "turned jpeg", "turned png"],
 )
 def test_images_are_processed_by_the_evaluation_transform(exported, data, tmp_path):
     processor = AutoImageProcessor.from_pretrained(exported)

@@ -1,4 +1,4 @@
-"""Commands and a run on a disk that is full, read-only or slow: whole results or none, exit code 5, and a way back."""
+"""On a disk that is full, read-only, slow or without locks, results are whole or absent, and a rerun completes them."""
 
 import contextlib
 import io
@@ -136,9 +136,10 @@ def test_a_run_on_a_full_disk_ends_after_its_failed_saves_and_resumes(disk):
     steps = [int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")]
     assert steps
     assert not list(run.glob("checkpoints/.saving-*"))
-    disk.set("")
+    disk.set("no-locks")
     done = subprocess.run(command, env=disk.environment, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stderr
+    assert f"{run}/.lock cannot be locked (No locks available), so nothing keeps two processes from" in done.stderr
     assert f"resumed from {run}/checkpoints/step-{max(steps):08d}" in done.stderr
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [record["step"] for record in records if record["kind"] == "train"]

@@ -13,7 +13,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
 
-from eve_ds.data.image_file import open_image
+from eve_ds.data.image_file import open_image, upright
 from eve_ds.data.transforms import normalize, resize
 
 PixelSource = bytes | str | Path | Image.Image | NDArray[Any] | Tensor
@@ -65,7 +65,7 @@ def _single_images(images: Any) -> list[Any]:
 
 
 def as_pillow(image: PixelSource) -> Image.Image:
-    """Open one image with Pillow.
+    """Open one image with Pillow, upright.
 
     Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, as integers in 0..255 or as floats in
     0..1.
@@ -91,7 +91,7 @@ def as_pillow(image: PixelSource) -> Image.Image:
         # Not decoded yet. `resize` decodes it at a smaller size, as in training, which would change the caller's image.
         image.fp.seek(0)
         return open_image(image.fp.read())
-    return image
+    return upright(image)
 
 
 def _channels_last(array: NDArray[Any], prefers_first: bool) -> NDArray[Any]:
