@@ -37,6 +37,14 @@ SMALL_JSON_BYTES = 256 * MIB
 """Bytes of a JSON file that a program wrote about other files, such as an index of shards or a configuration."""
 ANNOTATION_BYTES = 4 * GIB
 """Bytes of one annotation file, which is parsed in memory."""
+RECORD_BYTES = 4 * GIB
+"""Bytes of a file of records, such as metrics or predictions, which is parsed in memory."""
+CONFIG_BYTES = MIB
+"""Bytes of a configuration."""
+CONFIG_VALUES = 10_000
+"""Keys and values of a configuration, with aliases expanded; the largest preset has some hundred."""
+CONFIG_BASES = 20
+"""Configurations that extend one another."""
 METADATA_BYTES = 16 * MIB
 """Bytes of the text or the metadata of one sample."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
+from eve_ds import limits
+
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode categories: controls (escape sequences, line feeds), formats (writing direction, invisible marks), surrogates
 (bytes of a file name that are no UTF-8), separators of lines and paragraphs."""
@@ -21,3 +23,8 @@ def printable(text: str) -> str:
 
 def _escape(char: str) -> str:
     return repr(char)[1:-1]
+
+
+def excerpt(text: str) -> str:
+    """Return the text, cut to `limits.MESSAGE_CHARACTERS` for a message."""
+    return text if len(text) <= limits.MESSAGE_CHARACTERS else f"{text[: limits.MESSAGE_CHARACTERS]} ..."

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from eve_ds import limits
 from eve_ds.config.data import SourceConfig, ValidationConfig
 from eve_ds.config.model import FORMER_PIXEL_TARGET
 from eve_ds.config.section import ConfigError
 from eve_ds.config.task import TaskConfig
 from eve_ds.config.tree import Config
+from eve_ds.config.yaml_text import parse_yaml
+from eve_ds.printable import excerpt
+from eve_ds.reading import read_file
+from eve_ds.storage import reason
 
 REMOVED_KEYS: dict[str, dict[str, Any]] = {"task": {"word_passes": 0, "read_states": False}}
 """Section -> removed keys with their former default, which configurations of earlier runs still contain."""
@@ -92,38 +97,46 @@ def _without_removed(name: str, section: Any, where: str) -> Any:
     return {key: value for key, value in section.items() if key not in removed}
 
 
-def _read_tree(preset_or_path: str) -> dict[str, Any]:
-    path = Path(preset_or_path)
-    if path.suffix in {".yaml", ".yml", ".json"} or path.is_file():
-        if not path.is_file():
-            raise ConfigError(f"config file {preset_or_path} does not exist")
-        text = _read_text(path)
-    elif preset_or_path in presets():
-        text = (resources.files("eve_ds") / "configs" / f"{preset_or_path}.yaml").read_text(encoding="utf-8")
-    else:
-        raise ConfigError(
-            f"config '{preset_or_path}' is neither a file nor a preset{nearest(preset_or_path, presets())}; "
-            f"presets: {', '.join(presets())}"
-        )
-    tree = _parse_yaml(text, f"config {preset_or_path}") or {}
+def _read_tree(preset_or_path: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Tree of a preset or file on top of that of its `base`; `extended_by` names the configurations that extend it."""
+    chain = (*extended_by, preset_or_path)
+    if preset_or_path in extended_by or len(chain) > limits.CONFIG_BASES:
+        shown = " -> ".join(chain[:4]) + (" -> ..." if len(chain) > 4 else "")
+        raise ConfigError(f"config {chain[0]}: base leads in a circle, or too far: {shown}")
+    tree = _parse_yaml(_read_text(preset_or_path), f"config {preset_or_path}")
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"config {preset_or_path} must be a mapping of sections, not a {type(tree).__name__}")
     base = tree.pop("base", None)
-    return tree if base is None else _merge(_read_tree(base), tree)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"config {preset_or_path}: base ({excerpt(repr(base))}) must be the name of a preset or file")
+    return _merge(_read_tree(base, chain), tree)
 
 
-def _read_text(path: Path) -> str:
+def _read_text(preset_or_path: str) -> str:
+    path = Path(preset_or_path)
+    if preset_or_path in presets() and not os.path.isfile(path):
+        return (resources.files("eve_ds") / "configs" / f"{preset_or_path}.yaml").read_text(encoding="utf-8")
+    if path.suffix not in {".yaml", ".yml", ".json"} and not (os.path.exists(path) and not os.path.isdir(path)):
+        raise ConfigError(
+            f"config '{excerpt(preset_or_path)}' is neither a file nor a preset"
+            f"{nearest(preset_or_path, presets())}; presets: {', '.join(presets())}"
+        )
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path, limits.CONFIG_BYTES).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {preset_or_path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+        raise ConfigError(f"config file {preset_or_path} cannot be read: {reason(error)}") from None
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from None
 
 
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
@@ -135,27 +148,33 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set a key of a tree; sections on the way are copied, since the tree may share them with others."""
     path, separator, text = override.partition("=")
+    shown = excerpt(override)
     if not separator:
-        raise ConfigError(f"override '{override}' must have the form section.key=value")
+        raise ConfigError(f"override '{shown}' must have the form section.key=value")
     *sections, key = path.strip().split(".")
+    if len(sections) > limits.JSON_DEPTH:
+        raise ConfigError(f"override '{shown}' has {len(sections)} sections: no key lies that deep")
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
-    tree[key] = _parse_yaml(text, f"override '{override}'")
+        inner = tree.get(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override '{shown}': '{section}' is a value, not a section")
+        tree[section] = dict(inner)
+        tree = tree[section]
+    tree[key] = _parse_yaml(text, f"override '{shown}'")
 
 
 def _problem(error: Any, where: str) -> str:
     location = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        return f"{where}: unknown key '{'.'.join(location)}'{nearest(location[-1], known)}"
+        return f"{where}: unknown key '{excerpt('.'.join(location))}'{nearest(location[-1], known)}"
     message = error["msg"].removeprefix("Value error, ")
     place = ".".join(location)
     if error["type"] == "value_error":  # its message names keys of the section, with their values
         return ": ".join(part for part in (where, place, message) if part)
-    return f"{where}: {place} ({error['input']!r}): {message}"
+    return f"{where}: {place} ({excerpt(repr(error['input']))}): {message}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -14,9 +14,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base class of every section: immutable; a key that is not a field is an error."""
+    """Base class of every section: immutable; a key that is not a field, infinity and NaN are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def require(condition: bool, message: str) -> None:

@@ -12,6 +12,7 @@ from eve_ds import limits
 from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.unread import refuse_binary
+from eve_ds.printable import excerpt
 from eve_ds.reading import parse_json, read_file
 
 Undecodable = Literal["refuse", "keep"]
@@ -164,8 +165,7 @@ def is_null(value: Any) -> bool:
 
 def shortened(value: Any) -> str:
     """A value of a file for a message, cut to `limits.MESSAGE_CHARACTERS`."""
-    text = repr(value)
-    return text if len(text) <= limits.MESSAGE_CHARACTERS else f"{text[: limits.MESSAGE_CHARACTERS]} ..."
+    return excerpt(repr(value))
 
 
 def described(tree: Any) -> str:

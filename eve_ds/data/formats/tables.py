@@ -18,6 +18,7 @@ from eve_ds.data.caption_text import ABSENT_CELLS
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.unread import refuse_binary, refuse_list_of_addresses
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
+from eve_ds.printable import excerpt
 
 MALFORMED = "malformed entry"
 NO_CAPTION = "no caption"
@@ -117,8 +118,7 @@ class Table:
 
 
 def _short(header: Sequence[str]) -> str:
-    listed = ", ".join(header)
-    return listed if len(listed) <= limits.MESSAGE_CHARACTERS else listed[: limits.MESSAGE_CHARACTERS] + " ..."
+    return excerpt(", ".join(header))
 
 
 def _lines(file: TextIO) -> Iterator[str]:
