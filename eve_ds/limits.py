@@ -48,6 +48,19 @@ CONFIG_BASES = 20
 METADATA_BYTES = 16 * MIB
 """Bytes of the text or the metadata of one sample."""
 
+HEADER_BYTES = 100 * 10**6
+"""Bytes of the JSON header of a safetensors file, as in the library of that name."""
+POINTER_BYTES = 4096
+"""Bytes of a file that holds the name of another one."""
+TOKENS = 10_000_000
+"""Token IDs of a vocabulary, forty times the largest published one."""
+TOKENIZER_BYTES = 256 * MIB
+"""Bytes of one file of a tokenizer."""
+TOKENIZER_DEPTH = 30
+"""Levels of lists and objects in a tokenizer.json: a library that is not ours walks through them."""
+LAYERS = 1000
+"""Layers of a foreign checkpoint."""
+
 # --------------------------------------------------------------------------------------------------- tars and shards
 
 SAMPLE_BYTES = GIB

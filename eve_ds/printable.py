@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 from eve_ds import limits
@@ -23,6 +24,11 @@ def printable(text: str) -> str:
 
 def _escape(char: str) -> str:
     return repr(char)[1:-1]
+
+
+def markdown(text: str) -> str:
+    """Return the text as one line of Markdown that shows it as it is: no markup, link, HTML or end of a table cell."""
+    return re.sub(r"[\\`*_{}\[\]<>#|!&~$]", r"\\\g<0>", printable(text))
 
 
 def excerpt(text: str) -> str:

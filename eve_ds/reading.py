@@ -1,4 +1,7 @@
-"""Read files of unknown origin: regular files up to a size, and JSON of bounded depth, with errors of one line."""
+"""Read files of unknown origin: regular files up to a size, and JSON of bounded depth, with errors of one line.
+
+Every file of JSON that the package reads is parsed here.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,29 @@ def read_file(path: str | Path, most: int, offset: int = 0, size: int | None = N
         os.close(descriptor)
 
 
+def read_json(path: str | Path, most: int = limits.SMALL_JSON_BYTES) -> Any:
+    """Read a file of one JSON document.
+
+    Raises:
+        OSError: see :func:`read_file`.
+        ValueError: see :func:`parse_json`.
+    """
+    return parse_json(read_file(path, most))
+
+
+def read_lines(path: str | Path, most: int = limits.RECORD_BYTES) -> list[str]:
+    """Lines of a UTF-8 file, without their line feeds; the last one, which no line feed ends, is empty in a whole file.
+
+    Only a line feed ends a line: :meth:`str.splitlines` would also split at characters that JSON allows in a string,
+    such as U+2028.
+
+    Raises:
+        OSError: see :func:`read_file`.
+        UnicodeDecodeError: the file is not UTF-8.
+    """
+    return read_file(path, most).decode("utf-8").split("\n")
+
+
 def parse_json(document: bytes | str) -> Any:
     """Parse a JSON document; bytes must be UTF-8 and may begin with a byte order mark.
 
@@ -60,7 +86,7 @@ def parse_json(document: bytes | str) -> Any:
         tree = json.loads(text, parse_int=_whole_number)
     except RecursionError:  # thousands of levels
         raise ValueError(_TOO_DEEP) from None
-    if _is_deep(tree):
+    if depth_exceeds(tree, limits.JSON_DEPTH):
         raise ValueError(_TOO_DEEP)
     return tree
 
@@ -71,10 +97,13 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
-def _is_deep(tree: Any) -> bool:
-    """Whether a parsed document exceeds the depth; code that walks through it could otherwise end in a traceback."""
+def depth_exceeds(tree: Any, most: int) -> bool:
+    """Whether lists and objects of a parsed document are nested deeper than `most` levels.
+
+    Code that walks through such a document could end in a traceback.
+    """
     level = [tree]
-    for _ in range(limits.JSON_DEPTH):
+    for _ in range(most):
         lists = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
         level = [child for children in lists for child in children if isinstance(child, dict | list)]
         if not level:

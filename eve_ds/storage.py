@@ -27,9 +27,15 @@ def is_disk_error(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Text of an exception on one line, without the number of an operating-system error, behind the file if known."""
+    """Text of an exception on one line, as :func:`cause` gives it, behind the name of the file if known."""
+    name = error.filename if isinstance(error, OSError) and error.strerror else None
+    return f"{name}: {cause(error)}" if name else cause(error)
+
+
+def cause(error: BaseException) -> str:
+    """Text of an exception on one line, without the number of an operating-system error and the name of the file."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return error.strerror
     if match := _OS_ERROR_OF_RUST.search(str(error)):
         return match["reason"].strip()
     return " ".join(str(error).split())

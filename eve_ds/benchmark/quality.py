@@ -8,7 +8,6 @@ Therefore at most as many jobs as idle cores should run at the same time.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 import statistics
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 from eve_ds.config import ConfigError
 from eve_ds.data.synthetic.questions import unbound_accuracy
 from eve_ds.data.synthetic.scenes import WORD_CLASSES
+from eve_ds.reading import parse_json, read_json, read_lines
 from eve_ds.report.records import with_current_names
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launcher"
@@ -229,7 +229,7 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
             found.setdefault(name, {})[run.name] = value
     for file in sorted(folder.glob(f"*/{RESULT}")):
         task, _, start = file.parents[2].name.partition("-")
-        metrics = json.loads(file.read_text(encoding="utf-8"))
+        metrics = read_json(file)
         for name, value in _figures_of(task, metrics).items():
             found.setdefault(name, {})[start] = value
     return found
@@ -237,8 +237,7 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
 
 def _figures_of_pretraining(metrics: Path) -> dict[str, float]:
     """Return pairs seen, accuracies of masked words, and the reduction of the pixel error by the caption."""
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    records = [with_current_names(json.loads(line)) for line in lines]
+    records = [with_current_names(parse_json(line)) for line in read_lines(metrics)[:-1]]
     found = {"pairs seen in pre-training": records[-1]["samples"]}
     evaluations = [record for record in records if record.get("kind") == "eval"]
     if not evaluations:

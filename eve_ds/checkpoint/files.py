@@ -17,12 +17,15 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eve_ds.printable import printable
+from eve_ds import limits
+from eve_ds.printable import excerpt, printable
+from eve_ds.reading import parse_json, read_file
+from eve_ds.storage import cause
 
 PATTERN = "tensors-*.safetensors"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -31,7 +34,8 @@ SHOWN = 3
 """Number of names that an error lists before it counts the rest."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_LARGEST_HEADER = 2**28
+_START_DIGITS = 18
+"""Digits of the first element of a piece; a tensor of more elements does not exist."""
 
 
 class CheckpointError(ValueError):
@@ -171,7 +175,7 @@ class PieceReader:
         if not self._pieces:
             raise CheckpointError(f"{folder} holds no {PATTERN}: take another checkpoint of the run")
         for pieces in self._pieces.values():
-            pieces.sort()
+            pieces.sort(key=lambda piece: (piece.start, piece.numel))
 
     def names(self, kind: str) -> set[str]:
         """Names of the tensors of a kind."""
@@ -208,21 +212,37 @@ class PieceReader:
 
 def _read_header(file: Path) -> list[tuple[str, str, _Stored]]:
     try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > _LARGEST_HEADER:
-                raise ValueError(f"a header of {length:,} bytes")
-            header = json.loads(opened.read(length))
-        found = []
-        for key, entry in header.items():
-            kind, name, start = key.split("/")
-            begin, end = entry["data_offsets"]
-            (numel,), dtype = entry["shape"], _DTYPES[entry["dtype"]]
-            if end - begin != numel * dtype.itemsize or begin < 0:
-                raise ValueError(f"{key} has {numel} elements in {end - begin} bytes")
-            found.append((kind, name, _Stored(int(start), numel, dtype, file, 8 + length + begin)))
+        size = file.stat().st_size
+        (length,) = struct.unpack("<Q", read_file(file, 8, size=8))
+        header = parse_json(read_file(file, limits.HEADER_BYTES, 8, length))
+        return _stored(file, header, 8 + length, size - 8 - length)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{file} is not a tensor file of a checkpoint ({error}): take another one") from None
+        raise CheckpointError(
+            f"{file} is not a tensor file of a checkpoint ({excerpt(cause(error))}): take another one"
+        ) from None
+
+
+def _stored(file: Path, header: dict[str, Any], offset: int, size: int) -> list[tuple[str, str, _Stored]]:
+    """Places of the pieces of a file, whose `size` bytes from `offset` on they fill without gaps or overlaps.
+
+    Raises:
+        ValueError: the header is not one that :func:`write_pieces` writes.
+    """
+    found, begin = [], 0
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        kind, name, start = key.split("/")
+        (numel,), dtype, offsets = entry["shape"], _DTYPES[entry["dtype"]], entry["data_offsets"]
+        if not start.isdecimal() or len(start) > _START_DIGITS or type(numel) is not int or numel < 0:
+            raise ValueError(f"{key} has {numel!r} elements from {start}")
+        end = begin + numel * dtype.itemsize
+        if end > size:
+            raise ValueError(f"it ends too early: {key} needs {end:,} bytes of {size:,}")
+        if offsets != [begin, end]:
+            raise ValueError(f"{key} has {numel:,} elements in the bytes {offsets} of {size:,}")
+        found.append((kind, name, _Stored(int(start), numel, dtype, file, offset + begin)))
+        begin = end
+    if begin != size:
+        raise ValueError(f"{size - begin:,} bytes behind the last piece")
     return found
 
 

@@ -17,11 +17,13 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from eve_ds import limits, reading
 from eve_ds.checkpoint.files import CheckpointError, FileRecord, flush_folder, listed, record_of, write_bytes
 from eve_ds.distributed import get_logger, rank_zero
+from eve_ds.printable import excerpt
 
 FOLDER, LATEST = "checkpoints", "latest"
 MANIFEST = "manifest.json"
@@ -30,7 +32,9 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer"
 CHECK_BATCH = "check_batch.safetensors"
 FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
+MOST_NAME = 4096
+"""Characters of the path of a file in a checkpoint; no system takes more."""
+_NAME = re.compile(r"step-([0-9]{8,18})")
 
 
 def name_of(step: int) -> str:
@@ -57,7 +61,7 @@ def write_manifest(folder: Path, content: dict[str, Any], files: dict[str, FileR
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint; raises CheckpointError if the file is anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = reading.read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is incomplete, it lacks {path.name}: take another checkpoint") from None
     except OSError as error:
@@ -81,20 +85,37 @@ def problems(folder: Path, share: tuple[int, int] = (0, 1), hashes: bool = True)
         manifest = read_json(folder / MANIFEST)
         if manifest.get("format") != FORMAT:
             return [f"{MANIFEST} has format {manifest.get('format')}, only {FORMAT} can be read"]
-        records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+        records = _records(manifest)
     except CheckpointError as error:
         return [str(error)]
-    except (KeyError, TypeError, AttributeError):
-        return [f"{MANIFEST} is not a list of files with their sizes and hashes"]
     found = []
     for name in sorted(records)[share[0] :: share[1]]:
-        problem = _file_problem(folder / name, records[name], hashes)
+        problem = _file_problem(folder, name, records[name], hashes)
         found += [f"{name} {problem}"] if problem else []
     if share[0] == 0:
-        present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+        present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not _is_folder(path)} - {MANIFEST}
         surplus = present - records.keys()
         found += [f"{listed(surplus)} not in {MANIFEST}"] if surplus else []
     return found
+
+
+def _records(manifest: dict[str, Any]) -> dict[str, FileRecord]:
+    """Files of a manifest by their path in the folder; raises CheckpointError if it is not of this form."""
+    try:
+        records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{MANIFEST} is not a list of files with their sizes and hashes") from None
+    for name, record in records.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name or len(name) > MOST_NAME:
+            raise CheckpointError(f"{MANIFEST} names '{excerpt(name)}', which is no file inside the folder")
+        if type(record.bytes) is not int or record.bytes < 0 or not isinstance(record.sha256, str):
+            raise CheckpointError(f"{MANIFEST} has no size in bytes, or no hash, of {excerpt(name)}")
+    return records
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def first_good(folders: Sequence[Path], problems_of: Callable[[Path], list[str]] = problems) -> Path | None:
@@ -120,10 +141,13 @@ def first_good(folders: Sequence[Path], problems_of: Callable[[Path], list[str]]
     return None
 
 
-def _file_problem(path: Path, record: FileRecord, hashes: bool) -> str | None:
+def _file_problem(folder: Path, name: str, record: FileRecord, hashes: bool) -> str | None:
+    path = folder / name
     try:
         if not path.is_file():
-            return "is missing"
+            return "is no regular file" if os.path.lexists(path) else "is missing"
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return "is a symbolic link out of the folder (cp -rL makes a copy without links)"
         size = path.stat().st_size
         if size != record.bytes:
             return f"has {size:,} bytes, {record.bytes:,} were written"
@@ -153,10 +177,10 @@ def committed(run: Path) -> list[Path]:
     ordered = sorted(steps, key=lambda path: steps[path], reverse=True)
     pointer = root / LATEST
     try:
-        newest = root / pointer.read_text(encoding="utf-8").strip()
+        newest = reading.read_file(pointer, limits.POINTER_BYTES).decode("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ordered
-    last = step_of(newest)
+    last = step_of(Path(newest))
     if last is None:
         return ordered
     older = [path for path in ordered if steps[path] <= last]
@@ -179,7 +203,15 @@ def remove_leftovers(root: Path) -> None:
     """Remove leftovers of killed processes: folders that were being written or deleted."""
     for pattern in (".saving-*", ".deleting-*"):
         for leftover in root.glob(pattern):
-            shutil.rmtree(leftover)
+            remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with its content, or a link or file; what a link leads to is left alone."""
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def retire(run: Path, keep_last: int | None, keep_every_steps: int | None) -> list[str]:
@@ -199,6 +231,6 @@ def retire(run: Path, keep_last: int | None, keep_every_steps: int | None) -> li
             continue
         hidden = folder.with_name(f".deleting-{folder.name}")
         folder.rename(hidden)
-        shutil.rmtree(hidden)
+        remove(hidden)
         gone.append(folder.name)
     return gone

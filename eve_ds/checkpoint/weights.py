@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,9 +13,14 @@ from torch import Tensor
 
 from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import CheckpointError, PieceReader, tensor_problems
+from eve_ds.printable import excerpt
+from eve_ds.reading import read_json
+from eve_ds.storage import reason
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+_PART = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+"""Names of files that an index may name."""
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -44,14 +50,21 @@ def export_files(folder: Path) -> dict[str, Path]:
     """
     try:
         if (folder / INDEX).is_file():
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / Path(file).name for name, file in weight_map.items()}
+            weight_map = read_json(folder / INDEX)["weight_map"]
+            return {name: folder / _own_name(file) for name, file in weight_map.items()}
         if not (folder / WEIGHTS).is_file():
             return {}
         with safe_open(folder / WEIGHTS, "pt") as file:
             return dict.fromkeys(file.keys(), folder / WEIGHTS)
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): export it again") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({excerpt(reason(error))}): export it again") from None
+
+
+def _own_name(file: Any) -> str:
+    """Name of a file of weights beside the index that names it."""
+    if not isinstance(file, str) or not _PART.fullmatch(file):
+        raise ValueError(f"{INDEX} names {file!r}, which is no .safetensors file beside it")
+    return file
 
 
 def weight_reader(source: Path, shapes: dict[str, torch.Size]) -> Callable[[str], Tensor]:
@@ -88,6 +101,8 @@ def checkpoint_reader(folder: Path, shapes: dict[str, torch.Size]) -> Callable[[
 
 def _shape(file: Path, name: str) -> torch.Size:
     try:
+        if not file.is_file():  # safe_open would wait for a writer of a pipe
+            raise FileNotFoundError(f"{file.name} is missing or no regular file")
         with safe_open(file, "pt") as opened:
             return torch.Size(opened.get_slice(name).get_shape())
     except (SafetensorError, OSError) as error:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eve_ds import reading
 from eve_ds.cli.command import (
     BAD_INPUT,
     FAILED,
@@ -29,6 +30,7 @@ from eve_ds.cli.command import (
     run_command,
 )
 from eve_ds.cli.demo_steps import StepFailed, free_port, log_of, run_step, shown, this_machine
+from eve_ds.storage import cause
 
 if TYPE_CHECKING:
     from eve_ds.config import Config
@@ -135,10 +137,12 @@ def train(run: Path, config: Config, settings: list[str]) -> None:
 
 def is_finished(run: Path, config: Config) -> bool:
     """Whether the newest checkpoint of a run marks its end."""
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.is_file():
+    from eve_ds.checkpoint.manifest import STATE, committed
+
+    checkpoints = committed(run)
+    if not checkpoints:
         return False
-    state = read_json(pointer.parent / pointer.read_text(encoding="utf-8").strip() / "state.json")
+    state = read_json(checkpoints[0] / STATE)
     return bool(state.get("ended_at") == config.train.limits)
 
 
@@ -161,7 +165,8 @@ def check_same_settings(run: Path, config: Config) -> None:
     }
     for section, values in now.items():
         for key, value in values.items() if isinstance(values, dict) else ():
-            other = before.get(section, {}).get(key)
+            former = before.get(section)
+            other = former.get(key) if isinstance(former, dict) else None
             if key not in settled and other != value:
                 raise ConfigError(
                     f"{shown(run)} holds a run with {section}.{key} {other}, now it is {value}: "
@@ -214,10 +219,13 @@ def say(message: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Content of a file of the run; raises :class:`ConfigError` if it is not JSON."""
+    """Content of a file of the run; raises :class:`ConfigError` if it is not a JSON object."""
     from eve_ds.config import ConfigError
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        tree = reading.read_json(path)
+        if not isinstance(tree, dict):
+            raise ValueError("no JSON object")
+        return tree
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{shown(path)} cannot be read ({error}): remove {shown(path.parent)}") from None
+        raise ConfigError(f"{shown(path)} cannot be read ({cause(error)}): remove {shown(path.parent)}") from None

@@ -40,6 +40,7 @@ from eve_ds.cli.command import (
     run_command,
 )
 from eve_ds.cli.command import REPOSITORY as ROOT
+from eve_ds.reading import parse_json
 
 PACKAGES = ("deepspeed", "pydantic", "webdataset", "transformers", "safetensors", "yaml", "PIL", "rich", "pytest")
 FILTER = "kernel_substring=eve_ds"
@@ -284,7 +285,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         file.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    return [parse_json(line) for line in whole.split(b"\n")[:-1]]
 
 
 def _last_training(run: Path) -> dict[str, Any]:

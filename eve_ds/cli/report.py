@@ -8,7 +8,6 @@ group.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -49,12 +48,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def read_evaluation(path: Path) -> dict[str, Any]:
     """Result of an evaluation on scenes, as `evaluate.py scenes --json` writes it; raises ReportError for others."""
+    from eve_ds.reading import read_json
     from eve_ds.report.records import ReportError, with_current_names
+    from eve_ds.storage import cause
 
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
     except OSError as error:
-        raise ReportError(f"--evaluation {path} cannot be read: {error.strerror}") from None
+        raise ReportError(f"--evaluation {path} cannot be read: {cause(error)}") from None
     except ValueError as error:
         raise ReportError(f"--evaluation {path} is not JSON: {error}") from None
     result = with_current_names(result) if isinstance(result, dict) else {}

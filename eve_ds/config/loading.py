@@ -19,7 +19,7 @@ from eve_ds.config.tree import Config
 from eve_ds.config.yaml_text import parse_yaml
 from eve_ds.printable import excerpt
 from eve_ds.reading import read_file
-from eve_ds.storage import reason
+from eve_ds.storage import cause
 
 REMOVED_KEYS: dict[str, dict[str, Any]] = {"task": {"word_passes": 0, "read_states": False}}
 """Section -> removed keys with their former default, which configurations of earlier runs still contain."""
@@ -129,7 +129,7 @@ def _read_text(preset_or_path: str) -> str:
     except FileNotFoundError:
         raise ConfigError(f"config file {preset_or_path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {preset_or_path} cannot be read: {reason(error)}") from None
+        raise ConfigError(f"config file {preset_or_path} cannot be read: {cause(error)}") from None
 
 
 def _parse_yaml(text: str, where: str) -> Any:

@@ -13,7 +13,7 @@ from eve_ds.config.section import PositiveInt, Section
 class TrainConfig(Section):
     """Training loop: duration, batch, precision, logging, evaluation and checkpoints."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initial weights, data order, masks, augmentation and dropout."""
     max_steps: PositiveInt = 480_000
     """Optimizer steps after which the run ends. Default: the paper's for EVE-Base."""

@@ -12,7 +12,7 @@ from webdataset.shardlists import expand_urls
 from eve_ds import limits
 from eve_ds.config import ConfigError
 from eve_ds.data.sample_names import shard_files
-from eve_ds.reading import parse_json, read_file
+from eve_ds.reading import read_file, read_json
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -91,7 +91,7 @@ def read_index(folder: Path) -> dict[str, IndexEntry]:
     if not path.exists():
         return {}
     try:
-        tree = parse_json(read_file(path, limits.SMALL_JSON_BYTES))
+        tree = read_json(path)
         if tree["version"] != INDEX_VERSION:
             raise ConfigError(f"{path} has version {tree['version']!r}, only {INDEX_VERSION} can be read")
         return dict(_index_entry(item) for item in tree["shards"])

@@ -33,7 +33,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eve_ds import limits
+from eve_ds import limits, storage
 from eve_ds.data.caption_text import clean_caption, decode_caption
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.image_check import encode_for_shard
@@ -41,7 +41,7 @@ from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Sour
 from eve_ds.data.sample_names import shard_files, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
 from eve_ds.file_lock import lock_file
-from eve_ds.reading import parse_json, read_file
+from eve_ds.reading import read_file, read_json
 from eve_ds.signals import children_without_signals
 from eve_ds.storage import is_disk_error
 
@@ -203,7 +203,7 @@ def completed_report(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | Non
     if not index_path.exists():
         return None
     try:
-        index, report = (parse_json(read_file(path, limits.SMALL_JSON_BYTES)) for path in (index_path, report_path))
+        index, report = (read_json(path) for path in (index_path, report_path))
         _require_same_plan(folder, {key: report[key] for key in plan}, plan)
         entries = [(folder / entry["name"], entry["bytes"]) for entry in index["shards"]]
     except OutputError:
@@ -455,7 +455,7 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
     plan_path = progress / "plan.json"
     try:
         if plan_path.exists():
-            _require_same_plan(folder, json.loads(plan_path.read_bytes()), plan)
+            _require_same_plan(folder, _read_progress(plan_path), plan)
         elif shard_files(folder):
             raise OutputError(f"{folder} holds .tar files that this command did not write; choose another --out")
         progress.mkdir(parents=True, exist_ok=True)
@@ -506,12 +506,28 @@ def _record_path(folder: Path, task: ShardTask) -> Path:
 
 def _read_record(folder: Path, task: ShardTask) -> ShardRecord | None:
     try:
-        record = ShardRecord(**json.loads(_record_path(folder, task).read_bytes()))
+        record = ShardRecord(**_read_progress(_record_path(folder, task)))
     except FileNotFoundError:
         return None
+    except TypeError:
+        raise OutputError(_not_written(_record_path(folder, task), "has other keys")) from None
     path = folder / task.name
     intact = not record.samples or (path.is_file() and path.stat().st_size == record.bytes)
     return record if intact else None
+
+
+def _read_progress(path: Path) -> Any:
+    """Content of a file of an unfinished run."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise OutputError(_not_written(path, storage.cause(error))) from None
+
+
+def _not_written(path: Path, problem: str) -> str:
+    return f"{path} is no file of this command ({problem}); remove {path.parent}, or choose another --out"
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import ConfigError
+from eve_ds.data.tokenizer_folder import as_config_error, load_pretrained, read_tokenizer_file
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -36,6 +36,8 @@ _PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
     """Load `scenes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a Hub name.
 
+    Padding and truncation that the file sets are switched off: the encoding of captions has its own.
+
     Raises:
         ConfigError: the tokenizer does not exist, is not a fast tokenizer, lacks a special token, or does not encode
             text as [CLS] text [SEP].
@@ -45,10 +47,13 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
         resource = resources.files("eve_ds") / "data" / "synthetic" / f"{name_or_path}_tokenizer.json"
         tokenizer = _wrap(Tokenizer.from_str(resource.read_text(encoding="utf-8")))
     elif path.suffix == ".json":
-        tokenizer = _wrap(_read_tokenizer_file(path))
+        tokenizer = _wrap(_with_special_tokens(path))
     else:
-        tokenizer = _load_pretrained(str(name_or_path))
-    _check(tokenizer, str(name_or_path))
+        tokenizer = load_pretrained(str(name_or_path))
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    with as_config_error(f"tokenizer '{name_or_path}' cannot encode a text"):
+        _check(tokenizer, str(name_or_path))
     return tokenizer
 
 
@@ -117,34 +122,14 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
 
 
-def _read_tokenizer_file(path: Path) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust code raises plain Exception for both missing and malformed files
-        raise ConfigError(f"tokenizer file {path} cannot be read: {error}") from None
+def _with_special_tokens(path: Path) -> Tokenizer:
+    tokenizer = read_tokenizer_file(path)
     missing = [token for token in SPECIAL_TOKENS.values() if tokenizer.token_to_id(token) is None]
     if missing:
         raise ConfigError(
             f"tokenizer file {path} has no {', '.join(missing)}; give the folder written by save_pretrained, "
             "which names its special tokens"
         )
-    return tokenizer
-
-
-def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        # A Hub name is `name` or `owner/name`; a Hub request for a path would only wait for the network.
-        raise ConfigError(f"tokenizer folder {name} does not exist")
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, use_fast=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"tokenizer '{name}' is not 'scenes', a tokenizer.json, a folder with one, or a name that can "
-            f"be loaded: {reason}"
-        ) from None
-    if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError(f"tokenizer '{name}' ({type(tokenizer).__name__}) is not a fast tokenizer; convert it first")
     return tokenizer
 
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from eve_ds.config import ConfigError
 from eve_ds.distributed import broadcast_object
-from eve_ds.storage import is_disk_error, replace_file
+from eve_ds.reading import parse_json, read_json, read_lines
+from eve_ds.storage import cause, is_disk_error, replace_file
 from eve_ds.tasks.batches import ImageReader, Inference, TaskCollator
 from eve_ds.tasks.examples import Example, fingerprint
 from eve_ds.tasks.task import Record, Task
@@ -156,11 +157,12 @@ def _check_identity(file: Path, identity: dict[str, Any]) -> None:
     if not file.is_file():
         return
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file)
         if not isinstance(before, dict):
             raise ValueError(f"a {type(before).__name__}, not an object")
-    except ValueError as error:
-        raise ConfigError(f"{file} cannot be read ({error}): remove {file.parent}, or name another folder") from None
+    except (OSError, ValueError) as error:
+        problem = f"{file} cannot be read ({cause(error)})"
+        raise ConfigError(f"{problem}: remove {file.parent}, or name another folder") from None
     other = [name for name, value in identity.items() if before.get(name) != value]
     if other:
         raise ConfigError(
@@ -178,15 +180,24 @@ def _collect(out: Path) -> dict[str, dict[str, Any]]:
     records = {}
     for file in (out / PREDICTIONS, *_parts(out)):
         if file.is_file():
-            for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+            for number, line in enumerate(_whole_lines(file), start=1):
                 record = _record(line, f"line {number} of {file}")
                 records[record["key"]] = record
     return records
 
 
+def _whole_lines(file: Path) -> list[str]:
+    try:
+        return read_lines(file)[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({cause(error)}): remove the file to predict everything again"
+        ) from None
+
+
 def _record(line: str, where: str) -> Record:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         if not (isinstance(record, dict) and isinstance(record.get("key"), str)):
             raise ValueError("no object with a `key`")
     except ValueError as error:

@@ -9,14 +9,18 @@ BEiTv2      File of the authors (microsoft/unilm, folder beit2), pre-trained or 
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from eve_ds import limits
 from eve_ds.export.weight_files import WeightFileError, read_tensors
+from eve_ds.printable import excerpt
+from eve_ds.reading import read_json
+from eve_ds.storage import cause
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Weight files that are read from a folder; the first one present is used."""
@@ -142,18 +146,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Read config.json and check that it describes a supported kind."""
     file = folder / "config.json"
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = read_json(file)
     except OSError as error:
         raise WeightFileError(
-            f"{file} cannot be read ({error.strerror}): name a folder of save_pretrained or timm, or a file of BEiTv2"
+            f"{file} cannot be read ({cause(error)}): name a folder of save_pretrained or timm, or a file of BEiTv2"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise WeightFileError(f"{file} is not JSON ({error})") from None
     kind, architecture = (about.get(key) if isinstance(about, dict) else None for key in ("model_type", "architecture"))
-    if kind in KINDS or (kind is None and str(architecture).startswith(ARCHITECTURES)):
+    if str(kind) in KINDS or (kind is None and str(architecture).startswith(ARCHITECTURES)):
         return about
-    found = f"architecture {architecture!r}" if kind is None and architecture else f"model_type {kind!r}"
+    found = f"architecture {excerpt(repr(architecture))}" if kind is None and architecture else _kind(kind)
     raise WeightFileError(f"{file} has {found}: only {', '.join(KINDS)} and timm's {ARCHITECTURES}... are read")
+
+
+def _kind(kind: Any) -> str:
+    return f"model_type {excerpt(repr(kind))}"
 
 
 def _weight_file(folder: Path) -> Path:
@@ -172,13 +180,14 @@ def _hugging_face(folder: Path, about: dict[str, Any], tensors: dict[str, Tensor
         kind=f"a {kind} of its config.json",
         names=_HUGGING_FACE,
         tensors=tensors,
-        sizes={key: about.get(key) for key in SIZES} | {"num_hidden_layers": about.get("num_hidden_layers", 0)},
+        sizes={key: _number(folder, about, key, None, int) for key in SIZES}
+        | {"num_hidden_layers": _layers(folder, _number(folder, about, "num_hidden_layers", 0, int))},
         has_position=not is_beit or bool(about.get("use_absolute_position_embeddings")),
         has_norm=not is_beit or "layernorm.weight" in tensors,
         has_bias=is_beit or about.get("qkv_bias", True),
-        has_scale=is_beit and about.get("layer_scale_init_value", 0.1) > 0,
-        activation=about.get("hidden_act", "gelu"),
-        eps=about.get("layer_norm_eps", 1e-12),
+        has_scale=is_beit and _number(folder, about, "layer_scale_init_value", 0.1, float) > 0,
+        activation=excerpt(str(about.get("hidden_act", "gelu"))),
+        eps=_number(folder, about, "layer_norm_eps", 1e-12, float),
         left_out=_HUGGING_FACE_LEFT_OUT,
     )
 
@@ -204,17 +213,34 @@ def _beit2(source: Path, tensors: dict[str, Tensor]) -> Dense:
 
 def _beit2_sizes(source: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
     """Return the sizes that shapes determine; only the bias tables (distances, heads) determine the number of heads."""
-    layers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
+    layers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.([0-9]{1,9})\.", name))]
     sizes = {
         "hidden_size": _extent(source, tensors, "cls_token", "1, 1, width"),
         "intermediate_size": _extent(source, tensors, "blocks.0.mlp.fc1.weight", "feed-forward width, width", axis=0),
         "patch_size": _extent(source, tensors, "patch_embed.proj.weight", "width, 3, patch, patch"),
-        "num_hidden_layers": 1 + max(layers),
+        "num_hidden_layers": _layers(source, 1 + max(layers)),
     }
     tables = sorted(name for name in tensors if re.fullmatch(_BIAS_TABLE, name))
     if tables:
         sizes["num_attention_heads"] = _extent(source, tensors, tables[0], "distances, heads")
     return sizes
+
+
+def _number(folder: Path, about: dict[str, Any], key: str, absent: Any, kind: type[int] | type[float]) -> Any:
+    """Value of a key of config.json; null counts as absent."""
+    value = about.get(key)
+    if value is None:
+        return absent
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not math.isfinite(float(value)):
+        what = "a whole number" if kind is int else "a number"
+        raise WeightFileError(f"{folder / 'config.json'} has {key} {excerpt(repr(value))}, which must be {what}")
+    return value
+
+
+def _layers(source: Path, number: int) -> int:
+    if number > limits.LAYERS:
+        raise WeightFileError(f"{source} has {number:,} layers, more than the {limits.LAYERS:,} that are read")
+    return number
 
 
 def _extent(source: Path, tensors: dict[str, Tensor], name: str, shape: str, axis: int = -1) -> int:

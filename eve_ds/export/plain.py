@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -34,8 +34,11 @@ from eve_ds.checkpoint.weights import INDEX, WEIGHTS, checkpoint_reader, export_
 from eve_ds.config import Config, ConfigError, ModelConfig, parse_written_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export.provenance import ExportReport, OutputCheck, last_evaluation, model_card
+from eve_ds.export.weight_files import WeightFileError, read_tensors
 from eve_ds.model.eve import EVE, model_shapes
 from eve_ds.model.naming import expert_id
+from eve_ds.printable import excerpt
+from eve_ds.storage import cause
 
 REPORT, CARD = "export.json", "README.md"
 OFFICIAL = "eve_official.pth"
@@ -166,11 +169,11 @@ def load(folder: Path | str) -> tuple[EVE, Config, PreTrainedTokenizerFast]:
             )
         weights: dict[str, Tensor] = {}
         for file in sorted(set(files.values())):
-            weights |= load_file(file)
+            weights |= read_tensors(file)
         config = _read_config(folder)
         check_weights(weights, config.model, str(folder))
         tokenizer = load_tokenizer(folder / TOKENIZER)
-    except (SafetensorError, CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, WeightFileError) as error:
         raise ExportError(f"{folder} cannot be loaded: {error}") from None
     with torch.device("meta"):
         model = EVE(config.model)
@@ -219,8 +222,14 @@ def _check_outputs(folder: Path, checkpoint: Path, precision: str, dtype: torch.
     if not recorded:  # nothing was masked in those samples
         return None
     model, *_ = load(folder)
-    with torch.no_grad():
-        computed = model.to(_DTYPES[precision])(**inputs).tensors()
+    try:
+        with torch.no_grad():
+            computed = model.to(_DTYPES[precision])(**inputs).tensors()
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:  # inputs of another model, or of none
+        problem = f"holds no inputs of this model ({excerpt(cause(error))})"
+        raise CheckpointError(f"{checkpoint / CHECK_BATCH} {problem}: take another checkpoint of the run") from None
+    if problems := tensor_problems({name: t.shape for name, t in recorded.items()}, _shapes_of(computed, recorded)):
+        raise CheckpointError(f"{checkpoint / CHECK_BATCH} {'; '.join(problems)}: take another checkpoint of the run")
     differences = {name: computed[name].double() - expected.double() for name, expected in recorded.items()}
     relative = [float(differences[name].norm() / recorded[name].double().norm()) for name in recorded]
     check = OutputCheck(
@@ -250,12 +259,16 @@ def _read_check_batch(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
-            device = opened.metadata()["device"]
-    except SafetensorError as error:
+            device = (opened.metadata() or {}).get("device", "cpu")
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): take another checkpoint of the run") from None
     inputs = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
     outputs = {name.removeprefix("output."): t for name, t in tensors.items() if name.startswith("output.")}
     return inputs, {name: tensor for name, tensor in outputs.items() if tensor.numel()}, device
+
+
+def _shapes_of(computed: dict[str, Tensor], names: Iterable[str]) -> dict[str, torch.Size]:
+    return {name: computed[name].shape for name in names if name in computed}
 
 
 def _read_config(folder: Path) -> Config:

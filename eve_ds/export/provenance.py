@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eve_ds.config import Config, Objective
+from eve_ds.distributed import get_logger
+from eve_ds.reading import parse_json, read_lines
+from eve_ds.storage import cause
 
 OBJECTIVES: dict[Objective, str] = {
     "mim": "`mim`, masked image modeling: predict the pixels of masked image patches, given the caption.",
@@ -62,9 +64,22 @@ def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         return None
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    found = [record for record in records if record["kind"] == "eval" and record["step"] <= step]
-    return found[-1] if found else None
+    for line in reversed(_lines(metrics)):
+        try:
+            record = parse_json(line)
+            if record["kind"] == "eval" and record["step"] <= step:
+                return dict(record)
+        except (ValueError, KeyError, TypeError):  # the line of a killed writer, or none of ours
+            continue
+    return None
+
+
+def _lines(metrics: Path) -> list[str]:
+    try:
+        return read_lines(metrics)
+    except (OSError, UnicodeDecodeError) as error:
+        get_logger().warning("%s cannot be read (%s): the model card has no evaluation", metrics, cause(error))
+        return []
 
 
 def trained_objectives(config: Config) -> list[Objective]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eve_ds.checkpoint.files import listed
+from eve_ds.printable import excerpt
 
 TORCH_SUFFIXES = {".pth", ".pt", ".th", ".bin"}
 """Suffixes of files from `torch.save`."""
@@ -58,13 +60,19 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    """Whether a value is a tensor in memory that holds each of its elements, not a small one that is repeated."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:  # the latter: dtypes torch lacks
         raise WeightFileError(f"{file} cannot be read ({_first_line(error)}): it may be damaged") from None
 
 
@@ -72,6 +80,8 @@ def _read_pickle(file: Path) -> Any:
     is_zip = zipfile.is_zipfile(file)
     if not is_zip and not _is_legacy(file):
         raise WeightFileError(f"{file} is not a file that torch.save wrote, or not all of it")
+    if is_zip:
+        _refuse_compressed(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
@@ -83,6 +93,18 @@ def _read_pickle(file: Path) -> Any:
         raise WeightFileError(f"{file} cannot be read ({reason}): it may be damaged") from None
 
 
+def _refuse_compressed(file: Path) -> None:
+    """Refuse an archive whose members take more bytes than it has; torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+            is_compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise WeightFileError(f"{file} cannot be read ({_first_line(error)}): it may be damaged") from None
+    if is_compressed or unpacked > file.stat().st_size:
+        raise WeightFileError(f"{file} is compressed ({unpacked:,} bytes unpacked), which torch.save never does")
+
+
 def _is_legacy(file: Path) -> bool:
     """Whether a file starts like the files of torch.save before version 1.6."""
     start = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
@@ -91,4 +113,4 @@ def _is_legacy(file: Path) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return excerpt(str(error).partition("\n")[0])

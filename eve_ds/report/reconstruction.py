@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ from eve_ds import ops
 from eve_ds.config import ModelConfig
 from eve_ds.data.batch import Batch
 from eve_ds.evaluation.scenes import predict_masked, with_whole_caption, with_whole_image
+from eve_ds.printable import printable
 from eve_ds.report.style import FAINT, INK, RIGHT_COLOR, WRONG_COLOR, save
 
 MASKED_GRAY = 0.62
@@ -190,7 +191,7 @@ def _draw_words(canvas: Axes, words: tuple[Word, ...], left: float, y: float) ->
     x, right, lowest = left, left + TEXT_WIDTH - 2 * GAP, y - 4 * LINE
     for word in words:
         right_guess = word.prediction == word.text
-        text = word.text if word.prediction is None or right_guess else f"{word.prediction} ({word.text})"
+        text = printable(word.text if word.prediction is None or right_guess else f"{word.prediction} ({word.text})")
         span = len(text) * CHARACTER
         if x + span > right and x > left:
             x, y = left, y - LINE
@@ -201,5 +202,6 @@ def _draw_words(canvas: Axes, words: tuple[Word, ...], left: float, y: float) ->
         if word.prediction is not None:
             box = (x - 0.03, y - 0.095)
             canvas.add_patch(Rectangle(box, span + 0.06, 0.19, facecolor=color, alpha=0.13, linewidth=0))
-        canvas.text(x, y - 0.01, text, fontsize=FONT_SIZE, color=color, va="center", family="monospace")
+        style: dict[str, Any] = {"fontsize": FONT_SIZE, "color": color, "va": "center", "family": "monospace"}
+        canvas.text(x, y - 0.01, text, parse_math=False, **style)  # a "$" in a caption is no formula
         x += span + 1.4 * CHARACTER

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from eve_ds.printable import excerpt
+from eve_ds.reading import parse_json, read_lines
+from eve_ds.storage import cause
 
 Record = dict[str, Any]
 
@@ -24,11 +29,17 @@ FORMER_NAMES = {
 """Keys that earlier versions wrote -> keys of this version."""
 
 
+_STAMP = {"step", "seconds", "samples"}
+"""Keys of numbers that every record has."""
 BESIDE_LOSSES = (
     *("kind", "step", "seconds", "samples", "lr", "grad_norm", "samples_per_second", "tokens_per_second"),
     *("peak_memory_bytes", "model_flops_utilization"),
 )
 """Keys of a training record that are no loss terms; others that are none have a slash in their name."""
+
+
+MOST_TERMS = 100
+"""Loss terms of a record; each takes a panel of a figure."""
 
 
 class ReportError(ValueError):
@@ -48,7 +59,10 @@ def read_records(run: Path) -> list[Record]:
     if not path.is_file():
         raise ReportError(f"{path} does not exist: {run} is not the output folder of a run that has started training")
     history: list[Record] = []
-    *lines, torn = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *lines, torn = read_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path} cannot be read: {cause(error)}") from None
     for number, line in enumerate(lines, start=1):
         record = _parse(line, f"{path}:{number}")
         if _went_back(history, record):
@@ -68,8 +82,14 @@ def with_current_names(record: Record) -> Record:
 
 
 def loss_terms(record: Record) -> list[str]:
-    """Names of the loss terms of a training record: `loss`, the terms of objectives or task, those of the routers."""
+    """Names of the loss terms of a training record: `loss`, the terms of objectives or task, those of the routers.
+
+    Raises:
+        ReportError: there are more than :data:`MOST_TERMS`.
+    """
     names = [name for name in record if name not in BESIDE_LOSSES and "/" not in name]
+    if len(names) > MOST_TERMS:
+        raise ReportError(f"metrics.jsonl has {len(names):,} loss terms, more than the {MOST_TERMS} that are shown")
     return sorted(names, key=lambda name: {"loss": 0, "load_balancing": 2, "router_z": 3}.get(name, 1))
 
 
@@ -97,7 +117,7 @@ def throughput(records: list[Record]) -> dict[str, float]:
         "train_seconds": last["seconds"],
         "steps": last["step"],
         "samples_per_second": last["samples"] / max(last["seconds"], 1e-9),
-        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in train),
+        "peak_memory_bytes": max(record.get("peak_memory_bytes") or 0 for record in train),
     }
 
 
@@ -112,9 +132,20 @@ def _went_back(history: list[Record], record: Record) -> bool:
 
 def _parse(line: str, where: str) -> Record:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise ReportError(f"{where} is not JSON: {error}") from None
-    if not isinstance(record, dict) or not {"kind", "step", "seconds", "samples"} <= record.keys():
+    if not isinstance(record, dict) or not {"kind", *_STAMP} <= record.keys():
         raise ReportError(f"{where} is not a record with kind, step, seconds and samples")
+    for name in sorted(record if record["kind"] == "train" else _STAMP):
+        value = record[name]
+        if name != "kind" and not _is_number(value, may_be_missing=name not in _STAMP):
+            raise ReportError(f"{where} has {name} {excerpt(repr(value))}, which is no number")
     return with_current_names(record)
+
+
+def _is_number(value: Any, may_be_missing: bool) -> bool:
+    """Whether a value is a number that a float can hold; a missing one is null, or NaN or infinity of other writers."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return may_be_missing
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

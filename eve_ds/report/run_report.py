@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +16,14 @@ from eve_ds.data.pipeline import build_loader
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.evaluation.scenes import evaluation_config
 from eve_ds.objectives.registry import objectives_of
+from eve_ds.printable import excerpt, markdown
+from eve_ds.reading import read_json
 from eve_ds.report.curves import plot_curves
 from eve_ds.report.experts import expert_use, plot_expert_use
 from eve_ds.report.reconstruction import note_on, plot_reconstructions, reconstruct
-from eve_ds.report.records import Record, of_kind, read_records, throughput
+from eve_ds.report.records import Record, ReportError, of_kind, read_records, throughput
 from eve_ds.report.tables import Table, evaluation_tables, expert_table, loss_table
+from eve_ds.storage import cause
 
 EXAMPLES, BATCH_SIZE, BATCHES = 8, 64, 8
 """Rows of the grid of reconstructions; batch size and number of batches of the router statistics."""
@@ -57,7 +59,7 @@ def write_report(
     evaluation = evaluation or next(iter(of_kind(records, "eval")[::-1]), None)
     pictures = {"Loss curves": plot_curves(records, out / "curves.png")}
     if evaluation is not None:
-        tables += evaluation_tables(evaluation)
+        tables += _evaluation_tables(evaluation)
     if exported is not None:
         more, router = _model_pictures(exported, out)
         pictures |= more
@@ -119,16 +121,31 @@ def _run_table(run: Path, records: list[Record]) -> Table:
     rows += [(f"samples skipped: {key[8:]}", f"{last[key]:,}") for key in last if key.startswith("skipped/")]
     settings = run / "config.json"
     if settings.is_file():
-        config = json.loads(settings.read_text(encoding="utf-8"))
-        rows.insert(0, ("configuration", f"{config['name']}, seed {config['train']['seed']}"))
+        rows.insert(0, ("configuration", _configuration(settings)))
     return Table("Run", ("", ""), rows)
 
 
+def _configuration(settings: Path) -> str:
+    """Name and seed in the configuration that a run wrote."""
+    try:
+        tree = read_json(settings)
+        return excerpt(f"{tree['name']}, seed {tree['train']['seed']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{settings} is not the configuration of a run: {cause(error)}") from None
+
+
+def _evaluation_tables(evaluation: dict[str, Any]) -> list[Table]:
+    try:
+        return evaluation_tables(evaluation)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {excerpt(str(error))}"
+        raise ReportError(f"the evaluation is not a result of `evaluate.py scenes`: {problem}") from None
+
+
 def _markdown(run: Path, tables: list[Table], pictures: dict[str, Path], events: list[Record]) -> str:
-    parts = [f"# Report of {run.name}\n", *(table.to_markdown() for table in tables)]
+    parts = [f"# Report of {markdown(run.name)}\n", *(table.to_markdown() for table in tables)]
     if events:
-        parts.append(
-            "**Events**\n\n" + "\n".join(f"- step {event['step']}: {event['message']}" for event in events) + "\n"
-        )
+        lines = [f"- step {event['step']}: {markdown(excerpt(str(event.get('message'))))}" for event in events]
+        parts.append("\n".join(["**Events**", "", *lines, ""]))
     parts += [f"## {heading}\n\n![{heading}]({path.name})\n" for heading, path in pictures.items()]
     return "\n".join(parts)

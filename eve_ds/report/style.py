@@ -7,6 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eve_ds.printable import printable
+
 IMAGE_COLOR, TEXT_COLOR = "#2f6db3", "#e0862b"
 """Colors of the two modalities; color-blind readers can distinguish them."""
 RIGHT_COLOR, WRONG_COLOR = "#1b7f4d", "#b3261e"
@@ -18,7 +20,7 @@ DOTS_PER_INCH = 130
 
 def tidy(axes: Axes, title: str) -> None:
     """Set a title on the left, remove the box, and draw a light grid."""
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_title(printable(title), loc="left", fontsize=10, color=INK, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=8)

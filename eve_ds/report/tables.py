@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import rich.box
 import rich.table
+from rich.text import Text
 
 from eve_ds.data.synthetic.scenes import WORD_CLASSES
 from eve_ds.model.moe import RouterStatistics, router_metrics
+from eve_ds.printable import markdown, printable
 from eve_ds.report.experts import shares
 from eve_ds.report.records import Record, column, loss_terms, of_kind
 
@@ -33,16 +35,19 @@ class Table(NamedTuple):
     def to_markdown(self) -> str:
         """Return the table as GitHub-flavored Markdown."""
         rule = " | ".join(["---", *["---:"] * (len(self.columns) - 1)])
-        body = [" | ".join(row) for row in (self.columns, *self.rows)]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {line} |" for line in (body[0], rule, *body[1:])) + "\n"
+        body = [" | ".join(map(markdown, row)) for row in (self.columns, *self.rows)]
+        lines = [f"| {line} |" for line in (body[0], rule, *body[1:])]
+        return "\n".join([f"**{markdown(self.title)}**", "", *lines, ""])
 
     def to_rich(self) -> rich.table.Table:
         """Return the table for a terminal."""
-        table = rich.table.Table(title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        # A string would be parsed as markup.
+        title = Text(printable(self.title), style="table.title")
+        table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
         for index, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if index else "left", no_wrap=bool(index))
+            table.add_column(Text(printable(name)), justify="right" if index else "left", no_wrap=bool(index))
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         return table
 
 

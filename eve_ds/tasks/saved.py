@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +25,7 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import ExportError, WeightFileError
 from eve_ds.export.importing import IMAGE_POSITIONS, TEXT_POSITIONS, fit_positions, read_backbone
 from eve_ds.export.plain import check_tensors, replacing, sha256, write_weights
+from eve_ds.export.weight_files import read_tensors
 from eve_ds.model.eve import model_shapes
 from eve_ds.tasks.registry import saved_task
 from eve_ds.tasks.task import Task
@@ -107,10 +106,10 @@ def load_task_model(folder: Path | str) -> TaskModel:
         task = saved_task(config, folder)
         weights: dict[str, Tensor] = {}
         for file in files:
-            weights |= load_file(file)
+            weights |= read_tensors(file)
         check_tensors(weights, task_shapes(task), str(folder))
         tokenizer = load_tokenizer(folder / TOKENIZER)
-    except (SafetensorError, CheckpointError, ConfigError, OSError) as error:
+    except (CheckpointError, ConfigError, WeightFileError, OSError) as error:
         raise ExportError(f"{folder} cannot be loaded: {error}") from None
     with torch.device("meta"):
         model = task.model()

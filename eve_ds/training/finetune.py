@@ -23,6 +23,7 @@ from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.with_losses import ModelWithLosses
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
+from eve_ds.reading import read_json
 from eve_ds.signals import StopSignals
 from eve_ds.tasks.batches import TaskBatch, TaskCollator, training_batches
 from eve_ds.tasks.examples import Example, fingerprint
@@ -253,7 +254,7 @@ class Finetuning:
 def _is_of_finished_run(model: Path) -> bool:
     """Whether a folder holds a model that no later step of its run would replace; True if it does not tell."""
     try:
-        return bool(json.loads((model / PROVENANCE).read_text(encoding="utf-8")).get("finished", True))
+        return bool(read_json(model / PROVENANCE).get("finished", True))
     except (OSError, ValueError, AttributeError):
         return model.exists()
 

@@ -204,7 +204,7 @@ DAMAGES = {
     "missing": f"{FIRST} is missing",
     "truncated": f"{FIRST} has 123 bytes, 124 were written",
     "empty": f"{FIRST} has 0 bytes, 124 were written",
-    "a folder": f"{FIRST} is missing",
+    "a folder": f"{FIRST} is no regular file",
     "surplus": "tensors-00001.safetensors not in manifest.json",
     "no manifest": "is incomplete, it lacks manifest.json",
     "empty manifest": "manifest.json is not JSON",

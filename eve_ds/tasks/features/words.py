@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eve_ds import limits
 from eve_ds.config import Config, ConfigError
 from eve_ds.data.captions import CaptionEncoder
 from eve_ds.model.decoders import TextHead
 from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.moe import MoEOutput
+from eve_ds.reading import read_json
+from eve_ds.storage import cause
 from eve_ds.tasks.features.class_token import VisiblePatches
 
 TEMPLATE = "template.json"
@@ -61,10 +64,16 @@ class Template(NamedTuple):
     def load(cls, folder: Path) -> Template:
         """Read what :meth:`save` wrote; raises ConfigError if it cannot be read."""
         try:
-            saved = json.loads((folder / TEMPLATE).read_text(encoding="utf-8"))
-            return cls(tuple(saved["lengths"]), saved["cls_id"], saved["sep_id"], saved["mask_id"])
+            saved = read_json(folder / TEMPLATE)
+            template = cls(tuple(saved["lengths"]), saved["cls_id"], saved["sep_id"], saved["mask_id"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"template of captions {folder / TEMPLATE} cannot be read: {error}") from None
+            raise ConfigError(f"template of captions {folder / TEMPLATE} cannot be read: {cause(error)}") from None
+        numbers = [*template.lengths, template.cls_id, template.sep_id, template.mask_id]
+        if not template.lengths or not all(isinstance(n, int) and 0 <= n <= limits.TOKENS for n in numbers):
+            raise ConfigError(
+                f"template of captions {folder / TEMPLATE} must hold whole numbers from 0 to {limits.TOKENS:,}"
+            )
+        return template
 
     def hidden_captions(self, length: int, batch: int, device: torch.device) -> Tensor:
         """(batch, length + 2) int64: [CLS] [MASK] ... [SEP]."""

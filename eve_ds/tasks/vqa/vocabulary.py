@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eve_ds.config import ConfigError
+from eve_ds.reading import read_json
+from eve_ds.storage import cause
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.vqa.answer_accuracy import normalize_answer
 from eve_ds.tasks.vqa.examples import SceneQuestions
@@ -42,9 +44,9 @@ def read_vocabulary(folder: Path) -> list[str]:
     """Vocabulary of a saved model; raises ConfigError unless it is a JSON list of different strings."""
     file = folder / ANSWERS
     try:
-        answers = json.loads(file.read_text(encoding="utf-8"))
+        answers = read_json(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"answer vocabulary {file} cannot be read: {error}") from None
+        raise ConfigError(f"answer vocabulary {file} cannot be read: {cause(error)}") from None
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ConfigError(f"answer vocabulary {file} must be a JSON list of strings")
     twice = [answer for answer, count in Counter(answers).items() if count > 1]
