@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from torch import nn
 
 from eve_ds.config import ConfigError
 from eve_ds.distributed import broadcast_object
+from eve_ds.file_lock import lock_file
 from eve_ds.reading import parse_json, read_json, read_lines
 from eve_ds.storage import cause, is_disk_error, replace_file
 from eve_ds.tasks.batches import ImageReader, Inference, TaskCollator
@@ -25,7 +27,7 @@ from eve_ds.tasks.task import Record, Task
 from eve_ds.together import on_every_rank, on_rank_zero
 from eve_ds.topology import Topology
 
-PREDICTIONS, METRICS, IDENTITY = "predictions.jsonl", "metrics.json", "evaluation.json"
+PREDICTIONS, METRICS, IDENTITY, LOCK = "predictions.jsonl", "metrics.json", "evaluation.json", ".lock"
 FLUSH_EVERY = 64
 """Number of records between two writes to disk."""
 
@@ -52,10 +54,26 @@ def evaluate(
         batch_size: examples per forward; predictions do not depend on it.
 
     Raises:
-        ConfigError: `out` cannot be used, holds predictions of another model, data or task, or two examples have the
-            same key.
+        ConfigError: `out` cannot be used, another evaluation writes to it, it holds predictions of another model, data
+            or task, or two examples have the same key.
         SaveError: the disk takes no more predictions; a restart keeps those that were written.
     """
+    with ExitStack() as held:
+        on_rank_zero(lambda: held.enter_context(_lock(out)))
+        return _evaluate(task, model, examples, collate, out=out, weights=weights, batch_size=batch_size)
+
+
+def _evaluate(
+    task: Task,
+    model: nn.Module,
+    examples: Sequence[Example],
+    collate: TaskCollator,
+    *,
+    out: Path,
+    weights: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Do the work of :func:`evaluate` in a folder that no other evaluation writes to."""
     queries = task.queries(examples)
     twice = [key for key, count in Counter(queries).items() if count > 1]
     if twice:
@@ -131,6 +149,37 @@ class _PartWriter:
             self._file.flush()
 
 
+def _lock(out: Path) -> IO[bytes]:
+    """Create and lock the folder, for one evaluation at a time; the lock ends when the file is closed.
+
+    Raises:
+        ConfigError: the folder cannot be written, or another evaluation has locked it.
+        OSError: the disk is full or broken.
+    """
+    with _writable(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK).open("ab")
+    try:
+        lock_file(file, wait=False, owner="process")
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"{out} is being written by another evaluation: wait until it ends, or name another folder"
+        ) from None
+    return file
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    """Turn the error of a folder that cannot be written into a ConfigError; errors of the disk pass."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_error(error):
+            raise
+        raise ConfigError(f"{error.filename or out} cannot be written: {error.strerror}; name another folder") from None
+
+
 def _begin(out: Path, identity: dict[str, Any], task: Task) -> set[str]:
     """Claim the folder for these predictions; return the keys that need none any more.
 
@@ -138,18 +187,13 @@ def _begin(out: Path, identity: dict[str, Any], task: Task) -> set[str]:
         ConfigError: the folder cannot be used, or holds other predictions.
         OSError: the disk is full or broken.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with _writable(out):
         _check_identity(out / IDENTITY, identity)
         write_json(out / IDENTITY, identity)
         records = _kept(_collect(out), task)
         _write_lines(out / PREDICTIONS, records.values())
         for part in _parts(out):
             part.unlink()
-    except OSError as error:
-        if is_disk_error(error):
-            raise
-        raise ConfigError(f"{error.filename or out} cannot be written: {error.strerror}; name another folder") from None
     return set(records)
 
 

@@ -2,8 +2,8 @@
 
 `EVE_DS_OPS` selects the mode. `auto` (default) compiles the ops where a compiler exists, and otherwise falls back to
 `reference.py` with one warning. `build` makes every problem fatal. `reference` never compiles. A compiled library stays
-in `EVE_DS_CACHE` (default `~/.cache/eve_ds`); its name is a hash of sources, flags and versions. When several processes
-start together, one compiles and the others wait for it.
+in `EVE_DS_CACHE` (default `~/.cache/eve_ds`), a folder that nobody else may write; its name is a hash of sources, flags
+and versions. When several processes start together, one compiles and the others wait for it.
 
 On the CPU, the ops check ids before they touch memory. On CUDA they do not, because the host would have to wait for the
 GPU; a wrong id then reads or writes unrelated memory. With `EVE_DS_CHECK=1`, the GPU checks the ids of every op before
@@ -19,9 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from eve_ds.distributed import get_logger
-from eve_ds.file_lock import lock_file
+from eve_ds.ops.library_cache import CacheError, cache_folder, is_trusted, locked, make_private
 
 PACKAGE = Path(__file__).resolve().parents[1]
 KERNELS = (PACKAGE if (PACKAGE / "kernels").is_dir() else PACKAGE.parent) / "kernels"
@@ -137,25 +135,23 @@ def build(device_type: str) -> Path:
             f"the sources of the fused ops are not at {KERNELS}: install eve_ds again, from a wheel or a checkout"
         )
     jobs, link = _cuda_jobs() if device_type == "cuda" else _cpu_jobs()
-    folder = cache_folder()
-    library = folder / f"eve_ds_{device_type}_{_digest(jobs, link)}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(library.with_suffix(".lock")):
-            if not library.is_file():
+        folder = cache_folder()
+        library = folder / f"eve_ds_{device_type}_{_digest(jobs, link)}.so"
+        make_private(folder)
+        if is_trusted(library):  # also on a read-only disk
+            return library
+        with locked(library.with_suffix(".lock")):
+            if not is_trusted(library):
                 get_logger().info("compiling the fused ops for %s, once, into %s", device_type, folder)
                 _compile(jobs, link, library)
+    except CacheError as error:
+        raise OpsBuildError(str(error)) from None
     except OSError as error:
         raise OpsBuildError(
-            f"{folder} cannot be written ({error.strerror}): name another folder in EVE_DS_CACHE"
+            f"{error.filename or folder} cannot be written ({error.strerror}): name another folder in EVE_DS_CACHE"
         ) from None
     return library
-
-
-def cache_folder() -> Path:
-    """Folder that holds the compiled libraries."""
-    chosen = os.environ.get("EVE_DS_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eve_ds"
 
 
 def _cpu_jobs() -> tuple[list[Job], tuple[str, ...]]:
@@ -213,6 +209,7 @@ def _compile(jobs: list[Job], link: tuple[str, ...], library: Path) -> None:
             list(pool.map(lambda job, out: _run([*job.command, "-o", out]), jobs, objects))
         unfinished = Path(scratch) / library.name
         _run([link[0], *objects, *link[1:], "-o", str(unfinished)])
+        unfinished.chmod(0o755)  # with any umask, nobody else may write it
         unfinished.replace(library)
 
 
@@ -226,11 +223,3 @@ def _run(command: list[str]) -> str:
         first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
         raise OpsBuildError(f"{Path(command[0]).name} could not build the fused ops: {first}")
     return done.stdout
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold `path` as a lock for one process at a time; the system releases the lock if the process dies."""
-    with path.open("w") as file:
-        lock_file(file, wait=True, owner="file")
-        yield

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -80,7 +81,8 @@ def test_a_killed_evaluation_is_completed(tmp_path, task_tree, monkeypatch):
     assert prepared.evaluate(broken) == whole
     assert asked == [json.loads(line)["key"] for line in [lines[3], *lines[4:]]]
     assert (broken / "predictions.jsonl").read_text() == expected
-    assert sorted(path.name for path in broken.iterdir()) == ["evaluation.json", "metrics.json", "predictions.jsonl"]
+    names = [".lock", "evaluation.json", "metrics.json", "predictions.jsonl"]
+    assert sorted(path.name for path in broken.iterdir()) == names
     assert prepared.evaluate(broken) == whole  # nothing is left to do
     assert (broken / "predictions.jsonl").read_text() == expected
 
@@ -187,3 +189,38 @@ def test_duplicate_keys_are_refused(tmp_path, task_tree):
     examples = [Example("7", (image,), "what?", "", ("red",)), Example("7", (image,), "who?", "", ("red",))]
     with pytest.raises(ConfigError, match="key '7' belongs to 2 examples: keys must be unique"):
         prepared.evaluate(tmp_path, examples=examples)
+
+
+def in_another_process(action):
+    """Exit code of a forked child that runs `action`; 7 for an evaluation that is refused."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except ConfigError as error:
+            os._exit(7 if "is being written by another evaluation: wait until it ends" in str(error) else 8)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_second_evaluation_into_one_folder_is_refused(tmp_path, task_tree, monkeypatch):
+    prepared, codes = Prepared(task_tree("vqa")), []
+
+    class Task(type(prepared.task)):
+        def metrics(self, examples, records):
+            codes.append(in_another_process(lambda: prepared.evaluate(tmp_path)))
+            return super().metrics(examples, records)
+
+    monkeypatch.setattr(prepared.task, "__class__", Task)
+    first = prepared.evaluate(tmp_path)
+    assert codes == [7]
+    monkeypatch.undo()
+    assert in_another_process(lambda: prepared.evaluate(tmp_path)) == 0, "the lock ends with the evaluation"
+    assert prepared.evaluate(tmp_path) == first
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\r"])
+def test_only_a_line_feed_ends_a_prediction(tmp_path, sign):
+    record = {"key": f"a{sign}b", "answer": f"{sign}yes{sign}"}
+    predictions._write_lines(tmp_path / predictions.PREDICTIONS, [record] * 2 + [{"key": "c"}])
+    assert read_predictions(tmp_path) == {record["key"]: record, "c": {"key": "c"}}
