@@ -31,7 +31,7 @@ class _Problem(NamedTuple):
         return cls(reason(error) if is_disk_error(error) else str(error), is_disk_error(error))
 
 
-def on_rank_zero(action: Callable[[], None]) -> None:
+def on_rank_zero(action: Callable[[], object]) -> None:
     """Run `action` on rank 0; if it raises one of :data:`FAILURES`, every rank raises. Collective.
 
     Raises:

@@ -13,8 +13,7 @@ IN_MEMORY = {
     "data/tokenizer.py": "what a trainer of this process returned",
     "data/shard_writer.py": "what json.dumps of this process returned",
     "parallel/settings.py": "what json.dumps of this process returned",
-    "cli/training.py": "the DeepSpeed JSON, whose keys eve_ds.parallel checks",
-    "export/hf.py": "export.json of a folder whose weights were just loaded",
+    "parallel/deepspeed_json/file.py": "the DeepSpeed JSON, with stricter rules for numbers and keys",
 }
 """File -> text that it parses with the module json."""
 PARSERS = {("json", "load"), ("json", "loads"), ("yaml", "safe_load"), ("yaml", "load"), ("pickle", "load")}

@@ -469,7 +469,12 @@ def test_pin_memory_pins_batches_once(tmp_path, monkeypatch):
     assert not pinned
     assert Run(make_config(source), pin_memory=True).keys(4) == pinned == plain
     told, delivery = [], Delivery(Run(make_config(source)).take(1)[0], 4, [])
-    monkeypatch.setattr(pipeline, "DataLoader", lambda *_, **options: told.append(options["pin_memory"]) or [delivery])
+
+    def start(*_, pin_memory, **__):
+        told.append(pin_memory)
+        return iter([delivery])
+
+    monkeypatch.setattr(pipeline, "start_loader", start)
     for pin_memory in (True, False):
         Run(make_config(source, num_workers=1), pin_memory=pin_memory).take(1)
     assert told == [True, False]

@@ -61,7 +61,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, name):
 
 
 def test_files_that_cannot_be_read_say_why(tmp_path):
-    for path, text in ((tmp_path / "none.json", "No such file or directory"), (tmp_path, "Is a directory")):
+    for path, text in ((tmp_path / "none.json", "No such file or directory"), (tmp_path, "not a regular file")):
         with pytest.raises(ConfigError) as caught:
             read_deepspeed_json(path)
         assert str(caught.value) == f"--deepspeed_config {path} cannot be read: {text}"

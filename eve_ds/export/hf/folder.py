@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 
-from eve_ds.checkpoint.manifest import CONFIG
+from eve_ds.checkpoint.manifest import CONFIG, read_json
 from eve_ds.checkpoint.output_folder import check_output_folder, not_empty
 from eve_ds.config import Config
 from eve_ds.export.hf.config import EveConfig
@@ -64,8 +63,8 @@ def _card(config: Config, source: Path, dtype: torch.dtype) -> str:
     """Return the model card, with the origin of the weights if the folder has a report of an export or of a start."""
     history, origin = "pre-trained with eve_ds on these objectives", ""
     if (source / REPORT).is_file():
-        report = json.loads((source / REPORT).read_text(encoding="utf-8"))
-        checksum = f"sha256 `{report['sha256']}`"
+        report = read_json(source / REPORT)
+        checksum = f"sha256 `{report.get('sha256')}`"
         if "step" in report:
             origin = f"\nWeights of step {report['step']}, from a plain export with {checksum}.\n"
         else:

@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from eve_ds import limits
 from eve_ds.config import ConfigError
 from eve_ds.parallel.deepspeed_json.values import show
+from eve_ds.reading import read_file
 
 MAX_DIGITS = 30
 """Digits of the longest whole number; no setting needs more."""
@@ -23,7 +25,7 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """
     name = f"--deepspeed_config {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_file(path, limits.SMALL_JSON_BYTES).decode("utf-8-sig")
         content = json.loads(
             text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite, parse_int=_whole
         )
