@@ -73,6 +73,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read step and counters of a checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a value that every program needs is of another type.
+    """
+    state = read_json(folder / STATE)
+    for key, absent in (("step", None), ("samples", 0)):
+        value = state.get(key, absent)
+        if type(value) is not int or not 0 <= value < 2**63:
+            problem = f"{key} ({excerpt(repr(value))}), which must be a whole number"
+            raise CheckpointError(f"{folder / STATE} has {problem}: take another checkpoint")
+    if not isinstance(state.get("topology", {}), dict) or not isinstance(state.get("seconds", 0), int | float):
+        raise CheckpointError(f"{folder / STATE} has a topology or seconds of another type: take another checkpoint")
+    return state
+
+
 def problems(folder: Path, share: tuple[int, int] = (0, 1), hashes: bool = True) -> list[str]:
     """Problems of a checkpoint, one line each; empty for a good checkpoint.
 

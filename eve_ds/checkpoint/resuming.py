@@ -19,6 +19,7 @@ from eve_ds.checkpoint import engine_tensors, manifest
 from eve_ds.checkpoint.files import CheckpointError, PieceReader
 from eve_ds.config import Config, ConfigError, parse_written_config
 from eve_ds.distributed import broadcast_object, gather_objects
+from eve_ds.printable import excerpt
 from eve_ds.topology import Topology
 
 PROBES = ("A red Circle, left of 2 BLUE squares.", "naïve  café\t(50%)", "红色的圆", "don't re-do [MASK]")
@@ -143,18 +144,21 @@ def load(
         ConfigError: the checkpoint's tensors do not match the model.
     """
     try:
-        numbers = manifest.read_json(folder / manifest.STATE)
+        numbers = manifest.read_state(folder)
         reader = PieceReader(folder)
         engine_tensors.check_tensors(reader, shapes, str(folder))
-        engine_tensors.load_pieces(engine, reader, numbers["optimizer_steps"])
+        engine_tensors.load_pieces(engine, reader, float(numbers["optimizer_steps"]))
         ranks = [manifest.read_json(path) for path in sorted(folder.glob("rank-*.json"))]
+        engine_tensors.load_loss_scale(engine, numbers["loss_scale"])
+        topology = Topology.current()
+        if len(ranks) == topology.world_size:
+            restore_random_states(ranks[topology.rank]["random"])
+        return numbers, [rank["position"] for rank in ranks]
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    engine_tensors.load_loss_scale(engine, numbers["loss_scale"])
-    topology = Topology.current()
-    if len(ranks) == topology.world_size:
-        restore_random_states(ranks[topology.rank]["random"])
-    return numbers, [rank["position"] for rank in ranks]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {excerpt(str(error))}"
+        raise ConfigError(f"{folder} holds counters or random states of another form ({problem})") from None
 
 
 def restore_random_states(states: dict[str, Any]) -> None:

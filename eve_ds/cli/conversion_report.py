@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eve_ds.printable import printable
+
 if TYPE_CHECKING:
     from eve_ds.export import ExportReport, StartReport
 
@@ -15,11 +17,11 @@ def print_start(report: StartReport, out: Path) -> None:
     from eve_ds.export.start import DRAWN
 
     drawn = [name for name, origin in report.origins.items() if origin == DRAWN]
-    print(f"{out}: initial weights, converted from {report.source}")
+    print(printable(f"{out}: initial weights, converted from {report.source}"))
     print(f"tensors     {report.tensors}, of which {len(drawn)} drawn: {listed(drawn)}")
     print_weights(report)
     for note in report.notes:
-        print(f"note        {note}")
+        print(printable(f"note        {note}"))
 
 
 def print_report(report: ExportReport, out: Path) -> None:
@@ -27,14 +29,14 @@ def print_report(report: ExportReport, out: Path) -> None:
     print(f"{out}: plain weights of step {report.step} ({report.checkpoint}), {report.dtype} of fp32 masters")
     print(f"tensors     {report.tensors}")
     print_weights(report)
-    print(f"check       {check_line(report)}")
+    print(printable(f"check       {check_line(report)}"))
 
 
 def print_weights(report: ExportReport | StartReport) -> None:
     """Print size and hash of the weights."""
     experts = ", ".join(f"{count} in layer {layer}" for layer, count in report.experts.items()) or "none"
     print(f"parameters  {report.parameters:,}")
-    print(f"experts     {experts}")
+    print(printable(f"experts     {experts}"))
     print(f"bytes       {report.bytes:,}")
     print(f"sha256      {report.sha256}")
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eve_ds.printable import printable
+
 if TYPE_CHECKING:
     from eve_ds.data.shard_writer import Progress
 
@@ -92,11 +94,7 @@ def print_report(report: dict[str, Any], tally: Tally, out: Path) -> None:
         kept = f", {tally.kept_shards} shards kept from an earlier run" if tally.kept_shards else ""
         print(f"{seconds:,.1f} s, {tally.rate:,.0f} images/s{kept}")
     for reason, entry in report["skipped"].items():
-        print(
-            f"skipped {entry['count']:,}: {reason} (as {', '.join(entry['examples'])})".encode(
-                "utf-8", "replace"
-            ).decode()
-        )
+        print(printable(f"skipped {entry['count']:,}: {reason} (as {', '.join(entry['examples'])})"))
     excluded = report["excluded_ids"]
     if excluded["listed"]:
         print(f"excluded ids: {excluded['matched']:,} of {excluded['listed']:,} listed ids occur in this source")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 from torch import nn
 
@@ -59,7 +59,7 @@ def evaluate(
         SaveError: the disk takes no more predictions; a restart keeps those that were written.
     """
     with ExitStack() as held:
-        on_rank_zero(lambda: held.enter_context(_lock(out)))
+        on_rank_zero(lambda: _lock(out, held))
         return _evaluate(task, model, examples, collate, out=out, weights=weights, batch_size=batch_size)
 
 
@@ -149,8 +149,8 @@ class _PartWriter:
             self._file.flush()
 
 
-def _lock(out: Path) -> IO[bytes]:
-    """Create and lock the folder, for one evaluation at a time; the lock ends when the file is closed.
+def _lock(out: Path, held: ExitStack) -> None:
+    """Create and lock the folder, for one evaluation at a time; the lock ends with `held`.
 
     Raises:
         ConfigError: the folder cannot be written, or another evaluation has locked it.
@@ -158,15 +158,13 @@ def _lock(out: Path) -> IO[bytes]:
     """
     with _writable(out):
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("ab")
+        file = held.enter_context((out / LOCK).open("ab"))
     try:
         lock_file(file, wait=False, owner="process")
     except BlockingIOError:
-        file.close()
         raise ConfigError(
             f"{out} is being written by another evaluation: wait until it ends, or name another folder"
         ) from None
-    return file
 
 
 @contextmanager

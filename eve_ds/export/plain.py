@@ -91,7 +91,7 @@ def export(
     checkpoint = find_checkpoint(source)
     config = _read_config(checkpoint)
     accept(config)
-    state = manifest.read_json(checkpoint / manifest.STATE)
+    state = manifest.read_state(checkpoint)
     _check_out(out, config)
     if must_check and not (checkpoint / CHECK_BATCH).is_file():
         raise CheckpointError(f"{checkpoint} has no recorded outputs ({CHECK_BATCH}) to compare with")

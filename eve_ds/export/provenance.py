@@ -8,6 +8,7 @@ from typing import Any
 
 from eve_ds.config import Config, Objective
 from eve_ds.distributed import get_logger
+from eve_ds.printable import markdown
 from eve_ds.reading import parse_json, read_lines
 from eve_ds.storage import cause
 
@@ -110,11 +111,12 @@ def model_card(report: ExportReport, config: Config, state: dict[str, Any], eval
     model, check = config.model, report.check
     experts = ", ".join(f"{count} experts in layer {layer}" for layer, count in report.experts.items())
     sources = "; ".join(
-        f"{source.kind} {source.shards or source.level}, weight {source.weight:g}" for source in config.data.sources
+        f"{source.kind} {markdown(str(source.shards or source.level))}, weight {source.weight:g}"
+        for source in config.data.sources
     )
-    topology = ", ".join(f"{name} {value}" for name, value in state.get("topology", {}).items())
+    topology = markdown(", ".join(f"{name} {value}" for name, value in state.get("topology", {}).items()))
     lines = [
-        f"# {config.name}",
+        f"# {markdown(config.name)}",
         "",
         "EVE (Chen et al., AAAI 2024), pre-trained with eve_ds on these objectives:",
         "",
@@ -126,7 +128,7 @@ def model_card(report: ExportReport, config: Config, state: dict[str, Any], eval
         f"| images, texts | {model.image_size} pixels in patches of {model.patch_size}, {model.text_length} tokens |",
         f"| profile | {model.profile} |",
         f"| parameters | {report.parameters:,} in {report.tensors} tensors, {report.dtype} |",
-        f"| checkpoint | {report.checkpoint}: step {report.step}, {state.get('samples', 0):,} samples |",
+        f"| checkpoint | {markdown(report.checkpoint)}: step {report.step}, {state.get('samples', 0):,} samples |",
         f"| trained on | {sources} |",
         f"| trained in | {config.train.precision}, batch {config.train.train_batch_size}, {topology} |",
         f"| sha256 | {report.sha256} |",
@@ -138,7 +140,8 @@ def model_card(report: ExportReport, config: Config, state: dict[str, Any], eval
         )
     if evaluation is not None:
         lines += ["", f"Evaluation at step {evaluation['step']}:", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {_shown(value)} |" for name, value in evaluation.items() if name not in _STAMP]
+        rows = [(name, _shown(value)) for name, value in evaluation.items() if name not in _STAMP]
+        lines += [f"| {markdown(name)} | {markdown(value)} |" for name, value in rows]
     lines += ["", "```python", "from eve_ds.export import load", "model, config, tokenizer = load('.')", "```", ""]
     return "\n".join(lines)
 
