@@ -9,22 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from torch.utils.data import IterableDataset
+from numbers_dataset import Numbers
 
 from eve_ds.data.workers import start_loader
 from eve_ds.signals import STOP_SIGNALS
 
-
-class Numbers(IterableDataset):
-    """The numbers from 0, each with the id of its worker; it hangs before the number `end`."""
-
-    def __init__(self, end=1 << 30):
-        self.end = end
-
-    def __iter__(self):
-        for number in range(self.end):
-            yield number, os.getpid()
-        time.sleep(600)
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 
 def ended(process, seconds):
@@ -58,11 +48,12 @@ def test_a_worker_that_hangs_ends_by_its_parent():
 
 def test_a_worker_ends_with_its_killed_parent():
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from test_workers import *; "
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from numbers_dataset import Numbers; "
+        "from eve_ds.data.workers import start_loader; "
         "stream = start_loader(Numbers(), batch_size=None, num_workers=1, multiprocessing_context='fork'); "
         "print(int(next(stream)[1]), flush=True); time.sleep(600)"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, str(SUPPORT)]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())
     parent.kill()
