@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
-from eve_ds.distributed import get_logger, rank_zero
+from eve_ds.distributed import broadcast_object, get_logger, rank_zero
 from eve_ds.objectives.objective import TOKENS
 from eve_ds.storage import reason
 from eve_ds.topology import Topology
@@ -53,6 +53,10 @@ class MetricsWriter:
             record = {"kind": kind, "step": step, "seconds": round(seconds, 3), "samples": samples, **numbers}
             self._waiting += json.dumps(_finite_or_none(record), allow_nan=False).encode() + b"\n"
             self._write_waiting(self._file)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether the file has a record that begins as :meth:`write` begins one of this kind and step."""
+        return f'{{"kind": "{kind}", "step": {step},'.encode() in self._path.read_bytes()
 
     def _write_waiting(self, file: io.RawIOBase) -> None:
         """Append what waits; a disk that becomes full can take a part of it, and then takes the rest later."""
@@ -134,6 +138,10 @@ class Metrics:
                 self._monitor.write_events([(f"{kind}/{name}", value, samples) for name, value in _flat(numbers)])
             except OSError as error:
                 get_logger().warning("a monitor of the DeepSpeed JSON lacks step %d: %s", step, reason(error))
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether `metrics.jsonl` has a record of this kind and step; collective."""
+        return broadcast_object(rank_zero() and self._writer.has(kind, step))
 
     def close(self) -> None:
         """Close the file."""

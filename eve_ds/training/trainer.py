@@ -105,7 +105,7 @@ class Trainer:
         get_logger().info("resumed %s", message)
 
     def run(self) -> Summary:
-        """Train until `max_steps` or `max_seconds`; evaluate and save when due and at the end."""
+        """Train until `max_steps` or `max_seconds`; save and evaluate when due and at the end."""
         train, started_at, steps_before, samples_before = self.config.train, self.seconds, self.step, self.samples
         with ProgressLine(train.log_every, self._done_share()) as progress:
             self.done, stopped = self.done or self._done_share() >= 1.0, False
@@ -118,15 +118,16 @@ class Trainer:
                 written = self.step % train.metrics_every == 0 or self.step % train.log_every == 0
                 if (written or self.done or stopped) and self.window.steps:
                     progress.update(self.step, self._done_share(), self._write_metrics())
-                if self.done or (train.eval_every and self.step % train.eval_every == 0 and not stopped):
-                    self._evaluate()
                 if agreed.save_written:
                     self._finish_save()
-                if agreed.save_due or stopped or (self.done and self.job.keeps_checkpoints):
+                if agreed.save_due or stopped or self.done:
                     self._save()
+                if self.done or (train.eval_every and self.step % train.eval_every == 0 and not stopped):
+                    self._evaluate()
             if self.step > steps_before and (stopped or self.job.keeps_checkpoints):
                 self._finish_last_save()
-            if self.done and self.step == steps_before and not self.job.keeps_checkpoints:
+            evaluated = self.job.keeps_checkpoints and self.metrics.has("eval", self.step)
+            if self.done and self.step == steps_before and not evaluated:
                 self._evaluate()  # the run was killed after its last step, before it wrote its result
         if self.done:
             self._finish_save()
@@ -206,7 +207,7 @@ class Trainer:
         check = self.job.check_inputs(self.last_batch)
         inputs = None if check is None else check.to(self.engine.device).model_inputs()
         self.saver.begin(self.engine, Content(self.step, counters | ended, self.feed.position, inputs))
-        if not self.config.train.async_save:
+        if self.done or not self.config.train.async_save:  # at the end, the evaluation comes next and may be killed
             self._finish_save()
         self.saved_at = time.monotonic()
 

@@ -670,6 +670,26 @@ def test_max_seconds_save_every_minutes_and_bf16_take_effect(finished):
     assert {group[2] for group in results[0]["groups"]} == {False, True}
 
 
+def killed_in_the_last_evaluation(rank, world_size, folder):
+    """Checkpoints after the kill, and (steps, evaluations) of two reruns."""
+    from eve_ds.training.trainer import Trainer
+
+    config = config_for(folder / "run", ep_size=world_size, max_seconds=100.0, async_save=True)
+    with mock.patch.object(Trainer, "_evaluate", mock.Mock(side_effect=Killed)), contextlib.suppress(Killed):
+        Watch().run(config, zero(1))
+    saved = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+    reruns = [Watch(), Watch()]
+    for watch in reruns:
+        watch.run(config, zero(1))
+    return saved, [(len(watch.steps), watch.evaluations) for watch in reruns]
+
+
+def test_a_run_killed_in_its_last_evaluation_repeats_the_evaluation_only(finished):
+    folder, results = finished(killed_in_the_last_evaluation, 2)
+    assert results == [(["latest", "step-00000003"], [(0, 1), (0, 0)])] * 2
+    assert [record["step"] for record in records(folder / "run", "eval")] == [3]
+
+
 # --- splits of the same stream over ranks -----------------------------------------------------------------------------
 
 
@@ -816,6 +836,7 @@ JOBS = {
         skip_cases,
         everything_written,
         other_settings,
+        killed_in_the_last_evaluation,
         traces_for,
         data_runs_out,
     ],

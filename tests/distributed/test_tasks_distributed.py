@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -108,7 +109,7 @@ def test_a_frozen_backbone_does_not_change_while_the_head_learns(
     folders = {count: str(tmp_path / str(count)) for count in (1, 2)}
     spread = tree | {"parallel": {"ep_size": ep_size}}
     (result, _) = run_ranks(stopped_and_resumed, 2, spread, folders[2], 2, zero)
-    assert result == (True, 2, (["latest", "step-00000002"], False), False, 3)
+    assert result == (True, 2, (["latest", "step-00000002"], False), True, False, 3)
     run_ranks(finetune_and_read, 1, [tree], zero, [folders[1]])
     before = load_file(init / "model.safetensors")
     two, one = (load_file(f"{folders[count]}/model/model.safetensors") for count in (2, 1))
@@ -127,14 +128,14 @@ def test_a_frozen_backbone_does_not_change_while_the_head_learns(
 
 
 def stopped_and_resumed(rank, world_size, tree, folder, stop_at, deepspeed_config=None):
-    """Fine-tune until rank 1 gets SIGTERM in step `stop_at`, list the folder, then resume with the same command."""
+    """Fine-tune until rank 1 gets SIGTERM in step `stop_at`, and until a kill in the evaluation; then to the end."""
     import os
     import signal
     from pathlib import Path
     from unittest import mock
 
     from eve_ds.config import parse_config
-    from eve_ds.training.finetune import finetune
+    from eve_ds.training import finetune as finetuning
     from eve_ds.training.trainer import Trainer
 
     config = parse_config(tree | {"train": {**tree["train"], "output_dir": Path(folder)}})
@@ -146,10 +147,15 @@ def stopped_and_resumed(rank, world_size, tree, folder, stop_at, deepspeed_confi
         return step(self)
 
     with mock.patch.object(Trainer, "_train_step", step_with_signal):
-        first = finetune(config, deepspeed_config)
+        first = finetuning.finetune(config, deepspeed_config)
     held = sorted(path.name for path in Path(folder, "checkpoints").iterdir()), Path(folder, "model").exists()
-    second = finetune(config, deepspeed_config)
-    return first.stopped, first.steps, held, second.stopped, second.steps
+    killed = mock.patch.object(finetuning, "evaluate", mock.Mock(side_effect=KeyboardInterrupt))
+    with killed, contextlib.suppress(KeyboardInterrupt):
+        finetuning.finetune(config, deepspeed_config)
+    before = len(_records(folder))
+    last = finetuning.finetune(config, deepspeed_config)
+    evaluated = [record["kind"] for record in _records(folder)[before:]] == ["event", "eval"]
+    return first.stopped, first.steps, held, evaluated, last.stopped, last.steps
 
 
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_weights(run_ranks, task_tree, tmp_path):
@@ -157,7 +163,7 @@ def test_a_run_stopped_by_a_signal_resumes_to_the_same_weights(run_ranks, task_t
     tree["train"] |= {"max_steps": 6}
     run_ranks(finetune_and_read, 2, [tree], None, [str(tmp_path / "whole")])
     (result, again) = run_ranks(stopped_and_resumed, 2, tree, str(tmp_path / "cut"), 3)
-    assert result == again == (True, 3, (["latest", "step-00000003"], False), False, 6)
+    assert result == again == (True, 3, (["latest", "step-00000003"], False), True, False, 6)
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
     losses = [{r["step"]: r["loss"] for r in _records(tmp_path / n) if r["kind"] == "train"} for n in ("whole", "cut")]
