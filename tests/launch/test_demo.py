@@ -172,9 +172,9 @@ def test_a_step_that_fails_stops_the_demo_with_its_exit_code(first, tmp_path):
 def test_last_checkpoint_decides_whether_a_run_is_finished(tmp_path, state, expected):
     config = load_config("eve_tiny", ["train.max_steps=2000", "train.max_seconds=100"])
     assert not is_finished(tmp_path, config)
-    folder = tmp_path / "checkpoints" / "step"
+    folder = tmp_path / "checkpoints" / "step-00000500"
     folder.mkdir(parents=True)
-    (folder.parent / "latest").write_text("step\n")
+    (folder.parent / "latest").write_text(f"{folder.name}\n")
     (folder / "state.json").write_text(json.dumps({"step": 500, "seconds": 99.9} | state))
     assert is_finished(tmp_path, config) is expected
     (folder / "state.json").unlink()
