@@ -50,6 +50,10 @@ METADATA_BYTES = 16 * MIB
 
 HEADER_BYTES = 100 * 10**6
 """Bytes of the JSON header of a safetensors file, as in the library of that name."""
+PICKLE_BYTES = 64 * MIB
+"""Bytes of the pickle in a file of torch.save, which names its tensors; their values are not in it."""
+TUPLE_ITEMS = 100_000
+"""Items of a tuple in such a pickle, those of tuples in it included."""
 POINTER_BYTES = 4096
 """Bytes of a file that holds the name of another one."""
 TOKENS = 10_000_000

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from eve_ds import limits
 from eve_ds.config import ConfigError
 from eve_ds.printable import excerpt
-from eve_ds.reading import depth_exceeds, parse_json, read_file
+from eve_ds.reading import depth_exceeds, parse_json, read_file, read_json
 from eve_ds.storage import reason
 
 FILES = ("*.json", "*.txt", "*.model")
@@ -51,8 +51,12 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
         ConfigError: there is no such folder or name, or it holds no fast tokenizer that can be loaded.
     """
     folder = Path(name) if os.path.isdir(name) else _downloaded(name)
-    with as_config_error(f"tokenizer '{name}' is not 'scenes', a tokenizer.json, or a folder or name with one"):
+    problem = f"tokenizer '{name}' is not 'scenes', a tokenizer.json, or a folder or name with one"
+    with as_config_error(problem):
         _check_files(folder)
+    if _names_code(folder):
+        problem = f"tokenizer '{name}' names code of its own (auto_map), which is never run: name its tokenizer.json"
+    with as_config_error(problem):
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"tokenizer '{name}' ({type(tokenizer).__name__}) is not a fast tokenizer; convert it first")
@@ -86,6 +90,11 @@ def _check_files(folder: Path) -> None:
             _check_document(parse_json(content))
         except ValueError as error:
             raise ValueError(f"{file.name} cannot be read: {error}") from None
+
+
+def _names_code(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and "auto_map" in read_json(settings)
 
 
 def _check_document(tree: Any) -> None:

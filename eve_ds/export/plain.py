@@ -231,12 +231,13 @@ def _check_outputs(folder: Path, checkpoint: Path, precision: str, dtype: torch.
     if problems := tensor_problems({name: t.shape for name, t in recorded.items()}, _shapes_of(computed, recorded)):
         raise CheckpointError(f"{checkpoint / CHECK_BATCH} {'; '.join(problems)}: take another checkpoint of the run")
     differences = {name: computed[name].double() - expected.double() for name, expected in recorded.items()}
-    relative = [float(differences[name].norm() / recorded[name].double().norm()) for name in recorded]
+    relative = torch.stack([differences[name].norm() / recorded[name].double().norm() for name in recorded])
+    largest = torch.stack([difference.abs().max() for difference in differences.values()])
     check = OutputCheck(
         precision=precision,
         outputs={name: list(tensor.shape) for name, tensor in recorded.items()},
-        max_abs_diff=max(float(difference.abs().max()) for difference in differences.values()),
-        relative=max(relative),
+        max_abs_diff=float(largest.max()),  # NaN if any is: Python's max would lose it
+        relative=float(relative.max()),
         tolerance=max(
             TOLERANCES[precision],
             0.0 if device == "cpu" else TOLERANCE_ACROSS_DEVICES,

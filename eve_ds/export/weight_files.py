@@ -14,11 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eve_ds import limits
 from eve_ds.checkpoint.files import listed
+from eve_ds.export.pickle_size import check_pickle
 from eve_ds.printable import excerpt
 
 TORCH_SUFFIXES = {".pth", ".pt", ".th", ".bin"}
 """Suffixes of files from `torch.save`."""
+_LEGACY_PICKLES = 5
+"""Pickles before the values in a file of torch.save before version 1.6: mark, version, system, tensors, their keys."""
 WRAPPERS = ("model", "state_dict", "module")
 """Keys that training code uses for weights next to other state; `module` is the key of DeepSpeed."""
 
@@ -83,6 +87,7 @@ def _read_pickle(file: Path) -> Any:
     if is_zip:
         _refuse_compressed(file)
     try:
+        _check_pickles(file, is_zip)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -91,6 +96,22 @@ def _read_pickle(file: Path) -> Any:
     except Exception as error:  # a damaged pickle can raise any exception
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise WeightFileError(f"{file} cannot be read ({reason}): it may be damaged") from None
+
+
+def _check_pickles(file: Path, is_zip: bool) -> None:
+    """Check the pickle in a file of torch.save, or all of those before the values in a former one."""
+    if not is_zip:
+        with file.open("rb") as opened:
+            for _ in range(_LEGACY_PICKLES):
+                check_pickle(opened)
+        return
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith(".pkl"):
+                if member.file_size > limits.PICKLE_BYTES:
+                    raise ValueError(f"its pickle has {member.file_size:,} bytes, more than {limits.PICKLE_BYTES:,}")
+                with archive.open(member) as opened:
+                    check_pickle(opened)
 
 
 def _refuse_compressed(file: Path) -> None:

@@ -137,8 +137,8 @@ def build(device_type: str) -> Path:
     jobs, link = _cuda_jobs() if device_type == "cuda" else _cpu_jobs()
     try:
         folder = cache_folder()
-        library = folder / f"eve_ds_{device_type}_{_digest(jobs, link)}.so"
         make_private(folder)
+        library = folder / f"eve_ds_{device_type}_{_digest(jobs, link)}.so"
         if is_trusted(library):  # also on a read-only disk
             return library
         with locked(library.with_suffix(".lock")):

@@ -56,11 +56,13 @@ def read_records(run: Path) -> list[Record]:
         ReportError: the file does not exist, has no record, or has a line that is not a record.
     """
     path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise ReportError(f"{path} does not exist: {run} is not the output folder of a run that has started training")
     history: list[Record] = []
     try:
         *lines, torn = read_lines(path)
+    except FileNotFoundError:
+        raise ReportError(
+            f"{path} does not exist: {run} is not the output folder of a run that has started training"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{path} cannot be read: {cause(error)}") from None
     for number, line in enumerate(lines, start=1):
@@ -85,9 +87,11 @@ def loss_terms(record: Record) -> list[str]:
     """Names of the loss terms of a training record: `loss`, the terms of objectives or task, those of the routers.
 
     Raises:
-        ReportError: there are more than :data:`MOST_TERMS`.
+        ReportError: there is none, or there are more than :data:`MOST_TERMS`.
     """
     names = [name for name in record if name not in BESIDE_LOSSES and "/" not in name]
+    if not names:
+        raise ReportError("metrics.jsonl has no loss in a training record")
     if len(names) > MOST_TERMS:
         raise ReportError(f"metrics.jsonl has {len(names):,} loss terms, more than the {MOST_TERMS} that are shown")
     return sorted(names, key=lambda name: {"loss": 0, "load_balancing": 2, "router_z": 3}.get(name, 1))
