@@ -1,14 +1,20 @@
 """Text of unknown origin can neither start a log line of its own nor control a terminal."""
 
+import html
 import logging
+import re
 import unicodedata
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
+from eve_ds import limits
 from eve_ds.checkpoint.files import listed
 from eve_ds.cli.command import complain
 from eve_ds.distributed import get_logger
-from eve_ds.printable import printable
+from eve_ds.printable import excerpt, markdown, printable
 
 HOSTILE = {
     "line feed": ("a\n12:00:00 INFO saved", r"a\n12:00:00 INFO saved"),
@@ -61,3 +67,27 @@ def test_a_traceback_in_the_log_keeps_its_lines(capsys):
     assert shown[0].endswith(r"ERROR key x\ny")
     assert shown[1] == "Traceback (most recent call last):"
     assert logging.getLogger("eve_ds") is get_logger()
+
+
+SIGNS = st.text(alphabet="ab \t\n|`*_~[]()<>#!&;\\\\$:/.-+=1\x1b\u2028\"'", max_size=30)
+
+
+@settings(max_examples=300)
+@given(SIGNS)
+@example("<script>alert(1)</script>")
+@example("![a](http://x/y.png)")
+@example("&lt;b&gt; &amp; \\| \\\\|")
+@example("~~a~~ **b** `c|d` ``")
+def test_markdown_shows_a_text_as_it_is(text):
+    """In a cell of a table, a parser of Markdown finds the text and nothing else."""
+    parser = MarkdownIt("gfm-like", {"linkify": False})
+    page = parser.render(f"| {markdown('x' + text + 'x')} | b |\n| --- | --- |\n| {markdown('y' + text + 'y')} | d |\n")
+    cells = [html.unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", page, re.DOTALL)]
+    assert cells == [f"x{printable(text)}x", "b", f"y{printable(text)}y", "d"]
+
+
+@pytest.mark.parametrize("length", [0, 1, limits.MESSAGE_CHARACTERS, limits.MESSAGE_CHARACTERS + 1, 10**6])
+def test_an_excerpt_is_short(length):
+    text = "x" * length
+    whole = length <= limits.MESSAGE_CHARACTERS
+    assert excerpt(text) == (text if whole else "x" * limits.MESSAGE_CHARACTERS + " ...")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from eve_ds.cli.terminal import keep_terminal
 from eve_ds.launcher_watch import LauncherWatch
-from eve_ds.printable import printable
+from eve_ds.printable import excerpt, printable
 from eve_ds.signals import Stopped, StopSignals
 from eve_ds.storage import is_disk_error, reason
 
@@ -138,7 +138,7 @@ def ending(error: Exception) -> Ending | None:
     if is_disk_error(error):
         return Ending(NOT_SAVED, f"{reason(error)}; make room, and rerun the same command")
     if isinstance(error, OSError):
-        return Ending(BAD_INPUT, f"{error.filename or 'disk'} cannot be used: {error.strerror or error}")
+        return Ending(BAD_INPUT, f"{excerpt(str(error.filename or 'disk'))} cannot be used: {error.strerror or error}")
     return None
 
 

@@ -20,7 +20,10 @@ def keep_terminal() -> None:
     descriptor = os.environ.pop(TERMINAL_FD, None)  # child processes have another descriptor of that number
     if descriptor is None:
         return
-    sys.stderr = os.fdopen(os.dup(int(descriptor)), "w", buffering=1, errors="backslashreplace")
+    try:
+        sys.stderr = os.fdopen(os.dup(int(descriptor)), "w", buffering=1, errors="backslashreplace")
+    except (ValueError, OSError):  # not set by the demo
+        return
     warnings.showwarning = _to_log
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def _expand_item(item: str) -> Iterator[Path]:
     except (ValueError, AssertionError) as error:  # unbalanced braces, or ${NAME} without a variable WDS_NAME
         raise ConfigError(f"{SETTING} '{item}' cannot be expanded: {error}") from None
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # "~stranger" stays as it is
         if path.is_dir():
             yield from _folder_shards(path)
         else:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import model_info, snapshot_download
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -23,7 +23,7 @@ from eve_ds.storage import reason
 FILES = ("*.json", "*.txt", "*.model")
 """Names of files that describe a tokenizer; pickles and code are none of them."""
 HUB_SECONDS = 5.0
-"""Seconds to wait for the Hub to answer; the library's own retries take a minute."""
+"""Seconds to wait for the Hub to answer, before the cache is tried; transformers would retry for a minute."""
 GROWTH = 1000
 """Factor by which the replacements of a normalizer may lengthen a text; published tokenizers double it."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -70,10 +70,15 @@ def _downloaded(name: str) -> Path:
         raise ConfigError(
             f"tokenizer folder {excerpt(name)} {'is no folder' if os.path.lexists(name) else 'does not exist'}"
         )
+    line = ""
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES), etag_timeout=HUB_SECONDS))
+        model_info(name, timeout=HUB_SECONDS)  # the download itself would wait for an answer without an end
+    except Exception as error:  # of the library, or of its HTTP client
+        line = str(error).strip().partition("\n")[0] or type(error).__name__
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=bool(line)))
     except (OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
+        line = line or str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"tokenizer '{name}' is no folder, and no tokenizer of this name could be loaded from the Hub or from its "
             f"cache ({excerpt(line)}): name a folder, or run `hf download {name}` where there is a network"

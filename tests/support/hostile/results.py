@@ -61,6 +61,12 @@ def _terminal(folder: Path, _: Path) -> None:
     Console(width=200).print(Table("[/] t\x1b[31m", ("[/x]", "b"), rows).to_rich())
 
 
+def _terminal_of(value: str, folder: Path, _: Path) -> int:
+    """Run a command with a descriptor that the demo did not set."""
+    os.environ["EVE_DS_TERMINAL_FD"] = value
+    return report(["x"])
+
+
 def _library(change: Callable[[Path], Any], folder: Path, _: Path) -> None:
     """Build the fused ops with a folder of libraries that `change` prepared."""
     cache = folder / "cache"
@@ -167,6 +173,8 @@ CASES = {
     "a wrong mode of the ops": Case(
         partial(_environment, "EVE_DS_OPS", "no"), r"EVE_DS_OPS \(no\) must be one of auto, build"
     ),
+    "a terminal that is none": Case(partial(_terminal_of, "x"), "report: x/metrics.jsonl does not exist"),
+    "a terminal that is closed": Case(partial(_terminal_of, "999"), "report: x/metrics.jsonl does not exist"),
     "a folder of libraries that is a file": Case(
         partial(_environment, "EVE_DS_CACHE", "/proc/version"),
         "/proc/version cannot be written .*name another folder in EVE_DS",
