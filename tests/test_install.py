@@ -134,7 +134,8 @@ def imported(folder):
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.partition(".")[0])
-    own = {"eve_ds"} | {path.stem for path in (REPOSITORY / folder).rglob("*.py")}
+    files = list((REPOSITORY / folder).rglob("*.py"))
+    own = {"eve_ds"} | {path.stem for path in files} | {path.parent.name for path in files}
     return {DISTRIBUTIONS.get(name, name) for name in names - own - set(sys.stdlib_module_names)}
 
 
