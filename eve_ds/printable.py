@@ -10,6 +10,8 @@ from eve_ds import limits
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode categories: controls (escape sequences, line feeds), formats (writing direction, invisible marks), surrogates
 (bytes of a file name that are no UTF-8), separators of lines and paragraphs."""
+_MARKUP = re.compile(r"[\\`*{}\[\]<>#|!&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""Characters with a meaning in Markdown; an underscore within a word has none."""
 
 
 def printable(text: str) -> str:
@@ -28,7 +30,7 @@ def _escape(char: str) -> str:
 
 def markdown(text: str) -> str:
     """Return the text as one line of Markdown that shows it as it is: no markup, link, HTML or end of a table cell."""
-    return re.sub(r"[\\`*_{}\[\]<>#|!&~$]", r"\\\g<0>", printable(text))
+    return _MARKUP.sub(r"\\\g<0>", printable(text))
 
 
 def excerpt(text: str) -> str:

@@ -4,6 +4,7 @@ import html
 import logging
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,7 +14,9 @@ from markdown_it import MarkdownIt
 from eve_ds import limits
 from eve_ds.checkpoint.files import listed
 from eve_ds.cli.command import complain
+from eve_ds.cli.conversion_report import print_start
 from eve_ds.distributed import get_logger
+from eve_ds.export.start import DRAWN, StartReport
 from eve_ds.printable import excerpt, markdown, printable
 
 HOSTILE = {
@@ -91,3 +94,21 @@ def test_an_excerpt_is_short(length):
     text = "x" * length
     whole = length <= limits.MESSAGE_CHARACTERS
     assert excerpt(text) == (text if whole else "x" * limits.MESSAGE_CHARACTERS + " ...")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_reports_of_a_conversion_are_one_fact_per_line(kind, capsys):
+    text, escaped = HOSTILE[kind]
+    counts = {"tensors": 2, "parameters": 3, "bytes": 4, "sha256": "c0ffee", "experts": {text: 4}}
+    report = StartReport(source=text, origins={text: DRAWN, "b": "file"}, notes=[f"left out: {text}"], **counts)
+    print_start(report, Path("out"))
+    assert capsys.readouterr().out.split("\n") == [
+        f"out: initial weights, converted from {escaped}",
+        f"tensors     2, of which 1 drawn: {escaped}",
+        "parameters  3",
+        f"experts     4 in layer {escaped}",
+        "bytes       4",
+        "sha256      c0ffee",
+        f"note        left out: {escaped}",
+        "",
+    ]

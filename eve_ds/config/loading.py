@@ -100,7 +100,7 @@ def _without_removed(name: str, section: Any, where: str) -> Any:
 def _read_tree(preset_or_path: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     """Tree of a preset or file on top of that of its `base`; `extended_by` names the configurations that extend it."""
     chain = (*extended_by, preset_or_path)
-    if preset_or_path in extended_by or len(chain) > limits.CONFIG_BASES:
+    if len(chain) > limits.CONFIG_BASES:
         shown = " -> ".join(chain[:4]) + (" -> ..." if len(chain) > 4 else "")
         raise ConfigError(f"config {chain[0]}: base leads in a circle, or too far: {shown}")
     tree = _parse_yaml(_read_text(preset_or_path), f"config {preset_or_path}")

@@ -36,8 +36,6 @@ _PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
     """Load `scenes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a Hub name.
 
-    Padding and truncation that the file sets are switched off: the encoding of captions has its own.
-
     Raises:
         ConfigError: the tokenizer does not exist, is not a fast tokenizer, lacks a special token, or does not encode
             text as [CLS] text [SEP].
@@ -50,8 +48,6 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = _wrap(_with_special_tokens(path))
     else:
         tokenizer = load_pretrained(str(name_or_path))
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
     with as_config_error(f"tokenizer '{name_or_path}' cannot encode a text"):
         _check(tokenizer, str(name_or_path))
     return tokenizer

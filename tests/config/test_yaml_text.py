@@ -80,6 +80,7 @@ HOSTILE = {
     "deep mappings": ("{a: " * 101 + "1" + "}" * 101, TOO_DEEP),
     "deep blocks": ("\n".join(" " * level + "a:" for level in range(150)), TOO_DEEP),
     "a key of 100 levels": ("? " * 2000 + "a", "."),
+    "many values before a mistake": ("[" + "1, " * 20_000 + "}", TOO_LARGE),
     "many values": ("a: [" + "1, " * 20_000 + "1]", TOO_LARGE),
     "a long number": ("9" * 301, "has 301 digits, more than 300"),
     "a long hexadecimal number": ("0x" + "9" * 5000, "has 5,002 digits"),

@@ -27,7 +27,15 @@ from eve_ds.model.eve import EVE
 from eve_ds.objectives.registry import OBJECTIVES
 from eve_ds.report.curves import running_mean
 from eve_ds.report.experts import expert_use, shares
-from eve_ds.report.reconstruction import MASKED_GRAY, note_on, reconstruct, unpatchify
+from eve_ds.report.reconstruction import (
+    MASKED_GRAY,
+    Example,
+    Word,
+    note_on,
+    plot_reconstructions,
+    reconstruct,
+    unpatchify,
+)
 from eve_ds.report.records import ReportError, column, read_records, throughput, with_current_names
 from eve_ds.report.run_report import Exported, write_report
 from eve_ds.report.tables import Table, evaluation_tables, loss_table, percent_lower, seeds_table
@@ -446,3 +454,12 @@ def test_command_line_reports_an_error_in_one_line(report, tmp_path, monkeypatch
     assert code == 2
     assert output.err.startswith(message)
     assert output.err.count("\n") == 1
+
+
+def test_a_picture_shows_words_that_look_like_formulas_or_controls(tmp_path):
+    texts = ("$\\frac$", "$", "a\nb", "\x1b[2J", "{", "")
+    words = tuple(Word(text, guess) for text in texts for guess in (None, "$x^$"))
+    image = torch.zeros(8, 8, 3)
+    path = plot_reconstructions([Example(image, image, image, words)], tmp_path / "a.png", "title", "note")
+    with Image.open(path) as picture:
+        picture.verify()

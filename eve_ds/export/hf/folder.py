@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.manifest import CONFIG, read_json
 from eve_ds.checkpoint.output_folder import check_output_folder, not_empty
 from eve_ds.config import Config
@@ -16,6 +17,7 @@ from eve_ds.export.hf.model import EveModel
 from eve_ds.export.hf.processor import EveProcessor
 from eve_ds.export.plain import REPORT, WEIGHTS, ExportError, load, replacing
 from eve_ds.export.provenance import describe_objectives
+from eve_ds.printable import markdown
 
 CARD = "README.md"
 FILES = {CARD, CONFIG, WEIGHTS, "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -54,9 +56,15 @@ def export_hf(source: Path | str, out: Path | str, dtype: torch.dtype = torch.fl
 
 def _check_out(out: Path) -> None:
     names = check_output_folder(out, ExportError, FILES.__contains__)
-    mark = f'"model_type": "{EveConfig.model_type}"'  # as transformers writes it
-    if names and (CONFIG not in names or mark not in (out / CONFIG).read_text(encoding="utf-8")):
+    if names and not _is_eve(out / CONFIG):
         raise ExportError(f"{not_empty(out, names)}; it is no EVE for transformers")
+
+
+def _is_eve(config: Path) -> bool:
+    try:
+        return read_json(config).get("model_type") == EveConfig.model_type
+    except CheckpointError:
+        return False
 
 
 def _card(config: Config, source: Path, dtype: torch.dtype) -> str:
@@ -64,17 +72,18 @@ def _card(config: Config, source: Path, dtype: torch.dtype) -> str:
     history, origin = "pre-trained with eve_ds on these objectives", ""
     if (source / REPORT).is_file():
         report = read_json(source / REPORT)
-        checksum = f"sha256 `{report.get('sha256')}`"
+        checksum = f"sha256 {markdown(str(report.get('sha256')))}"
         if "step" in report:
-            origin = f"\nWeights of step {report['step']}, from a plain export with {checksum}.\n"
+            origin = f"\nWeights of step {markdown(str(report['step']))}, from a plain export with {checksum}.\n"
         else:
             history = "not trained with eve_ds yet, with heads for these objectives"
-            origin = f"\nInitial weights, converted from `{report['source']}`, from a folder with {checksum}.\n"
+            source_of = markdown(str(report.get("source")))
+            origin = f"\nInitial weights, converted from {source_of}, from a folder with {checksum}.\n"
     return f"""---
 library_name: transformers
 tags: [eve, vision-language, mixture-of-experts]
 ---
-# {config.name}
+# {markdown(config.name)}
 
 EVE (Chen et al., AAAI 2024), {history}:
 

@@ -19,7 +19,8 @@ def _json(change: Callable[[Any], Any], folder: Path, honest: Path) -> None:
     """Load an honest tokenizer.json that `change` has damaged in place, or replaced."""
     tree = json.loads((honest / "export/tokenizer/tokenizer.json").read_bytes())
     changed = change(tree)
-    load_tokenizer(write(folder / "t.json", tree if changed is None else changed))
+    tokenizer = load_tokenizer(write(folder / "t.json", tree if changed is None else changed))
+    print(f"loaded: {tokenizer('a red circle').input_ids}")
 
 
 def _folder(files: dict[str, Any], folder: Path, honest: Path) -> None:
@@ -133,7 +134,7 @@ CASES = {
                 | {"pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
             ),
         ),
-        "",
+        r"loaded: \[2, \d+, \d+, \d+, 3\]",
         code=0,
     ),
     "a name with dots": Case(partial(_name, "../canary"), "tokenizer folder ../canary does not exist"),
