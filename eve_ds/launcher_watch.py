@@ -46,9 +46,9 @@ class LauncherWatch(threading.Thread):
     def __init__(self, stop: StopSignals, stopped: int, rank_lost: int, environ: Mapping[str, str]) -> None:
         super().__init__(name="launcher watch", daemon=True)
         self._signals, self._stopped, self._rank_lost, self._environ = stop, stopped, rank_lost, environ
-        self._peers: set[int] = set()
-        self._lost_peer = False
+        self._signaled = self._lost_peer = False
         self._launcher = launcher_processes() if any(mark in environ for mark in MARKS) else []
+        self._peers = _children_of(self._launcher[0]) if self._launcher else set()
         self._ended = threading.Event()
 
     def __enter__(self) -> LauncherWatch:
@@ -71,7 +71,8 @@ class LauncherWatch(threading.Thread):
         """Look at signals as they arrive, and at the launcher every second."""
         while not self._ended.is_set():
             ready, _, _ = select.select([self._received], [], [], POLL_SECONDS)
-            if ready and set(os.read(self._received, 64)) & set(STOP_SIGNALS):
+            self._signaled |= bool(ready and set(os.read(self._received, 64)) & set(STOP_SIGNALS))
+            if self._signaled:  # even if a library has caught the exception
                 self._end_after_grace(self._stopped, "stopped by a signal before training")
             if self._launcher and not self._signals.deferred and self._has_lost_a_peer():
                 self._end_after_grace(self._rank_lost, "another rank of this host has ended before training")

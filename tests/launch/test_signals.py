@@ -165,8 +165,8 @@ def test_launchers(run, require, free_ports, tmp_path, row):
         await_condition(lambda: len(ranks_below(process.pid)) == 2, process)
         if moment == "step":
             await_condition(lambda: (run.folder / "metrics.jsonl").is_file() and len(run.losses()) >= 3, process)
-        else:
-            time.sleep(1)
+        else:  # the thread that watches the launcher starts when the signals are handled
+            await_condition(lambda: all(rank.num_threads() > 1 for rank in ranks_below(process.pid)), process)
         ranks = ranks_below(process.pid)
         send(getattr(signal, name), to, process, ranks)
         ended = process.wait(ENDS_WITHIN)

@@ -1,5 +1,6 @@
 """The batch script and srun on a real SLURM: two nodes, a controller and munge, all on this machine."""
 
+import contextlib
 import getpass
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "slurm" / "pretrain.sbatch"
@@ -74,6 +76,7 @@ SwitchType=switch/none
 MpiDefault=none
 GresTypes=gpu
 SlurmdParameters=config_overrides
+SlurmdTimeout=10
 SchedulerParameters=sched_interval=1,defer_batch=0
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -120,6 +123,39 @@ def test_a_preempted_job_requeues_itself_and_resumes_three_times(run, launch, cl
     assert saves(log) == 4, "scancel without a signal saves too, but queues nothing again"
     assert "Traceback" not in text
     assert run.steps() == list(range(1, max(run.steps()) + 1)), "every step once: nothing was lost"
+
+
+@soak
+@pytest.mark.timeout(600)
+def test_a_job_that_loses_a_node_waits_for_it_and_resumes(run, launch, cluster, daemons, tmp_path):
+    """First the second node's daemon dies, then the one of the batch script's node."""
+    log, queue = tmp_path / "job.log", ["squeue", "--noheader", "--format=%T"]
+    job = submit(run, launch, cluster, log, max_steps=1_000_000)
+    for start, node in enumerate(reversed(NODES), start=1):
+        daemons.wait_until(lambda start=start: steps_since_start(run, log, start) >= 3, "training", limit=120)
+        command = kill_daemon(node, cluster)
+        daemons.wait_until(lambda: output_of(queue, cluster) == "PENDING", "the job is queued again", limit=120)
+        daemons.start(command)
+        resume = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
+        subprocess.run(resume, env=os.environ | cluster, check=True)
+    daemons.wait_until(lambda: steps_since_start(run, log, 3) >= 3, "training", limit=120)
+    subprocess.run(["scancel", job], env=os.environ | cluster, check=True)
+    daemons.wait_until(lambda: output_of(queue, cluster) == "", "the job is over", limit=60)
+    text = log.read_text()
+    assert text.count("resumed from") == 2
+    assert "Traceback" not in text
+    assert run.steps() == list(range(1, max(run.steps()) + 1)), "every step once: nothing was lost"
+
+
+def kill_daemon(node, cluster):
+    """Kill the daemon of a node, whose tasks go on without it; returns its command."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = process.cmdline()
+            if command[1:] == ["-D", "-N", node, "-f", cluster["SLURM_CONF"]]:
+                process.kill()
+                return command
+    raise AssertionError(f"no daemon of {node}")
 
 
 def saves(log):
