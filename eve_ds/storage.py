@@ -42,7 +42,7 @@ def cause(error: BaseException) -> str:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file and flush it to disk, replacing an earlier one; after an error the earlier one is unchanged.
+    """Write a file and flush it to disk, replacing an earlier one; after an error or a signal that one is unchanged.
 
     Raises:
         OSError: writing failed.
@@ -54,7 +54,6 @@ def replace_file(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError:
+    finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise

@@ -297,7 +297,7 @@ def _identity(config: Config) -> tuple[Any, ...]:
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder next to `out` that replaces `out` at the end, or is deleted after an error."""
+    """Yield a hidden folder next to `out` that replaces `out` at the end, or is deleted after an error or a signal."""
     out = out.absolute()
     hidden, earlier = (out.with_name(f".{out.name}.{what}") for what in ("writing", "earlier"))
     for leftover in (hidden, earlier):  # left by a killed export
@@ -308,9 +308,11 @@ def replacing(out: Path) -> Iterator[Path]:
         if out.exists():
             os.rename(out, earlier)
         os.rename(hidden, out)
-        shutil.rmtree(earlier, ignore_errors=True)
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        if earlier.exists() and not out.exists():  # between the two
+            os.rename(earlier, out)
+        for leftover in (hidden, earlier):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _equal_experts(weights: dict[str, Tensor]) -> list[str]:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,87 @@ def test_other_commands_end_at_once_and_resume(tmp_path, name, code):
     os.killpg(process.pid, getattr(signal, name))
     _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (code, f"prepare: stopped by {name}; rerun the same command to resume\n")
+
+
+WRITERS = {
+    "export": ["convert", "RUN", "--out", "OUT"],
+    "replacement": ["convert", "RUN", "--out", "OUT"],
+    "official": ["convert", "RUN", "--out", "OUT", "--format", "official"],
+    "hf": ["convert", "RUN", "--out", "OUT", "--format", "hf"],
+    "universal": ["convert", "universal", "RUN", "--out", "OUT"],
+    "evaluate": ["evaluate", "zero_shot", "--model", "EXPORT", "--limit", "4", "--out", "OUT"],
+}
+MOMENTS = 12
+"""Signals that each of these commands gets, at changes of files from the first to the last."""
+
+
+class FileChanges:
+    """Counts changes of files below a folder, and sends SIGTERM to this process at one of them."""
+
+    def __init__(self, folder):
+        self.folder, self.count, self.signal_at = str(folder), 0, None
+        sys.addaudithook(self.look)
+
+    def look(self, event, arguments):
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        if changes or (event == "open" and str(arguments[1]).startswith(("w", "a", "x"))):
+            self.count += str(arguments[0]).startswith(self.folder)
+            if self.count == self.signal_at:
+                self.signal_at = None
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def files_below(folder):
+    """Name -> size; the order of metadata in safetensors is random."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def stop_writer(main, arguments, out, replaces):
+    """Files of a whole run, (code, files) after each signal, and files of a last run without a signal."""
+    out.parent.mkdir()
+    if replaces:
+        main(arguments)
+    changes, outcomes = FileChanges(out.parent), []
+    main(arguments)
+    total, whole = changes.count, files_below(out.parent)
+    for moment in range(MOMENTS):
+        if not replaces:
+            shutil.rmtree(out, ignore_errors=True)
+        changes.signal_at = changes.count + 1 + moment * (total - 1) // (MOMENTS - 1)
+        outcomes.append((main(arguments), files_below(out.parent)))
+    shutil.rmtree(out, ignore_errors=True)
+    main(arguments)
+    return whole, outcomes, files_below(out.parent)
+
+
+def stop_writers(rank, world_size, folder):
+    from drawn_run import write_run
+
+    from eve_ds.cli import convert, evaluate
+
+    run, exported, found = Path(folder, "run"), Path(folder, "exported"), {}
+    write_run(run)
+    convert.main([str(run), "--out", str(exported)])
+    for name, (command, *words) in WRITERS.items():
+        out = Path(folder, name, "out")
+        arguments = [{"RUN": str(run), "EXPORT": str(exported), "OUT": str(out)}.get(word, word) for word in words]
+        main = {"convert": convert, "evaluate": evaluate}[command].main
+        found[name] = stop_writer(main, arguments, out, name == "replacement")
+    return found
+
+
+def test_commands_that_write_leave_whole_results_at_a_signal(run_ranks, tmp_path):
+    (found,) = run_ranks(stop_writers, 1, str(tmp_path))
+    for name, (whole, outcomes, again) in found.items():
+        assert [code for code, _ in outcomes] == [4] * MOMENTS, name
+        for _, left in outcomes:
+            if name == "evaluate":  # it keeps its predictions
+                assert left.get("out/metrics.json") in (None, whole["out/metrics.json"])
+                assert not [key for key in left if key.endswith(".writing")]
+            else:
+                plain = {key: size for key, size in whole.items() if not key.endswith("official.pth")}
+                assert left in ([whole] if name == "replacement" else [{}, plain, whole]), (name, sorted(left))
+        assert again == whole, name
 
 
 # ------------------------------------------------------------------------------------------------------ launchers
