@@ -128,34 +128,40 @@ def test_a_preempted_job_requeues_itself_and_resumes_three_times(run, launch, cl
 @soak
 @pytest.mark.timeout(600)
 def test_a_job_that_loses_a_node_waits_for_it_and_resumes(run, launch, cluster, daemons, tmp_path):
-    """First the second node's daemon dies, then the one of the batch script's node."""
+    """The daemon of the second node dies, then that of the batch script's node, then the second node as a whole."""
     log, queue = tmp_path / "job.log", ["squeue", "--noheader", "--format=%T"]
     job = submit(run, launch, cluster, log, max_steps=1_000_000)
-    for start, node in enumerate(reversed(NODES), start=1):
+    for start, (node, crashes) in enumerate(((NODES[1], False), (NODES[0], False), (NODES[1], True)), start=1):
         daemons.wait_until(lambda start=start: steps_since_start(run, log, start) >= 3, "training", limit=120)
-        command = kill_daemon(node, cluster)
+        daemon, *tasks = processes_of(node, cluster, run.folder)
+        command = daemon.cmdline()
+        for process in [daemon, *tasks] if crashes else [daemon]:
+            process.kill()
         daemons.wait_until(lambda: output_of(queue, cluster) == "PENDING", "the job is queued again", limit=120)
         daemons.start(command)
         resume = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
         subprocess.run(resume, env=os.environ | cluster, check=True)
-    daemons.wait_until(lambda: steps_since_start(run, log, 3) >= 3, "training", limit=120)
+    daemons.wait_until(lambda: steps_since_start(run, log, 4) >= 3, "training", limit=120)
     subprocess.run(["scancel", job], env=os.environ | cluster, check=True)
     daemons.wait_until(lambda: output_of(queue, cluster) == "", "the job is over", limit=60)
-    text = log.read_text()
-    assert text.count("resumed from") == 2
+    text, resumed = log.read_text(), re.findall(r"resumed from .*step-(\d+)", log.read_text())
+    assert len(resumed) == 3
     assert "Traceback" not in text
-    assert run.steps() == list(range(1, max(run.steps()) + 1)), "every step once: nothing was lost"
+    assert run.steps()[: int(resumed[-1])] == list(range(1, int(resumed[-1]) + 1)), "a daemon alone loses no step"
+    assert text.count("another rank has ended") == 1, "the rank of the other node notices the crash"
 
 
-def kill_daemon(node, cluster):
-    """Kill the daemon of a node, whose tasks go on without it; returns its command."""
+def processes_of(node, cluster, folder):
+    """Daemon of a node, then the ranks of a run on it, each with the daemon's helper above it."""
+    daemon, tasks = None, []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             command = process.cmdline()
             if command[1:] == ["-D", "-N", node, "-f", cluster["SLURM_CONF"]]:
-                process.kill()
-                return command
-    raise AssertionError(f"no daemon of {node}")
+                daemon = process
+            elif str(folder) in command and process.environ().get("SLURMD_NODENAME") == node:
+                tasks += [process.parent(), process]
+    return [daemon, *tasks]
 
 
 def saves(log):
