@@ -117,6 +117,48 @@ def test_the_same_command_succeeds_when_there_is_room(outcomes, name):
     assert left
 
 
+def finetune_twice(folder, state):
+    """Run in a process with the shim: fine-tuning whose disk is full when its model is saved, and the same again."""
+    from eve_ds.cli import finetune
+    from eve_ds.training import finetune as training
+
+    save, found = training.save_task_model, []
+
+    def save_on_a_full_disk(*arguments):
+        Path(state).write_text("full")
+        save(*arguments)
+
+    options = ["--task", "vqa", "--init", "none", "--max_steps", "3", "--output_dir", f"{folder}/finetuned"]
+    settings = ["train.train_batch_size=8", "train.save_every_steps=2", "optimizer.decay_by=steps"]
+    for training.save_task_model in (save_on_a_full_disk, save):
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            code = finetune.main([*options, "--set", *settings, "task.val.num_examples=4"])
+        left = sorted(path.name for path in Path(folder, "finetuned").iterdir())
+        found.append((code, error.getvalue(), left))
+        Path(state).write_text("")
+    return found
+
+
+def test_fine_tuning_on_a_full_disk_keeps_its_last_step_and_ends_with_the_model_later(disk, tmp_path):
+    code = (
+        "import json, sys; from test_failing_disk import finetune_twice; "
+        "json.dump(finetune_twice(*sys.argv[1:3]), open(sys.argv[3], 'w'))"
+    )
+    found = tmp_path / "found.json"
+    command = [sys.executable, "-c", code, disk.folder, disk.state, found]
+    done = subprocess.run(command, env=disk.environment, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 0, done.stderr
+    (code, error, left), (second_code, second_error, finished) = json.loads(found.read_text())
+    assert code == 5, error
+    assert "No space left on device" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert "model" not in left
+    assert second_code == 0, second_error
+    assert f"resumed from {disk.folder}/finetuned/checkpoints/step-00000003" in second_error
+    assert "model" in finished
+    assert not {"checkpoints", ".pieces"} & set(finished)
+
+
 def test_a_run_on_a_full_disk_ends_after_its_failed_saves_and_resumes(disk):
     run = disk.folder / "run"
     command = [sys.executable, str(ROOT / "launcher" / "pretrain.py"), "--output_dir", str(run), "--max_steps", "12"]
