@@ -1,11 +1,23 @@
-"""Rule for output folders: new, empty, or holding nothing but an earlier result that the caller may replace."""
+"""Rules for output folders: in no checkpoint; new, empty, or holding only an earlier result that may be replaced."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import listed
+
+
+def enclosing_checkpoint(folder: Path) -> Path | None:
+    """Checkpoint that a folder is or lies in, links followed; with further files it would count as damaged."""
+    inside = Path(os.path.realpath(folder))
+    names = (manifest.MANIFEST, manifest.STATE)
+    return next(
+        (place for place in (inside, *inside.parents) if all((place / name).is_file() for name in names)),
+        None,
+    )
 
 
 def check_output_folder(out: Path, error: type[ValueError], is_own: Callable[[str], object] | None = None) -> set[str]:
@@ -20,8 +32,11 @@ def check_output_folder(out: Path, error: type[ValueError], is_own: Callable[[st
         Names in the folder; empty if it does not exist.
 
     Raises:
-        error: `out` is a file, or holds a name that is not the caller's.
+        error: `out` lies in a checkpoint, is a file, or holds a name that is not the caller's.
     """
+    checkpoint = enclosing_checkpoint(out)
+    if checkpoint is not None:
+        raise error(f"--out {out} lies in the checkpoint {checkpoint}, which it would damage: name another folder")
     if out.exists() and not out.is_dir():
         raise error(f"--out {out} is a file: name a new or empty folder")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()

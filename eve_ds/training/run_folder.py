@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import CheckpointError
+from eve_ds.checkpoint.output_folder import enclosing_checkpoint
+from eve_ds.checkpoint.weights import INDEX, WEIGHTS
 from eve_ds.config import Config, ConfigError, parse_written_config
 from eve_ds.distributed import get_logger
 from eve_ds.file_lock import lock_file
@@ -67,17 +69,15 @@ def check_output_dir(config: Config, resume: Resume) -> None:
     """Create the output folder, or check that it is writable and belongs to this run.
 
     Raises:
-        ConfigError: the folder cannot be written, holds another run, or holds a run although `resume` is `none`.
+        ConfigError: the folder or its folder of checkpoints cannot be written, it is a part of a run or an export,
+            holds another run, or holds a run although `resume` is `none`.
     """
     folder = config.train.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # permission bits miss root, quotas and read-only mounts
-    except OSError as error:
-        raise ConfigError(
-            f"train.output_dir ({folder}) cannot be written: {error.strerror}; name another folder or change its "
-            "permissions"
-        ) from None
+    _refuse_results(folder)
+    checkpoints = folder / manifest.FOLDER
+    _check_writable(folder, create=True)
+    if os.path.lexists(checkpoints):  # a link to another disk, perhaps
+        _check_writable(checkpoints, create=False)
     if not (folder / CONFIG).is_file():
         return
     if resume == "none":
@@ -96,6 +96,38 @@ def check_output_dir(config: Config, resume: Resume) -> None:
             f"train.output_dir ({folder}) is the folder of another run: its {key} is {then!r}, this run's is {now!r}; "
             "name another folder"
         )
+
+
+def _refuse_results(folder: Path) -> None:
+    """Raise ConfigError if the files of a run in `folder` would replace or damage those of an earlier result."""
+    inside, checkpoint = Path(os.path.realpath(folder)), enclosing_checkpoint(folder)
+    if checkpoint is not None:
+        problem, run = f"lies in the checkpoint {checkpoint}", checkpoint.parent.parent
+    else:
+        problem, run = "is the folder of the checkpoints of a run", inside.parent
+    if checkpoint is not None or (inside.name == manifest.FOLDER and manifest.committed(run)):
+        raise ConfigError(
+            f"train.output_dir ({folder}) {problem}: name the run ({run}) to resume it, or another folder"
+        )
+    weights = next((name for name in (WEIGHTS, INDEX) if (inside / name).is_file()), None)
+    if weights is not None:
+        raise ConfigError(
+            f"train.output_dir ({folder}) holds an exported model ({weights}): name another folder, and the model as "
+            "--init to start from its weights"
+        )
+
+
+def _check_writable(folder: Path, create: bool) -> None:
+    """Raise ConfigError if no file can be written into a folder, which is created first if `create`."""
+    try:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # permission bits miss root, quotas and read-only mounts
+    except OSError as error:
+        raise ConfigError(
+            f"train.output_dir ({folder}) cannot be written: {error.strerror}; name another folder or change its "
+            "permissions"
+        ) from None
 
 
 def _written_config(folder: Path) -> tuple[Path, dict[str, Any] | None]:

@@ -199,6 +199,63 @@ def test_a_read_only_folder_is_refused():
     )
 
 
+def finished_run(folder):
+    """A run with one checkpoint, as far as its names go."""
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    for name in ("manifest.json", "state.json", "config.json"):
+        (checkpoint / name).write_text("{}")
+    return checkpoint
+
+
+@pytest.mark.parametrize("below", ["", "new", "new/run", "tokenizer/.."])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_run_cannot_write_into_a_checkpoint(tmp_path, below, is_link):
+    checkpoint = finished_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to(checkpoint)
+    folder = (tmp_path / "link" if is_link else checkpoint) / below
+    before = sorted(tmp_path.rglob("*"))
+    assert refused_folder(of_run(folder)) == (
+        f"train.output_dir ({folder}) lies in the checkpoint {checkpoint}: name the run ({tmp_path}/run) to resume it, "
+        "or another folder"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_folder_of_checkpoints_is_no_run(tmp_path):
+    folder = finished_run(tmp_path / "run").parent
+    text = refused_folder(of_run(folder))
+    assert text == (
+        f"train.output_dir ({folder}) is the folder of the checkpoints of a run: name the run ({tmp_path}/run) to "
+        "resume it, or another folder"
+    )
+    check_output_dir(of_run(tmp_path / "run" / "other"), "auto")
+    check_output_dir(of_run(tmp_path / "checkpoints"), "auto")
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_run_cannot_replace_the_configuration_of_an_exported_model(tmp_path, weights):
+    run = of_run(tmp_path)
+    write_config(run)
+    (tmp_path / weights).touch()
+    text = refused_folder(run)
+    assert text == (
+        f"train.output_dir ({tmp_path}) holds an exported model ({weights}): name another folder, and the model as "
+        "--init to start from its weights"
+    )
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing"])
+def test_a_folder_of_checkpoints_that_cannot_be_written_is_refused_before_training(tmp_path, kind):
+    checkpoints = tmp_path / "checkpoints"
+    if kind == "file":
+        checkpoints.touch()
+    else:
+        checkpoints.symlink_to(tmp_path / "gone")
+    assert refused_folder(of_run(tmp_path)).startswith(f"train.output_dir ({checkpoints}) cannot be written: No")
+    assert os.listdir(tmp_path) == ["checkpoints"]
+
+
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
 def test_the_run_that_holds_the_lock_is_named(tmp_path, monkeypatch, code):
     def refuse(*_):
