@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -50,9 +51,16 @@ def add_training_options(parser: argparse.ArgumentParser, zero_stage: int) -> No
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
-    """`--set` and the options that are short for it, as `section.key=value`."""
+    """`--set` and the options that are short for it, as `section.key=value`; texts of the latter in quotes of YAML."""
     given = {name: getattr(arguments, name) for name in SHORT_OPTIONS if hasattr(arguments, name)}
-    return [*arguments.set, *(f"train.{name}={value}" for name, value in given.items() if value is not None)]
+    return [*arguments.set, *(f"train.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
+
+
+def _quoted(value: str | float) -> str:
+    """Value of an option as YAML: a folder may be named `2024` or `a #1`."""
+    import yaml
+
+    return yaml.safe_dump(value, default_style='"', width=sys.maxsize).strip() if isinstance(value, str) else str(value)
 
 
 def read_deepspeed_config(path: str | None) -> dict[str, Any] | None:

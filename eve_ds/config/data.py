@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from eve_ds.config.section import Fraction, PositiveInt, Section, Share, require
+from eve_ds.config.section import Fraction, PositiveInt, Section, Share, expand_path, require
 
 
 class SourceConfig(Section):
@@ -19,7 +19,7 @@ class SourceConfig(Section):
     modalities: Literal["pair", "image", "text", "any"] = "pair"
     """Content of the samples. `pair`: image and caption, both required. `image`, `text`: only the image or the caption;
     the other is ignored. `any`: the content of each sample."""
-    shards: str | list[str] | None = None
+    shards: Annotated[str | list[str] | None, BeforeValidator(expand_path)] = None
     """`kind: shards`: paths, brace lists such as `cc3m-{00000..00331}.tar`, or a folder with an index.json."""
     level: Literal["easy", "hard"] = "easy"
     """`kind: scenes`: difficulty."""
@@ -79,7 +79,7 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = [SourceConfig(kind="scenes")]
     """Sources of the training mixture."""
-    tokenizer: str = "scenes"
+    tokenizer: Annotated[str, BeforeValidator(expand_path)] = "scenes"
     """`scenes` (shipped), or a path or name of a Hugging Face fast tokenizer."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Data loader processes per rank; 0: the training process loads."""

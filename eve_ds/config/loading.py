@@ -38,7 +38,8 @@ def load_config(preset_or_path: str, overrides: list[str] | None = None, under: 
     Args:
         preset_or_path: name of a preset, or path of a YAML file. A file may name the preset or file that it extends
             under the key `base`.
-        overrides: strings `section.key=value`; each value is parsed as YAML.
+        overrides: strings `section.key=value`; each value is parsed as YAML. A mapping keeps the keys that it does not
+            name, as the mappings of a file do.
         under: tree that supplies every key which neither the file nor an override sets.
 
     Raises:
@@ -162,7 +163,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override '{shown}': '{section}' is a value, not a section")
         tree[section] = dict(inner)
         tree = tree[section]
-    tree[key] = _parse_yaml(text, f"override '{shown}'")
+    value = {key: _parse_yaml(text, f"override '{shown}'")}
+    tree.update(_merge(tree, value))  # as in a file: a mapping changes the keys that it names
 
 
 def _problem(error: Any, where: str) -> str:

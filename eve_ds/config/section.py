@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Annotated, Any
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class ConfigError(ValueError):
@@ -14,9 +19,29 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base class of every section: immutable; a key that is not a field, infinity and NaN are errors."""
+    """Base class of every section: immutable; a key that is not a field, infinity and NaN are errors.
+
+    So is a truth value for a number: `yes` is no probability and no number of steps.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_number(cls, value: Any, info: ValidationInfo) -> Any:
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, bool) for item in values):
+            kinds = set(_types(cls.model_fields[str(info.field_name)].annotation))
+            if kinds & {int, float} and bool not in kinds:
+                raise PydanticCustomError("truth_value", "Input should be a number, not true or false")
+        return value
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """Types that an annotation names, at any depth."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)
 
 
 def require(condition: bool, message: str) -> None:
@@ -58,8 +83,34 @@ def _say_once(line: str) -> None:
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """Number in [0, 1]."""
 
-PositiveInt = Annotated[int, Field(ge=1)]
-"""Integer of at least 1."""
+PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
+"""Integer of at least 1 that fits into 64 bits."""
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 """Number in (0, 1]."""
+
+
+def expand_path(value: Any) -> Any:
+    """Expand `~` and `$NAME` in a path as a shell does, since no shell reads a YAML file or `--set`.
+
+    Args:
+        value: input for a path or a list of paths; a value of another type is returned unchanged.
+
+    Raises:
+        PydanticCustomError: the text is empty or has a NUL character, or names a variable that is not set.
+    """
+    if isinstance(value, list):
+        return [expand_path(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if not value.strip() or "\0" in value:
+        raise PydanticCustomError("path", "Input should be a path, which is not empty and has no NUL character")
+    path = os.path.expandvars(os.path.expanduser(value))
+    unset = re.search(r"\$([A-Za-z_]\w*|\{\w+\})", path)
+    if unset is not None:
+        raise PydanticCustomError("path", "Input should be a path: the variable {name} is not set", {"name": unset[0]})
+    return path
+
+
+FilePath = Annotated[Path, BeforeValidator(expand_path)]
+"""Path of a file or folder."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from eve_ds.config.section import Fraction, PositiveInt, Section, Share
+from eve_ds.config.section import FilePath, Fraction, PositiveInt, Section, Share
 
 
 class ExamplesConfig(Section):
@@ -17,9 +16,9 @@ class ExamplesConfig(Section):
     """`scenes`: generated scenes. `json`: format of the released code. `vqav2`: a file of questions and a file of
     annotations. `nlvr2`: JSON lines. `nlvr`: NLVR 1.0 as published, a folder or a tar archive. `karpathy`: COCO or
     Flickr30K with Karpathy's splits. `auto`: the format of the first file."""
-    annotations: list[Path] = []
+    annotations: list[FilePath] = []
     """Annotation files; `nlvr`: the folder or archive."""
-    images: Path | None = None
+    images: FilePath | None = None
     """Folder that image names are relative to; None: the folder of the first annotation file."""
     split: str | None = None
     """Split of a file that holds several, or of the scenes; None: the name of the section, `train` or `val`."""

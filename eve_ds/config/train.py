@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from eve_ds.config.section import PositiveInt, Section
+from eve_ds.config.section import FilePath, PositiveInt, Section
 
 
 class TrainConfig(Section):
@@ -63,12 +63,12 @@ class TrainConfig(Section):
     """True: copy the state to host memory and write the checkpoint in a thread while training continues."""
     max_failed_saves: Annotated[int, Field(ge=0)] = 3
     """Number of consecutive failed saves (disk full, no permission) that the run tolerates."""
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e9)] = 600.0
     """Longest wait for another rank, in seconds; then the run ends with exit code 6. It must exceed the time by which
     ranks differ, such as that of rank 0 for publishing a checkpoint."""
-    output_dir: Path = Path("runs/pretrain")
+    output_dir: FilePath = Path("runs/pretrain")
     """Folder of the run: configuration, metrics, checkpoints."""
-    init: Path | None = None
+    init: FilePath | None = None
     """Weights to start a new run from: an export, a checkpoint or a run of the same model; None: random weights."""
 
     @property

@@ -231,8 +231,21 @@ def test_options_are_short_for_overrides():
         ["--set", "train.seed=3", "train.max_steps=1", "--max_steps", "5", "--init", "a", "--output_dir", "b"]
     )
     given = pretrain.overrides(arguments)
-    assert given == ["train.seed=3", "train.max_steps=1", "train.output_dir=b", "train.max_steps=5", "train.init=a"]
+    assert given == ["train.seed=3", "train.max_steps=1", 'train.output_dir="b"', "train.max_steps=5", 'train.init="a"']
     assert load_config("eve_tiny", given).train.max_steps == 5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("2024", "1e3", "007", "12:30", "null", "true", "a #1", "run: x", "a: ", "[a]", "{a}", "*x", "&x", "!x", "|"),
+        *(">", "%x", "@x", "`x", "'q'", '"q', "- a", "a\\b", "a\nb", "a\tb", "é😀", "a\udce9", "a" * 500 + " b" * 500),
+    ],
+)
+@pytest.mark.parametrize("option", ["output_dir", "init"])
+def test_the_path_of_an_option_is_taken_as_it_is(option, name):
+    arguments = pretrain.build_parser().parse_args([f"--{option}={name}"])
+    assert getattr(load_config("eve_tiny", pretrain.overrides(arguments)).train, option) == Path(name)
 
 
 @pytest.mark.parametrize("spelling", ["--local_rank=1", "--local-rank=1"])

@@ -141,7 +141,7 @@ def test_error_for_an_unknown_key_suggests_the_nearest_one(override, text):
             "model.objectives",
         ),
         (
-            "masking={text_mask_ratio: 0}",
+            "masking={text_mask_ratio: 0, max_text_mask_ratio: null}",
             "masking.text_mask_ratio (0) leaves nothing to predict for mlm: raise it, or leave mlm out of",
         ),
         ("masking.image_view_share=0", "masking.image_view_share (0): Input should be greater than 0"),
@@ -204,15 +204,15 @@ ONLY = "data.sources=[{{kind: scenes}}, {{kind: scenes, modalities: {}}}]"
         ),
         (
             ["model.objectives=[joint]", "masking={patch_mask_ratio: 0, text_mask_ratio: 0}"],
-            "masking.patch_mask_ratio (0), text_mask_ratio (0) and text_to_image_share (0) leave nothing to predict of "
-            "data.sources[0] ('pair') for joint: raise a ratio",
+            "masking.patch_mask_ratio (0), text_mask_ratio (0) and text_to_image_share (0.5) leave nothing to predict "
+            "of data.sources[0] ('pair') for joint: raise a ratio",
         ),
         (
             ["model.objectives=[joint]", "masking={patch_mask_ratio: 0}", ONLY.format("image")],
             "leave nothing to predict of data.sources[1] ('image') for joint: raise a ratio",
         ),
         (
-            ["model.objectives=[joint]", "masking={text_mask_ratio: 0}", ONLY.format("text")],
+            ["model.objectives=[joint]", "masking.text_mask_ratio=0", ONLY.format("text")],
             "leave nothing to predict of data.sources[1] ('text') for joint: raise a ratio",
         ),
         (
@@ -221,7 +221,10 @@ ONLY = "data.sources=[{{kind: scenes}}, {{kind: scenes, modalities: {}}}]"
             "of data.sources[0] ('pair') for joint: raise a ratio",
         ),
         (
-            ["model.objectives=[joint]", "masking={patch_mask_ratio: 1, text_mask_ratio: 1}"],
+            [
+                "model.objectives=[joint]",
+                "masking={patch_mask_ratio: 1, text_mask_ratio: 1, text_to_image_mask_ratio: 1}",
+            ],
             "masking.patch_mask_ratio (1) and text_mask_ratio (1) leave nothing to see for joint: lower one of them",
         ),
     ],
