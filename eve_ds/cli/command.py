@@ -54,7 +54,10 @@ classes take seconds to import."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that reports bad arguments in one line, with exit code 2 and without the usage text; has `--debug`."""
+    """Parser that reports bad arguments in one line, with exit code 2 and without the usage text; has `--debug`.
+
+    Names of options may have hyphens for underscores. `~` is expanded in `--option=~/path` too, where shells leave it.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
@@ -62,6 +65,26 @@ class Parser(argparse.ArgumentParser):
             # Without a default, so that the parser of a subcommand does not reset what stood before its name.
             show = "show the traceback of an error as well"
             self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=show)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; an empty argument, which an unset variable of a shell leaves, is an error."""
+        given = [self._spelled(argument) for argument in (sys.argv[1:] if args is None else args)]
+        for before, argument in zip(["", *given], given, strict=False):
+            option, separator, value = argument.partition("=")
+            if argument == "" or (separator and value == "" and option in self._option_string_actions):
+                name = before if argument == "" else option
+                behind = f" of {name}" if name.startswith("--") else ""
+                self.error(f"the value{behind} is empty: is a variable of the shell not set?")
+        return super().parse_known_args(given, namespace)
+
+    def _spelled(self, argument: str) -> str:
+        """Argument with the option's own spelling and the home folder in place of `~`."""
+        name, separator, value = argument.partition("=")
+        if not name.startswith("--"):
+            return os.path.expanduser(argument) if argument.startswith("~/") else argument
+        known = f"--{name[2:].replace('-', '_')}"
+        spelled = known if name not in self._option_string_actions and known in self._option_string_actions else name
+        return f"{spelled}{separator}{os.path.expanduser(value)}"
 
     def error(self, message: str) -> NoReturn:
         """Print the message behind the name of the command, and exit."""

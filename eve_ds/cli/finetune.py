@@ -87,7 +87,7 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 def _finetune(arguments: argparse.Namespace, stop: StopSignals) -> FinetuneSummary:
     config = read_config(arguments)
-    deepspeed_config = read_deepspeed_config(arguments.deepspeed_config)
+    deepspeed_config = read_deepspeed_config(arguments)
     # Takes seconds to import: an error in the configuration is reported before.
     from eve_ds.training.finetune import finetune
 

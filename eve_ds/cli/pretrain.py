@@ -51,7 +51,7 @@ def _pretrain(arguments: argparse.Namespace, stop: StopSignals) -> Summary:
     from eve_ds.config import load_config
 
     config = load_config(arguments.config, overrides(arguments))
-    deepspeed_config = read_deepspeed_config(arguments.deepspeed_config)
+    deepspeed_config = read_deepspeed_config(arguments)
     # Takes seconds to import: an error in the configuration is reported before.
     from eve_ds.training.pretrain import pretrain
 

@@ -43,6 +43,12 @@ AnySummary = TypeVar("AnySummary", bound=Summary)
 def add_training_options(parser: argparse.ArgumentParser, zero_stage: int) -> None:
     """Add the options of every training run; `zero_stage` is the one without `--deepspeed_config`."""
     parser.add_argument("--deepspeed_config", metavar="FILE", help=f"DeepSpeed JSON (default: ZeRO {zero_stage})")
+    parser.add_argument(
+        "--deepspeed",
+        nargs="?",
+        metavar="FILE",
+        help="the same option as in Transformers; without FILE, as in scripts of DeepSpeed, it is ignored",
+    )
     add_overrides(parser)
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the run; short for --set train.output_dir=...")
     parser.add_argument("--max_steps", type=int, metavar="N", help="short for --set train.max_steps=...")
@@ -63,11 +69,22 @@ def _quoted(value: str | float) -> str:
     return yaml.safe_dump(value, default_style='"', width=sys.maxsize).strip() if isinstance(value, str) else str(value)
 
 
-def read_deepspeed_config(path: str | None) -> dict[str, Any] | None:
-    """Content of the file that `--deepspeed_config` names, None without one; raises ConfigError if it is not JSON."""
+def read_deepspeed_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Content of the file that `--deepspeed_config` or `--deepspeed` names, None without one.
+
+    Raises:
+        ConfigError: the options name two files, or the file is not JSON.
+    """
+    from eve_ds.config import ConfigError
     from eve_ds.parallel.deepspeed_json.file import read_deepspeed_json
 
-    return None if path is None else read_deepspeed_json(path)
+    paths = {path for path in (arguments.deepspeed_config, arguments.deepspeed) if path is not None}
+    if len(paths) > 1:
+        raise ConfigError(
+            f"--deepspeed_config ({arguments.deepspeed_config}) and --deepspeed ({arguments.deepspeed}) name two "
+            "files: leave one out"
+        )
+    return read_deepspeed_json(paths.pop()) if paths else None
 
 
 def run_training(

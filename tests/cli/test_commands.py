@@ -262,15 +262,68 @@ def test_commands_that_run_on_several_ranks_take_the_local_rank_of_every_launche
     assert PARSERS[parser].parse_args([*arguments, spelling]).local_rank == 1
 
 
-def test_deepspeed_config_is_read_or_refused_in_one_line(tmp_path):
-    (tmp_path / "good.json").write_text('{"a": 1}')
+@pytest.mark.parametrize("option", ["--deepspeed_config", "--deepspeed-config", "--deepspeed"])
+def test_deepspeed_config_is_read_or_refused_in_one_line(tmp_path, option):
+    def read(*arguments):
+        return read_deepspeed_config(pretrain.build_parser().parse_args(arguments))
+
+    good = tmp_path / "good.json"
+    good.write_text('{"a": 1}')
     (tmp_path / "bad.json").write_text("{")
-    assert read_deepspeed_config(None) is None
-    assert read_deepspeed_config(str(tmp_path / "good.json")) == {"a": 1}
+    assert read() is read("--deepspeed") is None
+    assert read(option, str(good)) == {"a": 1}
+    assert (
+        read("--deepspeed", option, str(good)) == read(option, str(good), "--deepspeed_config", str(good)) == {"a": 1}
+    )
     with pytest.raises(ConfigError, match=r"^--deepspeed_config \S+/bad\.json is not JSON: "):
-        read_deepspeed_config(str(tmp_path / "bad.json"))
+        read(option, str(tmp_path / "bad.json"))
     with pytest.raises(ConfigError, match=r"^--deepspeed_config \S+/gone\.json cannot be read: No such file"):
-        read_deepspeed_config(str(tmp_path / "gone.json"))
+        read(option, str(tmp_path / "gone.json"))
+
+
+def test_two_files_of_deepspeed_are_refused():
+    arguments = pretrain.build_parser().parse_args(["--deepspeed_config", "a.json", "--deepspeed", "b.json"])
+    with pytest.raises(ConfigError) as caught:
+        read_deepspeed_config(arguments)
+    assert str(caught.value) == ("--deepspeed_config (a.json) and --deepspeed (b.json) name two files: leave one out")
+
+
+def options(parser):
+    """Options of a parser that take one value."""
+    return [action for action in parser._actions if action.option_strings and action.nargs is None]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_an_empty_value_of_every_option_is_refused(name, capsys):
+    for parser in every(PARSERS[name]):
+        for action in options(parser):
+            option = action.option_strings[0]
+            for arguments in ([option, ""], [f"{option}="]):
+                with pytest.raises(SystemExit, match=r"^2$"):
+                    parser.parse_args(arguments)
+                line = f"the value of {option} is empty: is a variable of the shell not set? (see --help)\n"
+                assert capsys.readouterr().err.endswith(line)
+
+
+def test_an_empty_argument_is_refused(capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        PARSERS["report"].parse_args([""])
+    assert capsys.readouterr().err == "report: the value is empty: is a variable of the shell not set? (see --help)\n"
+    assert pretrain.build_parser().parse_args(["--set", "train.init="]).set == ["train.init="]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_option_may_have_hyphens_and_a_home_folder(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for parser in every(PARSERS[name]):
+        for action in options(parser):
+            option = action.option_strings[0]
+            assert parser._spelled(option.replace("_", "-")) in action.option_strings
+            assert parser._spelled(f"{option}=~/a") == f"{option}=/home/me/a"
+    given = pretrain.build_parser().parse_args(
+        ["--output-dir=~/a", "--max-steps", "5", "--init", "~/b", "--set", "a=~"]
+    )
+    assert (given.output_dir, given.max_steps, given.init, given.set) == ("/home/me/a", 5, "/home/me/b", ["a=~"])
 
 
 def test_a_step_of_the_demo_shows_its_log_and_nothing_else(tmp_path):
