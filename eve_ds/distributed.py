@@ -48,7 +48,7 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
 
     Raises:
         LaunchError: see :func:`eve_ds.launch_environment.read_environment`; also raised when this host has fewer CUDA
-            devices than ranks.
+            devices than ranks, lacks an interface of GLOO_SOCKET_IFNAME, or cannot use MASTER_ADDR and MASTER_PORT.
     """
     info = read_environment()
     if backend is None:
@@ -57,6 +57,8 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
     if backend == "nccl":
         _bind_device(info)
     set_group_timeout(timeout)
+    if backend == "gloo":
+        _check_interface_names()
     if info.world_size == 1:  # this store needs no port, so two such runs can share a host
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
@@ -66,16 +68,47 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
     return info
 
 
+def check_accelerator() -> None:
+    """Raise LaunchError if DS_ACCELERATOR names no device of this machine; call before the import of DeepSpeed."""
+    name = os.environ.get("DS_ACCELERATOR", "cpu")
+    if name not in ("cpu", "cuda"):
+        raise LaunchError(f"DS_ACCELERATOR ('{name}') must be cpu or cuda: set one of them, or unset it")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LaunchError("DS_ACCELERATOR (cuda) needs a CUDA device, and this process sees none: set cpu, or unset it")
+
+
 def _join(backend: str, timeout: timedelta) -> None:
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(address.strip("[]"), None)
+    except OSError as error:  # a name that is not known yet may become so while the hosts of a cluster start
+        get_logger().warning("MASTER_ADDR (%s) has no address on this host (%s): waiting", address, error.strerror)
     try:
         dist.init_process_group(backend, timeout=timeout)
     except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
+        text = str(error)
+        if "EADDRINUSE" in text:
+            raise LaunchError(
+                f"MASTER_PORT ({port}) is in use on this host, perhaps by another run: choose another one for all "
+                "ranks (deepspeed and torchrun: --master_port)"
+            ) from None
+        if _TIMED_OUT.search(text) or any(sign in text for sign in _CLOSED):  # about another rank
             raise
         raise LaunchError(
-            f"MASTER_PORT ({os.environ['MASTER_PORT']}) is in use on this host, perhaps by another run: choose another "
-            "one for all ranks (deepspeed and torchrun: --master_port)"
+            f"MASTER_ADDR ({address}) cannot be reached at MASTER_PORT ({port}) ({text.splitlines()[0]}): name the "
+            "host of rank 0, and a port that no other program uses"
         ) from None
+
+
+def _check_interface_names() -> None:
+    """Raise LaunchError if this host lacks a network interface that GLOO_SOCKET_IFNAME names."""
+    present = sorted(name for _, name in socket.if_nameindex())
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name.partition(":")[0] not in present:  # eth0:1 is an alias of eth0
+            raise LaunchError(
+                f"GLOO_SOCKET_IFNAME ({name}) is no network interface of this host: name one of {', '.join(present)}, "
+                "or unset it"
+            )
 
 
 def _leave_process_group() -> None:

@@ -52,6 +52,8 @@ LAUNCHERS = (
 _OWN_RANKS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """Variables of torchrun and deepspeed, whose ranks need not be those of a launcher that started them on each host."""
 _RANK_NAME = re.compile(r"(\w+?_)(?:TASK_)?(?:RANK|RANKID|PROCID|APP_PE)")
+_HOST = re.compile(r"[\w.-]+|\[?[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%\w+)?\]?")
+"""A host name, an IPv4 address, or an IPv6 address, which has two colons or more."""
 _RANKS_WITHOUT_SIZE = ("PMIX_RANK", "ALPS_APP_PE")
 _SIZE_NAMES = ("SIZE", "NRANKS", "NPROCS", "NTASKS", "NUM_TASKS", "WORLD_SIZE")
 
@@ -81,8 +83,9 @@ def read_environment(environ: MutableMapping[str, str] | None = None) -> RankInf
 
     Raises:
         LaunchError: a variable is missing or not a number, variables of two launchers contradict each other, the
-            launcher is unknown, the rank is outside its world, or a world of one runs where several tasks were
-            started, each of which would silently train on its own.
+            launcher is unknown, the rank is outside its world or its host, the ranks could never meet at MASTER_ADDR
+            and MASTER_PORT, or a world of one runs where several tasks were started, each of which would silently
+            train on its own.
     """
     environ = os.environ if environ is None else environ
     launcher = next((row for row in LAUNCHERS if _is_present(row, environ)), None)
@@ -98,6 +101,8 @@ def read_environment(environ: MutableMapping[str, str] | None = None) -> RankInf
         environ["LOCAL_WORLD_SIZE"] = str(info.local_size)
     environ["MASTER_ADDR"] = environ.get("MASTER_ADDR") or _master_address(environ, info)
     environ["MASTER_PORT"] = environ.get("MASTER_PORT") or str(_master_port(environ))
+    if info.world_size > 1:
+        _check_master(environ)
     return info
 
 
@@ -118,7 +123,14 @@ def _read(launcher: Launcher, environ: Mapping[str, str]) -> RankInfo:
     # An environment exported by hand may lack LOCAL_RANK; outside SLURM this must mean one process per host.
     local_rank = 0 if launcher is TORCH and local not in environ else _integer(environ, local)
     counted = _first(launcher.local_size, environ) if launcher.local_size else ""
-    return RankInfo(rank, size, local_rank, launcher.name, _integer(environ, counted) if counted in environ else None)
+    local_size = _integer(environ, counted) if counted in environ else None
+    if local_rank < 0 or (local_size is not None and local_rank >= local_size):
+        most = "on" if local_size is None else f".. {counted} - 1 ({local_size - 1})"
+        raise LaunchError(
+            f"{local} ({local_rank}) must be in 0 {most}, the rank among the processes of this host: set it, or start "
+            "with torchrun, srun or mpirun"
+        )
+    return RankInfo(rank, size, local_rank, launcher.name, local_size)
 
 
 def _first(names: tuple[str, ...], environ: Mapping[str, str]) -> str:
@@ -205,6 +217,22 @@ def _master_address(environ: Mapping[str, str], info: RankInfo) -> str:
         f"MASTER_ADDR is not set and cannot be derived for a world of {info.world_size}: "
         "export it to all processes as the host of rank 0 (mpirun -genv MASTER_ADDR HOST, or -x MASTER_ADDR=HOST)"
     )
+
+
+def _check_master(environ: Mapping[str, str]) -> None:
+    """Refuse an address at which ranks could only wait for each other until the time limit.
+
+    Raises:
+        LaunchError: MASTER_ADDR is neither a host name nor an IP address, or MASTER_PORT is no port.
+    """
+    port, address = _integer(environ, "MASTER_PORT"), environ["MASTER_ADDR"]
+    if not 1 <= port <= 65535:  # with port 0 every rank would choose another one
+        raise LaunchError(f"MASTER_PORT ({port}) must be a port from 1 to 65535, the same for all ranks")
+    if not _HOST.fullmatch(address):
+        raise LaunchError(
+            f"MASTER_ADDR ('{address}') must be the name or IP address of the host of rank 0, and nothing else: the "
+            "port is MASTER_PORT"
+        )
 
 
 def _first_host(nodes: str) -> str:

@@ -20,6 +20,7 @@ from eve_ds.distributed import (
     RankLostError,
     all_reduce_sum,
     broadcast_object,
+    check_accelerator,
     get_logger,
     initialize_process_group,
     rank_losses,
@@ -169,7 +170,7 @@ def test_a_port_in_use_is_named(monkeypatch):
     [
         ("127.0.1.1", "2", "10.0.0.1", None, True),
         (None, "2", "10.0.0.1", None, True),  # gloo takes the loopback interface for a name without an address
-        ("127.0.1.1", "2", "10.0.0.1", "eth0", False),
+        ("127.0.1.1", "2", "10.0.0.1", "lo", False),
         ("127.0.1.1", "8", "10.0.0.1", None, False),  # one host
         ("127.0.1.1", "2", "127.0.0.2", None, False),  # several "hosts" on one machine
         ("10.0.0.2", "2", "10.0.0.1", None, False),
@@ -197,6 +198,58 @@ def test_a_host_under_a_loopback_address_is_refused(monkeypatch, own, local_size
     else:
         initialize_process_group("gloo")
     assert joined == ([] if refused else [True])
+
+
+@pytest.mark.parametrize("name", ["", "CPU", "gpu", "cuda:0", "xyz", "cuda"])
+def test_an_accelerator_that_is_not_there_is_refused(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    check_accelerator()
+    monkeypatch.delenv("DS_ACCELERATOR")
+    check_accelerator()
+    monkeypatch.setenv("DS_ACCELERATOR", name)
+    with pytest.raises(LaunchError, match=rf"^DS_ACCELERATOR \('?{name}'?\) .*: set .*, or unset it$"):
+        check_accelerator()
+
+
+@pytest.mark.parametrize("world_size", ["1", "2"])
+@pytest.mark.parametrize("names", ["eth99", "lo,eth99", "Lo", "127.0.0.1"])
+def test_an_interface_that_the_host_lacks_is_refused(monkeypatch, names, world_size):
+    for name, value in (TORCH | {"RANK": "0", "WORLD_SIZE": world_size, "GLOO_SOCKET_IFNAME": names}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        LaunchError, match=r"^GLOO_SOCKET_IFNAME \(\S+\) is no network interface of this host: name .*lo"
+    ):
+        initialize_process_group("gloo")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("Ping failed, invalid value returned from server. Expected: 1, Got: 2\nframe #0", LaunchError),
+        (
+            "The server socket has failed to listen on any local network address. port: 80, code: -13, EACCES",
+            LaunchError,
+        ),
+        ("The client socket has timed out after 3000ms while trying to connect to (a, 1).", dist.DistNetworkError),
+        ("recvValue failed: Connection reset by peer", dist.DistNetworkError),
+    ],
+)
+def test_a_master_that_cannot_be_joined_is_named(monkeypatch, caplog, text, kind):
+    def refuse(*_, **__):
+        raise dist.DistNetworkError(text)
+
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    for name, value in (TORCH | {"MASTER_ADDR": "master.invalid"}).items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level("WARNING", "eve_ds"), pytest.raises(kind) as caught:
+        initialize_process_group("gloo")
+    assert "MASTER_ADDR (master.invalid) has no address on this host (" in caplog.text
+    if kind is LaunchError:
+        start, end = "MASTER_ADDR (master.invalid) cannot be reached at MASTER_PORT (", "that no other program uses"
+        assert str(caught.value).startswith(start)
+        assert str(caught.value).endswith(end)
+        assert "\n" not in str(caught.value)
 
 
 def collectives_and_timeouts(rank, world_size, port):

@@ -16,6 +16,10 @@ SLURM_STEP = {
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
 
 
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
+"""Variables of a world of two."""
+
+
 def test_torch_variables_are_used_unchanged():
     environ = dict(TORCH)
     assert read_environment(environ) == RankInfo(5, 8, 1, "torch")
@@ -236,8 +240,38 @@ def test_job_of_one_task_may_have_one_process():
             r"^PMI_RANK \(-1\) must be in 0 \.\. PMI_SIZE",
         ),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID is not set"),
+        (TWO | {"LOCAL_RANK": "-1"}, r"^LOCAL_RANK \(-1\) must be in 0 on, the rank among the processes of this host"),
+        (
+            TWO | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"},
+            r"^LOCAL_RANK \(2\) must be in 0 \.\. LOCAL_WORLD_SIZE - 1",
+        ),
+        (
+            comm_world("OMPI_COMM_WORLD", local_rank=3),
+            r"^OMPI_COMM_WORLD_LOCAL_RANK \(3\) must be in 0 \.\. OMPI_COMM_",
+        ),
+        (TWO | {"MASTER_PORT": "abc"}, r"^MASTER_PORT \('abc'\) must be an integer"),
+        *(
+            (TWO | {"MASTER_PORT": port}, rf"^MASTER_PORT \({port}\) must be a port from 1 to 65535, the same for all")
+            for port in ("0", "-1", "65536")
+        ),
+        *(
+            (TWO | {"MASTER_ADDR": address}, r"^MASTER_ADDR \('.*'\) must be the name or IP address of the host of ra")
+            for address in ("h:29500", "tcp://h", " h", "h,h2", "(null)", "n[1-2]", "[::1]:29500", "h\t")
+        ),
     ],
 )
 def test_invalid_environment_error_names_the_variable(environ, message):
     with pytest.raises(LaunchError, match=message):
         read_environment(environ)
+
+
+@pytest.mark.parametrize("address", ["h", "node-1.cluster_a", "10.0.0.1", "::1", "[fe80::1%eth0]", "fd00:1::2"])
+def test_names_and_addresses_of_hosts_are_taken(address):
+    environ = TWO | {"MASTER_ADDR": address}
+    read_environment(environ)
+    assert environ["MASTER_ADDR"] == address
+
+
+@pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])
+def test_a_world_of_one_meets_nobody(name):
+    assert read_environment({name: "(null)"}).world_size == 1

@@ -112,9 +112,10 @@ def run_training(
 
 def _train(train: Callable[[], AnySummary], describe: Callable[[AnySummary], str], debug: bool) -> int:
     logger = start_log()
-    from eve_ds.distributed import rank_losses
+    from eve_ds.distributed import check_accelerator, rank_losses
 
     try:
+        check_accelerator()
         with rank_losses("train.timeout_seconds"):
             summary = train()
     except Exception as error:
