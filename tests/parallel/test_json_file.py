@@ -1,8 +1,10 @@
-"""Files that are no strict JSON are refused in one line; strict ones are read as Python reads them."""
+"""Files that are no JSON are refused in one line; others are read as by Python, comments in them as by DeepSpeed."""
 
 import json
+import time
 from pathlib import Path
 
+import hjson
 import pytest
 
 from eve_ds.config import ConfigError
@@ -22,10 +24,46 @@ def test_a_byte_order_mark_is_allowed(tmp_path):
     assert read_deepspeed_json(file) == {"train_batch_size": 8, "a": [5e8, None, "é"]}
 
 
+COMMENTED = {
+    "line": '{\n// a "comment", with {\n"a": 1 // [\n}',
+    "hash": '# top\n{"a": 1, # "b": 2\n"c": 3}',
+    "block": '/* a\n * "b" */{"a": /* 5, */ [1, 2] /**/ }',
+    "trailing commas": '{"a": [1, 2, ], "b": {"c": 1,\n},}',
+    "comma before a comment": '{"a": [1, // one\n], /* two */ }',
+    "texts with marks": r'{"a": "http://b/*c*/#d", "e": "\\\\", "f": "\"// ,]", "g": ",}"}',
+    "end of the file": '{"a": 1} // end',
+}
+
+
+@pytest.mark.parametrize("name", COMMENTED)
+def test_comments_and_trailing_commas_are_read_as_by_deepspeed(tmp_path, name):
+    file = tmp_path / "commented.json"
+    file.write_text(COMMENTED[name])
+    assert read_deepspeed_json(file) == hjson.loads(COMMENTED[name])  # deepspeed.runtime.config reads files with it
+
+
+@pytest.mark.parametrize("piece", ['"', "/*", "/* ", "//", ",", '"\\', "#\n", '", '])
+def test_no_file_takes_long_to_read(tmp_path, piece):
+    file = tmp_path / "long.json"
+    file.write_text("{" + piece * 100_000)
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=" is not JSON: "):
+        read_deepspeed_json(file)
+    assert time.process_time() - started < 1
+
+
 BAD = {
     "empty": (b"", "is not JSON: Expecting value: line 1 column 1"),
-    "comment": (b"{\n// a comment\n}", "is not JSON: Expecting property name enclosed in double quotes: line 2"),
-    "trailing comma": (b'{"a": 1,}', "is not JSON: "),
+    "behind a comment": (
+        b"{\n/* a\ncomment */ a}",
+        "is not JSON: Expecting property name enclosed in double quotes: line 3",
+    ),
+    "two commas": (b'{"a": 1,,}', "is not JSON: "),
+    "open comment": (b'{"a": 1 /* }', "is not JSON: "),
+    "only a comment": (b"// {}", "is not JSON: Expecting value: line 1 column 6"),
+    "single quotes": (b"{'a': 1}", "is not JSON: "),
+    "no quotes": (b"{a: 1}", "is not JSON: "),
+    "Python": (b'{"a": True}', "is not JSON: "),
     "two objects": (b"{}{}", "is not JSON: Extra data: line 1 column 3"),
     "deep list": (b'{"a":' + b"[" * 200_000, "is not JSON of DeepSpeed: its brackets are nested too deep"),
     "deep object": (b'{"a":' * 200_000, "is not JSON of DeepSpeed: its brackets are nested too deep"),
