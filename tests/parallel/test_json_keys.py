@@ -289,6 +289,21 @@ def test_whole_floats_count_as_whole_numbers():
     assert all(isinstance(resolved["zero_optimization"][key], int) for key in sizes)
 
 
+def outcome(dictionary):
+    """What DeepSpeed would get, or the refusal."""
+    dictionary.setdefault("zero_optimization", {}).setdefault("stage", 1)
+    try:
+        return resolve_deepspeed_config(dictionary, parse_config({"train": {"train_batch_size": 8}}), 1)[1]
+    except ConfigError as error:
+        return str(error).lower()
+
+
+@pytest.mark.parametrize("path", [path for path, rule in RULES.items() if rule.kind.choices])
+def test_a_choice_in_capitals_means_the_same(path):
+    for choice in RULES[path].kind.choices:
+        assert outcome(nested(path, choice.upper())) == outcome(nested(path, choice)), choice
+
+
 def fitting(rule):
     """A value of the rule's kind that is not neutral."""
     kind = rule.kind

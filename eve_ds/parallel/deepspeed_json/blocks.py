@@ -104,7 +104,7 @@ def _compare_params(
         elif not rule.kind.fits(value):
             shared.problems.add(path, f"{path} ({show(value)}) {JSON} must be {rule.kind.rule}")
         elif isinstance(rule, Field):
-            shared.take(path, int(value) if rule.kind.form == "whole" else value, rule.section, rule.name)
+            shared.take(path, rule.kind.plain(value), rule.section, rule.name)
         elif rule.value is not None and value != rule.value:
             shared.problems.add(
                 path, f"{path} ({show(value)}) {JSON} cannot be used: eve_ds computes with {show(rule.value)}"

@@ -113,7 +113,7 @@ class _Walk(NamedTuple):
                 self.problems.add(path, f"{name} {JSON} is no key of DeepSpeed {FOLLOWED}: {_nearest(path, rules)}")
             elif isinstance(rule, Rule):
                 if value != AUTO and self.value(path, value, rule):
-                    kept[key] = int(value) if rule.kind.form == "whole" and value is not None else value
+                    kept[key] = rule.kind.plain(value)
             elif isinstance(value, dict):
                 inner = self.section(value, rule, f"{path}.")
                 whole = rule.get(WHOLE)
@@ -132,7 +132,7 @@ class _Walk(NamedTuple):
             quotes = ", without quotes" if isinstance(value, str) and not rule.kind.choices else ""
             self.problems.add(path, f"{named} must be {rule.kind.rule}{quotes}")
             return False
-        if rule.use == UNUSED or _is_neutral(value, rule):
+        if rule.use == UNUSED or _is_neutral(rule.kind.plain(value), rule):
             return False
         if rule.use == REFUSED:
             self.problems.add(path, f"{named} cannot be used: {rule.why}")

@@ -38,6 +38,12 @@ class Kind(NamedTuple):
         is_right = isinstance(value, {"bool": bool, "text": str, "mapping": dict}[self.form])
         return is_right and (not self.choices or value.lower() in self.choices)
 
+    def plain(self, value: Any) -> Any:
+        """Value that fits, as DeepSpeed takes it: choices in lower case, and whole numbers without a fraction."""
+        if self.choices and isinstance(value, str):
+            return value.lower()
+        return int(value) if self.form == "whole" and value is not None else value
+
     def _is_number(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
             return False
