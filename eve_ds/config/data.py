@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from eve_ds.config.section import Fraction, PositiveInt, Section, Share, expand_path, require
+from eve_ds.config.section import Fraction, PositiveInt, Section, Share, ShareBelowOne, expand_path, require
 
 
 class SourceConfig(Section):
@@ -54,7 +54,7 @@ class ValidationConfig(Section):
 
     sources: list[SourceConfig] = []
     """Separate sources of pairs; their shards must not be in `data.sources`. Exclusive with `share`."""
-    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    share: ShareBelowOne = 0.0
     """Fraction of the samples of `data.sources` to hold out. The choice depends on a hash of the key, so it is the same
     in every run with this value. Exclusive with `sources`."""
     num_samples: Annotated[int, Field(ge=2)] = 1024

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from eve_ds.config.section import Fraction, PositiveInt, Section, renamed, require
+from eve_ds.config.section import Fraction, PositiveInt, Section, ShareBelowOne, renamed, require
 
 Objective = Literal["mim", "mlm", "itc", "itm", "joint"]
 
@@ -104,9 +104,9 @@ class ModelConfig(Section):
     """Maximum tokens of a caption, [CLS] and [SEP] included; longer captions are truncated."""
     layer_scale_init: float = 0.1
     """Initial value of LayerScale, the learned factor of each residual branch."""
-    drop_path_rate: Fraction = 0.1
+    drop_path_rate: ShareBelowOne = 0.1
     """Stochastic depth: drop probability of the last block; it grows linearly from 0 at the first block."""
-    text_dropout: Fraction = 0.1
+    text_dropout: ShareBelowOne = 0.1
     """Dropout probability after the LayerNorm of the word embeddings."""
     layer_norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""

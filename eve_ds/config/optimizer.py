@@ -6,10 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from eve_ds.config.section import Fraction, Section
-
-DecayRate = Annotated[float, Field(ge=0, lt=1)]
-"""Number in [0, 1)."""
+from eve_ds.config.section import Fraction, Section, ShareBelowOne
 
 
 class OptimizerConfig(Section):
@@ -17,7 +14,7 @@ class OptimizerConfig(Section):
 
     lr: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate. Default: the paper's for EVE-Base."""
-    betas: tuple[DecayRate, DecayRate] = (0.9, 0.98)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.98)
     """AdamW decay rates of the first and second moment."""
     eps: Annotated[float, Field(ge=0)] = 1e-8
     """AdamW epsilon, added to the denominator of the update."""

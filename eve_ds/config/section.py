@@ -89,6 +89,9 @@ PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 """Number in (0, 1]."""
 
+ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Number in [0, 1)."""
+
 
 def expand_path(value: Any) -> Any:
     """Expand `~` and `$NAME` in a path as a shell does, since no shell reads a YAML file or `--set`.

@@ -154,6 +154,8 @@ def test_error_for_an_unknown_key_suggests_the_nearest_one(override, text):
         ("train.precision=fp8", "train.precision ('fp8'): Input should be 'fp32', 'bf16' or 'fp16'"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 (1.0): Input should be less than 1"),
         ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas.0 (-0.1): Input should be greater than or equal to 0"),
+        ("model.drop_path_rate=1", "model.drop_path_rate (1): Input should be less than 1"),
+        ("model.text_dropout=1.0", "model.text_dropout (1.0): Input should be less than 1"),
         ("optimizer.eps=-1", "optimizer.eps (-1): Input should be greater than or equal to 0"),
         ("data.crop_scale=[0, 1]", "data.crop_scale.0 (0): Input should be greater than 0"),
         (
