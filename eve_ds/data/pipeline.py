@@ -97,8 +97,14 @@ def fill_batches(
     batch_size: int,
     collate: Callable[[Sequence[Sample]], Batch],
     max_bad_run: int,
+    max_held_out_run: int,
 ) -> Iterator[Delivery]:
-    """Third stage: yield full batches of usable samples; the stream ends after `max_bad_run` skips in one batch."""
+    """Third stage: yield full batches of usable samples.
+
+    The stream ends after `max_bad_run` skips in one batch, and after more than `max_held_out_run` held-out samples
+    without another one.
+    """
+    held_out = 0
     good: list[Sample] = []
     skipped: list[Skipped] = []
     consumed = 0
@@ -108,6 +114,11 @@ def fill_batches(
                 skipped.append(sample)
             elif sample is not None:
                 good.append(sample)
+            held_out = held_out + 1 if sample is None else 0
+            if held_out > max_held_out_run:
+                raise UnusableData(
+                    f"{HELD_OUT} leaves no sample to train on ({held_out:,} in a row are held out): lower it"
+                )
             if len(good) == batch_size:
                 yield Delivery(collate(good), consumed, skipped)
                 good, skipped = [], []
@@ -287,6 +298,7 @@ def build_loader(
             batch_size=micro_batch_size,
             collate=collate,
             max_bad_run=MAX_BAD_RUN if share < 1 else max(num_samples, MAX_BAD_RUN),
+            max_held_out_run=2 * num_samples,
         ),
     )
     loader = Loader(

@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 
 from eve_ds.config import ConfigError, parse_config
@@ -9,6 +10,7 @@ from eve_ds.data.held_out import held_out_pairs, is_held_out
 from eve_ds.data.importers.generated import GeneratedScenes
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.shard_writer import WriterOptions, write_shards
+from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.objectives.registry import objectives_of
 
@@ -52,6 +54,21 @@ def test_a_share_of_the_training_samples_is_held_out_by_key(shards):
     assert len(held | set(trained)) == 60, "all other samples must be trained on"
     assert held == {key for key in held | set(trained) if is_held_out(key, 0.3)}
     assert held == {sample.key for sample in held_out_pairs(config_of(shards, seed=5, share=0.3), 0, 1)}
+
+
+def test_a_share_that_leaves_no_sample_to_train_on_ends_the_run(shards):
+    text = r"data\.validation\.share leaves no sample to train on \(121 in a row are held out\): lower it"
+    with pytest.raises(UnusableData, match=text):
+        trained_keys(config_of(shards, share=1 - 1e-12), 1)
+
+
+def test_a_single_sample_is_left_to_train_on(shards):
+    keys = sorted({sample.key for sample in held_out_pairs(config_of(shards, share=1 - 1e-12), 0, 1)})
+    last = max(keys, key=lambda key: next(share for share in np.linspace(0, 1, 4097) if is_held_out(key, share)))
+    share = min(share for share in np.linspace(0, 1, 4097) if is_held_out(last, share)) - 1 / 4096
+    trained, _ = trained_keys(config_of(shards, share=float(share)), 5)
+    assert last in trained
+    assert len(trained) == 20
 
 
 def test_a_smaller_share_holds_out_fewer_of_the_same_samples():
