@@ -20,6 +20,13 @@ def enclosing_checkpoint(folder: Path) -> Path | None:
     )
 
 
+def refuse_checkpoint(out: Path, error: type[ValueError]) -> None:
+    """Raise an error of the given class if the folder `out` lies in a checkpoint."""
+    checkpoint = enclosing_checkpoint(out)
+    if checkpoint is not None:
+        raise error(f"--out {out} lies in the checkpoint {checkpoint}, which it would damage: name another folder")
+
+
 def check_output_folder(out: Path, error: type[ValueError], is_own: Callable[[str], object] | None = None) -> set[str]:
     """Refuse an output folder that holds other files than those of an earlier result.
 
@@ -34,9 +41,7 @@ def check_output_folder(out: Path, error: type[ValueError], is_own: Callable[[st
     Raises:
         error: `out` lies in a checkpoint, is a file, or holds a name that is not the caller's.
     """
-    checkpoint = enclosing_checkpoint(out)
-    if checkpoint is not None:
-        raise error(f"--out {out} lies in the checkpoint {checkpoint}, which it would damage: name another folder")
+    refuse_checkpoint(out, error)
     if out.exists() and not out.is_dir():
         raise error(f"--out {out} is a file: name a new or empty folder")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()

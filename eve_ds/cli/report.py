@@ -36,12 +36,16 @@ def build_parser() -> Parser:
 
 def _report(arguments: argparse.Namespace) -> int:
     start_log()
+    from eve_ds.checkpoint.output_folder import refuse_checkpoint
     from eve_ds.export import load
+    from eve_ds.report.records import ReportError
     from eve_ds.report.run_report import Exported, write_report
 
+    out = arguments.out or arguments.run / "report"
+    refuse_checkpoint(out, ReportError)
     evaluation = None if arguments.evaluation is None else read_evaluation(arguments.evaluation)
     exported = None if arguments.model is None else Exported(*load(arguments.model))
-    for path in write_report(arguments.run, arguments.out or arguments.run / "report", exported, evaluation):
+    for path in write_report(arguments.run, out, exported, evaluation):
         print(path)
     return 0
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from torch import nn
 
+from eve_ds.checkpoint.output_folder import refuse_checkpoint
 from eve_ds.config import ConfigError
 from eve_ds.distributed import broadcast_object
 from eve_ds.file_lock import lock_file
@@ -153,9 +154,10 @@ def _lock(out: Path, held: ExitStack) -> None:
     """Create and lock the folder, for one evaluation at a time; the lock ends with `held`.
 
     Raises:
-        ConfigError: the folder cannot be written, or another evaluation has locked it.
+        ConfigError: the folder lies in a checkpoint, cannot be written, or another evaluation has locked it.
         OSError: the disk is full or broken.
     """
+    refuse_checkpoint(out, ConfigError)
     with _writable(out):
         out.mkdir(parents=True, exist_ok=True)
         file = held.enter_context((out / LOCK).open("ab"))

@@ -1,8 +1,13 @@
-"""Output folders of conversions: never inside a checkpoint, which would then have files that its manifest lacks."""
+"""Output folders of commands: never inside a checkpoint, which would then have files that its manifest lacks."""
+
+from contextlib import ExitStack
 
 import pytest
 
 from eve_ds.checkpoint.output_folder import check_output_folder, enclosing_checkpoint
+from eve_ds.cli import report
+from eve_ds.config import ConfigError
+from eve_ds.evaluation.predictions import _lock
 
 
 @pytest.fixture
@@ -30,3 +35,12 @@ def test_folders_beside_checkpoints_are_accepted(checkpoint, tmp_path):
     (tmp_path / "manifest.json").write_text("{}")  # of another program
     for out in (tmp_path / "run" / "export", checkpoint.parent / "export", tmp_path / "new"):
         assert check_output_folder(out, ValueError) == set()
+
+
+def test_predictions_and_reports_follow_the_same_rule(checkpoint, capsys):
+    before = sorted(checkpoint.rglob("*"))
+    with pytest.raises(ConfigError, match=" lies in the checkpoint "), ExitStack() as held:
+        _lock(checkpoint / "predictions", held)
+    assert report.main([str(checkpoint.parents[1]), "--out", str(checkpoint / "report")]) == 2
+    assert f"report: --out {checkpoint}/report lies in the checkpoint {checkpoint}, which" in capsys.readouterr().err
+    assert sorted(checkpoint.rglob("*")) == before
