@@ -41,13 +41,13 @@ def check_output_folder(out: Path, error: type[ValueError], is_own: Callable[[st
     Raises:
         error: `out` lies in a checkpoint, is a file, or holds a name that is not the caller's.
     """
-    refuse_checkpoint(out, error)
     if out.exists() and not out.is_dir():
         raise error(f"--out {out} is a file: name a new or empty folder")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     foreign = {name for name in names if is_own is None or not is_own(name)}
     if foreign:
         raise error(not_empty(out, foreign))
+    refuse_checkpoint(out, error)
     return names
 
 

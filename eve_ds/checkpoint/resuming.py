@@ -64,7 +64,8 @@ def _candidates(output_dir: Path, named: Path | None) -> tuple[list[Path], str |
         return found, None if found else f"the run {named} to resume from has no finished checkpoint"
     if (named / manifest.MANIFEST).is_file():
         return [named], None
-    what = f"has no {manifest.MANIFEST}" if named.is_dir() else "does not exist"
+    what = "is a file" if named.is_file() else "does not exist"
+    what = f"has no {manifest.MANIFEST}" if named.is_dir() else what
     return [], f"the checkpoint {named} to resume from {what}"
 
 

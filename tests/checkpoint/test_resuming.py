@@ -42,13 +42,14 @@ def test_a_named_run_gives_its_newest_good_checkpoint(tmp_path, config):
     ("make", "text"),
     [
         (lambda folder: None, "the checkpoint {} to resume from does not exist"),
+        (lambda folder: folder.touch(), "the checkpoint {} to resume from is a file"),
         (lambda folder: folder.mkdir(), "the checkpoint {} to resume from has no manifest.json"),
         (
             lambda folder: (folder / "checkpoints").mkdir(parents=True),
             "the run {} to resume from has no finished",
         ),
     ],
-    ids=["nothing", "another folder", "a run that saved nothing"],
+    ids=["nothing", "a file", "another folder", "a run that saved nothing"],
 )
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, config, make, text):
     make(tmp_path / "named")
