@@ -94,8 +94,9 @@ def _join(backend: str, timeout: timedelta) -> None:
             ) from None
         if _TIMED_OUT.search(text) or any(sign in text for sign in _CLOSED):  # about another rank
             raise
+        reason = text.partition("\n")[0]
         raise LaunchError(
-            f"MASTER_ADDR ({address}) cannot be reached at MASTER_PORT ({port}) ({text.splitlines()[0]}): name the "
+            f"MASTER_ADDR ({address}) cannot be reached at MASTER_PORT ({port}) ({reason}): name the "
             "host of rank 0, and a port that no other program uses"
         ) from None
 
