@@ -8,7 +8,7 @@ import pytest
 import eve_ds
 
 PACKAGE = Path(eve_ds.__file__).parent
-BASE = {"file_lock", "limits", "printable", "reading", "storage"}
+BASE = {"file_lock", "limits", "printable", "reading", "resources", "storage"}
 """Small parts about files and text, without imports of other parts, which every part may import."""
 MAY_IMPORT = {  # part: other parts of eve_ds
     **{part: set() for part in BASE},

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from eve_ds.cli.terminal import keep_terminal
 from eve_ds.launcher_watch import LauncherWatch
 from eve_ds.printable import excerpt, printable
+from eve_ds.resources import lack
 from eve_ds.signals import Stopped, StopSignals
 from eve_ds.storage import is_disk_error, reason
 
@@ -153,11 +154,14 @@ class Ending(NamedTuple):
 
 
 def ending(error: Exception) -> Ending | None:
-    """Exit code and line for an error of settings, data, files or the disk; None for any other, which is a bug."""
+    """Exit code and line for an error of settings, data, files or the machine; None for any other, which is a bug."""
     ours = (kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith(f"{PACKAGE.name}."))
     code = next((KNOWN_ERRORS[name] for name in ours if name in KNOWN_ERRORS), None)
     if code is not None:
         return Ending(code, str(error))
+    lacking = lack(error)
+    if lacking is not None:
+        return Ending(BAD_INPUT, lacking)
     if is_disk_error(error):
         return Ending(NOT_SAVED, f"{reason(error)}; make room, and rerun the same command")
     if isinstance(error, OSError):

@@ -81,7 +81,7 @@ class DataConfig(Section):
     """Sources of the training mixture."""
     tokenizer: Annotated[str, BeforeValidator(expand_path)] = "scenes"
     """`scenes` (shipped), or a path or name of a Hugging Face fast tokenizer."""
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Data loader processes per rank; 0: the training process loads."""
     shuffle_buffer: PositiveInt = 1000
     """Number of consecutive samples that are shuffled together, in addition to the order of shards. Shuffling permutes

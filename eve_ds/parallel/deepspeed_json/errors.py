@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from eve_ds.config import ConfigError
 from eve_ds.parallel.deepspeed_json.check import JSON
 from eve_ds.parallel.deepspeed_json.values import show
+from eve_ds.resources import lack
 
-NOT_ABOUT_SETTINGS = (ConfigError, torch.OutOfMemoryError, torch.distributed.DistError)
-"""Exceptions that pass unchanged: too little memory, and a rank that is gone."""
+NOT_ABOUT_SETTINGS = (ConfigError, torch.distributed.DistError)
+"""Exceptions that pass unchanged, as those of :func:`eve_ds.resources.lack` do: the second one is of a rank that is
+gone."""
 LONGEST = 300
 """Characters of DeepSpeed's own words that a message repeats."""
 
@@ -35,6 +37,8 @@ def deepspeed_errors(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     except ValidationError as error:
         raise ConfigError("; ".join(_of_pydantic(error, deepspeed_config))) from error
     except Exception as error:
+        if lack(error) is not None:
+            raise
         words = " ".join(str(error).split())[:LONGEST] or type(error).__name__
         named = [path for path, _ in _settings(deepspeed_config, "") if _mentions(words, path)]
         about = f": look at {', '.join(named)} {JSON}" if named else f" {JSON}"
