@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -78,6 +79,31 @@ def children_without_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Context in which no signal raises an exception in the main thread; signals that arrive are handled at its end.
+
+    An exception in the middle of a call that takes a lock, such as :func:`concurrent.futures.wait`, may leave the lock
+    taken, and then a thread of the library waits for it for ever. To block the signals in the main thread is not
+    enough: any other thread may receive them, and Python calls the handler in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    held = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in held:
+        signal.signal(number, lambda received, _: arrived.append(received))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        for received in arrived:
+            held[signal.Signals(received)](received, None)
 
 
 def ignore_stop_signals() -> None:

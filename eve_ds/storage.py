@@ -14,20 +14,35 @@ help, and the same command succeeds once the disk works again."""
 _OS_ERROR_OF_RUST = re.compile(r"(?P<reason>[^:]+) \(os error (?P<number>\d+)\)")
 
 
+_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/", re.IGNORECASE)
+
+
 class SaveError(RuntimeError):
     """Results or checkpoints cannot be written to disk; older checkpoints are intact."""
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether an exception of Python, torch or safetensors is caused by one of :data:`DISK_ERRORS`."""
+    """Whether an exception of Python, torch or safetensors is, or was raised after, one of :data:`DISK_ERRORS`."""
+    return _disk_error(error) is not None
+
+
+def _disk_error(error: BaseException) -> BaseException | None:
+    """Return the error of the disk in the chain of an exception: torch.save ends in another one about its archive."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (match := _OS_ERROR_OF_RUST.search(str(error))):  # libraries in Rust give it as text
         number = int(match["number"])
-    return number in DISK_ERRORS
+    if number in DISK_ERRORS:
+        return error
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None if before is None else _disk_error(before)
 
 
 def reason(error: BaseException) -> str:
-    """Text of an exception on one line, as :func:`cause` gives it, behind the name of the file if known."""
+    """Text of an exception on one line, as :func:`cause` gives it, behind the name of the file if known.
+
+    If an error of the disk came before the exception, the text is that of the error of the disk.
+    """
+    error = _disk_error(error) or error
     name = error.filename if isinstance(error, OSError) and error.strerror else None
     return f"{name}: {cause(error)}" if name else cause(error)
 
@@ -39,6 +54,27 @@ def cause(error: BaseException) -> str:
     if match := _OS_ERROR_OF_RUST.search(str(error)):
         return match["reason"].strip()
     return " ".join(str(error).split())
+
+
+def output_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a file or folder to write.
+
+    Raises:
+        ValueError: the path is empty, an address such as `s3://bucket/x`, or not UTF-8, which libraries that write
+            weights and tokenizers require.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise ValueError("an empty path is given, perhaps by an unset variable of the shell: name a folder or file")
+    if address := _ADDRESS.match(text):
+        raise ValueError(
+            f"{text} is an address ({address['scheme']}:), and only disks are written: name a path, upload later"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{text} is not UTF-8: rename it") from None
+    return Path(path)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -200,7 +200,7 @@ class View(NamedTuple):
         if self.visible_patch_mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=self.pixel_values.device)
         else:
-            mask = F.pad(self.visible_patch_mask, (1, 0), value=True)
+            mask = F.pad(self.visible_patch_mask.bool(), (1, 0), value=True)
         return mask if self.image_mask is None else mask & self.image_mask.bool().unsqueeze(1)
 
 

@@ -2,10 +2,11 @@
 
 import os
 import signal
+import threading
 
 import pytest
 
-from eve_ds.signals import STOP_SIGNALS, Stopped, StopSignals, ignore_stop_signals
+from eve_ds.signals import STOP_SIGNALS, Stopped, StopSignals, held_signals, ignore_stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +73,37 @@ def test_a_process_whose_code_is_decided_ignores_signals():
             os.kill(os.getpid(), number)
         os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_held_signal_raises_at_the_end_of_the_context(number):
+    def hold():
+        with held_signals():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            reached.append(number)
+
+    reached = []
+    with StopSignals() as stop:
+        before = [signal.getsignal(other) for other in STOP_SIGNALS]
+        with pytest.raises(Stopped) as caught:
+            hold()
+        assert (reached, caught.value.number, stop.requested) == ([number], number, True)
+        assert [signal.getsignal(other) for other in STOP_SIGNALS] == before
+
+
+def test_held_signals_change_nothing_for_other_threads_and_other_handlers():
+    def hold():
+        with held_signals():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    found, before = [], signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    thread.join()
+    assert found == [before]
+    with StopSignals():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with held_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN

@@ -4,9 +4,10 @@ import errno
 import os
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
-from eve_ds.storage import is_disk_error, reason, replace_file
+from eve_ds.storage import is_disk_error, output_path, reason, replace_file
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,62 @@ from eve_ds.storage import is_disk_error, reason, replace_file
 def test_errors_of_the_disk_are_told_from_other_errors(error, expected, text):
     assert is_disk_error(error) is expected
     assert reason(error) == text
+
+
+class FullFile:
+    """A file that takes `room` bytes."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def write(self, content):
+        self.room -= memoryview(content).nbytes
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return memoryview(content).nbytes
+
+
+@pytest.mark.parametrize("room", [0, 100, 5_000, 100_000])
+def test_torch_save_on_a_full_disk_is_an_error_of_the_disk(room):
+    tensors = {str(number): torch.zeros(1000) for number in range(30)}
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        torch.save(tensors, FullFile(room))
+    assert is_disk_error(caught.value)
+    assert reason(caught.value) == "No space left on device"
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_error_after_one_of_the_disk_is_one_of_the_disk_unless_that_is_hidden(hidden):
+    error = ValueError("other")
+    error.__context__ = OSError(errno.ENOSPC, "full", "/runs/a")
+    error.__suppress_context__ = hidden
+    assert is_disk_error(error) is not hidden
+    assert reason(error) == ("other" if hidden else "/runs/a: full")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "s3://bucket/x",
+            r"s3://bucket/x is an address \(s3:\), and only disks are written: name a path, upload later",
+        ),
+        ("gs://bucket", r"is an address \(gs:\)"),
+        ("hdfs:/user/x", r"is an address \(hdfs:\)"),
+        ("https://huggingface.co/me/x", r"is an address \(https:\)"),
+        ("file:///tmp/x", r"is an address \(file:\)"),
+        ("", "an empty path is given, perhaps by an unset variable of the shell: name a folder or file"),
+        (os.fsdecode(b"runs/\xff"), "is not UTF-8: rename it"),
+    ],
+)
+def test_path_that_no_disk_holds_is_refused(path, message):
+    with pytest.raises(ValueError, match=message):
+        output_path(path)
+
+
+@pytest.mark.parametrize("path", ["a", ".", "/a/b c/ö", "~/x", "a:b", "me/model", "C:/x", "2026-11-28T05:43/x"])
+def test_any_other_path_is_taken(path):
+    assert str(output_path(path)) == path
 
 
 @pytest.mark.parametrize("step", ["open", "fsync", "replace"])

@@ -6,7 +6,6 @@ its tensors without knowing how ranks partitioned them.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +18,11 @@ from eve_ds.checkpoint.files import (
     FileRecord,
     Piece,
     PieceReader,
-    flush_folder,
     record_of,
     tensor_file,
     write_pieces,
 )
-from eve_ds.checkpoint.output_folder import check_output_folder
+from eve_ds.checkpoint.output_folder import check_output_folder, replacing
 
 FILE_BYTES = 2**28
 """Size beyond which a file is closed, so that little data is in memory at a time."""
@@ -42,19 +40,15 @@ class UniversalReport(NamedTuple):
 def write_universal(checkpoint: Path, out: Path) -> UniversalReport:
     """Write the whole tensors of a good checkpoint into the new folder `out`.
 
-    Memory use stays below `FILE_BYTES` plus twice the largest tensor. A killed process leaves a hidden folder beside
-    `out`, which the next process removes.
+    Memory use stays below `FILE_BYTES` plus twice the largest tensor. A killed process leaves at most a hidden folder,
+    which the next process removes.
 
     Raises:
         CheckpointError: `out` is a file or is not empty, or the checkpoint does not hold every tensor whole.
         OSError: writing failed.
     """
-    out = out.absolute()
     check_output_folder(out, CheckpointError)
-    hidden = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    try:
+    with replacing(out) as hidden:
         reader = PieceReader(checkpoint)
         records = _write_tensors(reader, hidden)
         tensors = sum(len(reader.names(kind)) for kind in KINDS)
@@ -62,12 +56,6 @@ def write_universal(checkpoint: Path, out: Path) -> UniversalReport:
         source = manifest.read_json(checkpoint / manifest.MANIFEST)
         content = {key: value for key, value in source.items() if key not in ("format", "files")}
         manifest.write_manifest(hidden, content, records)
-        if out.exists():
-            out.rmdir()
-        os.rename(hidden, out)
-        flush_folder(out.parent)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
     files = [record for name, record in records.items() if Path(name).match(PATTERN)]
     return UniversalReport(int(source["step"]), tensors, len(files), sum(record.bytes for record in files))
 

@@ -28,6 +28,7 @@ from eve_ds.cli.command import (
     complain,
     exit_code_table,
     is_debugging,
+    output,
     positive,
     run_command,
 )
@@ -57,7 +58,9 @@ def build_parser() -> Parser:
     parser.add_argument("measure", nargs="+", choices=NAMES, help="parts to measure")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, with fewer repeats")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each row, and nothing else")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="CSV file that rows are added to")
+    parser.add_argument(
+        "--results", type=output, default=RESULTS, metavar="FILE", help="CSV file that rows are added to"
+    )
     return parser
 
 
@@ -72,7 +75,7 @@ def build_quality_parser() -> Parser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output,
         default=Path("runs/quality"),
         metavar="DIR",
         help="folder of all runs (default: %(default)s)",
@@ -95,8 +98,8 @@ def build_quality_parser() -> Parser:
         "--curve", nargs="+", type=float, default=[], metavar="S", help="add shorter pre-training of S seconds"
     )
     parser.add_argument("--nlvr", type=Path, metavar="DIR", help="folder of NLVR 1.0: add its statements as a task")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="write every result into this CSV file")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="put the tables between the marks of this page")
+    parser.add_argument("--results", type=output, metavar="FILE", help="write every result into this CSV file")
+    parser.add_argument("--page", type=output, metavar="FILE", help="put the tables between the marks of this page")
     for name, seconds in Budget()._asdict().items():
         parser.add_argument(
             f"--{name}_seconds",

@@ -17,7 +17,7 @@ from eve_ds.launcher_watch import LauncherWatch
 from eve_ds.printable import excerpt, printable
 from eve_ds.resources import lack
 from eve_ds.signals import Stopped, StopSignals
-from eve_ds.storage import is_disk_error, reason
+from eve_ds.storage import is_disk_error, output_path, reason
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPOSITORY = PACKAGE.parent
@@ -117,6 +117,14 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
+
+
+def output(text: str) -> Path:
+    """Path of a file or folder to write, as the type of an option."""
+    try:
+        return output_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -36,16 +36,16 @@ from eve_ds.cli.command import (
     add_overrides,
     exit_code_table,
     is_debugging,
+    output,
     presets,
     run_command,
     start_log,
 )
 from eve_ds.cli.conversion_report import print_report, print_start
+from eve_ds.printable import printable
 
 if TYPE_CHECKING:
     import torch
-
-    from eve_ds.config import Config
 
 RUN_HELP = "output folder of a run, or a checkpoint folder in it"
 
@@ -88,7 +88,7 @@ def _convert(command: Command, arguments: argparse.Namespace) -> int:
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of an export."""
     parser.add_argument("run", type=Path, metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=output, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the weights (default: %(default)s)"
     )
@@ -117,7 +117,7 @@ def add_verify_options(parser: argparse.ArgumentParser) -> None:
 def add_universal_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `universal`."""
     parser.add_argument("run", type=Path, metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
+    parser.add_argument("--out", type=output, required=True, metavar="DIR", help="new folder to write")
 
 
 def add_import_options(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +152,7 @@ def add_upcycle_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_start_options(parser: argparse.ArgumentParser) -> None:
     """Options of the two commands that write weights to start from."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty folder to write")
+    parser.add_argument("--out", type=output, required=True, metavar="DIR", help="new or empty folder to write")
     parser.add_argument(
         "--config", required=True, metavar="PRESET", help=f"preset of the model: {presets()} or a YAML file"
     )
@@ -195,23 +195,12 @@ def run_export(arguments: argparse.Namespace) -> int:
         dtype=torch_dtype(arguments.dtype),
         max_shard_bytes=arguments.max_shard_size,
         must_check=arguments.check,
-        accept=require_released_form if official else lambda config: None,
+        official=official,
     )
-    line = official_line(arguments.out, arguments.dtype) if official else ""
     print_report(report, arguments.out)
-    if line:
-        print(line)
+    if official:
+        print(printable(official_line(arguments.out, arguments.dtype)))
     return 0
-
-
-def require_released_form(config: Config) -> None:
-    """Raise ExportError if the released code cannot hold the model."""
-    from eve_ds.export import ExportError
-
-    if config.model.deep_ffn == "shared":
-        raise ExportError(
-            "--format official: the released code has no place for model.deep_ffn 'shared': leave --format out"
-        )
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -224,12 +213,13 @@ def torch_dtype(name: str) -> torch.dtype:
 def export_for_transformers(arguments: argparse.Namespace) -> int:
     """Export into a temporary folder beside `--out`, and convert that for transformers."""
     from eve_ds.export import export
-    from eve_ds.export.hf import export_hf
+    from eve_ds.export.hf import check_out, export_hf
 
+    check_out(arguments.out)  # before the temporary folder, which takes minutes to write
     with tempfile.TemporaryDirectory(dir=existing(arguments.out), prefix=".convert-") as folder:
         plain = Path(folder) / "plain"
         report = export(arguments.run, plain, must_check=arguments.check)
-        export_hf(plain, arguments.out, torch_dtype(arguments.dtype))
+        export_hf(plain, arguments.out, torch_dtype(arguments.dtype), arguments.max_shard_size)
     print_report(report, arguments.out)
     print(f"format      transformers, {arguments.dtype}: import eve_ds.export.hf, then AutoModel.from_pretrained")
     return 0
@@ -241,17 +231,15 @@ def existing(path: Path) -> Path:
 
 
 def official_line(folder: Path, dtype: str) -> str:
-    """Write the weights of an export under the released names too; a line of output about that."""
-    from eve_ds.export import load
-    from eve_ds.export.official import write_official
+    """A line of output about the weights with released names in an export."""
+    from eve_ds.checkpoint.manifest import CONFIG, read_json
     from eve_ds.export.plain import OFFICIAL
 
-    model, config, _ = load(folder)
-    write_official(model.state_dict(), folder / OFFICIAL, torch_dtype(dtype))
     line = f"official    {folder / OFFICIAL}, {dtype}, without the decoders"
-    if config.model.profile == "official":
+    profile = read_json(folder.resolve() / CONFIG)["model"]["profile"]
+    if profile == "official":
         return line
-    return f"{line}; routed as model.profile={config.model.profile}, which the released code does otherwise"
+    return f"{line}; routed as model.profile={profile}, which the released code does otherwise"
 
 
 def run_verify(arguments: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from eve_ds.cli.command import (
     complain,
     exit_code_table,
     is_debugging,
+    output,
     positive,
     run_command,
 )
@@ -57,7 +58,7 @@ def build_parser() -> Parser:
     epilog = f"{codes}\nA step that fails ends the demo with its own exit code."
     parser = Parser(prog="demo", description=__doc__, epilog=epilog)
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (default: %(default)s)"
+        "--out", type=output, default=Path("runs/demo"), metavar="DIR", help="folder to write (default: %(default)s)"
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")

@@ -29,6 +29,7 @@ from eve_ds.cli.command import (
     add_local_rank,
     exit_code_table,
     is_debugging,
+    output,
     positive,
     run_command,
     start_log,
@@ -59,7 +60,7 @@ def build_parser() -> Parser:
 
 def _add_scenes(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, "export of launcher/convert.py")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parser.add_argument("--json", type=output, metavar="FILE", help="also write the results to FILE")
     parser.add_argument("--num_scenes", type=int, default=1024, help="validation scenes, even (default: %(default)s)")
     parser.set_defaults(run=evaluate_scenes)
 
@@ -67,7 +68,7 @@ def _add_scenes(parser: argparse.ArgumentParser) -> None:
 def _add_task(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, "folder `model` that launcher/finetune.py saved")
     _add_examples(parser)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="NLVR: one row per image, for its metrics_images.py")
+    parser.add_argument("--csv", type=output, metavar="FILE", help="NLVR: one row per image, for its metrics_images.py")
     parser.set_defaults(run=evaluate_task)
 
 
@@ -110,7 +111,7 @@ def _add_model(parser: argparse.ArgumentParser, description: str) -> None:
 
 def _add_examples(parser: argparse.ArgumentParser) -> None:
     """Options of evaluations on examples, which any number of processes may share."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of predictions and metrics")
+    parser.add_argument("--out", type=output, required=True, metavar="DIR", help="folder of predictions and metrics")
     parser.add_argument(
         "--data", nargs="+", metavar="DATA", help="scenes, scenes:hard, or files (default: those of the model)"
     )

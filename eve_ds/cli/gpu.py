@@ -37,6 +37,7 @@ from eve_ds.cli.command import (
     complain,
     exit_code_table,
     is_debugging,
+    output,
     run_command,
 )
 from eve_ds.cli.command import REPOSITORY as ROOT
@@ -86,7 +87,7 @@ def build_parser() -> Parser:
     codes = exit_code_table(0, FAILED, BAD_INPUT, *SIGNALED, failed="a part failed or ran out of time")
     parser = Parser(prog="gpu", description=__doc__, epilog=codes)
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="folder to write (default: %(default)s)"
+        "--out", type=output, default=Path("runs/gpu"), metavar="DIR", help="folder to write (default: %(default)s)"
     )
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of the wheels that the machine lacks")
     parser.add_argument("--dry_run", action="store_true", help="run every part on the CPU, with eve_tiny")

@@ -30,6 +30,7 @@ from eve_ds.cli.command import (
     Parser,
     exit_code_table,
     is_debugging,
+    output,
     positive,
     run_command,
 )
@@ -89,7 +90,7 @@ def build_parser() -> Parser:
 
 def _shared_options() -> Parser:
     shared = Parser(add_help=False)
-    shared.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    shared.add_argument("--out", type=output, required=True, metavar="DIR", help="folder to write")
     shared.add_argument(
         "--workers",
         type=positive,
@@ -223,7 +224,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab_size", type=positive, required=True, metavar="N", help="maximum number of tokens, with special ones"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=output, required=True, metavar="DIR", help="folder to write")
     parser.set_defaults(run=prepare_tokenizer)
 
 

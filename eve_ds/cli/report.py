@@ -13,7 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eve_ds.cli.command import BAD_INPUT, SIGNALED, Parser, exit_code_table, is_debugging, run_command, start_log
+from eve_ds.cli.command import (
+    BAD_INPUT,
+    SIGNALED,
+    Parser,
+    exit_code_table,
+    is_debugging,
+    output,
+    run_command,
+    start_log,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +39,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--evaluation", type=Path, metavar="FILE", help="file that `evaluate.py scenes --json FILE` wrote"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/report)")
+    parser.add_argument("--out", type=output, metavar="DIR", help="folder to write (default: RUN/report)")
     return parser
 
 

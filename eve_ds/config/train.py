@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from eve_ds.config.section import FilePath, PositiveInt, Section
+from eve_ds.storage import output_path
 
 
 class TrainConfig(Section):
@@ -70,6 +71,11 @@ class TrainConfig(Section):
     """Folder of the run: configuration, metrics, checkpoints."""
     init: FilePath | None = None
     """Weights to start a new run from: an export, a checkpoint or a run of the same model; None: random weights."""
+
+    @field_validator("output_dir")
+    @classmethod
+    def _can_be_written(cls, value: Path) -> Path:
+        return output_path(value)
 
     @property
     def limits(self) -> list[float | None]:

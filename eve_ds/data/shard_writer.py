@@ -42,7 +42,7 @@ from eve_ds.data.sample_names import shard_files, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
 from eve_ds.file_lock import lock_file
 from eve_ds.reading import read_file, read_json
-from eve_ds.signals import children_without_signals
+from eve_ds.signals import children_without_signals, held_signals
 from eve_ds.storage import is_disk_error
 
 VERSION = 1
@@ -51,6 +51,8 @@ PROGRESS_FOLDER = ".prepare"
 EXAMPLES_PER_REASON = 5
 """Names of skipped samples to keep for each reason."""
 _LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+POLL_SECONDS = 0.1
+"""Longest wait for a shard before signals are looked at."""
 TASKS_PER_WORKER = 2
 """Shards that are assigned in advance, per worker; images of compressed archives stay in memory meanwhile."""
 
@@ -375,25 +377,35 @@ def _run(tasks: Iterator[ShardTask], folder: Path, options: WriterOptions, worke
         yield from (write_shard(task, folder, options) for task in tasks)
         return
     # Spawn instead of fork, so that nothing of the caller (progress bar threads, open files) is inherited.
-    with children_without_signals():  # this process handles them
+    with children_without_signals(), held_signals():  # this process handles them
         executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending: set[Future[ShardRecord]] = set()
     try:
         for task in tasks:
-            with children_without_signals():
+            with children_without_signals(), held_signals():
                 pending.add(executor.submit(write_shard, task, folder, options))
             if len(pending) >= TASKS_PER_WORKER * workers:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                done, pending = _wait(pending)
                 yield from (future.result() for future in done)
         while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            done, pending = _wait(pending)
             yield from (future.result() for future in done)
     except BrokenProcessPool:
         raise OutputError(
             "a worker was killed, perhaps for lack of memory; rerun the same command to resume (fewer --workers?)"
         ) from None
     finally:
-        executor.shutdown(cancel_futures=True)
+        with held_signals():
+            executor.shutdown(cancel_futures=True)
+
+
+def _wait(pending: set[Future[ShardRecord]]) -> tuple[set[Future[ShardRecord]], set[Future[ShardRecord]]]:
+    """Wait for the first of the shards; a signal is handled between two looks."""
+    done: set[Future[ShardRecord]] = set()
+    while not done:
+        with held_signals():
+            done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+    return done, pending
 
 
 def _start_worker() -> None:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,11 @@ from transformers import PreTrainedTokenizerFast
 from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import CheckpointError, listed, tensor_problems
 from eve_ds.checkpoint.manifest import CHECK_BATCH, CONFIG, TOKENIZER
-from eve_ds.checkpoint.output_folder import check_output_folder, not_empty
+from eve_ds.checkpoint.output_folder import check_output_folder, not_empty, replacing
 from eve_ds.checkpoint.weights import INDEX, WEIGHTS, checkpoint_reader, export_files, find_checkpoint
 from eve_ds.config import Config, ConfigError, ModelConfig, parse_written_config
 from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.export.official import write_official
 from eve_ds.export.provenance import ExportReport, OutputCheck, last_evaluation, model_card
 from eve_ds.export.weight_files import WeightFileError, read_tensors
 from eve_ds.model.eve import EVE, model_shapes
@@ -43,10 +42,11 @@ from eve_ds.storage import cause
 REPORT, CARD = "export.json", "README.md"
 OFFICIAL = "eve_official.pth"
 """Optional file in the folder of an export; see :func:`eve_ds.export.official.write_official`."""
-_OWN = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer|export\.json|"
-    r"README\.md|eve_official\.pth"
-)
+WEIGHTS_PATTERN = r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+"""Pattern of the names of files with weights, whole or in parts, and of their index."""
+MAX_SHARD_BYTES = 5 * 10**9
+"""Largest file of weights, unless the caller says otherwise."""
+_OWN = re.compile(rf"{WEIGHTS_PATTERN}|config\.json|tokenizer|export\.json|README\.md|eve_official\.pth")
 """Names of files and folders that an export can contain."""
 TOLERANCES = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 5e-3}
 """Precision -> largest ratio ||difference|| / ||outputs||. Reasons: the order of summation in fp32; a few units in the
@@ -63,9 +63,9 @@ def export(
     source: Path,
     out: Path,
     dtype: torch.dtype = torch.float32,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     must_check: bool = False,
-    accept: Callable[[Config], None] = lambda config: None,
+    official: bool = False,
 ) -> ExportReport:
     """Write weights, config and tokenizer of a run or checkpoint to the folder `out`.
 
@@ -77,20 +77,21 @@ def export(
         dtype: data type of the file; fp32 master weights are rounded to it.
         max_shard_bytes: largest file of weights, in bytes; more weights are split into several files with an index.
         must_check: refuse a checkpoint without recorded outputs, because its export cannot be checked.
-        accept: raises ExportError for a configuration that the caller cannot use; called before anything is written.
+        official: also write the backbone with the names of the released code, as :data:`OFFICIAL`.
 
     Returns:
         Report of the export.
 
     Raises:
         CheckpointError: `source` cannot be read, or its weights are not those of its config.
-        ExportError: `out` has other contents, `accept` raised it, or outputs of the exported model differ from the
-            recorded ones.
+        ExportError: `out` has other contents, the released code cannot hold the model, or outputs of the exported
+            model differ from the recorded ones.
         OSError: writing failed.
     """
     checkpoint = find_checkpoint(source)
     config = _read_config(checkpoint)
-    accept(config)
+    if official:
+        _require_released_form(config.model)
     state = manifest.read_state(checkpoint)
     _check_out(out, config)
     if must_check and not (checkpoint / CHECK_BATCH).is_file():
@@ -122,7 +123,16 @@ def export(
         if checkpoint.parent.name == manifest.FOLDER:  # the checkpoint is in the folder of its run
             evaluation = last_evaluation(checkpoint.parent.parent, report.step)
         (folder / CARD).write_text(model_card(report, config, state, evaluation), encoding="utf-8")
+        if official:
+            write_official(weights, folder / OFFICIAL, dtype)
     return report
+
+
+def _require_released_form(config: ModelConfig) -> None:
+    if config.deep_ffn == "shared":
+        raise ExportError(
+            "--format official: the released code has no place for model.deep_ffn 'shared': leave --format out"
+        )
 
 
 def write_weights(
@@ -293,26 +303,6 @@ def _check_out(out: Path, config: Config) -> None:
 def _identity(config: Config) -> tuple[Any, ...]:
     """Return the settings that do not change within a run."""
     return config.model, config.masking, config.data, config.loss, config.train.seed, config.train.output_dir
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder next to `out` that replaces `out` at the end, or is deleted after an error or a signal."""
-    out = out.absolute()
-    hidden, earlier = (out.with_name(f".{out.name}.{what}") for what in ("writing", "earlier"))
-    for leftover in (hidden, earlier):  # left by a killed export
-        shutil.rmtree(leftover, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    try:
-        yield hidden
-        if out.exists():
-            os.rename(out, earlier)
-        os.rename(hidden, out)
-    finally:
-        if earlier.exists() and not out.exists():  # between the two
-            os.rename(earlier, out)
-        for leftover in (hidden, earlier):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _equal_experts(weights: dict[str, Tensor]) -> list[str]:

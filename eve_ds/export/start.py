@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from eve_ds.checkpoint.output_folder import replacing
 from eve_ds.config import Config, parse_config
 from eve_ds.data.captions import check_vocabulary
 from eve_ds.data.tokenizer import load_tokenizer
@@ -21,7 +22,6 @@ from eve_ds.export.plain import (
     TOKENIZER,
     WEIGHTS,
     experts_per_layer,
-    replacing,
     sha256,
 )
 from eve_ds.model.decoders import PixelDecoder, TextHead

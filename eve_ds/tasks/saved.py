@@ -19,12 +19,13 @@ from transformers import PreTrainedTokenizerFast
 from eve_ds.checkpoint import manifest
 from eve_ds.checkpoint.files import CheckpointError, listed, shape_problem
 from eve_ds.checkpoint.manifest import CONFIG, TOKENIZER
+from eve_ds.checkpoint.output_folder import replacing
 from eve_ds.checkpoint.weights import export_files, find_checkpoint, weight_reader
 from eve_ds.config import Config, ConfigError, ModelConfig, parse_written_config
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.export import ExportError, WeightFileError
 from eve_ds.export.importing import IMAGE_POSITIONS, TEXT_POSITIONS, fit_positions, read_backbone
-from eve_ds.export.plain import check_tensors, replacing, sha256, write_weights
+from eve_ds.export.plain import check_tensors, sha256, write_weights
 from eve_ds.export.weight_files import read_tensors
 from eve_ds.model.eve import model_shapes
 from eve_ds.tasks.registry import saved_task

@@ -83,6 +83,17 @@ def test_every_option_has_a_help_text(name):
         assert parser.epilog is None or "exit codes:\n  0   success\n" in parser.epilog
 
 
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_option_for_a_path_to_write_refuses_what_no_disk_holds(name):
+    for parser in every(PARSERS[name]):
+        for action in parser._actions:
+            if action.dest not in ("out", "json", "csv", "results", "page") or action.nargs == 0:
+                continue
+            for path in ("s3://bucket/x", "", os.fsdecode(b"\xff")):
+                with pytest.raises(argparse.ArgumentTypeError, match=r"is an address|an empty path|is not UTF-8"):
+                    action.type(path)
+
+
 def test_help_names_the_presets_that_exist():
     models = [name for name in all_presets() if not name.startswith("tasks/")]
     assert presets() == ", ".join(models)

@@ -163,6 +163,7 @@ def test_error_for_an_unknown_key_suggests_the_nearest_one(override, text):
             "eve_tiny: data: crop_scale ([1, 0.5]) must be in ascending order: swap its two numbers",
         ),
         ("optimizer.lr=fast", "optimizer.lr ('fast'): Input should be a valid number"),
+        ("train.output_dir=s3://bucket/run", "s3:/bucket/run is an address (s3:), and only disks are written"),
     ],
 )
 def test_error_for_a_bad_value_gives_the_rule(override, text):

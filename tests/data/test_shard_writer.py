@@ -4,9 +4,12 @@ import errno
 import hashlib
 import io
 import json
+import os
+import signal
 import struct
 import tarfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from eve_ds.data.shard_writer import (
     split_into_tasks,
     write_shards,
 )
+from eve_ds.signals import Stopped, StopSignals
 
 
 def encoded(image_format="PNG", size=(16, 12), mode="RGB", **options):
@@ -317,6 +321,31 @@ def test_interrupted_run_continues_and_gives_the_same_bytes(tmp_path, damage):
     write_shards(GeneratedScenes(30), out, options, 1, calls.append)
     assert sum(call.kept for call in calls) == (3 if damage.endswith("shard") else 4)
     assert digests(out) == digests(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("name", ["submit", "wait", "shutdown"])
+def test_signal_interrupts_no_call_that_takes_locks_of_the_workers(tmp_path, monkeypatch, name):
+    """An exception in such a call may leave a lock taken, which a thread of the workers then waits for for ever."""
+    ended = []
+
+    def signaled(call):
+        def send_and_call(*arguments, **settings):
+            os.kill(os.getpid(), signal.SIGTERM)
+            result = call(*arguments, **settings)
+            ended.append(name)
+            return result
+
+        return send_and_call
+
+    pool = type("Threads", (ThreadPoolExecutor,), {})
+    if name == "wait":
+        monkeypatch.setattr(shard_writer, "wait", signaled(shard_writer.wait))
+    else:
+        monkeypatch.setattr(pool, name, signaled(getattr(pool, name)))
+    monkeypatch.setattr(shard_writer, "ProcessPoolExecutor", lambda workers, *_, **__: pool(workers))
+    with StopSignals(), pytest.raises(Stopped):
+        write_shards(GeneratedScenes(30), tmp_path / "out", WriterOptions(samples_per_shard=5), workers=2)
+    assert ended
 
 
 def test_complete_folder_does_not_change(tmp_path):

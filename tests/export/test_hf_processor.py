@@ -16,6 +16,7 @@ from eve_ds.data.errors import BadSample
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.transforms import TrainTransform, normalize
 from eve_ds.export.hf import EveImageProcessor, EveProcessor
+from eve_ds.export.hf.image_processor import TRANSFORM
 from eve_ds.objectives.registry import objectives_of
 
 SIZE = CONFIG.model.image_size
@@ -150,6 +151,44 @@ FORMS = {
 def test_every_form_of_an_image_gives_the_same_pixels(exported, form):
     expected = evaluation_transform(PIXELS.permute(1, 2, 0).numpy())
     assert torch.equal(AutoProcessor.from_pretrained(exported)(images=FORMS[form])["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_floating_tensors_of_small_dtypes_are_read(exported, dtype):
+    small = (PIXELS.double() / 255).to(dtype)
+    processor = AutoImageProcessor.from_pretrained(exported)
+    assert torch.equal(processor(small)["pixel_values"], processor(small.float())["pixel_values"])
+
+
+OTHER_TRANSFORMS = {
+    "do_resize": False,
+    "do_rescale": False,
+    "do_normalize": False,
+    "do_convert_rgb": False,
+    "do_center_crop": True,
+    "do_pad": True,
+    "rescale_factor": 1.0,
+    "resample": 2,
+    "size": {"shortest_edge": 64},
+    "crop_size": {"height": 32, "width": 32},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+@pytest.mark.parametrize("loads", [AutoImageProcessor, AutoProcessor])
+@pytest.mark.parametrize("name", OTHER_TRANSFORMS)
+def test_setting_of_another_transform_is_refused(exported, loads, name):
+    with pytest.raises(ValueError, match=rf"{name} \(.*\) must be .*, as in training: leave it out") as caught:
+        loads.from_pretrained(exported, **{name: OTHER_TRANSFORMS[name]})
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_the_transform_of_training_are_taken(exported):
+    settings = TRANSFORM | {"size": {"height": SIZE, "width": SIZE}, "image_std": None}
+    processor = AutoImageProcessor.from_pretrained(exported, **settings)
+    expected = AutoImageProcessor.from_pretrained(exported)(PIXELS)["pixel_values"]
+    assert torch.equal(processor(PIXELS)["pixel_values"], expected)
 
 
 def test_files_and_gray_arrays_are_read(exported, tmp_path):

@@ -192,6 +192,14 @@ def test_vocabulary_is_resized(exported, tmp_path):
     assert model.resize_token_embeddings(pad_to_multiple_of=64).weight.shape[0] == 128
 
 
+def test_new_words_without_the_mean_of_others_are_drawn_like_those_of_a_new_model(exported):
+    model = AutoModel.from_pretrained(exported)
+    before = model.get_input_embeddings().weight.detach().clone()
+    after = model.resize_token_embeddings(1000, mean_resizing=False).weight.detach()
+    assert torch.equal(after[:256], before)
+    assert after[256:].std().item() == pytest.approx(CONFIG.model.initializer_range, rel=0.05)
+
+
 def test_new_word_embedding_is_used_for_input_and_output(exported):
     model = AutoModel.from_pretrained(exported)
     word = torch.nn.Embedding(256, 32)
@@ -226,11 +234,36 @@ def test_hidden_states_and_tuples(exported):
         ({"output_attentions": True}, r"output_attentions \(True\) is not available: .* leave it out"),
         ({"inputs_embeds": torch.zeros(3, 9, 32)}, "inputs_embeds must be None: pass input_ids"),
         ({"labels": torch.zeros(3, 8)}, r"labels \(3, 8\) must have the shape of input_ids \(\(3, 9\)\)"),
+        ({"labels": torch.zeros(3, 9)}, r"labels \(torch.float32\) must be int64: pass token ids, and -100 for tokens"),
+        ({"labels": torch.ones(3, 9, dtype=torch.bool)}, r"labels \(torch.bool\) must be int64"),
+        (
+            {"visible_patch_ids": None, "visible_patch_mask": None},
+            "masked_patch_ids needs visible_patch_ids, since seen patches are not predicted: pass both",
+        ),
+        (
+            {"attention_mask": inputs()["attention_mask"].flip(1).long()},
+            r"attention_mask starts with 0 in row 1: pad on the right \(padding_side='right'\)",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_served_are_refused(exported, arguments, message):
     with pytest.raises(ValueError, match=message):
-        AutoModel.from_pretrained(exported)(**inputs(), **arguments)
+        AutoModel.from_pretrained(exported)(**inputs() | arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_labels_of_any_integer_dtype_give_the_same_loss(exported, dtype):
+    model, labels = AutoModel.from_pretrained(exported), inputs()["input_ids"]
+    assert torch.equal(
+        model(**inputs("text"), labels=labels.to(dtype)).loss, model(**inputs("text"), labels=labels).loss
+    )
+
+
+def test_caption_without_a_token_beside_others_is_no_left_padding(exported):
+    batch = inputs("pair")
+    batch["attention_mask"][1] = False
+    with torch.no_grad():
+        assert AutoModel.from_pretrained(exported)(**batch).text_embedding[1].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -137,6 +137,46 @@ def test_a_model_without_a_released_form_leaves_the_earlier_export(convert, tmp_
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_export_with_released_names_appears_whole_or_not_at_all(convert, run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def full(state, opened):
+        opened.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    assert convert(run, "--out", out)[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(torch, "save", full)
+    for folder, files in ((out, before), (tmp_path / "new", {})):
+        code, stdout, stderr = convert(run, "--out", folder, "--format", "official")
+        assert (code, stdout) == (5, "")
+        assert stderr == "convert: No space left on device; make room, and rerun the same command\n"
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_hf_export_in_several_files_is_replaced_by_one_file(convert, run, tmp_path):
+    from transformers import AutoModel
+
+    out, loaded = tmp_path / "out", {}
+    for size, count in (("100KB", 4), ("5GB", 1)):
+        assert convert(run, "--out", out, "--format", "hf", "--max_shard_size", size)[0] == 0
+        files = list(out.glob("*.safetensors"))
+        assert len(files) == count
+        assert {file.stat().st_mode for file in files} == {(out / "config.json").stat().st_mode}
+        loaded[count] = AutoModel.from_pretrained(out).state_dict()
+    assert all(torch.equal(weight, loaded[1][name]) for name, weight in loaded[4].items())
+
+
+def test_hf_export_refuses_a_folder_before_it_exports(convert, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("eve_ds.export.export", lambda *_, **__: pytest.fail("exported"))
+    (tmp_path / "notes.txt").touch()
+    for out, message in ((tmp_path, "is not empty"), ("/", "is a mounted disk")):
+        code, _, stderr = convert(run, "--out", out, "--format", "hf")
+        assert (code, stderr.count("\n")) == (2, 1)
+        assert message in stderr
+
+
 def test_bf16_in_several_files(convert, run, tmp_path):
     out = tmp_path / "out"
     code, stdout, _ = convert(run, "--out", out, "--dtype", "bf16", "--max_shard_size", "100KB")

@@ -57,9 +57,23 @@ REFUSED = {
     ),
     "mask of fewer patches": ({"visible_patch_mask": torch.ones(3, 5)}, "visible_patch_mask (3, 5) must be (3, 16)"),
     "mask without patches": (
-        {"visible_patch_ids": None, "visible_patch_mask": torch.ones(3, 16)},
+        {"visible_patch_ids": None, "visible_patch_mask": torch.ones(3, 16), "masked_patch_ids": None},
         "visible_patch_mask needs visible_patch_ids",
     ),
+    "words as bytes": (
+        {"input_ids": torch.zeros(3, 9, dtype=torch.uint8)},
+        "input_ids (torch.uint8) must be int64: pass token ids",
+    ),
+    "patches as a mask": (
+        {"visible_patch_ids": torch.ones(3, 16, dtype=torch.bool)},
+        "visible_patch_ids (torch.bool) must be int64: pass the ids of the patches in the view",
+    ),
+    "list of images": (
+        {"pixel_values": list(torch.zeros(3, 3, 64, 64))},
+        "pixel_values is of type list: pass a tensor",
+    ),
+    "array of words": ({"input_ids": torch.zeros(3, 9).numpy()}, "input_ids is of type ndarray: pass a tensor"),
+    "list as a mask": ({"attention_mask": [[1] * 9] * 3}, "attention_mask is of type list: pass a tensor"),
     "masked patches of fewer images": (
         {"masked_patch_ids": torch.zeros(2, 4, dtype=torch.int64)},
         "masked_patch_ids (2, 4) must be (3, patches): a row for every image",
@@ -75,6 +89,39 @@ def test_input_of_another_form_is_refused_in_one_line(model, case):
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         run(model, batch | changes)
     assert message in str(caught.value)
+
+
+MASKS = ["attention_mask", "image_mask", "visible_patch_mask"]
+OTHER_MASKS = {
+    "infinity to add to scores": (lambda real: torch.zeros(real.shape).masked_fill(~real, -torch.inf), "-inf"),
+    "lowest number to add to scores": (lambda real: (1 - real.float()) * torch.finfo(torch.float16).min, "-65504"),
+    "ten thousand to add to scores": (lambda real: (1 - real.long()) * -10000, "-10000"),
+    "numbers of packed segments": (lambda real: real.int() * real.int().cumsum(-1).clamp(max=2), "2"),
+    "bytes of a picture": (lambda real: real.byte() * 255, "255"),
+    "negated": (lambda real: -real.long(), "-1"),
+    "not a number": (lambda real: torch.where(real, 1.0, torch.nan), "nan"),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("kind", OTHER_MASKS)
+def test_mask_with_other_values_than_0_and_1_is_refused(model, name, kind):
+    change, value = OTHER_MASKS[kind]
+    batch = inputs()
+    with pytest.raises(ValueError, match=f"{name} holds {value}, but only 1 and 0"):
+        run(model, batch | {name: change(batch[name])})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("model", MODELS)
+def test_mask_of_any_dtype_means_the_same(model, dtype):
+    batch = inputs()
+    found, expected = run(model, batch | {name: batch[name].to(dtype) for name in MASKS}), run(model, batch)
+    assert torch.equal(found.pixel_predictions, expected.pixel_predictions)
+    if model == "transformers":
+        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+        assert torch.equal(found.loss, expected.loss)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -10,12 +10,12 @@ Importing this package registers the classes.
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
 from eve_ds.export.hf.config import EveConfig
-from eve_ds.export.hf.folder import export_hf
+from eve_ds.export.hf.folder import check_out, export_hf
 from eve_ds.export.hf.image_processor import EveImageProcessor
 from eve_ds.export.hf.model import EveModel, EveModelOutput
 from eve_ds.export.hf.processor import EveProcessor
 
-__all__ = ["EveConfig", "EveImageProcessor", "EveModel", "EveModelOutput", "EveProcessor", "export_hf"]
+__all__ = ["EveConfig", "EveImageProcessor", "EveModel", "EveModelOutput", "EveProcessor", "check_out", "export_hf"]
 
 AutoConfig.register(EveConfig.model_type, EveConfig)
 AutoModel.register(EveConfig, EveModel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,22 +10,26 @@ import torch
 
 from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.manifest import CONFIG, read_json
-from eve_ds.checkpoint.output_folder import check_output_folder, not_empty
+from eve_ds.checkpoint.output_folder import check_output_folder, not_empty, replacing
 from eve_ds.config import Config
 from eve_ds.export.hf.config import EveConfig
 from eve_ds.export.hf.image_processor import EveImageProcessor
 from eve_ds.export.hf.model import EveModel
 from eve_ds.export.hf.processor import EveProcessor
-from eve_ds.export.plain import REPORT, WEIGHTS, ExportError, load, replacing
+from eve_ds.export.plain import MAX_SHARD_BYTES, REPORT, WEIGHTS_PATTERN, ExportError, load
 from eve_ds.export.provenance import describe_objectives
 from eve_ds.printable import markdown
 
 CARD = "README.md"
-FILES = {CARD, CONFIG, WEIGHTS, "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-"""Files that `export_hf` writes."""
+_OWN = re.compile(
+    rf"{WEIGHTS_PATTERN}|README\.md|config\.json|processor_config\.json|tokenizer\.json|tokenizer_config\.json"
+)
+"""Names of files that an export for transformers can contain."""
 
 
-def export_hf(source: Path | str, out: Path | str, dtype: torch.dtype = torch.float32) -> None:
+def export_hf(
+    source: Path | str, out: Path | str, dtype: torch.dtype = torch.float32, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write the export in the folder `source` as a transformers model to the folder `out`.
 
     A killed call leaves no incomplete `out`.
@@ -34,13 +39,14 @@ def export_hf(source: Path | str, out: Path | str, dtype: torch.dtype = torch.fl
         out: folder for weights, config, tokenizer, processor and model card. It is new or empty, or contains only an
             earlier result of this function, which is replaced.
         dtype: data type of the weights.
+        max_shard_bytes: largest file of weights, in bytes; more weights are split into several files with an index.
 
     Raises:
         ExportError: `source` is not an export, or `out` has other contents.
         OSError: writing failed.
     """
     source, out = Path(source), Path(out)
-    _check_out(out)
+    check_out(out)
     eve, config, tokenizer = load(source)
     with torch.device("meta"):
         model = EveModel(EveConfig(**config.model.model_dump(mode="json")))
@@ -48,14 +54,20 @@ def export_hf(source: Path | str, out: Path | str, dtype: torch.dtype = torch.fl
     tokenizer.model_max_length = config.model.text_length
     processor = EveProcessor(EveImageProcessor(config.model.image_size), tokenizer)
     with replacing(out) as folder:
-        model.save_pretrained(folder, max_shard_size="1000GB")  # a single file, so that its name is known
-        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes files readable by their owner only
+        model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+        for file in folder.glob("*.safetensors"):
+            shutil.copymode(folder / CONFIG, file)  # safetensors makes files readable by their owner only
         processor.save_pretrained(folder)
         (folder / CARD).write_text(_card(config, source, dtype), encoding="utf-8")
 
 
-def _check_out(out: Path) -> None:
-    names = check_output_folder(out, ExportError, FILES.__contains__)
+def check_out(out: Path) -> None:
+    """Refuse a folder that has other contents than an earlier result of :func:`export_hf`.
+
+    Raises:
+        ExportError: see above.
+    """
+    names = check_output_folder(out, ExportError, _OWN.fullmatch)
     if names and not _is_eve(out / CONFIG):
         raise ExportError(f"{not_empty(out, names)}; it is no EVE for transformers")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -20,6 +21,21 @@ PixelSource = bytes | str | Path | Image.Image | NDArray[Any] | Tensor
 """Encoded image, path of its file, opened Pillow image, or array of pixels; see :func:`as_pillow`."""
 CHANNELS = (1, 3, 4)
 """Numbers of channels of an array: gray, RGB, or RGB and opacity."""
+TRANSFORM = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": Image.Resampling.BICUBIC,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "do_center_crop": False,
+    "do_pad": False,
+    "crop_size": None,
+    "pad_size": None,
+}
+"""Settings of image processors of transformers -> the only value that describes the transform of training."""
 
 
 class EveImageProcessor(BaseImageProcessor):
@@ -27,12 +43,21 @@ class EveImageProcessor(BaseImageProcessor):
 
     Args:
         image_size: height and width of the result, in pixels.
-        kwargs: further arguments of the base class.
+        kwargs: further arguments of the base class. Settings of the transform must describe that of training, which
+            the weights need.
+
+    Raises:
+        ValueError: a setting asks for another transform.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012, declared like this by transformers
 
     def __init__(self, image_size: int = 224, **kwargs: Any) -> None:
+        fixed = {**TRANSFORM, "size": {"height": image_size, "width": image_size}}
+        for name, value in kwargs.items():
+            if value is not None and name in fixed and value != fixed[name]:
+                more = "; image_size sets the size" if name == "size" else ""
+                raise ValueError(f"{name} ({value}) must be {fixed[name]}, as in training: leave it out{more}")
         super().__init__(**kwargs)
         self.image_size = image_size
 
@@ -79,7 +104,8 @@ def as_pillow(image: PixelSource) -> Image.Image:
     if isinstance(image, bytes):
         return open_image(image)
     if isinstance(image, Tensor):
-        return Image.fromarray(_as_bytes(_channels_last(image.detach().cpu().numpy(), prefers_first=True)))
+        known = image.float() if image.dtype == torch.bfloat16 else image  # which NumPy has not
+        return Image.fromarray(_as_bytes(_channels_last(known.detach().cpu().numpy(), prefers_first=True)))
     if isinstance(image, np.ndarray):
         return Image.fromarray(_as_bytes(_channels_last(image, prefers_first=False)))
     if not isinstance(image, Image.Image):

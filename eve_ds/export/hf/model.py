@@ -117,7 +117,9 @@ class EveModel(PreTrainedModel):
         Raises:
             ValueError: a tensor of another shape or dtype, or an argument that is not available.
         """
-        self._refuse(inputs_embeds, output_attentions, labels, input_ids)
+        self._refuse(inputs_embeds, output_attentions, visible_patch_ids, masked_patch_ids)
+        labels = self._checked_labels(labels, input_ids)
+        _refuse_left_padding(input_ids, attention_mask)
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         encoded = self.backbone(
             pixel_values, input_ids, attention_mask, image_mask, visible_patch_ids, visible_patch_mask, keep_states
@@ -141,10 +143,10 @@ class EveModel(PreTrainedModel):
         self,
         inputs_embeds: Tensor | None,
         output_attentions: bool | None,
-        labels: Tensor | None,
-        input_ids: Tensor | None,
+        visible_patch_ids: Tensor | None,
+        masked_patch_ids: Tensor | None,
     ) -> None:
-        """Refuse arguments that other models of transformers take and this one cannot serve."""
+        """Refuse arguments that other models of transformers take and this one cannot serve, or not alone."""
         if inputs_embeds is not None:
             raise ValueError("inputs_embeds must be None: pass input_ids, which the text embedding looks up")
         if self.config.output_attentions if output_attentions is None else output_attentions:
@@ -152,13 +154,25 @@ class EveModel(PreTrainedModel):
                 "output_attentions (True) is not available: attention runs in fused kernels that return no weights; "
                 "leave it out"
             )
+        if masked_patch_ids is not None and visible_patch_ids is None:
+            raise ValueError(
+                "masked_patch_ids needs visible_patch_ids, since seen patches are not predicted: pass both"
+            )
+
+    def _checked_labels(self, labels: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
+        """Return labels in int64, or refuse those that are not words of `input_ids`."""
         if labels is None:
-            return
+            return None
         if self.text_head is None:
             raise ValueError(f"labels need mlm or joint among objectives ({', '.join(self.config.objectives)})")
         if input_ids is None or labels.shape != input_ids.shape:
             found = None if input_ids is None else tuple(input_ids.shape)
             raise ValueError(f"labels {tuple(labels.shape)} must have the shape of input_ids ({found})")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"labels ({labels.dtype}) must be int64: pass token ids, and -100 for tokens without a label"
+            )
+        return labels.long()
 
     def _encodings(
         self, encoded: BackboneOutput, pixel_values: Tensor | None, input_ids: Tensor | None
@@ -241,8 +255,15 @@ class EveModel(PreTrainedModel):
     def _resize_token_embeddings(
         self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """Resize the bias of the text head too; biases of new words are 0."""
+        """Resize the bias of the text head too; biases of new words are 0.
+
+        Without `mean_resizing`, new words are drawn with the deviation of the configuration. transformers leaves them
+        to :meth:`_init_weights`, which draws nothing.
+        """
+        words = len(cast(Tensor, self.get_input_embeddings().weight))
         embeddings: Any = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if not mean_resizing:
+            embeddings.weight.data[words:].normal_(std=self.config.initializer_range)
         old = None if self.text_head is None else self.text_head.bias
         if self.text_head is not None and old is not None and len(old) != len(embeddings.weight):
             bias = old.new_zeros(len(embeddings.weight))
@@ -285,3 +306,16 @@ class EveModel(PreTrainedModel):
         if is_base:
             finish_loading(model, loaded, str(load_config.pretrained_model_name_or_path))
         return loaded, offloaded
+
+
+def _refuse_left_padding(input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Refuse texts without their first token, which has the first position and the state of the whole text."""
+    if input_ids is None or not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        return
+    real = attention_mask == 1  # other values are refused by the backbone
+    rows = (real.any(dim=-1) & ~real[..., :1].any(dim=-1)).nonzero()
+    if len(rows):
+        raise ValueError(
+            f"attention_mask starts with 0 in row {rows[0].item()}: pad on the right (padding_side='right'), since "
+            "positions are counted from [CLS]"
+        )
