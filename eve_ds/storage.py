@@ -8,6 +8,8 @@ import os
 import re
 from pathlib import Path
 
+from eve_ds.printable import printable
+
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
 """Full disk, used-up quota, too large a file, read-only mount, broken device, lost network mount: other settings do not
 help, and the same command succeeds once the disk works again."""
@@ -68,12 +70,13 @@ def output_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError("an empty path is given, perhaps by an unset variable of the shell: name a folder or file")
     if address := _ADDRESS.match(text):
         raise ValueError(
-            f"{text} is an address ({address['scheme']}:), and only disks are written: name a path, upload later"
+            f"{printable(text)} is an address ({address['scheme']}:), and only disks are written: name a path, upload "
+            "later"
         )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{text} is not UTF-8: rename it") from None
+        raise ValueError(f"{printable(text)} is not UTF-8: rename it") from None
     return Path(path)
 
 

@@ -30,7 +30,7 @@ def is_a_bug():
         (lambda: sys.exit(3), 3, ""),
         (fails, 2, "case: one line\n"),
         (is_a_bug, 1, "Traceback"),
-        (lambda: bytearray(3 * 2**30), 1, "MemoryError"),
+        (lambda: bytearray(3 * 2**30), 2, "case: out of memory"),
         (lambda: print("\udcff"), 0, r"\udcff"),
     ],
 )
