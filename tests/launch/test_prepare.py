@@ -141,7 +141,7 @@ def test_nlvr_and_a_tokenizer_of_its_captions(tmp_path):
         (["scenes", "--num_samples", "0", "--out", "o"], "argument --num_samples: 0 must be at least 1"),
         (["scenes", "--num_samples", "x", "--out", "o"], "invalid whole number value: 'x'"),
         (["table", "t.csv", "--delimiter", "ab", "--out", "o"], r"--delimiter: 'ab' must be one character, or \t for"),
-        (["table", "t.csv", "--delimiter", "", "--out", "o"], "--delimiter: '' must be one character"),
+        (["table", "t.csv", "--delimiter", "", "--out", "o"], "the value of --delimiter is empty"),
         (["scenes"], "the following arguments are required: --out (see --help)"),
         (["parquet", "x"], "invalid choice: 'parquet'"),
         (["tokenizer", "--shards", ".", "--vocab_size", "99", "--out", "o"], "holds no .tar shards"),
