@@ -123,7 +123,7 @@ def add_universal_options(parser: argparse.ArgumentParser) -> None:
 def add_import_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `import`."""
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help="released weights: .pth, .pt, .th, .bin or .safetensors"
+        "file", type=Path, metavar="FILE", help="released weights: .pth, .pt, .th, .bin, .ckpt or .safetensors"
     )
     parser.add_argument("--image_size", type=int, metavar="N", help="resize the position table to images of N pixels")
     _add_start_options(parser)

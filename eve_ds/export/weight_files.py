@@ -19,12 +19,14 @@ from eve_ds.checkpoint.files import listed
 from eve_ds.export.pickle_size import check_pickle
 from eve_ds.printable import excerpt
 
-TORCH_SUFFIXES = {".pth", ".pt", ".th", ".bin"}
-"""Suffixes of files from `torch.save`."""
+TORCH_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".ckpt"}
+"""Suffixes of files from `torch.save`, in any case of letters."""
 _LEGACY_PICKLES = 5
 """Pickles before the values in a file of torch.save before version 1.6: mark, version, system, tensors, their keys."""
 WRAPPERS = ("model", "state_dict", "module")
 """Keys that training code uses for weights next to other state; `module` is the key of DeepSpeed."""
+WRAPPED_NAMES = ("module.", "_orig_mod.")
+"""Starts of all names in the state of a model that DistributedDataParallel or torch.compile wraps."""
 
 
 class WeightFileError(ValueError):
@@ -34,9 +36,10 @@ class WeightFileError(ValueError):
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read name -> tensor, on the CPU in the precision of the file, which may stay mapped into memory.
 
-    The file is a .safetensors, or a file of torch.save (.pth, .pt, .th, .bin) with a dictionary of tensors, either
-    directly or under the key `model`, `state_dict` or `module`. Pickles are read only by torch.load(weights_only=True):
-    a pickle that refers to anything except tensors and plain data is refused, and nothing that it refers to is called.
+    The file is a .safetensors, or a file of torch.save (TORCH_SUFFIXES) with a dictionary of tensors, either directly
+    or under the key `model`, `state_dict` or `module`. Names lose WRAPPED_NAMES. Pickles are read only by
+    torch.load(weights_only=True): a pickle that refers to anything except tensors and plain data is refused, and
+    nothing that it refers to is called.
 
     Raises:
         WeightFileError: the file does not exist, is of another kind, or has values that are not dense tensors.
@@ -45,9 +48,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise WeightFileError(
             f"{file} {'is not a file' if file.exists() else 'does not exist'}: name a file of weights"
         )
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    if file.suffix not in TORCH_SUFFIXES:
+    if file.suffix.lower() == ".safetensors":
+        return _without_wrappers(_read_safetensors(file))
+    if file.suffix.lower() not in TORCH_SUFFIXES:
         known = ", ".join([*sorted(TORCH_SUFFIXES), ".safetensors"])
         raise WeightFileError(f"{file} has the suffix '{file.suffix}': only files named {known} are read")
     state = _read_pickle(file)
@@ -60,7 +63,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     others = [str(name) for name, value in state.items() if not isinstance(name, str) or not _is_dense(value)]
     if others:
         raise WeightFileError(f"{file} holds {listed(others)}, not a dense tensor: give a file of tensors alone")
-    return {name: tensor.detach() for name, tensor in state.items()}
+    return _without_wrappers({name: tensor.detach() for name, tensor in state.items()})
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the starts of WRAPPED_NAMES that all of them have, in any order."""
+    while tensors and (
+        start := next((start for start in WRAPPED_NAMES if all(name.startswith(start) for name in tensors)), None)
+    ):
+        tensors = {name.removeprefix(start): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _is_dense(value: Any) -> bool:

@@ -61,6 +61,10 @@ def save(state, file):
     return file
 
 
+def renamed(start, state):
+    return {start + name: tensor for name, tensor in state.items()}
+
+
 def without_prefix(state):
     return {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
 
@@ -71,6 +75,10 @@ FORMS = {
     "under model": ("eve.bin", lambda state: {"model": state, "epoch": 3, "optimizer": {"lr": 1e-3}}),
     "under state_dict": ("eve.pth", lambda state: {"state_dict": without_prefix(state)}),
     "safetensors": ("eve.safetensors", lambda state: state),
+    "suffix in capitals": ("eve.PTH", lambda state: state),
+    "Lightning's suffix": ("eve.ckpt", lambda state: {"state_dict": state}),
+    "names of DistributedDataParallel": ("eve.pth", lambda state: renamed("module.", state)),
+    "names of torch.compile within it": ("eve.pth", lambda state: {"model": renamed("module._orig_mod.", state)}),
     "without buffers": (
         "eve.pth",
         lambda state: {name: tensor for name, tensor in state.items() if "position_ids" not in name},
@@ -321,10 +329,9 @@ def test_damaged_files_are_refused(refused, released, file, tmp_path):
 def test_paths_that_are_no_weight_file_are_refused(refused, file, tmp_path):
     assert "nowhere.pth does not exist: name a file of weights" in refused(tmp_path / "nowhere.pth")
     assert f"{tmp_path} is not a file: name a file of weights" in refused(tmp_path)
-    other = file.rename(tmp_path / "eve.ckpt")
-    assert "eve.ckpt has the suffix '.ckpt': only files named .bin, .pt, .pth, .th, .safetensors are read" in refused(
-        other
-    )
+    other = file.rename(tmp_path / "eve.onnx")
+    known = ".bin, .ckpt, .pt, .pth, .th, .safetensors"
+    assert f"eve.onnx has the suffix '.onnx': only files named {known} are read" in refused(other)
 
 
 def test_tokenizer_larger_than_the_word_embedding_is_refused(released, file, tmp_path):
