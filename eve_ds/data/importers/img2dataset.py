@@ -16,6 +16,7 @@ from typing import Any
 
 from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
+from eve_ds.data.formats.entries import Entry
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.importers.candidate import Candidate, FileSlice, Skip, existing_folder
 from eve_ds.data.sample_names import is_leftover, shard_files, split_name
@@ -43,7 +44,13 @@ class Img2datasetCandidate:
         caption = metadata.get("caption") if self.text is None else self.text.read()
         if not isinstance(caption, str | bytes):
             raise BadSample("no caption")
-        return Candidate(self.name, self.image, (caption,), str(metadata.get(self.id_field) or self.name))
+        return Candidate(self.name, self.image, (caption,), self._image_id(metadata))
+
+    def _image_id(self, metadata: dict[str, Any]) -> str:
+        try:
+            return Entry(metadata, self.name).identity(self.id_field) or self.name
+        except SourceError:
+            raise BadSample("unreadable metadata", f"{self.id_field} is no id") from None
 
     def _metadata(self) -> dict[str, Any]:
         if self.metadata is None:
