@@ -397,6 +397,7 @@ DOCUMENTS = {
     "cut": ('[{"image": "a.jpg", "caption": "x"', "is not JSON: Expecting"),
     "a bad line": ('{"image": "a.jpg", "caption": "x"}\n{"image":\n', "is not JSON: line 2: Expecting value"),
     "empty": ("", "is not JSON: Expecting value"),
+    "one line of JSON lines": ('{"image": "a.jpg", "caption": "x"}', "found an object with the keys image, caption"),
     "an empty list": ("[]", "is not a caption JSON: .* found a list of 0"),
     "NUL": ("[\0]", "it has NUL bytes; this is not read"),
 }

@@ -134,7 +134,7 @@ def read_json(path: Path, undecodable: Undecodable = "refuse") -> Any:
     try:
         return _documents(lines) if path.suffix.lower() in LINE_SUFFIXES else parse_json(text)
     except json.JSONDecodeError as whole:
-        if not _is_json(lines[0]):
+        if not _is_json(next((line for line in lines if line.strip()), "")):
             raise SourceError(f"annotation file {path} is not JSON: {whole}") from None
     except ValueError as error:
         raise SourceError(f"annotation file {path} is not JSON: {error}") from None

@@ -65,7 +65,10 @@ def refuse_binary(path: Path) -> None:
 def refuse_document(path: Path, tree: Any) -> None:
     """Raise :class:`SourceError` for a JSON document of a format that `prepare` recognizes and does not read."""
     if isinstance(tree, dict):
-        found = next((kind for keys, kind in _OBJECTS.items() if tree.keys() >= set(keys)), None)
+        lists = {
+            key for key, value in tree.items() if isinstance(value, list | dict) or key not in ("image", "caption")
+        }
+        found = next((kind for keys, kind in _OBJECTS.items() if lists >= set(keys)), None)
     elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
         known = {"image", "file_name"} & tree[0].keys() and {"caption", "text"} & tree[0].keys()
         found = None if known else next((kind for keys, kind in _ENTRIES.items() if tree[0].keys() >= set(keys)), None)

@@ -33,10 +33,15 @@ class SceneCaptions(SceneExamples):
 def read_released(source: Published) -> Iterator[Example]:
     """Captions of the released code; the key is the number of the caption."""
     number = 0
+    image_of: dict[str, str] = {}
     for item in map(released.captioned_image, list_entries(source.files)):
         if not item.captions or not all(item.captions):
             raise item.entry.error(f"image {item.image} has no caption: give one, or leave the image out")
         group = item.image if item.image_id is None else item.image_id
+        if image_of.setdefault(group, item.image) != item.image:
+            raise item.entry.error(
+                f"image_id {group} of {item.image} is that of {image_of[group]} too: give each image an id of its own"
+            )
         for caption in item.captions:
             yield Example(str(number), (source.images / item.image,), caption, group)
             number += 1

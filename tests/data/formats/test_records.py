@@ -99,6 +99,36 @@ def test_vqav2_question_without_a_type(tmp_path):
     assert question.question_type == ""
 
 
+def vqav2_files(answers, annotations=1):
+    annotation = {"question_id": "1", "answers": [{"answer": answer} for answer in answers]}
+    return {
+        "questions": [{"question_id": 1, "image_id": 2, "question": "who?"}],
+        "annotations": [annotation, annotation | {"question_id": 1.0}][:annotations],
+    }
+
+
+def test_answers_of_vqav2_are_texts_and_numbers(tmp_path):
+    path = write_json(tmp_path / "a.json", vqav2_files(["yes", "", "None", 2, 2.0, "2.0"]))
+    (question,) = vqav2.read_questions([path])
+    assert question.answers == ("yes", "", "None", "2", "2", "2.0")
+
+
+@pytest.mark.parametrize("answer", [None, True, ["x"], {"a": 1}, 0.5, float("nan")], ids=str)
+def test_an_answer_of_vqav2_of_another_type_is_refused(tmp_path, answer):
+    """As text, a missing answer would be the word "None", which counts as 0."""
+    path = write_json(tmp_path / "a.json", vqav2_files(["yes", answer]))
+    with pytest.raises(SourceError, match=r"entry 0: an answer \(.*\) must be a string or a whole number"):
+        list(vqav2.read_questions([path]))
+
+
+def test_two_annotations_of_a_question_of_vqav2_are_refused(tmp_path):
+    path = write_json(tmp_path / "a.json", vqav2_files(["yes"], annotations=2))
+    with pytest.raises(
+        SourceError, match=r"entry 1: question 1 has another annotation at .*a\.json entry 0: remove one"
+    ):
+        list(vqav2.read_questions([path]))
+
+
 def test_vqav2_answers_must_be_objects(tmp_path):
     tree = {
         "questions": [{"question_id": 1, "image_id": 2, "question": "who?"}],
