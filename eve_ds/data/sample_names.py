@@ -6,6 +6,8 @@ import re
 from pathlib import Path, PurePosixPath
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
+"""Suffixes of compressed files, in which no sample can be read at its offset."""
 _RESERVED = re.compile(r"__[^/]*__($|/)")
 
 
@@ -28,3 +30,10 @@ def is_leftover(name: str) -> bool:
 def shard_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
     """Tars of a folder in the order of their names, without those of macOS."""
     return sorted(path for path in folder.glob(pattern) if not is_leftover(str(path.relative_to(folder))))
+
+
+def packed_tars(folder: Path) -> list[Path]:
+    """Compressed tars at any depth of a folder that were not unpacked: the plain tar is not beside them."""
+    found = (path for path in folder.glob("**/*.t*z*") if path.suffix.lower() in COMPRESSED)
+    plain = ((path, path.with_suffix("" if path.stem.endswith(".tar") else ".tar")) for path in found)
+    return sorted(path for path, tar in plain if not tar.exists() and not is_leftover(str(path.relative_to(folder))))

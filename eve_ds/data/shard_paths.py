@@ -12,7 +12,7 @@ from webdataset.shardlists import expand_urls
 
 from eve_ds import limits
 from eve_ds.config import ConfigError
-from eve_ds.data.sample_names import shard_files
+from eve_ds.data.sample_names import COMPRESSED, shard_files
 from eve_ds.reading import read_file, read_json
 
 INDEX_NAME = "index.json"
@@ -20,7 +20,6 @@ INDEX_VERSION = 1
 SETTING = "data.sources.shards"
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://|(?P<pipe>pipe):", re.IGNORECASE)
-_COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
 _FIRST_BYTES = {
     b"\x1f\x8b": "compressed by gzip",
     b"\xfd7zXZ": "compressed by xz",
@@ -133,7 +132,7 @@ def _expand_item(item: str) -> Iterator[Path]:
 def _folder_shards(folder: Path) -> list[Path]:
     shards = [folder / name for name in read_index(folder)] or shard_files(folder)
     if not shards:
-        packed = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _COMPRESSED)
+        packed = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in COMPRESSED)
         more = f"; it holds {packed[0]}, which is compressed: {_UNPACK}" if packed else ""
         raise ConfigError(f"folder {folder} holds neither shards (*.tar) nor an {INDEX_NAME} that lists some{more}")
     return shards
@@ -153,7 +152,7 @@ def _refuse_address(item: str) -> None:
 def _require_files(paths: Sequence[Path]) -> None:
     missing = [path for path in paths if not path.is_file()]
     if not missing:
-        packed = next((path for path in paths if path.suffix.lower() in _COMPRESSED), None)
+        packed = next((path for path in paths if path.suffix.lower() in COMPRESSED), None)
         if packed is not None:
             raise ConfigError(f"shard {packed} is compressed: {_UNPACK}")
         return

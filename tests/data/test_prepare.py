@@ -1,8 +1,10 @@
 """`prepare` on the files that people have: right pairs, counted samples, and one line for what cannot be used."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import socket
 import tarfile
@@ -98,6 +100,44 @@ KEYS = {
     "spaces": lambda number: f"my photo. {number}",
     "not Latin": lambda number: f"图片.{number}",
 }
+
+
+PACKED = {  # name: function that packs a tar, what prepare says about it
+    "0.tar.gz": (gzip.compress, "compressed tar: unpack it"),
+    "0.tgz": (gzip.compress, "compressed tar: unpack it"),
+    "x/0.tar.xz": (lzma.compress, "compressed tar: unpack it"),
+    "0.tar.zst": (lambda data: b"\x28\xb5\x2f\xfd" + data, "compressed tar: unpack it"),
+    "gzip/0.tar": (gzip.compress, "no tar but compressed by gzip: unpack it"),
+    "xz/0.tar": (lzma.compress, "no tar but compressed by xz: unpack it"),
+    "bzip2/0.tar": (bz2.compress, "no tar but compressed by bzip2: unpack it"),
+    "zip/0.tar": (
+        lambda data: b"PK\x03\x04" + data,
+        "no tar but a zip archive or a spreadsheet: unpack it, or save the sheet",
+    ),
+    "page/0.tar": (lambda data: b"<html>" * 200, "damaged tar (members of it are lost)"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_tar_that_is_not_unpacked_is_counted_by_name(tmp_path, capsys, name, alone):
+    change, reason = PACKED[name]
+    packed = pack(tmp_path / "plain", [("9.png", photo(9)), ("9.txt", b"caption 9")])
+    write(tmp_path / "in", {name: change(packed.read_bytes()), "other.tar.txt": b"no archive"})
+    if alone:
+        assert prepare(tmp_path / "out", "img2dataset", tmp_path / "in")[0] == 2
+        assert f"no sample could be used: {reason}" in one_line(capsys)
+        return
+    pack(tmp_path / "in" / "1.tar", [("0.png", photo(0)), ("0.txt", b"caption 0")])
+    code, pairs, reasons = prepare(tmp_path / "out", "img2dataset", tmp_path / "in")
+    assert (code, pairs, list(reasons.values())) == (0, {0: "caption 0"}, [1])
+    assert next(iter(reasons)).startswith(reason)
+
+
+def test_a_packed_tar_beside_its_plain_one_is_no_loss(tmp_path):
+    plain = pack(tmp_path / "in" / "0.tar", [("0.png", photo(0)), ("0.txt", b"caption 0")])
+    write(tmp_path / "in", {name: gzip.compress(plain.read_bytes()) for name in ("0.tar.gz", "0.tgz", "._1.tar.gz")})
+    assert prepare(tmp_path / "out", "img2dataset", tmp_path / "in") == (0, {0: "caption 0"}, {})
 
 
 @pytest.mark.parametrize("layout", ["tar", "files"])

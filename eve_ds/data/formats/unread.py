@@ -56,10 +56,14 @@ def refuse_binary(path: Path) -> None:
         start = read_file(path, limits.MIB, size=4096)
     except OSError as error:
         raise SourceError(f"annotation file {path} cannot be read: {error.strerror or error}") from None
-    found = next((kind for magic, kind in _FIRST_BYTES.items() if start.startswith(magic)), None)
-    found = _NUL if found is None and b"\0" in start else found
+    found = binary_kind(start) or (_NUL if b"\0" in start else None)
     if found is not None:
         raise _not_read(path, *found)
+
+
+def binary_kind(start: bytes) -> tuple[str, str] | None:
+    """Name of a format, and what to do with a file of it, by the first bytes; None for those of no known format."""
+    return next((kind for magic, kind in _FIRST_BYTES.items() if start.startswith(magic)), None)
 
 
 def refuse_document(path: Path, tree: Any) -> None:
