@@ -123,7 +123,7 @@ PACKED = {  # name: function that packs a tar, what prepare says about it
 def test_a_tar_that_is_not_unpacked_is_counted_by_name(tmp_path, capsys, name, alone):
     change, reason = PACKED[name]
     packed = pack(tmp_path / "plain", [("9.png", photo(9)), ("9.txt", b"caption 9")])
-    write(tmp_path / "in", {name: change(packed.read_bytes()), "other.tar.txt": b"no archive"})
+    write(tmp_path / "in", {name: change(packed.read_bytes()), "other.tar.notes": b"no archive"})
     if alone:
         assert prepare(tmp_path / "out", "img2dataset", tmp_path / "in")[0] == 2
         assert f"no sample could be used: {reason}" in one_line(capsys)
