@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
 """Suffixes of compressed files, in which no sample can be read at its offset."""
+_CAPTION_OF_IMAGE = re.compile(r"((?:.*/)?[0-9]{9,})-[0-9]+", re.DOTALL)
 _RESERVED = re.compile(r"__[^/]*__($|/)")
 
 
@@ -19,6 +20,17 @@ def split_name(name: str) -> tuple[str | None, str | None]:
     """
     match = None if _RESERVED.match(name) or is_leftover(name) else _KEY_AND_EXTENSION.fullmatch(name)
     return (match[1], match[2]) if match else (None, None)
+
+
+def written_key(image: int, caption: int | None) -> str:
+    """Key that `prepare` writes: number of the image in its source, and of the caption if the image has several."""
+    return f"{image:09d}" if caption is None else f"{image:09d}-{caption}"
+
+
+def image_key(key: str) -> str:
+    """Key without the number of the caption, if it is one of :func:`written_key`: the same for all of an image."""
+    match = _CAPTION_OF_IMAGE.fullmatch(key)
+    return match[1] if match else key
 
 
 def is_leftover(name: str) -> bool:

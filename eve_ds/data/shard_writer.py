@@ -40,7 +40,7 @@ from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.formats.unread import refuse_binary
 from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
-from eve_ds.data.sample_names import shard_files, split_name
+from eve_ds.data.sample_names import shard_files, split_name, written_key
 from eve_ds.data.tar_headers import Damage, block_reader, scan
 from eve_ds.file_lock import lock_file
 from eve_ds.printable import excerpt
@@ -327,7 +327,7 @@ def _write_candidate(
         return
     about = {"image_id": candidate.image_id, "name": candidate.name}
     for number, caption in captions:
-        key = f"{index:09d}" if candidate.num_captions == 1 else f"{index:09d}-{number}"
+        key = written_key(index, None if candidate.num_captions == 1 else number)
         for member, data in ((suffix, image), ("txt", caption), ("json", _dump(about))):
             _add_member(tar, f"{key}.{member}", data)
         record.samples += 1
