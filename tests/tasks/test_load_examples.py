@@ -163,6 +163,28 @@ def test_an_invalid_entry_is_a_one_line_error(load, task, content, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["../0.json", "/etc/passwd", "x/../../secret.png", "val2014/../../images2/a.jpg"])
+@pytest.mark.parametrize("task", ["vqa", "nlvr", "nlvr2", "vqav2", "retrieval", "karpathy"])
+def test_an_image_outside_the_folder_is_refused(load, name, task):
+    content = {
+        "vqa": [QUESTION | {"image": name}],
+        "nlvr": [{"images": ["a.jpg", name], "sentence": "s", "label": True}],
+        "nlvr2": [{"identifier": "dev-1-0-0", "sentence": "s", "label": True, "directory": name}] * 2,
+        "vqav2": {"data_subtype": name, "questions": [{"image_id": 42, "question": "who?", "question_id": 1}]},
+        "retrieval": [{"image": name, "caption": "x"}],
+        "karpathy": {"images": [{"filename": name, "split": "val", "sentences": [{"raw": "x"}]}]},
+    }[task]
+    with pytest.raises(ConfigError, match=r"image .* lies outside the image folder .*/images: name a folder") as caught:
+        load({"nlvr2": "nlvr", "vqav2": "vqa", "karpathy": "retrieval"}.get(task, task), content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_inside_the_folder_is_read_in_any_form(load, images):
+    names = [str(images / "a.jpg"), "./a.jpg", "val2014/../a.jpg"]
+    questions = [QUESTION | {"image": name, "question_id": number} for number, name in enumerate(names)]
+    assert [example.images[0].resolve() for example in load("vqa", questions)] == [images / "a.jpg"] * 3
+
+
 def test_an_image_that_no_file_can_be_named_after_is_found_missing_later(load):
     """The image is counted where it is read, like any that is missing."""
     long = {"identifier": "dev-1-0-1", "sentence": "s", "label": True, "directory": "x" * 5000}

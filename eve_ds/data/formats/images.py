@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,9 +21,28 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def image_path(folder: Path, name: str) -> Path:
+    """Path of an image below the folder.
+
+    Raises:
+        SourceError: an absolute name, or one with `..`, leads out of the folder. Symbolic links may.
+    """
+    path = folder / name
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+        raise SourceError(
+            f"image {excerpt(name)} lies outside the image folder {folder}: name a folder that holds all images with "
+            "--images"
+        )
+    return path
+
+
 def first_existing(folder: Path, names: Sequence[str]) -> Path:
-    """The first of several paths below the folder that is a file; without any the last, whose reader reports it."""
-    paths = [folder / name for name in names]
+    """The first of several paths below the folder that is a file; without any the last, whose reader reports it.
+
+    Raises:
+        SourceError: see :func:`image_path`.
+    """
+    paths = [image_path(folder, name) for name in names]
     return next((path for path in paths if is_file(path)), paths[-1])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from eve_ds.config import ExamplesConfig
 from eve_ds.data.formats import karpathy, released
 from eve_ds.data.formats.entries import list_entries
+from eve_ds.data.formats.images import image_path
 from eve_ds.data.synthetic.retrieval_sets import retrieval_set
 from eve_ds.data.synthetic.scenes import Scene, Scenes, Split
 from eve_ds.tasks.examples import Example, SceneExamples
@@ -43,7 +44,7 @@ def read_released(source: Published) -> Iterator[Example]:
                 f"image_id {group} of {item.image} is that of {image_of[group]} too: give each image an id of its own"
             )
         for caption in item.captions:
-            yield Example(str(number), (source.images / item.image,), caption, group)
+            yield Example(str(number), (image_path(source.images, item.image),), caption, group)
             number += 1
 
 
@@ -59,5 +60,5 @@ def read_karpathy(source: Published) -> Iterator[Example]:
         if not item.captions or not all(item.captions):
             raise entry.error(f"image {item.path} has no sentences or an empty one: give one, or leave the image out")
         for caption in item.captions:
-            yield Example(str(number), (source.images / item.path,), caption, item.path)
+            yield Example(str(number), (image_path(source.images, item.path),), caption, item.path)
             number += 1
