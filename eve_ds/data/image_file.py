@@ -53,6 +53,9 @@ _OTHER_FORMATS = {
 }
 """Formats that users have and that are not read -> first bytes."""
 
+_NO_IMAGES = {"a pointer of Git LFS": rb"version https://git-lfs", "a web page": rb"(?i)\s*<(!doctype html|html)"}
+"""What a failed download leaves in place of an image -> first bytes."""
+
 
 def open_image(data: bytes) -> Image.Image:
     """Open an encoded image of one of READ_FORMATS, upright; an upright JPEG is not decoded yet.
@@ -154,6 +157,9 @@ def undecodable(error: Exception) -> BadSample:
 def _unopened(data: bytes, error: Exception) -> BadSample:
     if _ZERO_SIZE.match(data):
         return BadSample("zero-size image", "its header gives a width or height of 0")
+    for name, start in _NO_IMAGES.items():
+        if re.match(start, data[:1024]):
+            return BadSample(f"no image but {name}", "get the file again")
     for name, start in _OTHER_FORMATS.items():
         if re.match(start, data[:1024], re.DOTALL):
             return BadSample(f"unreadable image ({name})", f"not one of {', '.join(READ_FORMATS)}: convert it to PNG")

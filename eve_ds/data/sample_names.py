@@ -44,8 +44,8 @@ def shard_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not is_leftover(str(path.relative_to(folder))))
 
 
-def packed_tars(folder: Path) -> list[Path]:
-    """Compressed tars at any depth of a folder that were not unpacked: the plain tar is not beside them."""
-    found = (path for path in folder.glob("**/*.t*z*") if path.suffix.lower() in COMPRESSED)
+def packed_tars(folder: Path, pattern: str = "**/*.t*z*") -> list[Path]:
+    """Compressed tars of a folder, by default at any depth, that were not unpacked: no plain tar is beside them."""
+    found = (path for path in folder.glob(pattern) if path.suffix.lower() in COMPRESSED)
     plain = ((path, path.with_suffix("" if path.stem.endswith(".tar") else ".tar")) for path in found)
     return sorted(path for path, tar in plain if not tar.exists() and not is_leftover(str(path.relative_to(folder))))

@@ -371,6 +371,20 @@ def test_every_brand_of_heic_is_named(brand):
         open_image(b"\0\0\0\x18ftyp" + brand.encode() + b"\0" * 40)
 
 
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>", "a web page"),
+        (b"\n  <HTML>", "a web page"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(data, name):
+    with pytest.raises(BadSample, match="get the file again") as caught:
+        encode_for_shard(data)
+    assert caught.value.reason == f"no image but {name}"
+
+
 def test_a_targa_file_has_no_wrong_name():
     with pytest.raises(BadSample) as caught:
         open_image(encode(Image.fromarray(COLORS), "TGA"))

@@ -147,7 +147,7 @@ def flipped_byte(data, position):
     ("data", "reason"),
     [
         (b"", "zero-size image"),
-        (b"<html>not found</html>", "unreadable image"),
+        (b"<html>not found</html>", "no image but a web page"),
         (encoded("JPEG", (200, 200))[:-300], "truncated image"),
         (encoded("PNG", (200, 200))[:-100], "truncated image"),
         (flipped_byte(encoded("PNG", (200, 200)), 60), "unreadable image"),

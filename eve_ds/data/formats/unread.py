@@ -26,9 +26,11 @@ _FIRST_BYTES = {
     b"\x80\x04": ("a pickle", _LIST),
     b"SQLite format 3": ("an SQLite database", _LIST),
     b"\x89HDF": ("HDF5", _LIST),
+    b"version https://git-lfs": ("a pointer of Git LFS", "run `git lfs pull`"),
     b"\xff\xfe": ("UTF-16", _SAVE),
     b"\xfe\xff": ("UTF-16", _SAVE),
 }
+_PAGE = ("a web page", "download the file again")
 _NUL = ("binary, or UTF-16 or UTF-32 without a byte order mark: it has NUL bytes", _SAVE)
 _OBJECTS = {
     ("image_urls", "captions"): ("SBU captions", _DOWNLOAD),
@@ -63,6 +65,8 @@ def refuse_binary(path: Path) -> None:
 
 def binary_kind(start: bytes) -> tuple[str, str] | None:
     """Name of a format, and what to do with a file of it, by the first bytes; None for those of no known format."""
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return _PAGE
     return next((kind for magic, kind in _FIRST_BYTES.items() if start.startswith(magic)), None)
 
 

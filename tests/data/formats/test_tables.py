@@ -192,6 +192,8 @@ REFUSED = {
     "UTF-16": ("image,caption\na.jpg,x".encode("utf-16"), r"is UTF-16; this is not read: save it as UTF-8"),
     "UTF-16 without a mark": ("image,caption".encode("utf-16-le"), r"it has NUL bytes; this is not read: save it as"),
     "UTF-32": ("image,caption".encode("utf-32"), r"is UTF-16; this is not read|NUL bytes"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", r"is a pointer of Git LFS; .*: run `git lfs pull`"),
+    "web page": (b"<!DOCTYPE html>\n<p>404", r"is a web page; this is not read: download the file again"),
     "Parquet": (b"PAR1\0\0", r"is Parquet, as LAION's lists; this is not read: download the images with img2dataset"),
     "Excel": (b"PK\x03\x04\0", r"is a zip archive or a spreadsheet; this is not read: unpack it, or save the sheet"),
     "gzip": (b"\x1f\x8b\x08", r"is compressed by gzip; this is not read: unpack it"),
