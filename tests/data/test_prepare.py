@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import re
 import socket
 import tarfile
 import unicodedata
@@ -114,7 +115,8 @@ PACKED = {  # name: function that packs a tar, what prepare says about it
         lambda data: b"PK\x03\x04" + data,
         "no tar but a zip archive or a spreadsheet: unpack it, or save the sheet",
     ),
-    "page/0.tar": (lambda data: b"<html>" * 200, "damaged tar (members of it are lost)"),
+    "page/0.tar": (lambda data: b"<html>" * 200, "no tar but a web page: download the file again"),
+    "text/0.tar": (lambda data: b"text" * 200, "damaged tar (members of it are lost)"),
 }
 
 
@@ -138,6 +140,33 @@ def test_a_packed_tar_beside_its_plain_one_is_no_loss(tmp_path):
     plain = pack(tmp_path / "in" / "0.tar", [("0.png", photo(0)), ("0.txt", b"caption 0")])
     write(tmp_path / "in", {name: gzip.compress(plain.read_bytes()) for name in ("0.tar.gz", "0.tgz", "._1.tar.gz")})
     assert prepare(tmp_path / "out", "img2dataset", tmp_path / "in") == (0, {0: "caption 0"}, {})
+
+
+@pytest.mark.parametrize("layout", ["tar", "files"])
+@pytest.mark.parametrize("change", ["more", "larger", "none"])
+def test_a_finished_folder_is_not_taken_for_that_of_more_downloads(tmp_path, capsys, layout, change):
+    """img2dataset adds shards as it goes; `nothing to do` would leave them out for good."""
+
+    def download(shard, count=1):
+        files = [(f"{n}.{s}", d) for n in range(count) for s, d in (("png", photo(n)), ("txt", b"x"))]
+        if layout == "tar":
+            pack(tmp_path / "in" / f"{shard}.tar", files)
+        else:
+            write(tmp_path / "in" / str(shard), dict(files))
+
+    download(0)
+    arguments = ["img2dataset", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(arguments) == 0
+    if change == "more":
+        download(1)
+    elif change == "larger" and layout == "tar":
+        download(0, count=20)
+    else:
+        assert main(arguments) == 0
+        return
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert re.search(r"holds the shards of another source or other options \(source\.contents", one_line(capsys))
 
 
 @pytest.mark.parametrize("layout", ["tar", "files"])

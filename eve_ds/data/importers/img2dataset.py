@@ -6,6 +6,7 @@ same name up to the last dot are one sample: `a.0.jpg` belongs to `a.0.txt`, and
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.formats.entries import Entry
+from eve_ds.data.formats.images import is_file
 from eve_ds.data.formats.unread import binary_kind
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.importers.candidate import Candidate, FileSlice, Skip, existing_folder
@@ -75,9 +77,23 @@ class Img2dataset:
         self._id_field = id_field
         self._tars = shard_files(self._folder, "**/*.tar")
         self.total: int | None = None
-        self.description: dict[str, Any] = {"format": "img2dataset", "path": str(self._folder), "id_field": id_field}
+        self.description: dict[str, Any] = {
+            "format": "img2dataset",
+            "path": str(self._folder),
+            "id_field": id_field,
+            "contents": self._contents(),
+        }
         if not self._tars and next(iter(self), None) is None:
             raise SourceError(f"{folder} holds neither .tar shards nor images; expected the output of img2dataset")
+
+    def _contents(self) -> str:
+        """Digest of names and sizes of the tars, or of the names of the numbered folders; changes as more arrive."""
+        if self._tars:
+            sizes = (path.stat().st_size if is_file(path) else 0 for path in self._tars)
+            found = [f"{path.relative_to(self._folder)} {size}" for path, size in zip(self._tars, sizes, strict=True)]
+        else:
+            found = sorted(path.name for path in self._folder.iterdir() if not is_leftover(path.name))
+        return hashlib.sha256("\n".join(found).encode(errors="surrogateescape")).hexdigest()
 
     def __iter__(self) -> Iterator[Img2datasetCandidate | Skip]:
         """Samples sorted by shard, then in the order of the shard; files sorted by name; compressed tars last."""

@@ -138,6 +138,23 @@ def test_vqav2_answers_must_be_objects(tmp_path):
         list(vqav2.read_questions([write_json(tmp_path / "a.json", tree)]))
 
 
+NLVR_LINE = '{{"sentence": "{}", "label": "true", "identifier": "{}"}}'
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_of_nlvr_are_no_statements(end):
+    lines = ["", NLVR_LINE.format("one", "1-0"), " ", NLVR_LINE.format("two", "2-0"), "", ""]
+    found = nlvr.read_statements(end.join(lines).encode(), "dev", "dev.json")
+    assert [(item.identifier, item.sentence) for item in found] == [("1-0", "one"), ("2-0", "two")]
+
+
+def test_two_statements_of_nlvr_with_the_same_images_are_refused():
+    """One of them would silently replace the other, perhaps with another label."""
+    lines = "\n".join(NLVR_LINE.format(sentence, "1-0") for sentence in ("one", "two"))
+    with pytest.raises(SourceError, match=r"line 2 of dev\.json: identifier 1-0 is that of line 1 too"):
+        list(nlvr.read_statements(lines.encode(), "dev", "dev.json"))
+
+
 # --- NLVR2 and NLVR ---------------------------------------------------------------------------------------------------
 
 
