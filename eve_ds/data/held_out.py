@@ -10,14 +10,19 @@ from eve_ds.config import Config, ConfigError, SourceConfig, ValidationConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.errors import BadSample
 from eve_ds.data.order import Place
+from eve_ds.data.sample_names import image_key
 from eve_ds.data.shards import find_shards
 from eve_ds.data.sources import SampleSource, open_source
 from eve_ds.data.transforms import TrainTransform
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether a sample belongs to the held-out share; depends only on its key, so all runs agree."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8, person=b"held-out").digest()
+    """Whether a sample belongs to the held-out share; depends only on its key, so all runs agree.
+
+    All captions of an image are held out together, or the image would be trained on with the others.
+    """
+    name = image_key(key).encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(name, digest_size=8, person=b"held-out").digest()
     return int.from_bytes(digest, "little") < share * 2**64
 
 
@@ -30,7 +35,7 @@ def held_out_pairs(config: Config, rank: int, world_size: int) -> list[Sample]:
     """Return this rank's pairs of `data.validation`, with whole, resized images; unusable pairs are omitted.
 
     Pairs are chosen in the order of the sources, at most `num_samples` over all ranks, and assigned to the ranks in
-    turn.
+    turn. Of an image with several captions the first is taken, so that the image of another pair is another image.
 
     Raises:
         ConfigError: shards are missing, empty, or also used for training; or no pair is held out.
@@ -54,10 +59,15 @@ def _places(
     count = 0
     for source in sources:
         for shard, size in enumerate(source.shard_sizes):
+            before = ""
             for number in range(size):
                 if count == validation.num_samples:
                     return
-                if not validation.share or is_held_out(_key(source, shard, number), validation.share):
+                key = _key(source, shard, number)
+                image = image_key(key)
+                further = image != key and image == before  # captions of an image stand together in a shard
+                before = image
+                if not further and (not validation.share or is_held_out(key, validation.share)):
                     count += 1
                     yield source, (shard, number)
     if not count:

@@ -5,9 +5,11 @@ Training, `prepare`, downstream tasks and evaluation open images here only, so t
 - Orientation: the one of EXIF or XMP is applied.
 - Several frames or pages: the first one.
 - Transparency, of any mode: on white.
-- Gray of 16 bits (modes I;16, I;16B, I;16L; I of PNG and PPM): v * 255 / 65535, rounded.
+- Gray of 16 bits (modes I;16, I;16B, I;16L; I of PNG and PPM): v * 255 / 65535, rounded. A TIFF of fewer bits, such as
+  12, has another largest value.
 - Gray of 32 bits, whole (I) or floating-point (F): v * 255 / m, rounded, where m is the smallest of 1 (F only), 255 and
   65535 that is no smaller than any value. An image with other values is unusable.
+- TIFF whose 0 is white (PhotometricInterpretation 0): inverted, whatever the number of bits.
 - Every other mode (1, L, P, CMYK, YCbCr, LAB, HSV): as Pillow converts it. It inverts the CMYK of Adobe's JPEG files.
 """
 
@@ -31,6 +33,8 @@ IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "avif", "gif", "bmp", "tif", "
 
 _ORIENTATION = 0x0112
 """EXIF tag; 1: upright."""
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+"""Tags of TIFF; a photometric interpretation of 0 means that 0 is white."""
 _SIXTEEN_BITS = 65535
 # Pillow reports zero-size images only as unidentified. PNG: IHDR chunk; JPEG: frame header, height before width.
 _ZERO_SIZE = re.compile(
@@ -38,16 +42,19 @@ _ZERO_SIZE = re.compile(
 )
 _OTHER_FORMATS = {
     "AVIF": rb".{4}ftypavi[fs]",
-    "HEIC": rb".{4}ftyp(hei[cx]|hev[cx]|mif1|msf1)",
+    "HEIC": rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",
     "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
     "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
     "EPS": rb"%!PS|\xc5\xd0\xd3\xc6",
     "PDF": rb"%PDF",
     "SVG": rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg",
     "PSD": rb"8BPS",
-    "ICO": rb"\0\0[\x01\x02]\0",
+    "ICO": rb"\0\0\x01\0",
 }
 """Formats that users have and that are not read -> first bytes."""
+
+_NO_IMAGES = {"a pointer of Git LFS": rb"version https://git-lfs", "a web page": rb"(?i)\s*<(!doctype html|html)"}
+"""What a failed download leaves in place of an image -> first bytes."""
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -78,7 +85,17 @@ def read_header(data: bytes) -> Image.Image:
         raise BadSample("zero-size image", f"{width} x {height} pixels")
     if width * height > limits.IMAGE_PIXELS:
         raise BadSample("decompression bomb", f"{width} x {height} pixels")
+    _scale_transparent_level(image)
     return image
+
+
+def _scale_transparent_level(image: Image.Image) -> None:
+    """Scale the transparent level of a gray PNG of 2 or 4 bits to 8 bits, as Pillow scales the pixels but not it."""
+    level = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)  # how the pixels are stored, until they are decoded
+    depth = {"L;2": 2, "L;4": 4}.get(str(tiles[0].args)) if tiles else None
+    if image.format == "PNG" and depth is not None and isinstance(level, int):
+        image.info["transparency"] = level * 255 // (2**depth - 1)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -140,6 +157,9 @@ def undecodable(error: Exception) -> BadSample:
 def _unopened(data: bytes, error: Exception) -> BadSample:
     if _ZERO_SIZE.match(data):
         return BadSample("zero-size image", "its header gives a width or height of 0")
+    for name, start in _NO_IMAGES.items():
+        if re.match(start, data[:1024]):
+            return BadSample(f"no image but {name}", "get the file again")
     for name, start in _OTHER_FORMATS.items():
         if re.match(start, data[:1024], re.DOTALL):
             return BadSample(f"unreadable image ({name})", f"not one of {', '.join(READ_FORMATS)}: convert it to PNG")
@@ -149,16 +169,20 @@ def _unopened(data: bytes, error: Exception) -> BadSample:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale gray of 16 or 32 bits to mode L; a transparent level becomes white."""
+    """Scale gray of 12 to 32 bits to mode L; a transparent level becomes white."""
     values = np.asarray(image)
     scale = np.float32(255 / _full_scale(image, values))
     pixels = np.rint(values.astype(np.float32) * scale).astype(np.uint8)
+    if _tiff_tag(image, _PHOTOMETRIC) == 0:  # Pillow inverts images of up to 8 bits only
+        pixels = 255 - pixels
     transparent = image.info.get("transparency")
     return Image.fromarray(pixels if transparent is None else np.where(values == transparent, np.uint8(255), pixels))
 
 
 def _full_scale(image: Image.Image, values: NDArray[np.generic]) -> int:
-    """Value that means white."""
+    """Largest value of the image's type."""
+    if image.mode.startswith("I;16") and image.format == "TIFF":
+        return int(2 ** (_tiff_tag(image, _BITS_PER_SAMPLE) or 16) - 1)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _SIXTEEN_BITS
     least, most = values.min(), values.max()
@@ -167,6 +191,13 @@ def _full_scale(image: Image.Image, values: NDArray[np.generic]) -> int:
     if scale is None:
         raise BadSample("unusable pixel values", f"from {least} to {most}; expected 0 to 1, 255 or {_SIXTEEN_BITS}")
     return scale
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> int | None:
+    """First value of a tag; None for an image that has no such tag, or is no TIFF."""
+    value = getattr(image, "tag_v2", {}).get(tag)
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value if isinstance(value, int) else None
 
 
 def _on_white(image: Image.Image) -> Image.Image:

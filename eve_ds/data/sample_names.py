@@ -6,6 +6,9 @@ import re
 from pathlib import Path, PurePosixPath
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
+"""Suffixes of compressed files, in which no sample can be read at its offset."""
+_CAPTION_OF_IMAGE = re.compile(r"((?:.*/)?[0-9]{9,})-[0-9]+", re.DOTALL)
 _RESERVED = re.compile(r"__[^/]*__($|/)")
 
 
@@ -19,6 +22,17 @@ def split_name(name: str) -> tuple[str | None, str | None]:
     return (match[1], match[2]) if match else (None, None)
 
 
+def written_key(image: int, caption: int | None) -> str:
+    """Key that `prepare` writes: number of the image in its source, and of the caption if the image has several."""
+    return f"{image:09d}" if caption is None else f"{image:09d}-{caption}"
+
+
+def image_key(key: str) -> str:
+    """Key without the number of the caption, if it is one of :func:`written_key`: the same for all of an image."""
+    match = _CAPTION_OF_IMAGE.fullmatch(key)
+    return match[1] if match else key
+
+
 def is_leftover(name: str) -> bool:
     """Whether macOS wrote a file beside those of the user: `._NAME`, `.DS_Store`, or anything below `__MACOSX`."""
     path = PurePosixPath(name)
@@ -28,3 +42,10 @@ def is_leftover(name: str) -> bool:
 def shard_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
     """Tars of a folder in the order of their names, without those of macOS."""
     return sorted(path for path in folder.glob(pattern) if not is_leftover(str(path.relative_to(folder))))
+
+
+def packed_tars(folder: Path, pattern: str = "**/*.t*z*") -> list[Path]:
+    """Compressed tars of a folder, by default at any depth, that were not unpacked: no plain tar is beside them."""
+    found = (path for path in folder.glob(pattern) if path.suffix.lower() in COMPRESSED)
+    plain = ((path, path.with_suffix("" if path.stem.endswith(".tar") else ".tar")) for path in found)
+    return sorted(path for path, tar in plain if not tar.exists() and not is_leftover(str(path.relative_to(folder))))

@@ -12,7 +12,9 @@ from webdataset.shardlists import expand_urls
 
 from eve_ds import limits
 from eve_ds.config import ConfigError
-from eve_ds.data.sample_names import shard_files
+from eve_ds.data.formats.unread import binary_kind
+from eve_ds.data.sample_names import COMPRESSED, packed_tars, shard_files
+from eve_ds.distributed import get_logger
 from eve_ds.reading import read_file, read_json
 
 INDEX_NAME = "index.json"
@@ -20,15 +22,6 @@ INDEX_VERSION = 1
 SETTING = "data.sources.shards"
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://|(?P<pipe>pipe):", re.IGNORECASE)
-_COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
-_FIRST_BYTES = {
-    b"\x1f\x8b": "compressed by gzip",
-    b"\xfd7zXZ": "compressed by xz",
-    b"BZh": "compressed by bzip2",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "a Parquet file",
-}
 _UNPACK = "samples are read at their offsets in a plain tar; unpack it to .tar"
 _BRACES = re.compile(r"\{(?P<start>[^{},.]*)\.\.(?P<end>[^{},.]*)(?:\.\.(?P<step>[^{},.]*))?\}|[{},]")
 _MOST_DIGITS = 18
@@ -109,14 +102,17 @@ def read_index(folder: Path) -> dict[str, IndexEntry]:
 def refuse_other_content(path: Path) -> None:
     """Raise :class:`ConfigError` for a file without samples, and name what it is by its first bytes."""
     size = path.stat().st_size
-    start = read_file(path, limits.MIB, size=min(size, 16))
-    kind = next((kind for magic, kind in _FIRST_BYTES.items() if start.startswith(magic)), None)
+    start = read_file(path, limits.MIB, size=min(size, 64))
+    kind = binary_kind(start)
     if kind is not None:
-        raise ConfigError(f"shard {path} is {kind}: {_UNPACK}")
-    raise ConfigError(f"shard {path} is empty ({size} bytes, 0 samples); remove it from data.sources")
+        raise ConfigError(f"shard {path} is {kind[0]}: {_UNPACK if kind[1].startswith('unpack') else kind[1]}")
+    what = "holds no sample" if any(start) else "is empty"
+    raise ConfigError(f"shard {path} {what} ({size} bytes, 0 samples); remove it from data.sources")
 
 
 def _expand_item(item: str) -> Iterator[Path]:
+    if not item.strip():
+        raise ConfigError(f"{SETTING} has an empty name (a variable that is not set?): name a folder or files")
     _refuse_address(item)
     try:
         names = expand_urls(item)
@@ -131,9 +127,19 @@ def _expand_item(item: str) -> Iterator[Path]:
 
 
 def _folder_shards(folder: Path) -> list[Path]:
-    shards = [folder / name for name in read_index(folder)] or shard_files(folder)
+    tars = shard_files(folder)
+    shards = [folder / name for name in read_index(folder)] or tars
+    left = sorted({*tars, *packed_tars(folder, "*.t*z*")} - {*shards}) if shards else []
+    if left:
+        get_logger().warning(
+            "%d tars of %s are not read, since they are compressed or its %s does not list them, for example %s",
+            len(left),
+            folder,
+            INDEX_NAME,
+            left[0].name,
+        )
     if not shards:
-        packed = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _COMPRESSED)
+        packed = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in COMPRESSED)
         more = f"; it holds {packed[0]}, which is compressed: {_UNPACK}" if packed else ""
         raise ConfigError(f"folder {folder} holds neither shards (*.tar) nor an {INDEX_NAME} that lists some{more}")
     return shards
@@ -153,7 +159,7 @@ def _refuse_address(item: str) -> None:
 def _require_files(paths: Sequence[Path]) -> None:
     missing = [path for path in paths if not path.is_file()]
     if not missing:
-        packed = next((path for path in paths if path.suffix.lower() in _COMPRESSED), None)
+        packed = next((path for path in paths if path.suffix.lower() in COMPRESSED), None)
         if packed is not None:
             raise ConfigError(f"shard {packed} is compressed: {_UNPACK}")
         return

@@ -25,6 +25,7 @@ import re
 import shutil
 import tarfile
 import threading
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -36,12 +37,14 @@ from typing import Any
 from eve_ds import limits, storage
 from eve_ds.data.caption_text import clean_caption, decode_caption
 from eve_ds.data.errors import BadSample, SourceError
+from eve_ds.data.formats.unread import refuse_binary
 from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
-from eve_ds.data.sample_names import shard_files, split_name
+from eve_ds.data.sample_names import shard_files, split_name, written_key
 from eve_ds.data.tar_headers import Damage, block_reader, scan
 from eve_ds.file_lock import lock_file
-from eve_ds.reading import read_file, read_json
+from eve_ds.printable import excerpt
+from eve_ds.reading import parse_json, read_file, read_json
 from eve_ds.signals import children_without_signals, held_signals
 from eve_ds.storage import is_disk_error
 
@@ -98,7 +101,7 @@ class Skipped:
         """Count skipped samples for a reason."""
         entry = self.reasons.setdefault(reason, {"count": 0, "examples": []})
         entry["count"] += count
-        entry["examples"] = (entry["examples"] + list(names))[:EXAMPLES_PER_REASON]
+        entry["examples"] = (entry["examples"] + [excerpt(name) for name in names])[:EXAMPLES_PER_REASON]
 
     @property
     def count(self) -> int:
@@ -227,23 +230,34 @@ def read_ids(path: str | None) -> frozenset[str]:
     """Read the IDs of a file, one per line; None gives the empty set.
 
     Raises:
-        SourceError: the file cannot be read.
+        SourceError: the file cannot be read, or is of a kind in which no ID would be found: UTF-16, compressed, JSON.
     """
     if path is None:
         return frozenset()
     try:
-        lines = read_file(path, limits.ANNOTATION_BYTES).decode("utf-8", "surrogateescape").split("\n")
+        text = read_file(path, limits.ANNOTATION_BYTES).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise SourceError(f"cannot read the ids to exclude from {path}: {error.strerror}") from None
-    return frozenset(_one_line(line) for line in lines) - {""}
+    refuse_binary(Path(path))
+    if text.lstrip()[:1] in ("[", "{") and _is_json(text):
+        raise SourceError(f"the ids to exclude from {path} are JSON: write one id a line, as in ids.txt")
+    return frozenset(_one_line(line) for line in text.split("\n")) - {""}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), list | dict)
+    except ValueError:
+        return False
 
 
 def _one_line(image_id: str) -> str:
     """Return an image id in the form of ids.txt, in which ids are compared.
 
-    Whitespace becomes single spaces, and a surrogate that stands for no byte the replacement character.
+    Whitespace becomes single spaces, and a surrogate that stands for no byte the replacement character. Accents are
+    parts of their letters (NFC): macOS writes them apart in names of files.
     """
-    return _LONE_SURROGATE.sub("\ufffd", " ".join(image_id.split()))
+    return _LONE_SURROGATE.sub("\ufffd", unicodedata.normalize("NFC", " ".join(image_id.split())))
 
 
 # ------------------------------------------------------------------------------------------------- one shard
@@ -315,7 +329,7 @@ def _write_candidate(
         return
     about = {"image_id": candidate.image_id, "name": candidate.name}
     for number, caption in captions:
-        key = f"{index:09d}" if candidate.num_captions == 1 else f"{index:09d}-{number}"
+        key = written_key(index, None if candidate.num_captions == 1 else number)
         for member, data in ((suffix, image), ("txt", caption), ("json", _dump(about))):
             _add_member(tar, f"{key}.{member}", data)
         record.samples += 1

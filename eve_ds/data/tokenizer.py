@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import ConfigError
+from eve_ds.data.captions import CaptionEncoder
 from eve_ds.data.tokenizer_folder import as_config_error, load_pretrained, read_tokenizer_file
 
 SPECIAL_TOKENS = {
@@ -27,25 +28,31 @@ SHIPPED = ("scenes",)
 CONTINUATION = "##"
 """Prefix of a piece that does not start a word, so that the token of a whole word is the word itself."""
 MAX_ALPHABET = 1000
-"""Number of characters, the most frequent ones, that get a token; others become [UNK]."""
+"""Number of characters, the most frequent ones, that get a token, or a quarter of the vocabulary if that is
+more; others become [UNK]."""
+PROBE = "Aa0 ~!é猫👍\u200d"
+"""Text that a tokenizer must encode before a run starts; hardly any vocabulary has all of its characters."""
 
 _NORMALIZER = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
 _PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
+_HAN = pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated")
+"""Chinese has no spaces: without this, a clause would be one word. As in BERT, each character is a word."""
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
     """Load `scenes` (shipped), a `tokenizer.json`, a folder written by `save_pretrained`, or a Hub name.
 
     Raises:
-        ConfigError: the tokenizer does not exist, is not a fast tokenizer, lacks a special token, or does not encode
-            text as [CLS] text [SEP].
+        ConfigError: the tokenizer does not exist, is not a fast tokenizer, lacks a special token, hides words behind
+            another special token, cannot encode a text, or does not encode text as [CLS] text [SEP].
     """
     path = Path(name_or_path)
     if str(name_or_path) in SHIPPED:
         resource = resources.files("eve_ds") / "data" / "synthetic" / f"{name_or_path}_tokenizer.json"
         tokenizer = _wrap(Tokenizer.from_str(resource.read_text(encoding="utf-8")))
     elif path.suffix == ".json":
-        tokenizer = _wrap(_with_special_tokens(path))
+        with as_config_error(f"tokenizer file {path} cannot be used"):
+            tokenizer = _wrap(_with_special_tokens(path))
     else:
         tokenizer = load_pretrained(str(name_or_path))
     with as_config_error(f"tokenizer '{name_or_path}' cannot encode a text"):
@@ -55,6 +62,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a BPE tokenizer (Sennrich et al. 2016) on captions: NFKC, lower case, words and punctuation separated.
+
+    Each Chinese character is a word. A tokenizer trained without any does not separate them.
 
     Special tokens get the IDs 0 to 4 in the order of :data:`SPECIAL_TOKENS`. The result does not depend on the order of
     the captions. The vocabulary is smaller than `vocab_size` if the captions contain no more pairs to merge.
@@ -67,9 +76,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     )
     if not words:
         raise ConfigError("captions to train the tokenizer on are empty; provide at least one word")
-    tokenizer = Tokenizer(_train_bpe(words, vocab_size))
+    tokenizer = Tokenizer(_train_bpe(_separate_han(words), vocab_size))
     tokenizer.normalizer = _NORMALIZER
-    tokenizer.pre_tokenizer = _PRE_TOKENIZER
+    with_han = pre_tokenizers.Sequence([_PRE_TOKENIZER, _HAN])
+    tokenizer.pre_tokenizer = with_han if _has_han(words) else _PRE_TOKENIZER
     tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION, cleanup=True)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -78,6 +88,20 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
     return _wrap(tokenizer)
+
+
+def _has_han(words: Iterable[str]) -> bool:
+    characters = "".join({char for word in words for char in word})
+    return len(_HAN.pre_tokenize_str(f"a{characters}")) > 1
+
+
+def _separate_han(words: Counter[str]) -> Counter[str]:
+    """Counted words with each Chinese character as a word."""
+    separated = Counter[str]()
+    for word, count in words.items():
+        for piece, _ in _HAN.pre_tokenize_str(word):
+            separated[piece] += count
+    return separated
 
 
 def _train_bpe(words: Counter[str], vocab_size: int) -> models.BPE:
@@ -89,7 +113,8 @@ def _train_bpe(words: Counter[str], vocab_size: int) -> models.BPE:
     characters = Counter[str]()
     for word, count in words.items():
         characters.update(dict.fromkeys(word, count))
-    alphabet = sorted(sorted(characters, key=lambda char: (-characters[char], char))[:MAX_ALPHABET])
+    most = max(MAX_ALPHABET, vocab_size // 4)
+    alphabet = sorted(sorted(characters, key=lambda char: (-characters[char], char))[:most])
     kept = set(alphabet)
     pieces = sorted({CONTINUATION + char for word in words for char in word[1:] if char in kept})
     reserved = [*SPECIAL_TOKENS.values(), *pieces]
@@ -133,6 +158,13 @@ def _check(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     missing = [key for key in SPECIAL_TOKENS if getattr(tokenizer, key) is None]
     if missing:
         raise ConfigError(f"tokenizer '{name}' has no {', '.join(missing)}; masked signal modeling needs all of them")
+    mask = tokenizer.mask_token
+    same = [key for key in SPECIAL_TOKENS if key != "mask_token" and getattr(tokenizer, key) == mask]
+    if same:
+        raise ConfigError(
+            f"tokenizer '{name}' has {mask} as mask_token and as {same[0]}: a hidden word needs a token of its own"
+        )
+    CaptionEncoder(tokenizer, max_length=len(PROBE)).encode(PROBE)
     ids = tokenizer("a")["input_ids"]
     if len(ids) < 3 or ids[0] != tokenizer.cls_token_id or ids[-1] != tokenizer.sep_token_id:
         raise ConfigError(

@@ -136,5 +136,5 @@ def as_config_error(problem: str) -> Iterator[None]:
         is_panic = type(error).__name__ == "PanicException"
         if isinstance(error, ConfigError) or not (isinstance(error, Exception) or is_panic):
             raise
-        line = reason(error) if isinstance(error, OSError) else str(error).strip().partition("\n")[0]
+        line = reason(error) if isinstance(error, OSError) else " ".join(str(error).split())
         raise ConfigError(f"{problem}: {excerpt(line or type(error).__name__)}") from None

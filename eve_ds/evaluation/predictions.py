@@ -23,12 +23,14 @@ from eve_ds.file_lock import lock_file
 from eve_ds.reading import parse_json, read_json, read_lines
 from eve_ds.storage import cause, is_disk_error, replace_file
 from eve_ds.tasks.batches import ImageReader, Inference, TaskCollator
-from eve_ds.tasks.examples import Example, fingerprint
+from eve_ds.tasks.examples import Example, fingerprint, image_digests
 from eve_ds.tasks.task import Record, Task
 from eve_ds.together import on_every_rank, on_rank_zero
 from eve_ds.topology import Topology
 
 PREDICTIONS, METRICS, IDENTITY, LOCK = "predictions.jsonl", "metrics.json", "evaluation.json", ".lock"
+IMAGES = "images"
+"""Key of an identity with the digests of images; folders of earlier versions have none."""
 FLUSH_EVERY = 64
 """Number of records between two writes to disk."""
 
@@ -83,7 +85,7 @@ def _evaluate(
     topology = Topology.current()
     rank, world_size = topology.data_rank, topology.data_size
     done: set[str] = set()
-    on_rank_zero(lambda: done.update(_begin(out, identity, task)))
+    on_rank_zero(lambda: done.update(_begin(out, identity | {IMAGES: image_digests(examples)}, task)))
     done = broadcast_object(done)
     todo = [key for key in queries if key not in done][rank::world_size]
     inference = Inference(model.eval(), ImageReader(task.config, training=False), collate, batch_size)
@@ -207,11 +209,18 @@ def _check_identity(file: Path, identity: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         problem = f"{file} cannot be read ({cause(error)})"
         raise ConfigError(f"{problem}: remove {file.parent}, or name another folder") from None
-    other = [name for name, value in identity.items() if before.get(name) != value]
+    other = [name for name, value in identity.items() if name != IMAGES and before.get(name) != value]
     if other:
         raise ConfigError(
             f"{file.parent} holds predictions of other {' and '.join(other)} ({before.get(other[0])}, now "
             f"{identity[other[0]]}): name another folder, or remove it"
+        )
+    saved, now = before.get(IMAGES), identity[IMAGES]
+    changed = [name for name in now if isinstance(saved, dict) and saved.get(name, now[name]) != now[name]]
+    if changed:
+        raise ConfigError(
+            f"{file.parent} holds predictions of other images ({changed[-1]} differs): name another folder, or "
+            "remove it"
         )
 
 

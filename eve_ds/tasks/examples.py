@@ -12,8 +12,11 @@ from typing import ClassVar, Literal, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from eve_ds import limits
 from eve_ds.config import ExamplesConfig
+from eve_ds.data.formats.images import probe_step
 from eve_ds.data.synthetic.scenes import LevelName, Split, check_split
+from eve_ds.reading import read_file
 
 ImageSource = Path | bytes | NDArray[np.uint8]
 """A file, an encoded image, or (H, W, 3) uint8 pixels."""
@@ -97,3 +100,32 @@ def fingerprint(examples: Sequence[Example]) -> str:
     for item in examples:
         digest.update(repr((item.key, item.text, item.group, item.answers, item.label)).encode())
     return f"{len(examples)} examples {digest.hexdigest()[:16]}"
+
+
+def image_digests(examples: Sequence[Example]) -> dict[str, str]:
+    """Digests of the names of all images, and of some images spread over a set; empty for generated ones.
+
+    An image that cannot be read now has none. Two results belong to the same images if they agree where both have a
+    digest; neither a folder that moved nor an image that arrived later changes one.
+    """
+    if isinstance(examples, SceneExamples):
+        return {}
+    names = "\n".join(image.name for item in examples for image in item.images if isinstance(image, Path))
+    found = {"names": _digest(names.encode(errors="surrogateescape"))}
+    for item in examples[:: probe_step(len(examples))]:
+        for number, image in enumerate(item.images):
+            try:
+                found[f"{item.key}/{number}"] = _digest(_stored(image))
+            except OSError:
+                continue
+    return found
+
+
+def _stored(image: ImageSource) -> bytes:
+    if isinstance(image, Path):
+        return read_file(image, limits.IMAGE_BYTES)
+    return image if isinstance(image, bytes) else image.tobytes()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -13,6 +13,7 @@ from pathlib import Path
 from eve_ds.config import Config, ConfigError, ExamplesConfig
 from eve_ds.data.formats.images import probe_step, require_some_image
 from eve_ds.data.formats.sniff import sniff
+from eve_ds.printable import excerpt
 from eve_ds.tasks.examples import Example, Section
 from eve_ds.tasks.registry import task_class
 from eve_ds.tasks.task import Published, Task, task_section
@@ -60,12 +61,25 @@ def _unseen(examples: Sequence[Example], known: Sequence[Example]) -> list[Examp
     return kept
 
 
+def _require_text(example: Example, where: Path) -> None:
+    """Raise ConfigError for a text with half a character, as JSON can write it, which no tokenizer takes."""
+    for text in (example.key, example.text, example.group, *example.answers):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{where}: example {example.key} has a text that is no Unicode ({excerpt(ascii(text))}): repair it, or "
+                "leave the example out"
+            ) from None
+
+
 def _check(examples: Sequence[Example], num_images: int, where: Path) -> None:
-    """Raise ConfigError for a key that occurs twice, a wrong number of images, or an image folder without images."""
+    """Raise ConfigError for a key that occurs twice, a wrong number of images, half a character, or no image at all."""
     twice = [key for key, count in Counter(example.key for example in examples).items() if count > 1]
     if twice:
         raise ConfigError(f"{where}: question id or identifier {twice[0]} occurs more than once: remove all but one")
     for example in examples:
+        _require_text(example, where)
         if len(example.images) != num_images:
             raise ConfigError(
                 f"{where}: example {example.key} has {len(example.images)} images where task.num_images is "

@@ -1,5 +1,6 @@
 """Held-out pairs are the same in every run, are never trained on, and are divided among ranks without overlap."""
 
+import dataclasses
 from itertools import islice
 
 import numpy as np
@@ -9,6 +10,7 @@ from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.held_out import held_out_pairs, is_held_out
 from eve_ds.data.importers.generated import GeneratedScenes
 from eve_ds.data.pipeline import build_loader
+from eve_ds.data.sample_names import image_key, written_key
 from eve_ds.data.shard_writer import WriterOptions, write_shards
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
@@ -76,6 +78,58 @@ def test_a_smaller_share_holds_out_fewer_of_the_same_samples():
     small, large = ({key for key in keys if is_held_out(key, share)} for share in (0.05, 0.2))
     assert small < large
     assert abs(len(large) / len(keys) - 0.2) < 0.03
+
+
+class SeveralCaptions:
+    """Source of scenes, each with five captions that name its number."""
+
+    total = 30
+
+    def __init__(self):
+        self.description = {"format": "several"}
+
+    def __iter__(self):
+        for number, scene in enumerate(GeneratedScenes(self.total)):
+            captions = tuple(f"caption {caption} of {number}" for caption in range(5))
+            yield dataclasses.replace(scene.resolve(), captions=captions)
+
+
+def of_image(caption):
+    return caption.rpartition(" ")[2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("own_shards", [True, False])
+def test_an_image_with_several_captions_is_measured_once_and_never_trained(tmp_path, world_size, own_shards):
+    """The next pair has the wrong image: if it had the same one, a model that sees would look blind."""
+    write_shards(SeveralCaptions(), tmp_path / "train", WriterOptions(samples_per_shard=20))
+    write_shards(SeveralCaptions(), tmp_path / "val", WriterOptions(samples_per_shard=20))
+    own = [{"kind": "shards", "shards": str(tmp_path / "val")}]
+    config = config_of(tmp_path, **({"sources": own} if own_shards else {"share": 0.3}))
+    pairs = [pair for rank in range(world_size) for pair in held_out_pairs(config, rank, world_size)]
+    images = [of_image(pair.caption) for pair in pairs]
+    assert len(set(images)) == len(images)
+    assert all(pair.caption.startswith("caption 0 ") for pair in pairs)
+    if own_shards:
+        assert len(images) == 30
+        return
+    trained = {image_key(key) for key in trained_keys(config, 60)[0]}
+    assert not trained & {image_key(pair.key) for pair in pairs}
+    assert len(trained) + len(images) == 30, "all captions of the other images are trained on"
+
+
+@pytest.mark.parametrize("caption", [None, 0, 4, 12])
+@pytest.mark.parametrize("image", [0, 7, 10**9 + 1])
+def test_captions_of_an_image_have_one_image_key(image, caption):
+    assert image_key(written_key(image, caption)) == written_key(image, None)
+    assert image_key(f"a/b-1/{written_key(image, caption)}") == f"a/b-1/{written_key(image, None)}"
+
+
+@pytest.mark.parametrize(
+    "key", ["", "photo-1", "12-1", "000000001", "2020-01-02", "scenes-easy-0-00000012", "a-000000001-x"]
+)
+def test_keys_of_other_programs_are_their_own_images(key):
+    assert image_key(key) == key
 
 
 def test_ranks_share_the_held_out_pairs(shards):

@@ -46,13 +46,15 @@ def on_white(colors, alpha):
 
 
 def png(depth, color_type, rows, transparent=None):
-    """PNG of numbers that Pillow cannot write: (H, W) or (H, W, C) integers of 8 or 16 bits."""
+    """PNG of numbers that Pillow cannot write: (H, W) or (H, W, C) integers of 8 or 16 bits, (H, W) of 2 or 4."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     rows = np.asarray(rows)
-    lines = b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in rows)
+    lines = b"".join(
+        b"\0" + (row.astype(f">u{depth // 8}").tobytes() if depth >= 8 else bits(row, depth)) for row in rows
+    )
     header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, color_type, 0, 0, 0)
     color = b"" if transparent is None else chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
     return (
@@ -64,11 +66,32 @@ def png(depth, color_type, rows, transparent=None):
     )
 
 
+def bits(row, depth):
+    """Numbers of `depth` bits each, one after the other, filled up to whole bytes."""
+    text = "".join(f"{value:0{depth}b}" for value in row)
+    return int(text.ljust(-(-len(text) // 8) * 8, "0"), 2).to_bytes(-(-len(text) // 8), "big")
+
+
+def tiff(depth, rows, white_is_zero=False, sample_format=1, orientation=1):
+    """Gray TIFF, little-endian, uncompressed; a depth of less than 16 bits is packed."""
+    rows = np.asarray(rows)
+    data = b"".join(bits(row, depth) for row in rows) if depth < 16 else rows.tobytes()
+    height, width = rows.shape
+    shorts = {256: width, 257: height, 258: depth, 259: 1, 262: 0 if white_is_zero else 1, 274: orientation, 277: 1}
+    tags = {**shorts, 278: height, 339: sample_format}
+    start = 8 + 2 + 12 * (len(tags) + 2) + 4
+    entries = [(tag, struct.pack("<HHI", tag, 3, 1) + struct.pack("<HH", value, 0)) for tag, value in tags.items()]
+    entries += [(tag, struct.pack("<HHII", tag, 4, 1, value)) for tag, value in ((273, start), (279, len(data)))]
+    table = b"".join(entry for _, entry in sorted(entries))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + struct.pack("<I", 0) + data
+
+
 # ------------------------------------------------------------------------------------------------------ every mode
 
 
 RGBA = np.dstack([COLORS, ALPHA])
 LA = np.dstack([GRAY, ALPHA])
+FOUR_LEVELS = np.array([[0, 1, 2, 3]])
 WORDS = np.array([[0, 65535], [257 * 7, 257 * 128 + 100], [51400, 300]], np.uint16)  # / 257: 0 255 7 128.4 200 1.2
 WORDS_8 = [[0, 255], [7, 128], [200, 1]]
 FRACTIONS = np.array([[0, 1], [0.25, 0.5], [0.1, 0.999]], np.float32)
@@ -164,6 +187,30 @@ MODES = {
     "F TIFF up to 1": (lambda: encode(Image.fromarray(FRACTIONS), "TIFF"), gray(FRACTIONS_8)),
     "F TIFF up to 255": (lambda: encode(Image.fromarray(GRAY.astype(np.float32)), "TIFF"), gray(GRAY)),
     "F TIFF up to 65535": (lambda: encode(Image.fromarray(WORDS.astype(np.float32)), "TIFF"), gray(WORDS_8)),
+    **{
+        f"L PNG of {depth} bits with a transparent level {level}": (
+            lambda depth=depth, level=level: png(depth, 0, FOUR_LEVELS, (level,)),
+            gray(np.where(level == FOUR_LEVELS, 255, FOUR_LEVELS * 255 // (2**depth - 1))),
+        )
+        for depth in (2, 4)
+        for level in range(4)
+    },
+    "I;16 TIFF of 12 bits": (lambda: tiff(12, [[0, 4095, 2048, 1024]]), gray([[0, 255, 128, 64]])),
+    "I;16 TIFF of 12 bits, turned": (
+        lambda: tiff(12, [[0, 4095, 2048, 1024]], orientation=6),
+        gray([[0], [255], [128], [64]]),
+    ),
+    **{
+        f"{depth}-bit TIFF whose 0 is white": (
+            lambda depth=depth: tiff(depth, FOUR_LEVELS * (2**depth // 3), white_is_zero=True),
+            gray([[255, 170, 85, 0]]),
+        )
+        for depth in (2, 4)
+    },
+    "I;16 TIFF whose 0 is white": (lambda: tiff(16, WORDS, white_is_zero=True), 255 - gray(WORDS_8)),
+    "F TIFF whose 0 is white": (
+        lambda: tiff(32, FRACTIONS, white_is_zero=True, sample_format=3), 255 - gray(FRACTIONS_8)
+    ),
     "CMYK TIFF": (lambda: encode(Image.fromarray(np.dstack([INK, INK[..., 0] * 0]), "CMYK"), "TIFF"), COLORS),
 }  # fmt: skip
 
@@ -307,6 +354,7 @@ OTHER_FORMATS = {
     "PSD": b"8BPS\0\1",
     "ICO": b"\0\0\1\0\1\0",
 }
+BRANDS = ("heic", "heix", "heim", "heis", "hevc", "hevx", "hevm", "hevs", "mif1", "msf1")  # of ISO/IEC 23008-12
 
 
 @pytest.mark.parametrize("name", OTHER_FORMATS)
@@ -315,6 +363,32 @@ def test_a_format_that_is_not_read_is_named(name, monkeypatch):
     with pytest.raises(BadSample, match=r"not one of JPEG, PNG: convert it to PNG") as caught:
         open_image(OTHER_FORMATS[name])
     assert caught.value.reason == f"unreadable image ({name})"
+
+
+@pytest.mark.parametrize("brand", BRANDS)
+def test_every_brand_of_heic_is_named(brand):
+    with pytest.raises(BadSample, match=r"unreadable image \(HEIC\)"):
+        open_image(b"\0\0\0\x18ftyp" + brand.encode() + b"\0" * 40)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>", "a web page"),
+        (b"\n  <HTML>", "a web page"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(data, name):
+    with pytest.raises(BadSample, match="get the file again") as caught:
+        encode_for_shard(data)
+    assert caught.value.reason == f"no image but {name}"
+
+
+def test_a_targa_file_has_no_wrong_name():
+    with pytest.raises(BadSample) as caught:
+        open_image(encode(Image.fromarray(COLORS), "TGA"))
+    assert caught.value.reason == "unreadable image"
 
 
 def test_a_file_above_the_cap_is_counted(monkeypatch):

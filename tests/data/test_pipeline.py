@@ -282,7 +282,7 @@ def test_rank_opens_only_the_shards_of_its_lanes(tmp_path, monkeypatch):
 
 BAD_SAMPLES = {
     "truncated image": lambda fields: fields | {"jpg": fields["jpg"][:300]},
-    "unreadable image": lambda fields: fields | {"jpg": b"<html>404</html>"},
+    "no image but a web page": lambda fields: fields | {"jpg": b"<html>404</html>"},
     "zero-size image": lambda fields: fields | {"jpg": b""},
     "decompression bomb": lambda fields: {"png": bomb(), "txt": fields["txt"]},
     "missing caption": lambda fields: {"jpg": fields["jpg"]},

@@ -1,11 +1,15 @@
 """`prepare` on the files that people have: right pairs, counted samples, and one line for what cannot be used."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
+import re
 import socket
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
@@ -97,6 +101,72 @@ KEYS = {
     "spaces": lambda number: f"my photo. {number}",
     "not Latin": lambda number: f"图片.{number}",
 }
+
+
+PACKED = {  # name: function that packs a tar, what prepare says about it
+    "0.tar.gz": (gzip.compress, "compressed tar: unpack it"),
+    "0.tgz": (gzip.compress, "compressed tar: unpack it"),
+    "x/0.tar.xz": (lzma.compress, "compressed tar: unpack it"),
+    "0.tar.zst": (lambda data: b"\x28\xb5\x2f\xfd" + data, "compressed tar: unpack it"),
+    "gzip/0.tar": (gzip.compress, "no tar but compressed by gzip: unpack it"),
+    "xz/0.tar": (lzma.compress, "no tar but compressed by xz: unpack it"),
+    "bzip2/0.tar": (bz2.compress, "no tar but compressed by bzip2: unpack it"),
+    "zip/0.tar": (
+        lambda data: b"PK\x03\x04" + data,
+        "no tar but a zip archive or a spreadsheet: unpack it, or save the sheet",
+    ),
+    "page/0.tar": (lambda data: b"<html>" * 200, "no tar but a web page: download the file again"),
+    "text/0.tar": (lambda data: b"text" * 200, "damaged tar (members of it are lost)"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_tar_that_is_not_unpacked_is_counted_by_name(tmp_path, capsys, name, alone):
+    change, reason = PACKED[name]
+    packed = pack(tmp_path / "plain", [("9.png", photo(9)), ("9.txt", b"caption 9")])
+    write(tmp_path / "in", {name: change(packed.read_bytes()), "other.tar.notes": b"no archive"})
+    if alone:
+        assert prepare(tmp_path / "out", "img2dataset", tmp_path / "in")[0] == 2
+        assert f"no sample could be used: {reason}" in one_line(capsys)
+        return
+    pack(tmp_path / "in" / "1.tar", [("0.png", photo(0)), ("0.txt", b"caption 0")])
+    code, pairs, reasons = prepare(tmp_path / "out", "img2dataset", tmp_path / "in")
+    assert (code, pairs, list(reasons.values())) == (0, {0: "caption 0"}, [1])
+    assert next(iter(reasons)).startswith(reason)
+
+
+def test_a_packed_tar_beside_its_plain_one_is_no_loss(tmp_path):
+    plain = pack(tmp_path / "in" / "0.tar", [("0.png", photo(0)), ("0.txt", b"caption 0")])
+    write(tmp_path / "in", {name: gzip.compress(plain.read_bytes()) for name in ("0.tar.gz", "0.tgz", "._1.tar.gz")})
+    assert prepare(tmp_path / "out", "img2dataset", tmp_path / "in") == (0, {0: "caption 0"}, {})
+
+
+@pytest.mark.parametrize("layout", ["tar", "files"])
+@pytest.mark.parametrize("change", ["more", "larger", "none"])
+def test_a_finished_folder_is_not_taken_for_that_of_more_downloads(tmp_path, capsys, layout, change):
+    """img2dataset adds shards as it goes; `nothing to do` would leave them out for good."""
+
+    def download(shard, count=1):
+        files = [(f"{n}.{s}", d) for n in range(count) for s, d in (("png", photo(n)), ("txt", b"x"))]
+        if layout == "tar":
+            pack(tmp_path / "in" / f"{shard}.tar", files)
+        else:
+            write(tmp_path / "in" / str(shard), dict(files))
+
+    download(0)
+    arguments = ["img2dataset", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(arguments) == 0
+    if change == "more":
+        download(1)
+    elif change == "larger" and layout == "tar":
+        download(0, count=20)
+    else:
+        assert main(arguments) == 0
+        return
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert re.search(r"holds the shards of another source or other options \(source\.contents", one_line(capsys))
 
 
 @pytest.mark.parametrize("layout", ["tar", "files"])
@@ -266,6 +336,84 @@ def test_a_malformed_karpathy_entry_is_counted(tmp_path, changes):
     assert prepare(tmp_path / "out", "karpathy", tmp_path / "a.json")[1:] == ({0: "caption 0"}, {"malformed entry": 1})
 
 
+IDS = [  # what a JSON holds, and the id: None is that of the path
+    *(("17", "17"), (17, "17"), (17.0, "17"), (0, "0"), (-3, "-3"), (10**30, str(10**30)), (1e300, str(int(1e300)))),
+    *((None, None), (float("nan"), None), ("", None), ("a b", "a b"), ("17.0", "17.0"), ("None", "None")),
+]
+
+
+@pytest.mark.parametrize(("value", "expected"), IDS, ids=str)
+@pytest.mark.parametrize("command", ["json", "img2dataset"])
+def test_ids_of_every_type_are_those_of_the_list_that_excludes_them(tmp_path, value, expected, command):
+    """pandas writes whole numbers beside a missing one as 17.0; a list of ids has 17."""
+    if command == "json":
+        entry = {"image": "0.png", "caption": "caption 0", "image_id": value}
+        write(tmp_path, {"0.png": photo(0), "in": json.dumps([entry])})
+    else:
+        write(tmp_path / "in", {"0.png": photo(0), "0.txt": "caption 0", "0.json": json.dumps({"url": value})})
+    default = "0.png" if command == "json" else "0"
+    assert prepare(tmp_path / "out", command, tmp_path / "in")[1] == {0: "caption 0"}
+    ids = tmp_path / "out" / "ids.txt"
+    assert ids.read_text(encoding="utf-8") == f"{expected or default}\n"
+    assert main([command, str(tmp_path / "in"), "--out", str(tmp_path / "b"), "--exclude_ids", str(ids)]) == 2
+
+
+@pytest.mark.parametrize("value", [True, [17], {"a": 1}, 0.5, float("inf")], ids=str)
+def test_what_is_no_id_is_counted(tmp_path, value):
+    good = {"image": "1.png", "caption": "caption 1"}
+    entry = {"image": "0.png", "caption": "caption 0", "image_id": value}
+    write(tmp_path, {"0.png": photo(0), "1.png": photo(1), "a.json": json.dumps([entry, good])})
+    assert prepare(tmp_path / "a", "json", tmp_path / "a.json") == (0, {1: "caption 1"}, {"malformed entry": 1})
+    write(tmp_path / "in", {"0.png": photo(0), "0.txt": "x", "0.json": json.dumps({"url": value})})
+    write(tmp_path / "in", {"1.png": photo(1), "1.txt": "caption 1"})
+    expected = (0, {1: "caption 1"}, {"unreadable metadata": 1})
+    assert prepare(tmp_path / "b", "img2dataset", tmp_path / "in") == expected
+
+
+def test_the_number_of_coco_excludes_an_image_in_either_type(tmp_path):
+    tree = karpathy([("0.png", ["caption 0"]), ("1.png", ["x"]), ("2.png", ["x"])])
+    for image, number in zip(tree["images"], (None, 7, 8.0), strict=True):
+        image["cocoid"] = number
+    write(tmp_path, {"0.png": photo(0), "1.png": photo(1), "2.png": photo(2), "a.json": json.dumps(tree)})
+    write(tmp_path, {"ids.txt": "7\n8\n"})
+    arguments = ("karpathy", tmp_path / "a.json", "--exclude_ids", tmp_path / "ids.txt")
+    assert prepare(tmp_path / "out", *arguments) == (0, {0: "caption 0"}, {"excluded id": 2})
+
+
+NO_NAMES = [
+    "x" * 300,
+    "x" * 5000,
+    "x/" * 3000 + "1.png",
+    "x\\" * 3000,
+    "é" * 200,
+    "data:image/png;base64," + "iVBOR" * 2000,
+]
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=lambda name: name[:8])
+@pytest.mark.parametrize("command", ["json", "table"])
+def test_an_image_that_no_file_can_be_named_after_is_counted(tmp_path, capsys, name, command):
+    write(tmp_path, {"0.png": photo(0)})
+    good, bad = ("0.png", "caption 0"), (name, "x")
+    for number, rows in enumerate(([good, bad], [bad, good])):
+        entries = [{"image": image, "caption": caption} for image, caption in rows]
+        table = "".join(f"{image}\t{caption}\n" for image, caption in [("image", "caption"), *rows])
+        write(tmp_path, {"a.tsv": json.dumps(entries) if command == "json" else table})
+        code, pairs, reasons = prepare(tmp_path / f"out-{number}", command, tmp_path / "a.tsv")
+        assert (code, pairs, reasons) == (0, {0: "caption 0"}, {"unreadable file": 1})
+        assert max(map(len, capsys.readouterr().out.splitlines())) < 500, "the name is shown shortened"
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_a_name_is_found_in_either_form_of_its_accents(tmp_path, stored, written):
+    """Archives of macOS hold names in NFD; annotations are written in NFC."""
+    write(tmp_path, {f"{unicodedata.normalize(stored, 'é/한.png')}": photo(0)})
+    entries = [{"image": unicodedata.normalize(written, "é/한.png"), "caption": "caption 0"}]
+    write(tmp_path, {"a.json": json.dumps(entries)})
+    assert prepare(tmp_path / "out", "json", tmp_path / "a.json") == (0, {0: "caption 0"}, {})
+
+
 def test_html_entities_are_replaced_on_request(tmp_path):
     write(tmp_path, {"0.png": photo(0), "a.tsv": "image\tcaption\n0.png\tsalt &amp; &#34;pepper&quot;\n"})
     arguments = ("table", tmp_path / "a.tsv")
@@ -318,6 +466,7 @@ DOCUMENTS = {
     "cut": ('[{"image": "a.jpg", "caption": "x"', "is not JSON: Expecting"),
     "a bad line": ('{"image": "a.jpg", "caption": "x"}\n{"image":\n', "is not JSON: line 2: Expecting value"),
     "empty": ("", "is not JSON: Expecting value"),
+    "one line of JSON lines": ('{"image": "a.jpg", "caption": "x"}', "found an object with the keys image, caption"),
     "an empty list": ("[]", "is not a caption JSON: .* found a list of 0"),
     "NUL": ("[\0]", "it has NUL bytes; this is not read"),
 }

@@ -158,7 +158,12 @@ NO_SHARDS = {
     "FOLDER/set.tgz": r"set\.tgz is compressed",
     "FOLDER/gzip.tar": r"gzip\.tar is compressed by gzip: samples are read at their offsets",
     "FOLDER/zip.tar": r"zip\.tar is a zip archive",
-    "FOLDER/parquet.tar": r"parquet\.tar is a Parquet file",
+    "FOLDER/parquet.tar": r"parquet\.tar is Parquet",
+    "FOLDER/pointer.tar": r"pointer\.tar is a pointer of Git LFS: run `git lfs pull`",
+    "FOLDER/page.tar": r"page\.tar is a web page: download the file again",
+    "FOLDER/text.tar": r"text\.tar holds no sample \(3000 bytes, 0 samples\)",
+    "": r"has an empty name \(a variable that is not set\?\): name a folder or files",
+    " ": r"has an empty name",
     "FOLDER/packed": r"packed holds neither shards .*; it holds a\.tar\.xz, which is compressed",
     "FOLDER/pipe.tar": r"pipe\.tar is not a regular file",
     "/dev/zero": r"/dev/zero is not a regular file",
@@ -172,12 +177,32 @@ def test_what_is_no_shard_is_named(tmp_path, item):
     for name, data in {
         "set.tar.gz": b"\x1f\x8b", "set.tgz": b"x", "gzip.tar": b"\x1f\x8b" + bytes(2000), "packed/a.tar.xz": b"x",
         "zip.tar": b"PK\x03\x04" + bytes(2000), "parquet.tar": b"PAR1" + bytes(2000),
+        "pointer.tar": b"version https://git-lfs.github.com/spec/v1\n", "page.tar": b"<!doctype html>\n" * 200,
+        "text.tar": b"abc" * 1000,
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(data)
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(ConfigError, match=NO_SHARDS[item]) as caught:
-        find_shards(item.replace("FOLDER", str(tmp_path)))
+        find_shards([item.replace("FOLDER", str(tmp_path))])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["more.tar", "more.tar.gz", "more.tgz"])
+def test_a_tar_of_the_folder_that_is_not_read_is_logged(tmp_path, caplog, name):
+    folder = write_set(tmp_path / "set", [2])
+    (folder / name).write_bytes((folder / "shard-000000.tar").read_bytes())
+    (folder / "shard-000000.tar.gz").write_bytes(b"unpacked beside it")
+    with caplog.at_level(logging.WARNING):
+        assert sizes(str(folder)) == [("shard-000000.tar", 2)]
+    assert f"1 tars of {folder} are not read" in caplog.text
+    assert f"for example {name}" in caplog.text
+
+
+def test_a_complete_folder_logs_nothing(tmp_path, caplog):
+    folder = write_set(tmp_path / "set", [2, 3])
+    with caplog.at_level(logging.WARNING):
+        assert len(sizes(str(folder))) == 2
+    assert not caplog.records
 
 
 def test_tars_of_macos_beside_shards_are_no_shards(tmp_path):

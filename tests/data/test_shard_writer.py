@@ -1,6 +1,7 @@
 """Shard writer: written samples, skipped samples with reasons, reproducible bytes, and folders of other data."""
 
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -8,6 +9,7 @@ import os
 import signal
 import struct
 import tarfile
+import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,7 +151,7 @@ def flipped_byte(data, position):
     ("data", "reason"),
     [
         (b"", "zero-size image"),
-        (b"<html>not found</html>", "unreadable image"),
+        (b"<html>not found</html>", "no image but a web page"),
         (encoded("JPEG", (200, 200))[:-300], "truncated image"),
         (encoded("PNG", (200, 200))[:-100], "truncated image"),
         (flipped_byte(encoded("PNG", (200, 200)), 60), "unreadable image"),
@@ -271,6 +273,50 @@ def test_an_id_with_any_whitespace_is_excluded_by_the_list_that_names_it(tmp_pat
 def test_ids_of_another_program_are_split_at_line_feeds_alone(tmp_path):
     (tmp_path / "ids").write_bytes("a\u2028b\r\n\r\n c \n".encode())
     assert read_ids(str(tmp_path / "ids")) == {"a b", "c"}
+
+
+NAMES = "a.png\né.png\n17\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        NAMES.encode(),
+        b"\xef\xbb\xbf" + NAMES.encode(),
+        NAMES.replace("\n", "\r\n").encode(),
+        b"\xef\xbb\xbf" + NAMES.replace("\n", "\r\n").encode(),
+        NAMES.rstrip().encode(),
+        f"\n\n{NAMES}\n".encode(),
+        unicodedata.normalize("NFD", NAMES).encode(),
+        b"[not a list].png\n" + NAMES.encode(),
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_ids_of_any_editor_exclude_their_images(tmp_path, data, form):
+    (tmp_path / "ids.txt").write_bytes(data)
+    names = [unicodedata.normalize(form, name) for name in NAMES.split()]
+    source = ListSource(candidate("good"), *map(candidate, names))
+    report = write_shards(source, tmp_path / "out", WriterOptions(exclude_ids=str(tmp_path / "ids.txt")))
+    assert (report["images"], report["excluded_ids"]["matched"]) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (NAMES.encode("utf-16"), "is UTF-16; this is not read: save it as UTF-8"),
+        (NAMES.encode("utf-16-le"), "without a byte order mark"),
+        (NAMES.encode("utf-32"), "UTF-16"),
+        (gzip.compress(NAMES.encode()), "compressed by gzip; this is not read: unpack it"),
+        (json.dumps(NAMES.split()).encode(), "are JSON: write one id a line, as in ids.txt"),
+        (json.dumps({"ids": NAMES.split()}, indent=1).encode(), "are JSON: write one id a line"),
+    ],
+    ids=["utf-16", "utf-16 without mark", "utf-32", "gzip", "list", "object"],
+)
+def test_a_file_in_which_no_id_would_be_found_is_refused(tmp_path, data, found):
+    (tmp_path / "ids.txt").write_bytes(data)
+    with pytest.raises(SourceError, match=found):
+        read_ids(str(tmp_path / "ids.txt"))
 
 
 def test_missing_file_of_excluded_ids_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from importlib import resources
 from itertools import pairwise
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import ConfigError
@@ -148,7 +148,7 @@ def test_training_refuses_empty_captions_and_too_small_a_vocabulary():
 
 def test_characters_beyond_the_alphabet_limit_are_unknown(monkeypatch):
     monkeypatch.setattr("eve_ds.data.tokenizer.MAX_ALPHABET", 2)
-    tokenizer = train_tokenizer(["aab", "ab", "abz"], 100)
+    tokenizer = train_tokenizer(["aab", "ab", "abz"], 11)  # a quarter of the vocabulary is 2 as well
     assert "[UNK]" in tokenizer.tokenize("z")
     assert tokenizer.tokenize("ab") == ["ab"]
 
@@ -180,3 +180,86 @@ def test_tokenizers_without_mask_or_template_are_refused(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=plain, **specials, mask_token="[MASK]").save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match=r"does not put \[CLS\] before and \[SEP\] after a text"):
         load_tokenizer(tmp_path / "bare")
+
+
+CHINESE = ["一只猫在桌子上", "一只狗在桌子下。", "两只猫和 a red ball"]
+
+
+def test_each_chinese_character_is_a_word():
+    """As BERT's own tokenizer divides them; a word of Latin letters beside them stays whole."""
+    tokenizer = train_tokenizer([*CHINESE, *CAPTIONS], 400)
+    for text in (*CHINESE, "猫red狗", "ab猫", "猫, 狗"):
+        words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        bert = normalizers.BertNormalizer(lowercase=False, strip_accents=False).normalize_str(text)
+        assert words == [word for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(bert)]
+    assert tokenizer.tokenize("桌子上的猫 a red ball") == ["桌", "子", "上", "[UNK]", "猫", "a", "red", "ball"]
+
+
+def test_a_tokenizer_trained_without_chinese_characters_is_as_before():
+    before = json.loads(train_tokenizer(CAPTIONS, 200).backend_tokenizer.to_str())
+    assert before["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+    korean = json.loads(train_tokenizer(["고양이 한 마리", "ねこ"], 200).backend_tokenizer.to_str())
+    assert korean["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+
+
+def test_a_large_vocabulary_takes_the_characters_of_chinese():
+    characters = [chr(0x4E00 + number) for number in range(1500)]
+    tokenizer = train_tokenizer(characters, 8000)
+    assert "[UNK]" not in tokenizer.tokenize("".join(characters))
+    assert tokenizer.tokenize(f"{characters[7]}{characters[1400]}") == [characters[7], characters[1400]]
+
+
+def bert(tmp_path, vocabulary, **settings):
+    """Folder of a tokenizer as Google published it: vocab.txt beside settings."""
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary), encoding="utf-8")
+    named = {"tokenizer_class": "BertTokenizer", **settings}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    return tmp_path
+
+
+WORDPIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_vocabulary_of_lines_is_read(tmp_path, ends):
+    folder = bert(tmp_path, WORDPIECES)
+    (folder / "vocab.txt").write_bytes(ends.join(WORDPIECES).encode())
+    assert load_tokenizer(folder).convert_ids_to_tokens(load_tokenizer(folder)("A cat 猫").input_ids) == [
+        *("[CLS]", "a", "cat", "[UNK]", "[SEP]"),
+    ]
+
+
+def test_a_tokenizer_that_fails_at_an_unknown_word_is_refused(tmp_path):
+    """It encodes "a", and would end the run at the first word that it does not know."""
+    folder = bert(tmp_path, [word for word in WORDPIECES if word != "[UNK]"])
+    with pytest.raises(ConfigError, match=r"cannot encode a text: WordPiece error: Missing \[UNK\] token"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_that_cannot_be_copied_to_a_worker_is_refused(tmp_path):
+    tree = json.loads(train_tokenizer(CAPTIONS, 100).backend_tokenizer.to_str())
+    tree["model"]["vocab"]["rain"] = tree["model"]["vocab"]["man"]
+    (tmp_path / "twice.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"twice\.json cannot be used: .* out of vocabulary"):
+        load_tokenizer(tmp_path / "twice.json")
+
+
+@pytest.mark.parametrize("other", ["unk_token", "sep_token", "pad_token", "cls_token"])
+def test_a_mask_token_with_another_meaning_is_refused(tmp_path, other):
+    """A mask that is also the end of each text would make hidden words look like ends."""
+    word = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}[other]
+    folder = bert(tmp_path, WORDPIECES, mask_token=word)
+    message = rf"has \{word[:-1]}\] as mask_token and as {other}: a hidden word needs a token of its own"
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(folder)
+
+
+def test_one_token_may_end_and_pad_texts(tmp_path):
+    assert load_tokenizer(bert(tmp_path, WORDPIECES, pad_token="[SEP]")).pad_token_id == 3
+
+
+def test_the_reason_of_a_library_is_shown_on_one_line(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDPIECES))
+    with pytest.raises(ConfigError, match=r"from one of: \(1\) a `tokenizers` library serialization file") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -90,7 +90,7 @@ def test_reduced_decoding_never_goes_below_the_target_size():
 
 BAD_IMAGES = {
     "empty": (b"", "zero-size image"),
-    "no image": (b"<html>not found</html>", "unreadable image"),
+    "no image": (b"<html>not found</html>", "no image but a web page"),
     "zero-width JPEG": (
         encode(Image.new("L", (0x0102, 0x0304)), "JPEG").replace(b"\x03\x04\x01\x02", b"\x03\x04\0\0"),
         "zero-size image",

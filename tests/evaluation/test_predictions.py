@@ -98,6 +98,33 @@ def test_predictions_of_other_weights_or_examples_are_refused(tmp_path, task_tre
         prepared.evaluate(tmp_path, examples=prepared.examples[:5])
 
 
+def with_files(examples, folder, names="{}.png", color=0):
+    """The same questions about files of a folder."""
+    folder.mkdir()
+    files = [folder / names.format(number) for number in range(len(examples))]
+    for number, file in enumerate(files):
+        Image.new("RGB", (32, 32), (10 * number, color, 0)).save(file)
+    return [replace(item, images=(file,)) for item, file in zip(examples, files, strict=True)]
+
+
+def test_predictions_of_other_images_are_refused(tmp_path, task_tree):
+    """Other pictures under the same questions, as in a test with noise, would keep the old answers."""
+    prepared = Prepared(task_tree("vqa"))
+    examples = with_files(prepared.examples[:6], tmp_path / "images")
+    before = prepared.evaluate(tmp_path / "out", examples=examples)
+    moved = with_files(prepared.examples[:6], tmp_path / "moved")
+    assert prepared.evaluate(tmp_path / "out", examples=moved) == before
+    swapped = [replace(item, images=other.images) for item, other in zip(examples, examples[::-1], strict=True)]
+    others = with_files(prepared.examples[:6], tmp_path / "noise", color=200)
+    renamed = with_files(prepared.examples[:6], tmp_path / "renamed", names="x{}.png")
+    for other in (swapped, others, renamed):
+        with pytest.raises(ConfigError, match=r"out holds predictions of other images \(.* differs\): name another"):
+            prepared.evaluate(tmp_path / "out", examples=other)
+    identity = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    (tmp_path / "out" / "evaluation.json").write_text(json.dumps(identity | {"images": None}))
+    assert prepared.evaluate(tmp_path / "out", examples=examples) == before, "a folder of an earlier version"
+
+
 def test_a_missing_image_counts_as_skipped_not_as_wrong(tmp_path, task_tree):
     prepared = Prepared(task_tree("vqa"))
     examples = [*prepared.examples[:6], Example("x", (tmp_path / "gone.png",), "what?", "", ("red",))]

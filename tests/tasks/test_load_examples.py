@@ -135,12 +135,61 @@ def test_splits_of_karpathy(load):
         ("nlvr", [{"images": ["a.jpg"] * 2, "sentence": "s", "label": 1}], r"label \(1\) must be true or false"),
         ("retrieval", [{"image": "a.jpg", "caption": []}], r"entry 0: image a\.jpg has no caption: give one, or leave"),
         ("retrieval", {"images": [{"filename": "a.jpg", "split": "val", "sentences": []}]}, r"a\.jpg has no sentences"),
+        (
+            "retrieval",
+            [{"image": "a.jpg", "caption": "x", "image_id": 1}, {"image": "b.jpg", "caption": "y", "image_id": "1"}],
+            r"entry 1: image_id 1 of b\.jpg is that of a\.jpg too: give each image an id of its own",
+        ),
+        (
+            "retrieval",
+            {"images": [{"file_name": "a.jpg", "id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]},
+            "is COCO annotations; this is not read",
+        ),
+        ("vqa", [{**QUESTION, "image": "x" * 300}], r"none of 1 probed images exists .*x( \.\.\.)?\): set the folder"),
+        ("vqa", [{**QUESTION, "question": "a \ud83d b"}], r"example 7 has a text that is no Unicode \('a .ud83d b'\)"),
+        ("vqa", [{**QUESTION, "answer": ["\udc00"]}], r"example 7 has a text that is no Unicode"),
+        ("retrieval", [{"image": "a.jpg", "caption": "\ud800"}], r"example 0 has a text that is no Unicode"),
+        (
+            "nlvr",
+            [{"images": ["a.jpg"] * 2, "sentence": "\udfff", "label": "true"}],
+            r"example 0 has a text that is no Unicode",
+        ),
     ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 10 else None,
 )
 def test_an_invalid_entry_is_a_one_line_error(load, task, content, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load(task, content)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../0.json", "/etc/passwd", "x/../../secret.png", "val2014/../../images2/a.jpg"])
+@pytest.mark.parametrize("task", ["vqa", "nlvr", "nlvr2", "vqav2", "retrieval", "karpathy"])
+def test_an_image_outside_the_folder_is_refused(load, name, task):
+    content = {
+        "vqa": [QUESTION | {"image": name}],
+        "nlvr": [{"images": ["a.jpg", name], "sentence": "s", "label": True}],
+        "nlvr2": [{"identifier": "dev-1-0-0", "sentence": "s", "label": True, "directory": name}] * 2,
+        "vqav2": {"data_subtype": name, "questions": [{"image_id": 42, "question": "who?", "question_id": 1}]},
+        "retrieval": [{"image": name, "caption": "x"}],
+        "karpathy": {"images": [{"filename": name, "split": "val", "sentences": [{"raw": "x"}]}]},
+    }[task]
+    with pytest.raises(ConfigError, match=r"image .* lies outside the image folder .*/images: name a folder") as caught:
+        load({"nlvr2": "nlvr", "vqav2": "vqa", "karpathy": "retrieval"}.get(task, task), content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_inside_the_folder_is_read_in_any_form(load, images):
+    names = [str(images / "a.jpg"), "./a.jpg", "val2014/../a.jpg"]
+    questions = [QUESTION | {"image": name, "question_id": number} for number, name in enumerate(names)]
+    assert [example.images[0].resolve() for example in load("vqa", questions)] == [images / "a.jpg"] * 3
+
+
+def test_an_image_that_no_file_can_be_named_after_is_found_missing_later(load):
+    """The image is counted where it is read, like any that is missing."""
+    long = {"identifier": "dev-1-0-1", "sentence": "s", "label": True, "directory": "x" * 5000}
+    good = {"identifier": "dev-1-0-0", "sentence": "s", "label": True, "directory": 7}
+    assert len(load("nlvr", "\n".join(map(json.dumps, (good, long))))) == 2
 
 
 def test_missing_file_and_scenes_of_one_image(tmp_path, task_tree):

@@ -53,9 +53,15 @@ class Entry(NamedTuple):
     def text(self, key: str) -> str:
         """Value of a key that must be a non-empty string or a whole number, as a string."""
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        text = as_text(value)
+        if not text:
             raise self.error(f"{key} ({shortened(value)}) must be a non-empty string or a whole number")
-        return str(value)
+        return text
+
+    def identity(self, key: str) -> str | None:
+        """Value of a key with an id, as :meth:`text`; None where it is absent, null, NaN or empty."""
+        value = self.get(key)
+        return None if is_null(value) or value == "" else self.text(key)
 
     def file_name(self, key: str) -> str:
         """Value of a key that must be a non-empty string."""
@@ -128,7 +134,7 @@ def read_json(path: Path, undecodable: Undecodable = "refuse") -> Any:
     try:
         return _documents(lines) if path.suffix.lower() in LINE_SUFFIXES else parse_json(text)
     except json.JSONDecodeError as whole:
-        if not _is_json(lines[0]):
+        if not _is_json(next((line for line in lines if line.strip()), "")):
             raise SourceError(f"annotation file {path} is not JSON: {whole}") from None
     except ValueError as error:
         raise SourceError(f"annotation file {path} is not JSON: {error}") from None
@@ -156,6 +162,13 @@ def _is_json(line: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def as_text(value: Any) -> str | None:
+    """A string or a whole number as a string, None for anything else; 5.0 is 5, as pandas writes it beside a NaN."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
 def is_null(value: Any) -> bool:

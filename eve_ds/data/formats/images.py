@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from eve_ds.data.errors import SourceError
+from eve_ds.printable import excerpt
 
 PROBED_IMAGES = 20
 """Number of images to probe; if none exists, the image folder is wrong."""
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is a file; not, and no OSError, where no file can have its name, as that of 1,000 letters."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def image_path(folder: Path, name: str) -> Path:
+    """Path of an image below the folder.
+
+    Raises:
+        SourceError: an absolute name, or one with `..`, leads out of the folder. Symbolic links may.
+    """
+    path = folder / name
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+        raise SourceError(
+            f"image {excerpt(name)} lies outside the image folder {folder}: name a folder that holds all images with "
+            "--images"
+        )
+    return path
+
+
 def first_existing(folder: Path, names: Sequence[str]) -> Path:
-    """The first of several paths below the folder that is a file; without any the last, whose reader reports it."""
-    paths = [folder / name for name in names]
-    return next((path for path in paths if path.is_file()), paths[-1])
+    """The first of several paths below the folder that is a file; without any the last, whose reader reports it.
+
+    Raises:
+        SourceError: see :func:`image_path`.
+    """
+    paths = [image_path(folder, name) for name in names]
+    return next((path for path in paths if is_file(path)), paths[-1])
 
 
 def probe_step(total: int) -> int:
@@ -35,11 +64,12 @@ def require_some_image(paths: Iterable[Path], where: str | Path, advice: str = "
     """
     missing = []
     for path in paths:
-        if path.is_file():
+        if is_file(path):
             return
         missing.append(path)
     if missing:
+        first = excerpt(str(missing[0]))
         raise SourceError(
-            f"{where}: none of {len(missing)} probed images exists (the first: {missing[0]}): set the folder of the "
-            f"images with {advice}"
+            f"{where}: none of {len(missing)} probed images exists (the first: {first}): set the folder of the images "
+            f"with {advice}"
         )

@@ -75,5 +75,4 @@ def captioned_image(entry: Entry) -> CaptionedImage:
     if not all(isinstance(caption, str) for caption in raw):
         raise entry.error(f"raw of a sentence of image {path} must be a string")
     captions = tuple(map(clean_caption, raw))
-    cocoid = entry.get("cocoid")
-    return CaptionedImage(entry, path, captions, None if cocoid is None else str(cocoid))
+    return CaptionedImage(entry, path, captions, entry.identity("cocoid"))

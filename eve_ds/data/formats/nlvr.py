@@ -56,13 +56,19 @@ def read_statements(data: bytes, split: str, path: Path) -> Iterator[Statement]:
         path: folder or archive, for messages.
 
     Raises:
-        SourceError: a line is not an NLVR example.
+        SourceError: a line is not an NLVR example, or two have the same identifier, which names their images.
     """
+    seen: dict[str, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
         where = f"line {number} of {split}.json"
         try:
             entry = Entry(parse_json(line), where)
-            yield Statement(split, entry.text("identifier"), entry.text("sentence"), entry.label())
+            identifier = entry.text("identifier")
+            if seen.setdefault(identifier, number) != number:
+                raise entry.error(f"identifier {identifier} is that of line {seen[identifier]} too")
+            yield Statement(split, identifier, entry.text("sentence"), entry.label())
         except ValueError as error:  # SourceError of the entry, or no JSON
             raise SourceError(
                 f"{path}: {where} is not an NLVR example; expected one JSON object a line with sentence, label, "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eve_ds.data.errors import SourceError
-from eve_ds.data.formats.entries import Entry, described, is_null
+from eve_ds.data.formats.entries import Entry, described
 from eve_ds.data.formats.unread import refuse_document
 
 
@@ -54,11 +54,9 @@ class Statement(NamedTuple):
 
 def captioned_image(entry: Entry) -> CaptionedImage:
     """Record of an entry with captions; raises :class:`SourceError` for a field that is missing or malformed."""
-    image_id = entry.get("image_id")
     image = "file_name" if entry.has("file_name") and not entry.has("image") else "image"
     caption = "text" if entry.has("text") and not entry.has("caption") else "caption"
-    image_id = None if is_null(image_id) else str(image_id)
-    return CaptionedImage(entry, entry.file_name(image), entry.captions(caption), image_id)
+    return CaptionedImage(entry, entry.file_name(image), entry.captions(caption), entry.identity("image_id"))
 
 
 def question(entry: Entry) -> Question:

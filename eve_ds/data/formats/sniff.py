@@ -8,8 +8,8 @@ from pathlib import Path
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.entries import read_json
 
-KEYS = {"questions": "vqav2", "annotations": "vqav2", "images": "karpathy"}
-"""Key of a list in a JSON object -> format."""
+KEYS = {"questions": "vqav2", "images": "karpathy", "annotations": "vqav2"}
+"""Key of a list in a JSON object -> format. COCO has the last two: the reader of Karpathy's files names it."""
 
 
 def sniff(path: Path) -> str:

@@ -1,7 +1,8 @@
 """CSV and TSV files of image paths and captions with a header row.
 
-A field in double quotes may hold delimiters, line ends and doubled quotes (RFC 4180), as `csv` and pandas write it. A
-quote that opens no such field is text: captions have inches and quotations, and TSV files are written without quoting.
+A field in double quotes may hold delimiters, line ends and doubled quotes (RFC 4180), as `csv` and pandas write it, or
+quotes behind a backslash, as Spark and MySQL write them. A quote that opens no such field is text: captions have inches
+and quotations, and TSV files are written without quoting.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from eve_ds.printable import excerpt
 MALFORMED = "malformed entry"
 NO_CAPTION = "no caption"
 _IMAGE_NAME = re.compile(rf"[^\n]*\.({'|'.join(IMAGE_EXTENSIONS)})\"?", re.IGNORECASE)
+_ESCAPED = re.compile(r'\\(["\\])')
+"""A quote or a backslash behind a backslash."""
 _OTHER_DELIMITERS = {"\t": r"\t", ";": ";", ",": ",", "|": "|"}
 
 
@@ -161,6 +164,12 @@ def _quoted(text: str, delimiter: str) -> tuple[list[str] | None, bool]:
     """Fields of one row by the rules of quoting, None where it breaks them; and whether a quoted field has no end."""
     if '"' not in text:
         return text.rstrip("\r\n").split(delimiter), False
+    doubled = _ESCAPED.sub(lambda found: '""' if found[1] == '"' else found[1], text)
+    fields, is_open = _parsed(text, delimiter)
+    return _parsed(doubled, delimiter) if fields is None and not is_open and doubled != text else (fields, is_open)
+
+
+def _parsed(text: str, delimiter: str) -> tuple[list[str] | None, bool]:
     try:
         return next(csv.reader([text], delimiter=delimiter, strict=True)), False
     except csv.Error as error:

@@ -26,9 +26,11 @@ _FIRST_BYTES = {
     b"\x80\x04": ("a pickle", _LIST),
     b"SQLite format 3": ("an SQLite database", _LIST),
     b"\x89HDF": ("HDF5", _LIST),
+    b"version https://git-lfs": ("a pointer of Git LFS", "run `git lfs pull`"),
     b"\xff\xfe": ("UTF-16", _SAVE),
     b"\xfe\xff": ("UTF-16", _SAVE),
 }
+_PAGE = ("a web page", "download the file again")
 _NUL = ("binary, or UTF-16 or UTF-32 without a byte order mark: it has NUL bytes", _SAVE)
 _OBJECTS = {
     ("image_urls", "captions"): ("SBU captions", _DOWNLOAD),
@@ -56,16 +58,25 @@ def refuse_binary(path: Path) -> None:
         start = read_file(path, limits.MIB, size=4096)
     except OSError as error:
         raise SourceError(f"annotation file {path} cannot be read: {error.strerror or error}") from None
-    found = next((kind for magic, kind in _FIRST_BYTES.items() if start.startswith(magic)), None)
-    found = _NUL if found is None and b"\0" in start else found
+    found = binary_kind(start) or (_NUL if b"\0" in start else None)
     if found is not None:
         raise _not_read(path, *found)
+
+
+def binary_kind(start: bytes) -> tuple[str, str] | None:
+    """Name of a format, and what to do with a file of it, by the first bytes; None for those of no known format."""
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return _PAGE
+    return next((kind for magic, kind in _FIRST_BYTES.items() if start.startswith(magic)), None)
 
 
 def refuse_document(path: Path, tree: Any) -> None:
     """Raise :class:`SourceError` for a JSON document of a format that `prepare` recognizes and does not read."""
     if isinstance(tree, dict):
-        found = next((kind for keys, kind in _OBJECTS.items() if tree.keys() >= set(keys)), None)
+        lists = {
+            key for key, value in tree.items() if isinstance(value, list | dict) or key not in ("image", "caption")
+        }
+        found = next((kind for keys, kind in _OBJECTS.items() if lists >= set(keys)), None)
     elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
         known = {"image", "file_name"} & tree[0].keys() and {"caption", "text"} & tree[0].keys()
         found = None if known else next((kind for keys, kind in _ENTRIES.items() if tree[0].keys() >= set(keys)), None)

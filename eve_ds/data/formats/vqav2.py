@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eve_ds.data.errors import SourceError
-from eve_ds.data.formats.entries import Entry, described, numbered, read_json
+from eve_ds.data.formats.entries import Entry, as_text, described, numbered, read_json, shortened
 
 
 class Question(NamedTuple):
@@ -64,7 +64,10 @@ def _read_entries(files: Sequence[Path]) -> tuple[list[tuple[Entry, str]], dict[
         subtype = str(tree.get("data_subtype", ""))
         questions += [(entry, subtype) for entry in numbered(tree.get("questions", []), path)]
         for entry in numbered(tree.get("annotations", []), path):
-            annotations[entry.text("question_id")] = entry
+            key = entry.text("question_id")
+            if key in annotations:
+                raise entry.error(f"question {key} has another annotation at {annotations[key].where}: remove one")
+            annotations[key] = entry
     return questions, annotations
 
 
@@ -83,4 +86,8 @@ def _answers(annotation: Entry) -> tuple[str, ...]:
     answers = annotation.get("answers")
     if not isinstance(answers, list) or not all(isinstance(item, dict) and "answer" in item for item in answers):
         raise annotation.error("answers must be a list of objects with `answer`")
-    return tuple(str(item["answer"]) for item in answers)
+    texts = [as_text(item["answer"]) for item in answers]
+    if None in texts:
+        wrong = shortened(answers[texts.index(None)]["answer"])
+        raise annotation.error(f"an answer ({wrong}) must be a string or a whole number")
+    return tuple(text for text in texts if text is not None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from eve_ds.data.formats.images import is_file
 from eve_ds.data.importers.candidate import FileSlice
 
 
@@ -23,11 +25,18 @@ class ImageFolder:
     follow_links: bool = False
 
     def name(self, path: str) -> str:
-        """Path below the folder that an annotated path means; a path on Windows has backslashes."""
+        """Path below the folder that an annotated path means.
+
+        A path of Windows has backslashes. Names of macOS have their accents apart (NFD), those of others do not (NFC).
+        """
         if self.strip_prefix is not None:
             prefix = f"{_slashes(self.strip_prefix).rstrip('/')}/"
             path = _slashes(path)[len(prefix) :].lstrip("/") if _slashes(path).startswith(prefix) else path
-        return _slashes(path) if "\\" in path and not (self.root / path).is_file() else path
+        if path.isascii() and "\\" not in path:
+            return path
+        plain = _slashes(path)
+        forms = (path, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")))
+        return next((form for form in forms if is_file(self.root / form)), plain)
 
     def image(self, name: str) -> FileSlice:
         """The image file of a name; an absolute one is read if it lies in the folder."""

@@ -6,6 +6,7 @@ same name up to the last dot are one sample: `a.0.jpg` belongs to `a.0.txt`, and
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,14 +17,18 @@ from typing import Any
 
 from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
+from eve_ds.data.formats.entries import Entry
+from eve_ds.data.formats.images import is_file
+from eve_ds.data.formats.unread import binary_kind
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.importers.candidate import Candidate, FileSlice, Skip, existing_folder
-from eve_ds.data.sample_names import is_leftover, shard_files, split_name
+from eve_ds.data.sample_names import is_leftover, packed_tars, shard_files, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
-from eve_ds.reading import parse_json
+from eve_ds.reading import parse_json, read_file
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 TEXT, METADATA = ".txt", ".json"
+_DAMAGED = "damaged tar (members of it are lost)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,13 @@ class Img2datasetCandidate:
         caption = metadata.get("caption") if self.text is None else self.text.read()
         if not isinstance(caption, str | bytes):
             raise BadSample("no caption")
-        return Candidate(self.name, self.image, (caption,), str(metadata.get(self.id_field) or self.name))
+        return Candidate(self.name, self.image, (caption,), self._image_id(metadata))
+
+    def _image_id(self, metadata: dict[str, Any]) -> str:
+        try:
+            return Entry(metadata, self.name).identity(self.id_field) or self.name
+        except SourceError:
+            raise BadSample("unreadable metadata", f"{self.id_field} is no id") from None
 
     def _metadata(self) -> dict[str, Any]:
         if self.metadata is None:
@@ -66,16 +77,32 @@ class Img2dataset:
         self._id_field = id_field
         self._tars = shard_files(self._folder, "**/*.tar")
         self.total: int | None = None
-        self.description: dict[str, Any] = {"format": "img2dataset", "path": str(self._folder), "id_field": id_field}
+        self.description: dict[str, Any] = {
+            "format": "img2dataset",
+            "path": str(self._folder),
+            "id_field": id_field,
+            "contents": self._contents(),
+        }
         if not self._tars and next(iter(self), None) is None:
             raise SourceError(f"{folder} holds neither .tar shards nor images; expected the output of img2dataset")
 
+    def _contents(self) -> str:
+        """Digest of names and sizes of the tars, or of the names of the numbered folders; changes as more arrive."""
+        if self._tars:
+            sizes = (path.stat().st_size if is_file(path) else 0 for path in self._tars)
+            found = [f"{path.relative_to(self._folder)} {size}" for path, size in zip(self._tars, sizes, strict=True)]
+        else:
+            found = sorted(path.name for path in self._folder.iterdir() if not is_leftover(path.name))
+        return hashlib.sha256("\n".join(found).encode(errors="surrogateescape")).hexdigest()
+
     def __iter__(self) -> Iterator[Img2datasetCandidate | Skip]:
-        """Samples sorted by shard, then in the order of the shard; files sorted by name."""
+        """Samples sorted by shard, then in the order of the shard; files sorted by name; compressed tars last."""
         if not self._tars:
             yield from self._files()
         for path in self._tars:
             yield from self._tar(path, str(path.relative_to(self._folder)))
+        for path in packed_tars(self._folder):
+            yield Skip(str(path.relative_to(self._folder)), "compressed tar: unpack it")
 
     def _tar(self, path: Path, shard: str) -> Iterator[Img2datasetCandidate | Skip]:
         members, beside_damage = _list_tar(path)
@@ -90,7 +117,7 @@ class Img2dataset:
             else:
                 yield self._sample(f"{shard}/{stem}", files, divided=counts[stem] > 1)
         if beside_damage:
-            yield Skip(shard, "damaged tar (members of it are lost)")
+            yield Skip(shard, _DAMAGED if members else _without_members(path))
 
     def _files(self) -> Iterator[Img2datasetCandidate | Skip]:
         for folder, subfolders, names in os.walk(self._folder):
@@ -141,6 +168,15 @@ def _parts(members: Iterable[tuple[str, FileSlice]]) -> dict[str, list[tuple[str
 
 def _most(name: str) -> int:
     return limits.METADATA_BYTES if name.lower().endswith((TEXT, METADATA)) else limits.IMAGE_BYTES
+
+
+def _without_members(path: Path) -> str:
+    """Why a file with the name of a tar has no members."""
+    try:
+        kind = binary_kind(read_file(path, limits.MIB, size=16))
+    except OSError:
+        kind = None
+    return _DAMAGED if kind is None else f"no tar but {kind[0]}: {kind[1]}"
 
 
 def _list_tar(path: Path) -> tuple[list[tuple[str, FileSlice]], set[str | None]]:

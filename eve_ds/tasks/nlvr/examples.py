@@ -8,7 +8,7 @@ from pathlib import Path
 from eve_ds.config import ExamplesConfig
 from eve_ds.data.formats import nlvr, nlvr2, released
 from eve_ds.data.formats.entries import list_entries
-from eve_ds.data.formats.images import first_existing
+from eve_ds.data.formats.images import first_existing, image_path
 from eve_ds.data.synthetic.scenes import Split
 from eve_ds.data.synthetic.statements import Statements
 from eve_ds.tasks.examples import Example, SceneExamples
@@ -33,7 +33,7 @@ class SceneStatements(SceneExamples):
 def read_released(source: Published) -> Iterator[Example]:
     """Statements of the released code; the key is the number of the statement."""
     for number, item in enumerate(map(released.statement, list_entries(source.files))):
-        images = tuple(source.images / name for name in item.images)
+        images = tuple(image_path(source.images, name) for name in item.images)
         yield Example(str(number), images, item.sentence, item.sentence, label=item.label)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from eve_ds.config import ExamplesConfig
 from eve_ds.data.formats import karpathy, released
 from eve_ds.data.formats.entries import list_entries
+from eve_ds.data.formats.images import image_path
 from eve_ds.data.synthetic.retrieval_sets import retrieval_set
 from eve_ds.data.synthetic.scenes import Scene, Scenes, Split
 from eve_ds.tasks.examples import Example, SceneExamples
@@ -33,12 +34,17 @@ class SceneCaptions(SceneExamples):
 def read_released(source: Published) -> Iterator[Example]:
     """Captions of the released code; the key is the number of the caption."""
     number = 0
+    image_of: dict[str, str] = {}
     for item in map(released.captioned_image, list_entries(source.files)):
         if not item.captions or not all(item.captions):
             raise item.entry.error(f"image {item.image} has no caption: give one, or leave the image out")
         group = item.image if item.image_id is None else item.image_id
+        if image_of.setdefault(group, item.image) != item.image:
+            raise item.entry.error(
+                f"image_id {group} of {item.image} is that of {image_of[group]} too: give each image an id of its own"
+            )
         for caption in item.captions:
-            yield Example(str(number), (source.images / item.image,), caption, group)
+            yield Example(str(number), (image_path(source.images, item.image),), caption, group)
             number += 1
 
 
@@ -54,5 +60,5 @@ def read_karpathy(source: Published) -> Iterator[Example]:
         if not item.captions or not all(item.captions):
             raise entry.error(f"image {item.path} has no sentences or an empty one: give one, or leave the image out")
         for caption in item.captions:
-            yield Example(str(number), (source.images / item.path,), caption, item.path)
+            yield Example(str(number), (image_path(source.images, item.path),), caption, item.path)
             number += 1

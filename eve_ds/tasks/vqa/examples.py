@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from eve_ds.config import ExamplesConfig
 from eve_ds.data.formats import released, vqav2
 from eve_ds.data.formats.entries import list_entries
-from eve_ds.data.formats.images import first_existing
+from eve_ds.data.formats.images import first_existing, image_path
 from eve_ds.data.synthetic.questions import QUESTION_TYPES, Questions, answers
 from eve_ds.data.synthetic.scenes import Split
 from eve_ds.tasks.examples import Example, SceneExamples
@@ -37,7 +37,7 @@ class SceneQuestions(SceneExamples):
 def read_released(source: Published) -> Iterator[Example]:
     """Questions of the released code."""
     for item in map(released.question, list_entries(source.files)):
-        image = source.images / item.image
+        image = image_path(source.images, item.image)
         yield Example(item.question_id, (image,), item.question, item.question_type, item.answers)
 
 

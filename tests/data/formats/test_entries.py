@@ -103,6 +103,14 @@ def test_a_json_file_with_the_name_of_an_archive_is_no_archive(tmp_path):
         sniff(tmp_path / "gone.tar")
 
 
+@pytest.mark.parametrize("before", ["\n", "\r\n\r\n", " \n", "\ufeff\n", ""], ids=ascii)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".txt"])
+def test_blank_lines_among_json_lines_are_no_entries(tmp_path, before, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(f'{before}{{"image": "a.jpg"}}\n\n{{"image": "b.jpg"}}\n\n'.encode())
+    assert [item.content["image"] for item in list_entries([path])] == ["a.jpg", "b.jpg"]
+
+
 @pytest.mark.parametrize("text", ["[]", "3", "[3]", "{}"])
 def test_a_file_without_a_known_form_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)

@@ -99,6 +99,36 @@ def test_vqav2_question_without_a_type(tmp_path):
     assert question.question_type == ""
 
 
+def vqav2_files(answers, annotations=1):
+    annotation = {"question_id": "1", "answers": [{"answer": answer} for answer in answers]}
+    return {
+        "questions": [{"question_id": 1, "image_id": 2, "question": "who?"}],
+        "annotations": [annotation, annotation | {"question_id": 1.0}][:annotations],
+    }
+
+
+def test_answers_of_vqav2_are_texts_and_numbers(tmp_path):
+    path = write_json(tmp_path / "a.json", vqav2_files(["yes", "", "None", 2, 2.0, "2.0"]))
+    (question,) = vqav2.read_questions([path])
+    assert question.answers == ("yes", "", "None", "2", "2", "2.0")
+
+
+@pytest.mark.parametrize("answer", [None, True, ["x"], {"a": 1}, 0.5, float("nan")], ids=str)
+def test_an_answer_of_vqav2_of_another_type_is_refused(tmp_path, answer):
+    """As text, a missing answer would be the word "None", which counts as 0."""
+    path = write_json(tmp_path / "a.json", vqav2_files(["yes", answer]))
+    with pytest.raises(SourceError, match=r"entry 0: an answer \(.*\) must be a string or a whole number"):
+        list(vqav2.read_questions([path]))
+
+
+def test_two_annotations_of_a_question_of_vqav2_are_refused(tmp_path):
+    path = write_json(tmp_path / "a.json", vqav2_files(["yes"], annotations=2))
+    with pytest.raises(
+        SourceError, match=r"entry 1: question 1 has another annotation at .*a\.json entry 0: remove one"
+    ):
+        list(vqav2.read_questions([path]))
+
+
 def test_vqav2_answers_must_be_objects(tmp_path):
     tree = {
         "questions": [{"question_id": 1, "image_id": 2, "question": "who?"}],
@@ -106,6 +136,23 @@ def test_vqav2_answers_must_be_objects(tmp_path):
     }
     with pytest.raises(SourceError, match="entry 0: answers must be a list of objects with `answer`"):
         list(vqav2.read_questions([write_json(tmp_path / "a.json", tree)]))
+
+
+NLVR_LINE = '{{"sentence": "{}", "label": "true", "identifier": "{}"}}'
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_of_nlvr_are_no_statements(end):
+    lines = ["", NLVR_LINE.format("one", "1-0"), " ", NLVR_LINE.format("two", "2-0"), "", ""]
+    found = nlvr.read_statements(end.join(lines).encode(), "dev", "dev.json")
+    assert [(item.identifier, item.sentence) for item in found] == [("1-0", "one"), ("2-0", "two")]
+
+
+def test_two_statements_of_nlvr_with_the_same_images_are_refused():
+    """One of them would silently replace the other, perhaps with another label."""
+    lines = "\n".join(NLVR_LINE.format(sentence, "1-0") for sentence in ("one", "two"))
+    with pytest.raises(SourceError, match=r"line 2 of dev\.json: identifier 1-0 is that of line 1 too"):
+        list(nlvr.read_statements(lines.encode(), "dev", "dev.json"))
 
 
 # --- NLVR2 and NLVR ---------------------------------------------------------------------------------------------------

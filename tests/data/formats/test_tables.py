@@ -89,6 +89,40 @@ def test_what_csv_writes_is_read(tmp_path_factory, captions, delimiter, quote_al
     assert pairs(rows(folder, file.getvalue(), delimiter=delimiter)) == enumerated(captions)
 
 
+@given(
+    st.lists(captions_of_any_kind.filter(lambda text: not {*text} & {"\\", '"'}), min_size=1, max_size=6),
+    st.sampled_from([",", ";"]),
+    st.booleans(),
+)
+def test_what_spark_writes_is_read(tmp_path_factory, captions, delimiter, quote_all):
+    """Quotes stand behind a backslash; reference: the writer of the standard library with this rule."""
+    captions = [f'"x{caption}" {number}' for number, caption in enumerate(captions)]
+    file = io.StringIO(newline="")
+    quoting = csv.QUOTE_ALL if quote_all else csv.QUOTE_NONNUMERIC
+    writer = csv.writer(file, delimiter=delimiter, quoting=quoting, doublequote=False, escapechar="\\")
+    writer.writerows([("image", "caption"), *enumerated(captions)])
+    folder = tmp_path_factory.mktemp("csv", numbered=True)
+    assert pairs(rows(folder, file.getvalue(), delimiter=delimiter)) == enumerated(captions)
+
+
+@pytest.mark.parametrize(
+    ("written", "caption"),
+    [
+        (r'"a \"red\" cat, on a mat"', 'a "red" cat, on a mat'),
+        (r'"\"\""', '""'),
+        (r'"\"red\" in C:\\"', '"red" in C:' + "\\"),
+        (r'"a 5\" pipe"', 'a 5" pipe'),
+        (r"a 5\" pipe", r"a 5\" pipe"),
+        (r"C:\new \ x", r"C:\new \ x"),
+        (r'"C:\new, \ x"', r"C:\new, \ x"),
+        (r'"a" \"b\"', r'"a" \"b\"'),
+    ],
+)
+def test_a_backslash_escapes_quotes_of_a_quoted_field_alone(tmp_path, written, caption):
+    text = f"image,caption\n0.jpg,{written}\n1.jpg,a dog\n"
+    assert pairs(rows(tmp_path, text)) == [("0.jpg", caption), ("1.jpg", "a dog")]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("last", [True, False])
@@ -158,6 +192,8 @@ REFUSED = {
     "UTF-16": ("image,caption\na.jpg,x".encode("utf-16"), r"is UTF-16; this is not read: save it as UTF-8"),
     "UTF-16 without a mark": ("image,caption".encode("utf-16-le"), r"it has NUL bytes; this is not read: save it as"),
     "UTF-32": ("image,caption".encode("utf-32"), r"is UTF-16; this is not read|NUL bytes"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", r"is a pointer of Git LFS; .*: run `git lfs pull`"),
+    "web page": (b"<!DOCTYPE html>\n<p>404", r"is a web page; this is not read: download the file again"),
     "Parquet": (b"PAR1\0\0", r"is Parquet, as LAION's lists; this is not read: download the images with img2dataset"),
     "Excel": (b"PK\x03\x04\0", r"is a zip archive or a spreadsheet; this is not read: unpack it, or save the sheet"),
     "gzip": (b"\x1f\x8b\x08", r"is compressed by gzip; this is not read: unpack it"),
