@@ -50,7 +50,11 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
     with lock, stop or StopSignals() as signals, Trainer(job, engine, optimizer, signals) as trainer:
         if checkpoint is not None:
             trainer.resume(checkpoint)
-        return trainer.run()
+        summary = trainer.run()
+    # Otherwise hooks keep the memory of a ZeRO 2 engine for ever, and the destructor of the others imports modules
+    # whenever Python collects garbage. Within another import that is a KeyError in CPython before 3.12.
+    engine.destroy()
+    return summary
 
 
 def set_up_backbone(backbone: Backbone, train: TrainConfig) -> None:

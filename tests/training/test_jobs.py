@@ -1,6 +1,8 @@
 """Pre-training and fine-tuning share one loop: the same records, monitors, skips and progress, whatever the job."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -9,18 +11,26 @@ from tiny import tiny_config
 
 from eve_ds.config import parse_config
 
-ZERO = {"zero_optimization": {"stage": 1}}
+ZERO = {"zero_optimization": {"stage": 2}}
 SHORT = ["train.train_batch_size=4", "train.metrics_every=1"]
 
 
 def run_both(rank, world_size, tree, folder):
-    """Pre-train and fine-tune three steps each; the second loss is NaN. Returns the log lines of progress."""
+    """Pre-train and fine-tune three steps each; the second loss is NaN.
+
+    Returns the log lines of progress, and whether the engine of each run still exists.
+    """
     import torch
 
     from eve_ds.model import with_losses
-    from eve_ds.training import finetune, pretrain, progress_line
+    from eve_ds.training import finetune, pretrain, progress_line, start
 
-    calls, lines = [], []
+    calls, lines, engines = [], [], []
+
+    def initialize(*arguments, original=start.initialize_engine):
+        engine = original(*arguments)
+        engines.append(weakref.ref(engine))
+        return engine
 
     def poisoned(terms, weights, original=with_losses.weighted_sum):
         calls.append(None)
@@ -33,12 +43,14 @@ def run_both(rank, world_size, tree, folder):
     tree = {**tree, "train": {**tree["train"], **common, "output_dir": f"{folder}/finetune"}}
     with (
         mock.patch.object(with_losses, "weighted_sum", poisoned),
+        mock.patch.object(start, "initialize_engine", initialize),
         mock.patch.object(pretrain, "trains_on_scenes", return_value=False),
         mock.patch.object(progress_line, "get_logger", return_value=mock.Mock(info=lambda *args: lines.append(args))),
     ):
         pretrain.pretrain(tiny_config(*settings, f"train.output_dir={folder}/pretrain"), ZERO | monitors, "none")
         finetune.finetune(parse_config(tree), ZERO | monitors)
-    return [text for _, text, _ in lines]
+    gc.collect()
+    return [text for _, text, _ in lines], [engine() is not None for engine in engines]
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +60,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def runs(folder, run_ranks, task_tree):
-    """Records of both runs by kind, and their progress lines."""
-    if not (folder / "lines.json").exists():
-        (lines,) = run_ranks(run_both, 1, task_tree("vqa"), str(folder), timeout=200)
-        (folder / "lines.json").write_text(json.dumps(lines))
+    """Records of both runs by kind, their progress lines, and whether their engines are left."""
+    if not (folder / "found.json").exists():
+        (found,) = run_ranks(run_both, 1, task_tree("vqa"), str(folder), timeout=200)
+        (folder / "found.json").write_text(json.dumps(found))
     records = {}
     for job in ("pretrain", "finetune"):
         found = [json.loads(line) for line in (folder / job / "metrics.jsonl").read_text().splitlines()]
         records[job] = {kind: [r for r in found if r["kind"] == kind] for kind in ("train", "event", "save", "eval")}
-    return records, json.loads((folder / "lines.json").read_text())
+    return records, *json.loads((folder / "found.json").read_text())
 
 
 @pytest.mark.parametrize(("job", "terms"), [("pretrain", {"mim", "mlm"}), ("finetune", {"vqa"})])
@@ -86,6 +98,10 @@ def test_progress_lines_show_the_terms_of_the_job(runs):
     lines = runs[1]
     assert sum(" mim " in line and " mlm " in line for line in lines) == 2
     assert sum(" vqa " in line for line in lines) == 2
+
+
+def test_the_memory_of_an_engine_is_freed_with_its_run(runs):
+    assert runs[2] == [False, False]
 
 
 def test_monitors_get_the_numbers_of_both_jobs(runs, folder):
