@@ -57,25 +57,29 @@ def train(rank, world_size, folder):
     from eve_ds.training import start
     from eve_ds.training.trainer import Trainer
 
-    models = []
+    found = []
 
     class Watched(Trainer):
         def __exit__(self, *error):
-            models.append(self.model)
+            found.append(self.look())
             super().__exit__(*error)
+
+        def look(self):
+            module = self.model.eval()
+            with torch.no_grad():
+                output = module(**fixed_inputs())
+            outputs = {"pixel_predictions": output.pixel_predictions, "token_logits": output.token_logits().detach()}
+            weights = dict(plain_named_tensors(module, lambda parameter: parameter.detach().clone()))
+            stage = self.engine.zero_optimization_stage()
+            masters = dict(plain_named_tensors(module, lambda p: safe_get_full_fp32_param(p).clone())) if stage else {}
+            return {"outputs": outputs, "weights": weights, "masters": masters}
 
     start.Trainer = Watched
     pretraining.evaluate_scenes = lambda *_, **__: {}
     results = {}
     for name, (_, stage) in RUNS.items():
         pretraining.pretrain(config_of(name, folder), {"zero_optimization": {"stage": stage}})
-        module = models.pop().eval()
-        with torch.no_grad():
-            output = module(**fixed_inputs())
-        outputs = {"pixel_predictions": output.pixel_predictions, "token_logits": output.token_logits().detach()}
-        weights = dict(plain_named_tensors(module, lambda parameter: parameter.detach().clone()))
-        masters = dict(plain_named_tensors(module, lambda p: safe_get_full_fp32_param(p).clone())) if stage else {}
-        results[name] = {"outputs": outputs, "weights": weights, "masters": masters}
+        results[name] = found.pop()
     return results
 
 
