@@ -24,6 +24,7 @@ from PIL import Image, ImageOps, features
 
 from eve_ds import limits
 from eve_ds.data.errors import BadSample
+from eve_ds.data.failed_download import failed_download
 
 _HAS_AVIF = "avif" in features.modules and features.check_module("avif")  # Pillow 11.3, where libavif was there
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if _HAS_AVIF else []))
@@ -52,9 +53,6 @@ _OTHER_FORMATS = {
     "ICO": rb"\0\0\x01\0",
 }
 """Formats that users have and that are not read -> first bytes."""
-
-_NO_IMAGES = {"a pointer of Git LFS": rb"version https://git-lfs", "a web page": rb"(?i)\s*<(!doctype html|html)"}
-"""What a failed download leaves in place of an image -> first bytes."""
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -157,9 +155,9 @@ def undecodable(error: Exception) -> BadSample:
 def _unopened(data: bytes, error: Exception) -> BadSample:
     if _ZERO_SIZE.match(data):
         return BadSample("zero-size image", "its header gives a width or height of 0")
-    for name, start in _NO_IMAGES.items():
-        if re.match(start, data[:1024]):
-            return BadSample(f"no image but {name}", "get the file again")
+    failed = failed_download(data[:1024])
+    if failed is not None:
+        return BadSample(f"no image but {failed}", "get the file again")
     for name, start in _OTHER_FORMATS.items():
         if re.match(start, data[:1024], re.DOTALL):
             return BadSample(f"unreadable image ({name})", f"not one of {', '.join(READ_FORMATS)}: convert it to PNG")

@@ -8,6 +8,7 @@ from typing import Any
 
 from eve_ds import limits
 from eve_ds.data.errors import SourceError
+from eve_ds.data.failed_download import GIT_LFS, WEB_PAGE, failed_download
 from eve_ds.reading import read_file
 
 _LIST = 'write a table of image and caption, or [{"image": path, "caption": text}]'
@@ -26,11 +27,10 @@ _FIRST_BYTES = {
     b"\x80\x04": ("a pickle", _LIST),
     b"SQLite format 3": ("an SQLite database", _LIST),
     b"\x89HDF": ("HDF5", _LIST),
-    b"version https://git-lfs": ("a pointer of Git LFS", "run `git lfs pull`"),
     b"\xff\xfe": ("UTF-16", _SAVE),
     b"\xfe\xff": ("UTF-16", _SAVE),
 }
-_PAGE = ("a web page", "download the file again")
+_DOWNLOAD_AGAIN = {GIT_LFS: "run `git lfs pull`", WEB_PAGE: "download the file again"}
 _NUL = ("binary, or UTF-16 or UTF-32 without a byte order mark: it has NUL bytes", _SAVE)
 _OBJECTS = {
     ("image_urls", "captions"): ("SBU captions", _DOWNLOAD),
@@ -65,18 +65,18 @@ def refuse_binary(path: Path) -> None:
 
 def binary_kind(start: bytes) -> tuple[str, str] | None:
     """Name of a format, and what to do with a file of it, by the first bytes; None for those of no known format."""
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return _PAGE
+    failed = failed_download(start)
+    if failed is not None:
+        return failed, _DOWNLOAD_AGAIN[failed]
     return next((kind for magic, kind in _FIRST_BYTES.items() if start.startswith(magic)), None)
 
 
 def refuse_document(path: Path, tree: Any) -> None:
     """Raise :class:`SourceError` for a JSON document of a format that `prepare` recognizes and does not read."""
     if isinstance(tree, dict):
-        lists = {
-            key for key, value in tree.items() if isinstance(value, list | dict) or key not in ("image", "caption")
-        }
-        found = next((kind for keys, kind in _OBJECTS.items() if lists >= set(keys)), None)
+        # One entry, {"image": path, "caption": text}, is no table by columns, whose values are lists.
+        known = {"image", "caption"} & {key for key, value in tree.items() if not isinstance(value, list | dict)}
+        found = next((kind for keys, kind in _OBJECTS.items() if tree.keys() - known >= set(keys)), None)
     elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
         known = {"image", "file_name"} & tree[0].keys() and {"caption", "text"} & tree[0].keys()
         found = None if known else next((kind for keys, kind in _ENTRIES.items() if tree[0].keys() >= set(keys)), None)

@@ -1,0 +1,13 @@
+"""Recognizes what a failed download leaves in place of a file. Imports no torch, which takes seconds."""
+
+from __future__ import annotations
+
+GIT_LFS, WEB_PAGE = "a pointer of Git LFS", "a web page"
+
+
+def failed_download(start: bytes) -> str | None:
+    """Name of what stands in place of a file, by its first bytes: GIT_LFS or WEB_PAGE; None for anything else."""
+    if start.startswith(b"version https://git-lfs"):
+        return GIT_LFS
+    is_page = start.lstrip().lower().startswith((b"<!doctype html", b"<html"))
+    return WEB_PAGE if is_page else None
