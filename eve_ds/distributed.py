@@ -13,10 +13,12 @@ import random
 import re
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +66,7 @@ def initialize_process_group(backend: str | None = None, timeout: timedelta = DE
     else:
         _check_interface(info)
         _join(backend, timeout)
-    atexit.register(_leave_process_group)
+    atexit.register(leave_process_group)
     return info
 
 
@@ -112,15 +114,33 @@ def _check_interface_names() -> None:
             )
 
 
-def _leave_process_group() -> None:
-    """End gloo's threads before the interpreter shuts down.
+def leave_process_group(limit: float = 5.0) -> None:
+    """End gloo's work before the interpreter shuts down; runs at the exit of a process that joined a group.
 
-    Processes that ended while the group was alive sometimes aborted after all work was done ("terminate called without
-    an active exception"). This happened too rarely to prove that the group is the whole cause. NCCL groups are left to
-    torch, because ending them waits for operations that a failed peer will never finish.
+    A worker thread of gloo drops the tensors of a collective a moment after it has reported the result. It needs the
+    lock of the interpreter for that, and a process that shuts down meanwhile aborts ("terminate called without an
+    active exception"; pytorch/pytorch, pull request 179291). Ending a group joins its threads only if nobody else
+    holds the group, and DeepSpeed's modules do, so this function also waits until the threads sleep. NCCL groups are
+    left to torch, because ending them waits for operations that a failed peer will never finish.
+
+    Args:
+        limit: longest wait, in seconds.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
+    deadline, asleep = time.monotonic() + limit, 0
+    while asleep < 2 and time.monotonic() < deadline:  # one look could meet a thread that waits for this one's lock
+        time.sleep(0.001)
+        asleep = asleep + 1 if set(_gloo_thread_states()) <= {"S"} else 0
+
+
+def _gloo_thread_states() -> Iterator[str]:
+    """State of every worker thread of gloo as Linux names it, such as S (sleeping) or R (running); none elsewhere."""
+    for status in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # the thread has ended
+            name, _, rest = status.read_text().partition("(")[2].rpartition(")")
+            if name == "pt_gloo_runloop":
+                yield rest.split()[0]
 
 
 def _check_interface(info: RankInfo) -> None:

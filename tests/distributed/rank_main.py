@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from eve_ds.distributed import leave_process_group
+
 
 def main() -> None:
     file, name, folder, timeout = sys.argv[1:]
@@ -37,7 +39,7 @@ def main() -> None:
     (Path(folder) / f"result{rank}.pickle").write_bytes(pickle.dumps(result))
     if dist.is_initialized():
         dist.barrier()  # no rank may leave while another is inside a collective
-        dist.destroy_process_group()
+    leave_process_group()
     gc.freeze()  # the interpreter would search the objects of torch for cycles several times: a second of CPU time
 
 
