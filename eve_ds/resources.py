@@ -55,6 +55,8 @@ _LACKS = (
 
 def lack(error: BaseException) -> str | None:
     """One line about an error that says what the machine lacks, and what to do; None for any other error."""
+    if isinstance(error, BlockingIOError) and hasattr(error, "characters_written"):
+        return None  # of a full pipe; a process that cannot start has the same number, but writes nothing
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for GPUs
         number = errno.ENOMEM

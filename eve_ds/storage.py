@@ -14,8 +14,6 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, e
 """Full disk, used-up quota, too large a file, read-only mount, broken device, lost network mount: other settings do not
 help, and the same command succeeds once the disk works again."""
 _OS_ERROR_OF_RUST = re.compile(r"(?P<reason>[^:]+) \(os error (?P<number>\d+)\)")
-
-
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 
 

@@ -84,6 +84,7 @@ def test_one_line_says_what_is_lacking(name):
         ValueError("out of memory"),
         FileNotFoundError(errno.ENOENT, "No such file", "x"),
         KeyError("DataLoader worker (pid 3)"),
+        BlockingIOError(errno.EAGAIN, "write could not complete without blocking", 0),
     ],
 )
 def test_other_errors_are_none_of_these(error):
