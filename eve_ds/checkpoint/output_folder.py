@@ -22,11 +22,11 @@ def enclosing_checkpoint(folder: Path) -> Path | None:
     )
 
 
-def refuse_checkpoint(out: Path, error: type[ValueError]) -> None:
-    """Raise an error of the given class if the folder `out` lies in a checkpoint."""
+def refuse_checkpoint(out: Path, error: type[ValueError], option: str = "--out") -> None:
+    """Raise an error of the given class if the folder or file `out`, which an option names, lies in a checkpoint."""
     checkpoint = enclosing_checkpoint(out)
     if checkpoint is not None:
-        raise error(f"--out {out} lies in the checkpoint {checkpoint}, which it would damage: name another folder")
+        raise error(f"{option} {out} lies in the checkpoint {checkpoint}, which it would damage: name another folder")
 
 
 def check_output_folder(out: Path, error: type[ValueError], is_own: Callable[[str], object] | None = None) -> set[str]:

@@ -132,9 +132,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     start_log()
     from rich.console import Console
 
+    from eve_ds.checkpoint.output_folder import refuse_checkpoint
+    from eve_ds.config import ConfigError
     from eve_ds.distributed import rank_losses
 
     console = Console()
+    for option in ("json", "csv"):  # before the evaluation, which takes minutes
+        file = getattr(arguments, option, None)
+        if file is not None:
+            refuse_checkpoint(file, ConfigError, f"--{option}")
     with rank_losses():
         tables = arguments.run(arguments)
     for table in tables:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eve_ds.checkpoint.output_folder import check_output_folder, enclosing_checkpoint, replacing
-from eve_ds.cli import report
+from eve_ds.cli import evaluate, report
 from eve_ds.config import ConfigError
 from eve_ds.evaluation.predictions import _lock
 
@@ -45,6 +45,11 @@ def test_predictions_and_reports_follow_the_same_rule(checkpoint, capsys):
         _lock(checkpoint / "predictions", held)
     assert report.main([str(checkpoint.parents[1]), "--out", str(checkpoint / "report")]) == 2
     assert f"report: --out {checkpoint}/report lies in the checkpoint {checkpoint}, which" in capsys.readouterr().err
+    for command, option in (("scenes", "--json"), ("task", "--csv")):
+        file = checkpoint / "results"
+        options = [] if command == "scenes" else ["--out", str(checkpoint.parents[1] / "predictions")]
+        assert evaluate.main([command, "--model", "x", option, str(file), *options]) == 2
+        assert f"evaluate: {option} {file} lies in the checkpoint {checkpoint}, which" in capsys.readouterr().err
     assert sorted(checkpoint.rglob("*")) == before
 
 
