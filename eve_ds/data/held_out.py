@@ -63,11 +63,10 @@ def _places(
             for number in range(size):
                 if count == validation.num_samples:
                     return
-                key = _key(source, shard, number)
-                image = image_key(key)
-                further = image != key and image == before  # captions of an image stand together in a shard
+                image = _image(source, shard, number)
+                further = image != "" and image == before  # captions of an image stand together in a shard
                 before = image
-                if not further and (not validation.share or is_held_out(key, validation.share)):
+                if not further and (not validation.share or is_held_out(image, validation.share)):
                     count += 1
                     yield source, (shard, number)
     if not count:
@@ -77,9 +76,9 @@ def _places(
         )
 
 
-def _key(source: SampleSource, shard: int, number: int) -> str:
+def _image(source: SampleSource, shard: int, number: int) -> str:
     try:
-        return source.key(shard, number)
+        return source.image(shard, number)
     except BadSample:
         return ""
 
@@ -90,7 +89,7 @@ def _read(source: SampleSource, shard: int, number: int) -> Sample | None:
         sample = source.read(Place(source=0, epoch=0, shard=shard, number=number, slot=0))
     except BadSample:
         return None
-    return None if sample.image is None or sample.caption is None else sample
+    return None if sample is None or sample.image is None or sample.caption is None else sample
 
 
 def _refuse_shared_shards(validation: Sequence[SourceConfig], training: Sequence[SourceConfig]) -> None:
@@ -102,4 +101,4 @@ def _refuse_shared_shards(validation: Sequence[SourceConfig], training: Sequence
 
 
 def _paths(source: SourceConfig) -> list[Path]:
-    return [Path(shard.path).resolve() for shard in find_shards(source.shards)] if source.shards else []
+    return [Path(shard.address).resolve() for shard in find_shards(source.shards)] if source.shards else []

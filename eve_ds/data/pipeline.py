@@ -80,13 +80,11 @@ def read_samples(
     places: Iterable[tuple[int, Place]], sources: Sequence[SampleSource], held_out_share: float = 0.0
 ) -> Iterator[tuple[int, Sample | Skipped | None]]:
     """Second stage: read, decode and crop; yield an unusable sample as :class:`Skipped`, a held-out one as None."""
+    held_out = partial(is_held_out, share=held_out_share)
     for consumed, place in places:
         source = sources[place.source]
         try:
-            if held_out_share and is_held_out(source.key(place.shard, place.number), held_out_share):
-                yield consumed, None
-            else:
-                yield consumed, source.read(place)
+            yield consumed, source.read(place, held_out)
         except BadSample as error:
             key = "" if error.key is None else f", key {error.key}"
             yield consumed, Skipped(error.reason, f"{source.describe(place.shard, place.number)}{key}: {error}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from eve_ds.config import Config, ConfigError, SourceConfig
@@ -15,7 +14,9 @@ from eve_ds.data.errors import BadSample
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
-from eve_ds.data.shards import ShardFile, find_shards
+from eve_ds.data.sample_names import image_key
+from eve_ds.data.shard_paths import name_of
+from eve_ds.data.shards import ShardFile, StoredSample, find_shards, open_shard
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.transforms import TrainTransform
 
@@ -32,6 +33,10 @@ class UnusableData(ValueError):
     """Raised if the data cannot be used for training; the message names shard, key and reason."""
 
 
+def _none(image: str) -> bool:
+    return False
+
+
 class SampleSource(Protocol):
     """One source of the mixture."""
 
@@ -42,15 +47,15 @@ class SampleSource(Protocol):
     has_captions: bool
     """Whether samples can have a caption."""
 
-    def read(self, place: Place) -> Sample:
-        """Read the sample at a place.
+    def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
+        """Read the sample at a place; None if `left_out` is true for the name of its image.
 
         Raises:
             BadSample: the sample cannot be used.
         """
 
-    def key(self, shard: int, number: int) -> str:
-        """Return the key of a sample without reading its members.
+    def image(self, shard: int, number: int) -> str:
+        """Return the name of the image of a sample, without reading its members; all captions of an image have one.
 
         Raises:
             BadSample: the sample is missing.
@@ -121,22 +126,24 @@ class GeneratedSource:
         full, rest = divmod(config.num_samples, GENERATED_PER_SHARD)
         self.shard_sizes = [GENERATED_PER_SHARD] * full + ([rest] if rest else [])
 
-    def read(self, place: Place) -> Sample:
+    def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
         """Generate one sample."""
-        key, epoch = self.key(place.shard, place.number), place.epoch
+        key, epoch = self.image(place.shard, place.number), place.epoch
+        if left_out(key):
+            return None
         in_order = self._reading_order.holds(place.slot, epoch, key)
         scene = self._scenes.scene(place.shard * GENERATED_PER_SHARD + place.number, reading_order=in_order)
         caption = scene.caption if self.has_captions else None
         image = self._transform(scene.image, caption, epoch, key) if self.has_images else None
         return Sample(key, epoch, image, caption)
 
-    def key(self, shard: int, number: int) -> str:
+    def image(self, shard: int, number: int) -> str:
         """Return the key of a scene, made of level, seed and index."""
         return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
 
     def describe(self, shard: int, number: int) -> str:
         """Return the key of the sample; generated samples have no shards."""
-        return self.key(shard, number)
+        return self.image(shard, number)
 
     def fingerprint(self) -> str:
         """Return level, seed and number of samples, and the order of captions if it is not random."""
@@ -160,10 +167,12 @@ class ShardsSource:
         self.shard_sizes = [shard.num_samples for shard in self._shards]
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
-    def read(self, place: Place) -> Sample:
+    def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
         """Read, decode and crop one sample."""
         epoch = place.epoch
-        key, fields = self._fields(place.shard, place.number)
+        key, fields, image_name = self._stored(place.shard, place.number)
+        if left_out(image_key(image_name)):
+            return None
         try:
             caption = self._caption(fields)
             encoded = self._encoded_image(fields)
@@ -175,14 +184,14 @@ class ShardsSource:
             raise
         return Sample(key, epoch, image, caption)
 
-    def key(self, shard: int, number: int) -> str:
-        """Return the name of the sample's members without extension."""
+    def image(self, shard: int, number: int) -> str:
+        """Return the key of the image, that of its members; shards that repeat an image have it once as well."""
         try:
-            return self._shard_file(shard).key(number)
+            return image_key(self._shard_file(shard).image(number))
         except OSError as error:
             raise BadSample("unreadable shard", str(error)) from None
 
-    def _fields(self, shard: int, number: int) -> tuple[str, dict[str, bytes]]:
+    def _stored(self, shard: int, number: int) -> StoredSample:
         try:
             return self._shard_file(shard).read(number)
         except OSError as error:
@@ -192,10 +201,10 @@ class ShardsSource:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        file = ShardFile(self._shards[shard].path)
+        file = open_shard(self._shards[shard])
         if len(file) > self._shards[shard].num_samples:
             raise UnusableData(
-                f"shard {file.path} holds {len(file)} samples, its index says {self._shards[shard].num_samples}: "
+                f"shard {file.address} holds {len(file)} samples, its index says {self._shards[shard].num_samples}: "
                 "write the index again with launcher/prepare.py, or remove it to have the shards scanned"
             )
         self._open[shard] = file
@@ -225,11 +234,11 @@ class ShardsSource:
 
     def describe(self, shard: int, number: int) -> str:
         """Return the path of the shard and the index of the sample in it."""
-        return f"shard {self._shards[shard].path}, sample {number}"
+        return f"shard {self._shards[shard].address}, sample {number}"
 
     def fingerprint(self) -> str:
         """Return a digest of names and sizes of the shards in their order, independent of their folder."""
-        digest = _digest(f"{Path(shard.path).name} {shard.num_samples}" for shard in self._shards)
+        digest = _digest(f"{name_of(shard.address)} {shard.num_samples}" for shard in self._shards)
         return f"{len(self._shards)} shards, {sum(self.shard_sizes)} samples, {digest}"
 
     def contents(self) -> dict[str, str]:

@@ -251,7 +251,9 @@ def test_resuming_reads_and_decodes_no_served_sample(tmp_path, monkeypatch):
     opened, read, decoded = [], [], []
     open_shard, read_sample, resize = shards_module.ShardFile.__init__, shards_module.ShardFile.read, transforms.resize
     monkeypatch.setattr(
-        shards_module.ShardFile, "__init__", lambda self, path: opened.append(path) or open_shard(self, path)
+        shards_module.ShardFile,
+        "__init__",
+        lambda self, path, *more: opened.append(path) or open_shard(self, path, *more),
     )
     monkeypatch.setattr(
         shards_module.ShardFile, "read", lambda self, number: read.append(number) or read_sample(self, number)
@@ -270,9 +272,9 @@ def test_rank_opens_only_the_shards_of_its_lanes(tmp_path, monkeypatch):
     original = shards_module.ShardFile.__init__
     for rank in range(2):
 
-        def counted(self, path, seen=opened[rank]):
-            seen.add(path)
-            original(self, path)
+        def counted(self, address, *more, seen=opened[rank]):
+            seen.add(address)
+            original(self, address, *more)
 
         monkeypatch.setattr(shards_module.ShardFile, "__init__", counted)
         Run(config, rank, 2, batch=8).take(16)
