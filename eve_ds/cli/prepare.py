@@ -37,7 +37,7 @@ from eve_ds.cli.command import (
 from eve_ds.cli.shard_progress import Tally, print_report, shown_progress
 
 if TYPE_CHECKING:
-    from eve_ds.data.importers import Source
+    from eve_ds.data.importers import ImagePaths, Source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,8 +81,12 @@ def build_parser() -> Parser:
     add_source("nlvr", "NLVR 1.0: archives or extracted folders", _add_nlvr, _nlvr)
     add_source("img2dataset", "output of img2dataset, tars or files", _add_img2dataset, _img2dataset)
     add_source("karpathy", "COCO or Flickr30K with Karpathy's splits", _add_karpathy, _karpathy)
-    add_source("json", "[{image, caption, image_id}]; metadata.jsonl", _add_caption_json, _caption_json)
-    add_source("table", "CSV or TSV of image path and caption", _add_table, _table)
+    add_source("coco", "COCO captions of 2014 or 2017", _add_coco, _coco)
+    add_source("visual_genome", "region descriptions of Visual Genome", _add_visual_genome, _visual_genome)
+    add_source("urls", "lists of addresses (SBU, CC3M, CC12M, LAION) with downloaded images", _add_urls, _urls)
+    add_source("json", "[{image, caption, image_id}], JSON lines, X-VLM's elems", _add_caption_json, _caption_json)
+    add_source("imagefolder", "image folder of Hugging Face, with metadata files", _add_image_folder, _image_folder)
+    add_source("table", "CSV, TSV or Parquet of image and caption", _add_table, _table)
     add_source("scenes", "generated scenes", _add_scenes, _scenes)
     _add_tokenizer(commands.add_parser("tokenizer", help="train a BPE tokenizer on the captions of shards"))
     return parser
@@ -103,7 +107,7 @@ def _shared_options() -> Parser:
         type=positive,
         default=1000,
         metavar="N",
-        help="number of samples in each shard (default: %(default)s)",
+        help="number of captions in each shard (default: %(default)s)",
     )
     shared.add_argument(
         "--max_size",
@@ -112,7 +116,13 @@ def _shared_options() -> Parser:
         help="shrink images whose shorter side is longer to this size, as JPEG",
     )
     shared.add_argument("--limit", type=positive, metavar="N", help="take the first N images of the source only")
-    shared.add_argument("--exclude_ids", metavar="FILE", help="leave out these image ids: ids.txt of a test set")
+    shared.add_argument(
+        "--exclude_ids",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="leave out these image ids, such as ids.txt of a test set; may be given several times",
+    )
     shared.add_argument(
         "--unescape_html", action="store_true", help="replace HTML entities of captions, such as &amp;, by characters"
     )
@@ -157,29 +167,94 @@ def _add_karpathy(parser: argparse.ArgumentParser) -> None:
 def _karpathy(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import Karpathy
 
-    return Karpathy(arguments.path, arguments.images, arguments.split, arguments.strip_prefix, arguments.follow_links)
+    return Karpathy(arguments.path, _image_paths(arguments), arguments.split)
+
+
+def _add_coco(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="+", help="captions_train2014.json, captions_train2017.json and the like")
+    _add_images(parser)
+
+
+def _coco(arguments: argparse.Namespace) -> Source:
+    from eve_ds.data.importers import Coco
+
+    return Coco(arguments.path, _image_paths(arguments))
+
+
+def _add_visual_genome(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="region_descriptions.json")
+    _add_images(parser)
+    _add_boxes(parser)
+    parser.add_argument(
+        "--image_data",
+        metavar="FILE",
+        help="image_data.json, which names images of COCO and Flickr30K (default: the file beside the regions)",
+    )
+
+
+def _visual_genome(arguments: argparse.Namespace) -> Source:
+    from eve_ds.data.importers import VisualGenome
+
+    source = VisualGenome(arguments.path, _image_paths(arguments), arguments.image_data, arguments.boxes)
+    if arguments.exclude_ids and not source.knows_other_names:
+        print(
+            "prepare: warning: without image_data.json (--image_data), images of COCO and Flickr30K are not recognized "
+            "by their ids, and --exclude_ids does not leave them out",
+            file=sys.stderr,
+        )
+    return source
 
 
 def _add_caption_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="+", help="annotation files")
     _add_images(parser)
+    _add_boxes(parser)
 
 
 def _caption_json(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import CaptionJson
 
-    return CaptionJson(arguments.path, arguments.images, arguments.strip_prefix, arguments.follow_links)
+    return CaptionJson(arguments.path, _image_paths(arguments), arguments.boxes)
+
+
+def _add_urls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", nargs="+", help="SBU's JSON, TSV of CC3M or CC12M with or without a header row, Parquet of LAION"
+    )
+    parser.add_argument("--images", required=True, metavar="DIR", help="output folder of img2dataset, as tars or files")
+    parser.add_argument("--url_column", metavar="NAME", help="column of addresses (default: url, URL or image_url)")
+    parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: caption, text or TEXT)")
+
+
+def _urls(arguments: argparse.Namespace) -> Source:
+    from eve_ds.data.formats.address_lists import ADDRESSED
+    from eve_ds.data.importers import Addresses
+
+    columns = ADDRESSED._replace(
+        image=arguments.url_column or ADDRESSED.image, caption=arguments.caption_column or ADDRESSED.caption
+    )
+    return Addresses(arguments.path, arguments.images, columns)
+
+
+def _add_image_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="folder with metadata.jsonl, .csv or .parquet at any depth")
+    parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: text or caption)")
+    _add_follow_links(parser)
+
+
+def _image_folder(arguments: argparse.Namespace) -> Source:
+    from eve_ds.data.importers import MetadataFolder
+
+    return MetadataFolder(arguments.path, arguments.caption_column, arguments.follow_links)
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="file with a header row")
+    parser.add_argument("path", nargs="+", help="files with a header row, or Parquet, which may hold the images")
     _add_images(parser)
     parser.add_argument(
-        "--image_column", default="image", metavar="NAME", help="column of image paths (default: %(default)s)"
+        "--image_column", metavar="NAME", help="column of image paths (default: image, file_name, image_path, filepath)"
     )
-    parser.add_argument(
-        "--caption_column", default="caption", metavar="NAME", help="column of captions (default: %(default)s)"
-    )
+    parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: caption, text or TEXT)")
     parser.add_argument("--id_column", metavar="NAME", help="column of image ids (default: the image path is the id)")
     parser.add_argument(
         "--delimiter",
@@ -190,11 +265,15 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> Source:
+    from eve_ds.data.formats.tables import DEFAULT_COLUMNS
     from eve_ds.data.importers import Table
 
-    columns = (arguments.image_column, arguments.caption_column, arguments.id_column)
-    rules = (arguments.strip_prefix, arguments.follow_links)
-    return Table(arguments.path, arguments.images, *columns, arguments.delimiter, *rules)
+    columns = DEFAULT_COLUMNS._replace(
+        image=arguments.image_column or DEFAULT_COLUMNS.image,
+        caption=arguments.caption_column or DEFAULT_COLUMNS.caption,
+        image_id=arguments.id_column,
+    )
+    return Table(arguments.path, _image_paths(arguments), columns, arguments.delimiter)
 
 
 def _add_scenes(parser: argparse.ArgumentParser) -> None:
@@ -229,13 +308,36 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", metavar="DIR", help="folder of the image paths (default: the annotations' folder)")
+    parser.add_argument(
+        "--images",
+        "--image_root",
+        metavar="DIR",
+        help="folder of the image paths (default: the annotations' folder)",
+    )
     parser.add_argument(
         "--strip_prefix", metavar="TEXT", help="remove this start of image paths, such as the folder on another machine"
     )
+    _add_follow_links(parser)
+
+
+def _add_follow_links(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--follow_links", action="store_true", help="read images through symbolic links that leave the image folder"
     )
+
+
+def _add_boxes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--boxes",
+        action="store_true",
+        help="cut out the box of each region as an image (default: its caption is one of the whole image)",
+    )
+
+
+def _image_paths(arguments: argparse.Namespace) -> ImagePaths:
+    from eve_ds.data.importers import ImagePaths
+
+    return ImagePaths(arguments.images, arguments.strip_prefix, arguments.follow_links)
 
 
 def delimiter(text: str) -> str:
@@ -257,7 +359,7 @@ def prepare_shards(arguments: argparse.Namespace) -> None:
         arguments.samples_per_shard,
         arguments.max_size,
         arguments.limit,
-        arguments.exclude_ids,
+        tuple(arguments.exclude_ids),
         arguments.unescape_html,
     )
     source: Source = arguments.build(arguments)
@@ -269,7 +371,8 @@ def prepare_shards(arguments: argparse.Namespace) -> None:
 
 def prepare_tokenizer(arguments: argparse.Namespace) -> None:
     """Train a tokenizer on the captions of shards."""
-    from eve_ds.data.shard_writer import OutputError, read_captions
+    from eve_ds.data.shard_captions import read_captions
+    from eve_ds.data.writing.progress_files import OutputError
 
     out: Path = arguments.out
     if (out / "tokenizer.json").exists():

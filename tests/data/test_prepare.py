@@ -20,7 +20,7 @@ from webdataset import WebDataset
 
 from eve_ds import limits
 from eve_ds.cli.prepare import main
-from eve_ds.data.shard_writer import read_captions
+from eve_ds.data.shard_captions import read_captions
 
 COUNT = 8
 
@@ -64,7 +64,7 @@ def prepare(out, *arguments):
     pairs = []
     for sample in WebDataset(urls, shardshuffle=False, empty_check=False):
         red = np.asarray(Image.open(io.BytesIO(sample.get("png", sample.get("jpg")))).convert("RGB"))[0, 0, 0]
-        pairs.append((int(red), sample["txt"].decode()))
+        pairs += [(int(red), sample[name].decode()) for name in sample if re.fullmatch(r"([0-9]+\.)?txt", name)]
     assert len(dict(pairs)) == len(pairs)
     return code, dict(pairs), {reason: entry["count"] for reason, entry in report["skipped"].items()}
 
@@ -442,32 +442,45 @@ def test_a_lone_surrogate_in_an_id_reaches_the_list_of_ids(tmp_path):
 DOCUMENTS = {
     "COCO captions": (
         '{"info": {}, "images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}',
-        r"is COCO annotations; this is not read: write a table of image and caption, or \[",
+        r"is COCO annotations: give it to `prepare\.py coco`",
     ),
     "Visual Genome": (
         '[{"regions": [{"phrase": "x"}], "id": 1}]',
-        "is Visual Genome region descriptions; this is not read",
+        "is Visual Genome region descriptions: give it to `prepare.py visual_genome`",
     ),
-    "SBU": ('{"image_urls": ["x"], "captions": ["y"], "user_ids": []}', "is SBU captions; this is not read: download"),
-    "X-VLM": ('[{"image": "a.jpg", "elems": [{"caption": "x"}]}]', "is X-VLM region annotations .*; this is not read"),
+    "SBU": (
+        '{"image_urls": ["x"], "captions": ["y"], "user_ids": []}',
+        "is SBU captions: give it to `prepare.py urls`",
+    ),
+    "Karpathy": ('{"images": [{"filename": "a.jpg"}]}', "Karpathy's: give it to `prepare.py karpathy`"),
+    "addresses": (
+        '[{"url": "http://x/a.jpg", "caption": "x"}]',
+        "addresses and captions: give it to `prepare.py urls`",
+    ),
     "LLaVA": ('[{"image": "a.jpg", "conversations": []}]', "is LLaVA conversations; this is not read"),
     "VQAv2 questions": ('{"questions": []}', "is VQAv2 questions; this is not read"),
     "NLVR2": ('{"identifier": "a", "sentence": "b"}\n{"identifier": "c", "sentence": "d"}', "is NLVR2; this is not"),
     "pandas by column": ('{"image": {"0": "a.jpg"}, "caption": {"0": "x"}}', "is a table by columns, as pandas writes"),
-    "Parquet": (b"PAR1\x15\x04", "is Parquet, as LAION's lists; this is not read: download the images with img2data"),
+    "Parquet": (
+        b"PAR1\x15\x04",
+        "is Parquet; this is not read: give it to `prepare.py table`, or a list of addresses to",
+    ),
     "gzip": (b"\x1f\x8b\x08", "is compressed by gzip; this is not read"),
     "UTF-16": ("[]".encode("utf-16"), "is UTF-16; this is not read: save it as UTF-8"),
     "Latin-1 key": (b'[{"imag\xe9": "a"}]', "is not a caption JSON|malformed"),
     "deep": ("[" * 100_000, "is not JSON: lists and objects are nested deeper than 100 levels"),
     "a little deep": ("[" * 200 + "]" * 200, "is not JSON: lists and objects are nested deeper than 100 levels"),
     "deep object": ('{"a":' * 500 + "1" + "}" * 500, "is not JSON: lists and objects are nested deeper than 100"),
-    "deep line": ('{"a": 1}\n' + "[" * 5000, "is not JSON: line 2: lists and objects are nested deeper"),
+    "deep line": (
+        '{"a": 1}\n' + "[" * 5000,
+        "is not JSON: lists and objects are nested deeper than 100 levels: line 2",
+    ),
     "large number": (f'[{{"image": {"9" * 5000}}}]', "is not JSON: a number has 5,000 digits, more than 300"),
     "cut": ('[{"image": "a.jpg", "caption": "x"', "is not JSON: Expecting"),
-    "a bad line": ('{"image": "a.jpg", "caption": "x"}\n{"image":\n', "is not JSON: line 2: Expecting value"),
+    "a bad line": ('{"image": "a.jpg", "caption": "x"}\n{"image":\n', "is not JSON: Expecting value: line 2"),
     "empty": ("", "is not JSON: Expecting value"),
     "one line of JSON lines": ('{"image": "a.jpg", "caption": "x"}', "found an object with the keys image, caption"),
-    "an empty list": ("[]", "is not a caption JSON: .* found a list of 0"),
+    "an empty list": ("[]", "is not a caption JSON: .* found an empty list"),
     "NUL": ("[\0]", "it has NUL bytes; this is not read"),
 }
 
@@ -487,7 +500,7 @@ def test_a_document_that_is_not_read_is_named_in_one_line(tmp_path, capsys, name
 def test_karpathy_names_the_captions_of_coco(tmp_path, capsys):
     write(tmp_path, {"a.json": DOCUMENTS["COCO captions"][0]})
     assert prepare(tmp_path / "out", "karpathy", tmp_path / "a.json")[0] == 2
-    assert "is COCO annotations; this is not read" in one_line(capsys)
+    assert "is COCO annotations: give it to `prepare.py coco`" in one_line(capsys)
 
 
 @pytest.mark.parametrize("name", ["pipe", "socket", "folder", "/dev/zero"])
