@@ -11,12 +11,10 @@ import socket
 import tarfile
 import unicodedata
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from webdataset import WebDataset
+from photo_sets import one_line, pack, photo, prepare, write
 
 from eve_ds import limits
 from eve_ds.cli.prepare import main
@@ -25,56 +23,8 @@ from eve_ds.data.shard_captions import read_captions
 COUNT = 8
 
 
-def photo(number):
-    """Image whose red channel is its number, so that a wrong caption is seen."""
-    file = io.BytesIO()
-    Image.new("RGB", (32, 32), (number, 200, 30)).save(file, "PNG")
-    return file.getvalue()
-
-
 def captioned(count=COUNT):
     return {number: f"caption {number}" for number in range(count)}
-
-
-def write(folder, files):
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-
-
-def pack(path, files, mode="w", form=tarfile.GNU_FORMAT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode, format=form) as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def prepare(out, *arguments):
-    """Exit code of the command, pairs {number of the image: caption}, and reasons {reason: count}."""
-    code = main([*map(str, arguments), "--out", str(out), "--workers", "1"])
-    if code:
-        assert not (out / ".prepare").exists(), "nothing is left half-written"
-        assert not list(out.glob("*.tar"))
-        return code, {}, {}
-    report = json.loads((out / "report.json").read_text())
-    urls = [str(path) for path in sorted(out.glob("*.tar"))]
-    pairs = []
-    for sample in WebDataset(urls, shardshuffle=False, empty_check=False):
-        red = np.asarray(Image.open(io.BytesIO(sample.get("png", sample.get("jpg")))).convert("RGB"))[0, 0, 0]
-        pairs += [(int(red), sample[name].decode()) for name in sample if re.fullmatch(r"([0-9]+\.)?txt", name)]
-    assert len(dict(pairs)) == len(pairs)
-    return code, dict(pairs), {reason: entry["count"] for reason, entry in report["skipped"].items()}
-
-
-def one_line(capsys):
-    lines = capsys.readouterr().err.strip().split("\n")
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("prepare: ")
-    assert len(lines[0]) < 900
-    return lines[0]
 
 
 # ------------------------------------------------------------------------------------------------- img2dataset

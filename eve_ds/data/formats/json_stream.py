@@ -23,6 +23,8 @@ LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 CHUNK_CHARACTERS = 2**20
 """Characters to read at a time."""
 _NO_SPACE = re.compile(r"[^ \t\n\r]")
+_ENDS = (*" \t\n\r,:]}",)
+"""Characters behind a value."""
 _LONGEST_WORD = 16
 """Characters of the longest literal or escape that the end of the read text may cut."""
 
@@ -144,7 +146,7 @@ class _Window:
         while True:
             try:
                 tree, end = parse_json_at(self._text, self._at)
-                if end < len(self._text) or self._ended:
+                if self._ended or not self._may_go_on(end):
                     self._at = end
                     return tree
             except json.JSONDecodeError as error:
@@ -180,6 +182,10 @@ class _Window:
         end = self._at if at is None else at
         end = len(self._text.rstrip()) if not self._text[end:].strip() else end  # of a cut file, its last line
         return self._first_line + self._text.count("\n", 0, end)
+
+    def _may_go_on(self, end: int) -> bool:
+        """Whether a document that ends there is the start of another, as -0 is that of -0.5e3."""
+        return self._text[end : end + 1] not in _ENDS and end >= len(self._text) - _LONGEST_WORD
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
         """Whether a document may have failed because the read text ends in it."""
