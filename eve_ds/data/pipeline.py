@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
-from transformers import PreTrainedTokenizerFast
 from webdataset import DataPipeline
 
 from eve_ds.config import Config, ConfigError
@@ -28,6 +27,10 @@ from eve_ds.data.order import Lanes, Place, Position, StreamOrder, lanes_for, me
 from eve_ds.data.sources import SampleSource, UnusableData, open_sources
 from eve_ds.data.workers import start_loader
 from eve_ds.distributed import get_logger
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from transformers import PreTrainedTokenizerFast
 
 STATE_VERSION = 1
 """Version of the saved data position."""
@@ -135,8 +138,9 @@ def _deliveries(
         pipeline,
         batch_size=None,
         num_workers=num_workers,
+        imports=__name__,
         collate_fn=_unchanged,
-        multiprocessing_context=start_method,
+        start_method=start_method,
         pin_memory=pin_memory,  # in a thread of this process
         generator=torch.Generator(),  # the default generator belongs to the noise of the model
     )
@@ -248,10 +252,11 @@ def build_loader(
     world_size: int,
     micro_batch_size: int,
     state: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+    group: dist.ProcessGroup | None = None,
     start_method: str | None = None,
     pin_memory: bool = False,
 ) -> Loader:
-    """Build the loader of one rank, at the start of the stream or at a saved position.
+    """Build the loader of one rank, at the start of the stream or at a saved position; collective.
 
     `data.num_workers` worker processes read the samples; with 0, this process reads them.
 
@@ -266,14 +271,15 @@ def build_loader(
         state: state from :meth:`Loader.state_dict` of this rank, or the states of all ranks in rank order. A list may
             come from another number of ranks or samples per batch: unserved samples are redistributed, none repeated
             and none lost. The number of workers may always change.
-        start_method: start method of worker processes: "fork", "spawn" or "forkserver"; None: Python's default.
+        group: ranks that build their loaders together, of which rank 0 looks for the shards; None: all.
+        start_method: start method of worker processes: "fork", "spawn" or "forkserver"; None: "forkserver".
         pin_memory: put batches into page-locked memory, so that copies to a GPU can overlap with computation.
 
     Raises:
         ConfigError: shards that are missing or empty, a tokenizer larger than the vocabulary of the model, or a
             position from other data, another seed, another mixture or another number of ranks.
     """
-    sources = open_sources(config)
+    sources = open_sources(config, group)
     collate = Collator(
         config,
         tokenizer,
