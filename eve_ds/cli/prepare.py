@@ -4,6 +4,9 @@ train a tokenizer on the captions of shards.
     python launcher/prepare.py nlvr nlvr-dev.tar.xz --out datasets/nlvr-dev
     python launcher/prepare.py img2dataset cc3m/ --out datasets/cc3m --exclude_ids datasets/coco-test/ids.txt
     python launcher/prepare.py karpathy dataset_coco.json --images coco/ --split train restval --out datasets/coco
+    python launcher/prepare.py coco captions_train2014.json --images coco/ --out datasets/coco
+    python launcher/prepare.py visual_genome region_descriptions.json --images vg/ --out datasets/vg
+    python launcher/prepare.py urls sbu-captions-all.json --images sbu/ --out datasets/sbu
     python launcher/prepare.py json coco_train.json --images coco/ --out datasets/coco
     python launcher/prepare.py table captions.tsv --images photos/ --out datasets/photos
     python launcher/prepare.py scenes --num_samples 100000 --out datasets/scenes
@@ -20,7 +23,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,10 +39,11 @@ from eve_ds.cli.command import (
     positive,
     run_command,
 )
+from eve_ds.cli.prepare_sources import add_sources
 from eve_ds.cli.shard_progress import Tally, counter, print_report, shown_progress
 
 if TYPE_CHECKING:
-    from eve_ds.data.importers import ImagePaths, Source
+    from eve_ds.data.importers import Source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,32 +68,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def build_parser() -> Parser:
-    """Parser of the command line; each command sets `run`, and each source `build`, which makes it from arguments."""
+    """Parser of the command line; each command sets `run`."""
     codes = exit_code_table(0, BAD_INPUT, NOT_SAVED, *SIGNALED)
     parser = Parser(prog="prepare", description=__doc__, epilog=codes)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
-    shared = _shared_options()
-
-    def add_source(
-        name: str,
-        description: str,
-        add_options: Callable[[argparse.ArgumentParser], None],
-        build: Callable[[argparse.Namespace], Source],
-    ) -> None:
-        command = commands.add_parser(name, parents=[shared], help=description)
-        add_options(command)
-        command.set_defaults(run=prepare_shards, build=build)
-
-    add_source("nlvr", "NLVR 1.0: archives or extracted folders", _add_nlvr, _nlvr)
-    add_source("img2dataset", "output of img2dataset, tars or files", _add_img2dataset, _img2dataset)
-    add_source("karpathy", "COCO or Flickr30K with Karpathy's splits", _add_karpathy, _karpathy)
-    add_source("coco", "COCO captions of 2014 or 2017", _add_coco, _coco)
-    add_source("visual_genome", "region descriptions of Visual Genome", _add_visual_genome, _visual_genome)
-    add_source("urls", "lists of addresses (SBU, CC3M, CC12M, LAION) with downloaded images", _add_urls, _urls)
-    add_source("json", "[{image, caption, image_id}], JSON lines, X-VLM's elems", _add_caption_json, _caption_json)
-    add_source("imagefolder", "image folder of Hugging Face, with metadata files", _add_image_folder, _image_folder)
-    add_source("table", "CSV, TSV or Parquet of image and caption", _add_table, _table)
-    add_source("scenes", "generated scenes", _add_scenes, _scenes)
+    add_sources(commands, _shared_options(), prepare_shards)
     _add_tokenizer(commands.add_parser("tokenizer", help="train a BPE tokenizer on the captions of shards"))
     index = commands.add_parser("index", help="write index.json for the plain tars of another tool")
     index.add_argument("path", nargs="+", type=output, metavar="FOLDER", help="folders of WebDataset shards (*.tar)")
@@ -134,175 +117,6 @@ def _shared_options() -> Parser:
     return shared
 
 
-def _add_nlvr(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="+", help="archive (such as .tar.xz) or folder in the published layout")
-    parser.add_argument("--split", nargs="+", help="take these splits only")
-
-
-def _nlvr(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.importers import Nlvr
-
-    return Nlvr(arguments.path, arguments.split)
-
-
-def _add_img2dataset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="output folder of img2dataset")
-    parser.add_argument(
-        "--id_field",
-        default="url",
-        metavar="NAME",
-        help="field of the metadata that identifies an image (default: %(default)s)",
-    )
-
-
-def _img2dataset(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.importers import Img2dataset
-
-    return Img2dataset(arguments.path, arguments.id_field)
-
-
-def _add_karpathy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="dataset_coco.json or dataset_flickr30k.json")
-    _add_images(parser)
-    parser.add_argument(
-        "--split", nargs="+", default=["train", "restval"], help="take these splits only (default: train restval)"
-    )
-
-
-def _karpathy(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.importers import Karpathy
-
-    return Karpathy(arguments.path, _image_paths(arguments), arguments.split)
-
-
-def _add_coco(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="+", help="captions_train2014.json, captions_train2017.json and the like")
-    _add_images(parser)
-
-
-def _coco(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.importers import Coco
-
-    return Coco(arguments.path, _image_paths(arguments))
-
-
-def _add_visual_genome(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="region_descriptions.json")
-    _add_images(parser)
-    _add_boxes(parser)
-    parser.add_argument(
-        "--image_data",
-        metavar="FILE",
-        help="image_data.json, which names images of COCO and Flickr30K (default: the file beside the regions)",
-    )
-
-
-def _visual_genome(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.importers import VisualGenome
-
-    source = VisualGenome(arguments.path, _image_paths(arguments), arguments.image_data, arguments.boxes)
-    if arguments.exclude_ids and not source.knows_other_names:
-        print(
-            "prepare: warning: without image_data.json (--image_data), images of COCO and Flickr30K are not recognized "
-            "by their ids, and --exclude_ids does not leave them out",
-            file=sys.stderr,
-        )
-    return source
-
-
-def _add_caption_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="+", help="annotation files")
-    _add_images(parser)
-    _add_boxes(parser)
-
-
-def _caption_json(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.importers import CaptionJson
-
-    return CaptionJson(arguments.path, _image_paths(arguments), arguments.boxes)
-
-
-def _add_urls(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "path", nargs="+", help="SBU's JSON, TSV of CC3M or CC12M with or without a header row, Parquet of LAION"
-    )
-    parser.add_argument("--images", required=True, metavar="DIR", help="output folder of img2dataset, as tars or files")
-    parser.add_argument("--url_column", metavar="NAME", help="column of addresses (default: url, URL or image_url)")
-    parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: caption, text or TEXT)")
-
-
-def _urls(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.formats.address_lists import ADDRESSED
-    from eve_ds.data.importers import Addresses
-
-    columns = ADDRESSED._replace(
-        image=arguments.url_column or ADDRESSED.image, caption=arguments.caption_column or ADDRESSED.caption
-    )
-    return Addresses(arguments.path, arguments.images, columns)
-
-
-def _add_image_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="folder with metadata.jsonl, .csv or .parquet at any depth")
-    parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: text or caption)")
-    _add_follow_links(parser)
-
-
-def _image_folder(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.importers import MetadataFolder
-
-    return MetadataFolder(arguments.path, arguments.caption_column, arguments.follow_links)
-
-
-def _add_table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="+", help="files with a header row, or Parquet, which may hold the images")
-    _add_images(parser)
-    parser.add_argument(
-        "--image_column", metavar="NAME", help="column of image paths (default: image, file_name, image_path, filepath)"
-    )
-    parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: caption, text or TEXT)")
-    parser.add_argument("--id_column", metavar="NAME", help="column of image ids (default: the image path is the id)")
-    parser.add_argument(
-        "--delimiter",
-        type=delimiter,
-        metavar="C",
-        help=r"character between columns, \t for a tab (default: tab for .tsv, comma otherwise)",
-    )
-
-
-def _table(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.formats.tables import DEFAULT_COLUMNS
-    from eve_ds.data.importers import Table
-
-    columns = DEFAULT_COLUMNS._replace(
-        image=arguments.image_column or DEFAULT_COLUMNS.image,
-        caption=arguments.caption_column or DEFAULT_COLUMNS.caption,
-        image_id=arguments.id_column,
-    )
-    return Table(arguments.path, _image_paths(arguments), columns, arguments.delimiter)
-
-
-def _add_scenes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num_samples", type=positive, default=100_000, metavar="N", help="number of scenes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--level", choices=["easy", "hard"], default="easy", help="difficulty of the scenes (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the scenes (default: %(default)s)")
-    parser.add_argument(
-        "--split",
-        choices=["train", "val", "test"],
-        default="train",
-        help="split of the generated scenes (default: %(default)s)",
-    )
-
-
-def _scenes(arguments: argparse.Namespace) -> Source:
-    from eve_ds.data.importers import GeneratedScenes
-
-    return GeneratedScenes(arguments.num_samples, arguments.level, arguments.seed, arguments.split)
-
-
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", nargs="+", required=True, metavar="DIR", help="folders of shards")
     parser.add_argument(
@@ -310,47 +124,6 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=output, required=True, metavar="DIR", help="folder to write")
     parser.set_defaults(run=prepare_tokenizer)
-
-
-def _add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--images",
-        "--image_root",
-        metavar="DIR",
-        help="folder of the image paths (default: the annotations' folder)",
-    )
-    parser.add_argument(
-        "--strip_prefix", metavar="TEXT", help="remove this start of image paths, such as the folder on another machine"
-    )
-    _add_follow_links(parser)
-
-
-def _add_follow_links(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--follow_links", action="store_true", help="read images through symbolic links that leave the image folder"
-    )
-
-
-def _add_boxes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--boxes",
-        action="store_true",
-        help="cut out the box of each region as an image (default: its caption is one of the whole image)",
-    )
-
-
-def _image_paths(arguments: argparse.Namespace) -> ImagePaths:
-    from eve_ds.data.importers import ImagePaths
-
-    return ImagePaths(arguments.images, arguments.strip_prefix, arguments.follow_links)
-
-
-def delimiter(text: str) -> str:
-    """One character, or a tab in its escaped form, which a shell passes on as two characters."""
-    character = "\t" if text == r"\t" else text
-    if len(character) != 1 or character in '\r\n"':
-        raise argparse.ArgumentTypeError(rf"{text!r} must be one character, or \t for a tab")
-    return character
 
 
 # -------------------------------------------------------------------------------------------------------- commands

@@ -408,7 +408,56 @@ def test_complete_folder_does_not_change(tmp_path):
     assert (digests(tmp_path), calls) == (before, [])
 
 
+def test_groups_are_the_same_bytes_after_a_kill_and_with_any_number_of_workers(tmp_path):
+    items = [candidate(str(n), tuple(f"{n}-{k}" for k in range(n % 4))) for n in range(30)]
+    options = WriterOptions(samples_per_shard=7)
+    write_shards(ListSource(*items), tmp_path / "clean", options)
+    write_shards(ListSource(*items), tmp_path / "two", options, 2)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(ListSource(*items), tmp_path / "killed", options, 1, interrupted_after(3))
+    write_shards(ListSource(*items), tmp_path / "killed", options)
+    assert digests(tmp_path / "clean") == digests(tmp_path / "two") == digests(tmp_path / "killed")
+
+
+def test_an_id_of_several_groups_is_listed_once_and_first_where_it_came_first(tmp_path):
+    items = [candidate(f"{n}", id=name) for n, name in enumerate(["b", "a", "b", "\ud800", "c", "a", "\ud800"])]
+    report = write_shards(ListSource(*items), tmp_path, WriterOptions(samples_per_shard=2))
+    assert (tmp_path / "ids.txt").read_text(encoding="utf-8").split("\n") == ["b", "a", "\ufffd", "c", ""]
+    assert (report["samples"], report["images"]) == (7, 4)
+
+
 # ---------------------------------------------------------------------------------------- folders of other data
+
+
+def as_version_1(folder, name):
+    """Change a file of this version to one of version 1, which has no groups."""
+    tree = json.loads((folder / name).read_text())
+    tree["version"] = 1
+    for shard in tree.get("shards", []) if name == "index.json" else []:
+        del shard["groups"]
+    (folder / name).write_text(json.dumps(tree))
+
+
+def test_a_complete_folder_of_version_1_needs_nothing(tmp_path):
+    write_shards(GeneratedScenes(10), tmp_path, WriterOptions())
+    for name in ("index.json", "report.json"):
+        as_version_1(tmp_path, name)
+    before = digests(tmp_path)
+    assert write_shards(GeneratedScenes(10), tmp_path, WriterOptions())["version"] == 1
+    assert digests(tmp_path) == before
+
+
+def test_an_unfinished_folder_of_version_1_is_refused_in_one_line(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(GeneratedScenes(10), tmp_path, WriterOptions(2), 1, interrupted_after(1))
+    as_version_1(tmp_path / ".prepare", "plan.json")
+    before = digests(tmp_path)
+    message = (
+        r"unfinished folder of another version .*\(version 1 there, 2 here\), .*remove it, or choose another --out$"
+    )
+    with pytest.raises(OutputError, match=message):
+        write_shards(GeneratedScenes(10), tmp_path, WriterOptions(2))
+    assert digests(tmp_path) == before
 
 
 def test_folder_of_other_options_or_another_source_is_refused(tmp_path):
