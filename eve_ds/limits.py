@@ -39,7 +39,7 @@ ANNOTATION_BYTES = 4 * GIB
 """Bytes of one annotation file that is parsed in memory."""
 JSON_ENTRY_CHARACTERS = 64 * MIB
 """Characters of one entry of an annotation file that is read entry by entry."""
-GROUPED_BYTES = 256 * MIB
+GROUPED_BYTES = 128 * MIB
 """Bytes of annotation files whose captions are grouped by image in memory; in larger ones, only adjacent captions of an
 image are grouped. Those of COCO have 91 MB."""
 GROUP_CAPTIONS = 500

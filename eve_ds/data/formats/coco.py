@@ -21,10 +21,10 @@ _SUBSET = re.compile(r"(train|val|test)20[0-9]{2}")
 
 
 class Image(NamedTuple):
-    """File of an image, and the number of its photograph at Flickr if known."""
+    """File of an image, and names by which lists of ids may call it."""
 
     file_name: str
-    flickr: tuple[str, ...]
+    names: tuple[str, ...]
 
 
 def require_coco(path: Path) -> None:
@@ -48,8 +48,9 @@ def read_images(path: Path) -> dict[str, Image]:
     images = {}
     for entry in stream_entries(path, "images"):
         try:
-            flickr = flickr_names(str(entry.get("flickr_url") or ""))
-            images[entry.text("id")] = Image(entry.file_name("file_name"), flickr)
+            number = entry.text("id")
+            names = (*coco_names(number), *flickr_names(str(entry.get("flickr_url") or "")))
+            images[number] = Image(entry.file_name("file_name"), names)
         except SourceError:
             continue
     return images
@@ -73,7 +74,7 @@ def _captioned(entry: Entry, path: Path, images: dict[str, Image]) -> ImageCapti
         image.file_name,
         entry.captions("caption"),
         PurePosixPath(image.file_name).stem,  # the id in Karpathy's files
-        (*coco_names(number), *image.flickr),
+        image.names,
         _folders(image.file_name, path),
     )
 

@@ -7,13 +7,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from eve_ds import limits
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.address_lists import ADDRESSED, AddressList
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.image_ids import flickr_names
 from eve_ds.data.formats.tables import NO_CAPTION, Columns
-from eve_ds.data.importers.annotated_images import counted, sha256_of
+from eve_ds.data.importers.annotated_images import counted, fits_memory, sha256_of
 from eve_ds.data.importers.candidate import Candidate, Skip, existing_file
 from eve_ds.data.importers.downloads import Downloads
 from eve_ds.data.importers.grouping import group_adjacent, group_all
@@ -39,7 +38,7 @@ class Addresses:
         """Check the lists and find the images; raises :class:`SourceError`."""
         paths = [existing_file(path, "list of addresses") for path in files]
         self._lists = [AddressList(path, columns) for path in paths]
-        self._groups_all = sum(path.stat().st_size for path in paths) <= limits.GROUPED_BYTES
+        self._groups_all = fits_memory(paths)
         self._images = Downloads(images)
         numbers = [found.num_rows for found in self._lists]
         self.total: int | None = None if None in numbers else sum(number or 0 for number in numbers)

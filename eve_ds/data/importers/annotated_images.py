@@ -1,8 +1,8 @@
 """Images of a folder that annotation files describe, whatever the format of these.
 
 Captions of one image share its bytes in a shard. They are found wherever they stand if the files have at most
-`limits.GROUPED_BYTES` together; in larger files only if they stand together, as one caption for each image is usual
-there. Captions that are not UTF-8 keep their bytes as surrogates; the shard writer finds and counts them.
+`limits.GROUPED_BYTES` together; in larger files only if they stand together, so that the memory does not grow. Captions
+that are not UTF-8 keep their bytes as surrogates; the shard writer finds and counts them.
 """
 
 from __future__ import annotations
@@ -59,15 +59,21 @@ class AnnotatedImages(ABC):
         files: annotation files.
         paths: rules of paths.
         options: further options that determine the records, for the description.
+        has_groups: whether an entry of the format holds all captions of its image.
     """
 
     def __init__(
-        self, format_name: str, files: Sequence[str | Path], paths: ImagePaths, options: dict[str, Any] | None = None
+        self,
+        format_name: str,
+        files: Sequence[str | Path],
+        paths: ImagePaths,
+        options: dict[str, Any] | None = None,
+        has_groups: bool = False,
     ) -> None:
         self.files = [existing_file(path, "annotation file") for path in files]
         folder = self.files[0].parent if paths.folder is None else existing_folder(paths.folder, "image folder")
         self._images = ImageFolder(folder, paths.strip_prefix, paths.follow_links)
-        self._groups_all = sum(path.stat().st_size for path in self.files) <= limits.GROUPED_BYTES
+        self._groups_all = not has_groups and fits_memory(self.files)
         self.total: int | None = None
         rules = {"strip_prefix": paths.strip_prefix, "follow_links": paths.follow_links}
         self.description: dict[str, Any] = {
@@ -142,6 +148,11 @@ def counted(records: Iterable[ImageCaptions | Row | Entry]) -> Iterator[ImageCap
             yield Skip(f"row {record.number}", record.problem or MALFORMED)
         else:
             yield record
+
+
+def fits_memory(files: Sequence[Path]) -> bool:
+    """Whether the captions of files are grouped in memory."""
+    return sum(path.stat().st_size for path in files) <= limits.GROUPED_BYTES
 
 
 def sha256_of(path: Path) -> str:

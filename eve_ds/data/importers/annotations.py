@@ -29,12 +29,12 @@ class Karpathy(AnnotatedImages):
         self, path: str | Path, paths: ImagePaths = BESIDE, splits: Sequence[str] = karpathy.TRAIN_SPLITS
     ) -> None:
         """Read the annotations; raises :class:`SourceError` for a file of another form or a split it does not have."""
-        super().__init__("karpathy", [path], paths, {"splits": sorted(splits)})
+        super().__init__("karpathy", [path], paths, {"splits": sorted(splits)}, has_groups=True)
         self._splits = splits
         (file,) = self.files
         karpathy.require_karpathy(read_outline(file, keep_undecodable=True).tree, file)
-        number = karpathy.require_splits(stream_entries(file, "images"), splits, file)
-        self.require_some_image(number)
+        self.total = karpathy.require_splits(stream_entries(file, "images"), splits, file)
+        self.require_some_image(self.total)
 
     def records(self) -> Iterator[ImageCaptions | Skip]:
         """Images in the order of the file."""
@@ -111,7 +111,7 @@ class VisualGenome(AnnotatedImages):
         boxes: bool = False,
     ) -> None:
         """Read the annotations; raises :class:`SourceError` for a file of another form."""
-        super().__init__("visual_genome", [path], paths, {"boxes": boxes})
+        super().__init__("visual_genome", [path], paths, {"boxes": boxes}, has_groups=True)
         self._boxes = boxes
         beside = self.files[0].with_name(visual_genome.IMAGE_DATA)
         named = existing_file(image_data, "image data") if image_data is not None else beside
@@ -119,6 +119,7 @@ class VisualGenome(AnnotatedImages):
         self._aliases = visual_genome.read_aliases(named) if self.knows_other_names else {}
         self.description["image_data"] = sha256_of(named) if self.knows_other_names else None
         number = visual_genome.require_regions(self.files[0])
+        self.total = None if boxes else number
         self.require_some_image(number)
 
     def records(self) -> Iterator[ImageCaptions | Skip]:

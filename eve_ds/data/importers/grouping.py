@@ -12,11 +12,14 @@ from eve_ds.data.importers.candidate import Skip
 
 def group_all(records: Iterable[ImageCaptions | Skip]) -> list[ImageCaptions | Skip]:
     """Records of one image joined at the place of the first, wherever they stand; all of them are in memory."""
-    groups: dict[Hashable, list[ImageCaptions | Skip]] = {}
+    groups: dict[Hashable, tuple[ImageCaptions | Skip, list[str]]] = {}
     for number, record in enumerate(records):
-        # A record without captions is counted by itself.
-        groups.setdefault(_image(record) or number, []).append(record)
-    return [record for group in groups.values() for record in _joined(group)]
+        image = _image(record)
+        if isinstance(record, Skip) or image is None:
+            groups[number] = record, []
+        else:
+            groups.setdefault(image, (record._replace(captions=()), []))[1].extend(record.captions)
+    return [part for record, captions in groups.values() for part in _divided(record, captions)]
 
 
 def group_adjacent(records: Iterable[ImageCaptions | Skip]) -> Iterator[ImageCaptions | Skip]:
@@ -25,7 +28,7 @@ def group_adjacent(records: Iterable[ImageCaptions | Skip]) -> Iterator[ImageCap
         if image is None:
             yield from group
         else:
-            yield from _joined(group)
+            yield from group_all(group)
 
 
 def _image(record: ImageCaptions | Skip) -> Hashable | None:
@@ -35,13 +38,10 @@ def _image(record: ImageCaptions | Skip) -> Hashable | None:
     return record.image, record.image_id, record.box
 
 
-def _joined(records: Iterable[ImageCaptions | Skip]) -> Iterator[ImageCaptions | Skip]:
-    """Join records of one image, and divide what has more than `limits.GROUP_CAPTIONS` captions."""
-    found = list(records)
-    if len(found) == 1 and isinstance(found[0], Skip):
-        yield found[0]
+def _divided(record: ImageCaptions | Skip, captions: list[str]) -> Iterator[ImageCaptions | Skip]:
+    """The record with captions, at most `limits.GROUP_CAPTIONS` each time."""
+    if isinstance(record, Skip) or not captions:
+        yield record
         return
-    images = [record for record in found if isinstance(record, ImageCaptions)]
-    captions = tuple(caption for record in images for caption in record.captions)
-    for start in range(0, max(len(captions), 1), limits.GROUP_CAPTIONS):
-        yield images[0]._replace(captions=captions[start : start + limits.GROUP_CAPTIONS])
+    for start in range(0, len(captions), limits.GROUP_CAPTIONS):
+        yield record._replace(captions=tuple(captions[start : start + limits.GROUP_CAPTIONS]))
