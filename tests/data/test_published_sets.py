@@ -301,6 +301,7 @@ def test_a_folder_without_addresses_is_one_line(tmp_path, capsys):
 
 EMBEDDED = {
     "datasets of Hugging Face": lambda n: {"image": {"bytes": photo(n), "path": f"{n}.png"}, "text": f"caption {n}"},
+    "one path for all": lambda n: {"image": {"bytes": photo(n), "path": "image.png"}, "text": f"caption {n}"},
     "without paths": lambda n: {"image": {"bytes": photo(n), "path": None}, "caption": f"caption {n}"},
     "plain bytes": lambda n: {"image": photo(n), "TEXT": f"caption {n}"},
     "a list of captions": lambda n: {"image": photo(n), "caption": [f"caption {n}", f"more {n}"]},
@@ -315,6 +316,12 @@ def test_images_inside_parquet_are_read(tmp_path, name):
     more = name == "a list of captions"
     expected = {n: [f"caption {n}", *([f"more {n}"] if more else [])] for n in range(5)}
     assert prepare_groups(tmp_path / "out", "table", path) == (0, expected, {"no image": 1})
+
+
+def test_rows_of_one_image_inside_parquet_share_it(tmp_path):
+    table = [{"image": photo(n), "caption": caption} for n, caption in ((1, "a"), (1, "b"), (2, "c"))]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "a.parquet")
+    assert prepare_groups(tmp_path / "out", "table", tmp_path / "a.parquet") == (0, {1: ["a", "b"], 2: ["c"]}, {})
 
 
 def test_output_of_img2dataset_in_parquet_is_read(tmp_path):

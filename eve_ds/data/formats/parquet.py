@@ -56,16 +56,17 @@ class ParquetTable:
         for number, row in enumerate(_rows(self._path, self.columns), start=1):
             entry = Entry(row, f"{self._path} row {number}")
             try:
-                yield self._record(entry) or Row(number, "", "", None, NO_IMAGE)
+                yield self._record(entry, number) or Row(number, "", "", None, NO_IMAGE)
             except SourceError:
                 yield entry
 
-    def _record(self, entry: Entry) -> ImageCaptions | None:
+    def _record(self, entry: Entry, number: int) -> ImageCaptions | None:
         image, caption, *more = self.columns
         value = entry.get(image)
         if is_null(value) or (isinstance(value, dict) and is_null(value.get("bytes")) and is_null(value.get("path"))):
             return None
         name, data = _image(entry, image)
+        name = name or f"{self._path.parent.name}/{self._path.name}/{number}"
         captions = entry.captions(caption)
         image_id = entry.identity(more[0]) if more else None
         return ImageCaptions(name, captions, image_id, data=data)
@@ -113,7 +114,7 @@ def _damaged(path: Path, error: Exception) -> SourceError:
 
 
 def _image(entry: Entry, column: str) -> tuple[str, bytes | None]:
-    """Name of an image, and its bytes if the table holds them; the name is then that of the row if there is none."""
+    """Name of an image, and its bytes if the table holds them; the name is then empty if there is none."""
     value = entry.get(column)
     fields = value if isinstance(value, dict) else {"bytes": value} if isinstance(value, bytes) else {"path": value}
     path, data = fields.get("path"), fields.get("bytes")
@@ -121,4 +122,4 @@ def _image(entry: Entry, column: str) -> tuple[str, bytes | None]:
         return Entry({column: path}, entry.where).file_name(column), None
     if not isinstance(data, bytes):
         raise entry.error(f"{column} ({shortened(value)}) must be a path or an encoded image")
-    return (path if isinstance(path, str) and path else entry.where.rpartition("/")[2].replace(" ", "/")), data
+    return path if isinstance(path, str) else "", data

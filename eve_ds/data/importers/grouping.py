@@ -35,7 +35,8 @@ def _image(record: ImageCaptions | Skip) -> Hashable | None:
     """What the records of one image, or of one box in it, have in common; None for a record without captions."""
     if isinstance(record, Skip) or not record.captions:
         return None
-    return record.image, record.image_id, record.box
+    # Tables with images call all of them image.png, or have no names.
+    return record.data or record.image, record.image_id, record.box
 
 
 def _divided(record: ImageCaptions | Skip, captions: list[str]) -> Iterator[ImageCaptions | Skip]:
