@@ -624,35 +624,54 @@ def test_a_damaged_archive_leaves_no_shards(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- anything else
 
 
+KEYS_OF_FORMATS = [
+    "image",
+    "caption",
+    "image_id",
+    "images",
+    "sentences",
+    "raw",
+    "filename",
+    "split",
+    "text",
+    "id",
+    "url",
+]
+KEYS_OF_FORMATS += ["file_name", "annotations", "regions", "phrase", "x", "elems", "bb", "image_urls", "captions"]
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just("0.png")),
     lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(
-                ["image", "caption", "image_id", "images", "sentences", "raw", "filename", "split", "text"]
-            ),
-            inner,
-            max_size=4,
-        ),
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYS_OF_FORMATS), inner, max_size=4)
     ),
     max_leaves=8,
 )
+GOOD_ENTRY = {
+    **{"image": "0.png", "caption": "x", "filename": "0.png", "split": "train", "sentences": [{"raw": "x"}]},
+    **{"file_name": "0.png", "id": 0, "image_id": 0, "url": "http://x/0.png"},
+    "regions": [{"image_id": 0, "phrase": "x", "x": 0, "y": 0, "width": 9, "height": 9}],
+}
+DOCUMENT_KEYS = [None, ("images",), ("images", "annotations"), ("image_urls", "captions")]
 
 
-@settings(max_examples=60)
-@given(tree=json_values, command=st.sampled_from(["json", "karpathy"]), first=st.booleans())
-def test_any_json_ends_in_shards_or_in_one_line(tmp_path_factory, tree, command, first):
+@settings(max_examples=100)
+@given(
+    tree=json_values,
+    command=st.sampled_from(["json", "karpathy", "coco", "visual_genome", "urls"]),
+    keys=st.sampled_from(DOCUMENT_KEYS),
+    first=st.booleans(),
+)
+def test_any_json_ends_in_shards_or_in_one_line(tmp_path_factory, tree, command, keys, first):
     folder = tmp_path_factory.mktemp("fuzz", numbered=True)
-    write(folder, {"0.png": photo(0)})
-    good = {"image": "0.png", "caption": "x", "filename": "0.png", "split": "train", "sentences": [{"raw": "x"}]}
-    entries = [tree, good] if first else [good, tree]
-    for number, document in enumerate((tree, entries, {"images": entries})):
+    write(folder, {"0.png": photo(0), "d/0.png": photo(0), "d/0.json": json.dumps({"url": "http://x/0.png"})})
+    entries = [tree, GOOD_ENTRY] if first else [GOOD_ENTRY, tree]
+    options = ["--images", str(folder / "d")] if command == "urls" else []
+    for number, document in enumerate((tree, entries if keys is None else dict.fromkeys(keys, entries))):
         write(folder, {"a.json": json.dumps(document)})
-        code = main([command, str(folder / "a.json"), "--out", str(folder / f"out{number}"), "--workers", "1"])
+        out = folder / f"out{number}"
+        code = main([command, str(folder / "a.json"), "--out", str(out), "--workers", "1", *options])
         assert code in (0, 2)
-        assert (folder / f"out{number}" / "index.json").exists() == (code == 0)
-        assert not (folder / f"out{number}" / ".prepare").exists()
+        assert (out / "index.json").exists() == (code == 0)
+        assert not (out / ".prepare").exists()
 
 
 def test_the_tokenizer_learns_no_special_marks(tmp_path):

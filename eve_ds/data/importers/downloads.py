@@ -40,7 +40,8 @@ class Downloads:
             self._ends.append(len(self._places))
         if not hashes:
             raise SourceError(
-                f"{folder} has no metadata (KEY.json) with the addresses of its images: give an output of img2dataset"
+                f"{folder} has no metadata (KEY.json) with the addresses of its images: give an output of img2dataset "
+                "in tars or files (`prepare.py img2dataset` reads one in Parquet, with its own captions)"
             )
         self._order = np.argsort(np.frombuffer(hashes, np.uint64), kind="stable").astype(np.uint32)
         self._hashes = np.frombuffer(hashes, np.uint64)[self._order]
