@@ -129,7 +129,8 @@ def test_shard_size_counts_captions_but_no_skips():
     tasks = list(split_into_tasks(source, WriterOptions(samples_per_shard=3)))
     assert [[c.name for c in task.candidates] for task in tasks] == [["a", "b"], ["c"], []]
     assert [task.first_index for task in tasks] == [0, 2, 3]
-    assert [[s.name for s in task.skips] for task in tasks] == [["s"], [], ["t"]]
+    skipped = [{"why": {"count": 1, "examples": [name]}} for name in "st"]
+    assert [task.skipped.reasons for task in tasks] == [skipped[0], {}, skipped[1]]
 
 
 def test_limit_counts_images():

@@ -160,7 +160,7 @@ class _Window:
         """Whether the first line is an object, and another document follows."""
         if self.next_sign() != "{":
             return False
-        while "\n" not in self._text and not self._ended and len(self._text) < limits.METADATA_BYTES:
+        while self._text.find("\n", self._at) < 0 and not self._ended and len(self._text) < limits.METADATA_BYTES:
             self._read_more()
         line = self._text[self._at :].partition("\n")[0]
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import os
@@ -53,7 +54,8 @@ class ShardTask:
     number: int
     first_index: int
     candidates: tuple[LazyCandidate, ...]
-    skips: tuple[Skip, ...]
+    skipped: Skipped
+    """Samples that the importer left out on the way; counted, as millions may follow one another."""
 
     @property
     def name(self) -> str:
@@ -83,23 +85,23 @@ class ShardRecord:
 def split_into_tasks(source: Iterable[LazyCandidate | Skip], options: WriterOptions) -> Iterator[ShardTask]:
     """Divide a source into shards; candidates that the importer itself skips do not count toward the shard size."""
     candidates: list[LazyCandidate] = []
-    skips: list[Skip] = []
+    skipped = Skipped()
     number = first_index = captions = 0
     for item in source:
         if isinstance(item, Skip):
-            skips.append(item)
+            skipped.add(item.reason, [item.name])
             continue
         candidates.append(item)
         captions += item.num_captions
         at_limit = first_index + len(candidates) == options.limit
         if captions >= options.samples_per_shard or at_limit:
-            yield ShardTask(number, first_index, tuple(candidates), tuple(skips))
+            yield ShardTask(number, first_index, tuple(candidates), skipped)
             number, first_index = number + 1, first_index + len(candidates)
-            candidates, skips, captions = [], [], 0
+            candidates, skipped, captions = [], Skipped(), 0
         if at_limit:
             return
-    if candidates or skips:
-        yield ShardTask(number, first_index, tuple(candidates), tuple(skips))
+    if candidates or skipped.count:
+        yield ShardTask(number, first_index, tuple(candidates), skipped)
 
 
 def write_shard(task: ShardTask, folder: Path, options: WriterOptions) -> ShardRecord:
@@ -108,10 +110,8 @@ def write_shard(task: ShardTask, folder: Path, options: WriterOptions) -> ShardR
     Returns:
         The record without its ids.
     """
-    record = ShardRecord(task.name, len(task.candidates))
-    skipped = Skipped(record.skipped)
-    for skip in task.skips:
-        skipped.add(skip.reason, [skip.name])
+    skipped = copy.deepcopy(task.skipped)
+    record = ShardRecord(task.name, len(task.candidates), skipped=skipped.reasons)
     temporary = folder / PROGRESS_FOLDER / f"{task.name}.{os.getpid()}.tmp"
     with temporary.open("w+b") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
