@@ -46,8 +46,9 @@ class Addresses:
             "format": "urls",
             "lists": [{"path": str(path), "sha256": sha256_of(path)} for path in paths],
             "images": self._images.description,
+            "columns": [columns.image, columns.caption],
         }
-        if not any(isinstance(item, Candidate) for item in self):
+        if not any(isinstance(record, ImageCaptions) for record in self._records()):
             raise SourceError(
                 f"{paths[0]}: none of its addresses is one of the {len(self._images):,} images of {images}: give the "
                 "folder that img2dataset filled from this list"
@@ -55,15 +56,23 @@ class Addresses:
 
     def __iter__(self) -> Iterator[Candidate | Skip]:
         """Addresses in the order of the lists."""
-        records = counted(chain.from_iterable(self._lists))
-        return map(self._candidate, (group_all if self._groups_all else group_adjacent)(records))
+        group = group_all if self._groups_all else group_adjacent
+        return map(self._candidate, group(self._records()))
+
+    def _records(self) -> Iterator[ImageCaptions | Skip]:
+        """Records with captions and an image."""
+        for record in counted(chain.from_iterable(self._lists)):
+            if isinstance(record, Skip):
+                yield record
+            elif not record.captions:
+                yield Skip(record.image, NO_CAPTION)
+            elif record.image not in self._images:
+                yield Skip(record.image, NOT_DOWNLOADED)
+            else:
+                yield record
 
     def _candidate(self, record: ImageCaptions | Skip) -> Candidate | Skip:
         if isinstance(record, Skip):
             return record
-        if not record.captions:
-            return Skip(record.image, NO_CAPTION)
-        image = self._images.find(record.image)
-        if image is None:
-            return Skip(record.image, NOT_DOWNLOADED)
+        image = self._images[record.image]
         return Candidate(record.image, image, record.captions, record.image, flickr_names(record.image))

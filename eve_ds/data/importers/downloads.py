@@ -50,14 +50,22 @@ class Downloads:
         """Number of images with an address."""
         return len(self._hashes)
 
-    def find(self, address: str) -> FileSlice | None:
-        """Image of an address, the first of several; None for one that is not there."""
-        wanted = np.uint64(_hash(address))
-        at = int(self._hashes.searchsorted(wanted))
-        if at == len(self._hashes) or self._hashes[at] != wanted:
-            return None
+    def __contains__(self, address: str) -> bool:
+        """Whether the image of an address is there."""
+        return self._place(address) is not None
+
+    def __getitem__(self, address: str) -> FileSlice:
+        """Image of an address, the first of several; raises KeyError for one that is not there."""
+        at = self._place(address)
+        if at is None:
+            raise KeyError(address)
         number = int(self._order[at])
         return self._read(bytes(self._places[self._ends[number] : self._ends[number + 1]]))
+
+    def _place(self, address: str) -> int | None:
+        wanted = np.uint64(_hash(address))
+        at = int(self._hashes.searchsorted(wanted))
+        return at if at < len(self._hashes) and self._hashes[at] == wanted else None
 
     def _written(self, image: FileSlice) -> bytes:
         place = "" if image.size is None else f"{image.offset} {image.size}"
