@@ -40,8 +40,8 @@ ANNOTATION_BYTES = 4 * GIB
 JSON_ENTRY_CHARACTERS = 64 * MIB
 """Characters of one entry of an annotation file that is read entry by entry."""
 GROUPED_BYTES = 128 * MIB
-"""Bytes of annotation files whose captions are grouped by image in memory; in larger ones, only adjacent captions of an
-image are grouped. Those of COCO have 91 MB."""
+"""Bytes of annotation files whose captions are grouped by image in memory, which takes about seven times as many; in
+larger ones, only adjacent captions of an image are grouped."""
 GROUP_CAPTIONS = 500
 """Captions of one image that share its bytes in a shard; further ones are written with the image again."""
 RECORD_BYTES = 4 * GIB

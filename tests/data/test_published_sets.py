@@ -5,7 +5,9 @@ The files are tiny, and each image is a color, so that a caption of another imag
 
 import io
 import json
+import re
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -516,3 +518,69 @@ def test_addresses_of_flickr_hold_the_number_of_the_photograph(address, number):
 @pytest.mark.parametrize("number", ["", "x", "1.5", "-1", "²", "1" * 13])
 def test_what_is_no_number_has_no_name_in_coco(number):
     assert coco_names(number) == ()
+
+
+# ------------------------------------------------------------------------------------------------- the recipe
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+SHARED = {"COCO": 25, "Flickr30K": 77, "NLVR2": "http://photos.invalid/nlvr2.jpg"}
+"""Test images that are also in training sets."""
+
+
+def recipe():
+    """Commands of `prepare` in the recipe, as lists of words."""
+    block = PAGE.read_text(encoding="utf-8").partition("## The paper's four million images")[2].split("```")[1]
+    lines = block.replace("\\\n", " ").splitlines()
+    excluded = " ".join(re.findall(r"--exclude_ids \S+\.txt", block)).split()
+    for line in lines:
+        program, _, words = line.partition("launcher/prepare.py ")
+        if program == "python ":
+            yield [word for name in words.split() for word in (excluded if name == "$exclude" else [name])]
+
+
+def karpathy_set(folder, splits):
+    images = [
+        {"filename": f"{n}.jpg", "cocoid": n, "split": split, "sentences": [{"raw": f"{n}"}]}
+        for n, split in splits.items()
+    ]
+    write(folder, {f"{image['filename']}": photo(image["cocoid"]) for image in images})
+    return json.dumps({"images": images})
+
+
+def sets_of_the_recipe(folder):
+    """Each training set with one image of its own and one of each test set that it can hold."""
+    flickr = f"http://static.flickr.com/1/{SHARED['Flickr30K']}_ab.jpg"
+    lists = {name: [(f"http://{name}.invalid/a.jpg", 1), (flickr, 2), (SHARED["NLVR2"], 3)] for name in ("sbu", "cc3m")}
+    for name, rows_ in lists.items():
+        files = [
+            (f"{n}.{s}", d) for u, n in rows_ for s, d in (("png", photo(n)), ("json", json.dumps({"url": u}).encode()))
+        ]
+        pack(folder / name / "00000.tar", files)
+    sbu, cc3m = ([address for address, _ in lists[name]] for name in ("sbu", "cc3m"))
+    regions = [{"id": n, "regions": [region(0, "x", image=n)]} for n in (1, 2, 3)]
+    data = [{"image_id": 2, "coco_id": SHARED["COCO"]}, {"image_id": 3, "flickr_id": SHARED["Flickr30K"]}]
+    files = {
+        "dataset_coco.json": karpathy_set(folder / "coco", {1: "train", 2: "restval", SHARED["COCO"]: "test"}),
+        "dataset_flickr30k.json": karpathy_set(folder / "flickr30k", {1: "train", SHARED["Flickr30K"]: "test"}),
+        "nlvr2-test.txt": f"{SHARED['NLVR2']}\n",
+        **{f"vg/{place}.jpg": photo(n) for n, place in ((1, "VG_100K/1"), (2, "VG_100K/2"), (3, "VG_100K_2/3"))},
+        "region_descriptions.json": json.dumps(regions),
+        "image_data.json": json.dumps(data),
+        "sbu-captions-all.json": json.dumps({"image_urls": sbu, "captions": ["x", "y", "z"]}),
+        "Train_GCC-training.tsv": rows(["x", "y", "z"], cc3m),
+    }
+    write(folder, files)
+
+
+def test_the_recipe_of_the_paper_leaves_out_the_images_of_its_test_sets(tmp_path, monkeypatch):
+    sets_of_the_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    counts = {}
+    for words in recipe():
+        assert main([*words, "--workers", "1"]) == 0
+        out = Path(words[words.index("--out") + 1])
+        counts[out.name] = json.loads((out / "report.json").read_text())
+    images = {name: report["images"] for name, report in counts.items()}
+    assert images == {"coco-test": 1, "flickr30k-test": 1, "coco": 2, "vg": 1, "sbu": 1, "cc3m": 1}
+    left_out = {name: report["excluded_ids"]["matched"] for name, report in counts.items()}
+    assert left_out == {"coco-test": 0, "flickr30k-test": 0, "coco": 0, "vg": 2, "sbu": 2, "cc3m": 2}
