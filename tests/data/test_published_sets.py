@@ -281,6 +281,7 @@ BAD_LISTS = {
     "damaged.parquet": (b"PAR1" + bytes(100), "cannot be read as Parquet: "),
     "empty.parquet": (b"", "cannot be read as Parquet: "),
     "page.parquet": (b"<html>", "cannot be read as Parquet: "),
+    "no captions.tsv": ("url\tother\nx\ty\n", "has no column 'caption'; it has: url, other\n"),
     "empty.tsv": (b"", "is empty; expected a header row with the columns url, caption"),
 }
 
@@ -291,7 +292,7 @@ def test_a_list_without_usable_addresses_is_one_line(tmp_path, capsys, name):
     download(tmp_path / "images", "webdataset")
     write(tmp_path, {name: content})
     assert prepare(tmp_path / "out", "urls", tmp_path / name, "--images", tmp_path / "images")[0] == 2
-    assert message in one_line(capsys)
+    assert message in one_line(capsys) + "\n"
 
 
 def test_a_folder_without_addresses_is_one_line(tmp_path, capsys):
@@ -395,7 +396,21 @@ def test_each_folder_of_a_tree_has_its_own_metadata(tmp_path):
 def test_an_image_folder_without_metadata_is_one_line(tmp_path, capsys):
     write(tmp_path, {"in/a.png": photo(0)})
     assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in")[0] == 2
-    assert "holds no metadata.jsonl, metadata.csv or metadata.parquet" in one_line(capsys)
+    message = "holds no metadata.jsonl, metadata.csv or metadata.parquet, which give the captions of an image folder"
+    assert one_line(capsys).endswith(message)
+    write(tmp_path, {"in/data/train-00000.parquet": b"PAR1"})
+    assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in")[0] == 2
+    assert one_line(capsys).endswith(message + "; give its Parquet files to `prepare.py table`")
+
+
+@pytest.mark.parametrize("name", ["laion400m.parquet", "datacomp.parquet", "cc3m with a header.tsv"])
+def test_a_table_of_addresses_names_the_command_that_reads_it(tmp_path, capsys, name):
+    content = LISTS[name]
+    path = tmp_path / name
+    path.write_text(content()) if callable(content) else parquet(path, content)
+    assert prepare(tmp_path / "out", "table", path)[0] == 2
+    assert "has no column 'image'; it has: " in (line := one_line(capsys))
+    assert line.endswith("(a list of addresses? give it to `prepare.py urls`)")
 
 
 # ------------------------------------------------------------------------------------------------- grouping

@@ -54,7 +54,7 @@ DEFAULT_COLUMNS = Columns()
 def _column(header: Sequence[str], names: Sequence[str], path: Path) -> str:
     name = next((name for name in names if name in header), None)
     if name is None:
-        raise SourceError(f"{path} has no column '{names[0]}'; it has: {_short(header)}{_hint(header)}")
+        raise SourceError(f"{path} has no column '{names[0]}'; it has: {_short(header)}{_hint(header, names)}")
     if header.count(name) > 1:
         raise SourceError(f"{path} has {header.count(name)} columns '{name}': rename all but one")
     return name
@@ -166,7 +166,10 @@ def _names(names: str | Sequence[str] | None) -> Sequence[str]:
     return [names] if isinstance(names, str) else names or ()
 
 
-def _hint(header: Sequence[str]) -> str:
+def _hint(header: Sequence[str], missing: Sequence[str]) -> str:
+    """What to do about a header that lacks a column."""
+    if missing[0] == IMAGE_COLUMNS[0] and {*header} & {*ADDRESS_COLUMNS}:
+        return " (a list of addresses? give it to `prepare.py urls`)"
     found = [sign for sign in _OTHER_DELIMITERS if len(header) == 1 and sign in header[0]]
     return f" (another delimiter? --delimiter '{_OTHER_DELIMITERS[found[0]]}')" if found else ""
 

@@ -14,6 +14,7 @@ from eve_ds.data.formats import released
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.entries import Entry, stream_entries
 from eve_ds.data.formats.json_stream import read_outline
+from eve_ds.data.formats.parquet import SUFFIX
 from eve_ds.data.formats.tables import Columns
 from eve_ds.data.importers.annotated_images import AnnotatedImages, ImagePaths, counted
 from eve_ds.data.importers.annotations import open_table, table_records
@@ -77,7 +78,9 @@ def _found(folder: Path) -> list[Path]:
     found = sorted(path for name in NAMES for path in folder.rglob(name))
     files = [path for path in found if not is_leftover(str(path.relative_to(folder)))]
     if not files:
+        tables = "; give its Parquet files to `prepare.py table`" if any(folder.rglob(f"*{SUFFIX}")) else ""
         raise SourceError(
-            f"{folder} holds no {', '.join(NAMES[:-1])} or {NAMES[-1]}, which give the captions of an image folder"
+            f"{folder} holds no {', '.join(NAMES[:-1])} or {NAMES[-1]}, which give the captions of an image "
+            f"folder{tables}"
         )
     return files
