@@ -53,11 +53,11 @@ class ShardLayout:
         return group, number - (int(self._last_samples[group - 1]) if group else 0)
 
     def contains(self, other: ShardLayout) -> bool:
-        """Whether each group of another layout lies in a group of this one, as in a shard that was damaged later."""
-        if not len(self.starts):
-            return not len(other.starts)
-        around = np.maximum(self.starts.searchsorted(other.starts, side="right") - 1, 0)
-        return bool(((self.starts[around] <= other.starts) & (other.ends <= self.ends[around])).all())
+        """Whether each group of another layout is a part of its own group of this one, as after damage."""
+        around = self.starts.searchsorted(other.starts, side="right") - 1
+        if (around < 0).any() or len(np.unique(around)) < len(around):
+            return False
+        return bool(((other.ends <= self.ends[around]) & (other.captions <= self.captions[around])).all())
 
 
 def encode(layout: ShardLayout) -> str:
