@@ -322,6 +322,20 @@ def test_images_inside_parquet_are_read(tmp_path, name):
     assert prepare_groups(tmp_path / "out", "table", path) == (0, expected, {"no image": 1})
 
 
+def test_damage_inside_parquet_costs_its_row_group(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = [{"image": photo(n), "text": f"caption {n}"} for n in range(6)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path, row_group_size=2)
+    place = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    start = place.dictionary_page_offset or place.data_page_offset
+    data[start : start + place.total_compressed_size] = b"\xff" * place.total_compressed_size
+    path.write_bytes(data)
+    code, pairs, reasons = prepare(tmp_path / "out", "table", path)
+    assert (code, pairs) == (0, {n: f"caption {n}" for n in (0, 1, 4, 5)})
+    assert reasons == {"damaged row group (rows of it are lost)": 1}
+
+
 def test_parquet_without_its_library_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     write(tmp_path, {"a.parquet": b"PAR1"})

@@ -22,6 +22,7 @@ BATCH_ROWS = 256
 EMBEDDED_COLUMNS = ("image", "jpg", "png", "webp", "image_bytes", "file_name", "image_path", "filepath")
 """Columns of an image or its path, the first that a table has; img2dataset names them by the encoding."""
 NO_IMAGE = "no image"
+DAMAGED = "damaged row group (rows of it are lost)"
 SUFFIX, MAGIC = ".parquet", b"PAR1"
 
 
@@ -48,12 +49,14 @@ class ParquetTable:
         self.columns = columns.of(header, path)
 
     def __iter__(self) -> Iterator[ImageCaptions | Row | Entry]:
-        """Each row in the order of the file; without an image as a row with that problem, malformed ones themselves.
+        """Each row in the order of the file; malformed ones themselves.
 
-        Raises:
-            SourceError: the file is damaged.
+        Rows without an image have that problem, and damage costs the row group that it is in, counted as one row.
         """
-        for number, row in enumerate(_rows(self._path, self.columns), start=1):
+        for number, row in _rows(self._path, self.columns):
+            if row is None:
+                yield Row(number, "", "", None, DAMAGED)
+                continue
             entry = Entry(row, f"{self._path} row {number}")
             try:
                 yield self._record(entry, number) or Row(number, "", "", None, NO_IMAGE)
@@ -100,13 +103,22 @@ def _opened(path: Path) -> ParquetFile:
         raise _damaged(path, error) from None
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Number and fields of each row; None for the first row that cannot be read of a damaged row group."""
+    start = 1
     with _opened(path) as file:
-        try:
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(columns))):
-                yield from batch.to_pylist()
-        except Exception as error:
-            raise _damaged(path, error) from None
+        for group in range(file.num_row_groups):
+            number = start
+            try:
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(dict.fromkeys(columns))):
+                    for row in batch.to_pylist():
+                        yield number, row
+                        number += 1
+            except MemoryError:
+                raise
+            except Exception:  # pyarrow has its own exceptions beside OSError and ValueError
+                yield number, None
+            start += file.metadata.row_group(group).num_rows
 
 
 def _damaged(path: Path, error: Exception) -> SourceError:
