@@ -365,9 +365,11 @@ def test_output_of_img2dataset_in_parquet_is_read(tmp_path):
     assert (tmp_path / "out" / "ids.txt").read_text().split() == [ADDRESSES[0], ADDRESSES[2]]
 
 
-def test_tables_of_metadata_beside_tars_are_no_images(tmp_path):
-    parquet(tmp_path / "in" / "00000.parquet", {"url": ADDRESSES[:3], "caption": CAPTIONS[:3]})
-    download(tmp_path / "in", "webdataset")
+@pytest.mark.parametrize("layout", ["files", "webdataset"])
+def test_tables_of_metadata_beside_images_are_not_opened(tmp_path, monkeypatch, layout):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    write(tmp_path / "in", {"00000.parquet": b"PAR1"})
+    download(tmp_path / "in", layout)
     assert prepare(tmp_path / "out", "img2dataset", tmp_path / "in")[1] == dict.fromkeys(range(3), "another caption")
 
 

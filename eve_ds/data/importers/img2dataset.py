@@ -83,7 +83,8 @@ class Img2dataset:
         self._folder = existing_folder(folder, "img2dataset folder")
         self._id_field = id_field
         self._tars = shard_files(self._folder, "**/*.tar")
-        self._tables = [] if self._tars else self._tables_with_images()
+        has_images = self._tars or next(self._files(), None) is not None
+        self._tables = [] if has_images else self._tables_with_images()
         self.total: int | None = None
         self.description: dict[str, Any] = {
             "format": "img2dataset",
