@@ -112,8 +112,8 @@ VG_IMAGES = {"VG_100K/1.jpg": photo(1), "VG_100K_2/200.jpg": photo(200), "VG_100
 def test_regions_are_captions_of_the_whole_image(tmp_path):
     write(tmp_path, VG_IMAGES | {"region_descriptions.json": json.dumps(REGIONS)})
     code, pairs, reasons = prepare_groups(tmp_path / "out", "visual_genome", tmp_path / "region_descriptions.json")
-    assert (code, reasons) == (0, {"malformed entry": 2, "empty caption": 1})
-    assert pairs == {1: ["a sky", "a dog"], 200: ["two cats"], 7: ["a hat"]}
+    assert (code, reasons) == (0, {"malformed entry": 1, "empty caption": 1})
+    assert pairs == {1: ["a sky", "a dog"], 200: ["two cats"], 7: ["a hat", "no box"]}
 
 
 def split_image(box):
@@ -162,9 +162,9 @@ def test_the_box_of_a_region_is_cut_out(tmp_path, box, size):
 def test_a_malformed_box_is_counted(tmp_path, box):
     elements = [{"caption": "x", "bb": box}, {"caption": "y", "bb": [0, 0, 32, 32]}]
     write(tmp_path, {"1.png": photo(1), "a.json": json.dumps([{"image": "1.png", "elems": elements}])})
-    for options in ([], ["--boxes"]):
-        code, _, reasons = prepare(tmp_path / f"out{len(options)}", "json", tmp_path / "a.json", *options)
-        assert (code, reasons) == (0, {"malformed entry": 1})
+    assert prepare_groups(tmp_path / "whole", "json", tmp_path / "a.json") == (0, {1: ["x", "y"]}, {})
+    code, _, reasons = prepare_groups(tmp_path / "boxes", "json", tmp_path / "a.json", "--boxes")
+    assert (code, reasons) == (0, {"malformed entry": 1})
 
 
 # ------------------------------------------------------------------------------------------------- X-VLM
@@ -521,6 +521,13 @@ def test_an_image_of_a_test_set_is_left_out_whatever_its_name(tmp_path, kind, na
     part = report(tmp_path / "part", *arguments, *lists)
     assert part["images"] == whole["images"] - 1
     assert part["excluded_ids"] == {"listed": 2, "matched": 1}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '[{"image_id": 1}]', "[7]", '{"coco_id": 1}'])
+def test_a_file_without_the_names_in_coco_is_refused(tmp_path, capsys, text):
+    write(tmp_path, {**VG_IMAGES, "r.json": json.dumps(REGIONS), "image_data.json": text})
+    assert prepare(tmp_path / "out", "visual_genome", tmp_path / "r.json")[0] == 2
+    assert 'image_data.json has no numbers of images in COCO and Flickr: expected [{"image_id", "co' in one_line(capsys)
 
 
 def test_a_missing_list_of_the_names_in_coco_is_said(tmp_path, capsys):

@@ -76,8 +76,8 @@ def read_captions(entries: Iterable[Entry], boxes: bool = False) -> Iterator[Ima
         phrases: list[tuple[Box | None, str]] = [(None, caption) for caption in item.captions]
         for element in elements:
             try:
-                place, captions = _element(element)
-                phrases += [(place if boxes else None, caption) for caption in captions]
+                place = box(element, element.get("bb")) if boxes else None
+                phrases += [(place, caption) for caption in _element_captions(element)]
             except SourceError:
                 yield element
         if not elements:
@@ -99,12 +99,12 @@ def _elements(entry: Entry) -> list[Entry]:
     return [Entry(element, f"{entry.where} element {number}") for number, element in enumerate(elements)]
 
 
-def _element(element: Entry) -> tuple[Box, tuple[str, ...]]:
-    """Box and captions of an element of X-VLM."""
+def _element_captions(element: Entry) -> tuple[str, ...]:
+    """Captions of an element of X-VLM, each behind each of its attributes if it has some."""
     captions = element.captions("caption")
     attributes = element.captions("attributes") if element.has("attributes") else ()
     described = tuple(f"{attribute} {caption}" for attribute in attributes if attribute for caption in captions)
-    return box(element, element.get("bb")), described or captions
+    return described or captions
 
 
 def question(entry: Entry) -> Question:

@@ -37,7 +37,14 @@ def require_regions(path: Path) -> int:
 
 def read_aliases(path: Path) -> dict[str, tuple[str, ...]]:
     """Names in COCO and Flickr30K of images by their id; raises :class:`SourceError` for a file of another form."""
-    read_outline(path, keep_undecodable=True)
+    tree = read_outline(path, keep_undecodable=True).tree
+    if not (
+        isinstance(tree, list) and tree and isinstance(tree[0], dict) and {"coco_id", "flickr_id"} & tree[0].keys()
+    ):
+        raise SourceError(
+            f'{path} has no numbers of images in COCO and Flickr: expected [{{"image_id", "coco_id", "flickr_id"}}], '
+            f"found {described(tree)}"
+        )
     aliases = {}
     for entry in stream_entries(path):
         coco, flickr = entry.identity("coco_id"), entry.identity("flickr_id")
@@ -54,8 +61,7 @@ def read_regions(path: Path, aliases: dict[str, tuple[str, ...]], boxes: bool) -
         try:
             for region in _listed(entry):
                 try:
-                    place, phrase = _region(region)
-                    regions.append((place if boxes else None, phrase))
+                    regions.append((_box(region) if boxes else None, _phrase(region)))
                 except SourceError:
                     yield region
             number = entry.identity("id") or _listed(entry)[0].text("image_id")
@@ -79,9 +85,12 @@ def _listed(entry: Entry) -> list[Entry]:
     return [Entry(region, f"{entry.where} region {number}") for number, region in enumerate(regions)]
 
 
-def _region(region: Entry) -> tuple[Box, str]:
+def _box(region: Entry) -> Box:
+    return box(region, [region.get(key) for key in ("x", "y", "width", "height")])
+
+
+def _phrase(region: Entry) -> str:
     phrase = region.get("phrase")
     if not isinstance(phrase, str) and not is_null(phrase):
         raise region.error(f"phrase ({shortened(phrase)}) must be a string")
-    place = box(region, [region.get(key) for key in ("x", "y", "width", "height")])
-    return place, "" if is_null(phrase) else clean_caption(phrase)
+    return "" if is_null(phrase) else clean_caption(phrase)
