@@ -162,6 +162,8 @@ def _write_candidate(
 
 
 def _require_not_excluded(candidate: Candidate, options: WriterOptions, record: ShardRecord) -> None:
+    if not options.exclude_ids:
+        return
     names = {one_line(name) for name in (candidate.image_id, *candidate.aliases)}
     names |= {f"{name}.jpg" for name in names}  # a list may hold names of files
     matches = read_ids(options.exclude_ids) & names
