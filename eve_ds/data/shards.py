@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from eve_ds.data.shard_bytes import FileBytes, stored_size
 from eve_ds.data.shard_file import ShardFile, warn_of_other_layout
-from eve_ds.data.shard_index import ShardLayout, Varints, decode
+from eve_ds.data.shard_index import ShardLayout, Varints, decode, decode_text, encode
 from eve_ds.data.shard_paths import INDEX_NAME, IndexEntry, expand, folder_of, name_of, read_index, refuse_other_content
 from eve_ds.distributed import get_logger
 
@@ -22,7 +22,8 @@ class Shard(NamedTuple):
     sha256: str | None
     """Hash in the index, which is believed if the size in the index is that of the tar; None: unknown."""
     groups: Varints | None = None
-    """Varints of its layout in the index, believed under the same condition; None: unknown, the tar is scanned."""
+    """Varints of its layout in the index, believed under the same condition, or by a scan when it was found; None:
+    unknown, whoever opens the tar scans it."""
 
 
 def find_shards(spec: str | Sequence[str]) -> list[Shard]:
@@ -75,18 +76,21 @@ def _measure(address: str, entry: IndexEntry | None, size: int) -> Shard:
     is_indexed = entry is not None and entry.bytes in (None, size)
     # A shard that was cut lacks samples of its index, each of which is counted as a bad one.
     listed = 0 if entry is None else entry.samples
-    samples = listed if is_indexed else max(listed, _count(address))
+    layout = None if is_indexed else _scanned(address)
+    samples = listed if layout is None else max(listed, len(layout))
     if size == 0 or samples == 0:
         refuse_other_content(address)
-    if entry is None or entry.bytes != size:
-        return Shard(address, samples, size, None)
-    return Shard(address, samples, size, entry.sha256, entry.groups)
+    if entry is not None and entry.bytes == size:
+        return Shard(address, samples, size, entry.sha256, entry.groups)
+    # Other ranks and workers need not repeat the scan.
+    groups = decode_text(encode(layout)) if layout is not None and len(layout) == samples else None
+    return Shard(address, samples, size, None, groups)
 
 
-def _count(address: str) -> int:
-    shard = open_shard(Shard(address, 0, 0, None))
+def _scanned(address: str) -> ShardLayout:
+    shard = ShardFile(address, FileBytes(address))
     shard.close()
-    return len(shard)
+    return shard.layout
 
 
 def open_shard(shard: Shard) -> ShardFile:
