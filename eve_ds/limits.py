@@ -36,7 +36,14 @@ JSON_DIGITS = 300
 SMALL_JSON_BYTES = 256 * MIB
 """Bytes of a JSON file that a program wrote about other files, such as an index of shards or a configuration."""
 ANNOTATION_BYTES = 4 * GIB
-"""Bytes of one annotation file, which is parsed in memory."""
+"""Bytes of one annotation file that is parsed in memory."""
+JSON_ENTRY_CHARACTERS = 64 * MIB
+"""Characters of one entry of an annotation file that is read entry by entry."""
+GROUPED_BYTES = 128 * MIB
+"""Bytes of annotation files whose captions are grouped by image in memory, which takes about seven times as many; in
+larger ones, only adjacent captions of an image are grouped."""
+GROUP_CAPTIONS = 500
+"""Captions of one image that share its bytes in a shard; further ones are written with the image again."""
 RECORD_BYTES = 4 * GIB
 """Bytes of a file of records, such as metrics or predictions, which is parsed in memory."""
 CONFIG_BYTES = MIB
@@ -81,5 +88,7 @@ ARCHIVE_SMALL_BYTES = 64 * MIB
 """Unpacked bytes that an archive of any size may have."""
 SHARDS = 1_000_000
 """Shards of one source: a thousand times a thousand samples in each is more than any published set."""
+INDEX_BYTES = 2 * GIB
+"""Bytes of an index of shards, with some five for each sample."""
 SHARD_SAMPLES = 10_000_000
 """Samples that an index may give for one shard."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
 
 from eve_ds import limits
 
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
 _TOO_DEEP = f"lists and objects are nested deeper than {limits.JSON_DEPTH} levels"
 
 
@@ -82,19 +84,36 @@ def parse_json(document: bytes | str) -> Any:
             than `limits.JSON_DIGITS` digits; the message is one line.
     """
     text = document if isinstance(document, str) else document.decode("utf-8-sig")
+    start = _NO_SPACE.search(text)
+    tree, end = parse_json_at(text, len(text) if start is None else start.start())
+    rest = _NO_SPACE.search(text, end)
+    if rest is not None:
+        raise json.JSONDecodeError("Extra data", text, rest.start())
+    return tree
+
+
+def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+    """Parse the JSON document that begins at a character; returns it and the place behind it.
+
+    Raises:
+        ValueError: see :func:`parse_json`; a JSONDecodeError where the text is not JSON, or ends inside the document.
+    """
     try:
-        tree = json.loads(text, parse_int=_whole_number)
+        tree, end = _DECODER.raw_decode(text, start)
     except RecursionError:  # thousands of levels
         raise ValueError(_TOO_DEEP) from None
     if depth_exceeds(tree, limits.JSON_DEPTH):
         raise ValueError(_TOO_DEEP)
-    return tree
+    return tree, end
 
 
 def _whole_number(digits: str) -> int:
     if len(digits) > limits.JSON_DIGITS:
         raise ValueError(f"a number has {len(digits):,} digits, more than {limits.JSON_DIGITS}")
     return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)
 
 
 def depth_exceeds(tree: Any, most: int) -> bool:

@@ -142,8 +142,13 @@ def imported(folder):
 def test_every_imported_distribution_is_declared():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     runtime = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
-    development = {canonicalize_name(Requirement(text).name) for text in project["optional-dependencies"]["dev"]}
-    assert {canonicalize_name(name) for name in imported("eve_ds") | imported("launcher")} == runtime
+    extras = {
+        name: {canonicalize_name(Requirement(text).name) for text in group}
+        for name, group in project["optional-dependencies"].items()
+    }
+    development = extras.pop("dev")
+    used = {canonicalize_name(name) for name in imported("eve_ds") | imported("launcher")}
+    assert runtime <= used <= runtime.union(*extras.values())
     assert {canonicalize_name(name) for name in imported("tests")} <= runtime | development
 
 

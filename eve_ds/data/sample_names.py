@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
 """Suffixes of compressed files, in which no sample can be read at its offset."""
 _CAPTION_OF_IMAGE = re.compile(r"((?:.*/)?[0-9]{9,})-[0-9]+", re.DOTALL)
+_CAPTION = re.compile(r"(?:([0-9]+)\.)?txt")
 _RESERVED = re.compile(r"__[^/]*__($|/)")
 
 
@@ -20,6 +21,12 @@ def split_name(name: str) -> tuple[str | None, str | None]:
     """
     match = None if _RESERVED.match(name) or is_leftover(name) else _KEY_AND_EXTENSION.fullmatch(name)
     return (match[1], match[2]) if match else (None, None)
+
+
+def caption_label(extension: str) -> str | None:
+    """Number of a caption in the extension of its member: "3" for `3.txt`, "" for `txt`; None for no caption."""
+    match = _CAPTION.fullmatch(extension.lower())
+    return None if match is None else match[1] or ""
 
 
 def written_key(image: int, caption: int | None) -> str:
@@ -35,13 +42,15 @@ def image_key(key: str) -> str:
 
 def is_leftover(name: str) -> bool:
     """Whether macOS wrote a file beside those of the user: `._NAME`, `.DS_Store`, or anything below `__MACOSX`."""
-    path = PurePosixPath(name)
-    return path.name.startswith("._") or path.name == ".DS_Store" or "__MACOSX" in path.parts
+    parts = [part for part in name.split("/") if part not in ("", ".")]  # a PurePosixPath takes several times as long
+    return bool(parts) and (parts[-1].startswith("._") or parts[-1] == ".DS_Store" or "__MACOSX" in parts)
 
 
 def shard_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
     """Tars of a folder in the order of their names, without those of macOS."""
-    return sorted(path for path in folder.glob(pattern) if not is_leftover(str(path.relative_to(folder))))
+    above = len(folder.parts)
+    found = [path for path in folder.glob(pattern) if not is_leftover("/".join(path.parts[above:]))]
+    return sorted(found, key=lambda path: path.parts)
 
 
 def packed_tars(folder: Path, pattern: str = "**/*.t*z*") -> list[Path]:

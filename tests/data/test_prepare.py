@@ -11,70 +11,20 @@ import socket
 import tarfile
 import unicodedata
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from webdataset import WebDataset
+from photo_sets import one_line, pack, photo, prepare, write
 
 from eve_ds import limits
 from eve_ds.cli.prepare import main
-from eve_ds.data.shard_writer import read_captions
+from eve_ds.data.shard_captions import read_captions
 
 COUNT = 8
 
 
-def photo(number):
-    """Image whose red channel is its number, so that a wrong caption is seen."""
-    file = io.BytesIO()
-    Image.new("RGB", (32, 32), (number, 200, 30)).save(file, "PNG")
-    return file.getvalue()
-
-
 def captioned(count=COUNT):
     return {number: f"caption {number}" for number in range(count)}
-
-
-def write(folder, files):
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-
-
-def pack(path, files, mode="w", form=tarfile.GNU_FORMAT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode, format=form) as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def prepare(out, *arguments):
-    """Exit code of the command, pairs {number of the image: caption}, and reasons {reason: count}."""
-    code = main([*map(str, arguments), "--out", str(out), "--workers", "1"])
-    if code:
-        assert not (out / ".prepare").exists(), "nothing is left half-written"
-        assert not list(out.glob("*.tar"))
-        return code, {}, {}
-    report = json.loads((out / "report.json").read_text())
-    urls = [str(path) for path in sorted(out.glob("*.tar"))]
-    pairs = []
-    for sample in WebDataset(urls, shardshuffle=False, empty_check=False):
-        red = np.asarray(Image.open(io.BytesIO(sample.get("png", sample.get("jpg")))).convert("RGB"))[0, 0, 0]
-        pairs.append((int(red), sample["txt"].decode()))
-    assert len(dict(pairs)) == len(pairs)
-    return code, dict(pairs), {reason: entry["count"] for reason, entry in report["skipped"].items()}
-
-
-def one_line(capsys):
-    lines = capsys.readouterr().err.strip().split("\n")
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("prepare: ")
-    assert len(lines[0]) < 900
-    return lines[0]
 
 
 # ------------------------------------------------------------------------------------------------- img2dataset
@@ -442,32 +392,45 @@ def test_a_lone_surrogate_in_an_id_reaches_the_list_of_ids(tmp_path):
 DOCUMENTS = {
     "COCO captions": (
         '{"info": {}, "images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}',
-        r"is COCO annotations; this is not read: write a table of image and caption, or \[",
+        r"is COCO annotations: give it to `prepare\.py coco`",
     ),
     "Visual Genome": (
         '[{"regions": [{"phrase": "x"}], "id": 1}]',
-        "is Visual Genome region descriptions; this is not read",
+        "is Visual Genome region descriptions: give it to `prepare.py visual_genome`",
     ),
-    "SBU": ('{"image_urls": ["x"], "captions": ["y"], "user_ids": []}', "is SBU captions; this is not read: download"),
-    "X-VLM": ('[{"image": "a.jpg", "elems": [{"caption": "x"}]}]', "is X-VLM region annotations .*; this is not read"),
+    "SBU": (
+        '{"image_urls": ["x"], "captions": ["y"], "user_ids": []}',
+        "is SBU captions: give it to `prepare.py urls`",
+    ),
+    "Karpathy": ('{"images": [{"filename": "a.jpg"}]}', "Karpathy's: give it to `prepare.py karpathy`"),
+    "addresses": (
+        '[{"url": "http://x/a.jpg", "caption": "x"}]',
+        "addresses and captions: give it to `prepare.py urls`",
+    ),
     "LLaVA": ('[{"image": "a.jpg", "conversations": []}]', "is LLaVA conversations; this is not read"),
     "VQAv2 questions": ('{"questions": []}', "is VQAv2 questions; this is not read"),
     "NLVR2": ('{"identifier": "a", "sentence": "b"}\n{"identifier": "c", "sentence": "d"}', "is NLVR2; this is not"),
     "pandas by column": ('{"image": {"0": "a.jpg"}, "caption": {"0": "x"}}', "is a table by columns, as pandas writes"),
-    "Parquet": (b"PAR1\x15\x04", "is Parquet, as LAION's lists; this is not read: download the images with img2data"),
+    "Parquet": (
+        b"PAR1\x15\x04",
+        "is Parquet; this is not read: give it to `prepare.py table`, or a list of addresses to",
+    ),
     "gzip": (b"\x1f\x8b\x08", "is compressed by gzip; this is not read"),
     "UTF-16": ("[]".encode("utf-16"), "is UTF-16; this is not read: save it as UTF-8"),
     "Latin-1 key": (b'[{"imag\xe9": "a"}]', "is not a caption JSON|malformed"),
     "deep": ("[" * 100_000, "is not JSON: lists and objects are nested deeper than 100 levels"),
     "a little deep": ("[" * 200 + "]" * 200, "is not JSON: lists and objects are nested deeper than 100 levels"),
     "deep object": ('{"a":' * 500 + "1" + "}" * 500, "is not JSON: lists and objects are nested deeper than 100"),
-    "deep line": ('{"a": 1}\n' + "[" * 5000, "is not JSON: line 2: lists and objects are nested deeper"),
+    "deep line": (
+        '{"a": 1}\n' + "[" * 5000,
+        "is not JSON: lists and objects are nested deeper than 100 levels: line 2",
+    ),
     "large number": (f'[{{"image": {"9" * 5000}}}]', "is not JSON: a number has 5,000 digits, more than 300"),
     "cut": ('[{"image": "a.jpg", "caption": "x"', "is not JSON: Expecting"),
-    "a bad line": ('{"image": "a.jpg", "caption": "x"}\n{"image":\n', "is not JSON: line 2: Expecting value"),
+    "a bad line": ('{"image": "a.jpg", "caption": "x"}\n{"image":\n', "is not JSON: Expecting value: line 2"),
     "empty": ("", "is not JSON: Expecting value"),
     "one line of JSON lines": ('{"image": "a.jpg", "caption": "x"}', "found an object with the keys image, caption"),
-    "an empty list": ("[]", "is not a caption JSON: .* found a list of 0"),
+    "an empty list": ("[]", "is not a caption JSON: .* found an empty list"),
     "NUL": ("[\0]", "it has NUL bytes; this is not read"),
 }
 
@@ -487,7 +450,7 @@ def test_a_document_that_is_not_read_is_named_in_one_line(tmp_path, capsys, name
 def test_karpathy_names_the_captions_of_coco(tmp_path, capsys):
     write(tmp_path, {"a.json": DOCUMENTS["COCO captions"][0]})
     assert prepare(tmp_path / "out", "karpathy", tmp_path / "a.json")[0] == 2
-    assert "is COCO annotations; this is not read" in one_line(capsys)
+    assert "is COCO annotations: give it to `prepare.py coco`" in one_line(capsys)
 
 
 @pytest.mark.parametrize("name", ["pipe", "socket", "folder", "/dev/zero"])
@@ -661,35 +624,54 @@ def test_a_damaged_archive_leaves_no_shards(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- anything else
 
 
+KEYS_OF_FORMATS = [
+    "image",
+    "caption",
+    "image_id",
+    "images",
+    "sentences",
+    "raw",
+    "filename",
+    "split",
+    "text",
+    "id",
+    "url",
+]
+KEYS_OF_FORMATS += ["file_name", "annotations", "regions", "phrase", "x", "elems", "bb", "image_urls", "captions"]
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just("0.png")),
     lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(
-                ["image", "caption", "image_id", "images", "sentences", "raw", "filename", "split", "text"]
-            ),
-            inner,
-            max_size=4,
-        ),
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYS_OF_FORMATS), inner, max_size=4)
     ),
     max_leaves=8,
 )
+GOOD_ENTRY = {
+    **{"image": "0.png", "caption": "x", "filename": "0.png", "split": "train", "sentences": [{"raw": "x"}]},
+    **{"file_name": "0.png", "id": 0, "image_id": 0, "url": "http://x/0.png"},
+    "regions": [{"image_id": 0, "phrase": "x", "x": 0, "y": 0, "width": 9, "height": 9}],
+}
+DOCUMENT_KEYS = [None, ("images",), ("images", "annotations"), ("image_urls", "captions")]
 
 
-@settings(max_examples=60)
-@given(tree=json_values, command=st.sampled_from(["json", "karpathy"]), first=st.booleans())
-def test_any_json_ends_in_shards_or_in_one_line(tmp_path_factory, tree, command, first):
+@settings(max_examples=100)
+@given(
+    tree=json_values,
+    command=st.sampled_from(["json", "karpathy", "coco", "visual_genome", "urls"]),
+    keys=st.sampled_from(DOCUMENT_KEYS),
+    first=st.booleans(),
+)
+def test_any_json_ends_in_shards_or_in_one_line(tmp_path_factory, tree, command, keys, first):
     folder = tmp_path_factory.mktemp("fuzz", numbered=True)
-    write(folder, {"0.png": photo(0)})
-    good = {"image": "0.png", "caption": "x", "filename": "0.png", "split": "train", "sentences": [{"raw": "x"}]}
-    entries = [tree, good] if first else [good, tree]
-    for number, document in enumerate((tree, entries, {"images": entries})):
+    write(folder, {"0.png": photo(0), "d/0.png": photo(0), "d/0.json": json.dumps({"url": "http://x/0.png"})})
+    entries = [tree, GOOD_ENTRY] if first else [GOOD_ENTRY, tree]
+    options = ["--images", str(folder / "d")] if command == "urls" else []
+    for number, document in enumerate((tree, entries if keys is None else dict.fromkeys(keys, entries))):
         write(folder, {"a.json": json.dumps(document)})
-        code = main([command, str(folder / "a.json"), "--out", str(folder / f"out{number}"), "--workers", "1"])
+        out = folder / f"out{number}"
+        code = main([command, str(folder / "a.json"), "--out", str(out), "--workers", "1", *options])
         assert code in (0, 2)
-        assert (folder / f"out{number}" / "index.json").exists() == (code == 0)
-        assert not (folder / f"out{number}" / ".prepare").exists()
+        assert (out / "index.json").exists() == (code == 0)
+        assert not (out / ".prepare").exists()
 
 
 def test_the_tokenizer_learns_no_special_marks(tmp_path):

@@ -21,14 +21,15 @@ from PIL import Image
 from eve_ds.data import shard_writer
 from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers import BadSample, Candidate, FileSlice, GeneratedScenes, InlineBytes, Skip, SourceError
-from eve_ds.data.shard_writer import (
-    OutputError,
-    WriterOptions,
-    read_captions,
-    read_ids,
-    split_into_tasks,
-    write_shards,
-)
+from eve_ds.data.shard_bytes import FileBytes
+from eve_ds.data.shard_captions import read_captions
+from eve_ds.data.shard_index import decode, scan_layout
+from eve_ds.data.shard_writer import WriterOptions, write_shards
+from eve_ds.data.shards import find_shards
+from eve_ds.data.writing import one_shard
+from eve_ds.data.writing.excluded_ids import read_ids
+from eve_ds.data.writing.one_shard import split_into_tasks
+from eve_ds.data.writing.progress_files import OutputError
 from eve_ds.signals import Stopped, StopSignals
 
 
@@ -85,11 +86,16 @@ def test_webdataset_reads_a_written_sample(tmp_path):
 def test_every_caption_of_an_image_becomes_a_sample(tmp_path):
     items = [candidate("a", ("one", "", b"three", b"\xff")), candidate("b", ("four",))]
     report = write_shards(ListSource(*items), tmp_path, WriterOptions())
-    assert [(s["__key__"], s["txt"]) for s in read_samples(tmp_path)] == [
-        ("000000000-0", b"one"),
-        ("000000000-2", b"three"),
-        ("000000001", b"four"),
-    ]
+    first, second = read_samples(tmp_path)
+    assert (first["__key__"], first["0.txt"], first["2.txt"]) == ("000000000", b"one", b"three")
+    assert "1.txt" not in first
+    assert (second["__key__"], second["txt"]) == ("000000001", b"four")
+    (shard,) = find_shards(str(tmp_path))
+    assert shard.num_samples == 3
+    scanned = scan_layout(FileBytes(shard.address))
+    stored = decode(shard.groups, 3, shard.bytes)
+    assert [stored.starts.tolist(), stored.ends.tolist()] == [scanned.starts.tolist(), scanned.ends.tolist()]
+    assert stored.captions.tolist() == scanned.captions.tolist() == [2, 1]
     assert (report["samples"], report["images"]) == (3, 2)
     assert {reason: entry["count"] for reason, entry in report["skipped"].items()} == {
         "empty caption": 1,
@@ -100,7 +106,7 @@ def test_every_caption_of_an_image_becomes_a_sample(tmp_path):
 def test_index_lists_names_sizes_and_digests(tmp_path):
     write_shards(GeneratedScenes(25), tmp_path, WriterOptions(samples_per_shard=10))
     index = json.loads((tmp_path / "index.json").read_text())
-    assert index["version"] == 1
+    assert index["version"] == 2
     assert [shard["name"] for shard in index["shards"]] == [f"shard-{n:06d}.tar" for n in range(3)]
     for shard in index["shards"]:
         data = (tmp_path / shard["name"]).read_bytes()
@@ -123,7 +129,8 @@ def test_shard_size_counts_captions_but_no_skips():
     tasks = list(split_into_tasks(source, WriterOptions(samples_per_shard=3)))
     assert [[c.name for c in task.candidates] for task in tasks] == [["a", "b"], ["c"], []]
     assert [task.first_index for task in tasks] == [0, 2, 3]
-    assert [[s.name for s in task.skips] for task in tasks] == [["s"], [], ["t"]]
+    skipped = [{"why": {"count": 1, "examples": [name]}} for name in "st"]
+    assert [task.skipped.reasons for task in tasks] == [skipped[0], {}, skipped[1]]
 
 
 def test_limit_counts_images():
@@ -253,7 +260,7 @@ def test_excluded_images_are_skipped(tmp_path):
         candidate("c", id="b/föö.jpg", aliases=("föö.jpg", "föö")),
         candidate("bad"),
     )
-    report = write_shards(train, tmp_path / "train", WriterOptions(exclude_ids=str(ids)))
+    report = write_shards(train, tmp_path / "train", WriterOptions(exclude_ids=(str(ids),)))
     assert (tmp_path / "train" / "ids.txt").read_text() == "170\nbad\n"
     assert report["skipped"] == {"excluded id": {"count": 2, "examples": ["a", "c"]}}
     assert report["excluded_ids"] == {"listed": 2, "matched": 2}
@@ -265,14 +272,14 @@ def test_an_id_with_any_whitespace_is_excluded_by_the_list_that_names_it(tmp_pat
     ids = tmp_path / "test" / "ids.txt"
     assert len(ids.read_text(encoding="utf-8").split("\n")) == len(names) + 1, "one line per id, and the last end"
     train = ListSource(candidate("good"), *map(candidate, names))
-    report = write_shards(train, tmp_path / "train", WriterOptions(exclude_ids=str(ids)))
+    report = write_shards(train, tmp_path / "train", WriterOptions(exclude_ids=(str(ids),)))
     assert report["images"] == 1
     assert report["excluded_ids"] == {"listed": 5, "matched": 5}
 
 
 def test_ids_of_another_program_are_split_at_line_feeds_alone(tmp_path):
     (tmp_path / "ids").write_bytes("a\u2028b\r\n\r\n c \n".encode())
-    assert read_ids(str(tmp_path / "ids")) == {"a b", "c"}
+    assert read_ids((str(tmp_path / "ids"),)) == {"a b", "c"}
 
 
 NAMES = "a.png\né.png\n17\n"
@@ -297,7 +304,7 @@ def test_ids_of_any_editor_exclude_their_images(tmp_path, data, form):
     (tmp_path / "ids.txt").write_bytes(data)
     names = [unicodedata.normalize(form, name) for name in NAMES.split()]
     source = ListSource(candidate("good"), *map(candidate, names))
-    report = write_shards(source, tmp_path / "out", WriterOptions(exclude_ids=str(tmp_path / "ids.txt")))
+    report = write_shards(source, tmp_path / "out", WriterOptions(exclude_ids=(str(tmp_path / "ids.txt"),)))
     assert (report["images"], report["excluded_ids"]["matched"]) == (1, 3)
 
 
@@ -316,12 +323,12 @@ def test_ids_of_any_editor_exclude_their_images(tmp_path, data, form):
 def test_a_file_in_which_no_id_would_be_found_is_refused(tmp_path, data, found):
     (tmp_path / "ids.txt").write_bytes(data)
     with pytest.raises(SourceError, match=found):
-        read_ids(str(tmp_path / "ids.txt"))
+        read_ids((str(tmp_path / "ids.txt"),))
 
 
 def test_missing_file_of_excluded_ids_is_refused(tmp_path):
     with pytest.raises(SourceError, match=r"cannot read the ids to exclude from .*nothing: No such file"):
-        read_ids(str(tmp_path / "nothing"))
+        read_ids((str(tmp_path / "nothing"),))
 
 
 # ------------------------------------------------------------------------------------------------- reproducible bytes
@@ -402,7 +409,56 @@ def test_complete_folder_does_not_change(tmp_path):
     assert (digests(tmp_path), calls) == (before, [])
 
 
+def test_groups_are_the_same_bytes_after_a_kill_and_with_any_number_of_workers(tmp_path):
+    items = [candidate(str(n), tuple(f"{n}-{k}" for k in range(n % 4))) for n in range(30)]
+    options = WriterOptions(samples_per_shard=7)
+    write_shards(ListSource(*items), tmp_path / "clean", options)
+    write_shards(ListSource(*items), tmp_path / "two", options, 2)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(ListSource(*items), tmp_path / "killed", options, 1, interrupted_after(3))
+    write_shards(ListSource(*items), tmp_path / "killed", options)
+    assert digests(tmp_path / "clean") == digests(tmp_path / "two") == digests(tmp_path / "killed")
+
+
+def test_an_id_of_several_groups_is_listed_once_and_first_where_it_came_first(tmp_path):
+    items = [candidate(f"{n}", id=name) for n, name in enumerate(["b", "a", "b", "\ud800", "c", "a", "\ud800"])]
+    report = write_shards(ListSource(*items), tmp_path, WriterOptions(samples_per_shard=2))
+    assert (tmp_path / "ids.txt").read_text(encoding="utf-8").split("\n") == ["b", "a", "\ufffd", "c", ""]
+    assert (report["samples"], report["images"]) == (7, 4)
+
+
 # ---------------------------------------------------------------------------------------- folders of other data
+
+
+def as_version_1(folder, name):
+    """Change a file of this version to one of version 1, which has no groups."""
+    tree = json.loads((folder / name).read_text())
+    tree["version"] = 1
+    for shard in tree.get("shards", []) if name == "index.json" else []:
+        del shard["groups"]
+    (folder / name).write_text(json.dumps(tree))
+
+
+def test_a_complete_folder_of_version_1_needs_nothing(tmp_path):
+    write_shards(GeneratedScenes(10), tmp_path, WriterOptions())
+    for name in ("index.json", "report.json"):
+        as_version_1(tmp_path, name)
+    before = digests(tmp_path)
+    assert write_shards(GeneratedScenes(10), tmp_path, WriterOptions())["version"] == 1
+    assert digests(tmp_path) == before
+
+
+def test_an_unfinished_folder_of_version_1_is_refused_in_one_line(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(GeneratedScenes(10), tmp_path, WriterOptions(2), 1, interrupted_after(1))
+    as_version_1(tmp_path / ".prepare", "plan.json")
+    before = digests(tmp_path)
+    message = (
+        r"unfinished folder of another version .*\(version 1 there, 2 here\), .*remove it, or choose another --out$"
+    )
+    with pytest.raises(OutputError, match=message):
+        write_shards(GeneratedScenes(10), tmp_path, WriterOptions(2))
+    assert digests(tmp_path) == before
 
 
 def test_folder_of_other_options_or_another_source_is_refused(tmp_path):
@@ -428,9 +484,9 @@ def test_changed_file_of_excluded_ids_counts_as_another_option(tmp_path):
         ids.write_text(text)
         read_ids.cache_clear()
         if text == "1\n":
-            write_shards(GeneratedScenes(3), tmp_path / "out", WriterOptions(exclude_ids=str(ids)))
+            write_shards(GeneratedScenes(3), tmp_path / "out", WriterOptions(exclude_ids=(str(ids),)))
     with pytest.raises(OutputError, match=r"other options \(options\.exclude_ids"):
-        write_shards(GeneratedScenes(3), tmp_path / "out", WriterOptions(exclude_ids=str(ids)))
+        write_shards(GeneratedScenes(3), tmp_path / "out", WriterOptions(exclude_ids=(str(ids),)))
 
 
 def test_folders_written_by_other_programs_are_refused(tmp_path):
@@ -476,7 +532,7 @@ def test_run_continues_after_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "_add_member", full)
+        patch.setattr(one_shard, "_add_member", full)
         with pytest.raises(OSError, match="No space left"):
             write_shards(GeneratedScenes(10), tmp_path, WriterOptions())
     assert write_shards(GeneratedScenes(10), tmp_path, WriterOptions())["samples"] == 10

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from eve_ds import limits
 from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import SourceError
-from eve_ds.data.formats.unread import refuse_binary
+from eve_ds.data.formats.json_stream import read_tree, stream_json
 from eve_ds.printable import excerpt
-from eve_ds.reading import parse_json, read_file
 
 Undecodable = Literal["refuse", "keep"]
 """Treatment of bytes that are not UTF-8: raise an error, or keep them as surrogates for the shard writer to count."""
-LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
-"""Suffixes of files with one JSON document a line."""
 MOST_KEYS = 8
 """Number of keys that a message lists."""
 
@@ -116,6 +112,18 @@ def list_entries(files: Iterable[Path]) -> Iterator[Entry]:
         yield from numbered(tree, path)
 
 
+def stream_entries(path: Path, key: str | None = None) -> Iterator[Entry]:
+    """Entries of a list of any size, which the file is, or which is the value of a key of its outermost object.
+
+    Bytes that are not UTF-8 are kept as surrogates for the shard writer to count.
+
+    Raises:
+        SourceError: see :func:`eve_ds.data.formats.json_stream.stream_json`.
+    """
+    values = (value for value in stream_json(path, keep_undecodable=True) if value.is_entry and value.key == key)
+    return (Entry(value.content, f"{path} entry {number}") for number, value in enumerate(values))
+
+
 def read_json(path: Path, undecodable: Undecodable = "refuse") -> Any:
     """A JSON document, or the list of the documents of a file with one document a line (always in `.jsonl`).
 
@@ -123,45 +131,13 @@ def read_json(path: Path, undecodable: Undecodable = "refuse") -> Any:
         SourceError: the file cannot be read, is not UTF-8 (unless `undecodable` is "keep"), is not JSON, or exceeds a
             cap of :mod:`eve_ds.limits`.
     """
-    refuse_binary(path)
-    try:
-        data = read_file(path, limits.ANNOTATION_BYTES)
-        text = data.decode("utf-8-sig", errors="strict" if undecodable == "refuse" else "surrogateescape")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise SourceError(f"annotation file {path} cannot be read: {reason}") from None
-    lines = text.split("\n")
-    try:
-        return _documents(lines) if path.suffix.lower() in LINE_SUFFIXES else parse_json(text)
-    except json.JSONDecodeError as whole:
-        if not _is_json(next((line for line in lines if line.strip()), "")):
-            raise SourceError(f"annotation file {path} is not JSON: {whole}") from None
-    except ValueError as error:
-        raise SourceError(f"annotation file {path} is not JSON: {error}") from None
-    try:
-        return _documents(lines)
-    except ValueError as error:
-        raise SourceError(f"annotation file {path} is not JSON: {error}") from None
-
-
-def _documents(lines: Sequence[str]) -> list[Any]:
-    """Documents of JSON lines; raises ValueError that names the line."""
-    documents = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            documents += [parse_json(line)] if line.strip() else []
-        except ValueError as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise ValueError(f"line {number}: {reason}") from None
-    return documents
-
-
-def _is_json(line: str) -> bool:
-    try:
-        parse_json(line)
-    except ValueError:
-        return False
-    return True
+    size = path.stat().st_size if path.is_file() else 0
+    if size > limits.ANNOTATION_BYTES:
+        raise SourceError(
+            f"annotation file {path} cannot be read: {size:,} bytes, more than the "
+            f"{limits.ANNOTATION_BYTES:,} that are read"
+        )
+    return read_tree(path, undecodable == "keep")
 
 
 def as_text(value: Any) -> str | None:
@@ -182,9 +158,9 @@ def shortened(value: Any) -> str:
 
 
 def described(tree: Any) -> str:
-    """Form of a JSON document in words, for messages about one of another form."""
+    """Form of a JSON document in words, for messages about one of another form; of a list, its first entry counts."""
     if isinstance(tree, dict):
         return "an object with the keys " + (", ".join(list(tree)[:MOST_KEYS]) or "(none)")
     if isinstance(tree, list):
-        return f"a list of {len(tree)}"
+        return f"a list of {described(tree[0])}" if tree else "an empty list"
     return {str: "a string", bool: "a boolean", type(None): "null"}.get(type(tree), "a number")

@@ -7,9 +7,9 @@ https://cs.stanford.edu/people/karpathy/deepimagesent
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import SourceError
@@ -35,13 +35,18 @@ class CaptionedImage(NamedTuple):
 def read_entries(path: Path, undecodable: Undecodable = "refuse") -> list[Entry]:
     """Entries of all splits in the order of the file; raises :class:`SourceError` for a file of another form."""
     tree = read_json(path, undecodable)
-    refuse_document(path, tree)
+    require_karpathy(tree, path)
+    return numbered(tree["images"], path)
+
+
+def require_karpathy(tree: Any, path: Path) -> None:
+    """Raise :class:`SourceError` for a document of another form; the first entry of each list is enough."""
+    refuse_document(path, tree, "karpathy")
     if not (isinstance(tree, dict) and isinstance(tree.get("images"), list)):
         raise SourceError(
             f'{path} is not a Karpathy JSON: expected {{"images": [{{"filename", "split", "sentences": '
             f'[{{"raw"}}]}}]}}, found {described(tree)}'
         )
-    return numbered(tree["images"], path)
 
 
 def of_splits(entries: Sequence[Entry], splits: Sequence[str], path: Path) -> list[Entry]:
@@ -50,12 +55,23 @@ def of_splits(entries: Sequence[Entry], splits: Sequence[str], path: Path) -> li
     Raises:
         SourceError: no entry is of one of the splits; names the splits of the file.
     """
-    names = [entry.content.get("split") for entry in entries if isinstance(entry.content, dict)]
+    require_splits(entries, splits, path)
+    return [entry for entry in entries if in_splits(entry, splits)]
+
+
+def require_splits(entries: Iterable[Entry], splits: Sequence[str], path: Path) -> int:
+    """Number of entries of the splits; raises :class:`SourceError` for none, with the splits of the file."""
+    names = (entry.content.get("split") for entry in entries if isinstance(entry.content, dict))
     found = Counter(name if name is None else str(name) for name in names)
     if not any(split in found for split in splits):
         have = ", ".join(f"{name} ({count})" for name, count in sorted(found.items(), key=str))
         raise SourceError(f"{path} has no image of split {' or '.join(splits)}; it has: {have or 'no images'}")
-    return [entry for entry in entries if not isinstance(entry.content, dict) or entry.content.get("split") in splits]
+    return sum(found[split] for split in splits)
+
+
+def in_splits(entry: Entry, splits: Sequence[str]) -> bool:
+    """Whether an entry is of one of the splits, or no object."""
+    return not isinstance(entry.content, dict) or entry.content.get("split") in splits
 
 
 def captioned_image(entry: Entry) -> CaptionedImage:

@@ -2,6 +2,8 @@
 
 Captions: `[{image, caption, image_id}]`; `caption` is a text or a list, `image_id` may be absent. The names of Hugging
 Face's `metadata.jsonl`, `file_name` and `text`, are read as well.
+Regions of X-VLM: `[{image, caption, elems: [{caption, bb: [x, y, width, height], attributes}]}]`; the image may have no
+`caption`, that of an element is a text or a list, and each of its attributes is put before it.
 Questions: `[{image, question, question_id, answer, question_type}]`; `answer` is a text or one text per annotator,
 absent in a test set.
 Statements: `[{images: [left, right], sentence, label}]`; `label` is absent in a test set.
@@ -9,11 +11,13 @@ Statements: `[{images: [left, right], sentence, label}]`; `label` is absent in a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eve_ds.data.errors import SourceError
-from eve_ds.data.formats.entries import Entry, described
+from eve_ds.data.formats.captioned import Box, ImageCaptions, box, by_box
+from eve_ds.data.formats.entries import Entry, described, shortened
 from eve_ds.data.formats.unread import refuse_document
 
 
@@ -59,6 +63,50 @@ def captioned_image(entry: Entry) -> CaptionedImage:
     return CaptionedImage(entry, entry.file_name(image), entry.captions(caption), entry.identity("image_id"))
 
 
+def read_captions(entries: Iterable[Entry], boxes: bool = False) -> Iterator[ImageCaptions | Entry]:
+    """Captions of each image, or of each box in it if `boxes`; entries and elements themselves that are malformed."""
+    for entry in entries:
+        try:
+            has_elements = entry.has("elems")
+            item = captioned_image(_without_caption(entry) if has_elements else entry)
+            elements = _elements(entry) if has_elements else []
+        except SourceError:
+            yield entry
+            continue
+        phrases: list[tuple[Box | None, str]] = [(None, caption) for caption in item.captions]
+        for element in elements:
+            try:
+                place = box(element, element.get("bb")) if boxes else None
+                phrases += [(place, caption) for caption in _element_captions(element)]
+            except SourceError:
+                yield element
+        if not elements:
+            yield ImageCaptions(item.image, item.captions, item.image_id)
+        for box_, texts in by_box(phrases) if elements else ():
+            yield ImageCaptions(item.image, texts, item.image_id, box=box_)
+
+
+def _without_caption(entry: Entry) -> Entry:
+    """The entry, with an empty list of captions if it has none."""
+    has_caption = entry.has("caption") or entry.has("text")
+    return entry if has_caption else Entry({**entry.content, "caption": []}, entry.where)
+
+
+def _elements(entry: Entry) -> list[Entry]:
+    elements = entry.get("elems")
+    if not isinstance(elements, list):
+        raise entry.error(f"elems ({shortened(elements)}) must be a list")
+    return [Entry(element, f"{entry.where} element {number}") for number, element in enumerate(elements)]
+
+
+def _element_captions(element: Entry) -> tuple[str, ...]:
+    """Captions of an element of X-VLM, each behind each of its attributes if it has some."""
+    captions = element.captions("caption")
+    attributes = element.captions("attributes") if element.has("attributes") else ()
+    described = tuple(f"{attribute} {caption}" for attribute in attributes if attribute for caption in captions)
+    return described or captions
+
+
 def question(entry: Entry) -> Question:
     """Record of an entry with a question; raises :class:`SourceError` for a field that is missing or malformed."""
     return Question(
@@ -75,21 +123,22 @@ def statement(entry: Entry) -> Statement:
     return Statement(entry.texts("images"), entry.text("sentence"), entry.label())
 
 
-def require_captions(tree: Any, path: Path) -> None:
-    """Raise :class:`SourceError` unless the document is a list with some entry that has an image and captions."""
-    if isinstance(tree, list) and any(_has_captions(Entry(item, str(path))) for item in tree):
+def require_captions(tree: Any, entries: Iterable[Entry], path: Path) -> None:
+    """Raise :class:`SourceError` unless the document is a list with some entry that has an image and captions.
+
+    Args:
+        tree: the document with at least the first entry of each list.
+        entries: entries of the list.
+        path: the file, for the message.
+    """
+    if isinstance(tree, list) and any(map(_has_captions, entries)):
         return
-    refuse_document(path, tree)
-    found = f"a list of {described(tree[0])}" if isinstance(tree, list) and tree else described(tree)
+    refuse_document(path, tree, "json")
     raise SourceError(
         f'{path} is not a caption JSON: expected [{{"image": path, "caption": text or list, "image_id": id}}] or '
-        f'lines of {{"file_name": path, "text": caption}}, found {found}'
+        f'lines of {{"file_name": path, "text": caption}}, found {described(tree)}'
     )
 
 
 def _has_captions(entry: Entry) -> bool:
-    try:
-        captioned_image(entry)
-    except SourceError:
-        return False
-    return True
+    return any(isinstance(found, ImageCaptions) for found in read_captions([entry]))

@@ -17,10 +17,14 @@ from typing import NamedTuple, TextIO
 from eve_ds import limits
 from eve_ds.data.caption_text import ABSENT_CELLS
 from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.unread import refuse_binary, refuse_list_of_addresses
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.printable import excerpt
 
+IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath")
+CAPTION_COLUMNS = ("caption", "text", "TEXT")
+ADDRESS_COLUMNS = ("url", "URL", "image_url")
 MALFORMED = "malformed entry"
 NO_CAPTION = "no caption"
 _IMAGE_NAME = re.compile(rf"[^\n]*\.({'|'.join(IMAGE_EXTENSIONS)})\"?", re.IGNORECASE)
@@ -30,12 +34,30 @@ _OTHER_DELIMITERS = {"\t": r"\t", ";": ";", ",": ",", "|": "|"}
 
 
 class Columns(NamedTuple):
-    """Names of the columns to read."""
+    """Names of the columns to read; of several names, the first that the table has."""
 
-    image: str
-    caption: str
-    image_id: str | None
+    image: str | Sequence[str] = IMAGE_COLUMNS
+    """Paths below the image folder, or addresses."""
+    caption: str | Sequence[str] = CAPTION_COLUMNS
+    image_id: str | None = None
     """None: the table has no column of ids."""
+
+    def of(self, header: Sequence[str], path: Path) -> tuple[str, ...]:
+        """Names in a header; raises :class:`SourceError` for one that it lacks or repeats."""
+        wanted = (self.image, self.caption, *([self.image_id] if self.image_id else []))
+        return tuple(_column(header, _names(names), path) for names in wanted)
+
+
+DEFAULT_COLUMNS = Columns()
+
+
+def _column(header: Sequence[str], names: Sequence[str], path: Path) -> str:
+    name = next((name for name in names if name in header), None)
+    if name is None:
+        raise SourceError(f"{path} has no column '{names[0]}'; it has: {_short(header)}{_hint(header, names)}")
+    if header.count(name) > 1:
+        raise SourceError(f"{path} has {header.count(name)} columns '{name}': rename all but one")
+    return name
 
 
 class Row(NamedTuple):
@@ -58,28 +80,40 @@ class Table:
         path: the file.
         columns: names that the header must have.
         delimiter: None: a tab for `.tsv`, otherwise a comma.
+        header: names of the columns of a file without a header row; None: the first row has them.
+
+    Attributes:
+        columns: names of the columns of image, caption, and id if there is one.
 
     Raises:
         SourceError: the file is no text in UTF-8, or has no header row or one that lacks a column or repeats it.
     """
 
-    def __init__(self, path: Path, columns: Columns, delimiter: str | None = None) -> None:
-        self.path, self.columns = path, columns
-        self.delimiter = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
-        refuse_binary(path)
-        with self._open() as file:
-            self._header = self._check_header(next(_lines(file), None))
-        self._places = [self._header.index(name) for name in self._named()]
+    def __init__(
+        self, path: Path, columns: Columns, delimiter: str | None = None, header: Sequence[str] | None = None
+    ) -> None:
+        self.path, self.delimiter = path, delimiter or default_delimiter(path)
+        self._has_header = header is None
+        self._header = list(header or _read_header(path, self.delimiter, columns))
+        if self._has_header:
+            refuse_list_of_addresses(path, self._header)
+        self.columns = columns.of(self._header, path)
+        self._places = [self._header.index(name) for name in self.columns]
         self._too_long = f"more fields than the header (quote captions with {self.delimiter!r} in them)"
 
     def __iter__(self) -> Iterator[Row]:
         """Rows in the order of the file."""
-        with self._open() as file:
+        with _open(self.path) as file:
             lines = _lines(file)
-            next(lines)
+            if self._has_header:
+                next(lines)
             records = _records(lines, self.delimiter, len(self._header), self._places[0])
             for number, fields in enumerate(records, start=1):
                 yield self._row(number, fields)
+
+    def records(self) -> Iterator[ImageCaptions | Row]:
+        """Records of the rows; the row itself where it cannot be used."""
+        return (row if row.problem else ImageCaptions(row.image, (row.caption,), row.image_id) for row in self)
 
     def _row(self, number: int, fields: Sequence[str]) -> Row:
         problem = None
@@ -95,29 +129,49 @@ class Table:
             problem = MALFORMED if not image else None if caption else NO_CAPTION
         return Row(number, image, caption, image_id, problem)
 
-    def _open(self) -> TextIO:
-        # A caption that is not UTF-8 keeps its bytes as surrogates; the shard writer finds and counts it.
-        return self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
-    def _check_header(self, line: str | None) -> list[str]:
-        if line is None:
-            columns = ", ".join(self._named())
-            raise SourceError(f"{self.path} is empty; expected a header row with the columns {columns}")
-        header = [name.strip() for name in _quoted(line, self.delimiter)[0] or _plain(line, self.delimiter)]
-        for column in self._named():
-            if column not in header:
-                refuse_list_of_addresses(self.path, header)
-                raise SourceError(f"{self.path} has no column '{column}'; it has: {_short(header)}{self._hint(header)}")
-            if header.count(column) > 1:
-                raise SourceError(f"{self.path} has {header.count(column)} columns '{column}': rename all but one")
-        return header
+def default_delimiter(path: Path) -> str:
+    """A tab for `.tsv`, otherwise a comma."""
+    return "\t" if path.suffix.lower() == ".tsv" else ","
 
-    def _hint(self, header: Sequence[str]) -> str:
-        found = [sign for sign in _OTHER_DELIMITERS if len(header) == 1 and sign in header[0]]
-        return f" (another delimiter? --delimiter '{_OTHER_DELIMITERS[found[0]]}')" if found else ""
 
-    def _named(self) -> list[str]:
-        return [column for column in self.columns if column is not None]
+def first_fields(path: Path, delimiter: str) -> list[str] | None:
+    """Fields of the first line without the white space around them, None for an empty file.
+
+    Raises:
+        SourceError: the file is no text in UTF-8, or cannot be read.
+    """
+    refuse_binary(path)
+    with _open(path) as file:
+        line = next(_lines(file), None)
+    if line is None:
+        return None
+    return [name.strip() for name in _quoted(line, delimiter)[0] or _plain(line, delimiter)]
+
+
+def _read_header(path: Path, delimiter: str, columns: Columns) -> list[str]:
+    header = first_fields(path, delimiter)
+    if header is None:
+        wanted = ", ".join(_names(names)[0] for names in columns if names)
+        raise SourceError(f"{path} is empty; expected a header row with the columns {wanted}")
+    return header
+
+
+def _open(path: Path) -> TextIO:
+    # A caption that is not UTF-8 keeps its bytes as surrogates; the shard writer finds and counts it.
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _names(names: str | Sequence[str] | None) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names or ()
+
+
+def _hint(header: Sequence[str], missing: Sequence[str]) -> str:
+    """What to do about a header that lacks a column."""
+    if missing[0] == IMAGE_COLUMNS[0] and {*header} & {*ADDRESS_COLUMNS}:
+        return " (a list of addresses? give it to `prepare.py urls`)"
+    found = [sign for sign in _OTHER_DELIMITERS if len(header) == 1 and sign in header[0]]
+    return f" (another delimiter? --delimiter '{_OTHER_DELIMITERS[found[0]]}')" if found else ""
 
 
 def _short(header: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""Recognizes annotations that are not read, so that a message says what a file is and what to do with it."""
+"""Recognizes annotations that a reader does not take, so that a message says what a file is and what to do with it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from eve_ds.data.failed_download import GIT_LFS, WEB_PAGE, failed_download
 from eve_ds.reading import read_file
 
 _LIST = 'write a table of image and caption, or [{"image": path, "caption": text}]'
-_DOWNLOAD = "download the images with img2dataset, and give its output to `prepare.py img2dataset`"
+_Kinds = Mapping[tuple[str, ...], tuple[str, str]]
+_LEADING = ("image", "caption")
+"""Keys of an entry with one image and one caption."""
 _SAVE = "save it as UTF-8"
 _FIRST_BYTES = {
-    b"PAR1": ("Parquet, as LAION's lists", _DOWNLOAD),
+    b"PAR1": ("Parquet", "give it to `prepare.py table`, or a list of addresses to `prepare.py urls`"),
     b"ARROW1": ("Arrow", _LIST),
     b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV"),
     b"\x1f\x8b": ("compressed by gzip", "unpack it"),
@@ -33,23 +35,32 @@ _FIRST_BYTES = {
 _DOWNLOAD_AGAIN = {GIT_LFS: "run `git lfs pull`", WEB_PAGE: "download the file again"}
 _NUL = ("binary, or UTF-16 or UTF-32 without a byte order mark: it has NUL bytes", _SAVE)
 _OBJECTS = {
-    ("image_urls", "captions"): ("SBU captions", _DOWNLOAD),
-    ("images", "annotations"): ("COCO annotations", _LIST),
     ("questions",): ("VQAv2 questions", "name it as `task.train.annotations` of a task"),
     ("annotations", "data_subtype"): ("VQAv2 annotations", "name it as `task.train.annotations` of a task"),
     ("image", "caption"): ("a table by columns, as pandas writes it", "write it with `orient='records'`"),
 }
 """Keys of a JSON object -> name of the format, what to do."""
+_OBJECTS_READ = {
+    ("image_urls", "captions"): ("SBU captions", "urls"),
+    ("images", "annotations"): ("COCO annotations", "coco"),
+    ("images",): ("a list of images with splits, as Karpathy's", "karpathy"),
+}
+"""Keys of a JSON object -> name of the format, command of `prepare` that reads it."""
 _ENTRIES = {
-    ("regions",): ("Visual Genome region descriptions", _LIST),
     ("qas",): ("Visual Genome questions", _LIST),
-    ("elems",): ("X-VLM region annotations (elems)", _LIST),
     ("conversations",): ("LLaVA conversations", _LIST),
     ("identifier", "sentence"): ("NLVR2", "name it as `task.train.annotations` of a task"),
     ("question", "answer"): ("questions of the released code", "name it as `task.train.annotations` of a task"),
     ("images", "sentence"): ("statements of the released code", "name it as `task.train.annotations` of a task"),
 }
 """Keys of the first entry of a JSON list -> name of the format, what to do."""
+_ENTRIES_READ = {
+    ("regions",): ("Visual Genome region descriptions", "visual_genome"),
+    ("url", "caption"): ("a list of addresses and captions", "urls"),
+    ("image", "caption"): ("a list of images and captions", "json"),
+    ("image", "elems"): ("X-VLM region annotations (elems)", "json"),
+}
+"""Keys of the first entry of a JSON list -> name of the format, command of `prepare` that reads it."""
 
 
 def refuse_binary(path: Path) -> None:
@@ -71,25 +82,42 @@ def binary_kind(start: bytes) -> tuple[str, str] | None:
     return next((kind for magic, kind in _FIRST_BYTES.items() if start.startswith(magic)), None)
 
 
-def refuse_document(path: Path, tree: Any) -> None:
-    """Raise :class:`SourceError` for a JSON document of a format that `prepare` recognizes and does not read."""
+def refuse_document(path: Path, tree: Any, command: str) -> None:
+    """Raise :class:`SourceError` for a JSON document of a known format that a command of `prepare` does not read."""
+    kind = _kind(tree)
+    if kind is not None:
+        raise _not_read(path, *kind)
+    other = _first_match(tree, _OBJECTS_READ, _ENTRIES_READ)
+    if other is not None and other[1] != command:
+        raise SourceError(f"{path} is {other[0]}: give it to `prepare.py {other[1]}`")
+
+
+def _kind(tree: Any) -> tuple[str, str] | None:
     if isinstance(tree, dict):
         # One entry, {"image": path, "caption": text}, is no table by columns, whose values are lists.
-        known = {"image", "caption"} & {key for key, value in tree.items() if not isinstance(value, list | dict)}
-        found = next((kind for keys, kind in _OBJECTS.items() if tree.keys() - known >= set(keys)), None)
+        tree = {key: value for key, value in tree.items() if isinstance(value, list | dict) or key not in _LEADING}
     elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
         known = {"image", "file_name"} & tree[0].keys() and {"caption", "text"} & tree[0].keys()
-        found = None if known else next((kind for keys, kind in _ENTRIES.items() if tree[0].keys() >= set(keys)), None)
-    else:
-        found = None
-    if found is not None:
-        raise _not_read(path, *found)
+        tree = None if known else tree
+    return _first_match(tree, _OBJECTS, _ENTRIES)
+
+
+def _first_match(tree: Any, objects: _Kinds, entries: _Kinds) -> tuple[str, str] | None:
+    """Kind of a JSON object by its keys, or of a list by those of its first entry."""
+    first = tree[0] if isinstance(tree, list) and tree else tree
+    if not isinstance(first, dict):
+        return None
+    kinds = objects if first is tree else entries
+    return next((kind for keys, kind in kinds.items() if first.keys() >= set(keys)), None)
 
 
 def refuse_list_of_addresses(path: Path, fields: Sequence[str]) -> None:
     """Raise :class:`SourceError` for a table whose first line is data: a caption and the address of an image."""
     if any(field.startswith(("http://", "https://")) for field in fields):
-        raise _not_read(path, "a list of captions and addresses without a header, as CC3M and CC12M publish", _DOWNLOAD)
+        raise SourceError(
+            f"{path} is a list of captions and addresses without a header, as CC3M and CC12M publish: give it to "
+            "`prepare.py urls`"
+        )
 
 
 def _not_read(path: Path, name: str, advice: str) -> SourceError:

@@ -1,172 +1,182 @@
-"""Annotation files that list images of a folder: Karpathy JSON, caption JSON, and CSV or TSV tables.
+"""Annotation files that list images of a folder: JSON of Karpathy, COCO, Visual Genome and others, and tables.
 
-The files are parsed by :mod:`eve_ds.data.formats`. Captions that are not UTF-8 keep their bytes as surrogates; the
-shard writer finds and counts them.
+The files are parsed by :mod:`eve_ds.data.formats`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from eve_ds.data.errors import SourceError
-from eve_ds.data.formats import karpathy, released, tables
-from eve_ds.data.formats.entries import Entry, numbered, read_json
-from eve_ds.data.formats.images import PROBED_IMAGES, probe_step, require_some_image
-from eve_ds.data.formats.tables import MALFORMED, NO_CAPTION
-from eve_ds.data.importers.candidate import Candidate, FileSlice, Skip, Source, existing_file, existing_folder
-from eve_ds.data.importers.image_folder import ImageFolder
+from eve_ds.data.formats import coco, karpathy, released, tables, visual_genome
+from eve_ds.data.formats.captioned import ImageCaptions
+from eve_ds.data.formats.entries import Entry, stream_entries
+from eve_ds.data.formats.image_ids import coco_names
+from eve_ds.data.formats.json_stream import read_outline
+from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, ParquetTable, is_parquet
+from eve_ds.data.formats.tables import DEFAULT_COLUMNS, Columns
+from eve_ds.data.importers.annotated_images import BESIDE, AnnotatedImages, ImagePaths, counted, sha256_of
+from eve_ds.data.importers.candidate import Skip, existing_file
 
 
-class Karpathy:
+class Karpathy(AnnotatedImages):
     """COCO or Flickr30K captions with Karpathy's splits; an image id is the file name without its suffix."""
+
+    def __init__(
+        self, path: str | Path, paths: ImagePaths = BESIDE, splits: Sequence[str] = karpathy.TRAIN_SPLITS
+    ) -> None:
+        """Read the annotations; raises :class:`SourceError` for a file of another form or a split it does not have."""
+        super().__init__("karpathy", [path], paths, {"splits": sorted(splits)}, has_groups=True)
+        self._splits = splits
+        (file,) = self.files
+        karpathy.require_karpathy(read_outline(file, keep_undecodable=True).tree, file)
+        self.total = karpathy.require_splits(stream_entries(file, "images"), splits, file)
+        self.require_some_image(self.total)
+
+    def records(self) -> Iterator[ImageCaptions | Skip]:
+        """Images in the order of the file."""
+        entries = (e for e in stream_entries(self.files[0], "images") if karpathy.in_splits(e, self._splits))
+        return counted(map(_karpathy_record, entries))
+
+
+def _karpathy_record(entry: Entry) -> ImageCaptions | Entry:
+    try:
+        image = karpathy.captioned_image(entry)
+    except SourceError:
+        return entry
+    names = () if image.cocoid is None else (image.cocoid, *coco_names(image.cocoid))
+    return ImageCaptions(image.path, image.captions, PurePosixPath(image.path).stem, names)
+
+
+class CaptionJson(AnnotatedImages):
+    """`[{image, caption, image_id}]`; `caption` may be a list; without `image_id` the image path is the id.
+
+    Args:
+        files: annotation files.
+        paths: rules of paths.
+        boxes: whether captions of `elems` are of their boxes, which are cut out, instead of the whole image.
+    """
+
+    def __init__(self, files: Sequence[str | Path], paths: ImagePaths = BESIDE, boxes: bool = False) -> None:
+        """Read the annotations; raises :class:`SourceError` for a file of another form."""
+        super().__init__("json", files, paths, {"boxes": True} if boxes else None)
+        self._boxes = boxes
+        number = 0
+        for path in self.files:
+            outline = read_outline(path, keep_undecodable=True)
+            released.require_captions(outline.tree, stream_entries(path), path)
+            number += outline.counts[None]
+        self.require_some_image(number)
+
+    def records(self) -> Iterator[ImageCaptions | Skip]:
+        """Entries in the order of the files."""
+        return counted(released.read_captions(chain.from_iterable(map(stream_entries, self.files)), self._boxes))
+
+
+class Coco(AnnotatedImages):
+    """COCO captions of one or more years; an image id is the file name without its suffix, as in Karpathy's."""
+
+    def __init__(self, files: Sequence[str | Path], paths: ImagePaths = BESIDE) -> None:
+        """Read the annotations; raises :class:`SourceError` for a file of another form."""
+        super().__init__("coco", files, paths)
+        for path in self.files:
+            coco.require_coco(path)
+        self.require_some_image()
+
+    def records(self) -> Iterator[ImageCaptions | Skip]:
+        """Annotations in the order of the files."""
+        for path in self.files:
+            yield from counted(coco.read_captions(path, coco.read_images(path)))
+
+
+class VisualGenome(AnnotatedImages):
+    """Region descriptions of Visual Genome, of the whole image or of boxes that are cut out.
+
+    Args:
+        path: region_descriptions.json.
+        paths: rules of paths; the folder holds VG_100K and VG_100K_2, or all images.
+        image_data: image_data.json, which says which images are COCO's or Flickr30K's; None: the file beside `path`
+            if there is one.
+        boxes: whether a description is of its box.
+    """
 
     def __init__(
         self,
         path: str | Path,
-        images: str | Path | None = None,
-        splits: Sequence[str] = karpathy.TRAIN_SPLITS,
-        strip_prefix: str | None = None,
-        follow_links: bool = False,
+        paths: ImagePaths = BESIDE,
+        image_data: str | Path | None = None,
+        boxes: bool = False,
     ) -> None:
-        """Read the annotations; raises :class:`SourceError` for a file of another form or a split it does not have."""
-        (annotations,), self._images = _locate([path], images, strip_prefix, follow_links)
-        entries = karpathy.read_entries(annotations, "keep")
-        self._entries = karpathy.of_splits(entries, splits, annotations)
-        self.total: int | None = len(self._entries)
-        self.description: dict[str, Any] = {
-            **_description("karpathy", [annotations], self._images),
-            "splits": sorted(splits),
-        }
-        _probe(self, annotations)
+        """Read the annotations; raises :class:`SourceError` for a file of another form."""
+        super().__init__("visual_genome", [path], paths, {"boxes": boxes}, has_groups=True)
+        self._boxes = boxes
+        beside = self.files[0].with_name(visual_genome.IMAGE_DATA)
+        named = existing_file(image_data, "image data") if image_data is not None else beside
+        self.knows_other_names = named.is_file()
+        self._aliases = visual_genome.read_aliases(named) if self.knows_other_names else {}
+        self.description["image_data"] = sha256_of(named) if self.knows_other_names else None
+        number = visual_genome.require_regions(self.files[0])
+        self.total = None if boxes else number
+        self.require_some_image(number)
 
-    def __iter__(self) -> Iterator[Candidate | Skip]:
-        """Images in the order of the file."""
-        for number, entry in enumerate(self._entries):
-            try:
-                image = karpathy.captioned_image(entry)
-            except SourceError:
-                yield Skip(f"entry {number}", MALFORMED)
-                continue
-            ids = [] if image.cocoid is None else [image.cocoid]
-            yield _candidate(self._images, image.path, image.captions, PurePosixPath(image.path).stem, ids)
+    def records(self) -> Iterator[ImageCaptions | Skip]:
+        """Images, or boxes, in the order of the file."""
+        return counted(visual_genome.read_regions(self.files[0], self._aliases, self._boxes))
 
 
-class CaptionJson:
-    """`[{image, caption, image_id}]`; `caption` may be a list; without `image_id` the image path is the id."""
+class Table(AnnotatedImages):
+    """CSV, TSV or Parquet tables with a header row; rows of one image need not be adjacent.
+
+    A Parquet table may hold the images themselves. Without a column of ids, the image path is the id.
+
+    Args:
+        files: tables.
+        paths: rules of paths.
+        columns: names of the columns.
+        delimiter: None: a tab for `.tsv`, otherwise a comma.
+    """
 
     def __init__(
         self,
         files: Sequence[str | Path],
-        images: str | Path | None = None,
-        strip_prefix: str | None = None,
-        follow_links: bool = False,
-    ) -> None:
-        """Read the annotations; raises :class:`SourceError` for a file of another form."""
-        annotations, self._images = _locate(files, images, strip_prefix, follow_links)
-        self._entries: list[Entry] = []
-        for path in annotations:
-            tree = read_json(path, "keep")
-            released.require_captions(tree, path)
-            self._entries += numbered(tree, path)
-        self.total: int | None = len(self._entries)
-        self.description: dict[str, Any] = _description("json", annotations, self._images)
-        _probe(self, annotations[0])
-
-    def __iter__(self) -> Iterator[Candidate | Skip]:
-        """Entries in the order of the files."""
-        for number, entry in enumerate(self._entries):
-            try:
-                image = released.captioned_image(entry)
-            except SourceError:
-                yield Skip(f"entry {number}", MALFORMED)
-                continue
-            yield _candidate(self._images, image.image, image.captions, image.image_id)
-
-
-class Table:
-    """A CSV or TSV file with a header row; rows of one image need not be adjacent."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        images: str | Path | None = None,
-        image_column: str = "image",
-        caption_column: str = "caption",
-        id_column: str | None = None,
+        paths: ImagePaths = BESIDE,
+        columns: Columns = DEFAULT_COLUMNS,
         delimiter: str | None = None,
-        strip_prefix: str | None = None,
-        follow_links: bool = False,
     ) -> None:
-        """Check the header; raises :class:`SourceError` where a column is missing.
+        """Check the headers; raises :class:`SourceError` where a column is missing."""
+        super().__init__("table", files, paths)
+        self._tables = [open_table(path, columns, delimiter) for path in self.files]
+        self._groups_all &= not any(isinstance(table, ParquetTable) for table in self._tables)
+        self.description |= _description(self._tables[0])
+        self.require_some_image()
 
-        `delimiter` defaults to a tab for `.tsv` and a comma otherwise; without `id_column` the image path is the id.
-        """
-        (annotations,), self._images = _locate([path], images, strip_prefix, follow_links)
-        columns = tables.Columns(image_column, caption_column, id_column)
-        self._table = tables.Table(annotations, columns, delimiter)
-        self.total: int | None = None
-        self.description: dict[str, Any] = {
-            **_description("table", [annotations], self._images),
-            "columns": list(columns),
-            "delimiter": self._table.delimiter,
-        }
-        _probe(self, annotations)
-
-    def __iter__(self) -> Iterator[Candidate | Skip]:
-        """Rows in the order of the file."""
-        for row in self._table:
-            if row.problem is not None:
-                yield Skip(f"row {row.number}", row.problem)
-            else:
-                yield _candidate(self._images, row.image, (row.caption,), row.image_id)
+    def records(self) -> Iterator[ImageCaptions | Skip]:
+        """Rows in the order of the files."""
+        return chain.from_iterable(map(table_records, self._tables))
 
 
-def _locate(
-    paths: Sequence[str | Path], images: str | Path | None, strip_prefix: str | None, follow_links: bool
-) -> tuple[list[Path], ImageFolder]:
-    """Absolute paths of the annotation files, and the image folder, by default that of the first file."""
-    annotations = [existing_file(path, "annotation file") for path in paths]
-    root = annotations[0].parent if images is None else existing_folder(images, "image folder")
-    return annotations, ImageFolder(root, strip_prefix, follow_links)
+AnyTable = tables.Table | ParquetTable
 
 
-def _description(name: str, annotations: Sequence[Path], images: ImageFolder) -> dict[str, Any]:
-    """Format, annotation files with their SHA-256, and image folder; rules of paths only where they are not default."""
-    files = [{"path": str(path), "sha256": _sha256(path)} for path in annotations]
-    rules = {"strip_prefix": images.strip_prefix, "follow_links": images.follow_links}
-    used = {key: value for key, value in rules.items() if value}
-    return {"format": name, "annotations": files, "images": str(images.root), **used}
+def open_table(path: Path, columns: Columns, delimiter: str | None = None) -> AnyTable:
+    """Table of any kind; raises :class:`SourceError`."""
+    if not is_parquet(path):
+        return tables.Table(path, columns, delimiter)
+    embedded = columns._replace(image=EMBEDDED_COLUMNS) if columns.image == DEFAULT_COLUMNS.image else columns
+    return ParquetTable(path, embedded)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _description(table: AnyTable) -> dict[str, Any]:
+    image, caption, *more = table.columns
+    return {
+        "columns": [image, caption, more[0] if more else None],
+        "delimiter": None if isinstance(table, ParquetTable) else table.delimiter,
+    }
 
 
-def _candidate(
-    images: ImageFolder, image: str, captions: tuple[str, ...], image_id: str | None, aliases: Sequence[str] = ()
-) -> Candidate | Skip:
-    """Candidate of an annotated path; without an id the path below the image folder is the id."""
-    if not captions:
-        return Skip(image, NO_CAPTION)
-    name = images.name(image)
-    path = PurePosixPath(name)
-    return Candidate(
-        name=name,
-        image=images.image(name),
-        captions=captions,
-        image_id=name if image_id is None else image_id,
-        aliases=(*aliases, image, *([name] if name != image else []), path.name, path.stem),
-    )
-
-
-def _probe(source: Source, annotations: Path) -> None:
-    """Raise :class:`SourceError` where none of a few images spread over the source exists."""
-    step = probe_step(source.total or 1)
-    spread = (item for number, item in enumerate(source) if number % step == 0 and isinstance(item, Candidate))
-    paths = (Path(item.image.path) for item in islice(spread, PROBED_IMAGES) if isinstance(item.image, FileSlice))
-    require_some_image(paths, annotations, "--images, or remove the start of their paths with --strip_prefix")
+def table_records(table: AnyTable) -> Iterator[ImageCaptions | Skip]:
+    """Records of the rows of a table."""
+    return counted(table if isinstance(table, ParquetTable) else table.records())

@@ -38,6 +38,10 @@ class ImageFolder:
         forms = (path, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")))
         return next((form for form in forms if is_file(self.root / form)), plain)
 
+    def has(self, name: str) -> bool:
+        """Whether a name is that of a file."""
+        return is_file(self.root / name)
+
     def image(self, name: str) -> FileSlice:
         """The image file of a name; an absolute one is read if it lies in the folder."""
         return FileSlice(str(self.root / name), folder=str(self.root), follow_links=self.follow_links)

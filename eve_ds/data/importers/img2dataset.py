@@ -1,4 +1,5 @@
-"""Output of img2dataset: `webdataset` shards (tars) or `files` (numbered folders) of KEY.jpg, KEY.txt and KEY.json.
+"""Output of img2dataset: `webdataset` shards (tars) or `files` (numbered folders) of KEY.jpg, KEY.txt and KEY.json, or
+`parquet` tables with the encoded images.
 
 The importer lists tar headers; the worker reads captions, metadata and images at their offsets. Only files with the
 same name up to the last dot are one sample: `a.0.jpg` belongs to `a.0.txt`, and to no other caption.
@@ -18,10 +19,14 @@ from typing import Any
 from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.formats.entries import Entry
+from eve_ds.data.formats.image_ids import flickr_names
 from eve_ds.data.formats.images import is_file
+from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, ParquetTable, column_names
+from eve_ds.data.formats.tables import Columns
 from eve_ds.data.formats.unread import binary_kind
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
-from eve_ds.data.importers.candidate import Candidate, FileSlice, Skip, existing_folder
+from eve_ds.data.importers.annotated_images import counted
+from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Skip, existing_folder
 from eve_ds.data.sample_names import is_leftover, packed_tars, shard_files, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
 from eve_ds.reading import parse_json, read_file
@@ -44,11 +49,12 @@ class Img2datasetCandidate:
 
     def resolve(self) -> Candidate:
         """Read caption and id; raises :class:`BadSample` without a caption, or for metadata that cannot be read."""
-        metadata = self._metadata()
+        metadata = self.read_metadata()
         caption = metadata.get("caption") if self.text is None else self.text.read()
         if not isinstance(caption, str | bytes):
             raise BadSample("no caption")
-        return Candidate(self.name, self.image, (caption,), self._image_id(metadata))
+        aliases = flickr_names(str(metadata.get("url")))
+        return Candidate(self.name, self.image, (caption,), self._image_id(metadata), aliases)
 
     def _image_id(self, metadata: dict[str, Any]) -> str:
         try:
@@ -56,7 +62,8 @@ class Img2datasetCandidate:
         except SourceError:
             raise BadSample("unreadable metadata", f"{self.id_field} is no id") from None
 
-    def _metadata(self) -> dict[str, Any]:
+    def read_metadata(self) -> dict[str, Any]:
+        """Fields of KEY.json, none without it; raises :class:`BadSample`."""
         if self.metadata is None:
             return {}
         try:
@@ -76,6 +83,8 @@ class Img2dataset:
         self._folder = existing_folder(folder, "img2dataset folder")
         self._id_field = id_field
         self._tars = shard_files(self._folder, "**/*.tar")
+        has_images = self._tars or next(self._files(), None) is not None
+        self._tables = [] if has_images else self._tables_with_images()
         self.total: int | None = None
         self.description: dict[str, Any] = {
             "format": "img2dataset",
@@ -86,23 +95,43 @@ class Img2dataset:
         if not self._tars and next(iter(self), None) is None:
             raise SourceError(f"{folder} holds neither .tar shards nor images; expected the output of img2dataset")
 
+    def _tables_with_images(self) -> list[Path]:
+        """Tables of the format `parquet`; beside tars and files, tables hold the metadata only."""
+        found = shard_files(self._folder, "**/*.parquet")
+        return found if found and set(EMBEDDED_COLUMNS) & {*column_names(found[0])} else []
+
     def _contents(self) -> str:
         """Digest of names and sizes of the tars, or of the names of the numbered folders; changes as more arrive."""
-        if self._tars:
-            sizes = (path.stat().st_size if is_file(path) else 0 for path in self._tars)
-            found = [f"{path.relative_to(self._folder)} {size}" for path, size in zip(self._tars, sizes, strict=True)]
+        files = self._tars or self._tables
+        if files:
+            sizes = (path.stat().st_size if is_file(path) else 0 for path in files)
+            found = [f"{path.relative_to(self._folder)} {size}" for path, size in zip(files, sizes, strict=True)]
         else:
             found = sorted(path.name for path in self._folder.iterdir() if not is_leftover(path.name))
         return hashlib.sha256("\n".join(found).encode(errors="surrogateescape")).hexdigest()
 
-    def __iter__(self) -> Iterator[Img2datasetCandidate | Skip]:
+    def __iter__(self) -> Iterator[Candidate | Img2datasetCandidate | Skip]:
         """Samples sorted by shard, then in the order of the shard; files sorted by name; compressed tars last."""
-        if not self._tars:
+        if not self._tars and not self._tables:
             yield from self._files()
+        for path in self._tables:
+            yield from self._table(path, path.relative_to(self._folder).with_suffix(""))
         for path in self._tars:
             yield from self._tar(path, str(path.relative_to(self._folder)))
         for path in packed_tars(self._folder):
             yield Skip(str(path.relative_to(self._folder)), "compressed tar: unpack it")
+
+    def _table(self, path: Path, name: Path) -> Iterator[Candidate | Skip]:
+        table = ParquetTable(path, Columns(EMBEDDED_COLUMNS, "caption", self._id_field))
+        for number, record in enumerate(counted(iter(table))):
+            if isinstance(record, Skip) or record.data is None:
+                yield Skip(f"{name}/{number}", record.reason if isinstance(record, Skip) else "no image")
+            elif not record.captions:
+                yield Skip(f"{name}/{number}", "no caption")
+            else:
+                image_id = record.image_id or f"{name}/{number}"
+                image = InlineBytes(record.data)
+                yield Candidate(f"{name}/{number}", image, record.captions, image_id, flickr_names(image_id))
 
     def _tar(self, path: Path, shard: str) -> Iterator[Img2datasetCandidate | Skip]:
         members, beside_damage = _list_tar(path)

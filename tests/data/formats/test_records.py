@@ -78,7 +78,7 @@ def test_released_records_have_image_captions_and_answers():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ([1], r"a\.json must be an object with a list of `questions` or `annotations`, not a list of 1"),
+        ([1], r"a\.json must be an object with a list of `questions` or `annotations`, not a list of a number"),
         ({"questions": None}, r"a list of `questions` or `annotations`, not an object with the keys questions"),
         ({"questions": [], "annotations": {}}, r"not an object with the keys questions, annotations"),
         ({"questions": [{"question_id": 1, "image_id": "x"}]}, r"entry 0: image_id \('x'\) must be the number of a CO"),

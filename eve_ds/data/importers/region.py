@@ -1,0 +1,50 @@
+"""A box of an image as an image of its own, cut out by the worker that writes it."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from PIL import Image
+
+from eve_ds.data.errors import BadSample
+from eve_ds.data.formats.captioned import Box
+from eve_ds.data.image_check import JPEG_QUALITY
+from eve_ds.data.image_file import open_image, to_rgb
+from eve_ds.data.importers.candidate import FileSlice
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of an image file.
+
+    Attributes:
+        image: the file.
+        box: the box, in pixels of the upright image; parts outside the image are cut off.
+    """
+
+    image: FileSlice
+    box: Box
+
+    def read(self) -> bytes:
+        """Encode the box as JPEG.
+
+        Raises:
+            BadSample: the file or the image cannot be used, or nothing of the box lies in the image.
+        """
+        image = _decoded(self.image)
+        left, top = max(math.floor(self.box.x), 0), max(math.floor(self.box.y), 0)
+        right = min(math.ceil(self.box.x + self.box.width), image.width)
+        bottom = min(math.ceil(self.box.y + self.box.height), image.height)
+        if right <= left or bottom <= top:
+            raise BadSample("box outside the image")
+        file = io.BytesIO()
+        image.crop((left, top, right, bottom)).save(file, "JPEG", quality=JPEG_QUALITY)
+        return file.getvalue()
+
+
+@lru_cache(maxsize=1)  # the boxes of an image follow one another
+def _decoded(image: FileSlice) -> Image.Image:
+    return to_rgb(open_image(image.read()))

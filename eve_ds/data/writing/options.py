@@ -1,0 +1,36 @@
+"""Options that determine the written shards."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from eve_ds.data.writing.excluded_ids import read_ids
+
+
+@dataclass(frozen=True)
+class WriterOptions:
+    """Options that determine the shards, in addition to the source."""
+
+    samples_per_shard: int = 1000
+    """Captions of one shard, skipped ones included; an image with several captions is never split."""
+    max_size: int | None = None
+    """Limit of an image's shorter side, in pixels; larger images are shrunk and stored as JPEG. None keeps the original
+    bytes."""
+    limit: int | None = None
+    """Number of candidates to use from the start of the source; None: all."""
+    exclude_ids: tuple[str, ...] = ()
+    """Paths of files with one image ID per line; images with such an ID or alias are skipped."""
+    unescape_html: bool = False
+    """Replace HTML entities of captions by their characters."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the options for JSON, with a digest of the excluded IDs because their files may change.
+
+        `unescape_html` is left out where it is not set, so that folders of versions without it stay complete.
+        """
+        listed = sorted(read_ids(self.exclude_ids))
+        digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
+        described = asdict(self) | {"exclude_ids": digest if self.exclude_ids else None}
+        return {name: value for name, value in described.items() if name != "unescape_html" or value}
