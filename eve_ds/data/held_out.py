@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from eve_ds.config import Config, ConfigError, SourceConfig, ValidationConfig
+from eve_ds.config import Config, ConfigError, DataConfig, SourceConfig, ValidationConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.errors import BadSample
 from eve_ds.data.order import Place
+from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import image_key
-from eve_ds.data.shards import find_shards
+from eve_ds.data.shard_paths import Indices, expand, is_remote
 from eve_ds.data.sources import SampleSource, open_source
 from eve_ds.data.transforms import TrainTransform
+from eve_ds.printable import without_credentials
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -44,8 +46,8 @@ def held_out_pairs(config: Config, rank: int, world_size: int) -> list[Sample]:
     assert validation is not None
     transform = TrainTransform(config.model.image_size, (1.0, 1.0), 0.0, config.train.seed)
     chosen = validation.sources or [item for item in config.data.sources if item.modalities in ("pair", "any")]
-    _refuse_shared_shards(validation.sources, config.data.sources)
-    sources = [open_source(source, transform, config.train.seed) for source in chosen]
+    _refuse_shared_shards(validation.sources, config.data)
+    sources = [open_source(source, transform, config) for source in chosen]
     found = [_read(source, *place) for source, place in list(_places(sources, validation))[rank::world_size]]
     for source in sources:
         source.close()
@@ -92,13 +94,19 @@ def _read(source: SampleSource, shard: int, number: int) -> Sample | None:
     return None if sample is None or sample.image is None or sample.caption is None else sample
 
 
-def _refuse_shared_shards(validation: Sequence[SourceConfig], training: Sequence[SourceConfig]) -> None:
-    held, trained = ({_path for source in sources for _path in _paths(source)} for sources in (validation, training))
+def _refuse_shared_shards(validation: Sequence[SourceConfig], data: DataConfig) -> None:
+    indices = Indices(RemoteStorage(data))
+    held, trained = (
+        {address for source in sources if source.shards for address in _addresses(source.shards, indices)}
+        for sources in (validation, data.sources)
+    )
     if shared := sorted(held & trained):
         raise ConfigError(
             f"data.validation.sources names shard {shared[0]}, which data.sources trains on: name other shards"
         )
 
 
-def _paths(source: SourceConfig) -> list[Path]:
-    return [Path(shard.address).resolve() for shard in find_shards(source.shards)] if source.shards else []
+def _addresses(spec: str | Sequence[str], indices: Indices) -> list[str]:
+    """One name for each shard, whatever links or signatures lead to it."""
+    found = expand(spec, indices)
+    return [without_credentials(shard) if is_remote(shard) else os.path.realpath(shard) for shard in found]

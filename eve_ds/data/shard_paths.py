@@ -1,28 +1,33 @@
-"""Paths of shards: expand braces and folders, read the index of a folder, and name what cannot be read as a shard."""
+"""Paths and addresses of shards: expand braces, globs and folders, read indices, and name what is no shard."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Sequence
+from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from webdataset.shardlists import expand_urls
 
 from eve_ds import limits
 from eve_ds.config import ConfigError
 from eve_ds.data.formats.unread import binary_kind
-from eve_ds.data.sample_names import COMPRESSED, packed_tars, shard_files
+from eve_ds.data.remote import addresses
+from eve_ds.data.remote.storage import RemoteStorage
+from eve_ds.data.sample_names import COMPRESSED, is_leftover, packed_tars, shard_files
 from eve_ds.data.shard_index import Varints, decode_text
 from eve_ds.distributed import get_logger
-from eve_ds.reading import read_file, read_json
+from eve_ds.printable import without_credentials
+from eve_ds.reading import parse_json, read_file
 
 INDEX_NAME = "index.json"
 INDEX_VERSIONS = (1, 2)
 SETTING = "data.sources.shards"
 
-_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://|(?P<pipe>pipe):", re.IGNORECASE)
+_PIPE = re.compile(r"pipe:", re.IGNORECASE)
+_GLOB = re.compile(r"[*?\[]")
 _UNPACK = "samples are read at their offsets in a plain tar; unpack it to .tar"
 _BRACES = re.compile(r"\{(?P<start>[^{},.]*)\.\.(?P<end>[^{},.]*)(?:\.\.(?P<step>[^{},.]*))?\}|[{},]")
 _MOST_DIGITS = 18
@@ -40,39 +45,75 @@ class IndexEntry(NamedTuple):
     """Varints of the layout of the shard, see :mod:`eve_ds.data.shard_index`; None: not in the index."""
 
 
-def expand(spec: str | Sequence[str]) -> list[str]:
-    """Addresses of a brace list, a folder, a path, or a list of these; all of them regular files, none named twice.
+class Indices:
+    """Indices of folders, each read once.
+
+    Args:
+        remote: storage of the folders at addresses.
+    """
+
+    def __init__(self, remote: RemoteStorage) -> None:
+        self.remote = remote
+        self._read: dict[str, dict[str, IndexEntry]] = {}
+
+    def of(self, folder: str) -> dict[str, IndexEntry]:
+        """Entries of the index of a folder by the name of the shard; empty without an index.
+
+        Raises:
+            ConfigError: the index has another version or form.
+            RemoteError: the server of the folder cannot be read.
+        """
+        if folder not in self._read:
+            self._read[folder] = _read_index(folder, self.remote)
+        return self._read[folder]
+
+
+def expand(spec: str | Sequence[str], indices: Indices) -> list[str]:
+    """Paths and addresses of a brace list, a glob pattern, a folder, a shard, or a list of these; none named twice.
+
+    Matches of a pattern and shards of a folder without an index are in the order of their names. Paths are those of
+    regular files; whether an address exists is not asked.
 
     Raises:
-        ConfigError: a shard is missing or named twice, a folder has no shards, there are more than `limits.SHARDS`, or
-            an item is an address, a glob pattern, a compressed archive or no regular file.
+        ConfigError: a shard is missing or named twice, a folder or pattern has no shards, there are more than
+            `limits.SHARDS`, or an item is a pipe, a compressed archive, no regular file, or an address of a scheme that
+            is not read.
+        RemoteError: a server cannot be read.
     """
     items = [spec] if isinstance(spec, str) else list(spec)
     count = sum(num_expanded(item) for item in items)
     if count > limits.SHARDS:
         raise ConfigError(f"{SETTING} {items} names more than {limits.SHARDS:,} shards: check the numbers in braces")
-    paths = [path for item in items for path in _expand_item(item)]
-    _refuse_repeated(paths)
-    _require_files(paths)
-    return [str(path) for path in paths]
+    found = [address for item in items for address in _expand_item(item, indices)]
+    _refuse_repeated(found)
+    _require_files([Path(address) for address in found if not is_remote(address)])
+    return found
+
+
+def is_remote(address: str) -> bool:
+    """Whether a shard lies at an address, not at a path."""
+    return addresses.scheme_of(address) is not None
 
 
 def name_of(address: str) -> str:
     """File name of a shard."""
-    return address.rpartition("/")[2]
+    return addresses.file_name(address)
 
 
 def folder_of(address: str) -> str:
     """Folder of a shard, "." for a bare name."""
-    return os.path.dirname(address) or "."
+    return addresses.folder_of(address) if is_remote(address) else os.path.dirname(address) or "."
 
 
-def _refuse_repeated(paths: Sequence[Path]) -> None:
-    seen: set[Path] = set()
-    for path in paths:
-        if path in seen:
-            raise ConfigError(f"shard {path} is named twice in one source; raise the `weight` of the source instead")
-        seen.add(path)
+def _refuse_repeated(found: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for address in found:
+        if address in seen:
+            raise ConfigError(
+                f"shard {without_credentials(address)} is named twice in one source; raise the `weight` of the source "
+                "instead"
+            )
+        seen.add(address)
 
 
 def num_expanded(pattern: str) -> int:
@@ -92,17 +133,17 @@ def num_expanded(pattern: str) -> int:
     return max(sum(level) for level in levels)
 
 
-def read_index(folder: str | Path) -> dict[str, IndexEntry]:
-    """Entries of the index of a folder by the name of the shard; empty without an index.
-
-    Raises:
-        ConfigError: the index has another version or form.
-    """
-    path = Path(folder) / INDEX_NAME
-    if not path.exists():
+def _read_index(folder: str, remote: RemoteStorage) -> dict[str, IndexEntry]:
+    remotely = is_remote(folder)
+    path = addresses.join(folder, INDEX_NAME) if remotely else str(Path(folder) / INDEX_NAME)
+    if not remotely and not os.path.exists(path):
         return {}
+    document = remote.read_small(path, limits.INDEX_BYTES) if remotely else None
+    if remotely and document is None:
+        return {}
+    path = without_credentials(path)
     try:
-        tree = read_json(path, limits.INDEX_BYTES)
+        tree = parse_json(read_file(path, limits.INDEX_BYTES) if document is None else document)
         if tree["version"] not in INDEX_VERSIONS:
             raise ConfigError(f"{path} has version {tree['version']!r}, only 1 and 2 can be read")
         return dict(_index_entry(item) for item in tree["shards"])
@@ -116,36 +157,89 @@ def read_index(folder: str | Path) -> dict[str, IndexEntry]:
         ) from None
 
 
-def refuse_other_content(address: str) -> None:
-    """Raise :class:`ConfigError` for a file without samples, and name what it is by its first bytes."""
-    path, size = Path(address), os.stat(address).st_size
-    start = read_file(path, limits.MIB, size=min(size, 64))
-    kind = binary_kind(start)
+def refuse_other_content(address: str, size: int, start: bytes) -> None:
+    """Raise :class:`ConfigError` for a shard of `size` bytes without samples; its first bytes say what it is."""
+    shown, kind = without_credentials(address), binary_kind(start)
     if kind is not None:
-        raise ConfigError(f"shard {path} is {kind[0]}: {_UNPACK if kind[1].startswith('unpack') else kind[1]}")
+        raise ConfigError(f"shard {shown} is {kind[0]}: {_UNPACK if kind[1].startswith('unpack') else kind[1]}")
     what = "holds no sample" if any(start) else "is empty"
-    raise ConfigError(f"shard {path} {what} ({size} bytes, 0 samples); remove it from data.sources")
+    raise ConfigError(f"shard {shown} {what} ({size} bytes, 0 samples); remove it from data.sources")
 
 
-def _expand_item(item: str) -> Iterator[Path]:
+def _expand_item(item: str, indices: Indices) -> Iterator[str]:
     if not item.strip():
         raise ConfigError(f"{SETTING} has an empty name (a variable that is not set?): name a folder or files")
-    _refuse_address(item)
+    if _PIPE.match(item):
+        raise ConfigError(f"{SETTING} '{item}' is a command of a pipe, which is not run: name files or a folder")
     try:
         names = expand_urls(item)
     except (ValueError, AssertionError) as error:  # unbalanced braces, or ${NAME} without a variable WDS_NAME
         raise ConfigError(f"{SETTING} '{item}' cannot be expanded: {error}") from None
     for name in names:
-        path = Path(os.path.expanduser(name))  # "~stranger" stays as it is
-        if path.is_dir():
-            yield from _folder_shards(path)
+        scheme = addresses.scheme_of(name)
+        if scheme is not None and scheme != "file":
+            yield from _remote_shards(name, indices)
         else:
-            yield path
+            yield from _local_shards(addresses.path_of(name) if scheme else os.path.expanduser(name), indices)
 
 
-def _folder_shards(folder: Path) -> list[Path]:
+def _local_shards(name: str, indices: Indices) -> Iterator[str]:
+    """Shards of a path: a folder, a file, or a glob pattern unless a file has that very name."""
+    path = Path(name)
+    matches = [] if path.exists() or not _GLOB.search(name) else sorted(glob(name, recursive=True))
+    if path.is_dir():
+        yield from map(str, _folder_shards(path, indices))
+    elif not matches:
+        yield str(path)
+    for match in matches:
+        if not is_leftover(match):
+            yield from _local_shards(match, indices)
+
+
+def _remote_shards(address: str, indices: Indices) -> list[str]:
+    """Shards of an address: a tar, a folder, or a glob pattern."""
+    shown, name = without_credentials(address), addresses.file_name(address)
+    if addresses.scheme_of(address) not in addresses.READERS:
+        schemes = ", ".join(f"{scheme}://" for scheme in addresses.READERS)
+        raise ConfigError(f"{SETTING} '{shown}' is an address of a scheme that is not read; these are: {schemes}")
+    if (_GLOB.search(address) and not addresses.is_http(address)) or "*" in address:
+        return _matching(address, indices)
+    if name.lower().endswith(COMPRESSED):
+        raise ConfigError(f"shard {shown} is compressed: {_UNPACK}")
+    if name.endswith(".tar"):
+        return [address]
+    listed = [addresses.join(address, name) for name in indices.of(address)]
+    if listed or addresses.is_http(address):
+        return listed or _refuse_folder(shown)
+    return _matching(addresses.join(address, "*.tar"), indices)
+
+
+def _matching(pattern: str, indices: Indices) -> list[str]:
+    shown = without_credentials(pattern)
+    if addresses.is_http(pattern):
+        raise ConfigError(
+            f"{SETTING} '{shown}' is a glob pattern, but HTTP has no lists of files: name numbers in braces as "
+            f"{{00000..00331}}, or a folder with an {INDEX_NAME}"
+        )
+    found = [address for address in indices.remote.matching(pattern) if not is_leftover(address)]
+    if not found:
+        raise ConfigError(f"{SETTING} '{shown}' matches no shard: check the name of the bucket and the folder")
+    packed = next((address for address in found if address.lower().endswith(COMPRESSED)), None)
+    if packed is not None:
+        raise ConfigError(f"shard {packed} is compressed: {_UNPACK}")
+    return found
+
+
+def _refuse_folder(shown: str) -> NoReturn:
+    raise ConfigError(
+        f"{SETTING} '{shown}' has no {INDEX_NAME} that lists shards, and HTTP has no lists of files: write one with "
+        "launcher/prepare.py index and upload it, or name the tars, whose names end in .tar"
+    )
+
+
+def _folder_shards(folder: Path, indices: Indices) -> list[Path]:
     tars = shard_files(folder)
-    shards = [folder / name for name in read_index(folder)] or tars
+    shards = [folder / name for name in indices.of(str(folder))] or tars
     left = sorted({*tars, *packed_tars(folder, "*.t*z*")} - {*shards}) if shards else []
     if left:
         get_logger().warning(
@@ -162,17 +256,6 @@ def _folder_shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _refuse_address(item: str) -> None:
-    address = _ADDRESS.match(item)
-    if address is not None and address["pipe"]:
-        raise ConfigError(f"{SETTING} '{item}' is a command of a pipe, which is not run: name files or a folder")
-    if address is not None:
-        raise ConfigError(
-            f"{SETTING} '{item}' is an address ({address['scheme']}://): shards are read from files, so download them "
-            "or mount the storage, and name the path"
-        )
-
-
 def _require_files(paths: Sequence[Path]) -> None:
     missing = [path for path in paths if not path.is_file()]
     if not missing:
@@ -183,11 +266,8 @@ def _require_files(paths: Sequence[Path]) -> None:
     first = missing[0]
     if first.exists():
         raise ConfigError(f"shard {first} is not a regular file: name tars or a folder of tars in {SETTING}")
-    if re.search(r"[*?\[]", str(first)):
-        raise ConfigError(
-            f"{SETTING} '{first}' is a glob pattern, which is not expanded: name the folder, or numbers in braces as "
-            "{00000..00331}"
-        )
+    if _GLOB.search(str(first)):
+        raise ConfigError(f"{SETTING} '{first}' is a glob pattern that matches no file: check it")
     raise ConfigError(
         f"shard {first} does not exist ({len(missing)} of {len(paths)} shards are missing); check {SETTING}"
     )

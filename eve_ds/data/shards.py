@@ -11,13 +11,26 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from eve_ds import limits
+from eve_ds.config import DataConfig
 from eve_ds.data.errors import BadSample
+from eve_ds.data.remote.errors import RemoteError
+from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import caption_label, split_name
 from eve_ds.data.shard_bytes import FileBytes, ShardBytes, stored_size
 from eve_ds.data.shard_index import ShardLayout, Varints, decode, scan_layout
-from eve_ds.data.shard_paths import INDEX_NAME, IndexEntry, expand, folder_of, name_of, read_index, refuse_other_content
+from eve_ds.data.shard_paths import (
+    INDEX_NAME,
+    IndexEntry,
+    Indices,
+    expand,
+    folder_of,
+    is_remote,
+    name_of,
+    refuse_other_content,
+)
 from eve_ds.data.tar_headers import BLOCK, Member, members, read_ahead, round_up
 from eve_ds.distributed import get_logger
+from eve_ds.printable import without_credentials
 
 
 class Shard(NamedTuple):
@@ -43,20 +56,26 @@ class StoredSample(NamedTuple):
     """Key of the members: that of the sample, without the number of its caption."""
 
 
-def find_shards(spec: str | Sequence[str]) -> list[Shard]:
-    """Find the shards of a path, a brace list, a folder, or a list of these, with their numbers of samples.
+def find_shards(spec: str | Sequence[str], remote: RemoteStorage | None = None) -> list[Shard]:
+    """Find the shards of a path or address, a brace list, a folder, or a list of these, with their numbers of samples.
 
     The numbers come from `index.json` in the folder of the shards: `{"version": 2, "shards": [{"name", "samples",
     "bytes", "sha256", "groups"}, ...]}`; version 1 has no `groups`. A shard without an entry is scanned once, which
-    reads its headers.
+    reads its headers. An address with an entry is believed to exist until it is opened.
+
+    Args:
+        spec: see :func:`eve_ds.data.shard_paths.expand`.
+        remote: storage of shards at addresses; None: one with the default settings.
 
     Raises:
         ConfigError: a shard that is missing, empty or named twice, a folder without shards, an unreadable index, or
             paths of another kind; see :func:`eve_ds.data.shard_paths.expand`.
+        RemoteError: a server cannot be read.
     """
-    addresses = expand(spec)
-    indices = {folder: read_index(folder) for folder in {folder_of(address) for address in addresses}}
-    entries = [indices[folder_of(address)].get(name_of(address)) for address in addresses]
+    remote = RemoteStorage(DataConfig()) if remote is None else remote
+    indices = Indices(remote)
+    addresses = expand(spec, indices)
+    entries = [indices.of(folder_of(address)).get(name_of(address)) for address in addresses]
     unlisted = [address for address, entry in zip(addresses, entries, strict=True) if entry is None]
     if unlisted:
         get_logger().warning(
@@ -67,9 +86,16 @@ def find_shards(spec: str | Sequence[str]) -> list[Shard]:
             INDEX_NAME,
             unlisted[0],
         )
-    sizes = [stored_size(address) for address in addresses]
+    sizes = [_size(address, entry, remote) for address, entry in zip(addresses, entries, strict=True)]
     _warn_of_other_sizes(addresses, entries, sizes)
-    return [_measure(*shard) for shard in zip(addresses, entries, sizes, strict=True)]
+    return [_measure(*shard, remote) for shard in zip(addresses, entries, sizes, strict=True)]
+
+
+def _size(address: str, entry: IndexEntry | None, remote: RemoteStorage) -> int:
+    """Bytes of a shard; those of the index for an address, which are compared when it is opened."""
+    if not is_remote(address):
+        return stored_size(address)
+    return remote.open(address).size if entry is None or entry.bytes is None else entry.bytes
 
 
 def _warn_of_other_sizes(addresses: list[str], entries: list[IndexEntry | None], sizes: list[int]) -> None:
@@ -89,31 +115,42 @@ def _warn_of_other_sizes(addresses: list[str], entries: list[IndexEntry | None],
         )
 
 
-def _measure(address: str, entry: IndexEntry | None, size: int) -> Shard:
+def _measure(address: str, entry: IndexEntry | None, size: int, remote: RemoteStorage) -> Shard:
     is_indexed = entry is not None and entry.bytes in (None, size)
     # A shard that was cut lacks samples of its index, each of which is counted as a bad one.
     listed = 0 if entry is None else entry.samples
-    samples = listed if is_indexed else max(listed, _count(address))
+    samples = listed if is_indexed else max(listed, _count(address, remote))
     if size == 0 or samples == 0:
-        refuse_other_content(address)
+        refuse_other_content(address, size, _open_bytes(address, remote).read_at(0, 64))
     if entry is None or entry.bytes != size:
         return Shard(address, samples, size, None)
     return Shard(address, samples, size, entry.sha256, entry.groups)
 
 
-def _count(address: str) -> int:
-    shard = open_shard(Shard(address, 0, 0, None))
+def _count(address: str, remote: RemoteStorage) -> int:
+    shard = ShardFile(address, _open_bytes(address, remote))
     shard.close()
     return len(shard)
 
 
-def open_shard(shard: Shard) -> ShardFile:
+def _open_bytes(address: str, remote: RemoteStorage) -> ShardBytes:
+    return remote.open(address) if is_remote(address) else FileBytes(address)
+
+
+def open_shard(shard: Shard, remote: RemoteStorage) -> ShardFile:
     """Open a shard with the layout of its index; the caller closes it.
 
     Raises:
-        OSError: the storage failed.
+        OSError: the disk failed.
+        RemoteError: the server cannot be read, or has another object than the index or than before.
     """
-    stored = FileBytes(shard.address)
+    stored = _open_bytes(shard.address, remote)
+    if is_remote(shard.address) and stored.size != shard.bytes:
+        raise RemoteError(
+            f"shard {without_credentials(shard.address)} has {stored.size:,} bytes, not {shard.bytes:,} as its "
+            f"{INDEX_NAME} says or as when the run started: upload the shard again, or write the index again with "
+            "launcher/prepare.py index"
+        )
     return ShardFile(shard.address, stored, _stored_layout(shard, stored.size))
 
 

@@ -7,18 +7,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from eve_ds.config import Config, ConfigError, SourceConfig
+from eve_ds.config import Config, ConfigError, DataConfig, SourceConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.caption_text import clean_caption
-from eve_ds.data.errors import BadSample
+from eve_ds.data.errors import BadSample, UnusableData
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
+from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import image_key
 from eve_ds.data.shard_paths import name_of
 from eve_ds.data.shards import ShardFile, StoredSample, find_shards, open_shard
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.transforms import TrainTransform
+from eve_ds.printable import without_credentials
 
 GENERATED_PER_SHARD = 1000
 """Generated samples are ordered as if stored in shards of this size."""
@@ -27,10 +29,6 @@ MAX_OPEN_SHARDS = 128
 MOST_LISTED = 8
 """Members that a message lists."""
 TOGETHER = "members of a sample, as KEY.jpg and KEY.txt, must stand together in a shard, without a dot in KEY"
-
-
-class UnusableData(ValueError):
-    """Raised if the data cannot be used for training; the message names shard, key and reason."""
 
 
 def _none(image: str) -> bool:
@@ -160,10 +158,11 @@ class GeneratedSource:
 class ShardsSource:
     """Samples from WebDataset shards: caption KEY.txt and an image KEY.jpg, .png, ...; see `IMAGE_EXTENSIONS`."""
 
-    def __init__(self, config: SourceConfig, transform: TrainTransform) -> None:
+    def __init__(self, config: SourceConfig, transform: TrainTransform, data: DataConfig | None = None) -> None:
         self._modalities, self._transform = config.modalities, transform
+        self._remote = RemoteStorage(DataConfig() if data is None else data)
         self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
-        self._shards = find_shards(config.shards or [])
+        self._shards = find_shards(config.shards or [], self._remote)
         self.shard_sizes = [shard.num_samples for shard in self._shards]
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
@@ -201,7 +200,7 @@ class ShardsSource:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        file = open_shard(self._shards[shard])
+        file = open_shard(self._shards[shard], self._remote)
         if len(file) > self._shards[shard].num_samples:
             raise UnusableData(
                 f"shard {file.address} holds {len(file)} samples, its index says {self._shards[shard].num_samples}: "
@@ -234,7 +233,7 @@ class ShardsSource:
 
     def describe(self, shard: int, number: int) -> str:
         """Return the path of the shard and the index of the sample in it."""
-        return f"shard {self._shards[shard].address}, sample {number}"
+        return f"shard {without_credentials(self._shards[shard].address)}, sample {number}"
 
     def fingerprint(self) -> str:
         """Return a digest of names and sizes of the shards in their order, independent of their folder."""
@@ -272,15 +271,15 @@ def open_sources(config: Config) -> list[SampleSource]:
         raise ConfigError("data.sources is empty; name at least one source")
     data, seed = config.data, config.train.seed
     transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed)
-    return [open_source(source, transform, seed) for source in data.sources]
+    return [open_source(source, transform, config) for source in data.sources]
 
 
-def open_source(source: SourceConfig, transform: TrainTransform, seed: int) -> SampleSource:
-    """Open one source whose images are transformed by `transform`.
+def open_source(source: SourceConfig, transform: TrainTransform, config: Config) -> SampleSource:
+    """Open one source of a run whose images are transformed by `transform`.
 
     Raises:
         ConfigError: shards are missing or empty.
     """
     if source.kind == "shards":
-        return ShardsSource(source, transform)
-    return GeneratedSource(source, transform, seed)
+        return ShardsSource(source, transform, config.data)
+    return GeneratedSource(source, transform, config.train.seed)

@@ -1,0 +1,45 @@
+"""Versions of objects, by which a replaced one is found."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from eve_ds.data.remote.errors import RemoteError
+from eve_ds.printable import without_credentials
+
+
+class Version(NamedTuple):
+    """What changes if an object is replaced."""
+
+    size: int
+    """Bytes."""
+    tag: str
+    """`ETag` or `Last-Modified` of the server; empty if it sends neither."""
+
+    def __str__(self) -> str:
+        return f"{self.size:,} bytes, {self.tag or 'no ETag'}"
+
+
+class RemoteObject(Protocol):
+    """One object of a server; its constructor learns the version. Each method makes one request."""
+
+    version: Version
+    start: bytes
+    """First bytes, if the constructor has read some."""
+
+    def read(self, offset: int, size: int, end: float) -> bytes:
+        """Read `size` bytes, which must lie in the object, until the time `end` on the clock.
+
+        Raises:
+            FailedAttempt: the request may be repeated.
+            RemoteError: the object was replaced or is gone, or the server cannot read ranges of it.
+        """
+
+
+def require_same(address: str, before: Version, now: Version) -> None:
+    """Raise :class:`RemoteError` if an object is not the one that was opened before."""
+    if now != before:
+        raise RemoteError(
+            f"{without_credentials(address)} was replaced while it was read ({before}; now {now}): restore it and "
+            "rerun the same command, or start another run"
+        )
