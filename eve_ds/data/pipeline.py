@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
@@ -28,6 +28,9 @@ from eve_ds.data.order import Lanes, Place, Position, StreamOrder, lanes_for, me
 from eve_ds.data.sources import SampleSource, open_sources
 from eve_ds.data.workers import start_loader
 from eve_ds.distributed import get_logger
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 STATE_VERSION = 1
 """Version of the saved data position."""
@@ -248,10 +251,11 @@ def build_loader(
     world_size: int,
     micro_batch_size: int,
     state: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+    group: dist.ProcessGroup | None = None,
     start_method: str | None = None,
     pin_memory: bool = False,
 ) -> Loader:
-    """Build the loader of one rank, at the start of the stream or at a saved position.
+    """Build the loader of one rank, at the start of the stream or at a saved position; collective.
 
     `data.num_workers` worker processes read the samples; with 0, this process reads them.
 
@@ -266,6 +270,7 @@ def build_loader(
         state: state from :meth:`Loader.state_dict` of this rank, or the states of all ranks in rank order. A list may
             come from another number of ranks or samples per batch: unserved samples are redistributed, none repeated
             and none lost. The number of workers may always change.
+        group: ranks that build their loaders together, of which rank 0 looks for the shards; None: all.
         start_method: start method of worker processes: "fork", "spawn" or "forkserver"; None: Python's default.
         pin_memory: put batches into page-locked memory, so that copies to a GPU can overlap with computation.
 
@@ -273,7 +278,7 @@ def build_loader(
         ConfigError: shards that are missing or empty, a tokenizer larger than the vocabulary of the model, or a
             position from other data, another seed, another mixture or another number of ranks.
     """
-    sources = open_sources(config)
+    sources = open_sources(config, group)
     collate = Collator(
         config,
         tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -17,6 +17,7 @@ from eve_ds.data.formats.unread import binary_kind
 from eve_ds.data.remote import addresses
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import COMPRESSED, is_leftover, packed_tars, shard_files
+from eve_ds.data.shard_bytes import ShardBytes
 from eve_ds.data.shard_index import Varints, decode_text
 from eve_ds.distributed import get_logger
 from eve_ds.printable import without_credentials
@@ -64,7 +65,8 @@ class Indices:
             RemoteError: the server of the folder cannot be read.
         """
         if folder not in self._read:
-            self._read[folder] = _read_index(folder, self.remote)
+            found = _read_remote_index(folder, self.remote) if is_remote(folder) else read_index(folder)
+            self._read[folder] = found
         return self._read[folder]
 
 
@@ -133,17 +135,25 @@ def num_expanded(pattern: str) -> int:
     return max(sum(level) for level in levels)
 
 
-def _read_index(folder: str, remote: RemoteStorage) -> dict[str, IndexEntry]:
-    remotely = is_remote(folder)
-    path = addresses.join(folder, INDEX_NAME) if remotely else str(Path(folder) / INDEX_NAME)
-    if not remotely and not os.path.exists(path):
-        return {}
-    document = remote.read_small(path, limits.INDEX_BYTES) if remotely else None
-    if remotely and document is None:
-        return {}
-    path = without_credentials(path)
+def _read_remote_index(folder: str, remote: RemoteStorage) -> dict[str, IndexEntry]:
+    address = addresses.join(folder, INDEX_NAME)
+    document = remote.read_small(address, limits.INDEX_BYTES)
+    return {} if document is None else _parse_index(lambda: document, without_credentials(address))
+
+
+def read_index(folder: str | Path) -> dict[str, IndexEntry]:
+    """Entries of the index of a folder on disk by the name of the shard; empty without an index.
+
+    Raises:
+        ConfigError: the index has another version or form.
+    """
+    path = Path(folder) / INDEX_NAME
+    return _parse_index(lambda: read_file(path, limits.INDEX_BYTES), str(path)) if path.exists() else {}
+
+
+def _parse_index(read: Callable[[], bytes], path: str) -> dict[str, IndexEntry]:
     try:
-        tree = parse_json(read_file(path, limits.INDEX_BYTES) if document is None else document)
+        tree = parse_json(read())
         if tree["version"] not in INDEX_VERSIONS:
             raise ConfigError(f"{path} has version {tree['version']!r}, only 1 and 2 can be read")
         return dict(_index_entry(item) for item in tree["shards"])
@@ -157,13 +167,14 @@ def _read_index(folder: str, remote: RemoteStorage) -> dict[str, IndexEntry]:
         ) from None
 
 
-def refuse_other_content(address: str, size: int, start: bytes) -> None:
-    """Raise :class:`ConfigError` for a shard of `size` bytes without samples; its first bytes say what it is."""
+def refuse_other_content(address: str, stored: ShardBytes) -> None:
+    """Raise :class:`ConfigError` for a shard without samples, and name what it is by its first bytes."""
+    start = stored.read_at(0, 64)
     shown, kind = without_credentials(address), binary_kind(start)
     if kind is not None:
         raise ConfigError(f"shard {shown} is {kind[0]}: {_UNPACK if kind[1].startswith('unpack') else kind[1]}")
     what = "holds no sample" if any(start) else "is empty"
-    raise ConfigError(f"shard {shown} {what} ({size} bytes, 0 samples); remove it from data.sources")
+    raise ConfigError(f"shard {shown} {what} ({stored.size} bytes, 0 samples); remove it from data.sources")
 
 
 def _expand_item(item: str, indices: Indices) -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from eve_ds.config import Config, ConfigError, DataConfig, SourceConfig
 from eve_ds.data.batch import Sample
@@ -16,11 +17,17 @@ from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import image_key
+from eve_ds.data.shard_file import ShardFile, StoredSample
 from eve_ds.data.shard_paths import name_of
-from eve_ds.data.shards import ShardFile, StoredSample, find_shards, open_shard
+from eve_ds.data.shard_table import ShardTable
+from eve_ds.data.shards import Shard, find_shards, open_shard
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.transforms import TrainTransform
 from eve_ds.printable import without_credentials
+from eve_ds.together import from_rank_zero
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 GENERATED_PER_SHARD = 1000
 """Generated samples are ordered as if stored in shards of this size."""
@@ -156,14 +163,31 @@ class GeneratedSource:
 
 
 class ShardsSource:
-    """Samples from WebDataset shards: caption KEY.txt and an image KEY.jpg, .png, ...; see `IMAGE_EXTENSIONS`."""
+    """Samples from WebDataset shards: an image KEY.jpg, .png, ... and its caption KEY.txt, or captions KEY.0.txt, ...
 
-    def __init__(self, config: SourceConfig, transform: TrainTransform, data: DataConfig | None = None) -> None:
+    Args:
+        config: section of the source.
+        transform: decodes and crops the images, whose extensions are :data:`IMAGE_EXTENSIONS`.
+        shards: shards of the source, from :func:`find_shards`.
+        remote: storage of shards at addresses; None: one with the default settings.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        transform: TrainTransform,
+        shards: Sequence[Shard],
+        remote: RemoteStorage | None = None,
+    ) -> None:
         self._modalities, self._transform = config.modalities, transform
-        self._remote = RemoteStorage(DataConfig() if data is None else data)
+        self._remote = RemoteStorage(DataConfig()) if remote is None else remote
         self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
-        self._shards = find_shards(config.shards or [], self._remote)
-        self.shard_sizes = [shard.num_samples for shard in self._shards]
+        self._shards = ShardTable(shards)
+        self.shard_sizes = [shard.num_samples for shard in shards]
+        self._names = _digest(f"{name_of(shard.address)} {shard.num_samples}" for shard in shards)
+        self._contents = {"sizes": _digest(str(shard.bytes) for shard in shards)}
+        if all(shard.sha256 for shard in shards):
+            self._contents["hashes"] = _digest(str(shard.sha256) for shard in shards)
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
     def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
@@ -197,16 +221,15 @@ class ShardsSource:
             raise BadSample("unreadable shard", str(error)) from None
 
     def _shard_file(self, shard: int) -> ShardFile:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        file = open_shard(self._shards[shard], self._remote)
-        if len(file) > self._shards[shard].num_samples:
+        if shard not in self._open:
+            self._open[shard] = open_shard(self._shards[shard], self._remote)
+        file, listed = self._open[shard], self.shard_sizes[shard]
+        if len(file) > listed:  # known when it is opened, or once a sample is read
             raise UnusableData(
-                f"shard {file.address} holds {len(file)} samples, its index says {self._shards[shard].num_samples}: "
-                "write the index again with launcher/prepare.py, or remove it to have the shards scanned"
+                f"shard {file.address} holds {len(file)} samples, its index says {listed}: write the index again with "
+                "launcher/prepare.py index, or remove it to have the shards scanned"
             )
-        self._open[shard] = file
+        self._open.move_to_end(shard)
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return file
@@ -232,20 +255,18 @@ class ShardsSource:
         return encoded
 
     def describe(self, shard: int, number: int) -> str:
-        """Return the path of the shard and the index of the sample in it."""
-        return f"shard {without_credentials(self._shards[shard].address)}, sample {number}"
+        """Return the path of the shard, the index of the sample in it, and that of the caption if there are several."""
+        file = self._open.get(shard)
+        caption = "" if file is None else file.describe_caption(number)
+        return f"shard {without_credentials(self._shards[shard].address)}, sample {number}{caption}"
 
     def fingerprint(self) -> str:
         """Return a digest of names and sizes of the shards in their order, independent of their folder."""
-        digest = _digest(f"{name_of(shard.address)} {shard.num_samples}" for shard in self._shards)
-        return f"{len(self._shards)} shards, {sum(self.shard_sizes)} samples, {digest}"
+        return f"{len(self._shards)} shards, {sum(self.shard_sizes)} samples, {self._names}"
 
     def contents(self) -> dict[str, str]:
         """Return a digest of the sizes of all shards and, if an index has all of them, one of their hashes."""
-        found = {"sizes": _digest(str(shard.bytes) for shard in self._shards)}
-        if all(shard.sha256 for shard in self._shards):
-            found["hashes"] = _digest(str(shard.sha256) for shard in self._shards)
-        return found
+        return self._contents
 
     def close(self) -> None:
         """Close the open shards."""
@@ -261,8 +282,10 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def open_sources(config: Config) -> list[SampleSource]:
-    """Open the sources of the training mixture, in the order of `data.sources`.
+def open_sources(config: Config, group: dist.ProcessGroup | None = None) -> list[SampleSource]:
+    """Open the sources of the training mixture, in the order of `data.sources`; collective.
+
+    Rank 0 looks for the shards and reads their indices, for all ranks of `group` (default: all ranks).
 
     Raises:
         ConfigError: no source, or shards that are missing or empty.
@@ -271,15 +294,25 @@ def open_sources(config: Config) -> list[SampleSource]:
         raise ConfigError("data.sources is empty; name at least one source")
     data, seed = config.data, config.train.seed
     transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed)
-    return [open_source(source, transform, config) for source in data.sources]
+    found = from_rank_zero(partial(shards_of, data.sources, data), group)
+    return [open_source(*source, transform, config) for source in zip(data.sources, found, strict=True)]
 
 
-def open_source(source: SourceConfig, transform: TrainTransform, config: Config) -> SampleSource:
-    """Open one source of a run whose images are transformed by `transform`.
+def shards_of(sources: Sequence[SourceConfig], data: DataConfig) -> list[list[Shard]]:
+    """Find the shards of each source; none for generated samples. `data` has the settings of addresses.
 
     Raises:
-        ConfigError: shards are missing or empty.
+        ConfigError: see :func:`find_shards`.
+        RemoteError: a server cannot be read.
     """
+    remote = RemoteStorage(data)
+    return [find_shards(source.shards or [], remote) if source.kind == "shards" else [] for source in sources]
+
+
+def open_source(
+    source: SourceConfig, shards: Sequence[Shard], transform: TrainTransform, config: Config
+) -> SampleSource:
+    """Open one source of a run, with its shards if it has any, whose images are transformed by `transform`."""
     if source.kind == "shards":
-        return ShardsSource(source, transform, config.data)
+        return ShardsSource(source, transform, shards, RemoteStorage(config.data))
     return GeneratedSource(source, transform, config.train.seed)

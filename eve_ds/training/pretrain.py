@@ -109,7 +109,7 @@ class Pretraining:
     def open(self, loading: Loading) -> Loader:
         """Open the loader of the mixture; also read held-out pairs, so that their errors show before training."""
         if self.held_out is None and self.config.data.validation is not None:
-            self.held_out = load_held_out(self.config, self.tokenizer, loading.topology)
+            self.held_out = load_held_out(self.config, self.tokenizer, loading.topology, loading.group)
         return build_loader(
             self.config,
             self.tokenizer,
@@ -118,6 +118,7 @@ class Pretraining:
             world_size=loading.topology.data_size,
             micro_batch_size=loading.micro_batch_size,
             state=loading.positions,
+            group=loading.group,
             pin_memory=loading.pin_memory,
         )
 

@@ -235,7 +235,7 @@ class Trainer:
 
     def _loading(self, positions: list[dict[str, Any]] | None) -> Loading:
         micro_batch_size, is_gpu = self.engine.train_micro_batch_size_per_gpu(), self.engine.device.type == "cuda"
-        return Loading(self.topology, micro_batch_size, self.step, positions, is_gpu)
+        return Loading(self.topology, micro_batch_size, self.step, positions, is_gpu, self.host_group)
 
     def _done_share(self) -> float:
         return done_share(self.config.train, self.step, self.seconds)

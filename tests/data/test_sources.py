@@ -10,6 +10,7 @@ from tars import write_tar
 from eve_ds.config import SourceConfig
 from eve_ds.data.errors import BadSample
 from eve_ds.data.order import Place
+from eve_ds.data.shards import find_shards
 from eve_ds.data.sources import ShardsSource
 from eve_ds.data.transforms import TrainTransform
 
@@ -26,9 +27,9 @@ def image(kind="PNG", color=(200, 30, 10)):
 
 
 def read(folder, members, number=0, modalities="pair"):
-    path = write_tar(folder / "a.tar", members)
-    config = SourceConfig(kind="shards", shards=str(path), modalities=modalities)
-    source = ShardsSource(config, TrainTransform(16, (1.0, 1.0), 0.0, 0))
+    path = str(write_tar(folder / "a.tar", members))
+    config = SourceConfig(kind="shards", shards=path, modalities=modalities)
+    source = ShardsSource(config, TrainTransform(16, (1.0, 1.0), 0.0, 0), find_shards(path))
     try:
         return source.read(Place(source=0, epoch=0, shard=0, number=number, slot=0))
     finally:

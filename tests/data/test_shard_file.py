@@ -11,7 +11,7 @@ from webdataset.tariterators import tarfile_samples
 from eve_ds import limits
 from eve_ds.data.errors import BadSample
 from eve_ds.data.shard_bytes import FileBytes
-from eve_ds.data.shards import ShardFile
+from eve_ds.data.shard_file import ShardFile
 
 
 def opened(path):
