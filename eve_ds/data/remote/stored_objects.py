@@ -6,7 +6,6 @@ does not have: each process makes its own file system.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,29 +102,38 @@ def matching(files: Any, pattern: str) -> list[str]:
 
 @contextmanager
 def translated(address: str) -> Iterator[None]:
-    """Turn the errors of file systems into those of this package."""
-    shown = without_credentials(address)
+    """Turn the errors of file systems into those of this package; others, which are bugs, stay as they are."""
     try:
         yield
     except (FailedAttempt, RemoteError):
         raise
-    except (FileNotFoundError, PermissionError) as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else "may not be read with these credentials"
-        raise MissingObject(f"{shown} {what} ({_text(error)})") from None
     except Exception as error:
-        if type(error).__name__ == "FileExpired":
-            raise RemoteError(
-                f"{shown} was replaced while it was read: restore it and rerun the same command, or start another run"
-            ) from None
-        if type(error).__name__ in _WITHOUT_CREDENTIALS:
-            advice = "FSSPEC_S3_ANON=true reads public buckets" if scheme_of(address) == "s3" else "log in first"
-            raise RemoteError(f"{shown} needs credentials ({_text(error)}); {advice}") from None
-        if isinstance(error, OSError) and error.errno in _LASTING:
-            raise RemoteError(f"{shown} cannot be read ({_text(error)})") from None
-        ours = isinstance(error, OSError | asyncio.TimeoutError) or type(error).__module__.split(".")[0] in _LIBRARIES
-        if not ours:
+        found = _translation(error, address)
+        if found is None:
             raise
-        raise FailedAttempt(_text(error)) from None
+        raise found from None
+
+
+def _translation(error: Exception, address: str) -> Exception | None:
+    if isinstance(error, IndexError) and isinstance(error.__context__, TimeoutError):
+        error = error.__context__  # files of s3fs look for a number in it, which it does not have
+    shown, name, text = without_credentials(address), type(error).__name__, _text(error)
+    is_forbidden = isinstance(error, PermissionError) or (isinstance(error, OSError) and text.startswith("Forbidden"))
+    if is_forbidden or isinstance(error, FileNotFoundError):
+        what = "may not be read with these credentials" if is_forbidden else "does not exist"
+        return MissingObject(f"{shown} {what} ({text})")
+    if name == "FileExpired":
+        return RemoteError(
+            f"{shown} was replaced while it was read: restore it and rerun the same command, or start another run"
+        )
+    if name in _WITHOUT_CREDENTIALS:
+        advice = "FSSPEC_S3_ANON=true reads public buckets" if scheme_of(address) == "s3" else "log in first"
+        return RemoteError(f"{shown} needs credentials ({text}); {advice}")
+    if isinstance(error, OSError) and error.errno in _LASTING:
+        return RemoteError(f"{shown} cannot be read ({text})")
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _LIBRARIES:
+        return FailedAttempt(text)
+    return None
 
 
 def _tag(details: dict[str, Any]) -> str:
@@ -136,5 +144,7 @@ def _tag(details: dict[str, Any]) -> str:
 
 def _text(error: BaseException) -> str:
     """Text of an error on one line, without its address, which the message names already."""
+    if isinstance(error, TimeoutError):
+        return "timed out"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return excerpt(without_credentials(" ".join(text.split()))) or type(error).__name__
