@@ -13,8 +13,8 @@ _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _MARKUP = re.compile(r"[\\`*{}\[\]<>#|!&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """Characters with a meaning in Markdown; an underscore within a word has none."""
 
-_USER = re.compile(r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)[^\s/?#'\"]*@", re.IGNORECASE)
-_QUERY = re.compile(r"(?<![a-z0-9+.-])(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
+_USER = re.compile(r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)(?:[^\s/?#'\"]*@)?", re.IGNORECASE)
+_QUERY = re.compile(r"(?<![a-z0-9+.-])(https?://[^\s?#'\"]*)(?:[?#][^\s'\"]*)?", re.IGNORECASE)
 
 
 def without_credentials(text: str) -> str:

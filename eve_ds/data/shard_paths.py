@@ -28,6 +28,8 @@ INDEX_VERSIONS = (1, 2)
 SETTING = "data.sources.shards"
 
 _PIPE = re.compile(r"pipe:", re.IGNORECASE)
+_IPV6 = re.compile(r"(?<=\[)::(?=[0-9a-f:.]*\])|(?<=[0-9a-f])::(?=[0-9a-f:.]*\])", re.IGNORECASE)
+"""Two colons of an address such as http://[::1]/a.tar, which separate no two names."""
 _GLOB = re.compile(r"[*?\[]")
 _UNPACK = "samples are read at their offsets in a plain tar; unpack it to .tar"
 _BRACES = re.compile(r"\{(?P<start>[^{},.]*)\.\.(?P<end>[^{},.]*)(?:\.\.(?P<step>[^{},.]*))?\}|[{},]")
@@ -183,7 +185,7 @@ def _expand_item(item: str, indices: Indices) -> Iterator[str]:
     if _PIPE.match(item):
         raise ConfigError(f"{SETTING} '{item}' is a command of a pipe, which is not run: name files or a folder")
     try:
-        names = expand_urls(item)
+        names = [name.replace("\0", "::") for name in expand_urls(_IPV6.sub("\0", item))]
     except (ValueError, AssertionError) as error:  # unbalanced braces, or ${NAME} without a variable WDS_NAME
         raise ConfigError(f"{SETTING} '{item}' cannot be expanded: {error}") from None
     for name in names:

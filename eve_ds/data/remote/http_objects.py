@@ -22,7 +22,8 @@ PROBE_BYTES = 4096
 _PIECE = 2**18
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Statuses that may pass: RFC 9110, section 15, RFC 6585 and RFC 8470."""
-_MISSING = {401, 403, 404, 410}
+_MISSING = {400, 401, 403, 404, 410}
+"""Statuses of an object that is not there; stores answer 400 or 403 if a signature is for another object."""
 _REASONS: dict[str, tuple[type[Exception], ...]] = {
     "unknown host": (urllib3.exceptions.NameResolutionError,),
     "no connection to the proxy": (requests.exceptions.ProxyError,),
