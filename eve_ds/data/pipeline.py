@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
-from transformers import PreTrainedTokenizerFast
 from webdataset import DataPipeline
 
 from eve_ds.config import Config, ConfigError
@@ -31,6 +30,7 @@ from eve_ds.distributed import get_logger
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from transformers import PreTrainedTokenizerFast
 
 STATE_VERSION = 1
 """Version of the saved data position."""
@@ -138,8 +138,9 @@ def _deliveries(
         pipeline,
         batch_size=None,
         num_workers=num_workers,
+        imports=__name__,
         collate_fn=_unchanged,
-        multiprocessing_context=start_method,
+        start_method=start_method,
         pin_memory=pin_memory,  # in a thread of this process
         generator=torch.Generator(),  # the default generator belongs to the noise of the model
     )
@@ -271,7 +272,7 @@ def build_loader(
             come from another number of ranks or samples per batch: unserved samples are redistributed, none repeated
             and none lost. The number of workers may always change.
         group: ranks that build their loaders together, of which rank 0 looks for the shards; None: all.
-        start_method: start method of worker processes: "fork", "spawn" or "forkserver"; None: Python's default.
+        start_method: start method of worker processes: "fork", "spawn" or "forkserver"; None: "forkserver".
         pin_memory: put batches into page-locked memory, so that copies to a GPU can overlap with computation.
 
     Raises:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerFast
 
 from eve_ds import limits
 from eve_ds.config import Config, TaskConfig
@@ -23,12 +23,16 @@ from eve_ds.data.captions import CaptionEncoder, check_vocabulary, padded
 from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
+from eve_ds.data.shared_bytes import SharedBytes
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.data.workers import start_loader
 from eve_ds.reading import read_file
 from eve_ds.tasks.augment import color_jitter, rand_augment
 from eve_ds.tasks.examples import Example, ImageSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GRAY = 128
 """Pixel value of the images of a blind model."""
@@ -200,13 +204,15 @@ class _TrainingExamples(Dataset["_Item | UnusableData"]):
     """
 
     def __init__(self, examples: Sequence[Example], reader: ImageReader) -> None:
-        self._examples, self._reader = examples, reader
+        # Every worker gets the data set; millions of objects would take seconds and memory in each of them.
+        self._examples = SharedBytes(pickle.dumps(example) for example in examples)
+        self._reader = reader
 
     def __getitem__(self, place: tuple[int, int]) -> _Item | UnusableData:
         epoch, index = place
         skipped: list[str] = []
         while True:
-            example = self._examples[(index + len(skipped)) % len(self._examples)]
+            example: Example = pickle.loads(self._examples[(index + len(skipped)) % len(self._examples)].data)
             try:
                 images = self._reader(example, epoch)
             except BadSample as error:
@@ -277,6 +283,7 @@ def training_batches(
         _TrainingExamples(examples, ImageReader(config, training=True)),
         batch_sampler=order,
         num_workers=config.data.num_workers,
+        imports=__name__,
         collate_fn=_Stack(collate),
         pin_memory=pin_memory,
         persistent_workers=config.data.num_workers > 0,

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import os
 import tarfile
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from itertools import islice
 from statistics import median
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import webdataset as wds
@@ -29,6 +29,7 @@ from eve_ds.data.sources import UnusableData, open_sources
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from eve_ds.data.transforms import TrainTransform
+from eve_ds.data.workers import start_server
 from eve_ds.objectives.registry import objectives_of
 
 CAPTION = "a small red circle"
@@ -498,18 +499,19 @@ def test_state_dict_is_a_snapshot(tmp_path):
 
 
 def test_close_stops_the_workers_and_the_stream(tmp_path):
-    others = _children()  # helper processes of Python
+    start_server("eve_ds.data.pipeline")
+    others = _children()
     run = Run(make_config(write_shards(tmp_path, [48]), num_workers=2))
     run.take(3)
     assert len(_children() - others) == 2
     run.loader.close()
-    assert _children() <= others
+    _, alive = psutil.wait_procs([psutil.Process(child) for child in _children() - others], timeout=2)
+    assert not alive
     assert run.take(1) == []
 
 
 def _children():
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return set(file.read().split())
+    return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
 def test_global_random_state_does_not_change(tmp_path):
