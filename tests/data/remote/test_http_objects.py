@@ -28,7 +28,7 @@ def fake():
 
 
 def storage(fake, **remote):
-    return RemoteStorage(DataConfig(remote={"deadline_seconds": 60, "timeout_seconds": 1, **remote}), fake.clock)
+    return RemoteStorage(DataConfig(remote={"deadline_seconds": 60, "timeout_seconds": 10, **remote}), fake.clock)
 
 
 RANGES = [(0, 1), (0, 512), (4095, 2), (5000, 100_000), (299_999, 1), (299_000, 5000), (300_000, 10), (400_000, 1)]
@@ -66,11 +66,12 @@ PASSING = [
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_fault_that_passes_is_repeated(server, fake, fault):
-    faulty = (1, 2, 3) if fault == "other range" else (0, 2, 3)  # it is none for the first bytes, the probe
+    # At the probe and twice at the range; another range is no fault of the probe, and a hang takes its time.
+    faulty = {"other range": (1, 2, 3), "hang": (1,)}.get(fault, (0, 2, 3))
     server.faults = lambda path, index: fault if index in faulty else ""
-    opened = storage(fake, timeout_seconds=0.1).open(f"{server.address}/a.tar")
+    opened = storage(fake, timeout_seconds=1).open(f"{server.address}/a.tar")
     assert opened.read_at(100_000, 50_000) == CONTENT[100_000:150_000]
-    assert len(fake.sleeps) == 3
+    assert len(fake.sleeps) == len(faulty)
 
 
 LASTING = {
@@ -100,7 +101,9 @@ def test_a_fault_that_lasts_ends_the_read_at_once(server, fake, fault, when):
     ("fault", "reason"), [("status 503", "HTTP 503"), ("cut", r"connection lost"), ("hang", "timed out")]
 )
 def test_a_server_that_stays_away_ends_the_read_after_the_deadline(server, fake, fault, reason):
-    opened = storage(fake, timeout_seconds=0.05, deadline_seconds=20).open(f"{server.address}/a.tar")
+    opened = storage(fake, timeout_seconds=0.2 if fault == "hang" else 10, deadline_seconds=20).open(
+        f"{server.address}/a.tar"
+    )
     server.faults = lambda path, index: fault
     rule = rf"a\.tar cannot be read: {reason} \(\d+ attempts in \d+ s, data\.remote\.deadline_seconds is 20\); rerun"
     with pytest.raises(RemoteError, match=rule):
