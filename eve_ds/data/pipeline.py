@@ -174,12 +174,8 @@ class Loader:
         self.num_samples = 0
         self._sources = sources
         self._position, self._identity, self._max_bad_share = position, identity, max_bad_share
-        self._start: Callable[[], Iterator[Delivery]] = partial(
-            _deliveries, pipeline, num_workers, start_method, pin_memory
-        )
-        self._stream: Iterator[Delivery] | None = None
+        self._stream: Iterator[Delivery] | None = _deliveries(pipeline, num_workers, start_method, pin_memory)
         self._last_skipped = Skipped("", "before this start")
-        self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -190,10 +186,8 @@ class Loader:
         Raises:
             UnusableData: too many samples cannot be used.
         """
-        if self._closed:
+        if self._stream is None:
             raise StopIteration
-        if self._stream is None:  # on first use, so that building a loader starts no process
-            self._stream = self._start()
         delivery = next(self._stream)
         self._position = self._position.advance(self._position.next_worker, delivery.consumed)
         self.num_samples += 0 if delivery.batch is None else len(delivery.batch)
@@ -240,7 +234,6 @@ class Loader:
         self._stream = None  # torch's iterator stops its workers when it is deleted
         for source in self._sources:
             source.close()
-        self._closed = True
 
 
 def build_loader(
@@ -258,7 +251,7 @@ def build_loader(
 ) -> Loader:
     """Build the loader of one rank, at the start of the stream or at a saved position; collective.
 
-    `data.num_workers` worker processes read the samples; with 0, this process reads them.
+    `data.num_workers` worker processes start to read the samples; with 0, this process reads them when they are due.
 
     Args:
         config: data, masking, model and seed.

@@ -29,7 +29,7 @@ from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.data.workers import start_loader
 from eve_ds.reading import read_file
 from eve_ds.tasks.augment import color_jitter, rand_augment
-from eve_ds.tasks.examples import Example, ImageSource
+from eve_ds.tasks.examples import Example, ImageSource, SceneExamples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -196,6 +196,20 @@ class _Item(NamedTuple):
     skipped: list[str]
 
 
+class _Stored:
+    """Examples in shared memory: every worker gets all, and a million objects would take it seconds and memory."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._pickles = SharedBytes(pickle.dumps(example) for example in examples)
+
+    def __len__(self) -> int:
+        return len(self._pickles)
+
+    def __getitem__(self, index: int) -> Example:
+        example: Example = pickle.loads(self._pickles[index].data)
+        return example
+
+
 class _TrainingExamples(Dataset["_Item | UnusableData"]):
     """Data set whose item (epoch, index) is that example, or the next whose images can be used.
 
@@ -203,16 +217,14 @@ class _TrainingExamples(Dataset["_Item | UnusableData"]):
     worker process would add a traceback to its message.
     """
 
-    def __init__(self, examples: Sequence[Example], reader: ImageReader) -> None:
-        # Every worker gets the data set; millions of objects would take seconds and memory in each of them.
-        self._examples = SharedBytes(pickle.dumps(example) for example in examples)
-        self._reader = reader
+    def __init__(self, examples: SceneExamples | _Stored, reader: ImageReader) -> None:
+        self._examples, self._reader = examples, reader
 
     def __getitem__(self, place: tuple[int, int]) -> _Item | UnusableData:
         epoch, index = place
         skipped: list[str] = []
         while True:
-            example: Example = pickle.loads(self._examples[(index + len(skipped)) % len(self._examples)].data)
+            example = self._examples[(index + len(skipped)) % len(self._examples)]
             try:
                 images = self._reader(example, epoch)
             except BadSample as error:
@@ -280,7 +292,9 @@ def training_batches(
     train = config.train
     order = _Order(len(examples), train.seed, step, train.train_batch_size, rank, world_size, micro_batch_size)
     loader = start_loader(
-        _TrainingExamples(examples, ImageReader(config, training=True)),
+        _TrainingExamples(
+            examples if isinstance(examples, SceneExamples) else _Stored(examples), ImageReader(config, training=True)
+        ),
         batch_sampler=order,
         num_workers=config.data.num_workers,
         imports=__name__,

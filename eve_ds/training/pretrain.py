@@ -17,6 +17,7 @@ from eve_ds.config import Config, ConfigError
 from eve_ds.data.batch import Batch
 from eve_ds.data.pipeline import Loader, build_loader
 from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.data.workers import start_server
 from eve_ds.distributed import gather_rows, get_logger
 from eve_ds.evaluation.held_out import HeldOut, evaluate_held_out, load_held_out
 from eve_ds.evaluation.scenes import evaluate_scenes, trains_on_scenes
@@ -62,6 +63,8 @@ def pretrain(
         OpsBuildError: `EVE_DS_OPS=build`, and the fused ops cannot be built.
     """
     info = initialize_deepspeed_distributed(timedelta(seconds=config.train.timeout_seconds))
+    if config.data.num_workers:
+        start_server("eve_ds.data.pipeline", "eve_ds.objectives.registry")
     given = {} if deepspeed_config is None else deepspeed_config
     config, deepspeed_config = resolve_deepspeed_config(given, config, info.world_size)
     for objective, lacking in config.objectives_without_source.items():
