@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eve_ds import limits
-from eve_ds.config import ConfigError
+from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.retries import Clock
 from eve_ds.distributed import get_logger
 from eve_ds.storage import cause
@@ -35,6 +35,8 @@ TOUCH_SECONDS = 60.0
 PAUSE_SECONDS = 60.0
 """Seconds without new blocks after the disk took none."""
 LOCKS = 256
+MOST_CHECKED = 100_000
+"""Blocks whose CRC is remembered as right: some ten megabytes."""
 _CRC = 4
 
 
@@ -54,7 +56,7 @@ class BlockCache:
         clock: clock of the pause after an error of the disk.
 
     Raises:
-        ConfigError: the folder cannot be created.
+        RemoteError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path, most: int, clock: Clock) -> None:
@@ -66,7 +68,7 @@ class BlockCache:
         try:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
+            raise RemoteError(
                 f"data.cache_dir ({folder}) cannot be used: {cause(error)}; name a folder on a local disk"
             ) from None
 
@@ -113,6 +115,8 @@ class BlockCache:
             data = os.pread(descriptor, size + _CRC, 0)
             if _crc(data[:size]) != data[size:]:
                 return False
+            if len(self._checked) >= MOST_CHECKED:
+                self._checked.clear()
             self._checked[name] = inode
         return True
 

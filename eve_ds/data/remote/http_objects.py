@@ -71,8 +71,13 @@ class HttpObject:
         return int(length)
 
     def _total(self, content_range: re.Match[str] | None) -> int:
-        if content_range is None or content_range[1] != "0" or content_range[3] == "*":
+        if content_range is None or content_range[1] != "0":
             raise FailedAttempt("an answer without a valid Content-Range")
+        if content_range[3] == "*":
+            raise RemoteError(
+                f"the server of {without_credentials(self._address)} does not say its size (Content-Range: bytes "
+                "0-.../*): use another server, or download the shards"
+            )
         return int(content_range[3])
 
     def read(self, offset: int, size: int, end: float) -> bytes:

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 from eve_ds import limits
-from eve_ds.config import ConfigError, DataConfig
+from eve_ds.config import DataConfig
 from eve_ds.data.remote.addresses import READERS, is_http, scheme_of
 from eve_ds.data.remote.block_cache import BLOCK_BYTES, BlockCache
-from eve_ds.data.remote.errors import MissingObject
+from eve_ds.data.remote.errors import MissingObject, RemoteError
 from eve_ds.data.remote.retries import SYSTEM_CLOCK, Clock, Retries
 from eve_ds.data.remote.versions import RemoteObject, Version, require_same
 from eve_ds.printable import without_credentials
@@ -110,8 +110,8 @@ class RemoteStorage:
         """Open an object.
 
         Raises:
-            RemoteError: it cannot be read, or it is another one than when it was opened before.
-            ConfigError: a package is missing, or the folder of the cache cannot be used.
+            RemoteError: it cannot be read, or it is another one than when it was opened before; or a package is
+                missing, or the folder of the cache cannot be used.
         """
         client = self._client(address)
         opened = self._retries.call(address, lambda end: self._object(client, address, end))
@@ -168,7 +168,7 @@ class RemoteStorage:
         try:
             module = importlib.import_module(READERS[scheme].module)
         except ImportError:
-            raise ConfigError(
+            raise RemoteError(
                 f"{scheme}:// needs a package that is not installed: pip install '{READERS[scheme].requirement}'"
             ) from None
         if scheme == "https":

@@ -10,9 +10,10 @@ import pytest
 from fake_clock import FakeClock
 from faulty_server import FaultyServer
 
-from eve_ds.config import ConfigError, DataConfig
+from eve_ds.config import DataConfig
 from eve_ds.data.remote import block_cache, storage
 from eve_ds.data.remote.block_cache import PAUSE_SECONDS, BlockCache
+from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.storage import RemoteStorage
 
 BLOCK = 1000
@@ -169,9 +170,17 @@ def test_a_disk_that_takes_no_bytes_is_logged_and_read_around(server, tmp_path, 
 def test_a_folder_that_cannot_be_made_is_refused(server, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        ConfigError, match=r"data\.cache_dir \(.*file/x\) cannot be used: Not a directory; name a folder"
+        RemoteError, match=r"data\.cache_dir \(.*file/x\) cannot be used: Not a directory; name a folder"
     ):
         opened(server, tmp_path / "file" / "x")
+
+
+def test_the_blocks_that_are_known_to_be_right_are_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_cache, "MOST_CHECKED", 5)
+    blocks = cache(tmp_path)
+    for number in [*range(12), *range(12)]:
+        put(blocks, number)
+        assert len(blocks._checked) <= 5
 
 
 def test_a_folder_that_is_removed_during_the_run_is_read_around(server, tmp_path):

@@ -165,9 +165,15 @@ def test_a_weak_etag_is_the_same_version_as_a_strong_one(server, fake):
     )
 
 
-def test_a_server_that_does_not_say_the_total_is_read_after_opening(server, fake):
+def test_a_server_must_say_the_size_once(server, fake):
     server.faults = lambda path, index: "no total" if index else ""
     assert storage(fake).open(f"{server.address}/a.tar").read_at(5000, 50_000) == CONTENT[5000:55_000]
+    server.faults = lambda path, index: "no total"
+    with pytest.raises(
+        RemoteError, match=r"a\.tar does not say its size .*: use another server, or download the shards"
+    ):
+        storage(fake).open(f"{server.address}/a.tar")
+    assert not fake.sleeps
 
 
 def test_redirects_are_followed_without_the_password(server, fake):

@@ -12,7 +12,7 @@ from fake_clock import FakeClock
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from s3_server import S3Server
 
-from eve_ds.config import ConfigError, DataConfig
+from eve_ds.config import DataConfig
 from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.storage import RemoteStorage
 
@@ -216,5 +216,5 @@ def test_other_stores_are_read_by_the_same_code(scheme, monkeypatch):
 )
 def test_a_missing_package_is_one_line_with_the_command(monkeypatch, address, module, command):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"^\w+:// needs a package that is not installed: {command}"):
+    with pytest.raises(RemoteError, match=rf"^\w+:// needs a package that is not installed: {command}"):
         storage().open(address)
