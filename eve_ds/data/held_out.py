@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from eve_ds.config import Config, ConfigError, SourceConfig, ValidationConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.errors import BadSample
+from eve_ds.data.index_file import Indices
 from eve_ds.data.order import Place
+from eve_ds.data.remote.addresses import is_remote
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import image_key
-from eve_ds.data.shard_paths import Indices, expand, is_remote
+from eve_ds.data.shard_paths import expand
 from eve_ds.data.shards import Shard
 from eve_ds.data.sources import SampleSource, open_source, shards_of
 from eve_ds.data.transforms import TrainTransform

@@ -1,30 +1,26 @@
-"""Paths and addresses of shards: expand braces, globs and folders, read indices, and name what is no shard."""
+"""Paths and addresses of shards: expand braces, glob patterns and folders, and name what is no shard."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
 from webdataset.shardlists import expand_urls
 
 from eve_ds import limits
 from eve_ds.config import ConfigError
 from eve_ds.data.formats.unread import binary_kind
+from eve_ds.data.index_file import INDEX_NAME, Indices
 from eve_ds.data.remote import addresses
-from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import COMPRESSED, is_leftover, packed_tars, shard_files
 from eve_ds.data.shard_bytes import ShardBytes
-from eve_ds.data.shard_index import Varints, decode_text
 from eve_ds.distributed import get_logger
 from eve_ds.printable import without_credentials
-from eve_ds.reading import parse_json, read_file
 
-INDEX_NAME = "index.json"
-INDEX_VERSIONS = (1, 2)
 SETTING = "data.sources.shards"
 
 _PIPE = re.compile(r"pipe:", re.IGNORECASE)
@@ -34,42 +30,6 @@ _GLOB = re.compile(r"[*?\[]")
 _UNPACK = "samples are read at their offsets in a plain tar; unpack it to .tar"
 _BRACES = re.compile(r"\{(?P<start>[^{},.]*)\.\.(?P<end>[^{},.]*)(?:\.\.(?P<step>[^{},.]*))?\}|[{},]")
 _MOST_DIGITS = 18
-
-
-class IndexEntry(NamedTuple):
-    """Entry of a shard in an index."""
-
-    samples: int
-    bytes: int | None
-    """Size of the shard; None: not in the index."""
-    sha256: str | None
-    """Hash of the shard when it was written; None: not in the index."""
-    groups: Varints | None
-    """Varints of the layout of the shard, see :mod:`eve_ds.data.shard_index`; None: not in the index."""
-
-
-class Indices:
-    """Indices of folders, each read once.
-
-    Args:
-        remote: storage of the folders at addresses.
-    """
-
-    def __init__(self, remote: RemoteStorage) -> None:
-        self.remote = remote
-        self._read: dict[str, dict[str, IndexEntry]] = {}
-
-    def of(self, folder: str) -> dict[str, IndexEntry]:
-        """Entries of the index of a folder by the name of the shard; empty without an index.
-
-        Raises:
-            ConfigError: the index has another version or form.
-            RemoteError: the server of the folder cannot be read.
-        """
-        if folder not in self._read:
-            found = _read_remote_index(folder, self.remote) if is_remote(folder) else read_index(folder)
-            self._read[folder] = found
-        return self._read[folder]
 
 
 def expand(spec: str | Sequence[str], indices: Indices) -> list[str]:
@@ -90,13 +50,8 @@ def expand(spec: str | Sequence[str], indices: Indices) -> list[str]:
         raise ConfigError(f"{SETTING} {items} names more than {limits.SHARDS:,} shards: check the numbers in braces")
     found = [address for item in items for address in _expand_item(item, indices)]
     _refuse_repeated(found)
-    _require_files([Path(address) for address in found if not is_remote(address)])
+    _require_files([Path(address) for address in found if not addresses.is_remote(address)])
     return found
-
-
-def is_remote(address: str) -> bool:
-    """Whether a shard lies at an address, not at a path."""
-    return addresses.scheme_of(address) is not None
 
 
 def name_of(address: str) -> str:
@@ -106,7 +61,7 @@ def name_of(address: str) -> str:
 
 def folder_of(address: str) -> str:
     """Folder of a shard, "." for a bare name."""
-    return addresses.folder_of(address) if is_remote(address) else os.path.dirname(address) or "."
+    return addresses.folder_of(address) if addresses.is_remote(address) else os.path.dirname(address) or "."
 
 
 def _refuse_repeated(found: Sequence[str]) -> None:
@@ -135,38 +90,6 @@ def num_expanded(pattern: str) -> int:
         elif token["start"] is not None:
             levels[-1][1] *= _length(token["start"], token["end"], token["step"])
     return max(sum(level) for level in levels)
-
-
-def _read_remote_index(folder: str, remote: RemoteStorage) -> dict[str, IndexEntry]:
-    address = addresses.join(folder, INDEX_NAME)
-    document = remote.read_small(address, limits.INDEX_BYTES)
-    return {} if document is None else _parse_index(lambda: document, without_credentials(address))
-
-
-def read_index(folder: str | Path) -> dict[str, IndexEntry]:
-    """Entries of the index of a folder on disk by the name of the shard; empty without an index.
-
-    Raises:
-        ConfigError: the index has another version or form.
-    """
-    path = Path(folder) / INDEX_NAME
-    return _parse_index(lambda: read_file(path, limits.INDEX_BYTES), str(path)) if path.exists() else {}
-
-
-def _parse_index(read: Callable[[], bytes], path: str) -> dict[str, IndexEntry]:
-    try:
-        tree = parse_json(read())
-        if tree["version"] not in INDEX_VERSIONS:
-            raise ConfigError(f"{path} has version {tree['version']!r}, only 1 and 2 can be read")
-        return dict(_index_entry(item) for item in tree["shards"])
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"{path} is not a shard index ({reason}); write it again with launcher/prepare.py, or remove it to have "
-            "the shards scanned"
-        ) from None
 
 
 def refuse_other_content(address: str, stored: ShardBytes) -> None:
@@ -284,22 +207,6 @@ def _require_files(paths: Sequence[Path]) -> None:
     raise ConfigError(
         f"shard {first} does not exist ({len(missing)} of {len(paths)} shards are missing); check {SETTING}"
     )
-
-
-def _index_entry(item: Any) -> tuple[str, IndexEntry]:
-    name, samples, size = item["name"], item["samples"], item.get("bytes")
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(f"name {name!r} must be the name of a file in the folder of the index")
-    for key, value in (("samples", samples), ("bytes", 0 if size is None else size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{key} of {name} ({value!r}) must be a whole number")
-    if samples > limits.SHARD_SAMPLES:
-        raise ValueError(f"samples of {name} ({samples:,}) must be at most {limits.SHARD_SAMPLES:,}")
-    digest, groups = item.get("sha256"), item.get("groups")
-    if not isinstance(groups, str | None):
-        raise ValueError(f"groups of {name} must be text")
-    stored = None if groups is None else decode_text(groups)
-    return name, IndexEntry(samples, size, digest if isinstance(digest, str) and digest else None, stored)
 
 
 def _length(start: str, end: str, step: str | None) -> int:

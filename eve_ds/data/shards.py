@@ -6,21 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from eve_ds.config import DataConfig
+from eve_ds.data.index_file import INDEX_NAME, IndexEntry, Indices
+from eve_ds.data.remote.addresses import is_remote
 from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.shard_bytes import FileBytes, ShardBytes, stored_size
 from eve_ds.data.shard_file import ShardFile, warn_of_other_layout
 from eve_ds.data.shard_index import ShardLayout, Varints, decode, decode_text, encode
-from eve_ds.data.shard_paths import (
-    INDEX_NAME,
-    IndexEntry,
-    Indices,
-    expand,
-    folder_of,
-    is_remote,
-    name_of,
-    refuse_other_content,
-)
+from eve_ds.data.shard_paths import expand, folder_of, name_of, refuse_other_content
 from eve_ds.distributed import get_logger
 from eve_ds.printable import without_credentials
 

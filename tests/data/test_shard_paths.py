@@ -12,8 +12,9 @@ from tars import samples, write_tar
 
 from eve_ds import limits
 from eve_ds.config import ConfigError, DataConfig
+from eve_ds.data.index_file import Indices
 from eve_ds.data.remote.storage import RemoteStorage
-from eve_ds.data.shard_paths import Indices, expand, name_of, num_expanded
+from eve_ds.data.shard_paths import expand, name_of, num_expanded
 from eve_ds.data.shards import find_shards
 
 

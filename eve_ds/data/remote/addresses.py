@@ -33,6 +33,11 @@ def scheme_of(text: str) -> str | None:
     return match[1].lower() if match else None
 
 
+def is_remote(text: str) -> bool:
+    """Whether a shard lies at an address, not at a path."""
+    return scheme_of(text) is not None
+
+
 def is_http(address: str) -> bool:
     """Whether an address is read by HTTP, so that its path is quoted and a query may follow."""
     return scheme_of(address) in HTTP

@@ -19,11 +19,12 @@ from resumed_reader import KEYS, RECORD, read_batches
 from eve_ds.cli.command import ending
 from eve_ds.config import Config, ConfigError, DataConfig, load_config, parse_config
 from eve_ds.data.errors import UnusableData
+from eve_ds.data.index_file import Indices
 from eve_ds.data.index_writer import write_index
 from eve_ds.data.remote import retries, storage
 from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.storage import RemoteStorage
-from eve_ds.data.shard_paths import Indices, expand
+from eve_ds.data.shard_paths import expand
 from eve_ds.data.shards import find_shards, open_shard
 
 SOAK = "EVE_DS_SOAK" in os.environ
