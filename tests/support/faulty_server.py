@@ -108,6 +108,8 @@ class Handler(BaseHTTPRequestHandler):
             del headers["Content-Range"]
         if fault == "weak":
             headers["ETag"] = f"W/{headers['ETag']}"
+        if fault == "more bytes":
+            body += bytes(100)
         if fault == "gzip":
             body, headers["Content-Encoding"] = gzip.compress(content), "gzip"
         return self._send(206, body, headers, fault)
