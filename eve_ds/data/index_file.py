@@ -103,5 +103,5 @@ def _index_entry(item: Any) -> tuple[str, IndexEntry]:
     digest, groups = item.get("sha256"), item.get("groups")
     if not isinstance(groups, str | None):
         raise ValueError(f"groups of {name} must be text")
-    stored = None if groups is None else decode_text(groups)
+    stored = decode_text(groups) if groups else None
     return name, IndexEntry(samples, size, digest if isinstance(digest, str) and digest else None, stored)

@@ -98,7 +98,8 @@ class ShardFile:
         return self.layout.locate(number)
 
     def _place(self, group: int) -> tuple[int, int]:
-        return int(self.layout.starts[group]), min(int(self.layout.ends[group]), self._stored.size)
+        start, end = int(self.layout.starts[group]), int(self.layout.ends[group])
+        return start, max(min(end, self._stored.size), start)
 
     def _span(self, start: int, end: int) -> bytes:
         if end - start > limits.SAMPLE_BYTES:

@@ -26,7 +26,7 @@ Varints = bytes | NDArray[np.uint8]
 _NUMBERS = 3
 """Numbers that are stored for each group."""
 _MOST_BYTES = 6
-"""Bytes of the longest varint: 42 bits, so that no sum over a shard exceeds 63."""
+"""Bytes of the longest varint: 42 bits, a terabyte in blocks and more."""
 
 
 class ShardLayout:
@@ -53,11 +53,11 @@ class ShardLayout:
         return group, number - (int(self._last_samples[group - 1]) if group else 0)
 
     def contains(self, other: ShardLayout) -> bool:
-        """Whether each group of another layout lies in a group of this one, as in a shard that was damaged later."""
-        if not len(self.starts):
-            return not len(other.starts)
-        around = np.maximum(self.starts.searchsorted(other.starts, side="right") - 1, 0)
-        return bool(((self.starts[around] <= other.starts) & (other.ends <= self.ends[around])).all())
+        """Whether each group of another layout is a part of its own group of this one, as after damage."""
+        around = self.starts.searchsorted(other.starts, side="right") - 1
+        if (around < 0).any() or len(np.unique(around)) < len(around):
+            return False
+        return bool(((other.ends <= self.ends[around]) & (other.captions <= self.captions[around])).all())
 
 
 def encode(layout: ShardLayout) -> str:
@@ -89,13 +89,14 @@ def decode(varints: Varints, samples: int, size: int) -> ShardLayout:
     gaps, blocks, captions = numbers.reshape(-1, _NUMBERS).T
     if (blocks < 1).any():
         raise ValueError("a group is empty")
+    # Floats, since 64 bits could not hold sums of hostile numbers; those of a real shard are exact.
+    found, end = np.maximum(captions, 1).sum(dtype=np.float64), (gaps + blocks).sum(dtype=np.float64) * BLOCK
+    if found != samples:
+        raise ValueError(f"{found:.0f} samples, not {samples}")
+    if end > round_up(size):
+        raise ValueError(f"groups up to byte {end:,.0f}, beyond the end at {size:,}")
     ends = (gaps + blocks).cumsum()
-    layout = ShardLayout((ends - blocks) * BLOCK, ends * BLOCK, np.ascontiguousarray(captions))
-    if len(layout) != samples:
-        raise ValueError(f"{len(layout)} samples, not {samples}")
-    if len(ends) and int(ends[-1]) * BLOCK > round_up(size):
-        raise ValueError(f"groups up to byte {int(ends[-1]) * BLOCK:,}, beyond the end at {size:,}")
-    return layout
+    return ShardLayout((ends - blocks) * BLOCK, ends * BLOCK, np.ascontiguousarray(captions))
 
 
 def scan_layout(stored: ShardBytes) -> ShardLayout:

@@ -1,6 +1,8 @@
-"""Reading single samples of a tar: compared with webdataset, and with damaged and hostile files."""
+"""Reading single samples of a tar, by a scan or an index: compared with webdataset, with damaged and hostile files."""
 
+import contextlib
 import io
+import logging
 import os
 import tarfile
 
@@ -10,20 +12,33 @@ from webdataset.tariterators import tarfile_samples
 
 from eve_ds import limits
 from eve_ds.data.errors import BadSample
+from eve_ds.data.sample_names import caption_label
 from eve_ds.data.shard_bytes import FileBytes
 from eve_ds.data.shard_file import ShardFile
+from eve_ds.data.shard_index import decode, decode_text, encode, scan_layout
 
 
-def opened(path):
-    return ShardFile(str(path), FileBytes(path))
+def opened(path, layout=None):
+    return ShardFile(str(path), FileBytes(path), layout)
+
+
+def stored_layout(path):
+    """Layout of a tar as an index stores it."""
+    with contextlib.closing(FileBytes(path)) as stored:
+        layout = scan_layout(stored)
+        return decode(decode_text(encode(layout)), len(layout), stored.size)
+
+
+def all_samples(path, layout=None):
+    with contextlib.closing(opened(path, layout)) as shard:
+        return [shard.read(number)[:2] for number in range(len(shard))]
 
 
 def ours(path):
-    shard = opened(path)
-    try:
-        return [shard.read(number)[:2] for number in range(len(shard))]
-    finally:
-        shard.close()
+    """All samples, which are the same by a scan and by an index."""
+    found = all_samples(path)
+    assert all_samples(path, stored_layout(path)) == found
+    return found
 
 
 def theirs(path):
@@ -147,6 +162,162 @@ def test_two_members_with_one_extension_are_refused(tmp_path):
         shard.read(0)
     assert shard.read(1)[:2] == ("b", {"txt": b"3"})
     shard.close()
+
+
+# ---------------------------------------------------------------------------------------------- layouts of an index
+
+
+def test_an_index_saves_the_scan(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", samples(50))
+    layout, read = stored_layout(path), []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: read.append(offset) or pread(fd, size, offset))
+    with contextlib.closing(opened(path, layout)) as shard:
+        assert len(shard) == 50
+        assert not read
+        for number in (31, 3):
+            assert shard.read(number).key == f"s{number:04d}"
+        assert len(read) == 2
+
+
+@pytest.mark.parametrize("name", ["s0002.jpg", "s0002.txt", "s0000.jpg", "s0004.txt"])
+@pytest.mark.parametrize("data", [b"\xff" * 512, bytes(512), b"renamed"])
+def test_damage_leaves_the_numbers_of_an_index(tmp_path, caplog, name, data):
+    """Workers that have not met the damage number the samples by the index, so that each is still read once."""
+    path = write_tar(tmp_path / "a.tar", [member for member in samples(5) if not member[0].endswith(".json")])
+    layout, whole = stored_layout(path), all_samples(path)
+    damage(path, headers(path)[name], data)
+    left = [number for number in range(5) if f"s{number:04d}" != name[:5]]
+    with contextlib.closing(opened(path, layout)) as shard:
+        key, fields, _ = shard.read(int(name[1:5]))
+        assert (key, len(fields)) == (name[:5], 1)
+        assert [shard.read(number)[:2] for number in left] == [whole[number] for number in left]
+        assert len(shard) == 5
+    assert not caplog.records
+
+
+def test_a_sample_of_which_nothing_is_left_is_counted(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.txt", os.urandom(600)) for n in range(6)])
+    layout, whole = stored_layout(path), all_samples(path)
+    damage(path, headers(path)["2.txt"], b"\xff" * 512)
+    with contextlib.closing(opened(path, layout)) as shard:
+        for ask in (shard.read, shard.image):
+            with pytest.raises(BadSample, match=r"broken tar entry \(no member stands where the index says\)"):
+                ask(2)
+        assert shard.read(5)[:2] == whole[5]
+
+
+@pytest.mark.parametrize("lost", [1, 700, 5000])
+def test_an_incomplete_shard_with_an_index_lacks_its_last_samples(tmp_path, lost):
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.txt", os.urandom(600)) for n in range(6)])
+    layout, whole = stored_layout(path), all_samples(path)
+    os.truncate(path, headers(path)["5.txt"] + 512 + 600 - lost)
+    with contextlib.closing(opened(path, layout)) as shard:
+        complete = {1: 5, 700: 5, 5000: 2}[lost]
+        assert [shard.read(number)[:2] for number in range(complete)] == whole[:complete]
+        for number in range(complete, 6):
+            with pytest.raises(BadSample, match="broken tar entry"):
+                shard.read(number)
+
+
+def pairs(*sizes, captions=1):
+    """Pairs with images of these sizes; images and captions are told apart by their bytes."""
+    texts = [""] if captions == 1 else [f"{number}." for number in range(captions)]
+    return [
+        member
+        for number, size in enumerate(sizes)
+        for member in (
+            (f"s{number}.jpg", bytes([number]) * size),
+            *((f"s{number}.{text}txt", f"{number} {text}".encode()) for text in texts),
+        )
+    ]
+
+
+OTHER_LAYOUTS = {
+    "images of other sizes": pairs(100, 3000, 100, 900),
+    "another order": pairs(900, 3000, 100, 100)[::-1],
+    "names of other keys": [(f"{n}.{e}", b"x" * 600) for n in range(4) for e in ("a", "b")],
+    "members of their own keys": [(f"{n}{e}.txt", d) for n, (e, d) in enumerate(pairs(900, 3000, 100, 100))],
+    "fewer samples": pairs(2000, 2000),
+    "more samples": pairs(*[100] * 7),
+    "more captions": pairs(900, 100, captions=3),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+@pytest.mark.parametrize("first", ["image", "read"])
+def test_a_tar_of_another_layout_is_scanned_with_one_warning(tmp_path, caplog, name, first):
+    """Both tars have the same size, which alone does not tell them apart."""
+    indexed = write_tar(tmp_path / "indexed.tar", pairs(900, 3000, 100, 100))
+    path = write_tar(tmp_path / "a.tar", OTHER_LAYOUTS[name])
+    for tar in (indexed, path):
+        os.truncate(tar, 20480)
+    layout, expected = stored_layout(indexed), all_samples(path)
+    with contextlib.closing(opened(path, layout)) as shard, caplog.at_level(logging.WARNING):
+        for number in range(4):
+            with contextlib.suppress(BadSample):
+                getattr(shard, first)(number)
+        if first == "read":
+            assert [shard.read(number)[:2] for number in range(len(shard))] == expected
+    found = [record.message for record in caplog.records]
+    assert len(found) <= 1
+    if first == "read":
+        assert f"shard {path} has another layout than its index says ({len(expected)} samples found)" in found[0]
+
+
+# -------------------------------------------------------------------------------------- several captions of an image
+
+CAPTIONS = {
+    "one": ({"txt": b"a"}, [("k", b"a")]),
+    "one with a number": ({"3.txt": b"a"}, [("k-3", b"a")]),
+    "several": ({"0.txt": b"a", "1.txt": b"b", "2.txt": b"c"}, [("k-0", b"a"), ("k-1", b"b"), ("k-2", b"c")]),
+    "some left out": ({"1.txt": b"b", "4.txt": b"e"}, [("k-1", b"b"), ("k-4", b"e")]),
+    "numbers of two digits": ({"9.txt": b"j", "10.txt": b"k"}, [("k-9", b"j"), ("k-10", b"k")]),
+    "capitals": ({"0.TXT": b"a", "1.Txt": b"b"}, [("k-0", b"a"), ("k-1", b"b")]),
+    "with a plain one": ({"txt": b"a", "0.txt": b"b"}, [("k", b"a"), ("k-0", b"b")]),
+    "none": ({}, [("k", None)]),
+    "no numbers": ({"txt": b"a", "alt.txt": b"x", "0x1.txt": b"x", "-1.txt": b"x", "1.0.txt": b"x"}, [("k", b"a")]),
+    "digits that are no decimals": ({"txt": b"a", "².txt": b"x", "٣.txt": b"x"}, [("k", b"a")]),
+}
+
+
+@pytest.mark.parametrize("place", ["before", "after", "between"])
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_every_caption_of_an_image_is_a_sample(tmp_path, name, place):
+    texts, expected = CAPTIONS[name]
+    texts = [(f"k.{extension}", text) for extension, text in texts.items()]
+    image, about = ("k.jpg", b"image"), ("k.json", b"{}")
+    order = {"before": [image, about, *texts], "after": [*texts, image, about], "between": [image, *texts, about]}
+    members = [("a.jpg", b"1"), ("a.txt", b"2"), *order[place], ("z.txt", b"3")]
+    path = write_tar(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)
+    found = ours(path)
+    assert [key for key, _ in found] == ["a", *(key for key, _ in expected), "z"]
+    for (_, fields), (_, caption) in zip(found[1:-1], expected, strict=True):
+        assert (fields["jpg"], fields["json"], fields.get("txt")) == (b"image", b"{}", caption)
+        assert not [name for name in fields if caption_label(name)]
+    with contextlib.closing(opened(path, stored_layout(path))) as shard:
+        assert [shard.image(number) for number in range(len(shard))] == ["a", *["k"] * len(expected), "z"]
+        assert [shard.read(number).image for number in range(len(shard))] == ["a", *["k"] * len(expected), "z"]
+
+
+def test_a_broken_caption_costs_one_sample(tmp_path):
+    members = [("k.jpg", b"image"), *((f"k.{number}.txt", f"{number}".encode()) for number in range(4)), ("z.txt", b"")]
+    path = write_tar(tmp_path / "a.tar", members)
+    layout = stored_layout(path)
+    damage(path, headers(path)["k.1.txt"], b"\xff" * 512)
+    with contextlib.closing(opened(path, layout)) as shard:
+        assert [shard.read(number).key for number in (0, 1, 2, 4)] == ["k-0", "k-2", "k-3", "z"]
+        with pytest.raises(BadSample, match=r"broken tar entry \(only 3 captions can be found in the group\)"):
+            shard.read(3)
+    assert [key for key, _ in all_samples(path)] == ["k-0", "k-2", "k-3", "z"]
+
+
+def test_two_captions_of_one_number_are_refused(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("k.0.txt", b"a"), ("k.0.TXT", b"b"), ("z.txt", b"c")])
+    with contextlib.closing(opened(path)) as shard:
+        assert len(shard) == 2
+        with pytest.raises(BadSample, match=r"k\.0\.TXT occurs twice"):
+            shard.read(0)
 
 
 # -------------------------------------------------------------------------------------------------- hostile headers

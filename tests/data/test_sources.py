@@ -50,6 +50,31 @@ def test_the_first_of_several_images_is_used(tmp_path):
     assert (read(tmp_path, members).image == [200, 30, 10]).all()
 
 
+def test_captions_of_an_image_are_samples_with_keys_of_their_own(tmp_path):
+    texts = [("k.0.txt", b"a cat"), ("k.1.txt", b""), ("k.2.txt", b"a dog")]
+    members = [("a.png", image()), ("a.txt", b"x"), ("k.png", image()), *texts, ("k.json", b"{}")]
+    found = {number: read(tmp_path, members, number) for number in (1, 3)}
+    assert {number: (sample.key, sample.caption) for number, sample in found.items()} == {
+        1: ("k-0", "a cat"),
+        3: ("k-2", "a dog"),
+    }
+    with pytest.raises(BadSample, match=r"missing caption \(empty\)") as caught:
+        read(tmp_path, members, 2)
+    assert caught.value.key == "k-1"
+
+
+def test_messages_name_the_caption_of_an_image_that_has_several(tmp_path):
+    members = [("a.png", image()), ("a.txt", b"x"), ("k.png", image()), ("k.0.txt", b"y"), ("k.1.txt", b"z")]
+    path = str(write_tar(tmp_path / "a.tar", members))
+    source = ShardsSource(SourceConfig(kind="shards", shards=path), None, find_shards(path))
+    assert source.describe(0, 2) == f"shard {path}, sample 2"  # the shard is not open
+    assert [source.image(0, number) for number in range(3)] == ["a", "k", "k"]
+    assert source.describe(0, 0) == f"shard {path}, sample 0"
+    assert source.describe(0, 2) == f"shard {path}, sample 2 (caption 1 of the 2 of image 1)"
+    assert source.describe(0, 3) == f"shard {path}, sample 3"
+    source.close()
+
+
 APART = "must stand together in a shard, without a dot in KEY"
 BAD = {
     "images, then texts": (

@@ -12,6 +12,7 @@ import pytest
 from numbers_dataset import Numbers
 
 from eve_ds.data.workers import start_loader
+from eve_ds.resources import lack
 from eve_ds.signals import STOP_SIGNALS
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -53,6 +54,16 @@ def test_a_worker_that_hangs_ends_by_its_parent(method):
     worker = int(next(stream)[1])
     os.kill(worker, signal.SIGTERM)
     assert ended(worker, 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_that_the_system_kills_is_named(monkeypatch, method):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    stream = start(method, end=1)
+    os.kill(int(next(stream)[1]), signal.SIGKILL)
+    with pytest.raises(RuntimeError) as caught:
+        next(stream)
+    assert lack(caught.value).startswith("a worker process of the data loader ended (DataLoader worker (pid")
 
 
 PARENT = """
