@@ -134,11 +134,13 @@ def _local_shards(name: str, indices: Indices) -> Iterator[str]:
 
 def _remote_shards(address: str, indices: Indices) -> list[str]:
     """Shards of an address: a tar, a folder, or a glob pattern."""
+    scheme = str(addresses.scheme_of(address))
+    address = scheme + address[len(scheme) :]  # in lower case
     shown, name = without_credentials(address), addresses.file_name(address)
-    if addresses.scheme_of(address) not in addresses.READERS:
+    if scheme not in addresses.READERS:
         schemes = ", ".join(f"{scheme}://" for scheme in addresses.READERS)
         raise ConfigError(f"{SETTING} '{shown}' is an address of a scheme that is not read; these are: {schemes}")
-    if (_GLOB.search(address) and not addresses.is_http(address)) or "*" in address:
+    if "*" in shown or (_GLOB.search(address) and not addresses.is_http(address)):
         return _matching(address, indices)
     if name.lower().endswith(COMPRESSED):
         raise ConfigError(f"shard {shown} is compressed: {_UNPACK}")

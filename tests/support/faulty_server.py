@@ -118,7 +118,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) + (100 if fault == "too long" else 0)))
+        if fault == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:100], body[100:], b""))
+        else:
+            self.send_header("Content-Length", str(len(body) + (100 if fault == "too long" else 0)))
         self.end_headers()
         if fault == "drip":
             for place in range(0, len(body), 64):

@@ -1,11 +1,11 @@
 """Cache of blocks on the local disk: bounded, shared by all processes of a machine, and never needed.
 
-    FOLDER/<object>/<number>    one block and its CRC-32
-    FOLDER/used                 bytes of all blocks, at least; counted before a block appears
-    FOLDER/locks/<number>       one process at a time fetches a block
+    DIR/eve_ds_blocks/<object>/<number>    one block and its CRC-32
+    DIR/eve_ds_blocks/used                 bytes of all blocks, at least; counted before a block appears
+    DIR/eve_ds_blocks/locks/<number>       one process at a time fetches a block
 
 A block appears whole, by a rename. The time of its file is that of its last use. A process that is killed leaves a
-part of a block at most, which is counted and deleted like an old block.
+part of a block at most, which is counted and deleted like an old block. Nothing outside `eve_ds_blocks` is deleted.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from eve_ds import limits
 from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.retries import Clock
 from eve_ds.distributed import get_logger
-from eve_ds.storage import cause
+from eve_ds.storage import cause, is_disk_error
 
+OWN_FOLDER = "eve_ds_blocks"
+"""Folder in `data.cache_dir` in which the cache deletes what it needs to."""
 BLOCK_BYTES = 4 * limits.MIB
 """Bytes of a block: a request for it takes hardly longer than one for a sample."""
 KEPT = 0.9
@@ -33,7 +35,7 @@ KEPT = 0.9
 TOUCH_SECONDS = 60.0
 """Precision of the time of the last use; each correction is a write."""
 PAUSE_SECONDS = 60.0
-"""Seconds without new blocks after the disk took none."""
+"""Seconds without new blocks after the disk took none; twice as many after each further time, up to an hour."""
 LOCKS = 256
 MOST_CHECKED = 100_000
 """Blocks whose CRC is remembered as right: some ten megabytes."""
@@ -60,17 +62,19 @@ class BlockCache:
     """
 
     def __init__(self, folder: Path, most: int, clock: Clock) -> None:
-        self._folder, self._most, self._clock = folder, most, clock
+        self._folder, self._most, self._clock = folder / OWN_FOLDER, most, clock
         self._checked: dict[str, int] = {}
         """Block -> inode of the file whose CRC was right."""
         self._names = itertools.count()
-        self._closed_until = 0.0
+        self._closed_until, self._pause_seconds = 0.0, PAUSE_SECONDS
         try:
-            (folder / "locks").mkdir(parents=True, exist_ok=True)
+            (self._folder / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RemoteError(
-                f"data.cache_dir ({folder}) cannot be used: {cause(error)}; name a folder on a local disk"
-            ) from None
+            if not is_disk_error(error):
+                raise RemoteError(
+                    f"data.cache_dir ({folder}) cannot be used: {cause(error)}; name a folder on a local disk"
+                ) from None
+            self._pause(error)
 
     def read(self, name: str, start: int, end: int, size: int, fetch: Callable[[], bytes]) -> bytes | None:
         """Bytes `start` to `end` of a block; fetched as a whole if it is not stored.
@@ -128,7 +132,7 @@ class BlockCache:
         path = self._folder / name
         aside = path.with_name(f".{path.name}.{os.getpid()}.{next(self._names)}")
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not self._reserve(len(data) + _CRC):
                 return
             try:
@@ -138,13 +142,18 @@ class BlockCache:
                 aside.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            self._closed_until = self._clock.now() + PAUSE_SECONDS
-            get_logger().warning(
-                "data.cache_dir (%s) takes no block: %s; reading without it for %d seconds",
-                self._folder,
-                cause(error),
-                PAUSE_SECONDS,
-            )
+            self._pause(error)
+
+    def _pause(self, error: OSError) -> None:
+        """Store no blocks for a while; those that are stored are still read."""
+        get_logger().warning(
+            "data.cache_dir (%s) takes no block: %s; reading without it for %d seconds",
+            self._folder.parent,
+            cause(error),
+            self._pause_seconds,
+        )
+        self._closed_until = self._clock.now() + self._pause_seconds
+        self._pause_seconds = min(2 * self._pause_seconds, 3600.0)
 
     def _reserve(self, size: int) -> bool:
         """Count the bytes of a new block, after removing old ones if there are too many; False: it can never fit."""

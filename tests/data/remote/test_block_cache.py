@@ -12,7 +12,7 @@ from faulty_server import FaultyServer
 
 from eve_ds.config import DataConfig
 from eve_ds.data.remote import block_cache, storage
-from eve_ds.data.remote.block_cache import PAUSE_SECONDS, BlockCache
+from eve_ds.data.remote.block_cache import OWN_FOLDER, PAUSE_SECONDS, BlockCache
 from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.storage import RemoteStorage
 
@@ -42,7 +42,8 @@ def ranges(server):
 
 
 def stored(folder):
-    return sum(file.stat().st_size for file in Path(folder).glob("*/*") if file.parent.name != "locks")
+    files = (Path(folder) / OWN_FOLDER).glob("*/*")
+    return sum(file.stat().st_size for file in files if file.parent.name != "locks")
 
 
 PLACES = [(0, 1), (4500, 100), (4999, 2), (10_000, 3000), (50_400, 500), (60_000, 5)]
@@ -81,7 +82,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_block_is_fetched_again(server, tmp_path, name):
     opened(server, tmp_path).read_at(10_000, 500)
-    (block,) = (file for file in tmp_path.glob("*/10"))
+    (block,) = (file for file in tmp_path.glob("*/*/10"))
     whole = block.read_bytes()
     block.write_bytes(DAMAGE[name](whole))
     assert opened(server, tmp_path).read_at(10_000, 500) == CONTENT[10_000:10_500]
@@ -106,12 +107,12 @@ def test_the_limit_holds_and_the_blocks_used_last_stay(tmp_path):
     now = time.time()
     for number in range(20):
         put(blocks, number)
-        os.utime(tmp_path / "object" / str(number), (now - 1000 + number,) * 2)
+        os.utime(tmp_path / OWN_FOLDER / "object" / str(number), (now - 1000 + number,) * 2)
     blocks.read("object/3", 0, 1, BLOCK, missing)  # used: it becomes the newest
     for number in range(20, 30):
         put(blocks, number)
         assert stored(tmp_path) <= 20 * (BLOCK + 4)
-    left = sorted(int(file.name) for file in (tmp_path / "object").iterdir())
+    left = sorted(int(file.name) for file in (tmp_path / OWN_FOLDER / "object").iterdir())
     assert 3 in left
     assert {0, 1, 2, 4}.isdisjoint(left)
     assert set(range(20, 30)) <= set(left)
@@ -128,7 +129,7 @@ def test_a_damaged_count_of_bytes_does_not_break_the_limit(tmp_path, text):
     blocks = cache(tmp_path)
     for number in range(20):
         put(blocks, number)
-    (tmp_path / "used").write_text(text)
+    (tmp_path / OWN_FOLDER / "used").write_text(text)
     for number in range(20, 45):
         put(blocks, number)
     assert stored(tmp_path) <= (20 if text != "0" else 40) * (BLOCK + 4)
@@ -137,7 +138,7 @@ def test_a_damaged_count_of_bytes_does_not_break_the_limit(tmp_path, text):
 def test_parts_of_blocks_of_killed_processes_are_removed(tmp_path):
     blocks = cache(tmp_path)
     put(blocks, 0)
-    part = tmp_path / "object" / ".7.12345.0"
+    part = tmp_path / OWN_FOLDER / "object" / ".7.12345.0"
     part.write_bytes(bytes(5 * BLOCK))
     os.utime(part, (1, 1))
     for number in range(1, 25):
@@ -160,11 +161,37 @@ def test_a_disk_that_takes_no_bytes_is_logged_and_read_around(server, tmp_path, 
     assert file.read_at(5000, 500) == CONTENT[5000:5500], "stored blocks are still read"
     assert ranges(server) == ["bytes=5000-5999", "bytes=10000-10999", "bytes=20100-25099"]
     assert f"data.cache_dir ({tmp_path}) takes no block: {os.strerror(number)}; reading without it" in caplog.text
-    assert not list(tmp_path.glob("*/.*")), "no part of a block is left"
+    assert not list(tmp_path.glob("*/*/.*")), "no part of a block is left"
     monkeypatch.setattr(block_cache.os, "replace", replace)
     fake.time += PAUSE_SECONDS
     file.read_at(20_100, 50)
-    assert (next(tmp_path.glob("*/20"))).exists()
+    assert (next(tmp_path.glob("*/*/20"))).exists()
+
+
+def test_other_files_of_the_folder_are_neither_counted_nor_deleted(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(bytes(100 * BLOCK))
+    os.utime(tmp_path / "photos" / "a.jpg", (1, 1))
+    blocks = cache(tmp_path)
+    for number in range(50):
+        put(blocks, number)
+    assert (tmp_path / "photos" / "a.jpg").stat().st_size == 100 * BLOCK
+    assert stored(tmp_path) > 10 * BLOCK
+
+
+def test_a_disk_that_is_full_from_the_start_is_read_around(server, tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fake = FakeClock()
+    with monkeypatch.context() as full:
+        full.setattr(Path, "mkdir", fail)
+        file = opened(server, tmp_path / "cache", fake)
+        assert file.read_at(10_100, 5000) == CONTENT[10_100:15_100]
+    assert "takes no block: No space left on device; reading without it for 60 seconds" in caplog.text
+    fake.time += PAUSE_SECONDS
+    file.read_at(20_100, 50)
+    assert stored(tmp_path / "cache") == BLOCK + 4
 
 
 def test_a_folder_that_cannot_be_made_is_refused(server, tmp_path):

@@ -165,6 +165,12 @@ def test_a_weak_etag_is_the_same_version_as_a_strong_one(server, fake):
     )
 
 
+def test_an_answer_in_chunks_is_read(server, fake):
+    server.faults = lambda path, index: "chunked"
+    assert storage(fake).open(f"{server.address}/a.tar").read_at(5000, 50_000) == CONTENT[5000:55_000]
+    assert not fake.sleeps
+
+
 def test_a_server_must_say_the_size_once(server, fake):
     server.faults = lambda path, index: "no total" if index else ""
     assert storage(fake).open(f"{server.address}/a.tar").read_at(5000, 50_000) == CONTENT[5000:55_000]

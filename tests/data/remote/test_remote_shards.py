@@ -106,6 +106,11 @@ def test_samples_at_an_address_are_those_of_the_files(server, folder, spec, inde
         assert all("?" in request.path for request in server.requests)
 
 
+def test_the_scheme_of_an_address_may_be_in_capitals_and_its_query_may_have_a_star(server):
+    address = f"{server.address.replace('http', 'HTTP')}/set/shard-1.tar?policy=*"
+    assert [shard.num_samples for shard in find_shards(address)] == [30]
+
+
 @pytest.mark.parametrize("host", ["[::1]", "[fe80::1]", "user:secret@[::1]:8000"])
 def test_colons_of_a_host_separate_no_names(host, monkeypatch):
     monkeypatch.setattr(RemoteStorage, "read_small", lambda self, address, most: None)
