@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
@@ -42,13 +42,15 @@ def image_key(key: str) -> str:
 
 def is_leftover(name: str) -> bool:
     """Whether macOS wrote a file beside those of the user: `._NAME`, `.DS_Store`, or anything below `__MACOSX`."""
-    path = PurePosixPath(name)
-    return path.name.startswith("._") or path.name == ".DS_Store" or "__MACOSX" in path.parts
+    parts = name.rstrip("/").split("/")
+    return parts[-1].startswith("._") or parts[-1] == ".DS_Store" or "__MACOSX" in parts
 
 
 def shard_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
     """Tars of a folder in the order of their names, without those of macOS."""
-    return sorted(path for path in folder.glob(pattern) if not is_leftover(str(path.relative_to(folder))))
+    above = len(folder.parts)
+    found = [path for path in folder.glob(pattern) if not is_leftover("/".join(path.parts[above:]))]
+    return sorted(found, key=lambda path: path.parts)
 
 
 def packed_tars(folder: Path, pattern: str = "**/*.t*z*") -> list[Path]:
