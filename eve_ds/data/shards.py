@@ -115,14 +115,14 @@ def _open_bytes(address: str, remote: RemoteStorage) -> ShardBytes:
     return remote.open(address) if is_remote(address) else FileBytes(address)
 
 
-def open_shard(shard: Shard, remote: RemoteStorage) -> ShardFile:
+def open_shard(shard: Shard, remote: RemoteStorage | None = None) -> ShardFile:
     """Open a shard with the layout of its index; the caller closes it.
 
     Raises:
         OSError: the disk failed.
         RemoteError: the server cannot be read, or has another object than the index or than before.
     """
-    stored = _open_bytes(shard.address, remote)
+    stored = _open_bytes(shard.address, RemoteStorage(DataConfig()) if remote is None else remote)
     if is_remote(shard.address) and stored.size != shard.bytes:
         raise RemoteError(
             f"shard {without_credentials(shard.address)} has {stored.size:,} bytes, not {shard.bytes:,} as its "
