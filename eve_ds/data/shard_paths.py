@@ -154,11 +154,6 @@ def _remote_shards(address: str, indices: Indices) -> list[str]:
 
 def _matching(pattern: str, indices: Indices) -> list[str]:
     shown = without_credentials(pattern)
-    if addresses.is_http(pattern):
-        raise ConfigError(
-            f"{SETTING} '{shown}' is a glob pattern, but HTTP has no lists of files: name numbers in braces as "
-            f"{{00000..00331}}, or a folder with an {INDEX_NAME}"
-        )
     found = [address for address in indices.remote.matching(pattern) if not is_leftover(address)]
     if not found:
         raise ConfigError(f"{SETTING} '{shown}' matches no shard: check the name of the bucket and the folder")

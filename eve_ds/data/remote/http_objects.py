@@ -13,8 +13,8 @@ import requests
 import urllib3
 
 from eve_ds.data.remote.errors import FailedAttempt, MissingObject, RemoteError
+from eve_ds.data.remote.interface import Version, require_same
 from eve_ds.data.remote.retries import Clock
-from eve_ds.data.remote.versions import Version, require_same
 from eve_ds.printable import excerpt, without_credentials
 
 PROBE_BYTES = 4096
@@ -32,6 +32,43 @@ _REASONS: dict[str, tuple[type[Exception], ...]] = {
 }
 """Text -> classes of errors."""
 _RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)")
+
+
+class HttpServers:
+    """All HTTP servers; see :class:`eve_ds.data.remote.interface.Server`.
+
+    Args:
+        timeout: seconds to wait for a connection, and for further bytes.
+        clock: clock of the ends of reads.
+    """
+
+    def __init__(self, timeout: float, clock: Clock) -> None:
+        self._session, self._timeout, self._clock = requests.Session(), timeout, clock
+
+    def open(self, address: str, end: float) -> HttpObject:
+        """Open an object."""
+        return HttpObject(self._session, address, self._timeout, self._clock, end)
+
+    def read_whole(self, address: str, most: int) -> bytes:
+        """Read a small object as a whole; a coding of the server is undone."""
+        with sent(self._session, address, {}, self._timeout) as answer:
+            check_status(address, answer)
+            data = bytearray()
+            for piece in pieces(answer, decode=True):
+                data += piece
+                if len(data) > most:
+                    raise RemoteError(f"{without_credentials(address)} has more than the {most:,} bytes that are read")
+            length = answer.headers.get("Content-Length", "")
+            if "Content-Encoding" not in answer.headers and length.isdecimal() and len(data) != int(length):
+                raise FailedAttempt(f"cut after {len(data):,} of {length} bytes")
+            return bytes(data)
+
+    def matching(self, pattern: str) -> list[str]:
+        """Raise :class:`RemoteError`: HTTP has no lists of files."""
+        raise RemoteError(
+            f"'{without_credentials(pattern)}' is a glob pattern, but HTTP has no lists of files: name numbers in "
+            "braces as {00000..00331}, or a folder with an index.json"
+        )
 
 
 class HttpObject:
@@ -139,26 +176,6 @@ class HttpObject:
                 raise FailedAttempt(f"too slow ({len(data):,} of {size:,} bytes)")
         if len(data) < size:
             raise FailedAttempt(f"cut after {len(data):,} of {size:,} bytes")
-        return bytes(data)
-
-
-def read_whole(session: requests.Session, address: str, timeout: float, most: int) -> bytes:
-    """Read a small file as a whole, such as an index; a coding of the server is undone.
-
-    Raises:
-        FailedAttempt: the request may be repeated.
-        RemoteError: the file is missing, or has more than `most` bytes.
-    """
-    with sent(session, address, {}, timeout) as answer:
-        check_status(address, answer)
-        data = bytearray()
-        for piece in pieces(answer, decode=True):
-            data += piece
-            if len(data) > most:
-                raise RemoteError(f"{without_credentials(address)} has more than the {most:,} bytes that are read")
-        length = answer.headers.get("Content-Length", "")
-        if "Content-Encoding" not in answer.headers and length.isdecimal() and len(data) != int(length):
-            raise FailedAttempt(f"cut after {len(data):,} of {length} bytes")
         return bytes(data)
 
 

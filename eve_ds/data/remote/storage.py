@@ -13,8 +13,8 @@ from eve_ds.config import DataConfig
 from eve_ds.data.remote.addresses import READERS, is_http, scheme_of
 from eve_ds.data.remote.block_cache import BLOCK_BYTES, BlockCache
 from eve_ds.data.remote.errors import MissingObject, RemoteError
+from eve_ds.data.remote.interface import RemoteObject, Server, Version, require_same
 from eve_ds.data.remote.retries import SYSTEM_CLOCK, Clock, Retries
-from eve_ds.data.remote.versions import RemoteObject, Version, require_same
 from eve_ds.printable import without_credentials
 
 READ_AHEAD = 256 * limits.KIB
@@ -95,7 +95,7 @@ class RemoteStorage:
 
     def _forget(self) -> None:
         self._process = os.getpid()
-        self._clients: dict[str, Any] = {}
+        self._servers: dict[str, Server] = {}
         self._cache: BlockCache | None = None
         self._retries = Retries(self._config.remote, self._clock)
 
@@ -113,8 +113,8 @@ class RemoteStorage:
             RemoteError: it cannot be read, or it is another one than when it was opened before; or a package is
                 missing, or the folder of the cache cannot be used.
         """
-        client = self._client(address)
-        opened = self._retries.call(address, lambda end: self._object(client, address, end))
+        server = self._server(address)
+        opened = self._retries.call(address, lambda end: server.open(address, end))
         require_same(address, self._versions.setdefault(address, opened.version), opened.version)
         return RemoteBytes(address, opened, self._retries, self._blocks())
 
@@ -124,58 +124,45 @@ class RemoteStorage:
         Raises:
             RemoteError: it cannot be read, or has more than `most` bytes.
         """
-        client = self._client(address)
+        server = self._server(address)
         try:
-            return self._retries.call(address, lambda _: self._whole(client, address, most))
+            return self._retries.call(address, lambda _: server.read_whole(address, most))
         except MissingObject:
             return None
 
     def matching(self, pattern: str) -> list[str]:
-        """Addresses that match a glob pattern, sorted; for object stores, as HTTP has no lists of files."""
-        from eve_ds.data.remote.stored_objects import matching
+        """Addresses that match a glob pattern, sorted.
 
-        client = self._client(pattern)
-        return self._retries.call(pattern, lambda _: matching(client, pattern))
+        Raises:
+            RemoteError: the store cannot be read, or it is an HTTP server, which has no lists of files.
+        """
+        server = self._server(pattern)
+        return self._retries.call(pattern, lambda _: server.matching(pattern))
 
-    def _object(self, client: Any, address: str, end: float) -> RemoteObject:
-        if is_http(address):
-            from eve_ds.data.remote.http_objects import HttpObject
-
-            return HttpObject(client, address, self._config.remote.timeout_seconds, self._clock, end)
-        from eve_ds.data.remote.stored_objects import StoredObject
-
-        return StoredObject(client, address)
-
-    def _whole(self, client: Any, address: str, most: int) -> bytes:
-        if is_http(address):
-            from eve_ds.data.remote.http_objects import read_whole
-
-            return read_whole(client, address, self._config.remote.timeout_seconds, most)
-        from eve_ds.data.remote.stored_objects import read_whole as read_whole_stored
-
-        return read_whole_stored(client, address, most)
-
-    def _client(self, address: str) -> Any:
-        """Session or file system of this process for the scheme of an address."""
+    def _server(self, address: str) -> Server:
+        """Servers of the scheme of an address, connected by this process."""
         if self._process != os.getpid():
             self._forget()
         scheme = "https" if is_http(address) else str(scheme_of(address))
-        if scheme not in self._clients:
-            self._clients[scheme] = self._connect(scheme)
-        return self._clients[scheme]
+        if scheme not in self._servers:
+            self._servers[scheme] = self._connect(scheme)
+        return self._servers[scheme]
 
-    def _connect(self, scheme: str) -> Any:
+    def _connect(self, scheme: str) -> Server:
+        timeout = self._config.remote.timeout_seconds
         try:
-            module = importlib.import_module(READERS[scheme].module)
+            importlib.import_module(READERS[scheme].module)
+            if scheme == "https":
+                from eve_ds.data.remote.http_objects import HttpServers
+
+                return HttpServers(timeout, self._clock)
+            from eve_ds.data.remote.stored_objects import ObjectStore
+
+            return ObjectStore(scheme, timeout)
         except ImportError:
             raise RemoteError(
                 f"{scheme}:// needs a package that is not installed: pip install '{READERS[scheme].requirement}'"
             ) from None
-        if scheme == "https":
-            return module.Session()
-        from eve_ds.data.remote.stored_objects import file_system
-
-        return file_system(scheme, self._config.remote.timeout_seconds)
 
     def _blocks(self) -> BlockCache | None:
         if self._cache is None and self._config.cache_dir is not None:

@@ -15,7 +15,7 @@ import fsspec
 
 from eve_ds.data.remote.addresses import scheme_of
 from eve_ds.data.remote.errors import FailedAttempt, MissingObject, RemoteError
-from eve_ds.data.remote.versions import Version
+from eve_ds.data.remote.interface import Version
 from eve_ds.printable import excerpt, without_credentials
 
 _LASTING = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.ENOENT)}
@@ -25,22 +25,42 @@ _LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "requests
 _WITHOUT_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 
 
-def file_system(scheme: str, timeout: float) -> Any:
-    """File system of a scheme for this process; it reads credentials and endpoints from the environment.
+class ObjectStore:
+    """Buckets of one scheme; see :class:`eve_ds.data.remote.interface.Server`.
 
-    Its own repetitions are off where it has an option for them, so that one rule holds for all servers.
+    The file system reads credentials and endpoints from the environment. Its own repetitions are off where it has an
+    option for them, so that one rule holds for all servers.
 
     Args:
-        scheme: a key of :data:`eve_ds.data.remote.addresses.READERS` that is not of HTTP.
+        scheme: scheme of the addresses, such as `s3`.
         timeout: seconds to wait for a connection, and for further bytes.
     """
-    options: dict[str, Any] = {"requests_timeout": timeout}
-    if scheme == "s3":
-        limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
-        options = {"config_kwargs": limits}
-    made = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
-    made.retries = 1
-    return made
+
+    def __init__(self, scheme: str, timeout: float) -> None:
+        options: dict[str, Any] = {"requests_timeout": timeout}
+        if scheme == "s3":
+            limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
+            options = {"config_kwargs": limits}
+        self._files = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+        self._files.retries = 1
+
+    def open(self, address: str, end: float) -> StoredObject:
+        """Open an object."""
+        return StoredObject(self._files, address)
+
+    def read_whole(self, address: str, most: int) -> bytes:
+        """Read a small object as a whole."""
+        found = StoredObject(self._files, address)
+        size = found.version.size
+        if size > most:
+            raise RemoteError(f"{without_credentials(address)} has more than the {most:,} bytes that are read")
+        return found.read(0, size, 0.0) if size else b""
+
+    def matching(self, pattern: str) -> list[str]:
+        """Addresses of the objects that match a glob pattern, sorted."""
+        scheme = scheme_of(pattern)
+        with translated(pattern):
+            return sorted(f"{scheme}://{self._files._strip_protocol(path)}" for path in self._files.glob(pattern))
 
 
 class StoredObject:
@@ -73,31 +93,6 @@ class StoredObject:
         if len(data) != size:
             raise FailedAttempt(f"cut after {len(data):,} of {size:,} bytes")
         return data
-
-
-def read_whole(files: Any, address: str, most: int) -> bytes:
-    """Read a small object, such as an index.
-
-    Raises:
-        FailedAttempt: the request may be repeated.
-        RemoteError: the object is missing, or has more than `most` bytes.
-    """
-    found = StoredObject(files, address)
-    if found.version.size > most:
-        raise RemoteError(f"{without_credentials(address)} has more than the {most:,} bytes that are read")
-    return found.read(0, found.version.size, 0.0) if found.version.size else b""
-
-
-def matching(files: Any, pattern: str) -> list[str]:
-    """Addresses of the objects that match a glob pattern, sorted.
-
-    Raises:
-        FailedAttempt: the request may be repeated.
-        RemoteError: the bucket is missing, or the credentials are.
-    """
-    scheme = scheme_of(pattern)
-    with translated(pattern):
-        return sorted(f"{scheme}://{files._strip_protocol(path)}" for path in files.glob(pattern))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Versions of objects, by which a replaced one is found."""
+"""What every kind of server offers: objects with a version, by which a replaced one is found, read in ranges."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ class RemoteObject(Protocol):
             FailedAttempt: the request may be repeated.
             RemoteError: the object was replaced or is gone, or the server cannot read ranges of it.
         """
+
+
+class Server(Protocol):
+    """Servers of one scheme, as one process uses them. Each method makes one request, or a few without repetition.
+
+    All raise FailedAttempt if the request may be repeated, and RemoteError if not.
+    """
+
+    def open(self, address: str, end: float) -> RemoteObject:
+        """Open an object until the time `end` on the clock."""
+
+    def read_whole(self, address: str, most: int) -> bytes:
+        """Read a small object, such as an index; RemoteError if it has more than `most` bytes."""
+
+    def matching(self, pattern: str) -> list[str]:
+        """Addresses that match a glob pattern, sorted."""
 
 
 def require_same(address: str, before: Version, now: Version) -> None:
