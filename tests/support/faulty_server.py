@@ -91,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
     def _send_file(self, content: bytes, fault: str) -> None:
         headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'} if self.owner.etags else {}
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if fault == "gzip whole":
+            return self._send(200, gzip.compress(content), headers | {"Content-Encoding": "gzip"})
         if match is None or fault == "no ranges":
             return self._send(200, content, headers, fault)
         first, last = int(match[1]), min(int(match[2]), len(content) - 1)

@@ -203,7 +203,7 @@ def test_no_line_and_no_log_shows_credentials(server, fake, fault, caplog):
     assert "secret" not in "".join(ours)
 
 
-@pytest.mark.parametrize("fault", ["", "status 503", "cut"])
+@pytest.mark.parametrize("fault", ["", "status 503", "cut", "too long", "gzip whole", "chunked"])
 def test_an_index_is_read_as_a_whole(server, fake, fault):
     server.files["index.json"] = b"[1, 2]"
     server.faults = lambda path, index: fault if index == 0 else ""
