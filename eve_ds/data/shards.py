@@ -28,7 +28,8 @@ class Shard(NamedTuple):
     sha256: str | None
     """Hash in the index, which is believed if the size in the index is that of the tar; None: unknown."""
     groups: Varints | None = None
-    """Varints of its layout in the index, believed under the same condition; None: unknown, the tar is scanned."""
+    """Varints of its layout in the index, believed under the same condition, or by a scan when it was found; None:
+    unknown, whoever opens the tar scans it."""
 
 
 def find_shards(spec: str | Sequence[str], remote: RemoteStorage | None = None) -> list[Shard]:
@@ -100,8 +101,8 @@ def _measure(address: str, entry: IndexEntry | None, size: int, remote: RemoteSt
         refuse_other_content(address, _open_bytes(address, remote))
     if entry is not None and entry.bytes == size:
         return Shard(address, samples, size, entry.sha256, entry.groups)
-    # Scanning an address takes requests, which other ranks and workers need not repeat.
-    groups = decode_text(encode(layout)) if layout is not None and is_remote(address) else None
+    # Other ranks and workers need not repeat the scan.
+    groups = decode_text(encode(layout)) if layout is not None and len(layout) == samples else None
     return Shard(address, samples, size, None, groups)
 
 

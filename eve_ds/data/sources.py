@@ -38,7 +38,7 @@ MOST_LISTED = 8
 TOGETHER = "members of a sample, as KEY.jpg and KEY.txt, must stand together in a shard, without a dot in KEY"
 
 
-def _none(image: str) -> bool:
+def _keep(image: str) -> bool:
     return False
 
 
@@ -52,7 +52,7 @@ class SampleSource(Protocol):
     has_captions: bool
     """Whether samples can have a caption."""
 
-    def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
+    def read(self, place: Place, left_out: Callable[[str], bool] = _keep) -> Sample | None:
         """Read the sample at a place; None if `left_out` is true for the name of its image.
 
         Raises:
@@ -131,7 +131,7 @@ class GeneratedSource:
         full, rest = divmod(config.num_samples, GENERATED_PER_SHARD)
         self.shard_sizes = [GENERATED_PER_SHARD] * full + ([rest] if rest else [])
 
-    def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
+    def read(self, place: Place, left_out: Callable[[str], bool] = _keep) -> Sample | None:
         """Generate one sample."""
         key, epoch = self.image(place.shard, place.number), place.epoch
         if left_out(key):
@@ -190,7 +190,7 @@ class ShardsSource:
             self._contents["hashes"] = _digest(str(shard.sha256) for shard in shards)
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
-    def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
+    def read(self, place: Place, left_out: Callable[[str], bool] = _keep) -> Sample | None:
         """Read, decode and crop one sample."""
         epoch = place.epoch
         key, fields, image_name = self._stored(place.shard, place.number)

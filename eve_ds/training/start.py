@@ -51,11 +51,11 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
 
 def _open_feed(job: Job, topology: Topology, checkpoint: Path | None) -> Feed:
     """Open the batches at the position of a checkpoint, or at the start of the run; collective."""
-    step, positions = 0, None
-    if checkpoint is not None:
-        step, positions = from_rank_zero(partial(read_positions, checkpoint))
     # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
     group = dist.new_group(backend="gloo")
+    step, positions = 0, None
+    if checkpoint is not None:
+        step, positions = from_rank_zero(partial(read_positions, checkpoint), group)
     device = torch.device(get_accelerator().current_device_name())
     train = job.config.train
     assert train.micro_batch_size is not None  # as in DeepSpeed's configuration

@@ -44,6 +44,15 @@ def test_with_layouts_no_shard_is_scanned(tmp_path, monkeypatch, caplog):
     assert not caplog.records
 
 
+def test_shards_without_an_index_are_scanned_once(tmp_path, monkeypatch):
+    """By the process that finds them; ranks and workers that open them know their layouts."""
+    folder = write_set(tmp_path / "set")
+    (folder / "index.json").unlink()
+    shards = find_shards(str(folder))
+    monkeypatch.setattr(shard_file, "scan_layout", None)
+    assert keys(shards) == EVERY_KEY
+
+
 SCANNED = {
     "version 1": {"groups": None},
     "a size that is not given": {"bytes": None},

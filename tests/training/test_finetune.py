@@ -24,6 +24,7 @@ from eve_ds.model.embeddings import resize_positions
 from eve_ds.tasks.batches import TaskCollator, training_batches
 from eve_ds.tasks.examples import Example
 from eve_ds.tasks.finetune_config import task_config
+from eve_ds.tasks.load_examples import load_examples
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.saved import load_task_model, save_task_model, start_weights
 from eve_ds.tasks.vqa import VQA
@@ -234,6 +235,19 @@ def test_a_step_has_the_same_examples_on_any_number_of_ranks(task_tree):
     assert flat[:20] != flat[20:]
     later = [e.key for e in next(batches(config, task, examples, step=3)).examples]
     assert later == whole[3]
+
+
+@pytest.mark.parametrize("generated", [True, False])
+def test_worker_processes_make_the_same_batches(task_tree, generated):
+    found = []
+    for num_workers in (0, 2):
+        config = parse_config(task_tree("vqa") | {"data": {"num_workers": num_workers}})
+        examples = load_examples(config, "train") if generated else scenes(20)
+        found.append(list(itertools.islice(batches(config, VQA(config, ["red"]), examples), 4)))
+    for batch, other in zip(*found, strict=True):
+        assert [example.key for example in batch.examples] == [example.key for example in other.examples]
+        assert torch.equal(batch.pixel_values, other.pixel_values)
+        assert torch.equal(batch.input_ids, other.input_ids)
 
 
 def test_an_example_without_a_usable_image_is_replaced_and_counted(task_tree, tmp_path):

@@ -18,19 +18,24 @@ SHORT = ["train.train_batch_size=4", "train.metrics_every=1"]
 def run_both(rank, world_size, tree, folder):
     """Pre-train and fine-tune three steps each; the second loss is NaN.
 
-    Returns the log lines of progress, and whether the engine of each run still exists.
+    Returns the log lines of progress, whether the engine of each run still exists, and the order of parts in start-up.
     """
     import torch
 
     from eve_ds.model import with_losses
     from eve_ds.training import finetune, pretrain, progress_line, start
 
-    calls, lines, engines = [], [], []
+    calls, lines, engines, parts = [], [], [], []
 
     def initialize(*arguments, original=start.initialize_engine):
+        parts.append("engine")
         engine = original(*arguments)
         engines.append(weakref.ref(engine))
         return engine
+
+    def open_feed(*arguments, original=start.Feed):
+        parts.append("data")
+        return original(*arguments)
 
     def poisoned(terms, weights, original=with_losses.weighted_sum):
         calls.append(None)
@@ -44,13 +49,14 @@ def run_both(rank, world_size, tree, folder):
     with (
         mock.patch.object(with_losses, "weighted_sum", poisoned),
         mock.patch.object(start, "initialize_engine", initialize),
+        mock.patch.object(start, "Feed", open_feed),
         mock.patch.object(pretrain, "trains_on_scenes", return_value=False),
         mock.patch.object(progress_line, "get_logger", return_value=mock.Mock(info=lambda *args: lines.append(args))),
     ):
         pretrain.pretrain(tiny_config(*settings, f"train.output_dir={folder}/pretrain"), ZERO | monitors, "none")
         finetune.finetune(parse_config(tree), ZERO | monitors)
     gc.collect()
-    return [text for _, text, _ in lines], [engine() is not None for engine in engines]
+    return [text for _, text, _ in lines], [engine() is not None for engine in engines], parts
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def runs(folder, run_ranks, task_tree):
-    """Records of both runs by kind, their progress lines, and whether their engines are left."""
+    """Records of both runs by kind, their progress lines, whether their engines are left, and the order of start-up."""
     if not (folder / "found.json").exists():
         (found,) = run_ranks(run_both, 1, task_tree("vqa"), str(folder), timeout=200)
         (folder / "found.json").write_text(json.dumps(found))
@@ -102,6 +108,10 @@ def test_progress_lines_show_the_terms_of_the_job(runs):
 
 def test_the_memory_of_an_engine_is_freed_with_its_run(runs):
     assert runs[2] == [False, False]
+
+
+def test_data_are_opened_before_the_engine_so_that_workers_start_meanwhile(runs):
+    assert runs[3] == ["data", "engine"] * 2
 
 
 def test_monitors_get_the_numbers_of_both_jobs(runs, folder):
