@@ -3,7 +3,8 @@
 # make test        install the development tools as well, then run every test
 # make lint        ruff (rules and format), mypy, codespell
 # make format      apply ruff's fixes and formatting
-# make soak        minutes of fault tests: 25 kills in a row, signals under every launcher, a checkpoint of 4 GiB
+# make soak        minutes of fault tests: 25 kills in a row, signals under every launcher, a checkpoint of 4 GiB,
+#                  20,000 samples of a faulty server through ten kills
 # make gpu         on a machine with a GPU: build, test, sanitize and time the ops in eight minutes
 #                  (without network: make gpu WHEELS=DIR)
 # make gpu-wheels  collect DIR: the packages that a machine with torch, transformers and pytest still lacks
@@ -71,7 +72,8 @@ test: $(INSTALLED_DEV)
 
 soak: $(INSTALLED_DEV)
 	EVE_DS_SOAK=1 $(MAKE) test TESTS="-s tests/launch/test_kills.py \
-	  tests/launch/test_signals.py tests/launch/test_slurm.py tests/launch/test_universal_memory.py"
+	  tests/launch/test_signals.py tests/launch/test_slurm.py tests/launch/test_universal_memory.py \
+	  tests/data/remote/test_remote_shards.py"
 
 gpu:
 	PATH="$(MACHINE_PATH)" $(PYTHON) launcher/gpu.py --out runs/gpu $(if $(WHEELS),--wheels $(WHEELS))

@@ -13,12 +13,23 @@ _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _MARKUP = re.compile(r"[\\`*{}\[\]<>#|!&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """Characters with a meaning in Markdown; an underscore within a word has none."""
 
+_USER = re.compile(r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)(?:[^\s/?#'\"]*@)?", re.IGNORECASE)
+_QUERY = re.compile(r"(?<![a-z0-9+.-])(https?://[^\s?#'\"]*)(?:[?#][^\s'\"]*)?", re.IGNORECASE)
+
+
+def without_credentials(text: str) -> str:
+    """Return the text with each address in it, such as `https://user:password@host/a.tar?signature`, without the user
+    and the password, and without the query, which may be a signature."""
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text)) if "://" in text else text
+
 
 def printable(text: str) -> str:
     """Return the text as one line; characters that could move the cursor, hide text or start a line are escaped.
 
-    A line feed becomes the two characters `\\n`, an escape `\\x1b`, a right-to-left override `\\u202e`.
+    A line feed becomes the two characters `\\n`, an escape `\\x1b`, a right-to-left override `\\u202e`. Addresses lose
+    their credentials.
     """
+    text = without_credentials(text)
     if text.isascii() and text.isprintable():
         return text
     return "".join(_escape(char) if unicodedata.category(char) in _ESCAPED else char for char in text)

@@ -17,7 +17,7 @@ from eve_ds.cli.command import complain
 from eve_ds.cli.conversion_report import print_start
 from eve_ds.distributed import get_logger
 from eve_ds.export.start import DRAWN, StartReport
-from eve_ds.printable import excerpt, markdown, printable
+from eve_ds.printable import excerpt, markdown, printable, without_credentials
 
 HOSTILE = {
     "line feed": ("a\n12:00:00 INFO saved", r"a\n12:00:00 INFO saved"),
@@ -34,6 +34,39 @@ HOSTILE = {
     "invisible": ("a\u200bb\ufeff", r"a\u200bb\ufeff"),
     "not UTF-8": ("a\udcff", r"a\udcff"),
 }
+
+
+ADDRESSES = {
+    "https://user:secret@host/a.tar": "https://host/a.tar",
+    "HTTPS://token@host:8080/a.tar": "HTTPS://host:8080/a.tar",
+    "http://user:p@ss@host/a.tar": "http://host/a.tar",
+    "https://host/a.tar?X-Amz-Credential=k&X-Amz-Signature=s#part": "https://host/a.tar",
+    "https://host/a.tar#secret": "https://host/a.tar",
+    "https://host/{00..10}.tar?sig=s": "https://host/{00..10}.tar",
+    "s3://key:secret@bucket/a?.tar": "s3://bucket/a?.tar",
+    "https://user:s@[::1]:80/a": "https://[::1]:80/a",
+    "['https://u:p@h/a?s=1', 'https://h/b?s=2'] are": "['https://h/a', 'https://h/b'] are",
+    "two https://u:p@h/a?s, https://u:p@h/b?s.": "two https://h/a https://h/b",
+    "mail@host and a?b, 1://x@y": "mail@host and a?b, 1://x@y",
+    "https://host/a@b.tar": "https://host/a@b.tar",
+    "/data/a.tar?x": "/data/a.tar?x",
+}
+
+
+@pytest.mark.parametrize("text", ADDRESSES)
+def test_addresses_are_shown_without_credentials(text, capsys):
+    assert without_credentials(text) == printable(text) == ADDRESSES[text]
+    complain("prepare.py", text)
+    get_logger().error("%s", text)
+    assert capsys.readouterr().err.count(ADDRESSES[text]) >= 1
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "text", ["a://" * 50_000, "https://" + "a" * 100_000, "https://a@" * 20_000, "x" * 100_000 + "://"]
+)
+def test_credentials_are_found_in_linear_time(text):
+    without_credentials(text)
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

@@ -5,7 +5,7 @@ stay in the DeepSpeed JSON. :func:`eve_ds.parallel.settings.resolve_deepspeed_co
 both files have: batch sizes, precision, gradient clipping, expert parallelism.
 """
 
-from eve_ds.config.data import DataConfig, SourceConfig, ValidationConfig
+from eve_ds.config.data import DataConfig, RemoteConfig, SourceConfig, ValidationConfig
 from eve_ds.config.loading import load_config, parse_config, parse_written_config, presets
 from eve_ds.config.loss import LossConfig
 from eve_ds.config.masking import MaskingConfig
@@ -30,6 +30,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PixelDecoderConfig",
+    "RemoteConfig",
     "Section",
     "SourceConfig",
     "TaskConfig",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from eve_ds.config.section import Fraction, PositiveInt, Section, Share, ShareBelowOne, expand_path, require
+from eve_ds.config.section import FilePath, Fraction, PositiveInt, Section, Share, ShareBelowOne, expand_path, require
+from eve_ds.printable import without_credentials
 
 
 class SourceConfig(Section):
@@ -20,7 +21,8 @@ class SourceConfig(Section):
     """Content of the samples. `pair`: image and caption, both required. `image`, `text`: only the image or the caption;
     the other is ignored. `any`: the content of each sample."""
     shards: Annotated[str | list[str] | None, BeforeValidator(expand_path)] = None
-    """`kind: shards`: paths, brace lists such as `cc3m-{00000..00331}.tar`, or a folder with an index.json."""
+    """`kind: shards`: paths or addresses (https://, s3://, gs://): tars, glob patterns, brace lists such as
+    `cc3m-{00000..00331}.tar`, or a folder with an index.json."""
     level: Literal["easy", "hard"] = "easy"
     """`kind: scenes`: difficulty."""
     num_samples: PositiveInt = 1_000_000
@@ -33,6 +35,13 @@ class SourceConfig(Section):
     reading_order_samples: PositiveInt | None = None
     """`kind: scenes`: number of samples of the run over which `reading_order_share` falls linearly to 0; None: it stays
     constant. The count covers all sources, all ranks and unusable samples."""
+
+    @field_serializer("shards", when_used="json")
+    def _without_credentials(self, shards: str | list[str] | None) -> str | list[str] | None:
+        """Addresses in written configurations, which go with checkpoints and exports."""
+        if isinstance(shards, list):
+            return [without_credentials(item) for item in shards]
+        return None if shards is None else without_credentials(shards)
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
@@ -74,6 +83,18 @@ class ValidationConfig(Section):
         return self
 
 
+class RemoteConfig(Section):
+    """Requests for shards at addresses, such as https:// and s3://. A request that fails is repeated after .5 s, 1 s,
+    2 s, ... up to 30 s, less a random part."""
+
+    timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Seconds to wait for a connection, and for further bytes."""
+    deadline_seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
+    """Seconds after which a read that still fails ends the run, which can be resumed."""
+    max_failed_share: Fraction = 0.5
+    """Largest fraction of failed requests of a process, of the last 200; above it the run ends."""
+
+
 class DataConfig(Section):
     """Training mixture, tokenizer, loading and augmentation."""
 
@@ -92,6 +113,13 @@ class DataConfig(Section):
     """Probability of a horizontal flip. Images whose caption contains left or right are never flipped."""
     validation: ValidationConfig | None = None
     """Pairs for held-out losses; None: no held-out losses."""
+    remote: RemoteConfig = RemoteConfig()
+    """Requests for shards at addresses."""
+    cache_dir: FilePath | None = None
+    """Folder on a local disk of each machine for blocks of shards at addresses; processes share it. None: every sample
+    is a request."""
+    cache_bytes: Annotated[int, Field(ge=2**24, lt=2**63)] = 2**37
+    """Largest size of `cache_dir` in bytes; blocks that were not used for longest make room."""
     max_bad_share: Fraction = 0.01
     """Largest fraction of unusable samples on a rank, of at least 1,000 samples; above it the run stops."""
 

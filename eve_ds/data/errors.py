@@ -9,6 +9,10 @@ class SourceError(ConfigError):
     """Published data that cannot be read; the message names the file, the problem and the expected content."""
 
 
+class UnusableData(ValueError):
+    """Raised if the data cannot be used for training; the message names shard, key and reason."""
+
+
 class BadSample(ValueError):
     """A sample that is left out and counted.
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eve_ds.config import Config, ConfigError, SourceConfig, ValidationConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.errors import BadSample
+from eve_ds.data.index_file import Indices
 from eve_ds.data.order import Place
+from eve_ds.data.remote.addresses import is_remote
+from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import image_key
 from eve_ds.data.shard_paths import expand
 from eve_ds.data.shards import Shard
 from eve_ds.data.sources import SampleSource, open_source, shards_of
 from eve_ds.data.transforms import TrainTransform
+from eve_ds.printable import without_credentials
 from eve_ds.together import from_rank_zero
 
 if TYPE_CHECKING:
@@ -54,7 +58,7 @@ def held_out_pairs(config: Config, rank: int, world_size: int, group: dist.Proce
     chosen = validation.sources or [item for item in config.data.sources if item.modalities in ("pair", "any")]
     found = from_rank_zero(partial(_shards, config, chosen), group)
     pairs = zip(chosen, found, strict=True)
-    sources = [open_source(source, shards, transform, config.train.seed) for source, shards in pairs]
+    sources = [open_source(source, shards, transform, config) for source, shards in pairs]
     places = from_rank_zero(lambda: list(_places(sources, validation)), group)
     read = [_read(sources[place.source], place) for place in places[rank::world_size]]
     for source in sources:
@@ -103,13 +107,16 @@ def _read(source: SampleSource, place: Place) -> Sample | None:
 def _shards(config: Config, chosen: Sequence[SourceConfig]) -> list[list[Shard]]:
     """Shards of the chosen sources; raises ConfigError if the run trains on some of them by name."""
     if config.data.validation is not None and config.data.validation.sources:
-        shared = sorted(_files(chosen) & _files(config.data.sources))
+        indices = Indices(RemoteStorage(config.data))
+        shared = sorted(_files(chosen, indices) & _files(config.data.sources, indices))
         if shared:
             raise ConfigError(
                 f"data.validation.sources names shard {shared[0]}, which data.sources trains on: name other shards"
             )
-    return shards_of(chosen)
+    return shards_of(chosen, config.data)
 
 
-def _files(sources: Sequence[SourceConfig]) -> set[Path]:
-    return {Path(address).resolve() for source in sources if source.shards for address in expand(source.shards)}
+def _files(sources: Sequence[SourceConfig], indices: Indices) -> set[str]:
+    """One name for each shard, whatever links or signatures lead to it."""
+    found = [shard for source in sources if source.shards for shard in expand(source.shards, indices)]
+    return {without_credentials(shard) if is_remote(shard) else os.path.realpath(shard) for shard in found}

@@ -10,10 +10,11 @@ from typing import Any
 
 from eve_ds import limits
 from eve_ds.config import ConfigError
+from eve_ds.data.index_file import INDEX_NAME, read_index
 from eve_ds.data.sample_names import packed_tars, shard_files
 from eve_ds.data.shard_bytes import FileBytes
 from eve_ds.data.shard_index import encode, scan_layout
-from eve_ds.data.shard_paths import INDEX_NAME, read_index, refuse_other_content
+from eve_ds.data.shard_paths import refuse_other_content
 from eve_ds.data.shard_writer import PROGRESS_FOLDER
 from eve_ds.distributed import get_logger
 from eve_ds.storage import replace_file
@@ -80,7 +81,7 @@ def _entry(path: Path) -> dict[str, Any]:
     try:
         layout = scan_layout(stored)
         if not len(layout):
-            refuse_other_content(str(path))
+            refuse_other_content(str(path), stored)
         digest = hashlib.sha256()
         for block in _blocks(stored):
             digest.update(block)

@@ -21,10 +21,10 @@ from webdataset import DataPipeline
 from eve_ds.config import Config, ConfigError
 from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator, PretrainingObjective
-from eve_ds.data.errors import BadSample
+from eve_ds.data.errors import BadSample, UnusableData
 from eve_ds.data.held_out import held_out_share, is_held_out
 from eve_ds.data.order import Lanes, Place, Position, StreamOrder, lanes_for, merge_positions
-from eve_ds.data.sources import SampleSource, UnusableData, open_sources
+from eve_ds.data.sources import SampleSource, open_sources
 from eve_ds.data.workers import start_loader
 from eve_ds.distributed import get_logger
 

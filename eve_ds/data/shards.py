@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from eve_ds.data.shard_bytes import FileBytes, stored_size
+from eve_ds.config import DataConfig
+from eve_ds.data.index_file import INDEX_NAME, IndexEntry, Indices
+from eve_ds.data.remote.addresses import is_remote
+from eve_ds.data.remote.errors import RemoteError
+from eve_ds.data.remote.storage import RemoteStorage
+from eve_ds.data.shard_bytes import FileBytes, ShardBytes, stored_size
 from eve_ds.data.shard_file import ShardFile, warn_of_other_layout
 from eve_ds.data.shard_index import ShardLayout, Varints, decode, decode_text, encode
-from eve_ds.data.shard_paths import INDEX_NAME, IndexEntry, expand, folder_of, name_of, read_index, refuse_other_content
+from eve_ds.data.shard_paths import expand, folder_of, name_of, refuse_other_content
 from eve_ds.distributed import get_logger
+from eve_ds.printable import without_credentials
 
 
 class Shard(NamedTuple):
@@ -26,20 +32,26 @@ class Shard(NamedTuple):
     unknown, whoever opens the tar scans it."""
 
 
-def find_shards(spec: str | Sequence[str]) -> list[Shard]:
-    """Find the shards of a path, a brace list, a folder, or a list of these, with their numbers of samples.
+def find_shards(spec: str | Sequence[str], remote: RemoteStorage | None = None) -> list[Shard]:
+    """Find the shards of a path or address, a brace list, a folder, or a list of these, with their numbers of samples.
 
     The numbers come from `index.json` in the folder of the shards: `{"version": 2, "shards": [{"name", "samples",
     "bytes", "sha256", "groups"}, ...]}`; version 1 has no `groups`. A shard without an entry is scanned once, which
-    reads its headers.
+    reads its headers. An address with an entry is believed to exist until it is opened.
+
+    Args:
+        spec: see :func:`eve_ds.data.shard_paths.expand`.
+        remote: storage of shards at addresses; None: one with the default settings.
 
     Raises:
         ConfigError: a shard that is missing, empty or named twice, a folder without shards, an unreadable index, or
             paths of another kind; see :func:`eve_ds.data.shard_paths.expand`.
+        RemoteError: a server cannot be read.
     """
-    addresses = expand(spec)
-    indices = {folder: read_index(folder) for folder in {folder_of(address) for address in addresses}}
-    entries = [indices[folder_of(address)].get(name_of(address)) for address in addresses]
+    remote = RemoteStorage(DataConfig()) if remote is None else remote
+    indices = Indices(remote)
+    addresses = expand(spec, indices)
+    entries = [indices.of(folder_of(address)).get(name_of(address)) for address in addresses]
     unlisted = [address for address, entry in zip(addresses, entries, strict=True) if entry is None]
     if unlisted:
         get_logger().warning(
@@ -48,11 +60,18 @@ def find_shards(spec: str | Sequence[str]) -> list[Shard]:
             len(unlisted),
             len(addresses),
             INDEX_NAME,
-            unlisted[0],
+            without_credentials(unlisted[0]),
         )
-    sizes = [stored_size(address) for address in addresses]
+    sizes = [_size(address, entry, remote) for address, entry in zip(addresses, entries, strict=True)]
     _warn_of_other_sizes(addresses, entries, sizes)
-    return [_measure(*shard) for shard in zip(addresses, entries, sizes, strict=True)]
+    return [_measure(*shard, remote) for shard in zip(addresses, entries, sizes, strict=True)]
+
+
+def _size(address: str, entry: IndexEntry | None, remote: RemoteStorage) -> int:
+    """Bytes of a shard; those of the index for an address, which are compared when it is opened."""
+    if not is_remote(address):
+        return stored_size(address)
+    return remote.open(address).size if entry is None or entry.bytes is None else entry.bytes
 
 
 def _warn_of_other_sizes(addresses: list[str], entries: list[IndexEntry | None], sizes: list[int]) -> None:
@@ -72,14 +91,14 @@ def _warn_of_other_sizes(addresses: list[str], entries: list[IndexEntry | None],
         )
 
 
-def _measure(address: str, entry: IndexEntry | None, size: int) -> Shard:
+def _measure(address: str, entry: IndexEntry | None, size: int, remote: RemoteStorage) -> Shard:
     is_indexed = entry is not None and entry.bytes in (None, size)
     # A shard that was cut lacks samples of its index, each of which is counted as a bad one.
     listed = 0 if entry is None else entry.samples
-    layout = None if is_indexed else _scanned(address)
+    layout = None if is_indexed else _scanned(address, remote)
     samples = listed if layout is None else max(listed, len(layout))
     if size == 0 or samples == 0:
-        refuse_other_content(address)
+        refuse_other_content(address, _open_bytes(address, remote))
     if entry is not None and entry.bytes == size:
         return Shard(address, samples, size, entry.sha256, entry.groups)
     # Other ranks and workers need not repeat the scan.
@@ -87,19 +106,30 @@ def _measure(address: str, entry: IndexEntry | None, size: int) -> Shard:
     return Shard(address, samples, size, None, groups)
 
 
-def _scanned(address: str) -> ShardLayout:
-    shard = ShardFile(address, FileBytes(address))
+def _scanned(address: str, remote: RemoteStorage) -> ShardLayout:
+    shard = ShardFile(address, _open_bytes(address, remote))
     shard.close()
     return shard.layout
 
 
-def open_shard(shard: Shard) -> ShardFile:
+def _open_bytes(address: str, remote: RemoteStorage) -> ShardBytes:
+    return remote.open(address) if is_remote(address) else FileBytes(address)
+
+
+def open_shard(shard: Shard, remote: RemoteStorage | None = None) -> ShardFile:
     """Open a shard with the layout of its index; the caller closes it.
 
     Raises:
-        OSError: the storage failed.
+        OSError: the disk failed.
+        RemoteError: the server cannot be read, or has another object than the index or than before.
     """
-    stored = FileBytes(shard.address)
+    stored = _open_bytes(shard.address, RemoteStorage(DataConfig()) if remote is None else remote)
+    if is_remote(shard.address) and stored.size != shard.bytes:
+        raise RemoteError(
+            f"shard {without_credentials(shard.address)} has {stored.size:,} bytes, not {shard.bytes:,} as its "
+            f"{INDEX_NAME} says or as when the run started: upload the shard again, or write the index again with "
+            "launcher/prepare.py index"
+        )
     return ShardFile(shard.address, stored, _stored_layout(shard, stored.size))
 
 

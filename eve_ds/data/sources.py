@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from eve_ds.config import Config, ConfigError, SourceConfig
+from eve_ds.config import Config, ConfigError, DataConfig, SourceConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.caption_text import clean_caption
-from eve_ds.data.errors import BadSample
+from eve_ds.data.errors import BadSample, UnusableData
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
+from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import image_key
 from eve_ds.data.shard_file import ShardFile, StoredSample
 from eve_ds.data.shard_paths import name_of
@@ -22,6 +23,7 @@ from eve_ds.data.shard_table import ShardTable
 from eve_ds.data.shards import Shard, find_shards, open_shard
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.transforms import TrainTransform
+from eve_ds.printable import without_credentials
 from eve_ds.together import from_rank_zero
 
 if TYPE_CHECKING:
@@ -34,10 +36,6 @@ MAX_OPEN_SHARDS = 128
 MOST_LISTED = 8
 """Members that a message lists."""
 TOGETHER = "members of a sample, as KEY.jpg and KEY.txt, must stand together in a shard, without a dot in KEY"
-
-
-class UnusableData(ValueError):
-    """Raised if the data cannot be used for training; the message names shard, key and reason."""
 
 
 def _keep(image: str) -> bool:
@@ -171,10 +169,18 @@ class ShardsSource:
         config: section of the source.
         transform: decodes and crops the images, whose extensions are :data:`IMAGE_EXTENSIONS`.
         shards: shards of the source, from :func:`find_shards`.
+        remote: storage of shards at addresses; None: one with the default settings.
     """
 
-    def __init__(self, config: SourceConfig, transform: TrainTransform, shards: Sequence[Shard]) -> None:
+    def __init__(
+        self,
+        config: SourceConfig,
+        transform: TrainTransform,
+        shards: Sequence[Shard],
+        remote: RemoteStorage | None = None,
+    ) -> None:
         self._modalities, self._transform = config.modalities, transform
+        self._remote = RemoteStorage(DataConfig()) if remote is None else remote
         self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
         self._shards = ShardTable(shards)
         self.shard_sizes = [shard.num_samples for shard in shards]
@@ -216,7 +222,7 @@ class ShardsSource:
 
     def _shard_file(self, shard: int) -> ShardFile:
         if shard not in self._open:
-            self._open[shard] = open_shard(self._shards[shard])
+            self._open[shard] = open_shard(self._shards[shard], self._remote)
         file, listed = self._open[shard], self.shard_sizes[shard]
         if len(file) > listed:  # known when it is opened, or once a sample is read
             raise UnusableData(
@@ -252,7 +258,7 @@ class ShardsSource:
         """Return the path of the shard, the index of the sample in it, and that of the caption if there are several."""
         file = self._open.get(shard)
         caption = "" if file is None else file.describe_caption(number)
-        return f"shard {self._shards[shard].address}, sample {number}{caption}"
+        return f"shard {without_credentials(self._shards[shard].address)}, sample {number}{caption}"
 
     def fingerprint(self) -> str:
         """Return a digest of names and sizes of the shards in their order, independent of their folder."""
@@ -288,21 +294,25 @@ def open_sources(config: Config, group: dist.ProcessGroup | None = None) -> list
         raise ConfigError("data.sources is empty; name at least one source")
     data, seed = config.data, config.train.seed
     transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed)
-    found = from_rank_zero(partial(shards_of, data.sources), group)
-    return [open_source(*source, transform, seed) for source in zip(data.sources, found, strict=True)]
+    found = from_rank_zero(partial(shards_of, data.sources, data), group)
+    return [open_source(*source, transform, config) for source in zip(data.sources, found, strict=True)]
 
 
-def shards_of(sources: Sequence[SourceConfig]) -> list[list[Shard]]:
-    """Find the shards of each source; none for generated samples.
+def shards_of(sources: Sequence[SourceConfig], data: DataConfig) -> list[list[Shard]]:
+    """Find the shards of each source; none for generated samples. `data` has the settings of addresses.
 
     Raises:
         ConfigError: see :func:`find_shards`.
+        RemoteError: a server cannot be read.
     """
-    return [find_shards(source.shards or []) if source.kind == "shards" else [] for source in sources]
+    remote = RemoteStorage(data)
+    return [find_shards(source.shards or [], remote) if source.kind == "shards" else [] for source in sources]
 
 
-def open_source(source: SourceConfig, shards: Sequence[Shard], transform: TrainTransform, seed: int) -> SampleSource:
-    """Open one source, with its shards if it has any, whose images are transformed by `transform`."""
+def open_source(
+    source: SourceConfig, shards: Sequence[Shard], transform: TrainTransform, config: Config
+) -> SampleSource:
+    """Open one source of a run, with its shards if it has any, whose images are transformed by `transform`."""
     if source.kind == "shards":
-        return ShardsSource(source, transform, shards)
-    return GeneratedSource(source, transform, seed)
+        return ShardsSource(source, transform, shards, RemoteStorage(config.data))
+    return GeneratedSource(source, transform, config.train.seed)

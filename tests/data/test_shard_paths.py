@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from tars import samples, write_tar
 
 from eve_ds import limits
-from eve_ds.config import ConfigError
+from eve_ds.config import ConfigError, DataConfig
+from eve_ds.data.index_file import Indices
+from eve_ds.data.remote.errors import RemoteError
+from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.shard_paths import expand, name_of, num_expanded
 from eve_ds.data.shards import find_shards
 
@@ -45,6 +48,33 @@ def test_shards_can_be_given_by_folder_path_braces_or_list(tmp_path, index, capl
     ]
     assert sizes(f"{folder}/shard-000001.tar::{folder}/shard-000000.tar") == [everything[1], everything[0]]
     assert ("3 of 3 shards have no entry in an index.json" in caplog.text) == (not index)
+
+
+PATTERNS = {
+    "set/*.tar": [0, 1, 2],
+    "set/shard-00000[02].tar": [0, 2],
+    "set/shard-{000002,00000?}.tar": None,
+    "s?t": [0, 1, 2],
+    "**/shard-*1.tar": [1],
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_are_expanded_in_the_order_of_names(tmp_path, pattern):
+    folder = write_set(tmp_path / "set", [2, 3, 1])
+    (folder / "._shard-000000.tar").write_bytes(b"mac")
+    if PATTERNS[pattern] is None:
+        with pytest.raises(ConfigError, match=r"shard-000002\.tar is named twice"):
+            find_shards(f"{tmp_path}/{pattern}")
+        return
+    everything = sizes(str(folder))
+    assert sizes(f"{tmp_path}/{pattern}") == [everything[number] for number in PATTERNS[pattern]]
+    assert sizes(f"file://{tmp_path}/{pattern}") == sizes(f"{tmp_path}/{pattern}")
+
+
+def test_a_name_with_the_characters_of_a_pattern_is_that_file(tmp_path):
+    folder = write_set(tmp_path / "set[1]", [2])
+    assert sizes(str(folder)) == sizes(f"{folder}/shard-000000.tar") == [("shard-000000.tar", 2)]
 
 
 def test_sizes_come_from_the_index_without_opening_shards(tmp_path, monkeypatch):
@@ -146,14 +176,18 @@ def test_every_malformed_index_is_one_line(tmp_path, name):
 
 
 NO_SHARDS = {
-    "s3://bucket/a.tar": r"'s3://bucket/a\.tar' is an address \(s3://\): shards are read from files, so download",
-    "https://x.invalid/{00..10}.tar": r"is an address \(https://\)",
-    "gs://bucket/folder": r"is an address \(gs://\)",
-    "hf://datasets/a/b.tar": r"is an address \(hf://\)",
+    "hf://datasets/a/b.tar": r"'hf://datasets/a/b\.tar' is an address of a scheme that is not read; these are: http://,",
+    "ftp://user:secret@host/a.tar": r"'ftp://host/a\.tar' is an address of a scheme",
+    "https://x.invalid/set/*.tar": r"is a glob pattern, but HTTP has no lists of files: name numbers in braces as \{",
+    "https://x.invalid/a.tar.gz?signature=x": r"shard https://x\.invalid/a\.tar\.gz is compressed: samples are read at",
+    "s3://bucket/a.tgz": r"shard s3://bucket/a\.tgz is compressed",
     "pipe:curl -s https://x.invalid/a.tar": r"is a command of a pipe, which is not run: name files",
-    "FOLDER/*.tar": r"\*\.tar' is a glob pattern, which is not expanded: name the folder, or numbers in braces",
-    "FOLDER/shard-?.tar": r"is a glob pattern",
-    "FOLDER/shard-[0-9].tar": r"is a glob pattern",
+    "FOLDER/none-*.tar": r"none-\*\.tar' is a glob pattern that matches no file: check it",
+    "FOLDER/shard-?.tar": r"is a glob pattern that matches no file",
+    "FOLDER/shard-[0-9].tar": r"is a glob pattern that matches no file",
+    "FOLDER/*.tar.gz": r"set\.tar\.gz is compressed: samples are read at their offsets",
+    "FOLDER/g*.tar": r"gzip\.tar is compressed by gzip",
+    "file://FOLDER/set.tgz": r"set\.tgz is compressed",
     "FOLDER/set.tar.gz": r"set\.tar\.gz is compressed: samples are read at their offsets in a plain tar; unpack it",
     "FOLDER/set.tgz": r"set\.tgz is compressed",
     "FOLDER/gzip.tar": r"gzip\.tar is compressed by gzip: samples are read at their offsets",
@@ -182,7 +216,7 @@ def test_what_is_no_shard_is_named(tmp_path, item):
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(data)
     os.mkfifo(tmp_path / "pipe.tar")
-    with pytest.raises(ConfigError, match=NO_SHARDS[item]) as caught:
+    with pytest.raises((ConfigError, RemoteError), match=NO_SHARDS[item]) as caught:
         find_shards([item.replace("FOLDER", str(tmp_path))])
     assert "\n" not in str(caught.value)
 
@@ -229,13 +263,13 @@ def test_tars_of_macos_beside_shards_are_no_shards(tmp_path):
 )
 def test_too_many_names_in_braces_are_refused_without_expanding_them(pattern):
     with pytest.raises(ConfigError, match=r"names more than 1,000,000 shards: check the numbers in braces"):
-        expand(pattern)
+        expand(pattern, Indices(RemoteStorage(DataConfig())))
 
 
 def test_the_cap_of_names_holds_for_a_whole_list(monkeypatch):
     monkeypatch.setattr(limits, "SHARDS", 10)
     with pytest.raises(ConfigError, match="names more than 10 shards"):
-        expand(["{0..4}", "{0..5}"])
+        expand(["{0..4}", "{0..5}"], Indices(RemoteStorage(DataConfig())))
 
 
 pieces = st.recursive(

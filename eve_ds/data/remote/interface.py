@@ -1,0 +1,61 @@
+"""What every kind of server offers: objects with a version, by which a replaced one is found, read in ranges."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from eve_ds.data.remote.errors import RemoteError
+from eve_ds.printable import without_credentials
+
+
+class Version(NamedTuple):
+    """What changes if an object is replaced."""
+
+    size: int
+    """Bytes."""
+    tag: str
+    """`ETag` or `Last-Modified` of the server; empty if it sends neither."""
+
+    def __str__(self) -> str:
+        return f"{self.size:,} bytes, {self.tag or 'no ETag'}"
+
+
+class RemoteObject(Protocol):
+    """One object of a server; its constructor learns the version. Each method makes one request."""
+
+    version: Version
+    start: bytes
+    """First bytes, if the constructor has read some."""
+
+    def read(self, offset: int, size: int, end: float) -> bytes:
+        """Read `size` bytes, which must lie in the object, until the time `end` on the clock.
+
+        Raises:
+            FailedAttempt: the request may be repeated.
+            RemoteError: the object was replaced or is gone, or the server cannot read ranges of it.
+        """
+
+
+class Server(Protocol):
+    """Servers of one scheme, as one process uses them. Each method makes one request, or a few without repetition.
+
+    All raise FailedAttempt if the request may be repeated, and RemoteError if not.
+    """
+
+    def open(self, address: str, end: float) -> RemoteObject:
+        """Open an object until the time `end` on the clock."""
+
+    def read_whole(self, address: str, most: int) -> bytes:
+        """Read a small object, such as an index; RemoteError if it has more than `most` bytes."""
+
+    def matching(self, pattern: str) -> list[str]:
+        """Addresses that match a glob pattern, sorted."""
+
+
+def require_same(address: str, before: Version, now: Version) -> None:
+    """Raise :class:`RemoteError` if an object is not the one that was opened before."""
+    if now != before:
+        raise RemoteError(
+            f"{without_credentials(address)} was replaced while it was read ({before}; now {now}): restore it and "
+            "rerun the same command, or start another run"
+        )

@@ -1,0 +1,91 @@
+"""Repeat failed requests: exponential backoff with jitter, a deadline per read, and a limit for their rate."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from eve_ds.config import RemoteConfig
+from eve_ds.data.remote.errors import FailedAttempt, RemoteError
+from eve_ds.printable import without_credentials
+
+FIRST_WAIT = 0.5
+"""Seconds before the first repetition; the wait doubles with each further one."""
+LONGEST_WAIT = 30.0
+"""Seconds."""
+WINDOW = 200
+"""Number of requests over which the share of failed ones is measured."""
+
+T = TypeVar("T")
+
+
+class Clock(NamedTuple):
+    """Time in seconds, and a way to let it pass."""
+
+    now: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+SYSTEM_CLOCK = Clock()
+
+
+class Retries:
+    """Repetition of the requests of one process.
+
+    Args:
+        config: deadline, and largest share of failed requests.
+        clock: clock of deadlines and waits.
+    """
+
+    def __init__(self, config: RemoteConfig, clock: Clock) -> None:
+        self._config, self._clock = config, clock
+        self._random = random.Random()  # not the global one, which belongs to the run
+        self._outcomes: deque[str] = deque(maxlen=WINDOW)
+        """Reason of each failed request, and an empty text for each successful one."""
+
+    def call(self, address: str, request: Callable[[float], T]) -> T:
+        """Result of `request(end)` at its first success; `end` is the time on the clock when it should give up.
+
+        Raises:
+            RemoteError: the deadline has passed, too many requests fail, or the request raised it.
+        """
+        start = self._clock.now()
+        end = start + self._config.deadline_seconds
+        attempts = 0
+        while True:
+            try:
+                result = request(end)
+            except FailedAttempt as failure:
+                attempts += 1
+                self._count(address, failure.reason)
+                wait = max(self._wait(attempts), failure.wait)
+                if self._clock.now() + wait > end:
+                    raise RemoteError(
+                        f"{without_credentials(address)} cannot be read: {failure.reason} ({attempts} attempts in "
+                        f"{self._clock.now() - start:.0f} s, data.remote.deadline_seconds is "
+                        f"{self._config.deadline_seconds:g}); rerun the same command when the server answers again"
+                    ) from None
+                self._clock.sleep(wait)
+            else:
+                self._count(address, "")
+                return result
+
+    def _wait(self, attempts: int) -> float:
+        """Seconds before the next attempt: half fixed, half random, so that many workers do not come at once."""
+        wait = min(FIRST_WAIT * 2.0 ** min(attempts - 1, 30), LONGEST_WAIT)
+        return wait * self._random.uniform(0.5, 1.0)
+
+    def _count(self, address: str, reason: str) -> None:
+        self._outcomes.append(reason)
+        failed = Counter(filter(None, self._outcomes))
+        if len(self._outcomes) < WINDOW or failed.total() <= self._config.max_failed_share * WINDOW:
+            return
+        reasons = ", ".join(f"{name} {count}" for name, count in failed.most_common())
+        raise RemoteError(
+            f"{failed.total()} of the last {WINDOW} requests failed ({reasons}; the last one for "
+            f"{without_credentials(address)}), more than data.remote.max_failed_share "
+            f"({self._config.max_failed_share:g}) allows: repair the server or the network, then rerun the same command"
+        )

@@ -1,0 +1,170 @@
+"""Servers as one process sees them: opens shards at addresses, reads their indices, and finds what a pattern names."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from functools import partial
+from typing import Any
+
+from eve_ds import limits
+from eve_ds.config import DataConfig
+from eve_ds.data.remote.addresses import READERS, is_http, scheme_of
+from eve_ds.data.remote.block_cache import BLOCK_BYTES, BlockCache
+from eve_ds.data.remote.errors import MissingObject, RemoteError
+from eve_ds.data.remote.interface import RemoteObject, Server, Version, require_same
+from eve_ds.data.remote.retries import SYSTEM_CLOCK, Clock, Retries
+from eve_ds.printable import without_credentials
+
+READ_AHEAD = 256 * limits.KIB
+"""Bytes that a small read fetches without a cache: the headers of a tar are read one after another."""
+SMALL = 4096
+"""Bytes of a small read."""
+
+
+class RemoteBytes:
+    """Bytes of one object, as a :class:`eve_ds.data.storage_files.ShardBytes`.
+
+    Args:
+        address: address of the object.
+        opened: the object.
+        retries: repetition of failed requests.
+        cache: cache of blocks; None: each read is a request.
+    """
+
+    def __init__(self, address: str, opened: RemoteObject, retries: Retries, cache: BlockCache | None) -> None:
+        self._address, self._object, self._retries, self._cache = address, opened, retries, cache
+        self.size = opened.version.size
+        self._start, self._buffer = 0, opened.start
+        where = f"{without_credentials(address)}\n{opened.version.size}\n{opened.version.tag}"
+        self._name = hashlib.sha256(where.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Read `size` bytes from `offset`, fewer at the end of the object.
+
+        Raises:
+            RemoteError: the object cannot be read, or is another one than when it was opened.
+        """
+        size = max(min(size, self.size - offset), 0)
+        found = self._buffered(offset, size)
+        if found is None and self._cache is not None:
+            found = self._from_blocks(self._cache, offset, size)
+        if found is None and size <= SMALL:
+            self._start, self._buffer = offset, self._fetch(offset, min(READ_AHEAD, self.size - offset))
+            found = self._buffer[:size]
+        return self._fetch(offset, size) if found is None else found
+
+    def _buffered(self, offset: int, size: int) -> bytes | None:
+        first = offset - self._start
+        inside = size == 0 or 0 <= first <= first + size <= len(self._buffer)
+        return self._buffer[first : first + size] if inside else None
+
+    def _from_blocks(self, cache: BlockCache, offset: int, size: int) -> bytes | None:
+        parts = []
+        for number in range(offset // BLOCK_BYTES, (offset + size - 1) // BLOCK_BYTES + 1):
+            first = number * BLOCK_BYTES
+            length = min(BLOCK_BYTES, self.size - first)
+            start, end = max(offset - first, 0), min(offset + size - first, length)
+            part = cache.read(f"{self._name}/{number}", start, end, length, partial(self._fetch, first, length))
+            if part is None:
+                return None
+            parts.append(part)
+        return b"".join(parts)
+
+    def _fetch(self, offset: int, size: int) -> bytes:
+        return self._retries.call(self._address, lambda end: self._object.read(offset, size, end))
+
+    def close(self) -> None:
+        """Forget the bytes that were read ahead; the connections belong to the storage."""
+        self._buffer = b""
+
+
+class RemoteStorage:
+    """Servers of one source. It can be copied to another process, which makes its own connections.
+
+    Args:
+        config: section `data`, for timeouts, retries and cache.
+        clock: clock of deadlines and waits.
+    """
+
+    def __init__(self, config: DataConfig, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._config, self._clock = config, clock
+        self._versions: dict[str, Version] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._servers: dict[str, Server] = {}
+        self._cache: BlockCache | None = None
+        self._retries = Retries(self._config.remote, self._clock)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_config": self._config, "_clock": self._clock, "_versions": self._versions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def open(self, address: str) -> RemoteBytes:
+        """Open an object.
+
+        Raises:
+            RemoteError: it cannot be read, or it is another one than when it was opened before; or a package is
+                missing, or the folder of the cache cannot be used.
+        """
+        server = self._server(address)
+        opened = self._retries.call(address, lambda end: server.open(address, end))
+        require_same(address, self._versions.setdefault(address, opened.version), opened.version)
+        return RemoteBytes(address, opened, self._retries, self._blocks())
+
+    def read_small(self, address: str, most: int) -> bytes | None:
+        """Read a small object as a whole, such as an index; None if there is none.
+
+        Raises:
+            RemoteError: it cannot be read, or has more than `most` bytes.
+        """
+        server = self._server(address)
+        try:
+            return self._retries.call(address, lambda _: server.read_whole(address, most))
+        except MissingObject:
+            return None
+
+    def matching(self, pattern: str) -> list[str]:
+        """Addresses that match a glob pattern, sorted.
+
+        Raises:
+            RemoteError: the store cannot be read, or it is an HTTP server, which has no lists of files.
+        """
+        server = self._server(pattern)
+        return self._retries.call(pattern, lambda _: server.matching(pattern))
+
+    def _server(self, address: str) -> Server:
+        """Servers of the scheme of an address, connected by this process."""
+        if self._process != os.getpid():
+            self._forget()
+        scheme = "https" if is_http(address) else str(scheme_of(address))
+        if scheme not in self._servers:
+            self._servers[scheme] = self._connect(scheme)
+        return self._servers[scheme]
+
+    def _connect(self, scheme: str) -> Server:
+        timeout = self._config.remote.timeout_seconds
+        try:
+            importlib.import_module(READERS[scheme].module)
+            if scheme == "https":
+                from eve_ds.data.remote.http_objects import HttpServers
+
+                return HttpServers(timeout, self._clock)
+            from eve_ds.data.remote.stored_objects import ObjectStore
+
+            return ObjectStore(scheme, timeout)
+        except ImportError:
+            raise RemoteError(
+                f"{scheme}:// needs a package that is not installed: pip install '{READERS[scheme].requirement}'"
+            ) from None
+
+    def _blocks(self) -> BlockCache | None:
+        if self._cache is None and self._config.cache_dir is not None:
+            self._cache = BlockCache(self._config.cache_dir, self._config.cache_bytes, self._clock)
+        return self._cache

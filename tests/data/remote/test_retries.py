@@ -1,0 +1,101 @@
+"""Backoff, deadline, and the share of failed requests, on a clock without waits."""
+
+import random
+
+import pytest
+from fake_clock import FakeClock
+
+from eve_ds.config import RemoteConfig
+from eve_ds.data.remote.errors import FailedAttempt, RemoteError
+from eve_ds.data.remote.retries import LONGEST_WAIT, WINDOW, Retries
+
+ADDRESS = "https://user:secret@host/a.tar?sig=secret"
+
+
+def retries(fake, **config):
+    return Retries(RemoteConfig(**config), fake.clock)
+
+
+def failing(times, reason="HTTP 503"):
+    left = iter(range(times))
+
+    def request(end):
+        if next(left, None) is not None:
+            raise FailedAttempt(reason)
+        return "done"
+
+    return request
+
+
+def test_waits_double_up_to_a_limit_and_are_partly_random():
+    fake = FakeClock()
+    assert retries(fake, deadline_seconds=1000).call(ADDRESS, failing(12)) == "done"
+    whole = [min(0.5 * 2**number, LONGEST_WAIT) for number in range(12)]
+    assert all(wait / 2 <= slept <= wait for wait, slept in zip(whole, fake.sleeps, strict=True))
+    other = FakeClock()
+    retries(other, deadline_seconds=1000).call(ADDRESS, failing(12))
+    assert other.sleeps != fake.sleeps
+
+
+def test_the_random_numbers_of_the_run_are_left_alone():
+    random.seed(1)
+    expected = random.Random(1).random()
+    retries(FakeClock()).call(ADDRESS, failing(3))
+    assert random.random() == expected
+
+
+def test_the_end_of_a_read_is_told_to_each_request():
+    fake = FakeClock()
+    ends = []
+
+    def request(end):
+        ends.append(end)
+        if len(ends) < 3:
+            raise FailedAttempt("cut")
+
+    fake.time = 100.0
+    retries(fake, deadline_seconds=50).call(ADDRESS, request)
+    assert ends == [150.0] * 3
+
+
+def test_the_deadline_ends_a_read_before_a_wait_that_passes_it():
+    fake = FakeClock()
+    with pytest.raises(RemoteError, match=r"^https://host/a\.tar cannot be read: HTTP 503 \(\d+ attempts") as caught:
+        retries(fake, deadline_seconds=40).call(ADDRESS, failing(1000))
+    assert fake.time <= 40
+    assert "secret" not in str(caught.value)
+
+
+def test_a_share_of_failed_requests_ends_the_run_by_name():
+    fake = FakeClock()
+    calls = retries(fake, deadline_seconds=1e4, max_failed_share=0.55)
+    rule = (
+        rf"^\d+ of the last {WINDOW} requests failed \(HTTP 503 \d+, cut \d+; the last one for https://host/a\.tar\), "
+        r"more than data\.remote\.max_failed_share \(0\.55\) allows: repair the server or the network"
+    )
+
+    def read_all():
+        for _ in range(WINDOW):
+            calls.call(ADDRESS, failing(2))
+            calls.call(ADDRESS, failing(1, "cut"))
+
+    with pytest.raises(RemoteError, match=rule):
+        read_all()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_failures_up_to_the_share_end_nothing(share):
+    calls = retries(FakeClock(), max_failed_share=share)
+    for _ in range(3 * WINDOW):
+        calls.call(ADDRESS, failing(1))
+
+
+def test_another_error_is_not_repeated():
+    fake = FakeClock()
+
+    def request(end):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        retries(fake).call(ADDRESS, request)
+    assert not fake.sleeps
