@@ -9,6 +9,7 @@ from pathlib import Path
 from eve_ds.config import Config, ConfigError, SourceConfig, ValidationConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.errors import BadSample
+from eve_ds.data.image_decoding import choose_decoding
 from eve_ds.data.order import Place
 from eve_ds.data.sample_names import image_key
 from eve_ds.data.shards import find_shards
@@ -42,7 +43,8 @@ def held_out_pairs(config: Config, rank: int, world_size: int) -> list[Sample]:
     """
     validation = config.data.validation
     assert validation is not None
-    transform = TrainTransform(config.model.image_size, (1.0, 1.0), 0.0, config.train.seed)
+    decoding = choose_decoding(config.data.image_decoder)
+    transform = TrainTransform(config.model.image_size, (1.0, 1.0), 0.0, config.train.seed, decoding)
     chosen = validation.sources or [item for item in config.data.sources if item.modalities in ("pair", "any")]
     _refuse_shared_shards(validation.sources, config.data.sources)
     sources = [open_source(source, transform, config.train.seed) for source in chosen]

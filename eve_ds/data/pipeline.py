@@ -24,6 +24,7 @@ from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator, PretrainingObjective
 from eve_ds.data.errors import BadSample
 from eve_ds.data.held_out import held_out_share, is_held_out
+from eve_ds.data.image_decoding import choose_decoding
 from eve_ds.data.order import Lanes, Place, Position, StreamOrder, lanes_for, merge_positions
 from eve_ds.data.sources import SampleSource, UnusableData, open_sources
 from eve_ds.data.workers import start_loader
@@ -272,10 +273,13 @@ def build_loader(
         pin_memory: put batches into page-locked memory, so that copies to a GPU can overlap with computation.
 
     Raises:
-        ConfigError: shards that are missing or empty, a tokenizer larger than the vocabulary of the model, or a
-            position from other data, another seed, another mixture or another number of ranks.
+        ConfigError: shards that are missing or empty, a tokenizer larger than the vocabulary of the model, a decoder
+            that is not installed, or a position from other data, another seed, another mixture or another number of
+            ranks.
     """
-    sources = open_sources(config)
+    states = [] if state is None else [state] if isinstance(state, dict) else list(state)
+    decoding = choose_decoding(config.data.image_decoder, states)
+    sources = open_sources(config, decoding)
     collate = Collator(
         config,
         tokenizer,
@@ -283,8 +287,7 @@ def build_loader(
         has_images=any(source.has_images for source in sources),
         has_captions=any(source.has_captions for source in sources),
     )
-    states = [] if state is None else [state] if isinstance(state, dict) else list(state)
-    identity = _identity(config, sources, states)
+    identity = _identity(config, sources, states) | decoding.position()
     num_streams = max(config.data.num_workers, 1)
     position = _position(states, rank, world_size, micro_batch_size, num_streams)
     order = _order(config, sources, Lanes(*identity["layout"]))

@@ -12,6 +12,7 @@ from eve_ds.config import Config, ConfigError, SourceConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import BadSample
+from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
@@ -253,8 +254,10 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def open_sources(config: Config) -> list[SampleSource]:
+def open_sources(config: Config, decoding: Decoding | None = None) -> list[SampleSource]:
     """Open the sources of the training mixture, in the order of `data.sources`.
+
+    `decoding` is the decoder and resampler of images; None: the fastest that are installed.
 
     Raises:
         ConfigError: no source, or shards that are missing or empty.
@@ -262,7 +265,7 @@ def open_sources(config: Config) -> list[SampleSource]:
     if not config.data.sources:
         raise ConfigError("data.sources is empty; name at least one source")
     data, seed = config.data, config.train.seed
-    transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed)
+    transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed, decoding)
     return [open_source(source, transform, seed) for source in data.sources]
 
 

@@ -21,6 +21,7 @@ from eve_ds import limits
 from eve_ds.config import Config, TaskConfig
 from eve_ds.data.captions import CaptionEncoder, check_vocabulary, padded
 from eve_ds.data.errors import BadSample
+from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 from eve_ds.data.sources import UnusableData
@@ -95,13 +96,14 @@ class ImageReader:
     Args:
         config: `model.image_size`, `data.crop_scale`, `data.horizontal_flip`, `train.seed`; augmentation in `task`.
         training: whether to augment; otherwise images are only resized.
+        decoding: decoder and resampler; None: the fastest that are installed, whatever made the model.
     """
 
-    def __init__(self, config: Config, training: bool) -> None:
+    def __init__(self, config: Config, training: bool, decoding: Decoding | None = None) -> None:
         assert config.task is not None
         data = config.data
         crop_scale, flip = (data.crop_scale, data.horizontal_flip) if training else ((1.0, 1.0), 0.0)
-        self._transform = TrainTransform(config.model.image_size, crop_scale, flip, config.train.seed)
+        self._transform = TrainTransform(config.model.image_size, crop_scale, flip, config.train.seed, decoding)
         self._task: TaskConfig | None = config.task if training else None
         self._seed = config.train.seed
         self._blind = config.task.blind
@@ -255,6 +257,7 @@ def training_batches(
     world_size: int,
     micro_batch_size: int,
     pin_memory: bool = False,
+    decoding: Decoding | None = None,
 ) -> Iterator[TaskBatch]:
     """Endless micro-batches of one rank, beginning with those of optimizer step `step`.
 
@@ -267,6 +270,7 @@ def training_batches(
         world_size: number of ranks.
         micro_batch_size: examples per micro-batch.
         pin_memory: whether batches go to page-locked memory, from which copies to a GPU overlap with computation.
+        decoding: decoder and resampler of images; None: the fastest that are installed.
 
     Raises:
         UnusableData: too many unusable examples in a row; raised by the iterator.
@@ -274,7 +278,7 @@ def training_batches(
     train = config.train
     order = _Order(len(examples), train.seed, step, train.train_batch_size, rank, world_size, micro_batch_size)
     loader = start_loader(
-        _TrainingExamples(examples, ImageReader(config, training=True)),
+        _TrainingExamples(examples, ImageReader(config, training=True, decoding=decoding)),
         batch_sampler=order,
         num_workers=config.data.num_workers,
         collate_fn=_Stack(collate),
