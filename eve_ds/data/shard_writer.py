@@ -38,7 +38,7 @@ from eve_ds import limits, storage
 from eve_ds.data.caption_text import clean_caption, decode_caption
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.formats.unread import refuse_binary
-from eve_ds.data.image_check import encode_for_shard
+from eve_ds.data.image_check import JPEG_QUALITY, encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip, Source
 from eve_ds.data.sample_names import shard_files, split_name, written_key
 from eve_ds.data.tar_headers import Damage, block_reader, scan
@@ -60,6 +60,10 @@ TASKS_PER_WORKER = 2
 """Shards that are assigned in advance, per worker; images of compressed archives stay in memory meanwhile."""
 
 
+EARLIER_QUALITY = 95
+"""Quality of the JPEG files of versions without :attr:`WriterOptions.quality`."""
+
+
 class OutputError(ValueError):
     """Raised for an output folder that cannot be written or has other contents; the message says what to do."""
 
@@ -79,16 +83,21 @@ class WriterOptions:
     """Path of a file with one image ID per line; images with such an ID or alias are skipped."""
     unescape_html: bool = False
     """Replace HTML entities of captions by their characters."""
+    quality: int = JPEG_QUALITY
+    """Quality of the JPEG files of shrunk images, 1 to 100."""
 
     def describe(self) -> dict[str, Any]:
         """Return the options for JSON, with a digest of the excluded IDs because their file may change.
 
-        `unescape_html` is left out where it is not set, so that folders of versions without it can be continued.
+        `unescape_html` is left out where it is not set, and `quality` where it has no effect or is that of earlier
+        versions, so that folders of versions without them can be continued.
         """
         listed = sorted(read_ids(self.exclude_ids))
         digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
         described = asdict(self) | {"exclude_ids": digest if self.exclude_ids else None}
-        return {name: value for name, value in described.items() if name != "unescape_html" or value}
+        left_out = {"unescape_html"} if not self.unescape_html else set()
+        left_out |= {"quality"} if self.max_size is None or self.quality == EARLIER_QUALITY else set()
+        return {name: value for name, value in described.items() if name not in left_out}
 
 
 @dataclass
@@ -323,7 +332,7 @@ def _write_candidate(
         captions = _usable_captions(candidate, options.unescape_html, skipped)
         if not captions:
             return
-        image, suffix = encode_for_shard(candidate.image.read(), options.max_size)
+        image, suffix = encode_for_shard(candidate.image.read(), options.max_size, options.quality)
     except BadSample as bad:
         skipped.add(bad.reason, [lazy.name])
         return
