@@ -9,6 +9,7 @@ read or decode samples that were served before.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -60,6 +61,8 @@ class Delivery(NamedTuple):
     """Total number of slots that the worker has consumed, this batch included."""
     skipped: list[Skipped]
     """Samples skipped since the previous batch."""
+    seconds: float = 0.0
+    """Time that the worker took for this message, by the clock."""
     error: str | None = None
     """Reason why the worker stopped. The loader raises it; an exception from a worker process would add a traceback."""
 
@@ -109,6 +112,7 @@ def fill_batches(
     good: list[Sample] = []
     skipped: list[Skipped] = []
     consumed = 0
+    started = time.perf_counter()
     try:
         for consumed, sample in samples:
             if isinstance(sample, Skipped):
@@ -121,12 +125,13 @@ def fill_batches(
                     f"{HELD_OUT} leaves no sample to train on ({held_out:,} in a row are held out): lower it"
                 )
             if len(good) == batch_size:
-                yield Delivery(collate(good), consumed, skipped)
-                good, skipped = [], []
+                batch = collate(good)
+                yield Delivery(batch, consumed, skipped, time.perf_counter() - started)
+                good, skipped, started = [], [], time.perf_counter()  # the loader may have been slow to ask again
             elif len(skipped) >= max_bad_run:
                 raise UnusableData(f"{len(skipped)} samples cannot be used between two batches")
     except UnusableData as error:
-        yield Delivery(None, consumed, skipped, str(error))
+        yield Delivery(None, consumed, skipped, error=str(error))
 
 
 def _deliveries(
@@ -155,6 +160,7 @@ class Loader:
     Attributes:
         skipped: number of unusable samples by reason since the start of the run.
         num_samples: number of samples that this rank has served since the start of the run.
+        read_seconds: time that the workers, or this process, have worked on the batches of this loader, by the clock.
     """
 
     def __init__(
@@ -171,6 +177,7 @@ class Loader:
     ) -> None:
         self.skipped: Counter[str] = Counter()
         self.num_samples = 0
+        self.read_seconds = 0.0
         self._sources = sources
         self._position, self._identity, self._max_bad_share = position, identity, max_bad_share
         self._start: Callable[[], Iterator[Delivery]] = partial(
@@ -196,6 +203,7 @@ class Loader:
         delivery = next(self._stream)
         self._position = self._position.advance(self._position.next_worker, delivery.consumed)
         self.num_samples += 0 if delivery.batch is None else len(delivery.batch)
+        self.read_seconds += delivery.seconds
         self._count(delivery.skipped)
         if delivery.batch is None:
             raise UnusableData("; ".join(filter(None, [delivery.error, self._report()])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class TaskBatch:
     """Targets of the task: (B, A) float32 soft scores of answers, (B,) int64 labels, or (B,) int64 image numbers."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason -> number of examples that could not be used and were replaced."""
+    read_seconds: float = 0.0
+    """Time that a loader process took to read the images, by the clock."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -192,6 +195,7 @@ class _Item(NamedTuple):
     example: Example
     images: NDArray[np.uint8]
     skipped: list[str]
+    seconds: float
 
 
 class _TrainingExamples(Dataset["_Item | UnusableData"]):
@@ -207,6 +211,7 @@ class _TrainingExamples(Dataset["_Item | UnusableData"]):
     def __getitem__(self, place: tuple[int, int]) -> _Item | UnusableData:
         epoch, index = place
         skipped: list[str] = []
+        started = time.perf_counter()
         while True:
             example = self._examples[(index + len(skipped)) % len(self._examples)]
             try:
@@ -219,7 +224,7 @@ class _TrainingExamples(Dataset["_Item | UnusableData"]):
                         "check task.train.images"
                     )
                 continue
-            return _Item(dataclasses.replace(example, images=()), images, skipped)
+            return _Item(dataclasses.replace(example, images=()), images, skipped, time.perf_counter() - started)
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
@@ -310,7 +315,8 @@ class _Stack:
                 return item
             items.append(item)
         skipped = Counter(reason for item in items for reason in item.skipped)
-        return self._collate([item.example for item in items], [item.images for item in items], skipped)
+        batch = self._collate([item.example for item in items], [item.images for item in items], skipped)
+        return dataclasses.replace(batch, read_seconds=sum(item.seconds for item in items))
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:

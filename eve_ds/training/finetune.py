@@ -273,11 +273,13 @@ class TaskBatches:
     def __init__(self, batches: Iterator[TaskBatch], identity: dict[str, str]) -> None:
         self._batches, self._identity = batches, identity
         self._skipped: Counter[str] = Counter()
+        self.read_seconds = 0.0
 
     def __next__(self) -> TaskBatch:
         """Return the next micro-batch."""
         batch = next(self._batches)
         self._skipped += batch.skipped
+        self.read_seconds += batch.read_seconds
         return batch
 
     def state_dict(self) -> dict[str, Any]:

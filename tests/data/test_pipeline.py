@@ -618,6 +618,23 @@ def test_position_names_decoder_and_resampler(tmp_path):
             assert (pixels == np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))).all()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loader_counts_the_time_of_its_work_and_not_that_of_others(tmp_path, monkeypatch, num_workers):
+    """Samples take 5 ms; the loader that waits for its next call does not work."""
+    read = transforms.TrainTransform.__call__
+
+    def slow(*arguments):
+        time.sleep(0.005)
+        return read(*arguments)
+
+    monkeypatch.setattr(transforms.TrainTransform, "__call__", slow)
+    run = Run(make_config(write_shards(tmp_path, [48]), num_workers=num_workers), start_method="fork")
+    for _ in range(3):
+        run.take(1)
+        time.sleep(0.1)
+    assert 12 * 0.005 < run.loader.read_seconds < 12 * 0.005 + 0.1
+
+
 def test_decoder_that_is_absent_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     config = make_config(write_shards(tmp_path, [48]), image_decoder="simplejpeg")
