@@ -105,7 +105,7 @@ def _photographs(shards: Path, name: str, batches: int, seconds: float) -> Found
 
 def _stages(files: Sequence[bytes], seconds: float) -> Found:
     """Yield images per second of one core, and the difference from exact Pillow, for each decoder and resampler."""
-    crops = _crops(files, CROP_SCALE)
+    crops = crops_of(files, CROP_SCALE)
     sides: dict[str, Run] = {"header": lambda: [open_image(crop.data) for crop in crops]}
     for decoder in ("pillow", "simplejpeg"):
         if decoder == "simplejpeg" and find("simplejpeg") is None:
@@ -243,7 +243,8 @@ def _samples(files: list[str]) -> Iterator[dict[str, Any]]:
     return iter(webdataset.WebDataset(files, shardshuffle=False, empty_check=False))
 
 
-def _crops(files: Sequence[bytes], scale: tuple[float, float]) -> list[Crop]:
+def crops_of(files: Sequence[bytes], scale: tuple[float, float]) -> list[Crop]:
+    """Draw a crop of each file, the same in every call."""
     return [
         Crop(data, crop_box(*open_image(data).size, scale, sample_rng(0, 0, str(number))))
         for number, data in enumerate(files)
@@ -252,18 +253,19 @@ def _crops(files: Sequence[bytes], scale: tuple[float, float]) -> list[Crop]:
 
 def _difference(crops: Sequence[Crop], decoding: Decoding) -> dict[str, float]:
     """Mean and largest difference from images that Pillow decodes whole and resizes, of 255."""
-    found = [np.abs(resize(open_image(data), box, SIZE, decoding) - _exact(data, box)) for data, box in crops]
+    found = [np.abs(resize(open_image(data), box, SIZE, decoding) - exact(data, box)) for data, box in crops]
     return {"mean": float(np.mean([item.mean() for item in found])), "max": float(max(item.max() for item in found))}
 
 
-def _exact(data: bytes, box: Box) -> NDArray[np.int64]:
+def exact(data: bytes, box: Box) -> NDArray[np.int64]:
+    """(SIZE, SIZE, 3) by Pillow alone, from the whole image; its filter sees pixels around the box."""
     whole = open_image(data).convert("RGB")
     return np.asarray(whole.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)).astype(int)
 
 
 def _gradient_energy(files: Sequence[bytes], scale: tuple[float, float]) -> float:
     """Mean squared difference of neighboring pixels of the crops, a measure of their detail."""
-    images = np.stack([resize(open_image(data), box, SIZE) for data, box in _crops(files, scale)]).astype(float)
+    images = np.stack([resize(open_image(data), box, SIZE) for data, box in crops_of(files, scale)]).astype(float)
     return float(np.mean(np.diff(images, axis=1) ** 2) + np.mean(np.diff(images, axis=2) ** 2))
 
 

@@ -87,7 +87,7 @@ def test_loop_of_open_clip_crops_every_photograph(photographs, tmp_path):
 
 
 def test_difference_is_zero_for_exact_pillow(photographs):
-    crops = measures._crops(photographs.files[:4], (0.2, 0.5))  # too small for a reduced JPEG
+    crops = measures.crops_of(photographs.files[:4], (0.2, 0.5))  # too small for a reduced JPEG
     assert measures._difference(crops, measures.EARLIER) == {"mean": 0.0, "max": 0.0}
     assert 0 < measures._difference(crops, Decoding("pillow"))["mean"] < 0.02
     assert measures._gradient_energy(photographs.files[:4], (0.6, 1.0)) > 0
