@@ -22,7 +22,7 @@ from eve_ds.benchmark.peers import find
 from eve_ds.benchmark.photographs import Photographs
 from eve_ds.data.image_file import open_image
 from eve_ds.data.transforms import resize
-from eve_ds.printable import excerpt
+from eve_ds.printable import excerpt, printable
 
 REPEATS = 5
 
@@ -39,7 +39,7 @@ def images(count: int) -> Iterator[dict[str, Any]]:
     try:
         yield {"what": f"images, {device().type}", **_figures(crops, partial(_on_device, decoders, crops))}
     except RuntimeError as error:  # a torchvision without its extension for images, or without nvJPEG
-        yield {"what": f"images, {device().type}", "absent": excerpt(str(error))}
+        yield {"what": f"images, {device().type}", "absent": printable(excerpt(str(error)))}
 
 
 def _figures(crops: Sequence[Crop], run: Callable[[], Tensor]) -> dict[str, float]:
