@@ -100,8 +100,8 @@ def decode_part(image: Image.Image, box: Box, size: int, decoder: Decoder) -> ND
     """Decode the part of an image inside `box`, to (height, width, 3) uint8 RGB.
 
     A JPEG whose part is at least 2 * MARGIN times `size` high and wide is decoded at 1/2, 1/4 or 1/8 of its size, and
-    the box is rounded to pixels of the reduced image. On photographs this changes the result of resampling by a mean of
-    0.2 of 255.
+    the box is rounded to pixels of the reduced image. This saves a third of the time of large photographs, or more with
+    Pillow, and changes the resampled image by a mean of .1 to .7 of 255.
 
     Args:
         image: opened by :func:`eve_ds.data.image_file.open_image`.
