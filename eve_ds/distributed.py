@@ -293,12 +293,15 @@ class _GatherRows(torch.autograd.Function):
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def broadcast_object(value: T, source: int = 0) -> T:
-    """Value of rank `source`, on every rank; transferred by pickle. The `value` of other ranks is ignored."""
+def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:
+    """Value of rank `source`, on every rank of `group` (default: all); transferred by pickle.
+
+    The `value` of other ranks is ignored.
+    """
     if not _in_group():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box, src=source, group=group)
     return box[0]
 
 

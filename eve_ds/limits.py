@@ -81,5 +81,7 @@ ARCHIVE_SMALL_BYTES = 64 * MIB
 """Unpacked bytes that an archive of any size may have."""
 SHARDS = 1_000_000
 """Shards of one source: a thousand times a thousand samples in each is more than any published set."""
+INDEX_BYTES = 2 * GIB
+"""Bytes of an index of shards, with some five for each sample."""
 SHARD_SAMPLES = 10_000_000
 """Samples that an index may give for one shard."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from eve_ds.config import ConfigError
 from eve_ds.distributed import broadcast_object, gather_objects, rank_zero
 from eve_ds.storage import SaveError, is_disk_error, reason
+
+T = TypeVar("T")
 
 FAILURES = (ValueError, OSError, SafetensorError)
 """Errors of settings, files and data; another error is a bug, whose traceback its rank shows."""
@@ -39,9 +41,22 @@ def on_rank_zero(action: Callable[[], object]) -> None:
         ConfigError: any other failure.
     """
     error = _failure_of(action) if rank_zero() else None
-    problem = broadcast_object(_Problem.of(error))
-    if problem is not None:
-        raise (SaveError if problem.of_disk else ConfigError)(problem.text) from error
+    _raise(broadcast_object(_Problem.of(error)), error)
+
+
+def from_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Result of `action` on rank 0, on every rank; Without a process group, of this process.
+
+    Collective over the ranks of `group`, by default all.
+
+    Raises:
+        SaveError, ConfigError: see :func:`on_rank_zero`.
+    """
+    found: list[T] = []
+    error = _failure_of(lambda: found.append(action())) if rank_zero() or not dist.is_initialized() else None
+    problem, found = broadcast_object((_Problem.of(error), found), group=group)
+    _raise(problem, error)
+    return found[0]
 
 
 def on_every_rank(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
@@ -59,6 +74,11 @@ def on_every_rank(action: Callable[[], object], group: dist.ProcessGroup | None 
     if problems:
         of_disk = any(problem is not None and problem.of_disk for problem in found)
         raise (SaveError if of_disk else ConfigError)("; ".join(problems)) from error
+
+
+def _raise(problem: _Problem | None, error: Exception | None) -> None:
+    if problem is not None:
+        raise (SaveError if problem.of_disk else ConfigError)(problem.text) from error
 
 
 def _failure_of(action: Callable[[], object]) -> Exception | None:

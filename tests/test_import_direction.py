@@ -21,7 +21,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
     "topology": set(),
     "views": set(),
     "ops": {"distributed"},
-    "data": {"config", "distributed", "signals", "views"},
+    "data": {"config", "distributed", "signals", "together", "views"},
     "model": {"config", "ops", "views"},
     "model/eve.py": {"objectives"},  # whose heads it holds; objectives know the other modules of model only
     "objectives": {"config", "ops", "views", "data", "model"},

@@ -12,6 +12,7 @@ IN_MEMORY = {
     "reading.py": "parses for all others",
     "data/tokenizer.py": "what a trainer of this process returned",
     "data/shard_writer.py": "what json.dumps of this process returned",
+    "tasks/batches.py": "what pickle.dumps of this process returned",
     "parallel/settings.py": "what json.dumps of this process returned",
     "parallel/deepspeed_json/file.py": "the DeepSpeed JSON, with stricter rules for numbers and keys",
 }

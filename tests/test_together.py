@@ -38,8 +38,10 @@ def failures(rank, world_size, folder):
     from eve_ds.together import on_every_rank, on_rank_zero
     from eve_ds.topology import Topology
     from eve_ds.training.feed import Feed
+    from eve_ds.training.job import Loading
 
     group = dist.new_group(backend="gloo")
+    loading = Loading(Topology.current(), 1, 0, None, False, group)
     written = []
 
     def fail(*errors):
@@ -49,7 +51,7 @@ def failures(rank, world_size, folder):
 
     def take(*errors):
         error = errors[rank]
-        Feed(Failing(error), Topology.current(), None, 1, torch.device("cpu"), group).take(0)
+        Feed(Failing(error), loading, 1, torch.device("cpu")).take(0)
 
     full = OSError(28, "No space left on device", "/runs/a")
     found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,31 +131,43 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def load(
-    engine: DeepSpeedEngine, folder: Path, shapes: dict[str, torch.Size]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_positions(folder: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Step of a checkpoint, and the data positions of all ranks that wrote it, in rank order.
+
+    Raises:
+        ConfigError: the files have another form.
+    """
+    with _form(folder):
+        ranks = [manifest.read_json(path) for path in sorted(folder.glob("rank-*.json"))]
+        return manifest.read_state(folder)["step"], [rank["position"] for rank in ranks]
+
+
+def load(engine: DeepSpeedEngine, folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Any]:
     """Fill an engine of any topology from a checkpoint that :func:`newest_good` returned; collective.
 
     `shapes` maps the names of the plain model's weights to their shapes. Random states are restored if the number of
-    ranks is the same.
-
-    Returns:
-        Counters of the run, and the data positions of all ranks that wrote the checkpoint, in rank order.
+    ranks is the same. Returns the counters of the run.
 
     Raises:
         ConfigError: the checkpoint's tensors do not match the model.
     """
-    try:
+    with _form(folder):
         numbers = manifest.read_state(folder)
         reader = PieceReader(folder)
         engine_tensors.check_tensors(reader, shapes, str(folder))
         engine_tensors.load_pieces(engine, reader, float(numbers["optimizer_steps"]))
-        ranks = [manifest.read_json(path) for path in sorted(folder.glob("rank-*.json"))]
         engine_tensors.load_loss_scale(engine, numbers["loss_scale"])
-        topology = Topology.current()
+        ranks, topology = sorted(folder.glob("rank-*.json")), Topology.current()
         if len(ranks) == topology.world_size:
-            restore_random_states(ranks[topology.rank]["random"])
-        return numbers, [rank["position"] for rank in ranks]
+            restore_random_states(manifest.read_json(ranks[topology.rank])["random"])
+        return numbers
+
+
+@contextmanager
+def _form(folder: Path) -> Iterator[None]:
+    """Context in which an error about the form of a checkpoint's files becomes ConfigError."""
+    try:
+        yield
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -1,4 +1,5 @@
-"""Turn a published data set into WebDataset shards with an index, or train a tokenizer on the captions of shards.
+"""Turn a published data set into WebDataset shards with an index, index the shards of another tool, or
+train a tokenizer on the captions of shards.
 
     python launcher/prepare.py nlvr nlvr-dev.tar.xz --out datasets/nlvr-dev
     python launcher/prepare.py img2dataset cc3m/ --out datasets/cc3m --exclude_ids datasets/coco-test/ids.txt
@@ -6,6 +7,7 @@
     python launcher/prepare.py json coco_train.json --images coco/ --out datasets/coco
     python launcher/prepare.py table captions.tsv --images photos/ --out datasets/photos
     python launcher/prepare.py scenes --num_samples 100000 --out datasets/scenes
+    python launcher/prepare.py index shards/
     python launcher/prepare.py tokenizer --shards datasets/coco --vocab_size 8000 --out tokenizers/coco
 
 Rerun the same command to resume after an interruption or a kill. Options may be written with dashes or underscores.
@@ -34,7 +36,7 @@ from eve_ds.cli.command import (
     positive,
     run_command,
 )
-from eve_ds.cli.shard_progress import Tally, print_report, shown_progress
+from eve_ds.cli.shard_progress import Tally, counter, print_report, shown_progress
 
 if TYPE_CHECKING:
     from eve_ds.data.importers import Source
@@ -85,6 +87,9 @@ def build_parser() -> Parser:
     add_source("table", "CSV or TSV of image path and caption", _add_table, _table)
     add_source("scenes", "generated scenes", _add_scenes, _scenes)
     _add_tokenizer(commands.add_parser("tokenizer", help="train a BPE tokenizer on the captions of shards"))
+    index = commands.add_parser("index", help="write index.json for the plain tars of another tool")
+    index.add_argument("path", nargs="+", type=output, metavar="FOLDER", help="folders of WebDataset shards (*.tar)")
+    index.set_defaults(run=prepare_index)
     return parser
 
 
@@ -287,6 +292,16 @@ def prepare_shards(arguments: argparse.Namespace) -> None:
     with shown_progress(tally) as on_shard:
         report = write_shards(source, arguments.out, options, arguments.workers, on_shard)
     print_report(report, tally, arguments.out)
+
+
+def prepare_index(arguments: argparse.Namespace) -> None:
+    """Write the indices of folders."""
+    from eve_ds.data.index_writer import write_index
+
+    for folder in arguments.path:
+        entries = write_index(folder, counter("shards"))
+        samples, size = (sum(entry[name] for entry in entries) for name in ("samples", "bytes"))
+        print(f"{folder}: {samples:,} samples in {len(entries)} shards, {size / 1e6:,.1f} MB, index.json written")
 
 
 def prepare_tokenizer(arguments: argparse.Namespace) -> None:

@@ -66,6 +66,23 @@ def shown_progress(tally: Tally) -> Iterator[Callable[[Progress], None]]:
     yield on_shard_plain
 
 
+def counter(what: str) -> Callable[[int, int], None]:
+    """Function to call after each item with the number done and of all; prints a line every :data:`PLAIN_SECONDS`.
+
+    Args:
+        what: plural noun of the items.
+    """
+    last = time.monotonic()
+
+    def on_item(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_SECONDS and done < total:
+            last = time.monotonic()
+            print(f"{done:,} of {total:,} {what}", flush=True)
+
+    return on_item
+
+
 @contextmanager
 def _bar(tally: Tally) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn

@@ -6,14 +6,13 @@ Pre-training objectives (:mod:`eve_ds.objectives`) determine which of these mask
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config
 from eve_ds.data.batch import Sample
@@ -27,6 +26,9 @@ from eve_ds.data.masking import (
     num_chosen,
     num_masked_patches,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class Collated(NamedTuple):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from eve_ds.config import Config
 from eve_ds.data.batch import Batch, Sample
@@ -17,6 +16,9 @@ from eve_ds.data.batch_masks import Collated, Masker
 from eve_ds.data.captions import CaptionEncoder, check_vocabulary, padded
 from eve_ds.data.transforms import channels_first
 from eve_ds.views import HasViews, layouts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class PretrainingObjective(HasViews, Protocol):

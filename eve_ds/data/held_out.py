@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eve_ds.config import Config, ConfigError, SourceConfig, ValidationConfig
 from eve_ds.data.batch import Sample
@@ -12,9 +14,14 @@ from eve_ds.data.errors import BadSample
 from eve_ds.data.image_decoding import choose_decoding
 from eve_ds.data.order import Place
 from eve_ds.data.sample_names import image_key
-from eve_ds.data.shards import find_shards
-from eve_ds.data.sources import SampleSource, open_source
+from eve_ds.data.shard_paths import expand
+from eve_ds.data.shards import Shard
+from eve_ds.data.sources import SampleSource, open_source, shards_of
 from eve_ds.data.transforms import TrainTransform
+from eve_ds.together import from_rank_zero
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -32,11 +39,12 @@ def held_out_share(config: Config) -> float:
     return 0.0 if config.data.validation is None else config.data.validation.share
 
 
-def held_out_pairs(config: Config, rank: int, world_size: int) -> list[Sample]:
-    """Return this rank's pairs of `data.validation`, with whole, resized images; unusable pairs are omitted.
+def held_out_pairs(config: Config, rank: int, world_size: int, group: dist.ProcessGroup | None = None) -> list[Sample]:
+    """Return this rank's pairs of `data.validation`, with whole, resized images; collective.
 
     Pairs are chosen in the order of the sources, at most `num_samples` over all ranks, and assigned to the ranks in
-    turn. Of an image with several captions the first is taken, so that the image of another pair is another image.
+    turn; unusable ones are omitted. Of an image with several captions the first is taken, so that the image of another
+    pair is another image. Rank 0 looks for shards and pairs, for all ranks of `group` (default: all ranks).
 
     Raises:
         ConfigError: shards are missing, empty, or also used for training; or no pair is held out.
@@ -46,32 +54,31 @@ def held_out_pairs(config: Config, rank: int, world_size: int) -> list[Sample]:
     decoding = choose_decoding(config.data.image_decoder)
     transform = TrainTransform(config.model.image_size, (1.0, 1.0), 0.0, config.train.seed, decoding)
     chosen = validation.sources or [item for item in config.data.sources if item.modalities in ("pair", "any")]
-    _refuse_shared_shards(validation.sources, config.data.sources)
-    sources = [open_source(source, transform, config.train.seed) for source in chosen]
-    found = [_read(source, *place) for source, place in list(_places(sources, validation))[rank::world_size]]
+    found = from_rank_zero(partial(_shards, config, chosen), group)
+    pairs = zip(chosen, found, strict=True)
+    sources = [open_source(source, shards, transform, config.train.seed) for source, shards in pairs]
+    places = from_rank_zero(lambda: list(_places(sources, validation)), group)
+    read = [_read(sources[place.source], place) for place in places[rank::world_size]]
     for source in sources:
         source.close()
-    return [sample for sample in found if sample is not None]
+    return [sample for sample in read if sample is not None]
 
 
-def _places(
-    sources: Sequence[SampleSource], validation: ValidationConfig
-) -> Iterator[tuple[SampleSource, tuple[int, int]]]:
-    """Yield the first held-out places: source, shard and index in the shard."""
+def _places(sources: Sequence[SampleSource], validation: ValidationConfig) -> Iterator[Place]:
+    """Yield the first held-out places."""
     count = 0
-    for source in sources:
+    for index, source in enumerate(sources):
         for shard, size in enumerate(source.shard_sizes):
             before = ""
             for number in range(size):
                 if count == validation.num_samples:
                     return
-                key = _key(source, shard, number)
-                image = image_key(key)
-                further = image != key and image == before  # captions of an image stand together in a shard
+                image = _image(source, shard, number)
+                further = image != "" and image == before  # captions of an image stand together in a shard
                 before = image
-                if not further and (not validation.share or is_held_out(key, validation.share)):
+                if not further and (not validation.share or is_held_out(image, validation.share)):
                     count += 1
-                    yield source, (shard, number)
+                    yield Place(source=index, epoch=0, shard=shard, number=number, slot=0)
     if not count:
         raise ConfigError(
             f"data.validation.share ({validation.share:g}) holds out no sample of data.sources: raise it, or name "
@@ -79,29 +86,32 @@ def _places(
         )
 
 
-def _key(source: SampleSource, shard: int, number: int) -> str:
+def _image(source: SampleSource, shard: int, number: int) -> str:
     try:
-        return source.key(shard, number)
+        return source.image(shard, number)
     except BadSample:
         return ""
 
 
-def _read(source: SampleSource, shard: int, number: int) -> Sample | None:
+def _read(source: SampleSource, place: Place) -> Sample | None:
     """Read a sample; None if it is unusable or not a pair."""
     try:
-        sample = source.read(Place(source=0, epoch=0, shard=shard, number=number, slot=0))
+        sample = source.read(place)
     except BadSample:
         return None
-    return None if sample.image is None or sample.caption is None else sample
+    return None if sample is None or sample.image is None or sample.caption is None else sample
 
 
-def _refuse_shared_shards(validation: Sequence[SourceConfig], training: Sequence[SourceConfig]) -> None:
-    held, trained = ({_path for source in sources for _path in _paths(source)} for sources in (validation, training))
-    if shared := sorted(held & trained):
-        raise ConfigError(
-            f"data.validation.sources names shard {shared[0]}, which data.sources trains on: name other shards"
-        )
+def _shards(config: Config, chosen: Sequence[SourceConfig]) -> list[list[Shard]]:
+    """Shards of the chosen sources; raises ConfigError if the run trains on some of them by name."""
+    if config.data.validation is not None and config.data.validation.sources:
+        shared = sorted(_files(chosen) & _files(config.data.sources))
+        if shared:
+            raise ConfigError(
+                f"data.validation.sources names shard {shared[0]}, which data.sources trains on: name other shards"
+            )
+    return shards_of(chosen)
 
 
-def _paths(source: SourceConfig) -> list[Path]:
-    return [Path(shard.path).resolve() for shard in find_shards(source.shards)] if source.shards else []
+def _files(sources: Sequence[SourceConfig]) -> set[Path]:
+    return {Path(address).resolve() for source in sources if source.shards for address in expand(source.shards)}

@@ -13,11 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
-from transformers import PreTrainedTokenizerFast
 from webdataset import DataPipeline
 
 from eve_ds.config import Config, ConfigError
@@ -30,6 +29,10 @@ from eve_ds.data.order import Lanes, Place, Position, StreamOrder, lanes_for, me
 from eve_ds.data.sources import SampleSource, UnusableData, open_sources
 from eve_ds.data.workers import start_loader
 from eve_ds.distributed import get_logger
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from transformers import PreTrainedTokenizerFast
 
 STATE_VERSION = 1
 """Version of the saved data position."""
@@ -84,13 +87,11 @@ def read_samples(
     places: Iterable[tuple[int, Place]], sources: Sequence[SampleSource], held_out_share: float = 0.0
 ) -> Iterator[tuple[int, Sample | Skipped | None]]:
     """Second stage: read, decode and crop; yield an unusable sample as :class:`Skipped`, a held-out one as None."""
+    held_out = partial(is_held_out, share=held_out_share)
     for consumed, place in places:
         source = sources[place.source]
         try:
-            if held_out_share and is_held_out(source.key(place.shard, place.number), held_out_share):
-                yield consumed, None
-            else:
-                yield consumed, source.read(place)
+            yield consumed, source.read(place, held_out)
         except BadSample as error:
             key = "" if error.key is None else f", key {error.key}"
             yield consumed, Skipped(error.reason, f"{source.describe(place.shard, place.number)}{key}: {error}")
@@ -143,8 +144,9 @@ def _deliveries(
         pipeline,
         batch_size=None,
         num_workers=num_workers,
+        imports=__name__,
         collate_fn=_unchanged,
-        multiprocessing_context=start_method,
+        start_method=start_method,
         pin_memory=pin_memory,  # in a thread of this process
         generator=torch.Generator(),  # the default generator belongs to the noise of the model
     )
@@ -180,12 +182,8 @@ class Loader:
         self.read_seconds = 0.0
         self._sources = sources
         self._position, self._identity, self._max_bad_share = position, identity, max_bad_share
-        self._start: Callable[[], Iterator[Delivery]] = partial(
-            _deliveries, pipeline, num_workers, start_method, pin_memory
-        )
-        self._stream: Iterator[Delivery] | None = None
+        self._stream: Iterator[Delivery] | None = _deliveries(pipeline, num_workers, start_method, pin_memory)
         self._last_skipped = Skipped("", "before this start")
-        self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -196,10 +194,8 @@ class Loader:
         Raises:
             UnusableData: too many samples cannot be used.
         """
-        if self._closed:
+        if self._stream is None:
             raise StopIteration
-        if self._stream is None:  # on first use, so that building a loader starts no process
-            self._stream = self._start()
         delivery = next(self._stream)
         self._position = self._position.advance(self._position.next_worker, delivery.consumed)
         self.num_samples += 0 if delivery.batch is None else len(delivery.batch)
@@ -247,7 +243,6 @@ class Loader:
         self._stream = None  # torch's iterator stops its workers when it is deleted
         for source in self._sources:
             source.close()
-        self._closed = True
 
 
 def build_loader(
@@ -259,12 +254,13 @@ def build_loader(
     world_size: int,
     micro_batch_size: int,
     state: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+    group: dist.ProcessGroup | None = None,
     start_method: str | None = None,
     pin_memory: bool = False,
 ) -> Loader:
-    """Build the loader of one rank, at the start of the stream or at a saved position.
+    """Build the loader of one rank, at the start of the stream or at a saved position; collective.
 
-    `data.num_workers` worker processes read the samples; with 0, this process reads them.
+    `data.num_workers` worker processes start to read the samples; with 0, this process reads them when they are due.
 
     Args:
         config: data, masking, model and seed.
@@ -277,7 +273,8 @@ def build_loader(
         state: state from :meth:`Loader.state_dict` of this rank, or the states of all ranks in rank order. A list may
             come from another number of ranks or samples per batch: unserved samples are redistributed, none repeated
             and none lost. The number of workers may always change.
-        start_method: start method of worker processes: "fork", "spawn" or "forkserver"; None: Python's default.
+        group: ranks that build their loaders together, of which rank 0 looks for the shards; None: all.
+        start_method: start method of worker processes: "fork", "spawn" or "forkserver"; None: "forkserver".
         pin_memory: put batches into page-locked memory, so that copies to a GPU can overlap with computation.
 
     Raises:
@@ -287,7 +284,7 @@ def build_loader(
     """
     states = [] if state is None else [state] if isinstance(state, dict) else list(state)
     decoding = choose_decoding(config.data.image_decoder, states)
-    sources = open_sources(config, decoding)
+    sources = open_sources(config, group, decoding)
     collate = Collator(
         config,
         tokenizer,

@@ -9,6 +9,7 @@ _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
 """Suffixes of compressed files, in which no sample can be read at its offset."""
 _CAPTION_OF_IMAGE = re.compile(r"((?:.*/)?[0-9]{9,})-[0-9]+", re.DOTALL)
+_CAPTION = re.compile(r"(?:([0-9]+)\.)?txt")
 _RESERVED = re.compile(r"__[^/]*__($|/)")
 
 
@@ -20,6 +21,12 @@ def split_name(name: str) -> tuple[str | None, str | None]:
     """
     match = None if _RESERVED.match(name) or is_leftover(name) else _KEY_AND_EXTENSION.fullmatch(name)
     return (match[1], match[2]) if match else (None, None)
+
+
+def caption_label(extension: str) -> str | None:
+    """Number of a caption in the extension of its member: "3" for `3.txt`, "" for `txt`; None for no caption."""
+    match = _CAPTION.fullmatch(extension.lower())
+    return None if match is None else match[1] or ""
 
 
 def written_key(image: int, caption: int | None) -> str:

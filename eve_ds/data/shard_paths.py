@@ -14,11 +14,12 @@ from eve_ds import limits
 from eve_ds.config import ConfigError
 from eve_ds.data.formats.unread import binary_kind
 from eve_ds.data.sample_names import COMPRESSED, packed_tars, shard_files
+from eve_ds.data.shard_index import Varints, decode_text
 from eve_ds.distributed import get_logger
 from eve_ds.reading import read_file, read_json
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 1
+INDEX_VERSIONS = (1, 2)
 SETTING = "data.sources.shards"
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://|(?P<pipe>pipe):", re.IGNORECASE)
@@ -35,10 +36,12 @@ class IndexEntry(NamedTuple):
     """Size of the shard; None: not in the index."""
     sha256: str | None
     """Hash of the shard when it was written; None: not in the index."""
+    groups: Varints | None
+    """Varints of the layout of the shard, see :mod:`eve_ds.data.shard_index`; None: not in the index."""
 
 
-def expand(spec: str | Sequence[str]) -> list[Path]:
-    """Paths of a brace list, a folder, a path, or a list of these; all of them regular files, none named twice.
+def expand(spec: str | Sequence[str]) -> list[str]:
+    """Addresses of a brace list, a folder, a path, or a list of these; all of them regular files, none named twice.
 
     Raises:
         ConfigError: a shard is missing or named twice, a folder has no shards, there are more than `limits.SHARDS`, or
@@ -49,13 +52,27 @@ def expand(spec: str | Sequence[str]) -> list[Path]:
     if count > limits.SHARDS:
         raise ConfigError(f"{SETTING} {items} names more than {limits.SHARDS:,} shards: check the numbers in braces")
     paths = [path for item in items for path in _expand_item(item)]
+    _refuse_repeated(paths)
+    _require_files(paths)
+    return [str(path) for path in paths]
+
+
+def name_of(address: str) -> str:
+    """File name of a shard."""
+    return address.rpartition("/")[2]
+
+
+def folder_of(address: str) -> str:
+    """Folder of a shard, "." for a bare name."""
+    return os.path.dirname(address) or "."
+
+
+def _refuse_repeated(paths: Sequence[Path]) -> None:
     seen: set[Path] = set()
     for path in paths:
         if path in seen:
             raise ConfigError(f"shard {path} is named twice in one source; raise the `weight` of the source instead")
         seen.add(path)
-    _require_files(paths)
-    return paths
 
 
 def num_expanded(pattern: str) -> int:
@@ -75,19 +92,19 @@ def num_expanded(pattern: str) -> int:
     return max(sum(level) for level in levels)
 
 
-def read_index(folder: Path) -> dict[str, IndexEntry]:
+def read_index(folder: str | Path) -> dict[str, IndexEntry]:
     """Entries of the index of a folder by the name of the shard; empty without an index.
 
     Raises:
         ConfigError: the index has another version or form.
     """
-    path = folder / INDEX_NAME
+    path = Path(folder) / INDEX_NAME
     if not path.exists():
         return {}
     try:
-        tree = read_json(path)
-        if tree["version"] != INDEX_VERSION:
-            raise ConfigError(f"{path} has version {tree['version']!r}, only {INDEX_VERSION} can be read")
+        tree = read_json(path, limits.INDEX_BYTES)
+        if tree["version"] not in INDEX_VERSIONS:
+            raise ConfigError(f"{path} has version {tree['version']!r}, only 1 and 2 can be read")
         return dict(_index_entry(item) for item in tree["shards"])
     except ConfigError:
         raise
@@ -99,9 +116,9 @@ def read_index(folder: Path) -> dict[str, IndexEntry]:
         ) from None
 
 
-def refuse_other_content(path: Path) -> None:
+def refuse_other_content(address: str) -> None:
     """Raise :class:`ConfigError` for a file without samples, and name what it is by its first bytes."""
-    size = path.stat().st_size
+    path, size = Path(address), os.stat(address).st_size
     start = read_file(path, limits.MIB, size=min(size, 64))
     kind = binary_kind(start)
     if kind is not None:
@@ -185,8 +202,11 @@ def _index_entry(item: Any) -> tuple[str, IndexEntry]:
             raise ValueError(f"{key} of {name} ({value!r}) must be a whole number")
     if samples > limits.SHARD_SAMPLES:
         raise ValueError(f"samples of {name} ({samples:,}) must be at most {limits.SHARD_SAMPLES:,}")
-    digest = item.get("sha256")
-    return name, IndexEntry(samples, size, digest if isinstance(digest, str) and digest else None)
+    digest, groups = item.get("sha256"), item.get("groups")
+    if not isinstance(groups, str | None):
+        raise ValueError(f"groups of {name} must be text")
+    stored = decode_text(groups) if groups else None
+    return name, IndexEntry(samples, size, digest if isinstance(digest, str) and digest else None, stored)
 
 
 def _length(start: str, end: str, step: str | None) -> int:

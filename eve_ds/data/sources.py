@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from eve_ds.config import Config, ConfigError, SourceConfig
 from eve_ds.data.batch import Sample
@@ -16,9 +16,17 @@ from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
-from eve_ds.data.shards import ShardFile, find_shards
+from eve_ds.data.sample_names import image_key
+from eve_ds.data.shard_file import ShardFile, StoredSample
+from eve_ds.data.shard_paths import name_of
+from eve_ds.data.shard_table import ShardTable
+from eve_ds.data.shards import Shard, find_shards, open_shard
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.transforms import TrainTransform
+from eve_ds.together import from_rank_zero
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 GENERATED_PER_SHARD = 1000
 """Generated samples are ordered as if stored in shards of this size."""
@@ -33,6 +41,10 @@ class UnusableData(ValueError):
     """Raised if the data cannot be used for training; the message names shard, key and reason."""
 
 
+def _none(image: str) -> bool:
+    return False
+
+
 class SampleSource(Protocol):
     """One source of the mixture."""
 
@@ -43,15 +55,15 @@ class SampleSource(Protocol):
     has_captions: bool
     """Whether samples can have a caption."""
 
-    def read(self, place: Place) -> Sample:
-        """Read the sample at a place.
+    def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
+        """Read the sample at a place; None if `left_out` is true for the name of its image.
 
         Raises:
             BadSample: the sample cannot be used.
         """
 
-    def key(self, shard: int, number: int) -> str:
-        """Return the key of a sample without reading its members.
+    def image(self, shard: int, number: int) -> str:
+        """Return the name of the image of a sample, without reading its members; all captions of an image have one.
 
         Raises:
             BadSample: the sample is missing.
@@ -122,22 +134,24 @@ class GeneratedSource:
         full, rest = divmod(config.num_samples, GENERATED_PER_SHARD)
         self.shard_sizes = [GENERATED_PER_SHARD] * full + ([rest] if rest else [])
 
-    def read(self, place: Place) -> Sample:
+    def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
         """Generate one sample."""
-        key, epoch = self.key(place.shard, place.number), place.epoch
+        key, epoch = self.image(place.shard, place.number), place.epoch
+        if left_out(key):
+            return None
         in_order = self._reading_order.holds(place.slot, epoch, key)
         scene = self._scenes.scene(place.shard * GENERATED_PER_SHARD + place.number, reading_order=in_order)
         caption = scene.caption if self.has_captions else None
         image = self._transform(scene.image, caption, epoch, key) if self.has_images else None
         return Sample(key, epoch, image, caption)
 
-    def key(self, shard: int, number: int) -> str:
+    def image(self, shard: int, number: int) -> str:
         """Return the key of a scene, made of level, seed and index."""
         return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
 
     def describe(self, shard: int, number: int) -> str:
         """Return the key of the sample; generated samples have no shards."""
-        return self.key(shard, number)
+        return self.image(shard, number)
 
     def fingerprint(self) -> str:
         """Return level, seed and number of samples, and the order of captions if it is not random."""
@@ -152,19 +166,31 @@ class GeneratedSource:
 
 
 class ShardsSource:
-    """Samples from WebDataset shards: caption KEY.txt and an image KEY.jpg, .png, ...; see `IMAGE_EXTENSIONS`."""
+    """Samples from WebDataset shards: an image KEY.jpg, .png, ... and its caption KEY.txt, or captions KEY.0.txt, ...
 
-    def __init__(self, config: SourceConfig, transform: TrainTransform) -> None:
+    Args:
+        config: section of the source.
+        transform: decodes and crops the images, whose extensions are :data:`IMAGE_EXTENSIONS`.
+        shards: shards of the source, from :func:`find_shards`.
+    """
+
+    def __init__(self, config: SourceConfig, transform: TrainTransform, shards: Sequence[Shard]) -> None:
         self._modalities, self._transform = config.modalities, transform
         self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
-        self._shards = find_shards(config.shards or [])
-        self.shard_sizes = [shard.num_samples for shard in self._shards]
+        self._shards = ShardTable(shards)
+        self.shard_sizes = [shard.num_samples for shard in shards]
+        self._names = _digest(f"{name_of(shard.address)} {shard.num_samples}" for shard in shards)
+        self._contents = {"sizes": _digest(str(shard.bytes) for shard in shards)}
+        if all(shard.sha256 for shard in shards):
+            self._contents["hashes"] = _digest(str(shard.sha256) for shard in shards)
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
-    def read(self, place: Place) -> Sample:
+    def read(self, place: Place, left_out: Callable[[str], bool] = _none) -> Sample | None:
         """Read, decode and crop one sample."""
         epoch = place.epoch
-        key, fields = self._fields(place.shard, place.number)
+        key, fields, image_name = self._stored(place.shard, place.number)
+        if left_out(image_key(image_name)):
+            return None
         try:
             caption = self._caption(fields)
             encoded = self._encoded_image(fields)
@@ -176,30 +202,29 @@ class ShardsSource:
             raise
         return Sample(key, epoch, image, caption)
 
-    def key(self, shard: int, number: int) -> str:
-        """Return the name of the sample's members without extension."""
+    def image(self, shard: int, number: int) -> str:
+        """Return the key of the image, that of its members; shards that repeat an image have it once as well."""
         try:
-            return self._shard_file(shard).key(number)
+            return image_key(self._shard_file(shard).image(number))
         except OSError as error:
             raise BadSample("unreadable shard", str(error)) from None
 
-    def _fields(self, shard: int, number: int) -> tuple[str, dict[str, bytes]]:
+    def _stored(self, shard: int, number: int) -> StoredSample:
         try:
             return self._shard_file(shard).read(number)
         except OSError as error:
             raise BadSample("unreadable shard", str(error)) from None
 
     def _shard_file(self, shard: int) -> ShardFile:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        file = ShardFile(self._shards[shard].path)
-        if len(file) > self._shards[shard].num_samples:
+        if shard not in self._open:
+            self._open[shard] = open_shard(self._shards[shard])
+        file, listed = self._open[shard], self.shard_sizes[shard]
+        if len(file) > listed:  # known when it is opened, or once a sample is read
             raise UnusableData(
-                f"shard {file.path} holds {len(file)} samples, its index says {self._shards[shard].num_samples}: "
-                "write the index again with launcher/prepare.py, or remove it to have the shards scanned"
+                f"shard {file.address} holds {len(file)} samples, its index says {listed}: write the index again with "
+                "launcher/prepare.py index, or remove it to have the shards scanned"
             )
-        self._open[shard] = file
+        self._open.move_to_end(shard)
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return file
@@ -225,20 +250,18 @@ class ShardsSource:
         return encoded
 
     def describe(self, shard: int, number: int) -> str:
-        """Return the path of the shard and the index of the sample in it."""
-        return f"shard {self._shards[shard].path}, sample {number}"
+        """Return the path of the shard, the index of the sample in it, and that of the caption if there are several."""
+        file = self._open.get(shard)
+        caption = "" if file is None else file.describe_caption(number)
+        return f"shard {self._shards[shard].address}, sample {number}{caption}"
 
     def fingerprint(self) -> str:
         """Return a digest of names and sizes of the shards in their order, independent of their folder."""
-        digest = _digest(f"{Path(shard.path).name} {shard.num_samples}" for shard in self._shards)
-        return f"{len(self._shards)} shards, {sum(self.shard_sizes)} samples, {digest}"
+        return f"{len(self._shards)} shards, {sum(self.shard_sizes)} samples, {self._names}"
 
     def contents(self) -> dict[str, str]:
         """Return a digest of the sizes of all shards and, if an index has all of them, one of their hashes."""
-        found = {"sizes": _digest(str(shard.bytes) for shard in self._shards)}
-        if all(shard.sha256 for shard in self._shards):
-            found["hashes"] = _digest(str(shard.sha256) for shard in self._shards)
-        return found
+        return self._contents
 
     def close(self) -> None:
         """Close the open shards."""
@@ -254,8 +277,12 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def open_sources(config: Config, decoding: Decoding | None = None) -> list[SampleSource]:
-    """Open the sources of the training mixture, in the order of `data.sources`.
+def open_sources(
+    config: Config, group: dist.ProcessGroup | None = None, decoding: Decoding | None = None
+) -> list[SampleSource]:
+    """Open the sources of the training mixture, in the order of `data.sources`; collective.
+
+    Rank 0 looks for the shards and reads their indices, for all ranks of `group` (default: all ranks).
 
     `decoding` is the decoder and resampler of images; None: the fastest that are installed.
 
@@ -266,15 +293,21 @@ def open_sources(config: Config, decoding: Decoding | None = None) -> list[Sampl
         raise ConfigError("data.sources is empty; name at least one source")
     data, seed = config.data, config.train.seed
     transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed, decoding)
-    return [open_source(source, transform, seed) for source in data.sources]
+    found = from_rank_zero(partial(shards_of, data.sources), group)
+    return [open_source(*source, transform, seed) for source in zip(data.sources, found, strict=True)]
 
 
-def open_source(source: SourceConfig, transform: TrainTransform, seed: int) -> SampleSource:
-    """Open one source whose images are transformed by `transform`.
+def shards_of(sources: Sequence[SourceConfig]) -> list[list[Shard]]:
+    """Find the shards of each source; none for generated samples.
 
     Raises:
-        ConfigError: shards are missing or empty.
+        ConfigError: see :func:`find_shards`.
     """
+    return [find_shards(source.shards or []) if source.kind == "shards" else [] for source in sources]
+
+
+def open_source(source: SourceConfig, shards: Sequence[Shard], transform: TrainTransform, seed: int) -> SampleSource:
+    """Open one source, with its shards if it has any, whose images are transformed by `transform`."""
     if source.kind == "shards":
-        return ShardsSource(source, transform)
+        return ShardsSource(source, transform, shards)
     return GeneratedSource(source, transform, seed)

@@ -39,13 +39,18 @@ class Member(NamedTuple):
 
 
 def block_reader(descriptor: int) -> Callable[[int], bytes]:
-    """Return a function that reads 512 bytes at an offset through a small read-ahead buffer."""
+    """Return a function that reads 512 bytes of a file at an offset through a small read-ahead buffer."""
+    return read_ahead(lambda offset, size: os.pread(descriptor, size, offset))
+
+
+def read_ahead(read_at: Callable[[int, int], bytes]) -> Callable[[int], bytes]:
+    """Return a function that reads 512 bytes at an offset through a small buffer; `read_at` takes offset and size."""
     start, buffer = 0, b""
 
     def block(offset: int) -> bytes:
         nonlocal start, buffer
         if not start <= offset <= start + len(buffer) - BLOCK:
-            start, buffer = offset, os.pread(descriptor, _READ_AHEAD, offset)
+            start, buffer = offset, read_at(offset, _READ_AHEAD)
         return buffer[offset - start : offset - start + BLOCK]
 
     return block

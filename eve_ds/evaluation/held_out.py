@@ -6,7 +6,7 @@ If a loss is the same with the wrong image or caption, the model does not use th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from eve_ds.evaluation.scenes import (
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.topology import Topology
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 BATCH_SIZE = 64
 """Number of pairs in one forward pass."""
 
@@ -43,14 +46,19 @@ class HeldOut(NamedTuple):
     batches: Sequence[Batch]
 
 
-def load_held_out(config: Config, tokenizer: PreTrainedTokenizerFast, topology: Topology) -> HeldOut:
-    """Read this rank's share of the pairs of `data.validation`; collective.
+def load_held_out(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    topology: Topology,
+    group: dist.ProcessGroup | None = None,
+) -> HeldOut:
+    """Read this rank's share of the pairs of `data.validation`; collective over `group` (default: all ranks).
 
     Raises:
         ConfigError: see :func:`eve_ds.data.held_out.held_out_pairs`, or fewer than two usable pairs on some rank.
     """
-    pairs = held_out_pairs(config, topology.data_rank, topology.data_size)
-    usable = min(gather_objects(len(pairs)))
+    pairs = held_out_pairs(config, topology.data_rank, topology.data_size, group)
+    usable = min(gather_objects(len(pairs), group))
     if usable < 2:
         raise ConfigError(
             f"data.validation leaves a rank with {usable} usable pairs, at least 2 are needed: hold out more"

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerFast
 
 from eve_ds import limits
 from eve_ds.config import Config, TaskConfig
@@ -25,12 +25,16 @@ from eve_ds.data.errors import BadSample
 from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
+from eve_ds.data.shared_bytes import SharedBytes
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.data.workers import start_loader
 from eve_ds.reading import read_file
 from eve_ds.tasks.augment import color_jitter, rand_augment
-from eve_ds.tasks.examples import Example, ImageSource
+from eve_ds.tasks.examples import Example, ImageSource, SceneExamples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GRAY = 128
 """Pixel value of the images of a blind model."""
@@ -198,6 +202,20 @@ class _Item(NamedTuple):
     seconds: float
 
 
+class _Stored:
+    """Examples in shared memory: every worker gets all, and a million objects would take it seconds and memory."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._pickles = SharedBytes(pickle.dumps(example) for example in examples)
+
+    def __len__(self) -> int:
+        return len(self._pickles)
+
+    def __getitem__(self, index: int) -> Example:
+        example: Example = pickle.loads(self._pickles[index].data)
+        return example
+
+
 class _TrainingExamples(Dataset["_Item | UnusableData"]):
     """Data set whose item (epoch, index) is that example, or the next whose images can be used.
 
@@ -205,7 +223,7 @@ class _TrainingExamples(Dataset["_Item | UnusableData"]):
     worker process would add a traceback to its message.
     """
 
-    def __init__(self, examples: Sequence[Example], reader: ImageReader) -> None:
+    def __init__(self, examples: SceneExamples | _Stored, reader: ImageReader) -> None:
         self._examples, self._reader = examples, reader
 
     def __getitem__(self, place: tuple[int, int]) -> _Item | UnusableData:
@@ -283,9 +301,13 @@ def training_batches(
     train = config.train
     order = _Order(len(examples), train.seed, step, train.train_batch_size, rank, world_size, micro_batch_size)
     loader = start_loader(
-        _TrainingExamples(examples, ImageReader(config, training=True, decoding=decoding)),
+        _TrainingExamples(
+            examples if isinstance(examples, SceneExamples) else _Stored(examples),
+            ImageReader(config, training=True, decoding=decoding),
+        ),
         batch_sampler=order,
         num_workers=config.data.num_workers,
+        imports=__name__,
         collate_fn=_Stack(collate),
         pin_memory=pin_memory,
         persistent_workers=config.data.num_workers > 0,

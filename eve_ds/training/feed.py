@@ -11,7 +11,6 @@ import torch.distributed as dist
 from eve_ds.data.device_queue import DeviceQueue
 from eve_ds.data.sources import UnusableData
 from eve_ds.distributed import get_logger
-from eve_ds.topology import Topology
 from eve_ds.training.data_wait import DataWait
 from eve_ds.training.job import Batches, Job, Loading, TrainingBatch
 
@@ -32,40 +31,29 @@ class StepData(NamedTuple):
 
 
 class Feed:
-    """Fetches the micro-batches of this rank one step ahead.
+    """Fetches the micro-batches of this rank one step ahead; a context manager, which ends worker processes.
 
     Args:
         job: loads and counts micro-batches.
-        topology: rank, which determines the share of the data.
-        loading: how to load micro-batches at the start of the run.
+        loading: how to load them, and where to begin.
         accumulation: number of micro-batches in a step.
         device: device that receives the copies.
-        group: host process group of all ranks.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        topology: Topology,
-        loading: Loading,
-        accumulation: int,
-        device: torch.device,
-        group: dist.ProcessGroup,
-    ) -> None:
-        self.job, self.topology, self.accumulation, self.group = job, topology, accumulation, group
+    def __init__(self, job: Job, loading: Loading, accumulation: int, device: torch.device) -> None:
+        self.job, self.accumulation = job, accumulation
+        self.topology, self.group = loading.topology, loading.group
         self.queue: DeviceQueue[Any] = DeviceQueue(device)
-        self.data_wait = DataWait(device, job.config.data.num_workers, group)
+        self.data_wait = DataWait(device, job.config.data.num_workers, self.group)
         self._next: StepData | None = None
-        self.open(loading)
-
-    def open(self, loading: Loading) -> None:
-        """Open the batches at a position."""
-        self.batches: Batches = self.job.open(loading)
+        self.batches: Batches = job.open(loading)
         self.position = self.batches.state_dict()
         """Position after the last step that was taken; the batches themselves are one step ahead."""
 
-    def close(self) -> None:
-        """End worker processes and close files."""
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.batches.close()
 
     def take(self, samples: int) -> StepData:

@@ -19,6 +19,7 @@ from eve_ds.config import Config, ConfigError
 from eve_ds.data.image_decoding import choose_decoding
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.data.workers import start_server
 from eve_ds.evaluation.predictions import evaluate
 from eve_ds.model.eve import Backbone, MoEFactory
 from eve_ds.model.with_losses import ModelWithLosses
@@ -87,6 +88,8 @@ def finetune(
         SaveError: checkpoints could not be written several times in a row.
     """
     info = initialize_deepspeed_distributed(timedelta(seconds=config.train.timeout_seconds))
+    if config.data.num_workers:
+        start_server("eve_ds.tasks.batches")
     # Stage 0 cannot clip if experts are spread over ranks.
     given = {"zero_optimization": {"stage": 1}} if deepspeed_config is None else deepspeed_config
     config, deepspeed_config = resolve_deepspeed_config(given, config, info.world_size)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -75,6 +76,8 @@ class Loading(NamedTuple):
     """Positions of all ranks at `step`, in rank order; None at the start of a run."""
     pin_memory: bool
     """Whether to load into page-locked memory, from which copies to a GPU overlap with computation."""
+    group: dist.ProcessGroup
+    """Host process group of all ranks."""
 
 
 class Evaluation(NamedTuple):

@@ -17,6 +17,7 @@ from eve_ds.config import Config, ConfigError
 from eve_ds.data.batch import Batch
 from eve_ds.data.pipeline import Loader, build_loader
 from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.data.workers import start_server
 from eve_ds.distributed import gather_rows, get_logger
 from eve_ds.evaluation.held_out import HeldOut, evaluate_held_out, load_held_out
 from eve_ds.evaluation.scenes import evaluate_scenes, trains_on_scenes
@@ -62,6 +63,8 @@ def pretrain(
         OpsBuildError: `EVE_DS_OPS=build`, and the fused ops cannot be built.
     """
     info = initialize_deepspeed_distributed(timedelta(seconds=config.train.timeout_seconds))
+    if config.data.num_workers:
+        start_server("eve_ds.data.pipeline", "eve_ds.objectives.registry")
     given = {} if deepspeed_config is None else deepspeed_config
     config, deepspeed_config = resolve_deepspeed_config(given, config, info.world_size)
     for objective, lacking in config.objectives_without_source.items():
@@ -109,7 +112,7 @@ class Pretraining:
     def open(self, loading: Loading) -> Loader:
         """Open the loader of the mixture; also read held-out pairs, so that their errors show before training."""
         if self.held_out is None and self.config.data.validation is not None:
-            self.held_out = load_held_out(self.config, self.tokenizer, loading.topology)
+            self.held_out = load_held_out(self.config, self.tokenizer, loading.topology, loading.group)
         return build_loader(
             self.config,
             self.tokenizer,
@@ -118,6 +121,7 @@ class Pretraining:
             world_size=loading.topology.data_size,
             micro_batch_size=loading.micro_batch_size,
             state=loading.positions,
+            group=loading.group,
             pin_memory=loading.pin_memory,
         )
 

@@ -6,7 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eve_ds.checkpoint.resuming import check_tokenizer, newest_good
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from eve_ds.checkpoint.resuming import check_tokenizer, newest_good, read_positions
 from eve_ds.config import TrainConfig
 from eve_ds.distributed import seed_everything
 from eve_ds.model.eve import Backbone
@@ -15,9 +19,10 @@ from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.zero import initialize_engine
 from eve_ds.signals import StopSignals
-from eve_ds.together import on_rank_zero
+from eve_ds.together import from_rank_zero, on_rank_zero
 from eve_ds.topology import Topology
-from eve_ds.training.job import Job, Summary
+from eve_ds.training.feed import Feed
+from eve_ds.training.job import Job, Loading, Summary
 from eve_ds.training.optimizer import build_optimizer
 from eve_ds.training.run_folder import FolderLock
 from eve_ds.training.trainer import Trainer
@@ -38,8 +43,37 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
     checkpoint = None if resume == "none" else newest_good(config, resume if isinstance(resume, Path) else None)
     if checkpoint is not None:
         on_rank_zero(partial(check_tokenizer, checkpoint, job.tokenizer))
-    seed_everything(config.train.seed)
     topology = Topology.current(config.parallel.ep_size)
+    # Before the model is built, so that worker processes start meanwhile.
+    with _open_feed(job, topology, checkpoint) as feed:
+        return _train(job, deepspeed_config, feed, checkpoint, lock, stop or StopSignals())
+
+
+def _open_feed(job: Job, topology: Topology, checkpoint: Path | None) -> Feed:
+    """Open the batches at the position of a checkpoint, or at the start of the run; collective."""
+    step, positions = 0, None
+    if checkpoint is not None:
+        step, positions = from_rank_zero(partial(read_positions, checkpoint))
+    # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
+    group = dist.new_group(backend="gloo")
+    device = torch.device(get_accelerator().current_device_name())
+    train = job.config.train
+    assert train.micro_batch_size is not None  # as in DeepSpeed's configuration
+    assert train.gradient_accumulation_steps is not None
+    loading = Loading(topology, train.micro_batch_size, step, positions, device.type == "cuda", group)
+    return Feed(job, loading, train.gradient_accumulation_steps, device)
+
+
+def _train(
+    job: Job,
+    deepspeed_config: dict[str, Any],
+    feed: Feed,
+    checkpoint: Path | None,
+    lock: FolderLock,
+    stop: StopSignals,
+) -> Summary:
+    config, topology = job.config, feed.topology
+    seed_everything(config.train.seed)
     moe_cls = partial(DeepSpeedMoE, ep_size=topology.ep_size, ep_rank=topology.expert_rank)
     module = job.build_model(moe_cls, from_checkpoint=checkpoint is not None)
     model = plain_model(module)
@@ -47,7 +81,7 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
     engine = initialize_engine(module, optimizer, deepspeed_config)
     job.freeze(model)
     use_built(next(model.parameters()))  # a build, if needed, must not count as time of the first step
-    with lock, stop or StopSignals() as signals, Trainer(job, engine, optimizer, signals) as trainer:
+    with lock, stop as signals, Trainer(job, engine, optimizer, feed, signals) as trainer:
         if checkpoint is not None:
             trainer.resume(checkpoint)
         summary = trainer.run()

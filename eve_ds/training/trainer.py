@@ -29,7 +29,7 @@ from eve_ds.storage import SaveError
 from eve_ds.together import on_rank_zero
 from eve_ds.topology import Topology
 from eve_ds.training.feed import Feed
-from eve_ds.training.job import Job, Loading, Summary, TrainingBatch
+from eve_ds.training.job import Job, Summary, TrainingBatch
 from eve_ds.training.metrics import Metrics, training_clock, training_numbers
 from eve_ds.training.nonfinite import NonFiniteError, NonFiniteSteps, poison_if_nonfinite
 from eve_ds.training.progress_line import ProgressLine
@@ -54,8 +54,10 @@ class Agreement(NamedTuple):
 class Trainer:
     """State of one run: engine, batches, counters; use as a context manager, in which `stop` only records signals."""
 
-    def __init__(self, job: Job, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer, stop: StopSignals) -> None:
-        self.job, self.config, self.engine, self.optimizer = job, job.config, engine, optimizer
+    def __init__(
+        self, job: Job, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer, feed: Feed, stop: StopSignals
+    ) -> None:
+        self.job, self.config, self.engine, self.optimizer, self.feed = job, job.config, engine, optimizer, feed
         self.model = plain_model(engine.module)
         self.topology = Topology.current(self.config.parallel.ep_size)
         self.step = self.samples = 0
@@ -66,13 +68,10 @@ class Trainer:
         self.evaluation: dict[str, Any] = {}
         self.done = False  # whether the run has reached its end
         self.stop = stop
-        # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
-        self.host_group = dist.new_group(backend="gloo")
+        self.host_group = feed.group
         self.saver = Saver(self.config, job.tokenizer, self.host_group)
         self.nonfinite = NonFiniteSteps(self.config.train, self.topology, self.host_group)
         self.window = Window()
-        accumulation = engine.gradient_accumulation_steps()
-        self.feed = Feed(job, self.topology, self._loading(None), accumulation, engine.device, self.host_group)
         # Last: a run that could not be built must not claim the folder with its configuration.
         on_rank_zero(partial(write_config, self.config))
         self.metrics = Metrics(self.config.train.output_dir, engine)
@@ -84,20 +83,17 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, (NonFiniteError, UnusableData)):  # raised by all ranks together
             self._finish_save()
-        self.feed.close()
         self.metrics.close()
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of any topology: weights, optimizer, counters, data position."""
-        state, positions = load(self.engine, checkpoint, self.job.shapes)
+        """Continue from a checkpoint of any topology, at whose data position the feed was opened."""
+        state = load(self.engine, checkpoint, self.job.shapes)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.nonfinite.skips = state["nonfinite_skips"]
         # The time alone does not tell: a run ends before the step that would exceed its budget.
         self.done = state.get("ended_at") == self.config.train.limits
         self.engine.global_steps, self.engine.global_samples = self.step, self.samples
         self.window = Window(started=self.seconds)
-        self.feed.close()
-        self.feed.open(self._loading(positions))
         self.checkpoint = checkpoint
         # Earlier records in the file with larger step numbers belong to updates that were lost.
         message = "; ".join([f"from {checkpoint}", *changed_settings(checkpoint, self.config)])
@@ -231,10 +227,6 @@ class Trainer:
                 f"the run ends at step {self.step} without a checkpoint of it, {newest}: make room or change "
                 "permissions, and rerun the same command to compute the missing steps"
             )
-
-    def _loading(self, positions: list[dict[str, Any]] | None) -> Loading:
-        micro_batch_size, is_gpu = self.engine.train_micro_batch_size_per_gpu(), self.engine.device.type == "cuda"
-        return Loading(self.topology, micro_batch_size, self.step, positions, is_gpu)
 
     def _done_share(self) -> float:
         return done_share(self.config.train, self.step, self.seconds)

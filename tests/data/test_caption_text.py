@@ -20,6 +20,7 @@ from eve_ds.data.captions import CaptionEncoder
 from eve_ds.data.errors import BadSample
 from eve_ds.data.masking import mask_tokens, sample_rng
 from eve_ds.data.order import Place
+from eve_ds.data.shards import find_shards
 from eve_ds.data.sources import ShardsSource
 from eve_ds.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from eve_ds.data.transforms import TrainTransform
@@ -39,7 +40,9 @@ def trained_caption(folder, caption):
     """Caption that training reads from a shard, or the reason why it reads none."""
     folder.mkdir(exist_ok=True)
     path = write_tar(folder / "a.tar", [("a.png", PHOTO.getvalue()), ("a.txt", caption)])
-    source = ShardsSource(SourceConfig(kind="shards", shards=str(path)), TrainTransform(8, (1.0, 1.0), 0.0, 0))
+    source = ShardsSource(
+        SourceConfig(kind="shards", shards=str(path)), TrainTransform(8, (1.0, 1.0), 0.0, 0), find_shards(str(path))
+    )
     try:
         return source.read(Place(source=0, epoch=0, shard=0, number=0, slot=0)).caption
     except BadSample as bad:

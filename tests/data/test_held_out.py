@@ -1,10 +1,12 @@
 """Held-out pairs are the same in every run, are never trained on, and are divided among ranks without overlap."""
 
 import dataclasses
+import tarfile
 from itertools import islice
 
 import numpy as np
 import pytest
+from tars import write_index, write_tar
 
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.held_out import held_out_pairs, is_held_out
@@ -116,6 +118,30 @@ def test_an_image_with_several_captions_is_measured_once_and_never_trained(tmp_p
     trained = {image_key(key) for key in trained_keys(config, 60)[0]}
     assert not trained & {image_key(pair.key) for pair in pairs}
     assert len(trained) + len(images) == 30, "all captions of the other images are trained on"
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("name", ["{:09d}", "photo {}", "a/b-{}", "12-{}", "día{}"])
+def test_captions_that_share_an_image_are_on_one_side(tmp_path, name, index):
+    """For keys of any form: `prepare` numbers its images, other tools do not."""
+    (tmp_path / "train").mkdir()
+    scenes, members = [scene.resolve() for scene in GeneratedScenes(20)], []
+    for number, scene in enumerate(scenes):
+        key = name.format(number)
+        members.append((f"{key}.png", scene.image.read()))
+        members += [(f"{key}.{caption}.txt", f"caption {caption} of {number}".encode()) for caption in range(5)]
+    write_tar(tmp_path / "train" / "a.tar", members, tarfile.PAX_FORMAT)
+    if index:
+        write_index(tmp_path / "train")
+    config = config_of(tmp_path, share=0.3)
+    pairs = held_out_pairs(config, 0, 1)
+    held = {of_image(pair.caption) for pair in pairs}
+    assert 1 < len(held) == len(pairs) < 12
+    assert all(pair.caption.startswith("caption 0 ") for pair in pairs)
+    trained, _ = trained_keys(config, 40)
+    left = {name.format(number) for number in range(20) if str(number) not in held}
+    assert {key.rpartition("-")[0] for key in trained} == left
+    assert len(set(trained)) == 5 * len(left), "all captions of the other images are trained on"
 
 
 @pytest.mark.parametrize("caption", [None, 0, 4, 12])

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import os
 import sys
 import tarfile
 import time
@@ -12,10 +11,12 @@ from itertools import islice
 from statistics import median
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import webdataset as wds
 from PIL import Image
+from tars import write_index, write_tar
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
 
 from eve_ds.config import ConfigError, parse_config
@@ -30,6 +31,7 @@ from eve_ds.data.sources import UnusableData, open_sources
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from eve_ds.data.transforms import TrainTransform
+from eve_ds.data.workers import start_server
 from eve_ds.objectives.registry import objectives_of
 
 CAPTION = "a small red circle"
@@ -64,6 +66,36 @@ def write_shards(folder, counts, change=None, index=True):
 
 def keys_of(total):
     return [f"{number:06d}" for number in range(total)]
+
+
+KINDS = ["version 1", "version 2", "no index", "captions", "captions, no index"]
+CAPTIONS = 3
+"""Captions of an image in shards of the last two kinds."""
+
+
+def write_kind(folder, kind, counts, bad=()):
+    """Write shards of a kind; returns the source and all keys. The captions of the samples in `bad` are empty."""
+    if not kind.startswith("captions"):
+        source = write_shards(
+            folder, counts, lambda n, f: f | {"txt": b""} if n in bad else f, index=kind == "version 1"
+        )
+        keys = keys_of(sum(counts))
+    else:
+        source, keys = {"kind": "shards", "shards": str(folder)}, []
+        folder.mkdir(exist_ok=True)
+        for shard, count in enumerate(counts):
+            members = []
+            for sample in range(count):
+                image, caption = divmod(sample, CAPTIONS)
+                keys.append(f"{shard}{image:05d}-{caption}")
+                if caption == 0:
+                    members.append((f"{keys[-1][:-2]}.jpg", JPEGS[image % len(JPEGS)]))
+                text = b"" if len(keys) - 1 in bad else f"{CAPTION} {caption}".encode()
+                members.append((f"{keys[-1][:-2]}.{caption}.txt", text))
+            write_tar(folder / f"shard-{shard:06d}.tar", members)
+    if kind in ("version 2", "captions"):
+        write_index(folder, sha256="-")
+    return source, keys
 
 
 def make_config(*sources, batch=16, num_workers=0, seed=0, **data):
@@ -149,6 +181,60 @@ def test_one_shard_serves_many_ranks_and_workers(tmp_path):
     assert Counter(seen) == Counter(keys_of(64))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sample_of_every_kind_of_shards_occurs_once_per_epoch(tmp_path, kind, num_workers):
+    source, keys = write_kind(tmp_path, kind, [20, 1, 27])
+    config = make_config(source, num_workers=num_workers, max_bad_share=1.0)
+    batches = [Run(config, rank, 2, batch=2).keys(24) for rank in range(2)]
+    for epoch in range(2):
+        seen = [key for rank in batches for key in flat(rank[12 * epoch : 12 * (epoch + 1)])]
+        assert Counter(seen) == Counter(keys)
+
+
+@pytest.mark.parametrize(("num_workers", "stop"), [(0, 9), (2, 5)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_every_kind_of_shards_resumes_exactly(tmp_path, kind, num_workers, stop):
+    """Rank 1 of 2 with bad samples, across the end of an epoch."""
+    source, keys = write_kind(tmp_path, kind, [20, 1, 27], bad=range(4, 48, 9))
+    config = make_config(source, num_workers=num_workers, max_bad_share=1.0, crop_scale=[0.3, 1.0])
+    whole = Run(config, 1, 2)
+    expected = whole.take(16)
+    first = Run(config, 1, 2)
+    head = first.take(stop)
+    rest = Run(config, 1, 2, state=first.state())
+    for batch, other in zip(expected, head + rest.take(16 - stop), strict=True):
+        same(batch, other)
+    assert rest.loader.skipped == whole.loader.skipped
+    assert set(rest.loader.skipped) == {"missing caption"}
+    assert {key for batch in expected for key in batch.keys} <= {k for n, k in enumerate(keys) if n % 9 != 4}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_samples_of_every_kind_of_shards_are_capped(tmp_path, kind):
+    source, keys = write_kind(tmp_path, kind, [20, 1, 27], bad=range(4, 48, 9))
+    run = Run(make_config(source))
+    with pytest.raises(
+        UnusableData, match=r"^11 of \d+ samples cannot .* missing caption 11; the last one: shard "
+    ) as end:
+        run.take(100)
+    key = str(end.value).partition(", key ")[2].partition(":")[0]
+    assert keys.index(key) % 9 == 4
+    assert ("(caption " in str(end.value)) == kind.startswith("captions")
+
+
+@pytest.mark.parametrize("before", ["version 1", "version 2", "no index"])
+@pytest.mark.parametrize("after", ["version 1", "version 2", "no index"])
+def test_an_index_may_come_or_go_between_two_starts(tmp_path, before, after):
+    source, keys = write_kind(tmp_path, before, [20, 1, 27])
+    first = Run(make_config(source))
+    seen = flat(first.keys(5))
+    (tmp_path / "index.json").unlink(missing_ok=True)
+    source, _ = write_kind(tmp_path, after, [20, 1, 27])
+    seen += flat(Run(make_config(source), state=first.state()).keys(7))
+    assert Counter(seen) == Counter(keys)
+
+
 def test_order_is_the_same_without_an_index(tmp_path, caplog):
     with_index = Run(make_config(write_shards(tmp_path, [20, 1, 27]))).keys(12)
     (tmp_path / "index.json").unlink()
@@ -215,10 +301,11 @@ def test_another_worker_count_finishes_the_same_epoch(tmp_path, before, after):
     assert Counter(seen) == Counter(keys_of(48))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("old", "new"), [((2, 4), (1, 8)), ((1, 4), (4, 1)), ((2, 4), (3, 2))])
-def test_another_world_size_finishes_the_same_epoch(tmp_path, old, new):
-    source = write_shards(tmp_path, [20, 1, 27], spoil)
-    good = [key for number, key in enumerate(keys_of(48)) if number % 9 != 4]
+def test_another_world_size_finishes_the_same_epoch(tmp_path, old, new, kind):
+    source, keys = write_kind(tmp_path, kind, [20, 1, 27], bad=range(4, 48, 9))
+    good = [key for number, key in enumerate(keys) if number % 9 != 4]
     config = make_config(source, max_bad_share=1.0)
     runs = [Run(config, rank, old[0], batch=old[1]) for rank in range(old[0])]
     seen = [key for run in runs for key in flat(run.keys(2))]
@@ -252,7 +339,9 @@ def test_resuming_reads_and_decodes_no_served_sample(tmp_path, monkeypatch):
     opened, read, decoded = [], [], []
     open_shard, read_sample, resize = shards_module.ShardFile.__init__, shards_module.ShardFile.read, transforms.resize
     monkeypatch.setattr(
-        shards_module.ShardFile, "__init__", lambda self, path: opened.append(path) or open_shard(self, path)
+        shards_module.ShardFile,
+        "__init__",
+        lambda self, path, *more: opened.append(path) or open_shard(self, path, *more),
     )
     monkeypatch.setattr(
         shards_module.ShardFile, "read", lambda self, number: read.append(number) or read_sample(self, number)
@@ -271,9 +360,9 @@ def test_rank_opens_only_the_shards_of_its_lanes(tmp_path, monkeypatch):
     original = shards_module.ShardFile.__init__
     for rank in range(2):
 
-        def counted(self, path, seen=opened[rank]):
-            seen.add(path)
-            original(self, path)
+        def counted(self, address, *more, seen=opened[rank]):
+            seen.add(address)
+            original(self, address, *more)
 
         monkeypatch.setattr(shards_module.ShardFile, "__init__", counted)
         Run(config, rank, 2, batch=8).take(16)
@@ -497,18 +586,19 @@ def test_state_dict_is_a_snapshot(tmp_path):
 
 
 def test_close_stops_the_workers_and_the_stream(tmp_path):
-    others = _children()  # helper processes of Python
+    start_server("eve_ds.data.pipeline")
+    others = _children()
     run = Run(make_config(write_shards(tmp_path, [48]), num_workers=2))
     run.take(3)
     assert len(_children() - others) == 2
     run.loader.close()
-    assert _children() <= others
+    _, alive = psutil.wait_procs([psutil.Process(child) for child in _children() - others], timeout=2)
+    assert not alive
     assert run.take(1) == []
 
 
 def _children():
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return set(file.read().split())
+    return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
 def test_global_random_state_does_not_change(tmp_path):

@@ -12,7 +12,7 @@ from tars import samples, write_tar
 
 from eve_ds import limits
 from eve_ds.config import ConfigError
-from eve_ds.data.shard_paths import expand, num_expanded
+from eve_ds.data.shard_paths import expand, name_of, num_expanded
 from eve_ds.data.shards import find_shards
 
 
@@ -28,7 +28,7 @@ def write_set(folder, counts, index=True, **changes):
 
 
 def sizes(spec):
-    return [(shard.path.name, shard.num_samples) for shard in find_shards(spec)]
+    return [(name_of(shard.address), shard.num_samples) for shard in find_shards(spec)]
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -96,8 +96,8 @@ def test_unreadable_index_is_refused(tmp_path, text):
 
 
 def test_index_of_another_version_is_refused(tmp_path):
-    (tmp_path / "index.json").write_text('{"version": 2, "shards": []}')
-    with pytest.raises(ConfigError, match=r"index\.json has version 2, only 1 can be read"):
+    (tmp_path / "index.json").write_text('{"version": 3, "shards": []}')
+    with pytest.raises(ConfigError, match=r"index\.json has version 3, only 1 and 2 can be read"):
         find_shards(str(tmp_path))
 
 
@@ -107,7 +107,7 @@ def test_shard_whose_size_differs_from_the_index_is_logged(tmp_path, caplog):
         file.truncate(3000)
     with caplog.at_level(logging.WARNING):
         find_shards(str(folder))
-    assert "shard-000000.tar has 3000 bytes, its index.json says 10240: incomplete copy?" in caplog.text
+    assert "shard-000000.tar (3000 bytes, not 10240; incomplete copy?): scanning their headers instead" in caplog.text
 
 
 BAD_INDICES = {

@@ -10,6 +10,7 @@ from tars import write_tar
 from eve_ds.config import SourceConfig
 from eve_ds.data.errors import BadSample
 from eve_ds.data.order import Place
+from eve_ds.data.shards import find_shards
 from eve_ds.data.sources import ShardsSource
 from eve_ds.data.transforms import TrainTransform
 
@@ -26,9 +27,9 @@ def image(kind="PNG", color=(200, 30, 10)):
 
 
 def read(folder, members, number=0, modalities="pair"):
-    path = write_tar(folder / "a.tar", members)
-    config = SourceConfig(kind="shards", shards=str(path), modalities=modalities)
-    source = ShardsSource(config, TrainTransform(16, (1.0, 1.0), 0.0, 0))
+    path = str(write_tar(folder / "a.tar", members))
+    config = SourceConfig(kind="shards", shards=path, modalities=modalities)
+    source = ShardsSource(config, TrainTransform(16, (1.0, 1.0), 0.0, 0), find_shards(path))
     try:
         return source.read(Place(source=0, epoch=0, shard=0, number=number, slot=0))
     finally:
@@ -49,6 +50,31 @@ def test_the_first_of_several_images_is_used(tmp_path):
     assert (read(tmp_path, members).image == [200, 30, 10]).all()
 
 
+def test_captions_of_an_image_are_samples_with_keys_of_their_own(tmp_path):
+    texts = [("k.0.txt", b"a cat"), ("k.1.txt", b""), ("k.2.txt", b"a dog")]
+    members = [("a.png", image()), ("a.txt", b"x"), ("k.png", image()), *texts, ("k.json", b"{}")]
+    found = {number: read(tmp_path, members, number) for number in (1, 3)}
+    assert {number: (sample.key, sample.caption) for number, sample in found.items()} == {
+        1: ("k-0", "a cat"),
+        3: ("k-2", "a dog"),
+    }
+    with pytest.raises(BadSample, match=r"missing caption \(empty\)") as caught:
+        read(tmp_path, members, 2)
+    assert caught.value.key == "k-1"
+
+
+def test_messages_name_the_caption_of_an_image_that_has_several(tmp_path):
+    members = [("a.png", image()), ("a.txt", b"x"), ("k.png", image()), ("k.0.txt", b"y"), ("k.1.txt", b"z")]
+    path = str(write_tar(tmp_path / "a.tar", members))
+    source = ShardsSource(SourceConfig(kind="shards", shards=path), None, find_shards(path))
+    assert source.describe(0, 2) == f"shard {path}, sample 2"  # the shard is not open
+    assert [source.image(0, number) for number in range(3)] == ["a", "k", "k"]
+    assert source.describe(0, 0) == f"shard {path}, sample 0"
+    assert source.describe(0, 2) == f"shard {path}, sample 2 (caption 1 of the 2 of image 1)"
+    assert source.describe(0, 3) == f"shard {path}, sample 3"
+    source.close()
+
+
 APART = "must stand together in a shard, without a dot in KEY"
 BAD = {
     "images, then texts": (
@@ -61,7 +87,7 @@ BAD = {
     ),
     "keys with dots": (
         [(f"a.{n}.{s}", d) for n in range(30) for s, d in (("png", image()), ("txt", b"x"))],
-        rf"missing caption \(no \.txt but 0\.png, 0\.txt, 1\.png, 1\.txt, 2\.png, 2\.txt, 3\.png, 3\.txt: .*{APART}",
+        rf"missing image \(no image but 0\.png, 1\.png, 2\.png, 3\.png, 4\.png, 5\.png, 6\.png, 7\.png: .*{APART}",
     ),
     "empty caption": ([("a.png", image()), ("a.txt", b" \xe2\x80\x8b")], r"missing caption \(empty\)"),
     "caption of Latin-1": ([("a.png", image()), ("a.txt", b"\xe9")], "non-UTF-8 caption"),

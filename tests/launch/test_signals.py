@@ -242,7 +242,7 @@ def test_launchers(run, require, free_ports, tmp_path, row):
         process = subprocess.Popen(
             command, cwd=PAGE.parents[1], env=environment, stdout=log, stderr=log, start_new_session=True
         )
-    ranks = []
+    ranks, below = [], []
     try:
         await_condition(lambda: len(ranks_below(process.pid)) == 2, process)
         if moment == "step":
@@ -250,13 +250,14 @@ def test_launchers(run, require, free_ports, tmp_path, row):
         else:  # the thread that watches the launcher starts when the signals are handled
             await_condition(lambda: all(rank.num_threads() > 1 for rank in ranks_below(process.pid)), process)
         ranks = ranks_below(process.pid)
+        below = [child for rank in ranks for child in children_of(rank)]
         send(getattr(signal, name), to, process, ranks)
         ended = process.wait(ENDS_WITHIN)
         assert (128 - ended if ended < 0 else ended) == int(code), (tmp_path / "log").read_text()[-3000:]
-        _, alive = psutil.wait_procs(ranks, timeout=OUTLIVES_BY)
+        _, alive = psutil.wait_procs([*ranks, *below], timeout=OUTLIVES_BY)
         assert not alive
     finally:
-        for left in [*ranks, process]:
+        for left in [*ranks, *below, process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
     text = (tmp_path / "log").read_text()
@@ -272,8 +273,15 @@ def send(number, to, process, ranks):
         (ranks[0] if to == "a rank" else process).send_signal(number)
 
 
+def children_of(rank):
+    """Processes below a rank: its fork server and loader processes."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return rank.children(recursive=True)
+    return []
+
+
 def ranks_below(process):
-    """Processes that run the script and whose parent does not: a rank's loader process is a copy of the rank.
+    """Processes that run the script and whose parent does not.
 
     Launchers also start programs that end at once, such as a compiler; these may vanish while they are looked at.
     """

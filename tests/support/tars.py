@@ -1,8 +1,12 @@
 """Tars of small samples, for tests of shards."""
 
 import io
+import json
 import os
 import tarfile
+
+from eve_ds.data.shard_bytes import FileBytes
+from eve_ds.data.shard_index import encode, scan_layout
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -28,3 +32,13 @@ def samples(count, prefix="s"):
             (f"{prefix}{number:04d}.txt", f"caption {number}".encode()),
         )
     ]
+
+
+def write_index(folder, **changes):
+    """Write an index of version 2 for the tars of a folder; `changes` replaces values of every entry."""
+    entries = []
+    for path in sorted(folder.glob("*.tar")):
+        layout = scan_layout(FileBytes(path))
+        entry = {"name": path.name, "samples": len(layout), "bytes": path.stat().st_size, "sha256": f"of {path.name}"}
+        entries.append(entry | {"groups": encode(layout)} | changes)
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": entries}))

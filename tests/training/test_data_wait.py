@@ -14,6 +14,7 @@ from eve_ds.topology import Topology
 from eve_ds.training import data_wait
 from eve_ds.training.data_wait import MIN_STEPS, DataWait, Load, Waits, advice, spare_cores
 from eve_ds.training.feed import Feed
+from eve_ds.training.job import Loading
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,10 @@ class SlowJob:
         pass
 
 
+def loading(group):
+    return Loading(Topology.current(), 4, 0, None, False, group)
+
+
 def numbers_of_steps(feed, steps, busy):
     """Take some steps as the training loop does, with a model that needs `busy` seconds for each."""
     started = time.monotonic()
@@ -63,7 +68,7 @@ def numbers_of_steps(feed, steps, busy):
 def test_steps_of_a_slow_source_wait(group, monkeypatch, caplog):
     """The step loads two micro-batches of 4 ms; the model needs 2 ms, so four times as many workers would do."""
     monkeypatch.setattr(data_wait, "spare_cores", lambda group: 7)
-    feed = Feed(SlowJob(0.004, num_workers=1), Topology.current(), None, 2, CPU, group)
+    feed = Feed(SlowJob(0.004, num_workers=1), loading(group), 2, CPU)
     with caplog.at_level(logging.INFO):
         numbers = numbers_of_steps(feed, MIN_STEPS, 0.002)
         later = numbers_of_steps(feed, MIN_STEPS, 0.002)
@@ -78,7 +83,7 @@ def test_steps_of_a_slow_source_wait(group, monkeypatch, caplog):
 
 
 def test_steps_of_a_fast_source_do_not_wait(group, caplog):
-    feed = Feed(SlowJob(0.0), Topology.current(), None, 1, CPU, group)
+    feed = Feed(SlowJob(0.0), loading(group), 1, CPU)
     with caplog.at_level(logging.WARNING):
         numbers = numbers_of_steps(feed, MIN_STEPS, 0.005)
     assert numbers["data_wait_seconds"] < 0.1 * numbers["step_seconds"]
@@ -87,7 +92,7 @@ def test_steps_of_a_fast_source_do_not_wait(group, caplog):
 
 def test_the_first_batches_are_not_a_wait(group, caplog):
     """They wait for the start of worker processes."""
-    feed = Feed(SlowJob(0.2), Topology.current(), None, 1, CPU, group)
+    feed = Feed(SlowJob(0.2), loading(group), 1, CPU)
     with caplog.at_level(logging.INFO):
         feed.take(0)
     assert caplog.messages == ["the first batches came after 0.2 s"]

@@ -1,0 +1,48 @@
+"""Bytes of a shard at an offset: the interface of every storage, and files of this machine."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+
+class ShardBytes(Protocol):
+    """One stored shard, open for reading."""
+
+    size: int
+    """Bytes of the shard."""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Read `size` bytes from `offset`; fewer at the end of the shard.
+
+        Raises:
+            OSError: the storage failed.
+        """
+
+    def close(self) -> None:
+        """End the access."""
+
+
+class FileBytes:
+    """Shard in a file.
+
+    Args:
+        path: path of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115, closed in close()
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Read `size` bytes from `offset`; fewer at the end of the file."""
+        return os.pread(self._file.fileno(), size, offset)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def stored_size(address: str) -> int:
+    """Bytes of a shard, without opening it."""
+    return os.stat(address).st_size
