@@ -21,7 +21,7 @@ SOURCES = {
     "ds_configs": {".json"},
 }
 """Suffixes of the files that a wheel takes from each folder of the repository."""
-DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "skimage": "scikit-image", "yaml": "pyyaml"}
 """Distributions whose name differs from the name of their module."""
 
 
@@ -142,8 +142,13 @@ def imported(folder):
 def test_every_imported_distribution_is_declared():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     runtime = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
-    development = {canonicalize_name(Requirement(text).name) for text in project["optional-dependencies"]["dev"]}
-    assert {canonicalize_name(name) for name in imported("eve_ds") | imported("launcher")} == runtime
+    extras = {
+        name: {canonicalize_name(Requirement(text).name) for text in group}
+        for name, group in project["optional-dependencies"].items()
+    }
+    development = extras.pop("dev")
+    used = {canonicalize_name(name) for name in imported("eve_ds") | imported("launcher")}
+    assert runtime <= used <= runtime.union(*extras.values())
     assert {canonicalize_name(name) for name in imported("tests")} <= runtime | development
 
 
