@@ -18,7 +18,7 @@ from PIL import Image, features
 
 from eve_ds.config import ConfigError
 from eve_ds.data.image_file import to_rgb, undecoded_file
-from eve_ds.distributed import get_logger
+from eve_ds.distributed import get_logger, rank_zero
 
 Decoder = Literal["pillow", "simplejpeg"]
 Resampler = Literal["pillow", "torch"]
@@ -80,11 +80,15 @@ def choose_decoding(
 
 
 def _warn_of_change(saved: str, decoder: str, problem: str | None) -> None:
-    same = "with equal pixels, as both use libjpeg-turbo"
-    if not features.check_feature("libjpeg_turbo"):
-        same = "with slightly different pixels, as this Pillow uses another library than libjpeg-turbo"
+    """Log another decoder than the saved one: once for all ranks, or on each rank whose pixels change."""
+    equal = features.check_feature("libjpeg_turbo")
+    if equal and not rank_zero():
+        return
+    pixels = "equal pixels, as both use libjpeg-turbo"
+    if not equal:
+        pixels = "slightly different pixels, as this Pillow uses another library than libjpeg-turbo"
     reason = "data.image_decoder asks for it" if problem is None else f"simplejpeg cannot be imported: {problem}"
-    get_logger().warning("%s decoded the images of this run, %s goes on (%s), %s", saved, decoder, reason, same)
+    get_logger().warning("%s decoded the images of this run, %s goes on (%s), with %s", saved, decoder, reason, pixels)
 
 
 def simplejpeg_problem() -> str | None:

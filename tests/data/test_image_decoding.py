@@ -247,6 +247,15 @@ def test_decoder_is_chosen_once_and_kept(name, is_installed, monkeypatch, caplog
     assert caplog.text.count("\n") == caplog.text.count(changes) == (before != expected.decoder)
 
 
+def test_only_pixels_that_change_are_warned_of_on_every_rank(monkeypatch, caplog):
+    monkeypatch.setenv("RANK", "1")
+    choose_decoding("pillow", saved("simplejpeg", "torch"))
+    assert not caplog.messages
+    monkeypatch.setattr(image_decoding.features, "check_feature", lambda name: False)
+    choose_decoding("pillow", saved("simplejpeg", "torch"))
+    assert len(caplog.messages) == 1
+
+
 def test_warning_says_whether_pixels_change(monkeypatch, caplog):
     choose_decoding("pillow", saved("simplejpeg", "torch"))
     assert "(data.image_decoder asks for it), with equal pixels" in caplog.text
