@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from eve_ds.printable import printable
+from eve_ds.printable import excerpt, printable
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
 """Full disk, used-up quota, too large a file, read-only mount, broken device, lost network mount: other settings do not
@@ -54,6 +54,11 @@ def cause(error: BaseException) -> str:
     if match := _OS_ERROR_OF_RUST.search(str(error)):
         return match["reason"].strip()
     return " ".join(str(error).split())
+
+
+def unusable(error: OSError) -> str:
+    """One line about an error of the operating system that is none of the disk's."""
+    return f"{excerpt(str(error.filename or 'disk'))} cannot be used: {error.strerror or error}"
 
 
 def output_path(path: str | os.PathLike[str]) -> Path:

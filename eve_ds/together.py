@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from eve_ds.config import ConfigError
 from eve_ds.distributed import broadcast_object, gather_objects, rank_zero
-from eve_ds.storage import SaveError, is_disk_error, reason
+from eve_ds.storage import SaveError, is_disk_error, reason, unusable
 
 T = TypeVar("T")
 
@@ -30,7 +30,9 @@ class _Problem(NamedTuple):
         """Problem of an error; None without one."""
         if error is None:
             return None
-        return cls(reason(error) if is_disk_error(error) else str(error), is_disk_error(error))
+        if is_disk_error(error):
+            return cls(reason(error), True)
+        return cls(unusable(error) if isinstance(error, OSError) else str(error), False)
 
 
 def on_rank_zero(action: Callable[[], object]) -> None:

@@ -35,14 +35,14 @@ def failures(rank, world_size, folder):
 
     from eve_ds.checkpoint.files import CheckpointError
     from eve_ds.data.sources import UnusableData
-    from eve_ds.together import on_every_rank, on_rank_zero
+    from eve_ds.together import from_rank_zero, on_every_rank, on_rank_zero
     from eve_ds.topology import Topology
     from eve_ds.training.feed import Feed
     from eve_ds.training.job import Loading
 
     group = dist.new_group(backend="gloo")
     loading = Loading(Topology.current(), 1, 0, None, False, group)
-    written = []
+    written, sent = [], []
 
     def fail(*errors):
         if rank < len(errors) and errors[rank] is not None:
@@ -62,6 +62,10 @@ def failures(rank, world_size, folder):
         lambda: take(None, UnusableData("no pair")),
         lambda: take(None, KeyError("txt")),
         lambda: take(UnusableData("no pair"), KeyError("txt")),
+        lambda: from_rank_zero(lambda: fail(PermissionError(13, "Permission denied", "/data/a.tar")), group),
+        lambda: from_rank_zero(lambda: fail(OSError(5, "Input/output error", "/data/a.tar")), group),
+        lambda: sent.append(from_rank_zero(lambda: {"from": rank}, group)),
+        lambda: sent.append(from_rank_zero(lambda: {"from": rank})),
     ):
         try:
             action()
@@ -69,7 +73,7 @@ def failures(rank, world_size, folder):
             found.append((type(error).__name__, str(error)))
         else:
             found.append(None)
-    return found
+    return [*found, sent]
 
 
 def test_a_failure_of_one_rank_is_raised_on_all(run_ranks, tmp_path):
@@ -81,6 +85,9 @@ def test_a_failure_of_one_rank_is_raised_on_all(run_ranks, tmp_path):
     assert (first[4], second[4]) == (("RuntimeError", "rank 1: KeyError: 'txt'"), ("KeyError", "'txt'"))
     both = "rank 0: no pair; rank 1: KeyError: 'txt'"
     assert (first[5], second[5]) == (("RuntimeError", both), ("KeyError", "'txt'"))
+    assert first[6] == second[6] == ("ConfigError", "/data/a.tar cannot be used: Permission denied")
+    assert first[7] == second[7] == ("SaveError", "/data/a.tar: Input/output error")
+    assert first[8:] == second[8:] == [None, None, [{"from": 0}, {"from": 0}]]
 
 
 def test_an_unforeseen_error_keeps_its_type():

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from eve_ds.cli.terminal import keep_terminal
 from eve_ds.launcher_watch import LauncherWatch
-from eve_ds.printable import excerpt, printable
+from eve_ds.printable import printable
 from eve_ds.resources import lack
 from eve_ds.signals import Stopped, StopSignals
-from eve_ds.storage import is_disk_error, output_path, reason
+from eve_ds.storage import is_disk_error, output_path, reason, unusable
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPOSITORY = PACKAGE.parent
@@ -173,7 +173,7 @@ def ending(error: Exception) -> Ending | None:
     if is_disk_error(error):
         return Ending(NOT_SAVED, f"{reason(error)}; make room, and rerun the same command")
     if isinstance(error, OSError):
-        return Ending(BAD_INPUT, f"{excerpt(str(error.filename or 'disk'))} cannot be used: {error.strerror or error}")
+        return Ending(BAD_INPUT, unusable(error))
     return None
 
 

@@ -274,7 +274,8 @@ def build_loader(
             come from another number of ranks or samples per batch: unserved samples are redistributed, none repeated
             and none lost. The number of workers may always change.
         group: ranks that build their loaders together, of which rank 0 looks for the shards; None: all.
-        start_method: start method of worker processes: "fork", "spawn" or "forkserver"; None: "forkserver".
+        start_method: "fork", "spawn" or "forkserver" for worker processes; None: "forkserver". For the last
+            two, what a script does must stand below `if __name__ == "__main__"`, since workers import the script.
         pin_memory: put batches into page-locked memory, so that copies to a GPU can overlap with computation.
 
     Raises:

@@ -48,7 +48,9 @@ def is_leftover(name: str) -> bool:
 
 def shard_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
     """Tars of a folder in the order of their names, without those of macOS."""
-    return sorted(path for path in folder.glob(pattern) if not is_leftover(str(path.relative_to(folder))))
+    above = len(folder.parts)
+    found = [path for path in folder.glob(pattern) if not is_leftover("/".join(path.parts[above:]))]
+    return sorted(found, key=lambda path: path.parts)
 
 
 def packed_tars(folder: Path, pattern: str = "**/*.t*z*") -> list[Path]:

@@ -585,10 +585,12 @@ def test_state_dict_is_a_snapshot(tmp_path):
     assert json.dumps(state) == then != json.dumps(run.loader.state_dict())
 
 
-def test_close_stops_the_workers_and_the_stream(tmp_path):
+def test_workers_start_with_the_loader_and_stop_with_it(tmp_path):
+    """They start, and load the first batches, before the first batch is asked for: a model is built meanwhile."""
     start_server("eve_ds.data.pipeline")
     others = _children()
     run = Run(make_config(write_shards(tmp_path, [48]), num_workers=2))
+    assert len(_children() - others) == 2
     run.take(3)
     assert len(_children() - others) == 2
     run.loader.close()
