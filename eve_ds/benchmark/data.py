@@ -17,7 +17,7 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
-from eve_ds.benchmark.harness import Absent, Figures, Measure, Run, compare, interleave, is_quick
+from eve_ds.benchmark.harness import Absent, Figures, Measure, Run, compare, interleave, is_quick, kilobytes
 from eve_ds.benchmark.peers import find
 from eve_ds.benchmark.photographs import Photographs
 from eve_ds.config import Config, load_config
@@ -272,5 +272,4 @@ def _gradient_energy(files: Sequence[bytes], scale: tuple[float, float]) -> floa
 def _proportional_megabytes(process: int) -> float:
     """Memory of a process in MB, its part of shared pages included; 0 where the system does not tell."""
     file = Path(f"/proc/{process}/smaps_rollup")
-    lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
+    return kilobytes(file, "Pss:") * 1024 / 1e6 if file.exists() else 0.0

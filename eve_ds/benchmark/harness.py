@@ -202,12 +202,13 @@ def peak_megabytes(run: Run) -> float | None:
         reset.write_text("5")  # resets the peak to the current resident size
     except OSError:
         return None
-    before = _kilobytes(status, "VmRSS")
+    before = kilobytes(status, "VmRSS")
     run()
-    return (_kilobytes(status, "VmHWM") - before) * 1024 / 1e6
+    return (kilobytes(status, "VmHWM") - before) * 1024 / 1e6
 
 
-def _kilobytes(status: Path, name: str) -> int:
+def kilobytes(status: Path, name: str) -> int:
+    """Return the figure of the first line that begins with `name` in a file such as /proc/self/status."""
     line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(name))
     return int(line.split()[1])
 
