@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from itertools import islice
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -712,19 +713,21 @@ def test_position_names_decoder_and_resampler(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loader_counts_the_time_of_its_work_and_not_that_of_others(tmp_path, monkeypatch, num_workers):
-    """Samples take 5 ms; the loader that waits for its next call does not work."""
+    """Samples take 5 s by this clock; while the loader waits for its next call, it does not work."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     read = transforms.TrainTransform.__call__
 
     def slow(*arguments):
-        time.sleep(0.005)
+        clock.now += 5.0
         return read(*arguments)
 
+    monkeypatch.setattr(pipeline, "time", clock)
     monkeypatch.setattr(transforms.TrainTransform, "__call__", slow)
     run = Run(make_config(write_shards(tmp_path, [48]), num_workers=num_workers), start_method="fork")
     for _ in range(3):
         run.take(1)
-        time.sleep(0.1)
-    assert 12 * 0.005 < run.loader.read_seconds < 12 * 0.005 + 0.1
+        clock.now += 1000.0
+    assert run.loader.read_seconds == 12 * 5.0
 
 
 def test_decoder_that_is_absent_is_refused(tmp_path, monkeypatch):
