@@ -21,7 +21,7 @@ SOURCES = {
     "ds_configs": {".json"},
 }
 """Suffixes of the files that a wheel takes from each folder of the repository."""
-DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "skimage": "scikit-image", "yaml": "pyyaml"}
 """Distributions whose name differs from the name of their module."""
 
 

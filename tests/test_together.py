@@ -8,6 +8,8 @@ import pytest
 class Failing:
     """Job and batches that fail with the given error."""
 
+    config = SimpleNamespace(data=SimpleNamespace(num_workers=0))
+
     def __init__(self, error):
         self.error = error
 

@@ -421,6 +421,13 @@ def _flop_row(name: str, tokens: int, run: Run, flop: float) -> Row:
     return {"what": name, "tokens": tokens, **_microseconds(timing), "tflop_s": flop / timing.median / 1e6}
 
 
+def images(count: int) -> Iterator[Row]:
+    """Time decoding of `count` photographs; imported here, as no other part needs packages of the data pipeline."""
+    from eve_ds.benchmark.gpu_images import images
+
+    return images(count)
+
+
 def graph_time(runs: Sequence[Run], repeats: int = 10) -> Timing:
     """Return the mean time of one run. All runs are recorded in one CUDA graph; on a CPU they run once."""
     if not torch.cuda.is_available():
@@ -515,7 +522,7 @@ def _synchronize() -> None:
 def main() -> None:
     """Run one part; print and write each row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("facts", "build", "step", "routing", "layers", "engine"))
+    parser.add_argument("part", choices=("facts", "build", "step", "routing", "layers", "engine", "images"))
     parser.add_argument("--rows", type=Path, required=True, metavar="FILE", help="file to append JSON lines to")
     parser.add_argument("--preset", default="eve_base")
     parser.add_argument("--batch", type=int, default=256)
@@ -530,6 +537,7 @@ def main() -> None:
         "routing": partial(routing, arguments.tokens),
         "layers": partial(layers, arguments.tokens),
         "engine": partial(engine, arguments.preset, arguments.batch),
+        "images": partial(images, arguments.batch),
     }
     for row in parts[arguments.part]():
         line = json.dumps({"part": arguments.part, **rounded(row)})

@@ -61,12 +61,34 @@ class Measure(NamedTuple):
     peer_calls: int | None = None
 
 
+class Figures(NamedTuple):
+    """Figures without a peer; they are printed, and not added to the file of results."""
+
+    measure: str
+    what: str
+    figures: dict[str, float]
+
+    def text_line(self) -> str:
+        """Return the figures as one line of text."""
+        figures = ", ".join(f"{name} {value:,.4g}" for name, value in self.figures.items())
+        return f"{self.measure:<32} {self.what:<30} {figures}"
+
+    def json_line(self) -> str:
+        """Return the figures as one line of JSON."""
+        return json.dumps({"measure": self.measure, "what": self.what, **rounded(self.figures)})
+
+
 class Absent(NamedTuple):
     """Peer that is not installed or does not run on this machine."""
 
     measure: str
     peer: str
     reason: str
+
+
+def is_quick(seconds: float) -> bool:
+    """Whether the time budget is too short for large shapes."""
+    return seconds < 1
 
 
 def compare(
@@ -180,12 +202,13 @@ def peak_megabytes(run: Run) -> float | None:
         reset.write_text("5")  # resets the peak to the current resident size
     except OSError:
         return None
-    before = _kilobytes(status, "VmRSS")
+    before = kilobytes(status, "VmRSS")
     run()
-    return (_kilobytes(status, "VmHWM") - before) * 1024 / 1e6
+    return (kilobytes(status, "VmHWM") - before) * 1024 / 1e6
 
 
-def _kilobytes(status: Path, name: str) -> int:
+def kilobytes(status: Path, name: str) -> int:
+    """Return the figure of the first line that begins with `name` in a file such as /proc/self/status."""
     line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(name))
     return int(line.split()[1])
 

@@ -1,4 +1,4 @@
-"""Measures of `launcher/benchmark.py`: routing, complete MoE layers, losses, training steps, the data pipeline.
+"""Measures of `launcher/benchmark.py`: routing, complete MoE layers, losses, training steps.
 
 Each measure yields one row per installed peer, and an :class:`Absent` for each other peer.
 """
@@ -6,45 +6,31 @@ Each measure yields one row per installed peer, and an :class:`Absent` for each 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import webdataset
 from torch import Tensor
 
 from eve_ds import ops
-from eve_ds.benchmark.harness import Absent, Measure, Run, compare
+from eve_ds.benchmark.data import data
+from eve_ds.benchmark.harness import Absent, Figures, Measure, Run, compare, is_quick
 from eve_ds.benchmark.inputs import REAL_TOKENS, backward, device, random_inputs, reference_ops
 from eve_ds.benchmark.peers import StockMoE, StockRouting, find, join_group_of_one, megatron_permutation
 from eve_ds.config import Config, MaskingConfig, ModelConfig, MoEConfig, load_config
-from eve_ds.data.importers.generated import GeneratedScenes
-from eve_ds.data.pipeline import Loader, build_loader
-from eve_ds.data.shard_writer import WriterOptions, write_shards
-from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.model.eve import EVE
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
-from eve_ds.objectives.registry import objectives_of
 from eve_ds.ops import reference
 from eve_ds.ops.feed_forward import grouped_products
 
 TOKENS, WIDTH, EXPERTS = 4096, 768, 32
 """Sizes of the MoE layers of EVE-Base."""
 DTYPES = (torch.float32, torch.bfloat16)
-Rows = Iterator[list[Measure] | Absent]
-
-
-def is_quick(seconds: float) -> bool:
-    """Whether the time budget is too short for large shapes."""
-    return seconds < 1
+Rows = Iterator[list[Measure] | Absent | Figures]
 
 
 def routing(seconds: float) -> Rows:
@@ -302,41 +288,6 @@ class BothForms:
             optimizer = self.optimizers[stock]
             optimizer.step()
             optimizer.zero_grad()
-
-
-def data(seconds: float) -> Rows:
-    """Time the training loader against a plain webdataset loop with the same decoding and cropping."""
-    count, batch = 512 if is_quick(seconds) else 2048, 32
-    with tempfile.TemporaryDirectory(prefix="eve_ds_benchmark_") as folder:
-        shards = Path(folder) / "scenes"
-        write_shards(GeneratedScenes(count), shards, WriterOptions())
-        source = f"[{{kind: shards, shards: {shards}}}]"
-        config = load_config("eve_tiny", [f"data.sources={source}", "data.crop_scale=[0.5, 1.0]"])
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        loader = build_loader(
-            config, tokenizer, objectives_of(config.model), rank=0, world_size=1, micro_batch_size=batch
-        )
-        files = sorted(str(path) for path in shards.glob("*.tar"))
-        ours = partial(_take_batches, loader, count // batch)
-        bare = partial(_bare_webdataset, files, config, batch)
-        yield compare("data", torch.uint8, f"{count} samples of 64x64", ours, {"webdataset": bare}, seconds)
-        loader.close()
-
-
-def _take_batches(loader: Loader, batches: int) -> None:
-    for _ in range(batches):
-        next(loader)
-
-
-def _bare_webdataset(files: list[str], config: Config, batch: int) -> None:
-    """Decode, crop and stack images, without tokens, masks, checks and position."""
-    transform = TrainTransform(config.model.image_size, config.data.crop_scale, config.data.horizontal_flip, seed=0)
-    images = []
-    for sample in webdataset.WebDataset(files, shardshuffle=False, empty_check=False):
-        images.append(transform(sample["png"], sample["txt"].decode(), 0, sample["__key__"]))
-        if len(images) == batch:
-            channels_first(np.stack(images))
-            images.clear()
 
 
 MEASURES = {"routing": routing, "moe": moe, "losses": losses, "step": step, "data": data}

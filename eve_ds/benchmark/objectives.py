@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from eve_ds.benchmark.harness import Absent, Measure, Run, count_gflop, interleave, measured, peak_megabytes
+from eve_ds.benchmark.harness import Absent, Measure, Run, count_gflop, interleave, is_quick, measured, peak_megabytes
 from eve_ds.benchmark.inputs import REAL_TOKENS, Inputs, backward, device, draw_weights, random_inputs, reference_ops
-from eve_ds.benchmark.measures import Rows, is_quick
+from eve_ds.benchmark.measures import Rows
 from eve_ds.config import Config, MaskingConfig, Objective, load_config
 from eve_ds.model.eve import EVE
 

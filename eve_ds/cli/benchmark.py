@@ -160,7 +160,7 @@ def measure(arguments: argparse.Namespace) -> int:
     import torch
 
     from eve_ds.benchmark.calls import calls
-    from eve_ds.benchmark.harness import Absent, append_results, json_line
+    from eve_ds.benchmark.harness import Absent, Figures, append_results, json_line
     from eve_ds.benchmark.measures import MEASURES
     from eve_ds.benchmark.objectives import objectives
 
@@ -172,6 +172,9 @@ def measure(arguments: argparse.Namespace) -> int:
         for found in measures[name](QUICK_SECONDS if arguments.quick else SECONDS):
             if isinstance(found, Absent):
                 print(f"absent: {found.peer} for {found.measure}: {found.reason}", file=sys.stderr)
+                continue
+            if isinstance(found, Figures):
+                print(found.json_line() if arguments.json else found.text_line(), flush=True)
                 continue
             for row in found:
                 print(json_line(row) if arguments.json else text_line(row), flush=True)

@@ -205,6 +205,7 @@ def gpu_parts(rows: Path, out: Path) -> list[Part]:
             for tool in ("memcheck", "racecheck", "synccheck")
         ),
         Part("engine", 90, _module(rows, "engine", "--batch", "64")),
+        Part("images", 40, _module(rows, "images")),
         Part("step, compiled", 120, _module(rows, "step", "--batch", "256", "--compiled")),
     ]
 
@@ -220,6 +221,7 @@ def dry_parts(rows: Path, out: Path) -> list[Part]:
         Part("routing", 60, _module(rows, "routing", "--tokens", "64")),
         Part("layers", 60, _module(rows, "layers", "--tokens", "32")),
         Part("engine", 60, _module(rows, "engine", "--preset", "eve_tiny", "--batch", "2")),
+        Part("images", 60, _module(rows, "images", "--batch", "4")),
         Part(
             "train eve_tiny", 120, _training("eve_tiny", out / "tiny", "train.max_steps=2", "train.train_batch_size=8")
         ),

@@ -103,6 +103,9 @@ def _shared_options() -> Parser:
         metavar="PIXELS",
         help="shrink images whose shorter side is longer to this size, as JPEG",
     )
+    shared.add_argument(
+        "--quality", type=jpeg_quality, metavar="Q", help="quality of the JPEG files of shrunk images (default: 90)"
+    )
     shared.add_argument("--limit", type=positive, metavar="N", help="take the first N images of the source only")
     shared.add_argument(
         "--exclude_ids",
@@ -126,19 +129,38 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=prepare_tokenizer)
 
 
+def jpeg_quality(text: str) -> int:
+    """A quality of JPEG files, as the type of an option."""
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{value} must be from 1 to 100")
+    return value
+
+
+jpeg_quality.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
+
+
 # -------------------------------------------------------------------------------------------------------- commands
 
 
 def prepare_shards(arguments: argparse.Namespace) -> None:
     """Write the shards of a source."""
+    from eve_ds.config import ConfigError
+    from eve_ds.data.image_check import JPEG_QUALITY
     from eve_ds.data.shard_writer import WriterOptions, write_shards
 
+    if arguments.quality is not None and arguments.max_size is None:
+        raise ConfigError(
+            f"--quality ({arguments.quality}) is for the images that --max_size shrinks: add --max_size, or leave "
+            "--quality out"
+        )
     options = WriterOptions(
         arguments.samples_per_shard,
         arguments.max_size,
         arguments.limit,
         tuple(arguments.exclude_ids),
         arguments.unescape_html,
+        arguments.quality or JPEG_QUALITY,
     )
     source: Source = arguments.build(arguments)
     tally = Tally()

@@ -111,6 +111,9 @@ class DataConfig(Section):
     """Smallest and largest area of RandomResizedCrop, as fractions of the image; (1, 1) only resizes."""
     horizontal_flip: Fraction = 0.0
     """Probability of a horizontal flip. Images whose caption contains left or right are never flipped."""
+    image_decoder: Literal["auto", "pillow", "simplejpeg"] = "auto"
+    """Decoder of JPEG files in training. `simplejpeg` needs the extra `turbo`; `auto` takes it if it is installed. Both
+    give the same pixels."""
     validation: ValidationConfig | None = None
     """Pairs for held-out losses; None: no held-out losses."""
     remote: RemoteConfig = RemoteConfig()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from eve_ds.config import Config, ConfigError, SourceConfig, ValidationConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.errors import BadSample
+from eve_ds.data.image_decoding import choose_decoding
 from eve_ds.data.index_file import Indices
 from eve_ds.data.order import Place
 from eve_ds.data.remote.addresses import is_remote
@@ -54,7 +55,8 @@ def held_out_pairs(config: Config, rank: int, world_size: int, group: dist.Proce
     """
     validation = config.data.validation
     assert validation is not None
-    transform = TrainTransform(config.model.image_size, (1.0, 1.0), 0.0, config.train.seed)
+    decoding = choose_decoding(config.data.image_decoder)
+    transform = TrainTransform(config.model.image_size, (1.0, 1.0), 0.0, config.train.seed, decoding)
     chosen = validation.sources or [item for item in config.data.sources if item.modalities in ("pair", "any")]
     found = from_rank_zero(partial(_shards, config, chosen), group)
     pairs = zip(chosen, found, strict=True)

@@ -11,11 +11,11 @@ from eve_ds.data.image_file import decode, read_header, to_rgb, undecodable, upr
 
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes are stored unchanged -> suffix in the shard. Other formats are converted to PNG."""
-JPEG_QUALITY = 95
-"""Quality of the JPEG files that shrinking writes."""
+JPEG_QUALITY = 90
+"""Default quality of the JPEG files that shrinking writes."""
 
 
-def encode_for_shard(data: bytes, max_size: int | None = None) -> tuple[bytes, str]:
+def encode_for_shard(data: bytes, max_size: int | None = None, quality: int = JPEG_QUALITY) -> tuple[bytes, str]:
     """Decode an image completely and return the bytes to store with their suffix (`jpg`, `png` or `webp`).
 
     JPEG, PNG and WebP keep their bytes in any color mode and orientation; other formats are stored as upright RGB PNG.
@@ -24,6 +24,7 @@ def encode_for_shard(data: bytes, max_size: int | None = None) -> tuple[bytes, s
         data: an encoded image.
         max_size: limit of the shorter side, in pixels; a larger image is shrunk to it and stored as RGB JPEG. None: no
             limit.
+        quality: quality of that JPEG, 1 to 100.
 
     Raises:
         BadSample: the image cannot be used; the reasons are those of :func:`eve_ds.data.image_file.open_image`.
@@ -32,14 +33,14 @@ def encode_for_shard(data: bytes, max_size: int | None = None) -> tuple[bytes, s
         warnings.simplefilter("ignore")  # about damaged EXIF and the like; they would flood the terminal
         with read_header(data) as image:
             try:
-                return _store(image, data, max_size)
+                return _store(image, data, max_size, quality)
             except MemoryError:
                 raise
             except Exception as error:  # decoders of damaged data raise nearly anything: OSError, struct.error, ...
                 raise undecodable(error) from None
 
 
-def _store(image: Image.Image, data: bytes, max_size: int | None) -> tuple[bytes, str]:
+def _store(image: Image.Image, data: bytes, max_size: int | None, quality: int) -> tuple[bytes, str]:
     suffix = KEPT_FORMATS.get(image.format or "")
     shrink = max_size is not None and min(image.size) > max_size
     if shrink and max_size is not None:
@@ -48,7 +49,7 @@ def _store(image: Image.Image, data: bytes, max_size: int | None) -> tuple[bytes
         image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
     decode(image)
     if shrink and max_size is not None:
-        return _encode(_shrink(to_rgb(upright(image)), max_size), "JPEG"), "jpg"
+        return _encode(_shrink(to_rgb(upright(image)), max_size), "JPEG", quality=quality), "jpg"
     if suffix is None:
         return _encode(to_rgb(upright(image)), "PNG"), "png"
     return data, suffix
@@ -60,7 +61,7 @@ def _shrink(image: Image.Image, max_size: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _encode(image: Image.Image, image_format: str) -> bytes:
+def _encode(image: Image.Image, image_format: str, **options: int) -> bytes:
     file = io.BytesIO()
-    image.save(file, image_format, **({"quality": JPEG_QUALITY} if image_format == "JPEG" else {}))
+    image.save(file, image_format, **options)
     return file.getvalue()

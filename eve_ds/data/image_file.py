@@ -87,6 +87,12 @@ def read_header(data: bytes) -> Image.Image:
     return image
 
 
+def undecoded_file(image: Image.Image) -> bytes | None:
+    """Return the file of an image that :func:`open_image` has not decoded; None for every other image."""
+    file = getattr(image, "fp", None)
+    return file.getvalue() if isinstance(file, io.BytesIO) and getattr(image, "tile", None) else None
+
+
 def _scale_transparent_level(image: Image.Image) -> None:
     """Scale the transparent level of a gray PNG of 2 or 4 bits to 8 bits, as Pillow scales the pixels but not it."""
     level = image.info.get("transparency")

@@ -9,6 +9,7 @@ read or decode samples that were served before.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator, PretrainingObjective
 from eve_ds.data.errors import BadSample, UnusableData
 from eve_ds.data.held_out import held_out_share, is_held_out
+from eve_ds.data.image_decoding import choose_decoding
 from eve_ds.data.order import Lanes, Place, Position, StreamOrder, lanes_for, merge_positions
 from eve_ds.data.sources import SampleSource, open_sources
 from eve_ds.data.workers import start_loader
@@ -62,6 +64,8 @@ class Delivery(NamedTuple):
     """Total number of slots that the worker has consumed, this batch included."""
     skipped: list[Skipped]
     """Samples skipped since the previous batch."""
+    seconds: float = 0.0
+    """Time that the worker took for this message, by the clock."""
     error: str | None = None
     """Reason why the worker stopped. The loader raises it; an exception from a worker process would add a traceback."""
 
@@ -109,6 +113,7 @@ def fill_batches(
     good: list[Sample] = []
     skipped: list[Skipped] = []
     consumed = 0
+    started = time.perf_counter()
     try:
         for consumed, sample in samples:
             if isinstance(sample, Skipped):
@@ -121,12 +126,13 @@ def fill_batches(
                     f"{HELD_OUT} leaves no sample to train on ({held_out:,} in a row are held out): lower it"
                 )
             if len(good) == batch_size:
-                yield Delivery(collate(good), consumed, skipped)
-                good, skipped = [], []
+                batch = collate(good)
+                yield Delivery(batch, consumed, skipped, time.perf_counter() - started)
+                good, skipped, started = [], [], time.perf_counter()  # the loader may have been slow to ask again
             elif len(skipped) >= max_bad_run:
                 raise UnusableData(f"{len(skipped)} samples cannot be used between two batches")
     except UnusableData as error:
-        yield Delivery(None, consumed, skipped, str(error))
+        yield Delivery(None, consumed, skipped, error=str(error))
 
 
 def _deliveries(
@@ -156,6 +162,7 @@ class Loader:
     Attributes:
         skipped: number of unusable samples by reason since the start of the run.
         num_samples: number of samples that this rank has served since the start of the run.
+        read_seconds: time that the workers, or this process, have worked on the batches of this loader, by the clock.
     """
 
     def __init__(
@@ -172,6 +179,7 @@ class Loader:
     ) -> None:
         self.skipped: Counter[str] = Counter()
         self.num_samples = 0
+        self.read_seconds = 0.0
         self._sources = sources
         self._position, self._identity, self._max_bad_share = position, identity, max_bad_share
         self._stream: Iterator[Delivery] | None = _deliveries(pipeline, num_workers, start_method, pin_memory)
@@ -191,6 +199,7 @@ class Loader:
         delivery = next(self._stream)
         self._position = self._position.advance(self._position.next_worker, delivery.consumed)
         self.num_samples += 0 if delivery.batch is None else len(delivery.batch)
+        self.read_seconds += delivery.seconds
         self._count(delivery.skipped)
         if delivery.batch is None:
             raise UnusableData("; ".join(filter(None, [delivery.error, self._report()])))
@@ -270,10 +279,13 @@ def build_loader(
         pin_memory: put batches into page-locked memory, so that copies to a GPU can overlap with computation.
 
     Raises:
-        ConfigError: shards that are missing or empty, a tokenizer larger than the vocabulary of the model, or a
-            position from other data, another seed, another mixture or another number of ranks.
+        ConfigError: shards that are missing or empty, a tokenizer larger than the vocabulary of the model, a decoder
+            that is not installed, or a position from other data, another seed, another mixture or another number of
+            ranks.
     """
-    sources = open_sources(config, group)
+    states = [] if state is None else [state] if isinstance(state, dict) else list(state)
+    decoding = choose_decoding(config.data.image_decoder, states)
+    sources = open_sources(config, group, decoding)
     collate = Collator(
         config,
         tokenizer,
@@ -281,8 +293,7 @@ def build_loader(
         has_images=any(source.has_images for source in sources),
         has_captions=any(source.has_captions for source in sources),
     )
-    states = [] if state is None else [state] if isinstance(state, dict) else list(state)
-    identity = _identity(config, sources, states)
+    identity = _identity(config, sources, states) | decoding.position()
     num_streams = max(config.data.num_workers, 1)
     position = _position(states, rank, world_size, micro_batch_size, num_streams)
     order = _order(config, sources, Lanes(*identity["layout"]))

@@ -12,6 +12,7 @@ from eve_ds.config import Config, ConfigError, DataConfig, SourceConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import BadSample, UnusableData
+from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
@@ -282,10 +283,14 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def open_sources(config: Config, group: dist.ProcessGroup | None = None) -> list[SampleSource]:
+def open_sources(
+    config: Config, group: dist.ProcessGroup | None = None, decoding: Decoding | None = None
+) -> list[SampleSource]:
     """Open the sources of the training mixture, in the order of `data.sources`; collective.
 
     Rank 0 looks for the shards and reads their indices, for all ranks of `group` (default: all ranks).
+
+    `decoding` is the decoder and resampler of images; None: the fastest that are installed.
 
     Raises:
         ConfigError: no source, or shards that are missing or empty.
@@ -293,7 +298,7 @@ def open_sources(config: Config, group: dist.ProcessGroup | None = None) -> list
     if not config.data.sources:
         raise ConfigError("data.sources is empty; name at least one source")
     data, seed = config.data, config.train.seed
-    transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed)
+    transform = TrainTransform(config.model.image_size, data.crop_scale, data.horizontal_flip, seed, decoding)
     found = from_rank_zero(partial(shards_of, data.sources, data), group)
     return [open_source(*source, transform, config) for source in zip(data.sources, found, strict=True)]
 

@@ -34,6 +34,7 @@ _STAMP = {"step", "seconds", "samples"}
 BESIDE_LOSSES = (
     *("kind", "step", "seconds", "samples", "lr", "grad_norm", "samples_per_second", "tokens_per_second"),
     *("peak_memory_bytes", "model_flops_utilization"),
+    *("step_seconds", "data_wait_seconds", "samples_per_second_per_worker"),
 )
 """Keys of a training record that are no loss terms; others that are none have a slash in their name."""
 

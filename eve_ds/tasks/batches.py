@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from eve_ds import limits
 from eve_ds.config import Config, TaskConfig
 from eve_ds.data.captions import CaptionEncoder, check_vocabulary, padded
 from eve_ds.data.errors import BadSample
+from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 from eve_ds.data.shared_bytes import SharedBytes
@@ -56,6 +58,8 @@ class TaskBatch:
     """Targets of the task: (B, A) float32 soft scores of answers, (B,) int64 labels, or (B,) int64 image numbers."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason -> number of examples that could not be used and were replaced."""
+    read_seconds: float = 0.0
+    """Time that a loader process took to read the images, by the clock."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -99,13 +103,14 @@ class ImageReader:
     Args:
         config: `model.image_size`, `data.crop_scale`, `data.horizontal_flip`, `train.seed`; augmentation in `task`.
         training: whether to augment; otherwise images are only resized.
+        decoding: decoder and resampler; None: the fastest that are installed, whatever made the model.
     """
 
-    def __init__(self, config: Config, training: bool) -> None:
+    def __init__(self, config: Config, training: bool, decoding: Decoding | None = None) -> None:
         assert config.task is not None
         data = config.data
         crop_scale, flip = (data.crop_scale, data.horizontal_flip) if training else ((1.0, 1.0), 0.0)
-        self._transform = TrainTransform(config.model.image_size, crop_scale, flip, config.train.seed)
+        self._transform = TrainTransform(config.model.image_size, crop_scale, flip, config.train.seed, decoding)
         self._task: TaskConfig | None = config.task if training else None
         self._seed = config.train.seed
         self._blind = config.task.blind
@@ -194,6 +199,7 @@ class _Item(NamedTuple):
     example: Example
     images: NDArray[np.uint8]
     skipped: list[str]
+    seconds: float
 
 
 class _Stored:
@@ -223,6 +229,7 @@ class _TrainingExamples(Dataset["_Item | UnusableData"]):
     def __getitem__(self, place: tuple[int, int]) -> _Item | UnusableData:
         epoch, index = place
         skipped: list[str] = []
+        started = time.perf_counter()
         while True:
             example = self._examples[(index + len(skipped)) % len(self._examples)]
             try:
@@ -235,7 +242,7 @@ class _TrainingExamples(Dataset["_Item | UnusableData"]):
                         "check task.train.images"
                     )
                 continue
-            return _Item(dataclasses.replace(example, images=()), images, skipped)
+            return _Item(dataclasses.replace(example, images=()), images, skipped, time.perf_counter() - started)
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
@@ -273,6 +280,7 @@ def training_batches(
     world_size: int,
     micro_batch_size: int,
     pin_memory: bool = False,
+    decoding: Decoding | None = None,
 ) -> Iterator[TaskBatch]:
     """Endless micro-batches of one rank, beginning with those of optimizer step `step`.
 
@@ -285,6 +293,7 @@ def training_batches(
         world_size: number of ranks.
         micro_batch_size: examples per micro-batch.
         pin_memory: whether batches go to page-locked memory, from which copies to a GPU overlap with computation.
+        decoding: decoder and resampler of images; None: the fastest that are installed.
 
     Raises:
         UnusableData: too many unusable examples in a row; raised by the iterator.
@@ -293,7 +302,8 @@ def training_batches(
     order = _Order(len(examples), train.seed, step, train.train_batch_size, rank, world_size, micro_batch_size)
     loader = start_loader(
         _TrainingExamples(
-            examples if isinstance(examples, SceneExamples) else _Stored(examples), ImageReader(config, training=True)
+            examples if isinstance(examples, SceneExamples) else _Stored(examples),
+            ImageReader(config, training=True, decoding=decoding),
         ),
         batch_sampler=order,
         num_workers=config.data.num_workers,
@@ -327,7 +337,8 @@ class _Stack:
                 return item
             items.append(item)
         skipped = Counter(reason for item in items for reason in item.skipped)
-        return self._collate([item.example for item in items], [item.images for item in items], skipped)
+        batch = self._collate([item.example for item in items], [item.images for item in items], skipped)
+        return dataclasses.replace(batch, read_seconds=sum(item.seconds for item in items))
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:

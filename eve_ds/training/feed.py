@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 
 from eve_ds.data.device_queue import DeviceQueue
 from eve_ds.data.sources import UnusableData
+from eve_ds.distributed import get_logger
+from eve_ds.training.data_wait import DataWait
 from eve_ds.training.job import Batches, Job, Loading, TrainingBatch
 
 
@@ -41,6 +44,7 @@ class Feed:
         self.job, self.accumulation = job, accumulation
         self.topology, self.group = loading.topology, loading.group
         self.queue: DeviceQueue[Any] = DeviceQueue(device)
+        self.data_wait = DataWait(device, job.config.data.num_workers, self.group)
         self._next: StepData | None = None
         self.batches: Batches = job.open(loading)
         self.position = self.batches.state_dict()
@@ -60,7 +64,7 @@ class Feed:
             Exception: any other error of a rank while it loads, on that rank.
             RuntimeError: names that error, on the other ranks.
         """
-        data, self._next = self._next or self._fetch(), None
+        data, self._next = self._next or self._fetch_first(), None
         if data.num_failed:
             self._raise(data.problem)
         self.job.check_step(data.totals, samples)
@@ -85,6 +89,14 @@ class Feed:
         """Fetch the data of the next step; an error is raised at that step, so the current step still finishes."""
         self._next = self._fetch()
 
+    def _fetch_first(self) -> StepData:
+        """Fetch the data of the first step, which wait for the start of the worker processes."""
+        started = time.perf_counter()
+        data = self._fetch()
+        get_logger().info("the first batches came after %.2g s", time.perf_counter() - started)
+        self.data_wait.waits.take()  # counted here, not in the metrics of steps
+        return data
+
     def _load(self) -> tuple[list[TrainingBatch], Exception | None]:
         """Load the micro-batches of one step, or return the error due to which this rank has none."""
         try:
@@ -94,7 +106,8 @@ class Feed:
 
     def _fetch(self) -> StepData:
         """Fetch micro-batches, start copying them to the device, and sum their counts over ranks; collective."""
-        micro_batches, problem = self._load()
+        with self.data_wait.waits.measured():
+            micro_batches, problem = self._load()
         for batch in micro_batches:
             self.queue.put(batch)
         own = self.job.counts(micro_batches)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eve_ds.checkpoint import engine_tensors, manifest
 from eve_ds.checkpoint.files import PieceReader, tensor_file, write_pieces
 from eve_ds.config import Config, ConfigError
+from eve_ds.data.image_decoding import choose_decoding
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.workers import start_server
@@ -167,7 +168,7 @@ class Finetuning:
         """Open the examples from the step on; the order depends on the step, so no saved position is needed.
 
         Raises:
-            ConfigError: the checkpoint was written with other examples.
+            ConfigError: the checkpoint was written with other examples, or `data.image_decoder` is not installed.
         """
         contents = fingerprint(self.examples)
         for position in loading.positions or []:
@@ -177,6 +178,7 @@ class Finetuning:
                     f"task.train holds other examples ({contents}) than the checkpoint was written with ({before}): "
                     "restore them, or name another output folder"
                 )
+        decoding = choose_decoding(self.config.data.image_decoder, loading.positions or ())
         collate = TaskCollator(self.config, self.tokenizer, self.task.targets)
         batches = training_batches(
             self.examples,
@@ -187,8 +189,9 @@ class Finetuning:
             world_size=loading.topology.data_size,
             micro_batch_size=loading.micro_batch_size,
             pin_memory=loading.pin_memory,
+            decoding=decoding,
         )
-        return TaskBatches(batches, contents)
+        return TaskBatches(batches, {EXAMPLES: contents} | decoding.position())
 
     def counts(self, micro_batches: Sequence[TaskBatch]) -> dict[str, float]:
         """Return the number of examples that were replaced."""
@@ -267,22 +270,24 @@ class TaskBatches:
 
     Args:
         batches: endless micro-batches of one data rank.
-        contents: fingerprint of all training examples, by which a resumed run knows them again.
+        identity: entries of the position by which a resumed run knows its examples and the decoding of its images.
     """
 
-    def __init__(self, batches: Iterator[TaskBatch], contents: str) -> None:
-        self._batches, self._contents = batches, contents
+    def __init__(self, batches: Iterator[TaskBatch], identity: dict[str, str]) -> None:
+        self._batches, self._identity = batches, identity
         self._skipped: Counter[str] = Counter()
+        self.read_seconds = 0.0
 
     def __next__(self) -> TaskBatch:
         """Return the next micro-batch."""
         batch = next(self._batches)
         self._skipped += batch.skipped
+        self.read_seconds += batch.read_seconds
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of examples replaced since this start of the run, by reason, and the fingerprint."""
-        return {SKIPPED: dict(self._skipped), EXAMPLES: self._contents}
+        """Return the number of examples replaced since this start of the run, by reason, and the identity."""
+        return {SKIPPED: dict(self._skipped), **self._identity}
 
     def close(self) -> None:
         """End the worker processes."""

@@ -52,6 +52,9 @@ class TrainingBatch(Protocol):
 class Batches(Protocol):
     """Endless micro-batches of one data rank."""
 
+    read_seconds: float
+    """Time that worker processes, or this one, have worked on the micro-batches so far, by the clock."""
+
     def __next__(self) -> TrainingBatch:
         """Return the next micro-batch; raises :class:`eve_ds.data.sources.UnusableData` if too many samples are bad."""
 

@@ -20,7 +20,7 @@ from deepspeed import DeepSpeedEngine
 from eve_ds.distributed import broadcast_object, get_logger, rank_zero
 from eve_ds.objectives.objective import TOKENS
 from eve_ds.storage import reason
-from eve_ds.topology import Topology
+from eve_ds.training.feed import Feed
 from eve_ds.training.flops import peak_flops
 from eve_ds.training.job import Job
 from eve_ds.training.window import Window
@@ -157,24 +157,25 @@ def _flat(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
             yield f"{prefix}{name}", value
 
 
-def training_numbers(
-    window: Window, topology: Topology, engine: DeepSpeedEngine, job: Job, seconds: float
-) -> dict[str, float]:
-    """Return metrics of the steps in a window: losses, routers, rates, gradient norm, memory; collective.
+def training_numbers(window: Window, feed: Feed, engine: DeepSpeedEngine, job: Job, seconds: float) -> dict[str, float]:
+    """Return metrics of the steps in a window: losses, routers, rates, waits, gradient norm, memory; collective.
 
     Args:
         window: window of the steps since the last record.
-        topology: ranks of the run.
+        feed: data of the steps.
         engine: engine with the batch size and the norm of the last gradient.
         job: job, which counts the FLOPs of a sample.
         seconds: training time at the end of the window.
     """
+    topology = feed.topology
     numbers = window.reduce(topology)
     elapsed = max(seconds - window.started, 1e-9)
     samples = window.steps * engine.train_batch_size()
     numbers |= {"samples_per_second": samples / elapsed, "peak_memory_bytes": peak_memory_bytes()}
     if TOKENS in window.totals:
         numbers["tokens_per_second"] = window.totals[TOKENS] / elapsed
+    own_samples = engine.train_batch_size() // topology.data_size
+    numbers |= feed.data_wait.numbers(window.steps, window.clock_seconds, own_samples, feed.batches.read_seconds)
     norm = engine.get_global_grad_norm()  # None at ZeRO 0 without clipping
     if norm is not None and math.isfinite(norm):
         numbers["grad_norm"] = float(norm)

@@ -24,7 +24,7 @@ CONFIG = "config.json"
 IDENTITY = ("model", "masking", "data", "loss", "task")
 """Sections of the configuration that, like `train.seed`, must stay the same within one output folder."""
 
-MUTABLE_KEYS = {"data": {"num_workers", "max_bad_share", "remote", "cache_dir", "cache_bytes"}}
+MUTABLE_KEYS = {"data": {"num_workers", "max_bad_share", "image_decoder", "remote", "cache_dir", "cache_bytes"}}
 """Keys of the sections in :data:`IDENTITY` that may change."""
 
 LOCATIONS = ("tokenizer", "shards", "annotations", "images")

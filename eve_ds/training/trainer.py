@@ -128,8 +128,7 @@ class Trainer:
         if self.done:
             self._finish_save()
             on_rank_zero(self.job.finish)
-        spent = max(self.seconds - started_at, 1e-9)
-        rate = (self.samples - samples_before) / spent
+        rate = (self.samples - samples_before) / max(self.seconds - started_at, 1e-9)
         return Summary(self.step, self.samples, self.seconds, rate, self.checkpoint, stopped, self.evaluation)
 
     def _train_step(self) -> Agreement:
@@ -181,7 +180,7 @@ class Trainer:
             self.nonfinite.skip(message, self.checkpoint)
 
     def _write_metrics(self) -> dict[str, float]:
-        numbers: dict[str, Any] = training_numbers(self.window, self.topology, self.engine, self.job, self.seconds)
+        numbers: dict[str, Any] = training_numbers(self.window, self.feed, self.engine, self.job, self.seconds)
         numbers["lr"] = self.lr
         skipped = {f"skipped/{reason}": count for reason, count in self.feed.position.get("skipped", {}).items()}
         self.metrics.write("train", **self._stamp(), **numbers, **skipped)
@@ -234,9 +233,10 @@ class Trainer:
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
-        started = self.clock()
+        started, started_by_clock = self.clock(), time.monotonic()
         yield
         self.seconds += self.clock() - started
+        self.window.clock_seconds += time.monotonic() - started_by_clock
 
     def _stamp(self) -> dict[str, Any]:
         return {"step": self.step, "seconds": self.seconds, "samples": self.samples}

@@ -24,6 +24,8 @@ class Window:
     def __init__(self, started: float = 0.0) -> None:
         self.started = started
         self.steps = 0
+        self.clock_seconds = 0.0
+        """Time of the steps by the clock, which also counts waiting."""
         self.totals: defaultdict[str, float] = defaultdict(float)
         """Counts summed over the steps of the window and over all ranks."""
         self._terms: list[dict[str, Tensor]] = []

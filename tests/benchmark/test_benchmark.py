@@ -206,6 +206,15 @@ def test_command_runs_quickly_and_prints_json(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert {row["measure"] for row in rows} >= {"routing", "routing with router", "data"}
-    assert {row["peer"] for row in rows} >= {"deepspeed", "torch", "webdataset"}
-    assert len(results.read_text().splitlines()) == len(rows) + 1
+    compared = [row for row in rows if "peer" in row]
+    assert {row["peer"] for row in compared} >= {"deepspeed", "torch", "webdataset", "earlier versions"}
+    assert len(results.read_text().splitlines()) == len(compared) + 1
+    about = {row["what"]: row for row in rows if "peer" not in row}
+    assert about["simplejpeg, resized by torch"]["images_s"] > about["Pillow, resized by Pillow"]["images_s"]
+    assert about["simplejpeg, resized by torch"]["mean"] == about["Pillow, resized by torch"]["mean"] < 0.02
+    assert about["shorter side 256"]["gradient_energy_0.2"] < about["shorter side 256"]["gradient_energy_0.6"] < 1
+    worker = about["simplejpeg"]
+    assert worker["pixel_bytes"] == pytest.approx(3 * 224 * 224, rel=1e-3)
+    assert worker["pixel_bytes_as_floats"] == pytest.approx(4 * worker["pixel_bytes"], rel=1e-3)
+    assert min(worker["pss_mb"], worker["first_batch_s"], worker["first_batch_resumed_s"]) > 0
     assert "absent: tutel for routing" in done.stderr

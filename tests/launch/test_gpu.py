@@ -22,7 +22,7 @@ def run(*arguments):
 
 @pytest.mark.timeout(300)
 def test_dry_run_measures_every_part(tmp_path):
-    parts = ["facts", "build", "tests", "step", "routing", "layers", "engine"]
+    parts = ["facts", "build", "tests", "step", "routing", "layers", "engine", "images"]
     done = run("--out", tmp_path, "--dry_run", "--parts", *parts)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("cpu-*.json")
@@ -35,6 +35,7 @@ def test_dry_run_measures_every_part(tmp_path):
         *(("layers", name) for name in ("linear cross entropy, as it is", "attention, plain, masked")),
         *(("layers", "attention of the model, padding left out"), ("engine", "host of the engine, eve_tiny, whole")),
     } <= named
+    assert any(row["part"] == "images" for row in document["rows"]), "a line, also where torchvision is absent"
     step = next(row for row in document["rows"] if row["what"] == "step")
     assert step["pairs_s"] == pytest.approx(step["batch"] / step["ms"] * 1e3, rel=1e-3)
     lines = (tmp_path / "table.md").read_text().splitlines()

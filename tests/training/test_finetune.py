@@ -1,5 +1,6 @@
 """Initial weights, recipes, learning rates, batches and saved models of fine-tuning."""
 
+import io
 import itertools
 import json
 import shutil
@@ -9,12 +10,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
 
 from eve_ds.cli.command import BAD_INPUT, ending
 from eve_ds.config import ConfigError, load_config, parse_config, presets
+from eve_ds.data.image_decoding import Decoding
+from eve_ds.data.image_file import open_image
 from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.data.transforms import resize
 from eve_ds.evaluation.ask import ask, rank
 from eve_ds.export import ExportError
 from eve_ds.export.official import write_official
@@ -28,7 +33,9 @@ from eve_ds.tasks.load_examples import load_examples
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.saved import load_task_model, save_task_model, start_weights
 from eve_ds.tasks.vqa import VQA
+from eve_ds.topology import Topology
 from eve_ds.training import finetune
+from eve_ds.training.job import Loading
 from eve_ds.training.optimizer import build_optimizer
 from eve_ds.training.schedule import with_schedule
 from eve_ds.training.task_weights import lr_scale, lr_scales, prepare_weights
@@ -207,6 +214,29 @@ def test_learning_rates_decay_towards_the_embeddings(task_tree):
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("positions", "decoding"),
+    [
+        (None, Decoding("simplejpeg", "torch")),
+        ([{}], Decoding("pillow", "pillow")),
+        ([Decoding("simplejpeg", "torch").position()], Decoding("simplejpeg", "torch")),
+        ([Decoding("pillow", "torch").position()], Decoding("pillow", "torch")),
+    ],
+)
+def test_a_resumed_run_decodes_its_images_as_before(task_tree, positions, decoding):
+    """A position of an earlier version names no decoder; such a run goes on with Pillow alone."""
+    config = parse_config(task_tree("vqa"))
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((90, 70)).convert("RGB").save(file, "JPEG")
+    examples = [Example(str(number), (file.getvalue(),), "what is it?", answers=("a",)) for number in range(8)]
+    job = finetune.Finetuning(config, VQA(config, ["a"]), examples)
+    batches = job.open(Loading(Topology.current(), 8, 0, positions, False, None))
+    pixels = next(batches).pixel_values[0, 0].permute(1, 2, 0).numpy()
+    size = config.model.image_size
+    assert (pixels == resize(open_image(file.getvalue()), (0, 0, 90, 70), size, decoding)).all()
+    assert decoding.position().items() <= batches.state_dict().items()
 
 
 def batches(config, task, examples, rank=0, world_size=1, step=0):

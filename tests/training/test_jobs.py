@@ -78,11 +78,13 @@ def runs(folder, run_ranks, task_tree):
 
 
 @pytest.mark.parametrize(("job", "terms"), [("pretrain", {"mim", "mlm"}), ("finetune", {"vqa"})])
-def test_a_job_writes_losses_rates_and_gradient_norm(runs, job, terms):
+def test_a_job_writes_losses_rates_waits_and_gradient_norm(runs, job, terms):
     train = runs[0][job]["train"]
     assert [record["step"] for record in train] == [1, 3], "a skipped step has no means"
     shared = {"loss", "load_balancing", "router_z", "lr", "grad_norm", "samples_per_second", "peak_memory_bytes"}
+    shared |= {"step_seconds", "data_wait_seconds", "samples_per_second_per_worker"}
     assert all(shared | terms <= record.keys() for record in train)
+    assert all(0 < record["data_wait_seconds"] < record["step_seconds"] for record in train)
 
 
 @pytest.mark.parametrize("job", ["pretrain", "finetune"])

@@ -99,7 +99,7 @@ def test_the_folder_of_the_same_run_is_accepted(tmp_path):
             "train": {"output_dir": str(tmp_path), "max_steps": 7, "log_every": 3},
             "optimizer": {"lr": 1e-5},
             "data": {"num_workers": 3, "max_bad_share": 0.5, "cache_dir": "/cache", "cache_bytes": 2**30}
-            | {"remote": {"deadline_seconds": 5}},
+            | {"image_decoder": "pillow", "remote": {"deadline_seconds": 5}},
         }
     )
     check_output_dir(longer, "auto")

@@ -147,7 +147,7 @@ def _write_candidate(
         captions = _usable_captions(candidate, options.unescape_html, skipped)
         if not captions:
             return []
-        image, suffix = encode_for_shard(candidate.image.read(), options.max_size)
+        image, suffix = encode_for_shard(candidate.image.read(), options.max_size, options.quality)
     except BadSample as bad:
         skipped.add(bad.reason, [lazy.name])
         return []

@@ -6,7 +6,11 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from eve_ds.data.image_check import JPEG_QUALITY
 from eve_ds.data.writing.excluded_ids import read_ids
+
+EARLIER_QUALITY = 95
+"""Quality of the JPEG files of versions without :attr:`WriterOptions.quality`."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,18 @@ class WriterOptions:
     """Paths of files with one image ID per line; images with such an ID or alias are skipped."""
     unescape_html: bool = False
     """Replace HTML entities of captions by their characters."""
+    quality: int = JPEG_QUALITY
+    """Quality of the JPEG files of shrunk images, 1 to 100."""
 
     def describe(self) -> dict[str, Any]:
         """Return the options for JSON, with a digest of the excluded IDs because their files may change.
 
-        `unescape_html` is left out where it is not set, so that folders of versions without it stay complete.
+        `unescape_html` is left out where it is not set, and `quality` where it has no effect or is that of earlier
+        versions, so that folders of versions without them stay complete.
         """
         listed = sorted(read_ids(self.exclude_ids))
         digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
         described = asdict(self) | {"exclude_ids": digest if self.exclude_ids else None}
-        return {name: value for name, value in described.items() if name != "unescape_html" or value}
+        left_out = {"unescape_html"} if not self.unescape_html else set()
+        left_out |= {"quality"} if self.max_size is None or self.quality == EARLIER_QUALITY else set()
+        return {name: value for name, value in described.items() if name not in left_out}
