@@ -324,6 +324,7 @@ def get_logger() -> logging.Logger:
     logger = logging.getLogger("eve_ds")
     if not any(isinstance(handler, _RankHandler) for handler in logger.handlers):
         logger.addHandler(_RankHandler())
+    if logger.level == logging.NOTSET:  # others may have reset it since the first call
         logger.setLevel(logging.INFO)
     return logger
 

@@ -130,6 +130,12 @@ def test_rank_zero_logs_everything_and_other_ranks_log_warnings_with_their_rank(
     assert lines[2].endswith("WARNING shown")
 
 
+def test_log_shows_information_after_another_package_reset_the_level(capsys):
+    get_logger().setLevel(logging.NOTSET)
+    get_logger().info("still shown")
+    assert capsys.readouterr().err.endswith("INFO still shown\n")
+
+
 def test_log_writes_to_the_current_standard_error(monkeypatch):
     for message in ("first", "second"):
         stream = io.StringIO()

@@ -84,9 +84,11 @@ class ValidationConfig(Section):
 
 
 class RemoteConfig(Section):
-    """Requests for shards at addresses, such as https:// and s3://. A request that fails is repeated after .5 s, 1 s,
-    2 s, ... up to 30 s, less a random part."""
+    """Requests for shards at addresses, such as https:// and s3://. A request that fails is repeated after .1 s,
+    .2 s, ... up to 30 s, less a random part."""
 
+    reads_ahead: Annotated[int, Field(ge=0, le=256)] = 16
+    """Samples that each worker process requests before it needs them, at the same time."""
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds to wait for a connection, and for further bytes."""
     deadline_seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0

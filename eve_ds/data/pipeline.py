@@ -1,8 +1,8 @@
 """Training pipeline: an endless, resumable stream of batches for one rank.
 
-    slots of a worker -> read, decode, crop -> fill batches, mask -> Loader (counts, position, bad samples)
+    slots of a worker -> announce -> read, decode, crop -> fill batches, mask -> Loader (counts, position, bad samples)
 
-The first three are stages of a `webdataset.DataPipeline`, which runs in this process or in worker processes. The order
+The first four are stages of a `webdataset.DataPipeline`, which runs in this process or in worker processes. The order
 of samples is fixed in advance (:mod:`eve_ds.data.order`), so a position is a few numbers, and a resumed run does not
 read or decode samples that were served before.
 """
@@ -10,7 +10,7 @@ read or decode samples that were served before.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,10 +83,24 @@ def worker_places(order: StreamOrder, position: Position) -> Iterator[tuple[int,
         yield consumed, order.locate(slot)
 
 
+def announced(
+    places: Iterable[tuple[int, Place]], sources: Sequence[SampleSource], ahead: int
+) -> Iterator[tuple[int, Place]]:
+    """Second stage: yield the same places; the sources learn of each one `ahead` places earlier."""
+    waiting: deque[tuple[int, Place]] = deque()
+    for item in places:
+        if ahead:
+            sources[item[1].source].want(item[1])
+        waiting.append(item)
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def read_samples(
     places: Iterable[tuple[int, Place]], sources: Sequence[SampleSource], held_out_share: float = 0.0
 ) -> Iterator[tuple[int, Sample | Skipped | None]]:
-    """Second stage: read, decode and crop; yield an unusable sample as :class:`Skipped`, a held-out one as None."""
+    """Third stage: read, decode and crop; yield an unusable sample as :class:`Skipped`, a held-out one as None."""
     held_out = partial(is_held_out, share=held_out_share)
     for consumed, place in places:
         source = sources[place.source]
@@ -104,7 +118,7 @@ def fill_batches(
     max_bad_run: int,
     max_held_out_run: int,
 ) -> Iterator[Delivery]:
-    """Third stage: yield full batches of usable samples.
+    """Fourth stage: yield full batches of usable samples.
 
     The stream ends after `max_bad_run` skips in one batch, and after more than `max_held_out_run` held-out samples
     without another one.
@@ -301,6 +315,7 @@ def build_loader(
     num_samples = sum(sum(source.shard_sizes) for source in sources)
     pipeline = DataPipeline(
         partial(worker_places, order, position),
+        partial(announced, sources=sources, ahead=config.data.remote.reads_ahead),
         partial(read_samples, sources=sources, held_out_share=held_out_share(config)),
         partial(
             fill_batches,

@@ -19,6 +19,9 @@ class ShardBytes(Protocol):
             OSError: the storage failed.
         """
 
+    def want(self, offset: int, size: int) -> None:
+        """Announce a :meth:`read_at` of the same bytes, which may be read in the background until then."""
+
     def close(self) -> None:
         """End the access."""
 
@@ -37,6 +40,9 @@ class FileBytes:
     def read_at(self, offset: int, size: int) -> bytes:
         """Read `size` bytes from `offset`; fewer at the end of the file."""
         return os.pread(self._file.fileno(), size, offset)
+
+    def want(self, offset: int, size: int) -> None:
+        """Do nothing: the system reads files ahead."""
 
     def close(self) -> None:
         """Close the file."""

@@ -92,6 +92,13 @@ class ShardFile:
             raise BadSample("broken tar entry", f"only {len(labels)} captions can be found in the group")
         return _own_caption(parts[0].key, fields, labels[sample : sample + 1])
 
+    def want(self, number: int) -> None:
+        """Announce a :meth:`read`, which then waits less."""
+        if number < len(self):
+            start, end = self._place(self.layout.locate(number)[0])
+            if end - start <= limits.SAMPLE_BYTES:
+                self._stored.want(start, end - start)
+
     def _group(self, number: int) -> tuple[int, int]:
         if number >= len(self):
             raise BadSample("broken tar entry", f"only {len(self)} samples can be found in the shard")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +17,7 @@ from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
+from eve_ds.data.remote.addresses import is_remote
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import image_key
 from eve_ds.data.shard_file import ShardFile, StoredSample
@@ -58,6 +60,13 @@ class SampleSource(Protocol):
 
         Raises:
             BadSample: the sample cannot be used.
+        """
+
+    def want(self, place: Place) -> None:
+        """Announce a :meth:`read` of a place, whose bytes may come in the background until then.
+
+        Raises:
+            UnusableData: the source cannot be used.
         """
 
     def image(self, shard: int, number: int) -> str:
@@ -143,6 +152,9 @@ class GeneratedSource:
         image = self._transform(scene.image, caption, epoch, key) if self.has_images else None
         return Sample(key, epoch, image, caption)
 
+    def want(self, place: Place) -> None:
+        """Do nothing: a sample is computed."""
+
     def image(self, shard: int, number: int) -> str:
         """Return the key of a scene, made of level, seed and index."""
         return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
@@ -184,6 +196,7 @@ class ShardsSource:
         self._remote = RemoteStorage(DataConfig()) if remote is None else remote
         self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
         self._shards = ShardTable(shards)
+        self._is_remote = any(is_remote(shard.address) for shard in shards)
         self.shard_sizes = [shard.num_samples for shard in shards]
         self._names = _digest(f"{name_of(shard.address)} {shard.num_samples}" for shard in shards)
         self._contents = {"sizes": _digest(str(shard.bytes) for shard in shards)}
@@ -207,6 +220,13 @@ class ShardsSource:
             error.key = key
             raise
         return Sample(key, epoch, image, caption)
+
+    def want(self, place: Place) -> None:
+        """Begin to read one sample of a source with addresses."""
+        if not self._is_remote:
+            return
+        with suppress(OSError):  # :meth:`read` counts a shard that cannot be opened
+            self._shard_file(place.shard).want(place.number)
 
     def image(self, shard: int, number: int) -> str:
         """Return the key of the image, that of its members; shards that repeat an image have it once as well."""

@@ -143,7 +143,7 @@ def test_splits_of_karpathy(load):
         (
             "retrieval",
             {"images": [{"file_name": "a.jpg", "id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]},
-            "is COCO annotations; this is not read",
+            "is COCO annotations: give it to `prepare.py coco`",
         ),
         ("vqa", [{**QUESTION, "image": "x" * 300}], r"none of 1 probed images exists .*x( \.\.\.)?\): set the folder"),
         ("vqa", [{**QUESTION, "question": "a \ud83d b"}], r"example 7 has a text that is no Unicode \('a .ud83d b'\)"),

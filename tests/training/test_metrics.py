@@ -91,7 +91,7 @@ def test_an_unfinished_last_line_does_not_corrupt_the_next_record(tmp_path):
 
 @pytest.fixture
 def logged(caplog):
-    caplog.set_level(logging.INFO, get_logger().name)  # the first call sets the level that is restored later
+    caplog.set_level(logging.INFO, get_logger().name)
     return caplog
 
 

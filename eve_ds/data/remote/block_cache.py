@@ -28,8 +28,10 @@ from eve_ds.storage import cause, is_disk_error
 
 OWN_FOLDER = "eve_ds_blocks"
 """Folder in `data.cache_dir` in which the cache deletes what it needs to."""
-BLOCK_BYTES = 4 * limits.MIB
-"""Bytes of a block: a request for it takes hardly longer than one for a sample."""
+MOST_BLOCK_BYTES, LEAST_BLOCK_BYTES = 4 * limits.MIB, 64 * limits.KIB
+"""Bytes of a block: a request for the larger one takes hardly longer than one for a sample."""
+ENOUGH_BLOCKS = 1024
+"""Blocks for which a cache has room, as samples of many shards are read in turn: a smaller cache has smaller ones."""
 KEPT = 0.9
 """Share of the limit that is left when the cache is full."""
 TOUCH_SECONDS = 60.0
@@ -40,6 +42,11 @@ LOCKS = 256
 MOST_CHECKED = 100_000
 """Blocks whose CRC is remembered as right: some ten megabytes."""
 _CRC = 4
+
+
+def block_bytes(most: int) -> int:
+    """Bytes of the blocks of a cache of at most `most` bytes, a power of two."""
+    return min(max(2 ** ((most // ENOUGH_BLOCKS).bit_length() - 1), LEAST_BLOCK_BYTES), MOST_BLOCK_BYTES)
 
 
 class _Stored(NamedTuple):

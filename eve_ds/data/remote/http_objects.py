@@ -40,10 +40,13 @@ class HttpServers:
     Args:
         timeout: seconds to wait for a connection, and for further bytes.
         clock: clock of the ends of reads.
+        connections: number of connections that each server keeps open.
     """
 
-    def __init__(self, timeout: float, clock: Clock) -> None:
+    def __init__(self, timeout: float, clock: Clock, connections: int) -> None:
         self._session, self._timeout, self._clock = requests.Session(), timeout, clock
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=connections))
 
     def open(self, address: str, end: float) -> HttpObject:
         """Open an object."""

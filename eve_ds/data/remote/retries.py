@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from eve_ds.config import RemoteConfig
 from eve_ds.data.remote.errors import FailedAttempt, RemoteError
 from eve_ds.printable import without_credentials
 
-FIRST_WAIT = 0.5
+FIRST_WAIT = 0.1
 """Seconds before the first repetition; the wait doubles with each further one."""
 LONGEST_WAIT = 30.0
 """Seconds."""
@@ -33,7 +34,7 @@ SYSTEM_CLOCK = Clock()
 
 
 class Retries:
-    """Repetition of the requests of one process.
+    """Repetition of the requests of one process, in any of its threads.
 
     Args:
         config: deadline, and largest share of failed requests.
@@ -45,6 +46,7 @@ class Retries:
         self._random = random.Random()  # not the global one, which belongs to the run
         self._outcomes: deque[str] = deque(maxlen=WINDOW)
         """Reason of each failed request, and an empty text for each successful one."""
+        self._counting = threading.Lock()
 
     def call(self, address: str, request: Callable[[float], T]) -> T:
         """Result of `request(end)` at its first success; `end` is the time on the clock when it should give up.
@@ -79,9 +81,10 @@ class Retries:
         return wait * self._random.uniform(0.5, 1.0)
 
     def _count(self, address: str, reason: str) -> None:
-        self._outcomes.append(reason)
-        failed = Counter(filter(None, self._outcomes))
-        if len(self._outcomes) < WINDOW or failed.total() <= self._config.max_failed_share * WINDOW:
+        with self._counting:
+            self._outcomes.append(reason)
+            count, failed = len(self._outcomes), Counter(filter(None, self._outcomes))
+        if count < WINDOW or failed.total() <= self._config.max_failed_share * WINDOW:
             return
         reasons = ", ".join(f"{name} {count}" for name, count in failed.most_common())
         raise RemoteError(

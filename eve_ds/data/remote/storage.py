@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from eve_ds import limits
 from eve_ds.config import DataConfig
 from eve_ds.data.remote.addresses import READERS, is_http, scheme_of
-from eve_ds.data.remote.block_cache import BLOCK_BYTES, BlockCache
+from eve_ds.data.remote.block_cache import BlockCache, block_bytes
 from eve_ds.data.remote.errors import MissingObject, RemoteError
 from eve_ds.data.remote.interface import RemoteObject, Server, Version, require_same
+from eve_ds.data.remote.readers import Readers
 from eve_ds.data.remote.retries import SYSTEM_CLOCK, Clock, Retries
 from eve_ds.printable import without_credentials
 
@@ -24,20 +26,32 @@ SMALL = 4096
 
 
 class RemoteBytes:
-    """Bytes of one object, as a :class:`eve_ds.data.storage_files.ShardBytes`.
+    """Bytes of one object, as a :class:`eve_ds.data.shard_bytes.ShardBytes`; one thread uses it.
 
     Args:
         address: address of the object.
         opened: the object.
         retries: repetition of failed requests.
+        readers: threads that read ahead.
         cache: cache of blocks; None: each read is a request.
+        block: bytes of a block.
     """
 
-    def __init__(self, address: str, opened: RemoteObject, retries: Retries, cache: BlockCache | None) -> None:
-        self._address, self._object, self._retries, self._cache = address, opened, retries, cache
+    def __init__(
+        self,
+        address: str,
+        opened: RemoteObject,
+        retries: Retries,
+        readers: Readers[bytes],
+        cache: BlockCache | None,
+        block: int,
+    ) -> None:
+        self._address, self._object, self._retries = address, opened, retries
+        self._readers, self._cache, self._block = readers, cache, block
+        self._wanted: dict[tuple[int, int], Future[bytes]] = {}
         self.size = opened.version.size
         self._start, self._buffer = 0, opened.start
-        where = f"{without_credentials(address)}\n{opened.version.size}\n{opened.version.tag}"
+        where = f"{without_credentials(address)}\n{opened.version.size}\n{opened.version.tag}\n{block}"
         self._name = hashlib.sha256(where.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     def read_at(self, offset: int, size: int) -> bytes:
@@ -47,12 +61,24 @@ class RemoteBytes:
             RemoteError: the object cannot be read, or is another one than when it was opened.
         """
         size = max(min(size, self.size - offset), 0)
+        if (wanted := self._wanted.pop((offset, size), None)) is not None:
+            return wanted.result()
         found = self._buffered(offset, size)
         if found is None and self._cache is not None:
             found = self._from_blocks(self._cache, offset, size)
         if found is None and size <= SMALL:
             self._start, self._buffer = offset, self._fetch(offset, min(READ_AHEAD, self.size - offset))
             found = self._buffer[:size]
+        return self._fetch(offset, size) if found is None else found
+
+    def want(self, offset: int, size: int) -> None:
+        """Begin to read `size` bytes from `offset` in a thread, for a later :meth:`read_at` of the same bytes."""
+        size = max(min(size, self.size - offset), 0)
+        if (offset, size) not in self._wanted and self._buffered(offset, size) is None:
+            self._wanted[offset, size] = self._readers.submit(partial(self._get, offset, size))
+
+    def _get(self, offset: int, size: int) -> bytes:
+        found = None if self._cache is None else self._from_blocks(self._cache, offset, size)
         return self._fetch(offset, size) if found is None else found
 
     def _buffered(self, offset: int, size: int) -> bytes | None:
@@ -62,9 +88,9 @@ class RemoteBytes:
 
     def _from_blocks(self, cache: BlockCache, offset: int, size: int) -> bytes | None:
         parts = []
-        for number in range(offset // BLOCK_BYTES, (offset + size - 1) // BLOCK_BYTES + 1):
-            first = number * BLOCK_BYTES
-            length = min(BLOCK_BYTES, self.size - first)
+        for number in range(offset // self._block, (offset + size - 1) // self._block + 1):
+            first = number * self._block
+            length = min(self._block, self.size - first)
             start, end = max(offset - first, 0), min(offset + size - first, length)
             part = cache.read(f"{self._name}/{number}", start, end, length, partial(self._fetch, first, length))
             if part is None:
@@ -78,6 +104,8 @@ class RemoteBytes:
     def close(self) -> None:
         """Forget the bytes that were read ahead; the connections belong to the storage."""
         self._buffer = b""
+        while self._wanted:
+            self._wanted.popitem()[1].cancel()
 
 
 class RemoteStorage:
@@ -98,6 +126,7 @@ class RemoteStorage:
         self._servers: dict[str, Server] = {}
         self._cache: BlockCache | None = None
         self._retries = Retries(self._config.remote, self._clock)
+        self._readers: Readers[bytes] = Readers(max(self._config.remote.reads_ahead, 1))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_config": self._config, "_clock": self._clock, "_versions": self._versions}
@@ -116,7 +145,8 @@ class RemoteStorage:
         server = self._server(address)
         opened = self._retries.call(address, lambda end: server.open(address, end))
         require_same(address, self._versions.setdefault(address, opened.version), opened.version)
-        return RemoteBytes(address, opened, self._retries, self._blocks())
+        block = block_bytes(self._config.cache_bytes)
+        return RemoteBytes(address, opened, self._retries, self._readers, self._blocks(), block)
 
     def read_small(self, address: str, most: int) -> bytes | None:
         """Read a small object as a whole, such as an index; None if there is none.
@@ -155,7 +185,7 @@ class RemoteStorage:
             if scheme == "https":
                 from eve_ds.data.remote.http_objects import HttpServers
 
-                return HttpServers(timeout, self._clock)
+                return HttpServers(timeout, self._clock, self._config.remote.reads_ahead + 1)
             from eve_ds.data.remote.stored_objects import ObjectStore
 
             return ObjectStore(scheme, timeout)

@@ -7,6 +7,7 @@ does not have: each process makes its own file system.
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -79,6 +80,7 @@ class StoredObject:
 
     def __init__(self, files: Any, address: str) -> None:
         self._address = address
+        self._one_at_a_time = threading.Lock()  # a file has one position
         with translated(address):
             # Without a cache of its own. The file of s3fs sends the ETag with each range, so that the store refuses
             # a range of another object.
@@ -87,7 +89,7 @@ class StoredObject:
 
     def read(self, offset: int, size: int, end: float) -> bytes:
         """Read a range; see :class:`eve_ds.data.remote.versions.RemoteObject`."""
-        with translated(self._address):
+        with translated(self._address), self._one_at_a_time:
             self._file.seek(offset)
             data: bytes = self._file.read(size)
         if len(data) != size:

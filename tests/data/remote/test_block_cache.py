@@ -22,7 +22,7 @@ CONTENT = os.urandom(50_500)
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(storage, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(storage, "block_bytes", lambda most: BLOCK)
 
 
 @pytest.fixture

@@ -233,7 +233,7 @@ def kill_when(process, keys, lines):
 def test_a_run_that_is_killed_serves_each_sample_once_per_epoch(tmp_path, monkeypatch, cached):
     shards, per_shard, kills = (20, 1000, 10) if SOAK else (4, 40, 2)
     monkeypatch.setattr(retries, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(storage, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(storage, "block_bytes", lambda most: 20_000)
     for number in range(shards):
         (tmp_path / f"shard-{number:03d}.tar").write_bytes(tar(number * per_shard, per_shard))
     write_index(tmp_path, lambda done, total: None)

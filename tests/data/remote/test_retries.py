@@ -30,7 +30,7 @@ def failing(times, reason="HTTP 503"):
 def test_waits_double_up_to_a_limit_and_are_partly_random():
     fake = FakeClock()
     assert retries(fake, deadline_seconds=1000).call(ADDRESS, failing(12)) == "done"
-    whole = [min(0.5 * 2**number, LONGEST_WAIT) for number in range(12)]
+    whole = [min(0.1 * 2**number, LONGEST_WAIT) for number in range(12)]
     assert all(wait / 2 <= slept <= wait for wait, slept in zip(whole, fake.sleeps, strict=True))
     other = FakeClock()
     retries(other, deadline_seconds=1000).call(ADDRESS, failing(12))
