@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -11,12 +12,17 @@ from typing import NamedTuple, TypeVar
 
 from eve_ds.config import RemoteConfig
 from eve_ds.data.remote.errors import FailedAttempt, RemoteError
+from eve_ds.distributed import get_logger
 from eve_ds.printable import without_credentials
 
 FIRST_WAIT = 0.1
 """Seconds before the first repetition; the wait doubles with each further one."""
 LONGEST_WAIT = 30.0
 """Seconds."""
+MANY_ATTEMPTS = 6
+"""Failed attempts of one read, in some three seconds, that are worth a warning."""
+PAUSE_SECONDS = 60.0
+"""Seconds between two warnings of a process."""
 WINDOW = 200
 """Number of requests over which the share of failed ones is measured."""
 
@@ -47,6 +53,7 @@ class Retries:
         self._outcomes: deque[str] = deque(maxlen=WINDOW)
         """Reason of each failed request, and an empty text for each successful one."""
         self._counting = threading.Lock()
+        self._next_warning = -math.inf
 
     def call(self, address: str, request: Callable[[float], T]) -> T:
         """Result of `request(end)` at its first success; `end` is the time on the clock when it should give up.
@@ -70,10 +77,27 @@ class Retries:
                         f"{self._clock.now() - start:.0f} s, data.remote.deadline_seconds is "
                         f"{self._config.deadline_seconds:g}); rerun the same command when the server answers again"
                     ) from None
+                if attempts >= MANY_ATTEMPTS:
+                    self._warn(address, failure.reason, attempts, end)
                 self._clock.sleep(wait)
             else:
                 self._count(address, "")
                 return result
+
+    def _warn(self, address: str, reason: str, attempts: int, end: float) -> None:
+        """Say that a read waits for a server; several threads may, but one line in a minute is enough."""
+        with self._counting:
+            now = self._clock.now()
+            if now < self._next_warning:
+                return
+            self._next_warning = now + PAUSE_SECONDS
+        get_logger().warning(
+            "%s cannot be read: %s (%d attempts); trying for %.0f s more (data.remote.deadline_seconds)",
+            without_credentials(address),
+            reason,
+            attempts,
+            end - now,
+        )
 
     def _wait(self, attempts: int) -> float:
         """Seconds before the next attempt: half fixed, half random, so that many workers do not come at once."""

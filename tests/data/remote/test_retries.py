@@ -1,13 +1,14 @@
 """Backoff, deadline, and the share of failed requests, on a clock without waits."""
 
 import random
+import re
 
 import pytest
 from fake_clock import FakeClock
 
 from eve_ds.config import RemoteConfig
 from eve_ds.data.remote.errors import FailedAttempt, RemoteError
-from eve_ds.data.remote.retries import LONGEST_WAIT, WINDOW, Retries
+from eve_ds.data.remote.retries import LONGEST_WAIT, MANY_ATTEMPTS, PAUSE_SECONDS, WINDOW, Retries
 
 ADDRESS = "https://user:secret@host/a.tar?sig=secret"
 
@@ -35,6 +36,21 @@ def test_waits_double_up_to_a_limit_and_are_partly_random():
     other = FakeClock()
     retries(other, deadline_seconds=1000).call(ADDRESS, failing(12))
     assert other.sleeps != fake.sleeps
+
+
+def test_a_long_outage_is_told_once_a_minute(caplog):
+    fake = FakeClock()
+    calls = retries(fake, deadline_seconds=300)
+    calls.call(ADDRESS, failing(MANY_ATTEMPTS - 1))
+    assert not caplog.messages
+    with pytest.raises(RemoteError):
+        calls.call(ADDRESS, failing(1000))
+    with pytest.raises(RemoteError):
+        calls.call(ADDRESS, failing(1000))
+    assert PAUSE_SECONDS * len(caplog.messages) <= fake.time + PAUSE_SECONDS
+    assert len(caplog.messages) > 5
+    first = r"https://host/a\.tar cannot be read: HTTP 503 \(6 attempts\); trying for 29\d s more \(data\.remote\.deadl"
+    assert re.match(first, caplog.messages[0])
 
 
 def test_the_random_numbers_of_the_run_are_left_alone():
