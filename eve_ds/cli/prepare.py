@@ -121,7 +121,7 @@ def _shared_options() -> Parser:
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shards", nargs="+", required=True, metavar="DIR", help="folders of shards")
+    parser.add_argument("--shards", nargs="+", required=True, metavar="DIR", help="folders of shards, or single ones")
     parser.add_argument(
         "--vocab_size", type=positive, required=True, metavar="N", help="maximum number of tokens, with special ones"
     )

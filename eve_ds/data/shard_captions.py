@@ -9,19 +9,22 @@ from pathlib import Path
 from eve_ds import limits
 from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import SourceError
+from eve_ds.data.remote.addresses import is_remote
 from eve_ds.data.sample_names import caption_label, shard_files, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
 
 
 def read_captions(folder: str | Path) -> Iterator[str]:
-    """Yield the captions (KEY.txt, KEY.N.txt, UTF-8) of all shards of a folder, in order of shard name.
+    """Yield the captions (KEY.txt, KEY.N.txt, UTF-8) of one shard, or of all shards of a folder by name.
 
     The shards may come from another tool.
 
     Raises:
-        SourceError: a folder without shards, a damaged shard, or a caption that is not UTF-8.
+        SourceError: an address, a folder without shards, a damaged shard, or a caption that is not UTF-8.
     """
-    shards = shard_files(Path(folder))
+    if is_remote(str(folder)):
+        raise SourceError(f"{folder} is an address: download some of its shards, whose captions are enough for tokens")
+    shards = [Path(folder)] if Path(folder).is_file() else shard_files(Path(folder))
     if not shards:
         raise SourceError(f"{folder} holds no .tar shards")
     for path in shards:

@@ -435,6 +435,13 @@ DOCUMENTS = {
 }
 
 
+@pytest.mark.parametrize("start", ["[", "{", ' [\n  {"image": "a.jpg"}'])
+def test_json_is_no_table(tmp_path, capsys, start):
+    write(tmp_path, {"a.json": start})
+    assert main(["table", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")]) == 2
+    assert "a.json is JSON, not a table: give it to `prepare.py json`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_document_that_is_not_read_is_named_in_one_line(tmp_path, capsys, name, suffix):

@@ -545,11 +545,14 @@ def test_read_captions_keeps_the_order(tmp_path):
     items = [candidate(str(n), (f"caption {n}", "ünï")) for n in range(3)]
     write_shards(ListSource(*items), tmp_path, WriterOptions(samples_per_shard=2))
     assert list(read_captions(tmp_path)) == [text for n in range(3) for text in (f"caption {n}", "ünï")]
+    assert list(read_captions(tmp_path / "shard-000002.tar")) == ["caption 2", "ünï"]
 
 
 def test_read_captions_refuses_missing_and_damaged_shards(tmp_path):
     with pytest.raises(SourceError, match=r"holds no \.tar shards"):
         list(read_captions(tmp_path))
+    with pytest.raises(SourceError, match=r"^s3://bucket/a is an address: download some of its shards"):
+        list(read_captions("s3://bucket/a"))
     (tmp_path / "a.tar").write_bytes(b"x" * 600)
     with pytest.raises(SourceError, match=r"a\.tar cannot be read"):
         list(read_captions(tmp_path))

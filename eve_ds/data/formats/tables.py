@@ -18,7 +18,7 @@ from eve_ds import limits
 from eve_ds.data.caption_text import ABSENT_CELLS
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
-from eve_ds.data.formats.unread import refuse_binary, refuse_list_of_addresses
+from eve_ds.data.formats.unread import refuse_binary, refuse_other_header
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.printable import excerpt
 
@@ -96,7 +96,7 @@ class Table:
         self._has_header = header is None
         self._header = list(header or _read_header(path, self.delimiter, columns))
         if self._has_header:
-            refuse_list_of_addresses(path, self._header)
+            refuse_other_header(path, self._header)
         self.columns = columns.of(self._header, path)
         self._places = [self._header.index(name) for name in self.columns]
         self._too_long = f"more fields than the header (quote captions with {self.delimiter!r} in them)"

@@ -111,8 +111,10 @@ def _first_match(tree: Any, objects: _Kinds, entries: _Kinds) -> tuple[str, str]
     return next((kind for keys, kind in kinds.items() if first.keys() >= set(keys)), None)
 
 
-def refuse_list_of_addresses(path: Path, fields: Sequence[str]) -> None:
-    """Raise :class:`SourceError` for a table whose first line is data: a caption and the address of an image."""
+def refuse_other_header(path: Path, fields: Sequence[str]) -> None:
+    """Raise :class:`SourceError` for a first line that is no header: JSON, or a caption and the address of an image."""
+    if fields and fields[0].startswith(("{", "[")):
+        raise SourceError(f"{path} is JSON, not a table: give it to `prepare.py json`, which knows further commands")
     if any(field.startswith(("http://", "https://")) for field in fields):
         raise SourceError(
             f"{path} is a list of captions and addresses without a header, as CC3M and CC12M publish: give it to "
