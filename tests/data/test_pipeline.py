@@ -7,6 +7,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from itertools import islice
 from statistics import median
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 import webdataset as wds
+from faulty_server import FaultyServer
 from PIL import Image
 from tars import write_index, write_tar
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
@@ -69,9 +71,11 @@ def keys_of(total):
     return [f"{number:06d}" for number in range(total)]
 
 
-KINDS = ["version 1", "version 2", "no index", "captions", "captions, no index"]
+KINDS = ["version 1", "version 2", "no index", "captions", "captions, no index", "captions, address"]
 CAPTIONS = 3
-"""Captions of an image in shards of the last two kinds."""
+"""Captions of an image in shards of the kinds with captions."""
+FAULTS = ["", "", "", "status 503", "", "cut", ""]
+"""Faults of the server in turn."""
 
 
 def write_kind(folder, kind, counts, bad=()):
@@ -94,8 +98,12 @@ def write_kind(folder, kind, counts, bad=()):
                 text = b"" if len(keys) - 1 in bad else f"{CAPTION} {caption}".encode()
                 members.append((f"{keys[-1][:-2]}.{caption}.txt", text))
             write_tar(folder / f"shard-{shard:06d}.tar", members)
-    if kind in ("version 2", "captions"):
+    if kind in ("version 2", "captions", "captions, address"):
         write_index(folder, sha256="-")
+    if kind == "captions, address":
+        files = {file.name: file.read_bytes() for file in folder.iterdir()}
+        server = FaultyServer(files, lambda path, number: FAULTS[number % len(FAULTS)])
+        source["shards"] = f"{Run.opened.enter_context(server).address}/"
     return source, keys
 
 
@@ -112,7 +120,7 @@ def make_config(*sources, batch=16, num_workers=0, seed=0, **data):
 class Run:
     """Loader that is closed after the test; `take` returns batches, `keys` their keys."""
 
-    opened: list
+    opened: ExitStack
 
     def __init__(self, config, rank=0, world_size=1, batch=4, state=None, **options):
         self.loader = build_loader(
@@ -125,7 +133,7 @@ class Run:
             state=state,
             **options,
         )
-        self.opened.append(self.loader)
+        self.opened.callback(self.loader.close)
 
     def take(self, count):
         return list(islice(self.loader, count))
@@ -139,10 +147,8 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def _close_loaders():
-    Run.opened = []
-    yield
-    for loader in Run.opened:
-        loader.close()
+    with ExitStack() as Run.opened:
+        yield
 
 
 def flat(batches):
