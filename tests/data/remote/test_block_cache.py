@@ -41,9 +41,14 @@ def ranges(server):
     return [request.range for request in server.requests if request.range != "bytes=0-4095"]
 
 
+def blocks_of(folder, number="*"):
+    """Files of the blocks with a number; locks have numbers as well."""
+    files = (Path(folder) / OWN_FOLDER).glob(f"*/{number}")
+    return [file for file in files if file.parent.name != "locks"]
+
+
 def stored(folder):
-    files = (Path(folder) / OWN_FOLDER).glob("*/*")
-    return sum(file.stat().st_size for file in files if file.parent.name != "locks")
+    return sum(file.stat().st_size for file in blocks_of(folder))
 
 
 PLACES = [(0, 1), (4500, 100), (4999, 2), (10_000, 3000), (50_400, 500), (60_000, 5)]
@@ -82,7 +87,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_block_is_fetched_again(server, tmp_path, name):
     opened(server, tmp_path).read_at(10_000, 500)
-    (block,) = (file for file in tmp_path.glob("*/*/10"))
+    (block,) = blocks_of(tmp_path, 10)
     whole = block.read_bytes()
     block.write_bytes(DAMAGE[name](whole))
     assert opened(server, tmp_path).read_at(10_000, 500) == CONTENT[10_000:10_500]
@@ -165,7 +170,7 @@ def test_a_disk_that_takes_no_bytes_is_logged_and_read_around(server, tmp_path, 
     monkeypatch.setattr(block_cache.os, "replace", replace)
     fake.time += PAUSE_SECONDS
     file.read_at(20_100, 50)
-    assert (next(tmp_path.glob("*/*/20"))).exists()
+    assert blocks_of(tmp_path, 20)
 
 
 def test_other_files_of_the_folder_are_neither_counted_nor_deleted(tmp_path):
