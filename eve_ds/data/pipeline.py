@@ -159,15 +159,10 @@ def _deliveries(
         batch_size=None,
         num_workers=num_workers,
         imports=__name__,
-        collate_fn=_unchanged,
         start_method=start_method,
         pin_memory=pin_memory,  # in a thread of this process
         generator=torch.Generator(),  # the default generator belongs to the noise of the model
     )
-
-
-def _unchanged(delivery: Delivery) -> Delivery:
-    return delivery
 
 
 class Loader:

@@ -10,13 +10,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from eve_ds.data.one_buffer import OneBuffer
 from eve_ds.signals import STOP_SIGNALS, children_without_signals
 
 START_METHOD = "forkserver"
@@ -39,7 +41,12 @@ def start_server(*modules: str) -> None:
 
 
 def start_loader(
-    dataset: Any, num_workers: int, imports: str, start_method: str | None = None, **options: Any
+    dataset: Any,
+    num_workers: int,
+    imports: str,
+    start_method: str | None = None,
+    collate_fn: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> Iterator[Any]:
     """Iterator of a `DataLoader`, whose worker processes leave :data:`STOP_SIGNALS` to this process.
 
@@ -48,17 +55,28 @@ def start_loader(
         num_workers: number of worker processes; 0: this process loads.
         imports: module with what the data set needs, for :func:`start_server`.
         start_method: "fork", "spawn" or "forkserver"; None: :data:`START_METHOD`.
+        collate_fn: function that makes what is delivered, which worker processes send in one buffer; None: the items
+            of the data set are delivered.
         options: further arguments of `DataLoader`.
     """
-    start_method = start_method or START_METHOD
+    start_method, collate_fn = start_method or START_METHOD, collate_fn or _unchanged
     if num_workers and start_method == START_METHOD:
         start_server(imports)
     if num_workers:
         options |= {"multiprocessing_context": start_method}
         options |= {"worker_init_fn": _leave_signals_to_the_parent}
-    loader = DataLoader(dataset, num_workers=num_workers, **options)
+        collate_fn = partial(_in_one_buffer, collate_fn)
+    loader = DataLoader(dataset, num_workers=num_workers, collate_fn=collate_fn, **options)
     with children_without_signals():
         return iter(loader)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _in_one_buffer(collate_fn: Callable[[Any], Any], samples: Any) -> OneBuffer:
+    return OneBuffer(collate_fn(samples))
 
 
 def _leave_signals_to_the_parent(_: int) -> None:

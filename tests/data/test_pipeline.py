@@ -581,6 +581,12 @@ def test_pin_memory_pins_batches_once(tmp_path, monkeypatch):
     assert torch_pinned(failed) == failed
 
 
+def test_a_batch_of_a_worker_is_one_piece_of_shared_memory(tmp_path):
+    (batch,) = Run(make_config(write_shards(tmp_path, [20]), num_workers=1)).take(1)
+    assert len(batch.tensors()) > 5
+    assert len({tensor.untyped_storage().data_ptr() for tensor in batch.tensors()}) == 1
+
+
 def test_state_dict_is_a_snapshot(tmp_path):
     """A run holds it while it fetches the batches of the next step."""
     run = Run(make_config(write_shards(tmp_path, [16])))
