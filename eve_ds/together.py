@@ -47,7 +47,7 @@ def on_rank_zero(action: Callable[[], object]) -> None:
 
 
 def from_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Result of `action` on rank 0, on every rank; Without a process group, of this process.
+    """Return the result of `action` on rank 0, on every rank; without a process group, that of this process.
 
     Collective over the ranks of `group`, by default all.
 

@@ -20,7 +20,8 @@ from eve_ds.printable import without_credentials
 from eve_ds.reading import parse_json, read_file
 
 INDEX_NAME = "index.json"
-INDEX_VERSIONS = (1, 2)
+INDEX_VERSION = 2
+"""Version that is written; 1 is read as well."""
 
 
 class IndexEntry(NamedTuple):
@@ -78,7 +79,7 @@ def _read_remote_index(folder: str, remote: RemoteStorage) -> dict[str, IndexEnt
 def _parse_index(read: Callable[[], bytes], path: str) -> dict[str, IndexEntry]:
     try:
         tree = parse_json(read())
-        if tree["version"] not in INDEX_VERSIONS:
+        if tree["version"] not in (1, INDEX_VERSION):
             raise ConfigError(f"{path} has version {tree['version']!r}, only 1 and 2 can be read")
         return dict(_index_entry(item) for item in tree["shards"])
     except ConfigError:

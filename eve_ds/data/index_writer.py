@@ -10,16 +10,14 @@ from typing import Any
 
 from eve_ds import limits
 from eve_ds.config import ConfigError
-from eve_ds.data.index_file import INDEX_NAME, read_index
+from eve_ds.data.index_file import INDEX_NAME, INDEX_VERSION, read_index
 from eve_ds.data.sample_names import packed_tars, shard_files
 from eve_ds.data.shard_bytes import FileBytes
 from eve_ds.data.shard_index import encode, scan_layout
 from eve_ds.data.shard_paths import refuse_other_content
-from eve_ds.data.shard_writer import PROGRESS_FOLDER
+from eve_ds.data.writing.progress_files import PROGRESS_FOLDER
 from eve_ds.distributed import get_logger
 from eve_ds.storage import replace_file
-
-VERSION = 2
 
 
 def write_index(folder: Path, on_shard: Callable[[int, int], None] = lambda done, total: None) -> list[dict[str, Any]]:
@@ -39,7 +37,7 @@ def write_index(folder: Path, on_shard: Callable[[int, int], None] = lambda done
         entries.append(_entry(path))
         on_shard(done, len(shards))
     _warn_of_other_bytes(folder, entries)
-    replace_file(folder / INDEX_NAME, json.dumps({"version": VERSION, "shards": entries}, indent=1) + "\n")
+    replace_file(folder / INDEX_NAME, json.dumps({"version": INDEX_VERSION, "shards": entries}, indent=1) + "\n")
     return entries
 
 

@@ -106,7 +106,7 @@ def read_tree(path: Path, keep_undecodable: bool = False) -> Any:
 
 
 def _with(tree: Any, value: Value) -> Any:
-    """Add a value to the document that it is of."""
+    """Add a value to its document."""
     if value.is_entry:
         (tree if value.key is None else tree[value.key]).append(value.content)
     elif value.key is None:

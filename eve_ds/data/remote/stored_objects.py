@@ -88,7 +88,7 @@ class StoredObject:
             self.version = Version(int(self._file.size), _tag(self._file.details))
 
     def read(self, offset: int, size: int, end: float) -> bytes:
-        """Read a range; see :class:`eve_ds.data.remote.versions.RemoteObject`."""
+        """Read a range; see :class:`eve_ds.data.remote.interface.RemoteObject`."""
         with translated(self._address), self._one_at_a_time:
             self._file.seek(offset)
             data: bytes = self._file.read(size)

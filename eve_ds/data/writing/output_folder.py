@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eve_ds.data.index_file import INDEX_NAME, INDEX_VERSION
 from eve_ds.data.sample_names import shard_files
 from eve_ds.data.writing.excluded_ids import one_line
 from eve_ds.data.writing.one_shard import ShardRecord, Skipped
@@ -31,7 +32,7 @@ from eve_ds.file_lock import lock_file
 from eve_ds.reading import read_json
 from eve_ds.storage import is_disk_error
 
-VERSION = 2
+VERSION = INDEX_VERSION
 """Version of index.json and report.json. Version 1 wrote an image once per caption."""
 
 
@@ -41,7 +42,7 @@ def completed_report(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | Non
     Raises:
         OutputError: the folder is complete for another plan, or a shard does not have the size in the index.
     """
-    index_path, report_path = folder / "index.json", folder / "report.json"
+    index_path, report_path = folder / INDEX_NAME, folder / "report.json"
     if not index_path.exists():
         return None
     try:
@@ -126,7 +127,7 @@ def finish(folder: Path, plan: dict[str, Any], records: Sequence[ShardRecord], n
     keys = ("name", "samples", "bytes", "sha256", "groups")
     shards = [{key: getattr(record, key) for key in keys} for record in written]
     write_atomically(folder / "report.json", dump(report, indent=2))
-    write_atomically(folder / "index.json", dump({"version": VERSION, "shards": shards}, indent=1))
+    write_atomically(folder / INDEX_NAME, dump({"version": VERSION, "shards": shards}, indent=1))
     shutil.rmtree(folder / PROGRESS_FOLDER)
     return report
 
