@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +72,7 @@ def data(seconds: float) -> Found:
             write_shards(photographs, shards, WriterOptions(max_size=max_size))
             yield from _photographs(shards, name, len(photographs.files) // BATCH, seconds)
             yield from _shrunk(photographs.files, shards, name)
-        yield _processes(Path(folder) / "photographs-None")
+        yield _processes(Path(folder) / "photographs-None", batches=4 if is_quick(seconds) else 60)
 
 
 def _scenes(shards: Path, seconds: float) -> Found:
@@ -130,14 +132,21 @@ def _shrunk(files: Sequence[bytes], shards: Path, name: str) -> Found:
     yield Figures("data, photographs", name, figures)
 
 
-def _processes(shards: Path) -> Figures:
-    """Memory and bytes of a worker process, and seconds until the first batch of a new and of a resumed loader."""
+def _processes(shards: Path, batches: int) -> Figures:
+    """Memory, rate and bytes of a worker process, and seconds until the first batch of a new and of a resumed loader.
+
+    The rate is that of the worker and this process together, which includes their messages.
+    """
     config = _config(shards, num_workers=1)
     started = time.perf_counter()
     loader = _loader(config)
     batch = next(loader)
     first = time.perf_counter() - started
     memory = [_proportional_megabytes(child.pid) for child in multiprocessing.active_children() if child.pid]
+    seconds = _cpu_seconds()
+    for _ in range(batches):
+        next(loader)
+    seconds = _cpu_seconds() - seconds
     state = loader.state_dict()
     loader.close()
     started = time.perf_counter()
@@ -151,6 +160,7 @@ def _processes(shards: Path) -> Figures:
         "data, a worker process",
         "simplejpeg" if state[DECODER] == "simplejpeg" else "Pillow",
         {
+            "images_s": batches * BATCH / seconds,
             "pss_mb": max(memory),
             "first_batch_s": first,
             "first_batch_resumed_s": again,
@@ -204,7 +214,7 @@ def _bare_webdataset(files: list[str], config: Config) -> None:
     for sample in _samples(files):
         images.append(transform(sample["png"], sample["txt"].decode(), 0, sample["__key__"]))
         if len(images) == BATCH:
-            channels_first(np.stack(images))
+            channels_first(images)
             images.clear()
 
 
@@ -267,6 +277,20 @@ def _gradient_energy(files: Sequence[bytes], scale: tuple[float, float]) -> floa
     """Mean squared difference of neighboring pixels of the crops, a measure of their detail."""
     images = np.stack([resize(open_image(data), box, SIZE) for data, box in crops_of(files, scale)]).astype(float)
     return float(np.mean(np.diff(images, axis=1) ** 2) + np.mean(np.diff(images, axis=2) ** 2))
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and its worker processes."""
+    return time.process_time() + sum(map(_child_cpu_seconds, multiprocessing.active_children()))
+
+
+def _child_cpu_seconds(child: BaseProcess) -> float:
+    """CPU time of a process that runs; 0 where the system does not tell."""
+    file = Path(f"/proc/{child.pid}/stat")
+    if not file.exists():
+        return 0.0
+    user, system = file.read_text().rpartition(")")[2].split()[11:13]  # the name in brackets may hold spaces
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _proportional_megabytes(process: int) -> float:

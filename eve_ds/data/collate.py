@@ -75,7 +75,7 @@ class Collator:
     def _pixels(self, samples: Sequence[Sample]) -> dict[str, Tensor | None]:
         present = np.array([sample.image is not None for sample in samples])
         images = [sample.image for sample in samples if sample.image is not None]
-        pixel_values = channels_first(np.stack(images)) if images else None
+        pixel_values = channels_first(images) if images else None
         if not present.all():
             pixel_values = self._with_gaps(pixel_values, present)
         return {"pixel_values": pixel_values, "image_mask": None if present.all() else torch.from_numpy(present)}

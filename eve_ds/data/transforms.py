@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -147,11 +148,18 @@ class TrainTransform:
         return pixels[:, ::-1] if flips else pixels
 
 
-def channels_first(images: NDArray[np.uint8]) -> Tensor:
-    """Permute (B, H, W, 3) uint8 to (B, 3, H, W) uint8."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+def channels_first(images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> Tensor:
+    """Stack (H, W, 3) uint8 images, flipped ones too, to (B, 3, H, W) uint8.
+
+    NumPy turns one image at a time in less time than it takes to stack them, above all flipped ones.
+    """
+    height, width, channels = images[0].shape
+    stacked = np.empty((len(images), channels, height, width), dtype=np.uint8)
+    for image, place in zip(images, stacked, strict=True):
+        place[...] = image.transpose(2, 0, 1)
+    return torch.from_numpy(stacked)
 
 
-def normalize(images: NDArray[np.uint8]) -> Tensor:
-    """Convert (B, H, W, 3) uint8 to (B, 3, H, W) float32 with mean = std = 0.5, from 0..255 to -1..1."""
+def normalize(images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> Tensor:
+    """Convert B images, (H, W, 3) uint8, to (B, 3, H, W) float32 with mean = std = 0.5, from 0..255 to -1..1."""
     return normalized(channels_first(images))

@@ -175,12 +175,11 @@ class TaskCollator:
         self, examples: Sequence[Example], images: Sequence[NDArray[np.uint8]], skipped: Counter[str] | None = None
     ) -> TaskBatch:
         """One batch of examples and their (I, H, W, 3) uint8 images."""
-        stacked = np.stack(images)  # (B, I, H, W, 3)
-        pixels = channels_first(stacked.reshape(-1, *stacked.shape[2:]))
+        pixels = channels_first([image for of_example in images for image in of_example])
         input_ids, mask = self.encode([example.text for example in examples])
         return TaskBatch(
             examples=list(examples),
-            pixel_values=pixels.unflatten(0, stacked.shape[:2]),
+            pixel_values=pixels.unflatten(0, (len(images), -1)),
             input_ids=input_ids,
             attention_mask=mask,
             targets=None if self._targets is None else self._targets(examples),

@@ -803,7 +803,7 @@ def test_loader_is_as_fast_as_a_webdataset_loop(tmp_path):
         shards = str(tmp_path / "shard-{000000..000001}.tar")
         stream = iter(wds.WebDataset(shards, shardshuffle=2).shuffle(1000).map(decode))
         while images := [image for image, _ in islice(stream, 20)]:
-            yield transforms.channels_first(np.stack(images))
+            yield transforms.channels_first(images)
 
     def decode(sample):
         image = open_image(sample["jpg"])

@@ -19,6 +19,7 @@ from eve_ds.data.masking import sample_rng
 from eve_ds.data.transforms import (
     ASPECT_RATIOS,
     TrainTransform,
+    channels_first,
     crop_box,
     names_direction,
     normalize,
@@ -224,6 +225,16 @@ def test_array_of_the_target_size_is_returned_unchanged(monkeypatch):
 def test_array_of_another_size_is_resized():
     pixels = TrainTransform(32, (1.0, 1.0), 0.0, seed=0)(np.asarray(photo()), "a", 0, "k")
     assert (pixels == whole(encode(photo()))).all()
+
+
+def test_channels_first_stacks_images_of_any_memory_layout():
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8)
+    turned = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    stacked = channels_first([images[0][:, ::-1], turned[1], images[2]])
+    expected = torch.stack([torch.from_numpy(images[0]).flip(1), *torch.from_numpy(images[1:])]).permute(0, 3, 1, 2)
+    assert stacked.is_contiguous()
+    assert torch.equal(stacked, expected)
+    assert torch.equal(channels_first(images), torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 def test_normalize_uses_mean_and_deviation_of_one_half():

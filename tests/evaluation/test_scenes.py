@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from tiny import tiny_config
@@ -57,7 +56,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))
         self.vocabulary = len(tokenizer)
-        self.images = normalize(np.stack([scene.image for scene in scenes]))
+        self.images = normalize([scene.image for scene in scenes])
         words = [["[CLS]", *scene.caption.split(), "[SEP]"] for scene in scenes]
         self.captions = [tokenizer.convert_tokens_to_ids(row) for row in words]
         self.grad_modes = []

@@ -43,7 +43,7 @@ def encode(image, kind, orientation=1):
 
 
 def evaluation_transform(image):
-    return normalize(np.stack([TrainTransform(SIZE, (1.0, 1.0), 0.0, seed=0)(image, None, 0, "key")]))
+    return normalize([TrainTransform(SIZE, (1.0, 1.0), 0.0, seed=0)(image, None, 0, "key")])
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class EveImageProcessor(BaseImageProcessor):
         pixels = [self._resize(as_pillow(image)) for image in _single_images(images)]
         if not pixels:
             raise ValueError("images is empty: pass at least one image")
-        return BatchFeature({"pixel_values": normalize(np.stack(pixels))}, tensor_type=return_tensors)
+        return BatchFeature({"pixel_values": normalize(pixels)}, tensor_type=return_tensors)
 
     def _resize(self, image: Image.Image) -> NDArray[np.uint8]:
         return resize(image, (0, 0, *image.size), self.image_size)
