@@ -22,7 +22,14 @@ from eve_ds.config import Config, ConfigError, ModelConfig
 from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.synthetic.probes import BindingProbe, ProbeType, binding_probes
-from eve_ds.data.synthetic.scenes import IMAGE_SIZE, WORD_CLASSES, LevelName, Scene, Scenes, word_class
+from eve_ds.data.synthetic.scenes import (
+    IMAGE_SIZE,
+    WORD_CLASSES,
+    LevelName,
+    Scene,
+    Scenes,
+    word_class,
+)
 from eve_ds.distributed import all_reduce_sum
 from eve_ds.model.eve import EVE, EVEOutput
 from eve_ds.objectives.registry import objectives_of
@@ -35,6 +42,9 @@ MASKED = "masked_image."
 """Prefix of results with a masked image."""
 SCENES_SEED = 0
 """Seed of the evaluation scenes; their descriptions occur in no training scene of any seed."""
+
+SCENES_WITH_ALL_WORDS = 200
+"""First scenes of each level that together have all words of its captions."""
 
 
 class Tally:
@@ -62,6 +72,13 @@ def trains_on_scenes(config: Config) -> bool:
     pairs = any(source.kind == "scenes" and source.modalities in ("pair", "any") for source in config.data.sources)
     predicts = config.model.predicts_words or config.model.predicts_pixels
     return pairs and config.model.image_size == IMAGE_SIZE and predicts
+
+
+def word_without_token(tokenizer: PreTrainedTokenizerFast, config: Config) -> str | None:
+    """Return a word of the evaluated captions that the tokenizer splits; None if each word is one token."""
+    scenes = Scenes(_level(config), SCENES_SEED, "val")
+    words = {word for index in range(SCENES_WITH_ALL_WORDS) for word in scenes[index].caption.split()}
+    return min(words - tokenizer.get_vocab().keys(), default=None)
 
 
 @torch.no_grad()
@@ -105,7 +122,8 @@ def evaluate_scenes(
           target of `model.pixel_target`.
 
     Raises:
-        ConfigError: no objective predicts words or pixels, or the model takes images of another size.
+        ConfigError: no objective predicts words or pixels, the model takes images of another size, or its tokenizer
+            splits words of the captions.
     """
     if not (config.model.predicts_words or config.model.predicts_pixels):
         names = ", ".join(config.model.objectives)
@@ -116,6 +134,12 @@ def evaluate_scenes(
         raise ConfigError(
             f"model.image_size ({config.model.image_size}) must be {IMAGE_SIZE} to evaluate on scenes: they are drawn "
             "at that size only; name a model that was pre-trained on them"
+        )
+    split_word = word_without_token(tokenizer, config)
+    if split_word is not None:
+        raise ConfigError(
+            f"the tokenizer of the model splits words of scenes, such as '{split_word}', which are evaluated as one "
+            "token each: name a model whose tokenizer was trained on captions of scenes too (data.tokenizer)"
         )
     training = model.training
     model.eval()

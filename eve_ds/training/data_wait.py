@@ -17,8 +17,10 @@ from eve_ds.distributed import gather_objects, get_logger, rank_zero
 
 WARNED_SHARE = 0.1
 """Share of a step's time, above which its wait for data is worth a warning."""
-MIN_STEPS = 20
-"""Steps before a warning, so that the start of a run does not cause it."""
+BLOCK_STEPS = 20
+"""Least number of steps over which waits are judged together: workers deliver in turn, so not every step waits."""
+BLOCKS = 3
+"""Blocks in a row that wait before a warning: neither the start of a run nor an outage of a server shall cause it."""
 
 
 class Waits:
@@ -72,6 +74,11 @@ class Load(NamedTuple):
     samples: float
     """Samples of a rank."""
 
+    @property
+    def wait_share(self) -> float:
+        """Share of the time for which steps wait for data."""
+        return self.waited / self.step if self.step else 0.0
+
 
 class DataWait:
     """Waits of the steps of a run, for its metrics, and one warning if they are long.
@@ -86,11 +93,13 @@ class DataWait:
         self.waits = Waits(device)
         self._is_cpu, self._num_workers, self._group = device.type == "cpu", num_workers, group
         self._read_before = 0.0
-        self._sum, self._steps = Load(0.0, 0.0, 0.0, 0.0), 0
+        self._block, self._steps = Load(0.0, 0.0, 0.0, 0.0), 0
+        self._waiting: list[tuple[Load, int]] = []
+        """The last blocks, all of which waited too long, with their numbers of steps."""
         self._has_warned = False
 
     def numbers(self, steps: int, seconds: float, samples: int, read_seconds: float) -> dict[str, float]:
-        """Return the metrics of some steps, and warn once if the run's steps wait for data; collective.
+        """Return the metrics of some steps, and warn once if steps go on waiting for data; collective.
 
         Args:
             steps: number of steps since the last call.
@@ -104,22 +113,27 @@ class DataWait:
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._group)
         step, waited, worked = slowest.tolist()
         load = Load(step, waited, worked, samples * steps)
-        self._sum = Load(*(earlier + new for earlier, new in zip(self._sum, load, strict=True)))
+        self._block = Load(*(earlier + new for earlier, new in zip(self._block, load, strict=True)))
         self._steps += steps
-        if not self._has_warned and self._steps >= MIN_STEPS:
-            self._warn()
+        if self._steps >= BLOCK_STEPS:
+            self._end_block()
         rate = {"samples_per_second_per_worker": load.samples / load.reading} if load.reading else {}
         return {"step_seconds": load.step / steps, "data_wait_seconds": load.waited / steps, **rate}
 
-    def _warn(self) -> None:
-        """Log the advice for the run so far, if there is any that this machine can follow; collective."""
-        if self._sum.waited <= WARNED_SHARE * self._sum.step:
-            return
-        self._has_warned = True
+    def _end_block(self) -> None:
+        block, steps = self._block, self._steps
+        self._block, self._steps = Load(0.0, 0.0, 0.0, 0.0), 0
+        self._waiting = [*self._waiting, (block, steps)] if block.wait_share > WARNED_SHARE else []
+        if len(self._waiting) == BLOCKS and not self._has_warned:
+            self._has_warned = True
+            self._warn(*min(self._waiting, key=lambda waiting: waiting[0].wait_share))
+
+    def _warn(self, load: Load, steps: int) -> None:
+        """Log the advice for some steps, if there is any that this machine can follow; collective."""
         cores = spare_cores(self._group)
         # On a CPU without a spare core, more worker processes would take time from the model.
         if rank_zero() and (cores > 0 or not self._is_cpu):
-            get_logger().warning("%s", advice(self._sum, self._steps, self._num_workers, cores))
+            get_logger().warning("%s", advice(load, steps, self._num_workers, cores))
 
 
 def advice(load: Load, steps: int, num_workers: int, spare_cores: int) -> str:
@@ -134,7 +148,7 @@ def advice(load: Load, steps: int, num_workers: int, spare_cores: int) -> str:
     busy = max(load.step - load.waited, 1e-9)
     needed = max(math.ceil(load.reading / busy), num_workers + 1)
     line = (
-        f"steps wait for data {load.waited / load.step:.0%} of their time ({load.waited / steps:.2g} of "
+        f"steps wait for data {load.wait_share:.0%} of their time ({load.waited / steps:.2g} of "
         f"{load.step / steps:.2g} s): data.num_workers={needed} would do instead of {num_workers}, as a worker reads "
         f"{load.samples / max(load.reading, 1e-9):.3g} samples/s and a rank could take {load.samples / busy:.3g}"
     )

@@ -20,7 +20,7 @@ from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.workers import start_server
 from eve_ds.distributed import gather_rows, get_logger
 from eve_ds.evaluation.held_out import HeldOut, evaluate_held_out, load_held_out
-from eve_ds.evaluation.scenes import evaluate_scenes, trains_on_scenes
+from eve_ds.evaluation.scenes import evaluate_scenes, trains_on_scenes, word_without_token
 from eve_ds.model.eve import EVE, EVEOutput, MoEFactory, model_shapes
 from eve_ds.model.moe import load_plain_state_dict
 from eve_ds.model.with_losses import ModelWithLosses
@@ -87,6 +87,15 @@ class Pretraining:
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.shapes = model_shapes(config.model)
         self.held_out: HeldOut | None = None
+        split_word = word_without_token(self.tokenizer, config) if trains_on_scenes(config) else None
+        self._evaluates_scenes = trains_on_scenes(config) and split_word is None
+        if split_word is not None:
+            get_logger().warning(
+                "data.tokenizer (%s) splits words of scenes, such as '%s', so this run is not evaluated on scenes: "
+                "leave the source {kind: scenes} out of data.sources, or train a tokenizer on captions of scenes too",
+                config.data.tokenizer,
+                split_word,
+            )
 
     def check_folder(self) -> None:
         """Create the output folder; raises ConfigError if it cannot be used."""
@@ -146,7 +155,7 @@ class Pretraining:
     def evaluate(self, trainer: Trainer) -> Evaluation | None:
         """Evaluate on scenes if the run trains on them, and on held-out pairs if `data.validation` has any."""
         numbers: dict[str, Any] = {}
-        if trains_on_scenes(self.config):
+        if self._evaluates_scenes:
             numbers |= self._evaluate_scenes(trainer)
         if self.held_out is not None:
             numbers["held_out"] = evaluate_held_out(trainer.model, self.config.model, self.held_out)

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from eve_ds.checkpoint.manifest import name_of
 from eve_ds.checkpoint.resuming import changed_settings, load
 from eve_ds.checkpoint.saving import Content, Saver
 from eve_ds.data.sources import UnusableData
@@ -34,6 +33,7 @@ from eve_ds.training.metrics import Metrics, training_clock, training_numbers
 from eve_ds.training.nonfinite import NonFiniteError, NonFiniteSteps, poison_if_nonfinite
 from eve_ds.training.progress_line import ProgressLine
 from eve_ds.training.run_folder import write_config
+from eve_ds.training.run_saves import RunSaves
 from eve_ds.training.schedule import done_share, ends_after_next_step, learning_rate, save_is_due
 from eve_ds.training.window import Window
 
@@ -61,28 +61,30 @@ class Trainer:
         self.model = plain_model(engine.module)
         self.topology = Topology.current(self.config.parallel.ep_size)
         self.step = self.samples = 0
+        self.last_batch: TrainingBatch | None = None
         self.seconds = self.lr = 0.0
         self.clock = training_clock(engine.device)
-        self.saved_at = time.monotonic()
-        self.checkpoint: Path | None = None
         self.evaluation: dict[str, Any] = {}
         self.done = False  # whether the run has reached its end
         self.stop = stop
         self.host_group = feed.group
-        self.saver = Saver(self.config, job.tokenizer, self.host_group)
         self.nonfinite = NonFiniteSteps(self.config.train, self.topology, self.host_group)
         self.window = Window()
         # Last: a run that could not be built must not claim the folder with its configuration.
         on_rank_zero(partial(write_config, self.config))
         self.metrics = Metrics(self.config.train.output_dir, engine)
+        self.saves = RunSaves(Saver(self.config, job.tokenizer, self.host_group), self.metrics)
 
     def __enter__(self) -> Trainer:
         self.stop.defer()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, (NonFiniteError, UnusableData)):  # raised by all ranks together
-            self._finish_save()
+        # All ranks raise these together.
+        if kind is not None and issubclass(kind, NonFiniteError):
+            self.saves.finish()
+        elif kind is not None and issubclass(kind, UnusableData):
+            self._save_before_end()
         self.metrics.close()
 
     def resume(self, checkpoint: Path) -> None:
@@ -94,7 +96,7 @@ class Trainer:
         self.done = state.get("ended_at") == self.config.train.limits
         self.engine.global_steps, self.engine.global_samples = self.step, self.samples
         self.window = Window(started=self.seconds)
-        self.checkpoint = checkpoint
+        self.saves.newest = checkpoint
         # Earlier records in the file with larger step numbers belong to updates that were lost.
         message = "; ".join([f"from {checkpoint}", *changed_settings(checkpoint, self.config)])
         self.metrics.write("event", **self._stamp(), event="resumed", message=message)
@@ -115,21 +117,21 @@ class Trainer:
                 if (written or self.done or stopped) and self.window.steps:
                     progress.update(self.step, self._done_share(), self._write_metrics())
                 if agreed.save_written:
-                    self._finish_save()
+                    self.saves.finish()
                 if agreed.save_due or stopped or self.done:
                     self._save()
                 if self.done or (train.eval_every and self.step % train.eval_every == 0 and not stopped):
                     self._evaluate()
             if self.step > steps_before and (stopped or self.job.keeps_checkpoints):
-                self._finish_last_save()
+                self.saves.finish_last(self.step)
             evaluated = self.job.keeps_checkpoints and self.metrics.has("eval", self.step)
             if self.done and self.step == steps_before and not evaluated:
                 self._evaluate()  # the run was killed after its last step, before it wrote its result
         if self.done:
-            self._finish_save()
+            self.saves.finish()
             on_rank_zero(self.job.finish)
         rate = (self.samples - samples_before) / max(self.seconds - started_at, 1e-9)
-        return Summary(self.step, self.samples, self.seconds, rate, self.checkpoint, stopped, self.evaluation)
+        return Summary(self.step, self.samples, self.seconds, rate, self.saves.newest, stopped, self.evaluation)
 
     def _train_step(self) -> Agreement:
         """Make one optimizer update, with random numbers from (seed, step, data rank); return the ranks' decisions."""
@@ -161,8 +163,8 @@ class Trainer:
 
     def _agree(self) -> Agreement:
         """Decide with the other ranks, by rank 0's clock, what happens after the step that begins; collective."""
-        clocks = [self.seconds, time.monotonic() - self.saved_at] if rank_zero() else [0.0, 0.0]
-        numbers = torch.tensor([*clocks, self.saver.written, self.stop.requested], dtype=torch.float64)
+        clocks = [self.seconds, self.saves.seconds_since()] if rank_zero() else [0.0, 0.0]
+        numbers = torch.tensor([*clocks, self.saves.saver.written, self.stop.requested], dtype=torch.float64)
         dist.all_reduce(numbers, group=self.host_group)
         self.seconds, since_save, num_written, num_stopped = numbers.tolist()
         return Agreement(
@@ -177,7 +179,7 @@ class Trainer:
         message = self.nonfinite.describe(self.step, computed, micro_batches)
         if message is not None:
             self.metrics.write("event", **self._stamp(), event="nonfinite", message=message)
-            self.nonfinite.skip(message, self.checkpoint)
+            self.nonfinite.skip(message, self.saves.newest)
 
     def _write_metrics(self) -> dict[str, float]:
         numbers: dict[str, Any] = training_numbers(self.window, self.feed, self.engine, self.job, self.seconds)
@@ -194,39 +196,23 @@ class Trainer:
             self.metrics.write("eval", **self._stamp(), **result.numbers)
             get_logger().info("evaluation at step %d: %s", self.step, result.summary)
 
-    def _save(self) -> None:
-        """Write a checkpoint; with `async_save` only start it, to be published after the step that finds it written."""
-        self._finish_save()
+    def _save(self, wait: bool = False) -> None:
+        """Write a checkpoint; at the end at once, as the evaluation comes next and may be killed."""
         counters = {"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite.skips}
         ended = {"ended_at": self.config.train.limits} if self.done else {}
-        check = self.job.check_inputs(self.last_batch)
+        check = None if self.last_batch is None else self.job.check_inputs(self.last_batch)
         inputs = None if check is None else check.to(self.engine.device).model_inputs()
-        self.saver.begin(self.engine, Content(self.step, counters | ended, self.feed.position, inputs))
-        if self.done or not self.config.train.async_save:  # at the end, the evaluation comes next and may be killed
-            self._finish_save()
-        self.saved_at = time.monotonic()
+        content = Content(self.step, counters | ended, self.feed.position, inputs)
+        self.saves.begin(self.engine, content, self._stamp(), wait or self.done)
 
-    def _finish_save(self) -> None:
-        saved = self.saver.finish()
-        if saved is not None:
-            self.checkpoint = saved.folder
-            size, stall = saved.bytes, saved.stall_seconds
-            self.metrics.write("save", **self._stamp(), checkpoint=saved.folder.name, stall_seconds=stall, bytes=size)
-            get_logger().info("saved %s", saved.folder)
-
-    def _finish_last_save(self) -> None:
-        """Wait for the checkpoint of the last step, after which the run makes no other attempt to save.
-
-        Raises:
-            SaveError: the checkpoint could not be written.
-        """
-        self._finish_save()
-        if self.checkpoint is None or self.checkpoint.name != name_of(self.step):
-            newest = "and without another one" if self.checkpoint is None else f"the newest is {self.checkpoint}"
-            raise SaveError(
-                f"the run ends at step {self.step} without a checkpoint of it, {newest}: make room or change "
-                "permissions, and rerun the same command to compute the missing steps"
-            )
+    def _save_before_end(self) -> None:
+        """Save the last step if the next one has no data; a failure must not hide that error."""
+        try:
+            self.saves.finish()
+            if self.last_batch is not None and not self.saves.has(self.step):
+                self._save(wait=True)
+        except SaveError as error:
+            get_logger().error("%s", error)
 
     def _done_share(self) -> float:
         return done_share(self.config.train, self.step, self.seconds)

@@ -124,8 +124,8 @@ def test_background_save_holds_the_state_of_its_step(run_ranks, tmp_path):
 
 def await_writer(trainer):
     """Wait for the background writer, so that the next action does not affect it."""
-    if trainer.saver.pending is not None:
-        trainer.saver.pending.thread.join()
+    if trainer.saves.saver.pending is not None:
+        trainer.saves.saver.pending.thread.join()
 
 
 def limit_files(size):

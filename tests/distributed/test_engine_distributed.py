@@ -186,8 +186,8 @@ def resume_cases(rank, world_size, folder):
     """For each case, compare an uninterrupted run with a run that dies in step 5 and resumes from step 3."""
 
     def die(step, micro_batches, trainer):
-        if step == 4 and trainer.saver.pending is not None:  # otherwise the checkpoint may be published too late
-            trainer.saver.pending.thread.join()
+        if step == 4 and trainer.saves.saver.pending is not None:  # otherwise the checkpoint may be published too late
+            trainer.saves.saver.pending.thread.join()
         if step == 5:
             raise Killed
         return micro_batches
@@ -753,13 +753,15 @@ def loader_that_fails(error, at, calls=None):
 
 
 def data_runs_out(rank, world_size, folder):
-    """Return the message of a run whose data runs out, and the steps of a run whose data would after its last step."""
+    """Return the messages of runs whose data runs out, and the steps of a run whose data would after its last step."""
     from eve_ds.data.sources import UnusableData
 
     error = UnusableData("shard a.tar, key 7: truncated")
-    config = config_for(folder / "second", ep_size=2, save_every_steps=1)
-    with pytest.raises(UnusableData) as caught, loader_that_fails(error, at=2 if rank == 1 else None):
-        Watch().run(config, zero(1))
+    for name, at in (("first", 1), ("second", 2), ("third", 3)):
+        config = config_for(folder / name, ep_size=2)
+        with pytest.raises(UnusableData) as caught, loader_that_fails(error, at=at if rank == 1 else None):
+            Watch().run(config, zero(1))
+    Watch().run(config, zero(1))
     with loader_that_fails(error, at=4 if rank == 1 else None):
         summary = Watch().run(config_for(folder / "fourth", ep_size=2), zero(1))
     return str(caught.value), summary.steps
@@ -769,7 +771,17 @@ def test_missing_data_on_one_rank_ends_all_ranks_at_the_step_that_needs_it(finis
     folder, results = finished(data_runs_out, 2)
     assert results == [("rank 1: shard a.tar, key 7: truncated", 3)] * 2
     assert sorted(trace(folder / "second")) == [1]
-    assert [record["checkpoint"] for record in records(folder / "second", "save")] == ["step-00000001"]
+    saved = {name: [record["checkpoint"] for record in records(folder / name, "save")] for name in ("first", "second")}
+    assert saved == {"first": [], "second": ["step-00000001"]}
+
+
+def test_a_run_whose_data_ran_out_resumes_after_its_last_step(finished):
+    folder, _ = finished(data_runs_out, 2)
+    (resumed_from,) = [event["message"].partition(";")[0] for event in records(folder / "third", "event")]
+    assert resumed_from.endswith("step-00000002")
+    whole, resumed = (trace(folder / name) for name in ("fourth", "third"))
+    assert sorted(resumed) == [1, 2, 3]
+    assert resumed == whole
 
 
 # --- data that is fetched in advance ----------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ from eve_ds import ops
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.data.collate import Collator
 from eve_ds.data.synthetic.probes import binding_probes
-from eve_ds.data.synthetic.scenes import WORD_CLASSES, Scenes, word_class
-from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.data.synthetic.scenes import LEVELS, WORD_CLASSES, Scenes, word_class
+from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from eve_ds.data.transforms import normalize
 from eve_ds.evaluation.scenes import (
+    SCENES_SEED,
+    SCENES_WITH_ALL_WORDS,
     answer_probes,
     evaluate_scenes,
     evaluation_config,
@@ -25,9 +27,11 @@ from eve_ds.evaluation.scenes import (
     with_hidden_caption,
     with_whole_caption,
     with_whole_image,
+    word_without_token,
 )
 from eve_ds.model.eve import EVE, EVEOutput
 from eve_ds.objectives.registry import OBJECTIVES
+from eve_ds.training.pretrain import Pretraining
 
 NUM_SCENES, BATCH = 24, 8
 CONFIG = parse_config({"model": {"image_size": 64, "patch_size": 8, "vocab_size": 256, "text_length": 24}})
@@ -290,3 +294,33 @@ def test_wrong_image_and_wrong_caption_come_from_another_sample(scenes, tokenize
 def test_only_runs_on_scenes_are_evaluated_on_scenes(source, image_size, expected):
     config = parse_config({"data": {"sources": [source]}, "model": {"image_size": image_size, "patch_size": 8}})
     assert trains_on_scenes(config) is expected
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_first_scenes_have_all_words_of_a_level(level):
+    scenes = Scenes(level, SCENES_SEED, "val")
+    first, others = (
+        {word for index in places for word in scenes[index].caption.split()}
+        for places in (range(SCENES_WITH_ALL_WORDS), range(SCENES_WITH_ALL_WORDS, 3000))
+    )
+    assert others <= first
+
+
+def test_a_tokenizer_of_scenes_of_one_level_is_accepted():
+    captions = [Scenes("easy", 0, "train")[index].caption for index in range(500)]
+    assert word_without_token(train_tokenizer(captions, 300), CONFIG) is None
+
+
+def test_a_tokenizer_that_splits_words_of_scenes_is_refused(tokenizer, scenes):
+    assert word_without_token(tokenizer, CONFIG) is None
+    other = train_tokenizer(["a dog runs", "two cats of a man"] * 5, 200)
+    with pytest.raises(ConfigError, match=r"the tokenizer of the model splits words of scenes, such as 'and', which"):
+        evaluate_scenes(Oracle(scenes[0], tokenizer), CONFIG, other, num_scenes=NUM_SCENES)
+
+
+def test_pretraining_on_scenes_with_such_a_tokenizer_is_not_evaluated_on_them(tmp_path, caplog):
+    train_tokenizer(["a dog runs", "two cats of a man"] * 5, 200).save_pretrained(tmp_path)
+    job = Pretraining(tiny_config(f"data.tokenizer={tmp_path}", "data.sources=[{kind: scenes}]"))
+    assert job.evaluate(None) is None
+    (message,) = caplog.messages
+    assert message.startswith(f"data.tokenizer ({tmp_path}) splits words of scenes, such as 'and', so this run is not")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from eve_ds.topology import Topology
 from eve_ds.training import data_wait
 from eve_ds.training import feed as feed_module
-from eve_ds.training.data_wait import MIN_STEPS, DataWait, Load, Waits, advice, spare_cores
+from eve_ds.training.data_wait import BLOCK_STEPS, BLOCKS, DataWait, Load, Waits, advice, spare_cores
 from eve_ds.training.feed import Feed
 from eve_ds.training.job import Loading
 
@@ -81,13 +81,14 @@ def test_steps_of_a_slow_source_wait(group, clock, monkeypatch, caplog):
     monkeypatch.setattr(data_wait, "spare_cores", lambda group: 7)
     feed = Feed(SlowJob(clock, 4.0, num_workers=1), loading(group), 2, CPU)
     with caplog.at_level(logging.INFO):
-        numbers = numbers_of_steps(feed, clock, MIN_STEPS, 2.0)
-        later = numbers_of_steps(feed, clock, MIN_STEPS, 2.0)
+        numbers = numbers_of_steps(feed, clock, BLOCK_STEPS, 2.0)
+        for _ in range(BLOCKS):
+            later = numbers_of_steps(feed, clock, BLOCK_STEPS, 2.0)
     assert later == pytest.approx(
         {"step_seconds": 10.0, "data_wait_seconds": 8.0, "samples_per_second_per_worker": 1.0}
     ), "of these steps alone"
     assert numbers["data_wait_seconds"] == pytest.approx(8.0)
-    assert numbers["step_seconds"] == pytest.approx(10.0 + 8.0 / MIN_STEPS), "the first batches are no wait of a step"
+    assert numbers["step_seconds"] == pytest.approx(10.0 + 8.0 / BLOCK_STEPS), "the first batches are no wait of a step"
     assert caplog.messages == [  # once, although the later steps wait as well
         "the first batches came after 8 s",
         "steps wait for data 77% of their time (8 of 10 s): data.num_workers=4 would do instead of 1, as a worker "
@@ -98,7 +99,8 @@ def test_steps_of_a_slow_source_wait(group, clock, monkeypatch, caplog):
 def test_steps_of_a_fast_source_do_not_wait(group, clock, caplog):
     feed = Feed(SlowJob(clock, 0.4), loading(group), 1, CPU)
     with caplog.at_level(logging.WARNING):
-        numbers = numbers_of_steps(feed, clock, MIN_STEPS, 5.0)
+        for _ in range(BLOCKS):
+            numbers = numbers_of_steps(feed, clock, BLOCK_STEPS, 5.0)
     assert numbers["data_wait_seconds"] == pytest.approx(0.4)
     assert not caplog.messages, "8 % of a step are not worth a line"
 
@@ -109,19 +111,41 @@ def test_steps_of_a_fast_source_do_not_wait(group, clock, caplog):
 def test_a_cpu_without_spare_cores_gets_no_advice(device, cores, warns, group, monkeypatch, caplog):
     monkeypatch.setattr(data_wait, "spare_cores", lambda group: cores)
     waiting = DataWait(torch.device(device), 0, group)
-    waiting.waits._seconds = 5.0
-    waiting.numbers(MIN_STEPS, 10.0, 4, 5.0)
+    for block in range(1, 2 * BLOCKS):
+        waiting.waits._seconds = 5.0
+        waiting.numbers(BLOCK_STEPS, 10.0, 4, 5.0 * block)
     assert len(caplog.messages) == warns
 
 
-def test_few_steps_cause_no_warning(group, monkeypatch, caplog):
+def waits_of_steps(waiting, waits, busy=1.0):
+    """Let some steps wait for their data before their work; returns nothing."""
+    for wait in waits:
+        waiting.waits._seconds = wait
+        waiting.numbers(1, wait + busy, 4, waiting._read_before + wait)
+
+
+@pytest.fixture
+def waiting(group, monkeypatch):
     monkeypatch.setattr(data_wait, "spare_cores", lambda group: 1)
-    waiting = DataWait(CPU, 0, group)
-    for step in range(1, MIN_STEPS + 1):
-        assert not caplog.messages, f"{step} steps"
-        waiting.waits._seconds = 0.5
-        waiting.numbers(1, 1.0, 4, 0.5 * step)
+    return DataWait(CPU, 0, group)
+
+
+def test_few_steps_cause_no_warning(waiting, caplog):
+    waits_of_steps(waiting, [0.5] * (BLOCKS * BLOCK_STEPS - 1))
+    assert not caplog.messages
+    waits_of_steps(waiting, [0.5])
     assert len(caplog.messages) == 1
+
+
+def test_outages_cause_no_warning(waiting, caplog):
+    for _ in range(3):
+        waits_of_steps(waiting, [0.01] * 30 + [120.0, 120.0] + [0.01] * 30)
+    assert not caplog.messages
+
+
+def test_waits_of_every_other_step_cause_a_warning(waiting, caplog):
+    waits_of_steps(waiting, [0.0, 1.0] * (BLOCKS * BLOCK_STEPS // 2))
+    assert caplog.messages[0].startswith("steps wait for data 33% of their time (0.5 of 1.5 s)")
 
 
 def simulated(reading, busy, workers, steps=400):

@@ -24,7 +24,7 @@ MANY_ATTEMPTS = 6
 PAUSE_SECONDS = 60.0
 """Seconds between two warnings of a process."""
 WINDOW = 200
-"""Number of requests over which the share of failed ones is measured."""
+"""Number of reads over which the share of those is measured whose first request failed."""
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class Retries:
         self._config, self._clock = config, clock
         self._random = random.Random()  # not the global one, which belongs to the run
         self._outcomes: deque[str] = deque(maxlen=WINDOW)
-        """Reason of each failed request, and an empty text for each successful one."""
+        """Reason for which the first request of each read failed, and an empty text for each that succeeded."""
         self._counting = threading.Lock()
         self._next_warning = -math.inf
 
@@ -69,7 +69,8 @@ class Retries:
                 result = request(end)
             except FailedAttempt as failure:
                 attempts += 1
-                self._count(address, failure.reason)
+                if attempts == 1:  # while a server is down, every read in progress repeats its requests many times
+                    self._count(address, failure.reason)
                 wait = max(self._wait(attempts), failure.wait)
                 if self._clock.now() + wait > end:
                     raise RemoteError(
@@ -81,7 +82,8 @@ class Retries:
                     self._warn(address, failure.reason, attempts, end)
                 self._clock.sleep(wait)
             else:
-                self._count(address, "")
+                if not attempts:
+                    self._count(address, "")
                 return result
 
     def _warn(self, address: str, reason: str, attempts: int, end: float) -> None:
@@ -112,7 +114,7 @@ class Retries:
             return
         reasons = ", ".join(f"{name} {count}" for name, count in failed.most_common())
         raise RemoteError(
-            f"{failed.total()} of the last {WINDOW} requests failed ({reasons}; the last one for "
+            f"the first requests of {failed.total()} of the last {WINDOW} reads failed ({reasons}; the last one for "
             f"{without_credentials(address)}), more than data.remote.max_failed_share "
             f"({self._config.max_failed_share:g}) allows: repair the server or the network, then rerun the same command"
         )
