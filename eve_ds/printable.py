@@ -14,7 +14,8 @@ _MARKUP = re.compile(r"[\\`*{}\[\]<>#|!&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """Characters with a meaning in Markdown; an underscore within a word has none."""
 
 _USER = re.compile(r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)(?:[^\s/?#'\"]*@)?", re.IGNORECASE)
-_QUERY = re.compile(r"(?<![a-z0-9+.-])(https?://[^\s?#'\"]*)(?:[?#][^\s'\"]*)?", re.IGNORECASE)
+_QUERY = re.compile(r"(?<![a-z0-9+.-])(https?://[^\s?#'\"]*)(?:[?#](?:[^\s'\"]*[^\s'\"),.;:])?)?", re.IGNORECASE)
+"""Address in group 1, and its query, which does not end with the punctuation of the sentence around it."""
 
 
 def without_credentials(text: str) -> str:

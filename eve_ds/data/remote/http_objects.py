@@ -25,12 +25,14 @@ _PASSING = {408, 425, 429, 500, 502, 503, 504}
 _MISSING = {400, 401, 403, 404, 410}
 """Statuses of an object that is not there; stores answer 400 or 403 if a signature is for another object."""
 _REASONS: dict[str, tuple[type[Exception], ...]] = {
-    "unknown host": (urllib3.exceptions.NameResolutionError,),
+    "unknown host, check its name": (urllib3.exceptions.NameResolutionError,),
     "no connection to the proxy": (requests.exceptions.ProxyError,),
     "no connection": (urllib3.exceptions.NewConnectionError,),
     "timed out": (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, TimeoutError),
 }
 """Text -> classes of errors."""
+_PLAIN_SERVER = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
+"""Names that OpenSSL gives to an answer without encryption."""
 _RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)")
 
 
@@ -194,13 +196,23 @@ def sent(
         raise RemoteError(f"{without_credentials(address)} is, or leads to, an address that is not http(s)") from None
     except requests.exceptions.TooManyRedirects:
         raise RemoteError(f"{without_credentials(address)} leads in a circle of redirects") from None
-    except requests.exceptions.SSLError:
-        raise RemoteError(
-            f"the certificate of {without_credentials(address)} cannot be verified: name the file of its authority in "
-            "the variable REQUESTS_CA_BUNDLE"
-        ) from None
+    except requests.exceptions.SSLError as error:
+        raise _tls_error(address, error) from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise FailedAttempt(_reason(error)) from None  # the text of the error repeats the address
+
+
+def _tls_error(address: str, error: Exception) -> RemoteError | FailedAttempt:
+    """Error about a connection that TLS refused; others than these two kinds may pass."""
+    shown = without_credentials(address)
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return RemoteError(
+            f"the certificate of {shown} cannot be verified: name the file of its authority in the variable "
+            "REQUESTS_CA_BUNDLE"
+        )
+    if any(sign in str(error) for sign in _PLAIN_SERVER):
+        return RemoteError(f"the server of {shown} does not answer in TLS: does the address begin with http://?")
+    return FailedAttempt("TLS failed")
 
 
 def check_status(address: str, answer: requests.Response) -> None:

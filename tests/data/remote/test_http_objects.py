@@ -2,6 +2,8 @@
 
 import os
 import re
+import ssl
+import subprocess
 import time
 
 import pytest
@@ -115,6 +117,27 @@ def test_a_closed_port_and_an_unknown_host_are_named(fake, free_port):
     for host, reason in ((f"127.0.0.1:{free_port}", "no connection"), ("no.such.host.invalid", "unknown host")):
         with pytest.raises(RemoteError, match=rf"http://{re.escape(host)}/a\.tar cannot be read: {reason}"):
             storage(fake).open(f"http://{host}/a.tar")
+
+
+def test_https_to_a_server_without_encryption_is_named(server, fake):
+    address = f"https://{server.host}/a.tar"
+    with pytest.raises(RemoteError, match=rf"^the server of {address} does not answer in TLS: .* http://\?$"):
+        storage(fake).open(address)
+    assert not fake.sleeps
+
+
+def test_a_certificate_of_an_unknown_authority_is_named(fake, tmp_path):
+    file = tmp_path / "own.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1"]
+    command += ["-keyout", str(file), "-out", f"{file}.crt"]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(f"{file}.crt", file)
+    with FaultyServer({}) as other:
+        other._server.socket = context.wrap_socket(other._server.socket, server_side=True)
+        address = f"https://{other.host}/a.tar"
+        with pytest.raises(RemoteError, match=rf"^the certificate of {address} cannot be verified: name the file"):
+            storage(fake).open(address)
 
 
 def test_a_wait_that_the_server_asks_for_is_kept(server, fake):
