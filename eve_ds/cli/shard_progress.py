@@ -101,7 +101,7 @@ def _bar(tally: Tally) -> Iterator[Callable[[Progress], None]]:
 
 def print_report(report: dict[str, Any], tally: Tally, out: Path) -> None:
     """Print the counts of samples written and left out."""
-    reused = "" if tally.shards else " (already there, nothing to do)"
+    reused = "" if tally.shards else f" (already there, nothing to do; to read the source again, remove {out})"
     print(
         f"{out}: {report['samples']:,} samples of {report['images']:,} images in {report['shards']} shards, "
         f"{report['bytes'] / 1e6:,.1f} MB{reused}"

@@ -83,6 +83,10 @@ class ValidationConfig(Section):
         return self
 
 
+CACHE_BYTES = 2**37
+"""Default of `data.cache_bytes`."""
+
+
 class RemoteConfig(Section):
     """Requests for shards at addresses, such as https:// and s3://. A request that fails is repeated after .1 s,
     .2 s, ... up to 30 s, less a random part."""
@@ -94,7 +98,7 @@ class RemoteConfig(Section):
     deadline_seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
     """Seconds after which a read that still fails ends the run, which can be resumed."""
     max_failed_share: Fraction = 0.5
-    """Largest fraction of failed requests of a process, of the last 200; above it the run ends."""
+    """Largest fraction of reads, of the last 200 of a process, whose first request failed; above it the run ends."""
 
 
 class DataConfig(Section):
@@ -123,7 +127,7 @@ class DataConfig(Section):
     cache_dir: FilePath | None = None
     """Folder on a local disk of each machine for blocks of shards at addresses; processes share it. None: every sample
     is a request."""
-    cache_bytes: Annotated[int, Field(ge=2**24, lt=2**63)] = 2**37
+    cache_bytes: Annotated[int, Field(ge=2**24, lt=2**63)] = CACHE_BYTES
     """Largest size of `cache_dir` in bytes; blocks that were not used for longest make room."""
     max_bad_share: Fraction = 0.01
     """Largest fraction of unusable samples on a rank, of at least 1,000 samples; above it the run stops."""
@@ -132,4 +136,9 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         low, high = self.crop_scale
         require(low <= high, f"crop_scale ([{low:g}, {high:g}]) must be in ascending order: swap its two numbers")
+        require(
+            self.cache_dir is not None or self.cache_bytes == CACHE_BYTES,
+            f"cache_bytes ({self.cache_bytes}) is for the blocks in cache_dir, which is not set: set it, or leave "
+            "cache_bytes out",
+        )
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from eve_ds import limits
 from eve_ds.config.data import SourceConfig, ValidationConfig
 from eve_ds.config.model import FORMER_PIXEL_TARGET
-from eve_ds.config.section import ConfigError
+from eve_ds.config.section import ConfigError, Section
 from eve_ds.config.task import TaskConfig
 from eve_ds.config.tree import Config
 from eve_ds.config.yaml_text import parse_yaml
@@ -163,16 +164,29 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override '{shown}': '{section}' is a value, not a section")
         tree[section] = dict(inner)
         tree = tree[section]
-    value = {key: _parse_yaml(text, f"override '{shown}'")}
+    try:
+        value = {key: _parse_yaml(text, f"override '{shown}'")}
+    except ConfigError as error:
+        if not set("[{") & set(text):
+            raise
+        raise ConfigError(
+            f"{error}; put the whole override in single quotes for the shell, and a path with {{, }} or ? in double "
+            "quotes inside them"
+        ) from None
     tree.update(_merge(tree, value))  # as in a file: a mapping changes the keys that it names
 
 
 def _problem(error: Any, where: str) -> str:
     location = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        return f"{where}: unknown key '{excerpt('.'.join(location))}'{nearest(location[-1], known)}"
+        unknown = f"{where}: unknown key '{excerpt('.'.join(location))}'"
+        elsewhere = next(_places(location[-1], Config), None)
+        if elsewhere is not None:
+            return f"{unknown}; did you mean '{elsewhere}'?"
+        return unknown + nearest(location[-1], _known_keys(location[:-1]))
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("model_type", "dict_type"):
+        message = f"Input should be a mapping of {', '.join(_known_keys(location))}, such as {{KEY: VALUE, ...}}"
     place = ".".join(location)
     if error["type"] == "value_error":  # its message names keys of the section, with their values
         return ": ".join(part for part in (where, place, message) if part)
@@ -187,6 +201,15 @@ def _known_keys(location: list[str]) -> list[str]:
         field = section.model_fields[part].annotation
         section = {"sources": SourceConfig, "task": TaskConfig, "validation": ValidationConfig}.get(part, field)
     return list(section.model_fields)
+
+
+def _places(name: str, section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a section, and of the sections in it, whose last part is `name`."""
+    for key, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _places(name, field.annotation, f"{prefix}{key}.")
+        elif key == name and prefix:
+            yield f"{prefix}{key}"
 
 
 def nearest(name: str, known: list[str]) -> str:

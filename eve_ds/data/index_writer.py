@@ -10,14 +10,20 @@ from typing import Any
 
 from eve_ds import limits
 from eve_ds.config import ConfigError
+from eve_ds.data.errors import BadSample
+from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.index_file import INDEX_NAME, INDEX_VERSION, read_index
-from eve_ds.data.sample_names import packed_tars, shard_files
+from eve_ds.data.sample_names import TOGETHER, packed_tars, shard_files
 from eve_ds.data.shard_bytes import FileBytes
+from eve_ds.data.shard_file import ShardFile
 from eve_ds.data.shard_index import encode, scan_layout
 from eve_ds.data.shard_paths import refuse_other_content
 from eve_ds.data.writing.progress_files import PROGRESS_FOLDER
 from eve_ds.distributed import get_logger
 from eve_ds.storage import replace_file
+
+PROBED_SAMPLES = 20
+"""Samples of a shard that are read to see whether images and captions belong together."""
 
 
 def write_index(folder: Path, on_shard: Callable[[int, int], None] = lambda done, total: None) -> list[dict[str, Any]]:
@@ -80,6 +86,7 @@ def _entry(path: Path) -> dict[str, Any]:
         layout = scan_layout(stored)
         if not len(layout):
             refuse_other_content(str(path), stored)
+        _warn_of_parted_members(ShardFile(str(path), stored, layout))
         digest = hashlib.sha256()
         for block in _blocks(stored):
             digest.update(block)
@@ -87,6 +94,24 @@ def _entry(path: Path) -> dict[str, Any]:
         stored.close()
     entry = {"name": path.name, "samples": len(layout), "bytes": stored.size, "sha256": digest.hexdigest()}
     return entry | {"groups": encode(layout)}
+
+
+def _warn_of_parted_members(shard: ShardFile) -> None:
+    """Log that samples of a shard, some of which are read, have either an image or a caption, although both occur."""
+    numbers = sorted({number * len(shard) // PROBED_SAMPLES for number in range(PROBED_SAMPLES)})
+    images = captions = 0
+    for number in numbers:
+        try:
+            names = shard.read(number).fields.keys()
+        except BadSample:  # counted by training
+            continue
+        is_pair = "txt" in names and any(name in IMAGE_EXTENSIONS for name in names)
+        if is_pair:
+            return
+        images += any(name.rpartition(".")[2] in IMAGE_EXTENSIONS for name in names)
+        captions += "txt" in names
+    if images and captions:
+        get_logger().warning("no sample read of %s has both an image and a caption: %s", shard.address, TOGETHER)
 
 
 def _blocks(stored: FileBytes) -> Iterator[bytes]:

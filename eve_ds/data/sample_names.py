@@ -8,6 +8,8 @@ from pathlib import Path
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
 """Suffixes of compressed files, in which no sample can be read at its offset."""
+TOGETHER = "members of a sample, as KEY.jpg and KEY.txt, must stand together in a shard, without a dot in KEY"
+"""Rule of the names of members, for messages."""
 _CAPTION_OF_IMAGE = re.compile(r"((?:.*/)?[0-9]{9,})-[0-9]+", re.DOTALL)
 _CAPTION = re.compile(r"(?:([0-9]+)\.)?txt")
 _RESERVED = re.compile(r"__[^/]*__($|/)")

@@ -19,7 +19,7 @@ from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
 from eve_ds.data.remote.addresses import is_remote
 from eve_ds.data.remote.storage import RemoteStorage
-from eve_ds.data.sample_names import image_key
+from eve_ds.data.sample_names import TOGETHER, image_key
 from eve_ds.data.shard_file import ShardFile, StoredSample
 from eve_ds.data.shard_paths import name_of
 from eve_ds.data.shard_table import ShardTable
@@ -38,7 +38,6 @@ MAX_OPEN_SHARDS = 128
 """Shards that a source keeps open: two per lane, the current one and the next."""
 MOST_LISTED = 8
 """Members that a message lists."""
-TOGETHER = "members of a sample, as KEY.jpg and KEY.txt, must stand together in a shard, without a dot in KEY"
 
 
 def _keep(image: str) -> bool:

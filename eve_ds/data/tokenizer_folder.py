@@ -52,6 +52,8 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
     """
     folder = Path(name) if os.path.isdir(name) else _downloaded(name)
     problem = f"tokenizer '{name}' is not 'scenes', a tokenizer.json, or a folder or name with one"
+    if not any(next(folder.glob(pattern), None) for pattern in FILES):
+        raise ConfigError(f"{problem}: it holds no tokenizer.json and no other file of a tokenizer")
     with as_config_error(problem):
         _check_files(folder)
     if _names_code(folder):

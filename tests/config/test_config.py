@@ -46,6 +46,9 @@ def test_file_extends_its_base_and_overrides_come_last(tmp_path):
         ("model.hidden_sise=3", "eve_tiny: unknown key 'model.hidden_sise'; did you mean 'hidden_size'?"),
         ("model.moe.num_expert=3", "eve_tiny: unknown key 'model.moe.num_expert'; did you mean 'num_experts'?"),
         ("optim.lr=1", "eve_tiny: unknown key 'optim'; did you mean 'optimizer'?"),
+        ("data.image_size=64", "eve_tiny: unknown key 'data.image_size'; did you mean 'model.image_size'?"),
+        ("num_workers=2", "eve_tiny: unknown key 'num_workers'; did you mean 'data.num_workers'?"),
+        ("train.top_k=2", "eve_tiny: unknown key 'train.top_k'; did you mean 'model.moe.top_k'?"),
         ("parallel.zzz=1", "eve_tiny: unknown key 'parallel.zzz'; known: ep_size"),
         (
             "data.sources=[{kind: scenes, levels: easy}]",
@@ -338,6 +341,24 @@ def test_malformed_overrides_are_refused():
     assert problem("train.seed") == "override 'train.seed' must have the form section.key=value"
     assert problem("name.x=1") == "override 'name.x=1': 'name' is a value, not a section"
     assert problem("train.seed=[1").startswith("override 'train.seed=[1' is not YAML: ")
+    for text in ("data.sources=[{kind:", "data.sources=[{kind: shards, shards: a/{0..9}.tar}]"):
+        assert problem(text).endswith(
+            "; put the whole override in single quotes for the shell, and a path with {, } or ? in double quotes "
+            "inside them"
+        )
+
+
+@pytest.mark.parametrize("override", ["data.sources=[datasets/photos]", "data.sources=[shards:a]", "data.remote=3"])
+def test_a_value_in_place_of_a_section_names_its_keys(override):
+    keys = "reads_ahead, timeout_seconds" if "remote" in override else "kind, weight, modalities, shards"
+    assert f"): Input should be a mapping of {keys}" in problem(override)
+
+
+def test_a_size_of_the_cache_without_its_folder_is_refused(tmp_path):
+    text = problem(f"data.cache_bytes={2**30}")
+    assert text.startswith("eve_tiny: data: cache_bytes (1073741824) is for the blocks in cache_dir, which is not set")
+    config = load_config("eve_tiny", [f"data.cache_bytes={2**30}", f"data.cache_dir={tmp_path}"])
+    assert config.data.cache_bytes == 2**30
 
 
 def test_unknown_presets_and_unreadable_files_are_refused(tmp_path):

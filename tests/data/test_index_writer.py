@@ -136,3 +136,24 @@ def test_an_address_and_no_folder_are_refused(capsys):
             main(["index", *arguments])
         assert caught.value.code == 2
         assert problem in capsys.readouterr().err
+
+
+PARTED = {
+    "captions behind images": [(f"{n}.{kind}", b"x") for kind in ("jpg", "txt") for n in range(10)],
+    "dots in keys": [(f"im.{n}.{kind}", b"x") for n in range(10) for kind in ("jpg", "txt")],
+}
+
+
+@pytest.mark.parametrize("members", PARTED.values(), ids=PARTED)
+def test_images_without_their_captions_are_told(members, tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", members)
+    assert main(["index", str(tmp_path)]) == 0
+    (message,) = caplog.messages
+    assert message.startswith(f"no sample read of {tmp_path / '0.tar'} has both an image and a caption: members of")
+
+
+@pytest.mark.parametrize("kind", ["jpg", "txt"])
+def test_shards_of_one_modality_are_indexed_without_a_word(kind, tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", [(f"{n}.{kind}", b"x") for n in range(10)])
+    assert main(["index", str(tmp_path)]) == 0
+    assert not caplog.messages

@@ -90,7 +90,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path):
     third = prepare(*arguments, "--out", out)
     assert third.returncode == 0
     assert "3,000 samples of 3,000 images in 60 shards" in third.stdout
-    assert "already there, nothing to do" in third.stdout
+    assert "(already there, nothing to do; to read the source again, remove " in third.stdout
 
 
 @pytest.mark.skipif(not TEST_DATA, reason="EVE_DS_TEST_DATA names no folder with the NLVR corpus")
