@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from eve_ds.data.errors import SourceError
 from eve_ds.printable import excerpt
 
 PROBED_IMAGES = 20
-"""Number of images to probe; if none exists, the image folder is wrong."""
+"""Number of images to probe in each part of a list; if none exists, the image folder is wrong."""
+Item = TypeVar("Item")
 
 
 def is_file(path: Path) -> bool:
@@ -51,6 +53,18 @@ def probe_step(total: int) -> int:
     return max(1, total // PROBED_IMAGES)
 
 
+def spread(items: Iterable[Item]) -> Iterator[Item]:
+    """Items from all parts of a list of unknown length: the distance doubles after every PROBED_IMAGES of them."""
+    step, left, taken = 1, 0, 0
+    for item in items:
+        if left == 0:
+            yield item
+            taken += 1
+            step *= 2 if taken % PROBED_IMAGES == 0 else 1
+            left = step
+        left -= 1
+
+
 def require_some_image(paths: Iterable[Path], where: str | Path, advice: str = "--images") -> None:
     """Refuse an image folder in which no probed image exists, before an hour is spent skipping every sample.
 
@@ -62,13 +76,13 @@ def require_some_image(paths: Iterable[Path], where: str | Path, advice: str = "
     Raises:
         SourceError: no path is a file.
     """
-    missing = []
+    missing: dict[Path, None] = {}
     for path in paths:
         if is_file(path):
             return
-        missing.append(path)
+        missing[path] = None
     if missing:
-        first = excerpt(str(missing[0]))
+        first = excerpt(str(next(iter(missing))))
         raise SourceError(
             f"{where}: none of {len(missing)} probed images exists (the first: {first}): set the folder of the images "
             f"with {advice}"
