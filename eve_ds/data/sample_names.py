@@ -8,6 +8,7 @@ from pathlib import Path
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".zip", ".7z")
 """Suffixes of compressed files, in which no sample can be read at its offset."""
+_PACKED_TAR = re.compile(r".*[.]t.*z.*", re.DOTALL)
 _CAPTION_OF_IMAGE = re.compile(r"((?:.*/)?[0-9]{9,})-[0-9]+", re.DOTALL)
 _CAPTION = re.compile(r"(?:([0-9]+)\.)?txt")
 _RESERVED = re.compile(r"__[^/]*__($|/)")
@@ -53,11 +54,11 @@ def shard_files(folder: Path) -> list[Path]:
 
 def packed_tars(folder: Path) -> list[Path]:
     """Compressed tars of a folder that were not unpacked, in the order of their names."""
-    return sorted(path for path in folder.glob("*.t*z*") if is_packed(path))
+    return sorted(filter(is_packed_tar, folder.glob("*")))
 
 
-def is_packed(path: Path) -> bool:
-    """Whether a file is a compressed tar by its name, and was not unpacked: no plain tar is beside it."""
-    if path.suffix.lower() not in COMPRESSED or is_leftover(path.name):
+def is_packed_tar(path: Path) -> bool:
+    """Whether a file is a compressed tar by its name (`*.t*z*`), and was not unpacked: no plain tar is beside it."""
+    if path.suffix.lower() not in COMPRESSED or is_leftover(path.name) or not _PACKED_TAR.fullmatch(path.name):
         return False
     return not path.with_suffix("" if path.stem.endswith(".tar") else ".tar").exists()

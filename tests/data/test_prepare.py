@@ -286,6 +286,16 @@ def test_a_malformed_karpathy_entry_is_counted(tmp_path, changes):
     assert prepare(tmp_path / "out", "karpathy", tmp_path / "a.json")[1:] == ({0: "caption 0"}, {"malformed entry": 1})
 
 
+@pytest.mark.parametrize(("splits", "message"), [("train test", "test"), ("restvall", "restvall"), ("", None)])
+def test_a_split_that_the_file_lacks_is_one_line(tmp_path, capsys, splits, message):
+    write(tmp_path, {"0.png": photo(0), "a.json": json.dumps(karpathy([("0.png", ["caption 0"])]))})
+    arguments = ["karpathy", tmp_path / "a.json", *(["--split", *splits.split()] if splits else [])]
+    code, pairs, _ = prepare(tmp_path / "out", *arguments)
+    assert (code, pairs) == ((2, {}) if message else (0, {0: "caption 0"}))
+    if message:
+        assert one_line(capsys).endswith(f"a.json has no image of split {message}; it has: train (1)")
+
+
 IDS = [  # what a JSON holds, and the id: None is that of the path
     *(("17", "17"), (17, "17"), (17.0, "17"), (0, "0"), (-3, "-3"), (10**30, str(10**30)), (1e300, str(int(1e300)))),
     *((None, None), (float("nan"), None), ("", None), ("a b", "a b"), ("17.0", "17.0"), ("None", "None")),

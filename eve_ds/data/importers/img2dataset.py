@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,7 +26,7 @@ from eve_ds.data.formats.unread import binary_kind
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.importers.annotated_images import counted
 from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Skip, existing_folder
-from eve_ds.data.sample_names import COMPRESSED, is_packed, split_name
+from eve_ds.data.sample_names import COMPRESSED, is_packed_tar, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
 from eve_ds.reading import parse_json, read_file
 
@@ -89,9 +88,9 @@ class Img2dataset:
         self._folder = existing_folder(folder, "img2dataset folder")
         self._id_field, self._follow_links = id_field, follow_links
         self._tree = FolderTree(self._folder)
-        packed = (file for file in self._tree.ending(*COMPRESSED) if fnmatchcase(Path(file.name).name, "*.t*z*"))
-        self._packed = [file.name for file in packed if is_packed(Path(file.path))]
-        self._tars = self._tree.ending(".tar")
+        archives = self._tree.ending(".tar", *COMPRESSED)
+        self._tars = [file for file in archives if file.name.endswith(".tar")]
+        self._packed = [file.name for file in archives if is_packed_tar(Path(file.path))]
         has_images = self._tars or next(self._files(), None) is not None
         self._tables = [] if has_images else self._tables_with_images()
         self.total: int | None = None
@@ -117,8 +116,8 @@ class Img2dataset:
             yield from ((file.name, file.path) for file in files)
             return
         for folder, names in self._tree.files():
-            for name in filter(_is_of_sample, names):
-                yield os.path.join(folder.name, name), os.path.join(folder.path, name)
+            below, real = os.path.join(folder.name, ""), os.path.join(folder.path, "")  # joined once, not for each file
+            yield from ((below + name, real + name) for name in names if _is_of_sample(name))
 
     def __iter__(self) -> Iterator[Candidate | Img2datasetCandidate | Skip]:
         """Samples sorted by shard, then in the order of the shard; files sorted by name; what is not read last."""
