@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from photo_sets import pack, photo, write
 
@@ -40,12 +42,20 @@ def metadata(*numbers):
     return "file_name,text\n" + "".join(f"{number}.png,caption {number}\n" for number in numbers)
 
 
+def table(path, *numbers):
+    path.parent.mkdir(exist_ok=True)
+    columns = {"png": [photo(n) for n in numbers], "caption": [f"caption {n}" for n in numbers]}
+    pyarrow.parquet.write_table(pyarrow.table(columns | {"url": [f"http://x/{n}" for n in numbers]}), path)
+
+
 def write_source(kind, folder):
     """Write a source of ten images and more."""
     if kind in ("tars", "urls of tars"):
         pack(folder / "in" / "1.tar", members(*range(10, 20)).items())
     elif kind in ("files", "urls of files"):
         write(folder / "in", {f"1/{name}": data for name, data in members(*range(10, 20)).items()})
+    elif kind == "parquet":
+        table(folder / "in" / "1.parquet", *range(10, 20))
     elif kind == "imagefolder":
         write(folder / "in", {f"{number}.png": photo(number) for number in range(20)})
         write(folder / "in", {"metadata.csv": metadata(*range(10, 20))})
@@ -78,6 +88,10 @@ CHANGES = {  # kind: (what happens, function that changes the folder)
         ("a caption changes", lambda folder: write(folder, {"1/0010.txt": "another caption"})),
         ("an image goes", lambda folder: (folder / "1" / "0010.png").unlink()),
         ("a linked folder comes", lambda folder: link(folder, members(0))),
+    ],
+    "parquet": [
+        ("an earlier table comes", lambda folder: table(folder / "0.parquet", 1)),
+        ("a table grows", lambda folder: table(folder / "1.parquet", *range(9, 40))),
     ],
     "imagefolder": [
         ("metadata of a subfolder come", lambda folder: write(folder, {"a/metadata.csv": metadata(0)})),

@@ -7,9 +7,11 @@ import pyarrow.parquet
 import pytest
 from photo_sets import one_line, photo, prepare_groups, write
 
+from eve_ds.data.formats import images
+
 ABSENT, CAPTIONS = 60, 5
 """Images that are absent at the start, and captions of each image."""
-NAMES = [f"{number:03d}.png" for number in range(ABSENT + 3)]
+NAMES = [f"{number:03d}.png" for number in range(ABSENT + 20)]
 ROWS = [(name, f"{name} {k}") for name in NAMES for k in range(CAPTIONS)]
 
 
@@ -70,7 +72,8 @@ def annotate(folder, command, name):
 
 
 @pytest.mark.parametrize(("command", "name"), CASES)
-def test_a_source_whose_first_images_are_absent_is_read(tmp_path, command, name):
+def test_a_source_whose_first_images_are_absent_is_read(tmp_path, monkeypatch, command, name):
+    monkeypatch.setattr(images, "PROBES_BEFORE_DOUBLING", 20)  # fewer than the absent ones
     suffix = "jpg" if command == "visual_genome" else "png"
     names = [f"{int(n[:3])}.jpg" for n in NAMES] if suffix == "jpg" else NAMES
     write(tmp_path, {names[number]: photo(number) for number in range(ABSENT, len(NAMES))})

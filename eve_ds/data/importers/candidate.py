@@ -72,11 +72,10 @@ class FileSlice:
         if self.folder is None:
             return
         written = Path(os.path.normpath(self.path)).is_relative_to(self.folder)
-        if written if self.follow_links else Path(os.path.realpath(self.path)).is_relative_to(self.folder):
-            return
-        raise BadSample(
-            "link out of the image folder (--follow_links follows it)" if written else "path outside the image folder"
-        )
+        real = Path(os.path.realpath(self.path)).is_relative_to(self.folder)
+        if not (written if self.follow_links else real):
+            link = "link out of the image folder (--follow_links follows it)"
+            raise BadSample(link if written else "path outside the image folder")
 
 
 @dataclass(frozen=True)
