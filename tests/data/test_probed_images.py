@@ -8,6 +8,7 @@ import pytest
 from photo_sets import one_line, photo, prepare_groups, write
 
 from eve_ds.data.formats import images
+from eve_ds.data.importers import annotations
 
 ABSENT, CAPTIONS = 60, 5
 """Images that are absent at the start, and captions of each image."""
@@ -90,6 +91,21 @@ def test_a_source_without_its_images_is_one_line(tmp_path, capsys, command, name
     line = one_line(capsys)
     assert "probed images exists (the first: " in line
     assert "set the folder of the images with --images, or remove the start of their paths with --strip_prefix" in line
+
+
+def test_a_table_that_holds_its_images_is_not_read_to_look_for_them(tmp_path, monkeypatch):
+    def counting(table):
+        for record in read(table):
+            taken.append(record)
+            yield record
+
+    taken, read = [], annotations.table_records
+    monkeypatch.setattr(annotations, "table_records", counting)
+    columns = {"image": [photo(n) for n in range(9)], "caption": [f"caption {n}" for n in range(9)]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    source = annotations.Table([tmp_path / "a.parquet"])
+    assert len(taken) == 1
+    assert len(list(source)) == 9
 
 
 # ------------------------------------------------------------------------------------------------- folders of COCO

@@ -100,12 +100,16 @@ class AnnotatedImages(ABC):
         return map(self._candidate, records)
 
     def require_some_image(self) -> None:
-        """Raise :class:`SourceError` where none of some images exists, which are spread over the records."""
-        named = (record for record in self.records() if isinstance(record, ImageCaptions) and record.data is None)
-        first = next(named, None)
-        if first is None:
+        """Raise :class:`SourceError` where none of some images exists, which are spread over the records.
+
+        Records that hold their images themselves have none to look for; the first one decides for all of the source.
+        """
+        usable = (record for record in self.records() if isinstance(record, ImageCaptions))
+        first = next(usable, None)
+        if first is None or first.data is not None:
             return
-        paths = (Path(self._image(record)[1].path) for record in spread(chain([first], named)))
+        named = (record for record in chain([first], usable) if record.data is None)
+        paths = (Path(self._image(record)[1].path) for record in spread(named))
         advice = "--images, or remove the start of their paths with --strip_prefix"
         others = _places(first)[1:]
         if others:
