@@ -41,12 +41,13 @@ def add_sources(commands: Any, shared: argparse.ArgumentParser, run: Callable[[a
 def _add_nlvr(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="+", help="archive (such as .tar.xz) or folder in the published layout")
     parser.add_argument("--split", nargs="+", help="take these splits only")
+    _add_follow_links(parser)
 
 
 def _nlvr(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import Nlvr
 
-    return Nlvr(arguments.path, arguments.split)
+    return Nlvr(arguments.path, arguments.split, arguments.follow_links)
 
 
 def _add_img2dataset(parser: argparse.ArgumentParser) -> None:
@@ -57,19 +58,20 @@ def _add_img2dataset(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="field of the metadata that identifies an image (default: %(default)s)",
     )
+    _add_follow_links(parser)
 
 
 def _img2dataset(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import Img2dataset
 
-    return Img2dataset(arguments.path, arguments.id_field)
+    return Img2dataset(arguments.path, arguments.id_field, arguments.follow_links)
 
 
 def _add_karpathy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="dataset_coco.json or dataset_flickr30k.json")
     _add_images(parser)
     parser.add_argument(
-        "--split", nargs="+", default=["train", "restval"], help="take these splits only (default: train restval)"
+        "--split", nargs="+", help="take these splits only (default: train and restval, as far as there are any)"
     )
 
 
@@ -133,6 +135,7 @@ def _add_urls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, metavar="DIR", help="output folder of img2dataset, as tars or files")
     parser.add_argument("--url_column", metavar="NAME", help="column of addresses (default: url, URL or image_url)")
     parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: caption, text or TEXT)")
+    _add_follow_links(parser)
 
 
 def _urls(arguments: argparse.Namespace) -> Source:
@@ -142,7 +145,7 @@ def _urls(arguments: argparse.Namespace) -> Source:
     columns = ADDRESSED._replace(
         image=arguments.url_column or ADDRESSED.image, caption=arguments.caption_column or ADDRESSED.caption
     )
-    return Addresses(arguments.path, arguments.images, columns)
+    return Addresses(arguments.path, arguments.images, columns, arguments.follow_links)
 
 
 def _add_image_folder(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,9 @@ KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 JPEG_QUALITY = 90
 """Default quality of the JPEG files that shrinking writes."""
 
+JPEG_SIDE = 65_500
+"""Longest side of an image that libjpeg writes, in pixels (JPEG_MAX_DIMENSION of jmorecfg.h)."""
+
 
 def encode_for_shard(data: bytes, max_size: int | None = None, quality: int = JPEG_QUALITY) -> tuple[bytes, str]:
     """Decode an image completely and return the bytes to store with their suffix (`jpg`, `png` or `webp`).
@@ -22,8 +25,8 @@ def encode_for_shard(data: bytes, max_size: int | None = None, quality: int = JP
 
     Args:
         data: an encoded image.
-        max_size: limit of the shorter side, in pixels; a larger image is shrunk to it and stored as RGB JPEG. None: no
-            limit.
+        max_size: limit of the shorter side, in pixels; a larger image is shrunk to it and stored as RGB JPEG (PNG where
+            its longer side exceeds JPEG_SIDE). None: no limit.
         quality: quality of that JPEG, 1 to 100.
 
     Raises:
@@ -49,7 +52,7 @@ def _store(image: Image.Image, data: bytes, max_size: int | None, quality: int) 
         image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
     decode(image)
     if shrink and max_size is not None:
-        return _encode(_shrink(to_rgb(upright(image)), max_size), "JPEG", quality=quality), "jpg"
+        return encode_new(_shrink(to_rgb(upright(image)), max_size), quality)
     if suffix is None:
         return _encode(to_rgb(upright(image)), "PNG"), "png"
     return data, suffix
@@ -59,6 +62,13 @@ def _shrink(image: Image.Image, max_size: int) -> Image.Image:
     scale = max_size / min(image.size)
     size = (max(max_size, round(image.width * scale)), max(max_size, round(image.height * scale)))
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def encode_new(image: Image.Image, quality: int = JPEG_QUALITY) -> tuple[bytes, str]:
+    """An RGB image as JPEG, or as PNG where a side is longer than JPEG files of libjpeg may be; with its suffix."""
+    if max(image.size) > JPEG_SIDE:
+        return _encode(image, "PNG"), "png"
+    return _encode(image, "JPEG", quality=quality), "jpg"
 
 
 def _encode(image: Image.Image, image_format: str, **options: int) -> bytes:

@@ -52,7 +52,7 @@ def _shards(folder: Path) -> list[Path]:
         raise ConfigError(f"{folder} is no folder: name a folder of shards (*.tar)")
     if (folder / PROGRESS_FOLDER).exists():
         raise ConfigError(f"{folder} is not finished: rerun the command of launcher/prepare.py that writes its shards")
-    shards, packed = shard_files(folder), packed_tars(folder, "*.t*z*")
+    shards, packed = shard_files(folder), packed_tars(folder)
     hint = f"; unpack {packed[0].name} and others to .tar" if packed else ""
     if not shards:
         raise ConfigError(f"{folder} holds no shards (*.tar){hint}")

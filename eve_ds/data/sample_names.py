@@ -10,6 +10,7 @@ COMPRESSED = (".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".lz4", ".z
 """Suffixes of compressed files, in which no sample can be read at its offset."""
 TOGETHER = "members of a sample, as KEY.jpg and KEY.txt, must stand together in a shard, without a dot in KEY"
 """Rule of the names of members, for messages."""
+_PACKED_TAR = re.compile(r".*[.]t.*z.*", re.DOTALL)
 _CAPTION_OF_IMAGE = re.compile(r"((?:.*/)?[0-9]{9,})-[0-9]+", re.DOTALL)
 _CAPTION = re.compile(r"(?:([0-9]+)\.)?txt")
 _RESERVED = re.compile(r"__[^/]*__($|/)")
@@ -48,15 +49,18 @@ def is_leftover(name: str) -> bool:
     return bool(parts) and (parts[-1].startswith("._") or parts[-1] == ".DS_Store" or "__MACOSX" in parts)
 
 
-def shard_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
+def shard_files(folder: Path) -> list[Path]:
     """Tars of a folder in the order of their names, without those of macOS."""
-    above = len(folder.parts)
-    found = [path for path in folder.glob(pattern) if not is_leftover("/".join(path.parts[above:]))]
-    return sorted(found, key=lambda path: path.parts)
+    return sorted(path for path in folder.glob("*.tar") if not is_leftover(path.name))
 
 
-def packed_tars(folder: Path, pattern: str = "**/*.t*z*") -> list[Path]:
-    """Compressed tars of a folder, by default at any depth, that were not unpacked: no plain tar is beside them."""
-    found = (path for path in folder.glob(pattern) if path.suffix.lower() in COMPRESSED)
-    plain = ((path, path.with_suffix("" if path.stem.endswith(".tar") else ".tar")) for path in found)
-    return sorted(path for path, tar in plain if not tar.exists() and not is_leftover(str(path.relative_to(folder))))
+def packed_tars(folder: Path) -> list[Path]:
+    """Compressed tars of a folder that were not unpacked, in the order of their names."""
+    return sorted(filter(is_packed_tar, folder.glob("*")))
+
+
+def is_packed_tar(path: Path) -> bool:
+    """Whether a file is a compressed tar by its name (`*.t*z*`), and was not unpacked: no plain tar is beside it."""
+    if path.suffix.lower() not in COMPRESSED or is_leftover(path.name) or not _PACKED_TAR.fullmatch(path.name):
+        return False
+    return not path.with_suffix("" if path.stem.endswith(".tar") else ".tar").exists()

@@ -173,7 +173,7 @@ def _refuse_folder(shown: str) -> NoReturn:
 def _folder_shards(folder: Path, indices: Indices) -> list[Path]:
     tars = shard_files(folder)
     shards = [folder / name for name in indices.of(str(folder))] or tars
-    left = sorted({*tars, *packed_tars(folder, "*.t*z*")} - {*shards}) if shards else []
+    left = sorted({*tars, *packed_tars(folder)} - {*shards}) if shards else []
     if left:
         get_logger().warning(
             "%d tars of %s are not read, since they are compressed or its %s does not list them, for example %s",

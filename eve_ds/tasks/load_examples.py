@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eve_ds.config import Config, ConfigError, ExamplesConfig
-from eve_ds.data.formats.images import probe_step, require_some_image
+from eve_ds.data.formats.images import require_some_image, spread
 from eve_ds.data.formats.sniff import sniff
 from eve_ds.printable import excerpt
 from eve_ds.tasks.examples import Example, Section
@@ -85,7 +85,6 @@ def _check(examples: Sequence[Example], num_images: int, where: Path) -> None:
                 f"{where}: example {example.key} has {len(example.images)} images where task.num_images is "
                 f"{num_images}: set task.num_images to {len(example.images)}, or give other data"
             )
-    chosen = examples[:: probe_step(len(examples))]
-    paths = [source for example in chosen for source in example.images if isinstance(source, Path)]
-    if len(paths) >= len(chosen):
-        require_some_image(paths, where)
+    paths = [source for example in examples for source in example.images if isinstance(source, Path)]
+    if len(paths) >= len(examples):
+        require_some_image(spread(paths), where)

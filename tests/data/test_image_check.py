@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from eve_ds.cli.prepare import main
+from eve_ds.data.formats.captioned import Box
 from eve_ds.data.image_check import encode_for_shard
-from eve_ds.data.importers import GeneratedScenes
+from eve_ds.data.importers import FileSlice, GeneratedScenes
+from eve_ds.data.importers.region import Region
 from eve_ds.data.shard_writer import OutputError, WriterOptions, write_shards
 
 
@@ -40,6 +42,34 @@ def test_default_quality_is_90():
 def test_images_that_are_not_shrunk_keep_their_bytes(kind):
     data = encode(kind)
     assert encode_for_shard(data, 40, 1)[0] == encode_for_shard(data, None, 1)[0] == data
+
+
+@pytest.mark.parametrize(
+    ("size", "stored", "kind"),
+    [
+        ((65_501, 2), (32_750, 1), "jpg"),
+        ((131_000, 2), (65_500, 1), "jpg"),
+        ((131_002, 2), (65_501, 1), "png"),
+        ((2, 131_002), (1, 65_501), "png"),
+    ],
+)
+@pytest.mark.parametrize("image_format", ["PNG", "BMP"])
+def test_a_shrunk_image_too_long_for_jpeg_is_stored_as_png(capfd, size, stored, kind, image_format):
+    file = io.BytesIO()
+    Image.new("RGB", size, (9, 200, 30)).save(file, image_format)
+    data, suffix = encode_for_shard(file.getvalue(), 1)
+    image = Image.open(io.BytesIO(data))
+    assert (suffix, image.size) == (kind, stored)
+    assert abs(image.convert("RGB").getpixel((0, 0))[1] - 200) < 5
+    assert capfd.readouterr().err == "", "libjpeg prints a line about what it does not write"
+
+
+@pytest.mark.parametrize(("width", "kind"), [(65_500, "JPEG"), (65_501, "PNG")])
+def test_a_box_too_long_for_jpeg_is_stored_as_png(tmp_path, width, kind):
+    Image.new("RGB", (70_000, 2)).save(tmp_path / "a.png")
+    data = Region(FileSlice(str(tmp_path / "a.png")), Box(1, 0, width, 2)).read()
+    image = Image.open(io.BytesIO(data))
+    assert (image.format, image.size) == (kind, (width, 2))
 
 
 def prepare(out, *options):

@@ -332,6 +332,38 @@ def test_nlvr_selects_splits_of_an_archive(tmp_path):
         Nlvr([tmp_path / "nlvr.tar"], splits=["hidden"])
 
 
+@pytest.mark.parametrize("form", ["folder", "archive", "two archives"])
+def test_each_split_of_nlvr_that_is_asked_for_must_be_there(tmp_path, form):
+    files = nlvr_files("dev") | nlvr_files("test")
+    paths = [tmp_path / "nlvr.tar"]
+    if form == "folder":
+        paths = [tmp_path / "nlvr"]
+        for name, data in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(data)
+    elif form == "archive":
+        write_tar(paths[0], files)
+    else:
+        paths = [tmp_path / "1.tar", tmp_path / "2.tar"]
+        for path, name in zip(paths, ("dev", "test"), strict=True):
+            write_tar(path, nlvr_files(name))
+    found, _ = split(Nlvr(paths, splits=["test", "dev"]))
+    assert len(found) == 22
+    with pytest.raises(SourceError) as caught:
+        Nlvr(paths, splits=["dev", "valid", "test"])
+    assert str(caught.value) == f"{' + '.join(map(str, paths))} has no split valid; it has: dev, test"
+
+
+def test_splits_of_nlvr_beside_one_folder_of_images_are_read_once(tmp_path):
+    for name, data in (nlvr_files("dev") | nlvr_files("test")).items():
+        path = tmp_path / name.replace("/dev/", "/both/").replace("/test/", "/both/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    found, _ = split(Nlvr([tmp_path]))
+    assert sorted(item.name for item in found) == sorted({item.name for item in found})
+    assert len(found) == 22
+
+
 def test_nlvr_errors_name_file_and_expected_layout(tmp_path):
     with pytest.raises(SourceError, match=r"source .*x\.tar\.xz does not exist"):
         Nlvr([tmp_path / "x.tar.xz"])

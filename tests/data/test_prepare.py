@@ -286,6 +286,16 @@ def test_a_malformed_karpathy_entry_is_counted(tmp_path, changes):
     assert prepare(tmp_path / "out", "karpathy", tmp_path / "a.json")[1:] == ({0: "caption 0"}, {"malformed entry": 1})
 
 
+@pytest.mark.parametrize(("splits", "message"), [("train test", "test"), ("restvall", "restvall"), ("", None)])
+def test_a_split_that_the_file_lacks_is_one_line(tmp_path, capsys, splits, message):
+    write(tmp_path, {"0.png": photo(0), "a.json": json.dumps(karpathy([("0.png", ["caption 0"])]))})
+    arguments = ["karpathy", tmp_path / "a.json", *(["--split", *splits.split()] if splits else [])]
+    code, pairs, _ = prepare(tmp_path / "out", *arguments)
+    assert (code, pairs) == ((2, {}) if message else (0, {0: "caption 0"}))
+    if message:
+        assert one_line(capsys).endswith(f"a.json has no image of split {message}; it has: train (1)")
+
+
 IDS = [  # what a JSON holds, and the id: None is that of the path
     *(("17", "17"), (17, "17"), (17.0, "17"), (0, "0"), (-3, "-3"), (10**30, str(10**30)), (1e300, str(int(1e300)))),
     *((None, None), (float("nan"), None), ("", None), ("a b", "a b"), ("17.0", "17.0"), ("None", "None")),
@@ -465,7 +475,8 @@ def test_annotations_in_no_regular_file_are_refused(tmp_path, capsys, name):
     make_special_files(tmp_path)
     for command in ("json", "karpathy", "table"):
         assert prepare(tmp_path / "out", command, tmp_path / name)[0] == 2
-        assert "is not a file: check the path" in one_line(capsys)
+        advice = " but a folder: give files" if name == "folder" else ": check the path"
+        assert one_line(capsys).endswith(f"annotation file {tmp_path / name} is not a file{advice}")
 
 
 # ------------------------------------------------------------------------------------------------- image paths
@@ -505,7 +516,8 @@ def test_only_regular_files_of_the_image_folder_are_read(tmp_path, name):
     arguments = annotate(tmp_path, name, [(path, ["caption 0"]) for path in names])
     code, pairs, reasons = prepare(tmp_path / "out", *arguments, "--images", images)
     assert (code, pairs) == (0, {0: "caption 0"})
-    assert reasons.pop("path outside the image folder") == len(left)
+    links = reasons.pop("link out of the image folder (--follow_links follows it)")
+    assert (links, reasons.pop("path outside the image folder")) == (3, len(left) - 3)
     assert reasons.pop("not a regular file") == len(irregular)
     assert sum(reasons.values()) == len(missing) + 1
     assert set(reasons) <= {"missing file", "unreadable file"}

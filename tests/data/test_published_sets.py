@@ -4,6 +4,7 @@ The files are tiny, and each image is a color, so that a caption of another imag
 """
 
 import io
+import itertools
 import json
 import re
 import sys
@@ -382,14 +383,21 @@ METADATA = {
 }
 
 
-def image_folder(folder, name, count=2, first=0, captions="text"):
+def metadata_file(folder, name, rows, **columns):
+    """Metadata of rows (image, caption); `columns` renames the columns."""
+    content = METADATA[name](rows)
+    if isinstance(content, dict):
+        parquet(folder / name, {columns.get(key, key): value for key, value in content.items()})
+        return
+    for old, new in columns.items():
+        content = content.replace(old, new)
+    write(folder, {name: content})
+
+
+def image_folder(folder, name, count=2, first=0, captions="text", image="file_name"):
     numbers = range(first, first + count)
     write(folder, {f"sub/{n}.png": photo(n) for n in numbers})
-    content = METADATA[name]([(f"sub/{n}.png", f"caption {n}") for n in numbers])
-    if isinstance(content, dict):
-        parquet(folder / name, {{"text": captions}.get(key, key): value for key, value in content.items()})
-    else:
-        write(folder, {name: content.replace("text", captions)})
+    metadata_file(folder, name, [(f"sub/{n}.png", f"caption {n}") for n in numbers], text=captions, file_name=image)
 
 
 @pytest.mark.parametrize("captions", ["text", "caption", "additional_feature"])
@@ -417,6 +425,34 @@ def test_an_image_folder_without_metadata_is_one_line(tmp_path, capsys):
     write(tmp_path, {"in/data/train-00000.parquet": b"PAR1"})
     assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in")[0] == 2
     assert one_line(capsys).endswith(message + "; give its Parquet files to `prepare.py table`")
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_an_image_of_another_column_is_read(tmp_path, name):
+    image_folder(tmp_path / "in", name, image="photo_file_name")
+    assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in") == (0, {0: "caption 0", 1: "caption 1"}, {})
+
+
+@pytest.mark.parametrize("names", list(itertools.combinations(METADATA, 2)))
+@pytest.mark.parametrize("below", ["", "train"])
+def test_two_metadata_files_of_a_folder_are_refused(tmp_path, capsys, names, below):
+    for name in names:
+        image_folder(tmp_path / "in" / below, name)
+    assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in")[0] == 2
+    both = " and ".join(sorted(names))
+    line = f"{tmp_path / 'in' / below} holds {both}, which both give captions of its images: remove all but one"
+    assert one_line(capsys) == f"prepare: {line}"
+
+
+@pytest.mark.parametrize(("above", "below"), list(itertools.product(METADATA, METADATA)))
+def test_a_caption_that_two_levels_give_is_taken_once(tmp_path, above, below):
+    image_folder(tmp_path / "in" / "train", below, count=3)
+    rows = [("train/sub/0.png", "caption 0"), ("./train/sub/1.png", "another caption")]
+    rows += [("train/sub/2.png", "caption 2")] * 2
+    metadata_file(tmp_path / "in", above, rows)
+    code, found, reasons = prepare_groups(tmp_path / "out", "imagefolder", tmp_path / "in")
+    captions = {0: ["caption 0"], 1: ["another caption", "caption 1"], 2: ["caption 2", "caption 2"]}
+    assert (code, found, reasons) == (0, captions, {"caption that two metadata files give": 2})
 
 
 @pytest.mark.parametrize("name", ["laion400m.parquet", "datacomp.parquet", "cc3m with a header.tsv"])

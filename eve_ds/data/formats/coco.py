@@ -18,6 +18,12 @@ from eve_ds.data.formats.json_stream import read_outline
 from eve_ds.data.formats.unread import refuse_document
 
 _SUBSET = re.compile(r"(train|val|test)20[0-9]{2}")
+_FILE = re.compile(
+    r"(?:.*/)?COCO_(?:train|val)2014_(?P<first>[0-9]{12}\.jpg)"
+    r"|(?:(?:.*/)?(?:train|val)2017/)?(?P<second>[0-9]{12}\.jpg)"
+)
+_NAMES = ("COCO_train2014_{}", "COCO_val2014_{}", "{}", "{}")
+_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
 
 class Image(NamedTuple):
@@ -63,6 +69,19 @@ def read_captions(path: Path, images: dict[str, Image]) -> Iterator[ImageCaption
             yield _captioned(entry, path, images)
         except SourceError:
             yield entry
+
+
+def published_places(path: str) -> tuple[str, ...]:
+    """Paths at which folders of 2014 and 2017 hold an image, each with its subfolder and without; none for others.
+
+    Both years have the same images by the same numbers, in other subsets.
+    """
+    found = _FILE.fullmatch(path.replace("\\", "/"))
+    if found is None:
+        return ()
+    names = [name.format(found["first"] or found["second"]) for name in _NAMES]
+    nested = (f"{folder}/{name}" for folder, name in zip(_FOLDERS, names, strict=True))
+    return (*nested, *dict.fromkeys(names))
 
 
 def _captioned(entry: Entry, path: Path, images: dict[str, Image]) -> ImageCaptions:

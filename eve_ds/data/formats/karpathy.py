@@ -49,24 +49,31 @@ def require_karpathy(tree: Any, path: Path) -> None:
         )
 
 
-def of_splits(entries: Sequence[Entry], splits: Sequence[str], path: Path) -> list[Entry]:
-    """Entries of the splits, and those that are no objects, which the reader of records judges.
+def of_splits(entries: Sequence[Entry], split: str, path: Path) -> list[Entry]:
+    """Entries of a split, `train` with `restval`, and those that are no objects, which the reader of records judges.
 
     Raises:
-        SourceError: no entry is of one of the splits; names the splits of the file.
+        SourceError: no entry is of the split; names the splits of the file.
     """
+    splits = None if split == "train" else (split,)
     require_splits(entries, splits, path)
-    return [entry for entry in entries if in_splits(entry, splits)]
+    return [entry for entry in entries if in_splits(entry, splits or TRAIN_SPLITS)]
 
 
-def require_splits(entries: Iterable[Entry], splits: Sequence[str], path: Path) -> int:
-    """Number of entries of the splits; raises :class:`SourceError` for none, with the splits of the file."""
+def require_splits(entries: Iterable[Entry], splits: Sequence[str] | None, path: Path) -> int:
+    """Number of entries of the splits; None: of :data:`TRAIN_SPLITS`, of which the file may lack all but one.
+
+    Raises:
+        SourceError: the file lacks a split; names those that it has.
+    """
     names = (entry.content.get("split") for entry in entries if isinstance(entry.content, dict))
     found = Counter(name if name is None else str(name) for name in names)
-    if not any(split in found for split in splits):
+    wanted = TRAIN_SPLITS if splits is None else splits
+    lacking = [split for split in wanted if split not in found]
+    if lacking and (splits is not None or len(lacking) == len(wanted)):
         have = ", ".join(f"{name} ({count})" for name, count in sorted(found.items(), key=str))
-        raise SourceError(f"{path} has no image of split {' or '.join(splits)}; it has: {have or 'no images'}")
-    return sum(found[split] for split in splits)
+        raise SourceError(f"{path} has no image of split {' or '.join(lacking)}; it has: {have or 'no images'}")
+    return sum(found[split] for split in {*wanted})
 
 
 def in_splits(entry: Entry, splits: Sequence[str]) -> bool:

@@ -13,13 +13,14 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from eve_ds import limits
 from eve_ds.data.errors import SourceError
+from eve_ds.data.folder_tree import FolderTree
 from eve_ds.data.formats.entries import Entry
 from eve_ds.data.sample_names import is_leftover
 from eve_ds.reading import parse_json, read_file
@@ -77,14 +78,20 @@ def read_statements(data: bytes, split: str, path: Path) -> Iterator[Statement]:
 
 
 def folder_splits(folder: Path) -> list[tuple[Path, Path]]:
-    """Pairs of annotation file and image folder of the splits at, below, or two levels below the folder."""
+    """Pairs of annotation file and image folder of the splits at, below, or two levels below the folder.
+
+    A file that links lead to as well is taken once, at its real place if that is in the folder.
+    """
     found = [path for pattern in ("*.json", "*/*.json", "*/*/*.json") for path in folder.glob(pattern)]
-    return [(path, path.parent / "images") for path in sorted(found) if (path.parent / "images").is_dir()]
+    files: dict[Path, Path] = {}
+    for path in sorted(found, key=lambda path: (path.resolve() != path, path)):
+        files.setdefault(path.resolve(), path)
+    return [(path, path.parent / "images") for path in sorted(files.values()) if (path.parent / "images").is_dir()]
 
 
-def folder_images(folder: Path) -> list[Path]:
-    """Images of a split, sorted by path, without files of macOS."""
-    return sorted(path for path in folder.rglob("*.png") if not is_leftover(path.name))
+def image_tree(splits: Iterable[tuple[Path, Path]]) -> FolderTree:
+    """Folders of the images of splits, which may share them; the images end in `.png`."""
+    return FolderTree(*dict.fromkeys(images for _, images in splits))
 
 
 def annotated_split(path: PurePosixPath) -> str | None:
@@ -184,7 +191,9 @@ def read_corpus(path: Path, split: str | None) -> Corpus:
 
 
 def _folder_files(folder: Path) -> Iterator[tuple[PurePosixPath, Path | bytes]]:
-    """Annotations, then images, of each split of a folder."""
-    for sentences, images in folder_splits(folder):
-        for path in (sentences, *folder_images(images)):
-            yield PurePosixPath(path.relative_to(folder)), path
+    """Annotations of all splits of a folder, then the images."""
+    splits = folder_splits(folder)
+    for sentences, _ in splits:
+        yield PurePosixPath(sentences.relative_to(folder)), sentences
+    for image in image_tree(splits).ending(".png"):
+        yield PurePosixPath(image.name), Path(image.path)

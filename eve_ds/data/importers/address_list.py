@@ -27,6 +27,7 @@ class Addresses:
         files: lists of SBU, CC3M, CC12M, LAION, DataComp, or of that form.
         images: output of img2dataset, as tars or files.
         columns: names of the columns, or keys, of addresses and captions.
+        follow_links: whether links of single files may lead out of the folder.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class Addresses:
         files: Sequence[str | Path],
         images: str | Path,
         columns: Columns = ADDRESSED,
+        follow_links: bool = False,
     ) -> None:
         """Check the lists and find the images; raises :class:`SourceError`."""
         paths = [existing_file(path, "list of addresses") for path in files]
         self._lists = [AddressList(path, columns) for path in paths]
         self._groups_all = fits_memory(paths)
-        self._images = Downloads(images)
+        self._images = Downloads(images, follow_links)
         numbers = [found.num_rows for found in self._lists]
         self.total: int | None = None if None in numbers else sum(number or 0 for number in numbers)
         self.description: dict[str, Any] = {

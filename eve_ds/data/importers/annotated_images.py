@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from eve_ds import limits
 from eve_ds.data.formats.captioned import ImageCaptions
+from eve_ds.data.formats.coco import published_places
 from eve_ds.data.formats.entries import Entry
-from eve_ds.data.formats.images import PROBED_IMAGES, probe_step, require_some_image
+from eve_ds.data.formats.images import require_some_image, spread
 from eve_ds.data.formats.tables import MALFORMED, NO_CAPTION, Row
 from eve_ds.data.importers.candidate import (
     Candidate,
@@ -98,16 +99,21 @@ class AnnotatedImages(ABC):
             records = group_adjacent(self.records())
         return map(self._candidate, records)
 
-    def require_some_image(self, number: int | None = None) -> None:
-        """Raise :class:`SourceError` where none of a few images exists, spread over `number` records, or the first."""
-        step = probe_step(number or 1)
-        spread = (
-            record
-            for at, record in enumerate(self.records())
-            if at % step == 0 and isinstance(record, ImageCaptions) and record.data is None
-        )
-        paths = (Path(self._image(record)[1].path) for record in islice(spread, PROBED_IMAGES))
+    def require_some_image(self) -> None:
+        """Raise :class:`SourceError` where none of some images exists, which are spread over the records.
+
+        Records that hold their images themselves have none to look for; the first one decides for all of the source.
+        """
+        usable = (record for record in self.records() if isinstance(record, ImageCaptions))
+        first = next(usable, None)
+        if first is None or first.data is not None:
+            return
+        named = (record for record in chain([first], usable) if record.data is None)
+        paths = (Path(self._image(record)[1].path) for record in spread(named))
         advice = "--images, or remove the start of their paths with --strip_prefix"
+        others = _places(first)[1:]
+        if others:
+            advice += f"; the folder may also hold it as {', '.join(others)}"
         require_some_image(paths, self.files[0], advice)
 
     def _candidate(self, record: ImageCaptions | Skip) -> Candidate | Skip:
@@ -134,9 +140,14 @@ class AnnotatedImages(ABC):
 
     def _image(self, record: ImageCaptions) -> tuple[str, FileSlice]:
         """Path below the folder and file of a record; the first that exists of several places."""
-        names = [self._images.name(path) for path in (record.image, *record.other_places)]
+        names = [self._images.name(path) for path in _places(record)]
         name = names[0] if len(names) == 1 else next(filter(self._images.has, names), names[0])
         return name, self._images.image(name)
+
+
+def _places(record: ImageCaptions) -> list[str]:
+    """Paths below the image folder where the file of a record may lie."""
+    return list(dict.fromkeys((record.image, *record.other_places, *published_places(record.image))))
 
 
 def counted(records: Iterable[ImageCaptions | Row | Entry]) -> Iterator[ImageCaptions | Skip]:

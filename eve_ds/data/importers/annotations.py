@@ -25,16 +25,20 @@ from eve_ds.data.importers.candidate import Skip, existing_file
 class Karpathy(AnnotatedImages):
     """COCO or Flickr30K captions with Karpathy's splits; an image id is the file name without its suffix."""
 
-    def __init__(
-        self, path: str | Path, paths: ImagePaths = BESIDE, splits: Sequence[str] = karpathy.TRAIN_SPLITS
-    ) -> None:
-        """Read the annotations; raises :class:`SourceError` for a file of another form or a split it does not have."""
-        super().__init__("karpathy", [path], paths, {"splits": sorted(splits)}, has_groups=True)
-        self._splits = splits
+    def __init__(self, path: str | Path, paths: ImagePaths = BESIDE, splits: Sequence[str] | None = None) -> None:
+        """Read the annotations; raises :class:`SourceError` for a file of another form or a split it does not have.
+
+        Args:
+            path: the file.
+            paths: rules of paths.
+            splits: splits to read, each of which the file must have; None: those of `train` and `restval` that it has.
+        """
+        self._splits = karpathy.TRAIN_SPLITS if splits is None else splits
+        super().__init__("karpathy", [path], paths, {"splits": sorted(self._splits)}, has_groups=True)
         (file,) = self.files
         karpathy.require_karpathy(read_outline(file, keep_undecodable=True).tree, file)
         self.total = karpathy.require_splits(stream_entries(file, "images"), splits, file)
-        self.require_some_image(self.total)
+        self.require_some_image()
 
     def records(self) -> Iterator[ImageCaptions | Skip]:
         """Images in the order of the file."""
@@ -64,12 +68,10 @@ class CaptionJson(AnnotatedImages):
         """Read the annotations; raises :class:`SourceError` for a file of another form."""
         super().__init__("json", files, paths, {"boxes": True} if boxes else None)
         self._boxes = boxes
-        number = 0
         for path in self.files:
-            outline = read_outline(path, keep_undecodable=True)
-            released.require_captions(outline.tree, stream_entries(path), path)
-            number += outline.counts[None]
-        self.require_some_image(number)
+            tree = read_outline(path, keep_undecodable=True).tree
+            released.require_captions(tree, stream_entries(path), path)
+        self.require_some_image()
 
     def records(self) -> Iterator[ImageCaptions | Skip]:
         """Entries in the order of the files."""
@@ -120,7 +122,7 @@ class VisualGenome(AnnotatedImages):
         self.description["image_data"] = sha256_of(named) if self.knows_other_names else None
         number = visual_genome.require_regions(self.files[0])
         self.total = None if boxes else number
-        self.require_some_image(number)
+        self.require_some_image()
 
     def records(self) -> Iterator[ImageCaptions | Skip]:
         """Images, or boxes, in the order of the file."""

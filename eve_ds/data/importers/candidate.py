@@ -6,12 +6,16 @@ import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
+from eve_ds.data.folder_tree import FolderTree
 from eve_ds.reading import read_file
+
+ANNOTATION_SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
+"""Suffixes of files that a message suggests in place of their folder."""
 
 _REASONS = {errno.EINVAL: "not a regular file", errno.ENXIO: "not a regular file", errno.EOVERFLOW: "too large a file"}
 """Reasons of errors of :func:`eve_ds.reading.read_file`; ENXIO: a socket."""
@@ -48,7 +52,8 @@ class FileSlice:
         """Read the slice.
 
         Raises:
-            BadSample: the file is missing, outside its folder, not regular, too large, too short or unreadable.
+            BadSample: the file is missing, outside its folder, behind a link out of it, not regular, too large, too
+                short or unreadable.
         """
         try:
             self._require_inside()
@@ -66,9 +71,11 @@ class FileSlice:
     def _require_inside(self) -> None:
         if self.folder is None:
             return
-        path = os.path.normpath(self.path) if self.follow_links else os.path.realpath(self.path)
-        if not Path(path).is_relative_to(self.folder):
-            raise BadSample("path outside the image folder")
+        written = Path(os.path.normpath(self.path)).is_relative_to(self.folder)
+        real = Path(os.path.realpath(self.path)).is_relative_to(self.folder)
+        if not (written if self.follow_links else real):
+            link = "link out of the image folder (--follow_links follows it)"
+            raise BadSample(link if written else "path outside the image folder")
 
 
 @dataclass(frozen=True)
@@ -161,8 +168,19 @@ def existing_folder(path: str | Path, what: str) -> Path:
 
 
 def existing_file(path: str | Path, what: str) -> Path:
-    """Absolute path of a file that must exist; raises :class:`SourceError`."""
+    """Absolute path of a file that must exist; raises :class:`SourceError`.
+
+    A link keeps its own name and folder: its suffix says the format, and images lie beside it.
+    """
     resolved = existing(path, what)
+    if resolved.is_dir():
+        raise SourceError(f"{what} {path} is not a file but a folder: give files{_files_of(resolved, Path(path))}")
     if not resolved.is_file():
         raise SourceError(f"{what} {path} is not a file: check the path")
-    return resolved
+    return Path(path).parent.resolve() / Path(path).name
+
+
+def _files_of(folder: Path, shown: Path) -> str:
+    """The pattern of the first annotation file below a folder, for a message."""
+    names = [PurePath(file.name) for file in FolderTree(folder).ending(*ANNOTATION_SUFFIXES)]
+    return f", as {shown / names[0].parent}/*{names[0].suffix}" if names else ""

@@ -19,6 +19,7 @@ class Downloads:
 
     Args:
         folder: output of img2dataset, as tars or files with the metadata of each image.
+        follow_links: whether links of single files may lead out of the folder.
 
     Attributes:
         description: identity of the folder, as JSON types.
@@ -27,9 +28,10 @@ class Downloads:
         SourceError: the folder has no images, or no metadata with addresses.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._root = Path(folder).resolve()
-        source = Img2dataset(folder)
+    def __init__(self, folder: str | Path, follow_links: bool = False) -> None:
+        self._root, self._follow_links = Path(folder).resolve(), follow_links
+        source = Img2dataset(folder, follow_links=follow_links)
+        self._trees: list[str | None] = []
         self.description = source.description
         hashes, self._ends, self._places = array("Q"), array("Q", [0]), bytearray()
         for item in source:
@@ -68,16 +70,20 @@ class Downloads:
         return at if at < len(self._hashes) and self._hashes[at] == wanted else None
 
     def _written(self, image: FileSlice) -> bytes:
-        place = "" if image.size is None else f"{image.offset} {image.size}"
-        return os.fsencode(f"{place}/{Path(image.path).relative_to(self._root)}")
+        """Place of an image as text: number of its tree, and for a member of a tar also offset and size; path."""
+        path = Path(image.path)
+        if image.folder not in self._trees:
+            self._trees.append(image.folder)
+        numbers = (self._trees.index(image.folder), *(() if image.size is None else (image.offset, image.size)))
+        name = path.relative_to(self._root) if path.is_relative_to(self._root) else path
+        return os.fsencode(f"{' '.join(map(str, numbers))}/{name}")
 
     def _read(self, written: bytes) -> FileSlice:
-        place, _, name = os.fsdecode(written).partition("/")
+        numbers, _, name = os.fsdecode(written).partition("/")
+        tree, *place = map(int, numbers.split())
+        offset, size = place or (0, None)
         path = str(self._root / name)
-        if not place:
-            return FileSlice(path, folder=str(self._root))
-        offset, size = map(int, place.split())
-        return FileSlice(path, offset, size)
+        return FileSlice(path, offset, size, folder=self._trees[tree], follow_links=self._follow_links)
 
 
 def _address(item: Img2datasetCandidate) -> str | None:

@@ -7,7 +7,6 @@ same name up to the last dot are one sample: `a.0.jpg` belongs to `a.0.txt`, and
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,16 +17,16 @@ from typing import Any
 
 from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
+from eve_ds.data.folder_tree import File, FolderTree, contents_digest
 from eve_ds.data.formats.entries import Entry
 from eve_ds.data.formats.image_ids import flickr_names
-from eve_ds.data.formats.images import is_file
-from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, ParquetTable, column_names
+from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, SUFFIX, ParquetTable, column_names
 from eve_ds.data.formats.tables import Columns
 from eve_ds.data.formats.unread import binary_kind
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.importers.annotated_images import counted
 from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Skip, existing_folder
-from eve_ds.data.sample_names import is_leftover, packed_tars, shard_files, split_name
+from eve_ds.data.sample_names import COMPRESSED, is_packed_tar, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
 from eve_ds.reading import parse_json, read_file
 
@@ -76,13 +75,22 @@ class Img2datasetCandidate:
 
 
 class Img2dataset:
-    """A folder that img2dataset wrote; the metadata field `id_field` is the image id (default: the URL)."""
+    """A folder that img2dataset wrote.
 
-    def __init__(self, folder: str | Path, id_field: str = "url") -> None:
+    Args:
+        folder: the folder; links in it that lead to other folders are followed.
+        id_field: field of the metadata that is the image id (default: the URL).
+        follow_links: whether links of single files may lead out of the folder.
+    """
+
+    def __init__(self, folder: str | Path, id_field: str = "url", follow_links: bool = False) -> None:
         """Find the shards; raises :class:`SourceError` for a folder with neither tars nor images."""
         self._folder = existing_folder(folder, "img2dataset folder")
-        self._id_field = id_field
-        self._tars = shard_files(self._folder, "**/*.tar")
+        self._id_field, self._follow_links = id_field, follow_links
+        self._tree = FolderTree(self._folder)
+        archives = self._tree.ending(".tar", *COMPRESSED)
+        self._tars = [file for file in archives if file.name.endswith(".tar")]
+        self._packed = [file.name for file in archives if is_packed_tar(Path(file.path))]
         has_images = self._tars or next(self._files(), None) is not None
         self._tables = [] if has_images else self._tables_with_images()
         self.total: int | None = None
@@ -90,36 +98,39 @@ class Img2dataset:
             "format": "img2dataset",
             "path": str(self._folder),
             "id_field": id_field,
-            "contents": self._contents(),
+            "contents": contents_digest(self._contents()),
+            **({"follow_links": True} if follow_links else {}),
         }
         if not self._tars and next(iter(self), None) is None:
             raise SourceError(f"{folder} holds neither .tar shards nor images; expected the output of img2dataset")
 
-    def _tables_with_images(self) -> list[Path]:
+    def _tables_with_images(self) -> list[File]:
         """Tables of the format `parquet`; beside tars and files, tables hold the metadata only."""
-        found = shard_files(self._folder, "**/*.parquet")
-        return found if found and set(EMBEDDED_COLUMNS) & {*column_names(found[0])} else []
+        found = self._tree.ending(SUFFIX)
+        return found if found and set(EMBEDDED_COLUMNS) & {*column_names(Path(found[0].path))} else []
 
-    def _contents(self) -> str:
-        """Digest of names and sizes of the tars, or of the names of the numbered folders; changes as more arrive."""
+    def _contents(self) -> Iterator[tuple[str, str]]:
+        """Name and path of the tars, of the tables, or of all files that may belong to a sample."""
         files = self._tars or self._tables
         if files:
-            sizes = (path.stat().st_size if is_file(path) else 0 for path in files)
-            found = [f"{path.relative_to(self._folder)} {size}" for path, size in zip(files, sizes, strict=True)]
-        else:
-            found = sorted(path.name for path in self._folder.iterdir() if not is_leftover(path.name))
-        return hashlib.sha256("\n".join(found).encode(errors="surrogateescape")).hexdigest()
+            yield from ((file.name, file.path) for file in files)
+            return
+        for folder, names in self._tree.files():
+            below, real = os.path.join(folder.name, ""), os.path.join(folder.path, "")  # joined once, not for each file
+            yield from ((below + name, real + name) for name in names if _is_of_sample(name))
 
     def __iter__(self) -> Iterator[Candidate | Img2datasetCandidate | Skip]:
-        """Samples sorted by shard, then in the order of the shard; files sorted by name; compressed tars last."""
+        """Samples sorted by shard, then in the order of the shard; files sorted by name; what is not read last."""
         if not self._tars and not self._tables:
             yield from self._files()
-        for path in self._tables:
-            yield from self._table(path, path.relative_to(self._folder).with_suffix(""))
-        for path in self._tars:
-            yield from self._tar(path, str(path.relative_to(self._folder)))
-        for path in packed_tars(self._folder):
-            yield Skip(str(path.relative_to(self._folder)), "compressed tar: unpack it")
+        for table in self._tables:
+            yield from self._table(Path(table.path), Path(table.name).with_suffix(""))
+        for tar in self._tars:
+            yield from self._tar(Path(tar.path), tar.name)
+        for name in self._packed:
+            yield Skip(name, "compressed tar: unpack it")
+        for name, reason in self._tree.unread:
+            yield Skip(name, reason)
 
     def _table(self, path: Path, name: Path) -> Iterator[Candidate | Skip]:
         table = ParquetTable(path, Columns(EMBEDDED_COLUMNS, "caption", self._id_field))
@@ -149,18 +160,16 @@ class Img2dataset:
             yield Skip(shard, _DAMAGED if members else _without_members(path))
 
     def _files(self) -> Iterator[Img2datasetCandidate | Skip]:
-        for folder, subfolders, names in os.walk(self._folder):
-            subfolders[:] = sorted(name for name in subfolders if not is_leftover(name))
-            where = Path(folder).relative_to(self._folder)
+        for folder, names in self._tree.files():
             slices = [
-                (name, FileSlice(os.path.join(folder, name), most=_most(name), folder=str(self._folder)))
+                (name, FileSlice(f"{folder.path}/{name}", 0, None, _most(name), folder.within, self._follow_links))
                 for name in sorted(names, key=_key_then_name)
                 if split_name(name)[0] is not None
             ]
             for stem, files in _parts(slices).items():
                 # KEY_stats.json and KEY.parquet beside the images describe a whole folder: they are no samples.
                 if any(suffix in (*IMAGE_SUFFIXES, TEXT) for suffix, _ in files):
-                    yield self._sample(str(where / stem), files)
+                    yield self._sample(os.path.join(folder.name, stem), files)
 
     def _sample(
         self, name: str, files: Sequence[tuple[str, FileSlice]], divided: bool = False
@@ -179,6 +188,10 @@ class Img2dataset:
 
 def _key(member: tuple[str, FileSlice]) -> str | None:
     return split_name(member[0])[0]
+
+
+def _is_of_sample(name: str) -> bool:
+    return name.lower().endswith((*IMAGE_SUFFIXES, TEXT, METADATA)) and split_name(name)[0] is not None
 
 
 def _key_then_name(name: str) -> tuple[str, str]:

@@ -6,20 +6,21 @@ bytes. The layout is described in :mod:`eve_ds.data.formats.nlvr`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eve_ds import limits
 from eve_ds.data.errors import SourceError
+from eve_ds.data.folder_tree import contents_digest
 from eve_ds.data.formats.nlvr import (
     IMAGE_NAME,
     LAYOUT,
     annotated_split,
     archive_members,
-    folder_images,
     folder_splits,
+    image_tree,
     read_statements,
 )
 from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Readable, Skip, existing
@@ -39,26 +40,28 @@ class Annotations:
 class Nlvr:
     """Images of one or more splits, each with the sentence that is true of it."""
 
-    def __init__(self, paths: Sequence[str | Path], splits: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[str | Path], splits: Sequence[str] | None = None, follow_links: bool = False
+    ) -> None:
         """Check that every path has annotations; raises :class:`SourceError` for one that has none.
 
         Args:
-            paths: archives, or folders that hold `SPLIT` folders or are one.
-            splits: names of the splits to read; None reads all.
+            paths: archives, or folders that hold `SPLIT` folders or are one; links to folders are followed.
+            splits: names of the splits to read, each of which some path must have; None reads all.
+            follow_links: whether links of single images may lead out of the folder of images.
         """
         self._paths = [existing(path, "source") for path in paths]
         self._splits = None if splits is None else frozenset(splits)
+        self._follow_links = follow_links
         self._annotations: dict[str, Annotations] = {}
         self.total: int | None = None
+        self._check_layout()
         self.description: dict[str, Any] = {
             "format": "nlvr",
-            "paths": [
-                {"path": str(path), "bytes": path.stat().st_size if path.is_file() else None} for path in self._paths
-            ],
+            "paths": [{"path": str(path), **self._contents(path)} for path in self._paths],
             "splits": None if splits is None else sorted(splits),
+            **({"follow_links": True} if follow_links else {}),
         }
-        for path in self._paths:
-            self._check_layout(path)
 
     def __iter__(self) -> Iterator[Candidate | Skip]:
         """Images in the order of the archive, or sorted by path; missing images come last."""
@@ -69,26 +72,50 @@ class Nlvr:
             for name in split.missing:
                 yield Skip(name, "missing file")
 
-    def _check_layout(self, path: Path) -> None:
+    def _check_layout(self) -> None:
+        missing = set(self._splits or ())
+        found: set[str] = set()
+        for path in self._paths:
+            here = self._splits_of(path, missing)
+            if not here:
+                raise SourceError(f"{path} is not in the NLVR layout: {LAYOUT}")
+            if not any(map(self._wanted, here)):
+                raise _lacks(str(path), self._splits or (), here)
+            missing -= here
+            found |= here
+        if missing:
+            raise _lacks(" + ".join(map(str, self._paths)), missing, found)
+
+    def _splits_of(self, path: Path, missing: set[str]) -> set[str]:
+        """Names of splits of a path, up to the last that is missing: an archive is read no further."""
         found: set[str] = set()
         for split in _folder_names(path) if path.is_dir() else _archive_names(path):
-            if self._wanted(split):
-                return
             found.add(split)
-        if found:
-            raise SourceError(
-                f"{path} has no split {' or '.join(sorted(self._splits or ()))}; it has: {', '.join(sorted(found))}"
-            )
-        raise SourceError(f"{path} is not in the NLVR layout: {LAYOUT}")
+            if missing <= found and self._wanted(split):
+                break
+        return found
+
+    def _contents(self, path: Path) -> dict[str, Any]:
+        """What tells that an archive or a folder is another than before."""
+        if path.is_file():
+            return {"bytes": path.stat().st_size}
+        splits = self._folder_splits(path)
+        files = [(str(annotations.relative_to(path)), str(annotations)) for annotations, _ in splits]
+        files += [(image.name, image.path) for image in image_tree(splits).ending(".png")]
+        return {"contents": contents_digest(files)}
+
+    def _folder_splits(self, folder: Path) -> list[tuple[Path, Path]]:
+        return [split for split in folder_splits(folder) if self._wanted(split[0].stem)]
 
     def _folder(self, folder: Path) -> Iterator[Candidate | Skip]:
-        for annotation_path, image_folder in folder_splits(folder):
-            if self._wanted(annotation_path.stem):
-                self._read_annotations(
-                    annotation_path.stem, read_file(annotation_path, limits.ANNOTATION_BYTES), annotation_path
-                )
-                for image in folder_images(image_folder):
-                    yield from self._image(image.stem, FileSlice(str(image), folder=str(folder)))
+        splits = self._folder_splits(folder)
+        for path, _ in splits:
+            self._read_annotations(path.stem, read_file(path, limits.ANNOTATION_BYTES), path)
+        images = image_tree(splits)
+        for image in images.ending(".png"):
+            file = FileSlice(image.path, folder=image.within, follow_links=self._follow_links)
+            yield from self._image(Path(image.name).stem, file)
+        yield from (Skip(name, reason) for name, reason in images.unread)
 
     def _archive(self, path: Path) -> Iterator[Candidate | Skip]:
         # Published archives hold the annotations before the images. Images that come earlier are kept until then.
@@ -142,6 +169,10 @@ class Nlvr:
             yield Skip(image_name, "sentence labeled false")
         else:
             yield Candidate(image_name, image, (caption,), image_name)
+
+
+def _lacks(where: str, splits: Iterable[str], found: Iterable[str]) -> SourceError:
+    return SourceError(f"{where} has no split {' or '.join(sorted(splits))}; it has: {', '.join(sorted(found))}")
 
 
 def _folder_names(folder: Path) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +10,7 @@ from PIL import Image
 
 from eve_ds.data.errors import BadSample
 from eve_ds.data.formats.captioned import Box
-from eve_ds.data.image_check import JPEG_QUALITY
+from eve_ds.data.image_check import encode_new
 from eve_ds.data.image_file import open_image, to_rgb
 from eve_ds.data.importers.candidate import FileSlice
 
@@ -29,7 +28,7 @@ class Region:
     box: Box
 
     def read(self) -> bytes:
-        """Encode the box as JPEG.
+        """Encode the box as JPEG, or a very long one as PNG.
 
         Raises:
             BadSample: the file or the image cannot be used, or nothing of the box lies in the image.
@@ -40,9 +39,7 @@ class Region:
         bottom = min(math.ceil(self.box.y + self.box.height), image.height)
         if right <= left or bottom <= top:
             raise BadSample("box outside the image")
-        file = io.BytesIO()
-        image.crop((left, top, right, bottom)).save(file, "JPEG", quality=JPEG_QUALITY)
-        return file.getvalue()
+        return encode_new(image.crop((left, top, right, bottom)))[0]
 
 
 @lru_cache(maxsize=1)  # the boxes of an image follow one another

@@ -34,6 +34,8 @@ from eve_ds.storage import is_disk_error
 
 VERSION = INDEX_VERSION
 """Version of index.json and report.json. Version 1 wrote an image once per caption."""
+DIGESTS = ("contents", "sha256", "bytes", "image_data", "exclude_ids")
+"""Keys of a plan whose values change with the contents of files, and say nothing to a reader."""
 
 
 def completed_report(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
@@ -210,4 +212,10 @@ def _first_difference(theirs: Any, ours: Any, where: str = "") -> str | None:
             if difference:
                 return difference
         return None
-    return None if theirs == ours else f"{where}: {json.dumps(theirs)} there, {json.dumps(ours)} here"
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        return _first_difference(dict(enumerate(theirs)), dict(enumerate(ours)), where)
+    if theirs == ours:
+        return None
+    if where.rpartition(".")[2] in DIGESTS and theirs is not None and ours is not None:
+        return f"{where}: files came, went or changed since then"
+    return f"{where}: {json.dumps(theirs)} there, {json.dumps(ours)} here"

@@ -55,7 +55,7 @@ def read_karpathy(source: Published) -> Iterator[Example]:
     for entry in entries:
         entry.text("split")  # an entry without a split is an error, and not an image of no split
     number = 0
-    for entry in karpathy.of_splits(entries, karpathy.TRAIN_SPLITS if split == "train" else (split,), path):
+    for entry in karpathy.of_splits(entries, split, path):
         item = karpathy.captioned_image(entry)
         if not item.captions or not all(item.captions):
             raise entry.error(f"image {item.path} has no sentences or an empty one: give one, or leave the image out")

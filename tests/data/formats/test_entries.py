@@ -8,7 +8,7 @@ import pytest
 from eve_ds.config import ConfigError
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.entries import Entry, list_entries, read_json
-from eve_ds.data.formats.images import first_existing, probe_step, require_some_image
+from eve_ds.data.formats.images import PROBES_BEFORE_DOUBLING, first_existing, probe_step, require_some_image, spread
 from eve_ds.data.formats.sniff import sniff
 
 
@@ -129,3 +129,14 @@ def test_an_image_folder_passes_if_one_probed_image_exists(tmp_path):
     with pytest.raises(SourceError, match=r"x\.json: none of 2 probed images exists .*a\.jpg\): set the folder of the"):
         require_some_image([tmp_path / "a.jpg", tmp_path / "c.jpg"], "x.json")
     assert [probe_step(total) for total in (1, 20, 45)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("total", [1, 1000, 1001, 5000, 200_000])
+def test_probes_are_spread_over_a_list_of_unknown_length(total):
+    """All of the first are taken. Later distances are small relative to what stands before."""
+    taken = list(spread(range(total)))
+    assert taken[:PROBES_BEFORE_DOUBLING] == list(range(min(total, PROBES_BEFORE_DOUBLING)))
+    ends = zip(taken, [*taken[1:], total], strict=True)
+    assert all(after - before <= (before + 1) / PROBES_BEFORE_DOUBLING + 1 for before, after in ends)
+    assert len(taken) <= PROBES_BEFORE_DOUBLING * total.bit_length()
+    assert list(spread([])) == []

@@ -51,10 +51,37 @@ def test_entries_of_the_chosen_karpathy_splits_are_read(tmp_path):
     images = [{"split": "train"}, 7, {"split": "val"}, {}]
     path = write_json(tmp_path / "a.json", {"images": images})
     entries = karpathy.read_entries(path)
-    chosen = karpathy.of_splits(entries, karpathy.TRAIN_SPLITS, path)
+    chosen = karpathy.of_splits(entries, "train", path)
     assert [item.content for item in chosen] == [{"split": "train"}, 7]
-    with pytest.raises(SourceError, match=r"no image of split test or dev; it has: train \(1\), val \(1\), None \(1\)"):
-        karpathy.of_splits(entries, ("test", "dev"), path)
+    with pytest.raises(SourceError, match=r"no image of split test; it has: train \(1\), val \(1\), None \(1\)"):
+        karpathy.of_splits(entries, "test", path)
+
+
+@pytest.mark.parametrize(
+    ("splits", "number"),
+    [(None, 1), (["train"], 1), (["val", "train", "val"], 3)],
+)
+def test_the_images_of_the_splits_are_counted(tmp_path, splits, number):
+    assert karpathy.require_splits(of_train_and_val(tmp_path), splits, tmp_path) == number
+
+
+@pytest.mark.parametrize(
+    ("splits", "lacking"),
+    [
+        (["train", "restvall"], "restvall"),
+        (["restval", "train"], "restval"),
+        (["dev", "test"], "dev or test"),
+        ([""], ""),
+    ],
+)
+def test_each_split_that_is_asked_for_must_be_in_the_file(tmp_path, splits, lacking):
+    with pytest.raises(SourceError, match=rf"a\.json has no image of split {lacking}; it has: train \(1\), val \(2\)$"):
+        karpathy.require_splits(of_train_and_val(tmp_path), splits, tmp_path / "a.json")
+
+
+def of_train_and_val(folder):
+    images = [{"split": "train"}, {"split": "val"}, {"split": "val"}]
+    return karpathy.read_entries(write_json(folder / "a.json", {"images": images}))
 
 
 # --- released code ----------------------------------------------------------------------------------------------------
