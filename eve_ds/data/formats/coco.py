@@ -13,7 +13,7 @@ from typing import NamedTuple
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.entries import Entry, described, stream_entries
-from eve_ds.data.formats.image_ids import coco_names, flickr_names
+from eve_ds.data.formats.image_ids import in_data_set
 from eve_ds.data.formats.json_stream import read_outline
 from eve_ds.data.formats.unread import refuse_document
 
@@ -21,7 +21,7 @@ _SUBSET = re.compile(r"(train|val|test)20[0-9]{2}")
 
 
 class Image(NamedTuple):
-    """File of an image, and names by which lists of ids may call it."""
+    """File of an image, and its further names: its number in COCO and its address at Flickr."""
 
     file_name: str
     names: tuple[str, ...]
@@ -49,7 +49,7 @@ def read_images(path: Path) -> dict[str, Image]:
     for entry in stream_entries(path, "images"):
         try:
             number = entry.text("id")
-            names = (*coco_names(number), *flickr_names(str(entry.get("flickr_url") or "")))
+            names = (*in_data_set("COCO", number), *([str(flickr)] if (flickr := entry.get("flickr_url")) else []))
             images[number] = Image(entry.file_name("file_name"), names)
         except SourceError:
             continue

@@ -11,16 +11,16 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.formats.entries import Entry
-from eve_ds.data.formats.image_ids import flickr_names
-from eve_ds.data.formats.images import is_file
+from eve_ds.data.formats.images import PROBED_IMAGES, is_file
 from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, ParquetTable, column_names
 from eve_ds.data.formats.tables import Columns
 from eve_ds.data.formats.unread import binary_kind
@@ -29,10 +29,13 @@ from eve_ds.data.importers.annotated_images import counted
 from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Skip, existing_folder
 from eve_ds.data.sample_names import is_leftover, packed_tars, shard_files, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
+from eve_ds.printable import excerpt
 from eve_ds.reading import parse_json, read_file
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 TEXT, METADATA = ".txt", ".json"
+ADDRESS = "url"
+"""Field of the metadata, and column of Parquet, with the address of an image."""
 _DAMAGED = "damaged tar (members of it are lost)"
 
 
@@ -53,8 +56,7 @@ class Img2datasetCandidate:
         caption = metadata.get("caption") if self.text is None else self.text.read()
         if not isinstance(caption, str | bytes):
             raise BadSample("no caption")
-        aliases = flickr_names(str(metadata.get("url")))
-        return Candidate(self.name, self.image, (caption,), self._image_id(metadata), aliases)
+        return Candidate(self.name, self.image, (caption,), self._image_id(metadata), address_of(metadata))
 
     def _image_id(self, metadata: dict[str, Any]) -> str:
         try:
@@ -75,13 +77,24 @@ class Img2datasetCandidate:
         return metadata
 
 
-class Img2dataset:
-    """A folder that img2dataset wrote; the metadata field `id_field` is the image id (default: the URL)."""
+def address_of(metadata: dict[str, Any]) -> str | None:
+    """Address that an image was downloaded from; None where the metadata have none."""
+    address = metadata.get(ADDRESS)
+    return address if isinstance(address, str) and address else None
 
-    def __init__(self, folder: str | Path, id_field: str = "url") -> None:
-        """Find the shards; raises :class:`SourceError` for a folder with neither tars nor images."""
+
+class Img2dataset:
+    """A folder that img2dataset wrote.
+
+    Args:
+        folder: the folder.
+        id_field: field of the metadata that is the image id; None: the address, or the name where there is none.
+    """
+
+    def __init__(self, folder: str | Path, id_field: str | None = None) -> None:
+        """Find the shards; raises :class:`SourceError` without any, or where no metadata have the field of ids."""
         self._folder = existing_folder(folder, "img2dataset folder")
-        self._id_field = id_field
+        self._id_field = id_field or ADDRESS
         self._tars = shard_files(self._folder, "**/*.tar")
         has_images = self._tars or next(self._files(), None) is not None
         self._tables = [] if has_images else self._tables_with_images()
@@ -89,11 +102,26 @@ class Img2dataset:
         self.description: dict[str, Any] = {
             "format": "img2dataset",
             "path": str(self._folder),
-            "id_field": id_field,
+            "id_field": self._id_field,
             "contents": self._contents(),
         }
         if not self._tars and next(iter(self), None) is None:
             raise SourceError(f"{folder} holds neither .tar shards nor images; expected the output of img2dataset")
+        if id_field is not None and not self._tables:
+            self._require_field(id_field)
+
+    def _require_field(self, field: str) -> None:
+        """Raise :class:`SourceError` where the first samples have no such field: their ids would be their names."""
+        samples = islice((item for item in self if isinstance(item, Img2datasetCandidate)), PROBED_IMAGES)
+        fields: dict[str, None] = {}
+        for sample in samples:
+            with suppress(BadSample):
+                fields |= dict.fromkeys(sample.read_metadata())
+        if field not in fields:
+            raise SourceError(
+                f"{self._folder}: the metadata of its first images have no field '{field}', by which --id_field "
+                f"identifies them; they have: {excerpt(', '.join(fields)) or 'no fields'}"
+            )
 
     def _tables_with_images(self) -> list[Path]:
         """Tables of the format `parquet`; beside tars and files, tables hold the metadata only."""
@@ -122,7 +150,7 @@ class Img2dataset:
             yield Skip(str(path.relative_to(self._folder)), "compressed tar: unpack it")
 
     def _table(self, path: Path, name: Path) -> Iterator[Candidate | Skip]:
-        table = ParquetTable(path, Columns(EMBEDDED_COLUMNS, "caption", self._id_field))
+        table = ParquetTable(path, Columns(EMBEDDED_COLUMNS, "caption", self._id_field), ADDRESS)
         for number, record in enumerate(counted(iter(table))):
             if isinstance(record, Skip) or record.data is None:
                 yield Skip(f"{name}/{number}", record.reason if isinstance(record, Skip) else "no image")
@@ -130,8 +158,8 @@ class Img2dataset:
                 yield Skip(f"{name}/{number}", "no caption")
             else:
                 image_id = record.image_id or f"{name}/{number}"
-                image = InlineBytes(record.data)
-                yield Candidate(f"{name}/{number}", image, record.captions, image_id, flickr_names(image_id))
+                address = next(iter(record.aliases), None)
+                yield Candidate(f"{name}/{number}", InlineBytes(record.data), record.captions, image_id, address)
 
     def _tar(self, path: Path, shard: str) -> Iterator[Img2datasetCandidate | Skip]:
         members, beside_damage = _list_tar(path)
