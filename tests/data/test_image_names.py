@@ -240,7 +240,12 @@ OTHERS = {  # arguments of `image_names` and `id_line`: different images with nu
     "Flickr's 9": ("flickr30k/9.jpg", "flickr30k/9.jpg"),
     "entry 9 of COCO": ("9", "val2014/COCO_val2014_000000000017.jpg", (), True),
     "entry 9 of Flickr30K": ("9", "flickr30k-images/1007129816.jpg", (), True),
+    "key 9 of img2dataset": ("9", "http://host/a.jpg", (), True),
     "id 9 of a table": ("9", "photos/a.jpg"),
+    "product of a shop": ("http://shop/012345678901.jpg", "http://shop/012345678901.jpg"),
+    "product of another": ("http://other/012345678901.jpg", "http://other/012345678901.jpg"),
+    "a short number in a folder": ("a/1234567.jpg", "a/1234567.jpg"),
+    "the same in another folder": ("b/1234567.jpg", "b/1234567.jpg"),
     "file 9 of a folder": ("photos/9.jpg", "photos/9.jpg"),
     "file 9 of another folder": ("images/9.jpg", "images/9.jpg"),
     "PNG 9": ("photos/9.png", "photos/9.png"),
@@ -253,7 +258,7 @@ OTHERS = {  # arguments of `image_names` and `id_line`: different images with nu
 }
 
 
-MEANT_BY_9 = {name for name in OTHERS if name.startswith(("COCO", "Flickr", "entry", "id", "file", "PNG"))}
+MEANT_BY_9 = {name for name in OTHERS if name.startswith(("COCO", "Flickr", "entry", "key", "id", "file 9", "PNG"))}
 """What a number can mean that stands alone; not Visual Genome's file 9, as lists of COCO's numbers are common."""
 
 
@@ -323,6 +328,13 @@ SPELLINGS = ["a/1.jpg", "./a/1.jpg", "a//1.jpg", "a/./1.jpg", "b/../a/1.jpg", "a
 )
 def test_a_path_has_one_spelling(path, normal):
     assert normal_path(path) == normal
+
+
+def test_paths_of_any_depth_are_compared():
+    deep = "x/" * 3000 + "1.jpg"
+    image = image_names(deep, deep)
+    assert all(listed_names(line) & image for line in (deep, f"./{deep}", "x/1.jpg", "1"))
+    assert len(image) < 200
 
 
 def several(folder, kind, paths):

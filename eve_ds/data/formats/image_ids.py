@@ -22,12 +22,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 
 MOST_PARTS = 32
-"""Parts of a path that its ends have at most."""
+"""Parts of the ends of a path at most, beside the whole."""
 _LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _HOST = re.compile(r"https?://(?P<host>[^/?#]*)", re.IGNORECASE)
@@ -35,12 +35,12 @@ _IMAGE_SUFFIX = re.compile(rf"\.(?:{'|'.join(IMAGE_EXTENSIONS)})\Z", re.IGNORECA
 _WHOLE = re.compile(r"(?P<number>-?[0-9]+)\.0+")
 _NUMBER = re.compile(r"[0-9]+")
 _NUMBERED = re.compile(r"(?P<set>COCO|VG|Flickr)_(?P<number>[0-9]+)")
-_COCO_FILE = re.compile(r"(?:COCO_[a-z]+[0-9]{4}_)?(?P<number>[0-9]{12})")
+_COCO_FILE = re.compile(r"(?:COCO_[a-z]+[0-9]{4}_)?(?P<number>000000[0-9]{6})")
 _VG_FOLDERS = ("VG_100K", "VG_100K_2")
 _FLICKR = re.compile(r"https?://[^/?#]*flickr\.com/(?:[^/?#]+/)*(?P<number>[0-9]+)_[0-9a-f]+[^/]*", re.IGNORECASE)
 _FLICKR_FILE = re.compile(r"(?P<number>[0-9]+)_[0-9a-f]{10}(?:_[0-9a-z]+)?")
-_LONG_NUMBER = re.compile(r"[1-9][0-9]{6,}")
-"""A file that such a number names is a photograph of Flickr: COCO's numbers are shorter, counters are padded."""
+_LONG_NUMBER = re.compile(r"[1-9][0-9]{7,}")
+"""A file that such a number names is a photograph of Flickr: numbers of COCO and Visual Genome are shorter."""
 
 
 # ----------------------------------------------------------------------------------------------------- spelling
@@ -64,6 +64,11 @@ def whole_number(text: str) -> str:
 def is_number(text: str) -> bool:
     """Whether an id is a number, which says nothing without the data set that it is of."""
     return _NUMBER.fullmatch(text) is not None
+
+
+def is_plain_number(text: str) -> bool:
+    """Whether a text is a number without zeros in front, as data sets number their images."""
+    return is_number(text) and _without_zeros(text) == text
 
 
 def is_address(text: str) -> bool:
@@ -147,7 +152,7 @@ def id_line(image_id: str, file: str | None, aliases: Iterable[str] = (), is_loc
     if file is not None:
         file = one_line(file)
         stem = without_suffix(file.rpartition("/")[2])
-        is_known = image_id == file or (image_id == stem and not _is_plain_number(stem))
+        is_known = image_id == file or (image_id == stem and not is_plain_number(stem))
         texts = [image_id] if is_known else [file] if is_local else [image_id, file]
     known = {name for text in texts for name in _shared_names(text)}
     others = dict.fromkeys(name for text in aliases for name in _shared_names(one_line(text)))
@@ -187,7 +192,7 @@ def _meant(text: str, is_alone: bool) -> Iterator[str]:
     if stem != path:
         yield f"tail {path}"
         yield from (f"file {tail}" for tail in _tails(path) if "/" in tail or not _is_of_visual_genome(shared))
-        if _is_plain_number(stem):
+        if is_plain_number(stem):
             yield f"Flickr {stem}"
     elif not is_number(path):
         yield f"tail {path}"
@@ -195,7 +200,7 @@ def _meant(text: str, is_alone: bool) -> Iterator[str]:
         yield f"id {path}"
         if is_alone:
             yield from (f"number {path}", f"tail {path}")
-        if is_alone and _is_plain_number(path):
+        if is_alone and is_plain_number(path):
             yield from (f"COCO {path}", f"Flickr {path}")
 
 
@@ -205,15 +210,15 @@ def _shared_names(text: str) -> Iterator[str]:
     folder, _, last = path.rpartition("/")
     folder, stem = folder.rpartition("/")[2], without_suffix(last)
     if found := _NUMBERED.fullmatch(text):
-        yield f"{found['set']} {_plain(found['number'])}"
+        yield f"{found['set']} {_without_zeros(found['number'])}"
         return
     if folder in _VG_FOLDERS and is_number(stem):
-        yield f"VG {_plain(stem)}"
+        yield f"VG {_without_zeros(stem)}"
         return
     if found := _COCO_FILE.fullmatch(stem):
-        yield f"COCO {_plain(found['number'])}"
+        yield f"COCO {_without_zeros(found['number'])}"
     if number := _flickr_number(text, folder, stem, is_file=stem != last):
-        yield f"Flickr {_plain(number)}"
+        yield f"Flickr {_without_zeros(number)}"
 
 
 def _flickr_number(text: str, folder: str, stem: str, is_file: bool) -> str | None:
@@ -230,15 +235,10 @@ def _is_of_visual_genome(shared: Iterable[str]) -> bool:
 
 def _tails(path: str) -> Iterator[str]:
     """The ends of a path, from its last part to the whole."""
-    parts = path.split("/")
-    return islice(accumulate(reversed(parts), lambda tail, part: f"{part}/{tail}"), MOST_PARTS)
+    tails = accumulate(reversed(path.split("/")), lambda tail, part: f"{part}/{tail}")
+    return chain(islice(tails, MOST_PARTS), [path] if path.count("/") >= MOST_PARTS else [])
 
 
-def _is_plain_number(text: str) -> bool:
-    """Whether a text is a number without zeros in front, as data sets number their images."""
-    return is_number(text) and _plain(text) == text
-
-
-def _plain(number: str) -> str:
+def _without_zeros(number: str) -> str:
     """A number without zeros in front."""
     return number.lstrip("0") or "0"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from eve_ds import limits
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.entries import Entry
-from eve_ds.data.formats.image_ids import is_image_name, is_number
+from eve_ds.data.formats.image_ids import is_image_name, is_plain_number
 from eve_ds.data.formats.images import PROBED_IMAGES, probe_step, require_some_image
 from eve_ds.data.formats.tables import MALFORMED, NO_CAPTION, Row
 from eve_ds.data.importers.candidate import (
@@ -133,7 +133,7 @@ class AnnotatedImages(ABC):
             image_id=path if record.image_id is None else record.image_id,
             file=path if has_path else None,
             aliases=record.aliases,
-            is_local=self._has_local_ids and record.image_id is not None and is_number(record.image_id),
+            is_local=self._has_local_ids and record.image_id is not None and is_plain_number(record.image_id),
         )
 
     def _image(self, record: ImageCaptions) -> tuple[str, FileSlice]:

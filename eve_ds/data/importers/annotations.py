@@ -151,7 +151,8 @@ class Table(AnnotatedImages):
         super().__init__("table", files, paths)
         self._tables = [open_table(path, columns, delimiter) for path in self.files]
         parquet = [table for table in self._tables if isinstance(table, ParquetTable)]
-        self._groups_all &= not any(table.is_embedded or table.num_bytes > limits.GROUPED_BYTES for table in parquet)
+        self._groups_all &= sum(table.num_bytes for table in parquet) <= limits.GROUPED_BYTES
+        self._groups_all &= not any(table.is_embedded for table in parquet)
         self.description |= _description(self._tables[0])
         self.require_some_image()
 

@@ -20,6 +20,7 @@ from typing import Any
 from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.formats.entries import Entry
+from eve_ds.data.formats.image_ids import is_number
 from eve_ds.data.formats.images import PROBED_IMAGES, is_file
 from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, ParquetTable, column_names
 from eve_ds.data.formats.tables import Columns
@@ -34,8 +35,8 @@ from eve_ds.reading import parse_json, read_file
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 TEXT, METADATA = ".txt", ".json"
-ADDRESS = "url"
-"""Field of the metadata, and column of Parquet, with the address of an image."""
+ADDRESS, KEY = "url", "key"
+"""Fields of the metadata, and columns of Parquet, with the address of an image and its number in the download."""
 _DAMAGED = "damaged tar (members of it are lost)"
 
 
@@ -56,7 +57,9 @@ class Img2datasetCandidate:
         caption = metadata.get("caption") if self.text is None else self.text.read()
         if not isinstance(caption, str | bytes):
             raise BadSample("no caption")
-        return Candidate(self.name, self.image, (caption,), self._image_id(metadata), address_of(metadata))
+        image_id = self._image_id(metadata)
+        is_local = self.id_field == KEY and is_number(image_id)
+        return Candidate(self.name, self.image, (caption,), image_id, address_of(metadata), is_local=is_local)
 
     def _image_id(self, metadata: dict[str, Any]) -> str:
         try:
@@ -159,7 +162,14 @@ class Img2dataset:
             else:
                 image_id = record.image_id or f"{name}/{number}"
                 address = next(iter(record.aliases), None)
-                yield Candidate(f"{name}/{number}", InlineBytes(record.data), record.captions, image_id, address)
+                yield Candidate(
+                    name=f"{name}/{number}",
+                    image=InlineBytes(record.data),
+                    captions=record.captions,
+                    image_id=image_id,
+                    file=address,
+                    is_local=self._id_field == KEY and is_number(image_id),
+                )
 
     def _tar(self, path: Path, shard: str) -> Iterator[Img2datasetCandidate | Skip]:
         members, beside_damage = _list_tar(path)
