@@ -133,7 +133,7 @@ def visual_genome(folder, image, **more):
 
 
 def downloaded(folder, address, layout="tar", id_field=None):
-    metadata = {"url": address, "key": f"key of {address}", "caption": "x"}
+    metadata = {"url": address, "key": "000000007", "caption": "x"}
     if layout == "parquet":
         columns = {name: [value] for name, value in metadata.items()}
         parquet.write_table(pyarrow.table({"jpg": [photo(1)], **columns}), folder / "00000.parquet")
@@ -188,6 +188,7 @@ SOURCES = {  # name: function of a folder that makes the source, path or address
     "karpathy, COCO": (partial(karpathy, cocoid=COCO), COCO_2014, {"COCO"}),
     "karpathy, other names": (partial(karpathy, cocoid=COCO), "coco/a.jpg", {"COCO"}),
     "karpathy, Flickr30K": (karpathy, f"{FLICKR}.jpg", {"Flickr"}),
+    "coco, other names": (partial(coco, coco_url=f"http://mscoco.org/images/{COCO_2017}"), "train2017/a.jpg", {"COCO"}),
     "coco 2014": (coco, COCO_2014.replace("val", "train"), {"COCO"}),
     "coco 2017": (partial(coco, flickr_url=FLICKR_PHOTO), COCO_2017, {"COCO", "Flickr"}),
     "visual_genome": (visual_genome, f"VG_100K/{VG}.jpg", {"VG"}),
@@ -242,6 +243,8 @@ OTHERS = {  # arguments of `image_names` and `id_line`: different images with nu
     "entry 9 of Flickr30K": ("9", "flickr30k-images/1007129816.jpg", (), True),
     "key 9 of img2dataset": ("9", "http://host/a.jpg", (), True),
     "id 9 of a table": ("9", "photos/a.jpg"),
+    "id that is a stem elsewhere": ("dog", "photos/b.jpg"),
+    "file of that stem": ("animals/dog.jpg", "animals/dog.jpg"),
     "product of a shop": ("http://shop/012345678901.jpg", "http://shop/012345678901.jpg"),
     "product of another": ("http://other/012345678901.jpg", "http://other/012345678901.jpg"),
     "a short number in a folder": ("a/1234567.jpg", "a/1234567.jpg"),
@@ -258,7 +261,7 @@ OTHERS = {  # arguments of `image_names` and `id_line`: different images with nu
 }
 
 
-MEANT_BY_9 = {name for name in OTHERS if name.startswith(("COCO", "Flickr", "entry", "key", "id", "file 9", "PNG"))}
+MEANT_BY_9 = {name for name in OTHERS if name.startswith(("COCO", "Flickr", "entry", "key", "id 9", "file 9", "PNG"))}
 """What a number can mean that stands alone; not Visual Genome's file 9, as lists of COCO's numbers are common."""
 
 
@@ -284,6 +287,18 @@ def test_the_line_of_an_image_means_no_other_image(name):
 )
 def test_a_line_means_all_that_its_form_allows(line, meant):
     assert {name for name, image in OTHERS.items() if listed_names(line) & image_names(*image)} == meant
+
+
+def test_the_ids_of_another_data_set_in_the_form_of_coco_are_no_numbers_of_coco(tmp_path):
+    image = candidate(tmp_path / "a", coco, "train2017/a.jpg")
+    assert not listed_names(f"{COCO}") & image.names()
+    assert image.id_line() == "a"
+
+
+def test_the_number_of_visual_genome_is_no_file_elsewhere():
+    flat = image_names("9.jpg", "9.jpg")
+    assert not listed_names("VG_100K/9.jpg") & flat
+    assert listed_names("photos/9.jpg") & flat
 
 
 @pytest.mark.parametrize(
@@ -412,6 +427,12 @@ def test_a_name_that_different_images_of_a_table_have_names_none_of_them(tmp_pat
     assert "6 samples of 5 images" in capsys.readouterr().out
     rows = [f"{tmp_path.name}/a.parquet/{number}" for number in (1, 2, 5, 6)]
     assert (tmp_path / "out" / "ids.txt").read_text().split() == [*rows[:2], "b.png", *rows[2:]]
+    images = [item.names() for item in Table([tmp_path / "a.parquet"])]
+    assert [sum(bool(names & listed_names(line)) for names in images) for line in ("1", "image.png", rows[0])] == [
+        0,
+        0,
+        1,
+    ]
 
 
 def test_a_column_of_paths_and_nulls_is_no_column_of_images(tmp_path):

@@ -136,7 +136,8 @@ def image_names(image_id: str, file: str | None, aliases: Iterable[str] = (), is
 def listed_names(line: str) -> frozenset[str]:
     """All names that a line of a list can mean: an id, a path, an address, or several of one image behind tabs.
 
-    A number that stands alone may be an id, or a number of COCO or Flickr; one beside a path is an id only.
+    A text without the suffix of an image that stands alone may be an id, a stem, or a number of COCO or Flickr; one
+    beside others is an id only.
     """
     texts = line.split("\t")
     return frozenset(name for text in texts for name in _meant(whole_number(text), is_alone=len(texts) == 1))
@@ -187,20 +188,18 @@ def _meant(text: str, is_alone: bool) -> Iterator[str]:
         return
     path = normal_path(text).lstrip("/")
     stem = without_suffix(path)
-    if not is_number(stem):
+    if stem == path or not is_number(stem):
         yield f"id {stem}"
     if stem != path:
         yield f"tail {path}"
         yield from (f"file {tail}" for tail in _tails(path) if "/" in tail or not _is_of_visual_genome(shared))
         if is_plain_number(stem):
             yield f"Flickr {stem}"
-    elif not is_number(path):
+    elif is_alone:
         yield f"tail {path}"
-    else:
-        yield f"id {path}"
-        if is_alone:
-            yield from (f"number {path}", f"tail {path}")
-        if is_alone and is_plain_number(path):
+        if is_number(path):
+            yield f"number {path}"
+        if is_plain_number(path):
             yield from (f"COCO {path}", f"Flickr {path}")
 
 
