@@ -1,6 +1,7 @@
 """Names of one photograph in every source and every kind of list, and the spellings of its path."""
 
 import json
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -381,6 +382,16 @@ def test_captions_under_all_spellings_of_a_path_are_those_of_one_image(tmp_path,
     assert image.image.read() == photo(1)
 
 
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "Parquet"])
+def test_captions_under_both_forms_of_an_accent_are_those_of_one_image(tmp_path, kind, stored):
+    forms = [unicodedata.normalize(form, "\u00e9/1.jpg") for form in ("NFC", "NFD", "NFC")]
+    write(tmp_path, {unicodedata.normalize(stored, forms[0]): photo(1)})
+    (image,) = several(tmp_path, kind, forms)
+    assert (image.image_id, image.captions, image.image.read()) == (forms[0], ("0", "1", "2"), photo(1))
+    assert all(listed_names(id_line(form, form)) & image.names() for form in forms)
+
+
 @pytest.mark.parametrize("memory", [limits.GROUPED_BYTES, 10])
 @pytest.mark.parametrize("kind", ["json", "csv", "Parquet"])
 def test_captions_that_stand_apart_are_grouped_in_small_files_of_every_kind(tmp_path, monkeypatch, kind, memory):
@@ -449,7 +460,9 @@ def test_a_column_of_paths_and_nulls_is_no_column_of_images(tmp_path):
 
 @pytest.mark.parametrize("layout", ["tar", "files", "parquet"])
 def test_a_field_of_ids_that_no_metadata_have_is_refused(tmp_path, layout):
-    with pytest.raises(SourceError, match=r"has no column 'URL'|have no field 'URL', .* they have: url, key, caption$"):
+    with pytest.raises(
+        SourceError, match=r"has no column 'URL'|\(URL\) is no field of .*; name one of: url, key, caption$"
+    ):
         downloaded(tmp_path, "http://host/1.jpg", layout, id_field="URL")
 
 
@@ -457,7 +470,7 @@ def test_without_a_chosen_field_the_names_of_samples_are_the_ids(tmp_path):
     write(tmp_path, {"0.png": photo(1), "0.txt": "x", "0.json": "{}"})
     assert [sample.resolve().image_id for sample in Img2dataset(tmp_path)] == ["0"]
     with pytest.raises(
-        SourceError, match=r"have no field 'url', by which --id_field identifies them; they have: no fi"
+        SourceError, match=r"--id_field \(url\) is no field of .* first images; they have no fields: leave it out$"
     ):
         Img2dataset(tmp_path, "url")
 

@@ -121,9 +121,9 @@ class Img2dataset:
             with suppress(BadSample):
                 fields |= dict.fromkeys(sample.read_metadata())
         if field not in fields:
+            advice = f"name one of: {excerpt(', '.join(fields))}" if fields else "they have no fields: leave it out"
             raise SourceError(
-                f"{self._folder}: the metadata of its first images have no field '{field}', by which --id_field "
-                f"identifies them; they have: {excerpt(', '.join(fields)) or 'no fields'}"
+                f"{self._folder}: --id_field ({field}) is no field of the metadata of its first images; {advice}"
             )
 
     def _tables_with_images(self) -> list[Path]:
