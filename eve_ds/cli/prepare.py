@@ -106,13 +106,13 @@ def _shared_options() -> Parser:
     shared.add_argument(
         "--quality", type=jpeg_quality, metavar="Q", help="quality of the JPEG files of shrunk images (default: 90)"
     )
-    shared.add_argument("--limit", type=positive, metavar="N", help="take the first N images of the source only")
+    shared.add_argument("--limit", type=positive, metavar="N", help="take the first N images with captions only")
     shared.add_argument(
         "--exclude_ids",
         action="append",
         default=[],
         metavar="FILE",
-        help="leave out these image ids, such as ids.txt of a test set; may be given several times",
+        help="leave out the images of this list, such as ids.txt of a test set; may be given several times",
     )
     shared.add_argument(
         "--unescape_html", action="store_true", help="replace HTML entities of captions, such as &amp;, by characters"

@@ -54,9 +54,8 @@ def _add_img2dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="output folder of img2dataset")
     parser.add_argument(
         "--id_field",
-        default="url",
         metavar="NAME",
-        help="field of the metadata that identifies an image (default: %(default)s)",
+        help="field of the metadata that identifies an image (default: url, or the name of the image without it)",
     )
     _add_follow_links(parser)
 

@@ -13,7 +13,7 @@ The folder also contains:
 - index.json: `{"version": 2, "shards": [{"name", "samples", "bytes", "sha256", "groups"}]}`; written last, it marks a
   complete set; `groups` is a :class:`eve_ds.data.shard_index.ShardLayout`
 - report.json: source, options, counts, and skipped samples with a few names per reason
-- ids.txt: IDs of the written images, for `--exclude_ids` of another set
+- ids.txt: ids of the written images, and paths where these are not in the ids, for `--exclude_ids` of another set
 - .prepare/, only while the writer runs: one record per finished shard; a shard is finished once the shard and its
   record are renamed into place
 """
@@ -108,7 +108,7 @@ def write_shards(
         except SourceError:
             discard(folder)  # another source has another plan, which could not continue these shards
             raise
-        report = finish(folder, plan, records, len(read_ids(options.exclude_ids)))
+        report = finish(folder, plan, records, len(read_ids(options.exclude_ids).lines))
     return report
 
 

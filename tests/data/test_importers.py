@@ -73,7 +73,7 @@ def test_karpathy_imports_all_captions_of_the_selected_splits(tmp_path):
     assert [item.image_id for item in train] == ["COCO_1", "COCO_3"]
     assert train[0].captions == ("first 1", "second 1")
     assert train[0].image.read() == image_bytes()
-    assert "1" in train[0].aliases, "the COCO id is an alias that excludes the image"
+    assert "COCO 1" in train[0].names(), "the COCO id is a name that excludes the image"
     assert [item.image_id for item in Karpathy(path, splits=["test"])] == ["COCO_2"]
 
 
@@ -128,7 +128,7 @@ def test_caption_json_reads_one_or_several_captions_and_ids(tmp_path):
         ("17", ("one", "four")),
         ("deep/b.jpg", ("two", "three")),
     ]
-    assert {"b.jpg", "b"} <= set(found[1].aliases)
+    assert {"tail b.jpg", "tail b"} <= found[1].names()
     assert skipped == [Skip("2.json entry 1", "malformed entry"), Skip("2.json entry 2", "malformed entry")]
 
 

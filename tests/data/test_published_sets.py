@@ -18,7 +18,7 @@ from PIL import Image
 
 from eve_ds import limits
 from eve_ds.cli.prepare import main
-from eve_ds.data.formats.image_ids import coco_names, flickr_names
+from eve_ds.data.formats.image_ids import image_names, in_data_set
 from eve_ds.data.importers import Candidate, CaptionJson, ImagePaths, Skip, Table
 
 
@@ -69,7 +69,8 @@ def test_captions_of_coco_are_grouped_by_image(tmp_path, year, folder, option, a
     assert prepare_groups(out, *arguments) == (0, COCO_PAIRS, {})
     report = json.loads((out / "report.json").read_text())
     assert (report["samples"], report["images"]) == (6, 3)
-    assert (out / "ids.txt").read_text().split() == [name.format(n).removesuffix(".jpg") for n in COCO_PAIRS]
+    lines = [f"{name.format(n).removesuffix('.jpg')}\tFlickr_{n}7\n" for n in COCO_PAIRS]
+    assert (out / "ids.txt").read_text() == "".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -586,12 +587,13 @@ def test_a_missing_list_of_the_names_in_coco_is_said(tmp_path, capsys):
     ],
 )
 def test_addresses_of_flickr_hold_the_number_of_the_photograph(address, number):
-    assert flickr_names(address) == (() if number is None else (number,))
+    found = {name for name in image_names("x", address) if name.startswith("Flickr")}
+    assert found == ({f"Flickr {number}"} if number else set())
 
 
-@pytest.mark.parametrize("number", ["", "x", "1.5", "-1", "²", "1" * 13])
+@pytest.mark.parametrize("number", [None, "", "x", "1.5", "-1", "²"])
 def test_what_is_no_number_has_no_name_in_coco(number):
-    assert coco_names(number) == ()
+    assert in_data_set("COCO", number) == ()
 
 
 # ------------------------------------------------------------------------------------------------- the recipe

@@ -279,7 +279,7 @@ def test_an_id_with_any_whitespace_is_excluded_by_the_list_that_names_it(tmp_pat
 
 def test_ids_of_another_program_are_split_at_line_feeds_alone(tmp_path):
     (tmp_path / "ids").write_bytes("a\u2028b\r\n\r\n c \n".encode())
-    assert read_ids((str(tmp_path / "ids"),)) == {"a b", "c"}
+    assert read_ids((str(tmp_path / "ids"),)).lines == {"a b", "c"}
 
 
 NAMES = "a.png\né.png\n17\n"
@@ -424,16 +424,16 @@ def test_an_id_of_several_groups_is_listed_once_and_first_where_it_came_first(tm
     items = [candidate(f"{n}", id=name) for n, name in enumerate(["b", "a", "b", "\ud800", "c", "a", "\ud800"])]
     report = write_shards(ListSource(*items), tmp_path, WriterOptions(samples_per_shard=2))
     assert (tmp_path / "ids.txt").read_text(encoding="utf-8").split("\n") == ["b", "a", "\ufffd", "c", ""]
-    assert (report["samples"], report["images"]) == (7, 4)
+    assert (report["samples"], report["images"]) == (7, 7), "images that are stored"
 
 
 # ---------------------------------------------------------------------------------------- folders of other data
 
 
-def as_version_1(folder, name):
-    """Change a file of this version to one of version 1, which has no groups."""
+def as_version(version, folder, name):
+    """Change a file of this version to one of an earlier version; the index of version 1 has no groups."""
     tree = json.loads((folder / name).read_text())
-    tree["version"] = 1
+    tree["version"] = version
     for shard in tree.get("shards", []) if name == "index.json" else []:
         del shard["groups"]
     (folder / name).write_text(json.dumps(tree))
@@ -442,19 +442,20 @@ def as_version_1(folder, name):
 def test_a_complete_folder_of_version_1_needs_nothing(tmp_path):
     write_shards(GeneratedScenes(10), tmp_path, WriterOptions())
     for name in ("index.json", "report.json"):
-        as_version_1(tmp_path, name)
+        as_version(1, tmp_path, name)
     before = digests(tmp_path)
     assert write_shards(GeneratedScenes(10), tmp_path, WriterOptions())["version"] == 1
     assert digests(tmp_path) == before
 
 
-def test_an_unfinished_folder_of_version_1_is_refused_in_one_line(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_unfinished_folder_of_an_earlier_version_is_refused_in_one_line(tmp_path, version):
     with pytest.raises(KeyboardInterrupt):
         write_shards(GeneratedScenes(10), tmp_path, WriterOptions(2), 1, interrupted_after(1))
-    as_version_1(tmp_path / ".prepare", "plan.json")
+    as_version(version, tmp_path / ".prepare", "plan.json")
     before = digests(tmp_path)
     message = (
-        r"unfinished folder of another version .*\(version 1 there, 2 here\), .*remove it, or choose another --out$"
+        rf"unfinished folder of another version .*\(version {version} there, 3 here\), .*remove it, or choose anoth"
     )
     with pytest.raises(OutputError, match=message):
         write_shards(GeneratedScenes(10), tmp_path, WriterOptions(2))

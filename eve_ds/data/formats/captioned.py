@@ -27,7 +27,7 @@ class ImageCaptions(NamedTuple):
     image_id: str | None = None
     """Id of the image; None: its path is the id."""
     aliases: tuple[str, ...] = ()
-    """Further names by which a list of ids may call the image."""
+    """Further names of the image, as :func:`eve_ds.data.formats.image_ids.image_names` takes them."""
     other_places: tuple[str, ...] = ()
     """Further paths below the image folder where the file may lie."""
     box: Box | None = None

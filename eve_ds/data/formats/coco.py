@@ -1,6 +1,7 @@
 """COCO captions: `captions_train2014.json`, `captions_val2017.json` and others of that form (https://cocodataset.org).
 
-`{"images": [{id, file_name, flickr_url}], "annotations": [{image_id, caption}]}`; the lists may stand in any order.
+`{"images": [{id, file_name, coco_url, flickr_url}], "annotations": [{image_id, caption}]}`; the lists may stand in any
+order.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import NamedTuple
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.entries import Entry, described, stream_entries
-from eve_ds.data.formats.image_ids import coco_names, flickr_names
 from eve_ds.data.formats.json_stream import read_outline
 from eve_ds.data.formats.unread import refuse_document
 
+ADDRESSES = ("coco_url", "flickr_url")
 _SUBSET = re.compile(r"(train|val|test)20[0-9]{2}")
 _FILE = re.compile(
     r"(?:.*/)?COCO_(?:train|val)2014_(?P<first>[0-9]{12}\.jpg)"
@@ -27,10 +28,13 @@ _FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
 
 class Image(NamedTuple):
-    """File of an image, and names by which lists of ids may call it."""
+    """File of an image, and its addresses at COCO and Flickr.
+
+    Names of files and addresses hold the number in COCO; `id` need not, as others write their images in this form.
+    """
 
     file_name: str
-    names: tuple[str, ...]
+    addresses: tuple[str, ...]
 
 
 def require_coco(path: Path) -> None:
@@ -55,8 +59,8 @@ def read_images(path: Path) -> dict[str, Image]:
     for entry in stream_entries(path, "images"):
         try:
             number = entry.text("id")
-            names = (*coco_names(number), *flickr_names(str(entry.get("flickr_url") or "")))
-            images[number] = Image(entry.file_name("file_name"), names)
+            addresses = tuple(address for key in ADDRESSES if isinstance(address := entry.get(key), str) and address)
+            images[number] = Image(entry.file_name("file_name"), addresses)
         except SourceError:
             continue
     return images
@@ -93,7 +97,7 @@ def _captioned(entry: Entry, path: Path, images: dict[str, Image]) -> ImageCapti
         image.file_name,
         entry.captions("caption"),
         PurePosixPath(image.file_name).stem,  # the id in Karpathy's files
-        image.names,
+        image.addresses,
         _folders(image.file_name, path),
     )
 

@@ -6,6 +6,7 @@ An image is a path, the encoded bytes, or `{bytes, path}` as Hugging Face's `dat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,47 +33,68 @@ class ParquetTable:
     Args:
         path: the file.
         columns: names that the file must have; see :meth:`eve_ds.data.formats.tables.Columns.of`.
+        address: column of addresses that are further names of the images; not read where the file lacks it.
 
     Attributes:
         num_rows: number of rows.
+        num_bytes: size of the table after decompression.
+        is_embedded: whether the column of images can hold their bytes.
         columns: names of the columns of image, caption, and id if there is one.
 
     Raises:
         SourceError: the file is no Parquet or damaged, lacks a column, or `pyarrow` is not installed.
     """
 
-    def __init__(self, path: Path, columns: Columns) -> None:
+    def __init__(self, path: Path, columns: Columns, address: str | None = None) -> None:
         self._path = path
         with _opened(path) as file:
-            header = file.schema_arrow.names
-            self.num_rows = file.metadata.num_rows
-        self.columns = columns.of(header, path)
+            schema, metadata = file.schema_arrow, file.metadata
+        self.num_rows: int = metadata.num_rows
+        self.num_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+        self.columns = columns.of(schema.names, path)
+        self.is_embedded = "binary" in str(schema.field(self.columns[0]).type)
+        self._addresses = [address] if address is not None and address in schema.names else []
 
     def __iter__(self) -> Iterator[ImageCaptions | Row | Entry]:
         """Each row in the order of the file; malformed ones themselves.
 
         Rows without an image have that problem, and damage costs the row group that it is in, counted as one row.
         """
-        for number, row in _rows(self._path, self.columns):
+        shared = self._shared_names()
+        for number, row in self._rows():
             if row is None:
                 yield Row(number, "", "", None, DAMAGED)
                 continue
             entry = Entry(row, f"{self._path} row {number}")
             try:
-                yield self._record(entry, number) or Row(number, "", "", None, NO_IMAGE)
+                yield self._record(entry, number, shared) or Row(number, "", "", None, NO_IMAGE)
             except SourceError:
                 yield entry
 
-    def _record(self, entry: Entry, number: int) -> ImageCaptions | None:
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        return _rows(self._path, (*self.columns, *self._addresses))
+
+    def _shared_names(self) -> frozenset[str]:
+        """Names that different images of the first rows have, such as image.png: they name none of these images."""
+        images: dict[str, set[bytes]] = {}
+        for _, row in islice(self._rows() if self.is_embedded else (), BATCH_ROWS):
+            value = row and row[self.columns[0]]
+            if isinstance(value, dict) and isinstance(value.get("path"), str) and isinstance(value.get("bytes"), bytes):
+                images.setdefault(value["path"], set()).add(value["bytes"])
+        return frozenset(path for path, different in images.items() if len(different) > 1)
+
+    def _record(self, entry: Entry, number: int, shared: frozenset[str]) -> ImageCaptions | None:
         image, caption, *more = self.columns
         value = entry.get(image)
         if is_null(value) or (isinstance(value, dict) and is_null(value.get("bytes")) and is_null(value.get("path"))):
             return None
         name, data = _image(entry, image)
+        name = "" if name in shared else name
         name = name or f"{self._path.parent.name}/{self._path.name}/{number}"
         captions = entry.captions(caption)
         image_id = entry.identity(more[0]) if more else None
-        return ImageCaptions(name, captions, image_id, data=data)
+        aliases = tuple(address for column in self._addresses if isinstance(address := entry.get(column), str))
+        return ImageCaptions(name, captions, image_id, aliases, data=data)
 
 
 def is_parquet(path: Path) -> bool:

@@ -18,6 +18,7 @@ from eve_ds import limits
 from eve_ds.data.caption_text import ABSENT_CELLS
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
+from eve_ds.data.formats.image_ids import whole_number
 from eve_ds.data.formats.unread import refuse_binary, refuse_other_header
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.printable import excerpt
@@ -125,7 +126,7 @@ class Table:
             problem = MALFORMED
         else:
             image, caption, *more = ("" if fields[at].strip() in ABSENT_CELLS else fields[at] for at in self._places)
-            image_id = (more[0] or None) if more else None
+            image_id = (whole_number(more[0].strip()) or None) if more else None
             problem = MALFORMED if not image else None if caption else NO_CAPTION
         return Row(number, image, caption, image_id, problem)
 

@@ -13,7 +13,7 @@ from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import Box, ImageCaptions, box, by_box
 from eve_ds.data.formats.entries import Entry, described, is_null, shortened, stream_entries
-from eve_ds.data.formats.image_ids import coco_names
+from eve_ds.data.formats.image_ids import in_data_set
 from eve_ds.data.formats.json_stream import read_outline
 from eve_ds.data.formats.unread import refuse_document
 
@@ -47,8 +47,8 @@ def read_aliases(path: Path) -> dict[str, tuple[str, ...]]:
         )
     aliases = {}
     for entry in stream_entries(path):
-        coco, flickr = entry.identity("coco_id"), entry.identity("flickr_id")
-        names = (*(coco_names(coco) if coco else ()), *((flickr,) if flickr else ()))
+        numbers = {"COCO": entry.identity("coco_id"), "Flickr": entry.identity("flickr_id")}
+        names = tuple(name for key, number in numbers.items() for name in in_data_set(key, number))
         if names:
             aliases[entry.identity("image_id") or entry.text("id")] = names
     return aliases
@@ -72,7 +72,7 @@ def read_regions(path: Path, aliases: dict[str, tuple[str, ...]], boxes: bool) -
             yield ImageCaptions(
                 f"{FOLDERS[0]}/{number}.jpg",
                 phrases,
-                aliases=(f"VG_{number}", *aliases.get(number, ())),
+                aliases=aliases.get(number, ()),
                 other_places=(f"{FOLDERS[1]}/{number}.jpg", f"{number}.jpg"),
                 box=box_,
             )

@@ -10,7 +10,6 @@ from typing import Any
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.address_lists import ADDRESSED, AddressList
 from eve_ds.data.formats.captioned import ImageCaptions
-from eve_ds.data.formats.image_ids import flickr_names
 from eve_ds.data.formats.tables import NO_CAPTION, Columns
 from eve_ds.data.importers.annotated_images import counted, fits_memory, sha256_of
 from eve_ds.data.importers.candidate import Candidate, Skip, existing_file
@@ -77,4 +76,4 @@ class Addresses:
         if isinstance(record, Skip):
             return record
         image = self._images[record.image]
-        return Candidate(record.image, image, record.captions, record.image, flickr_names(record.image))
+        return Candidate(record.image, image, record.captions, record.image, record.image)

@@ -1,7 +1,8 @@
 """Images of a folder that annotation files describe, whatever the format of these.
 
 Captions of one image share its bytes in a shard. They are found wherever they stand if the files have at most
-`limits.GROUPED_BYTES` together; in larger files only if they stand together, so that the memory does not grow. Captions
+`limits.GROUPED_BYTES` together; in larger files, and in tables with images, only if they stand together, so that the
+memory does not grow. Spellings of one path (:meth:`ImageFolder.spelling`) are one image. Captions
 that are not UTF-8 keep their bytes as surrogates; the shard writer finds and counts them.
 """
 
@@ -18,6 +19,7 @@ from eve_ds import limits
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.coco import published_places
 from eve_ds.data.formats.entries import Entry
+from eve_ds.data.formats.image_ids import is_image_name, is_plain_number
 from eve_ds.data.formats.images import require_some_image, spread
 from eve_ds.data.formats.tables import MALFORMED, NO_CAPTION, Row
 from eve_ds.data.importers.candidate import (
@@ -61,6 +63,7 @@ class AnnotatedImages(ABC):
         paths: rules of paths.
         options: further options that determine the records, for the description.
         has_groups: whether an entry of the format holds all captions of its image.
+        has_local_ids: whether ids that are numbers count the entries of their own file.
     """
 
     def __init__(
@@ -70,11 +73,13 @@ class AnnotatedImages(ABC):
         paths: ImagePaths,
         options: dict[str, Any] | None = None,
         has_groups: bool = False,
+        has_local_ids: bool = False,
     ) -> None:
         self.files = [existing_file(path, "annotation file") for path in files]
         folder = self.files[0].parent if paths.folder is None else existing_folder(paths.folder, "image folder")
         self._images = ImageFolder(folder, paths.strip_prefix, paths.follow_links)
         self._groups_all = not has_groups and fits_memory(self.files)
+        self._has_local_ids = has_local_ids
         self.total: int | None = None
         rules = {"strip_prefix": paths.strip_prefix, "follow_links": paths.follow_links}
         self.description: dict[str, Any] = {
@@ -93,10 +98,10 @@ class AnnotatedImages(ABC):
         """Images in the order of their first caption."""
         records: Sequence[ImageCaptions | Skip] | Iterator[ImageCaptions | Skip]
         if self._groups_all:
-            records = group_all(self.records())
+            records = group_all(self.records(), self._images.spelling)
             self.total = len(records)
         else:
-            records = group_adjacent(self.records())
+            records = group_adjacent(self.records(), self._images.spelling)
         return map(self._candidate, records)
 
     def require_some_image(self) -> None:
@@ -125,17 +130,16 @@ class AnnotatedImages(ABC):
         image: Readable = file if record.box is None else Region(file, record.box)
         if record.data is not None:
             image = InlineBytes(record.data)
-        path = PurePosixPath(name)
+        path = self._images.spelling(record.image)
+        has_path = record.data is None or is_image_name(path)  # not a row of Parquet
         return Candidate(
             name=name,
             image=image,
             captions=record.captions,
-            image_id=name if record.image_id is None else record.image_id,
-            aliases=(
-                *(*record.aliases, record.image),
-                *([name] if name != record.image else []),
-                *(path.name, path.stem),
-            ),
+            image_id=path if record.image_id is None else record.image_id,
+            file=path if has_path else None,
+            aliases=record.aliases,
+            is_local=self._has_local_ids and record.image_id is not None and is_plain_number(record.image_id),
         )
 
     def _image(self, record: ImageCaptions) -> tuple[str, FileSlice]:

@@ -10,11 +10,12 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from eve_ds import limits
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats import coco, karpathy, released, tables, visual_genome
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.entries import Entry, stream_entries
-from eve_ds.data.formats.image_ids import coco_names
+from eve_ds.data.formats.image_ids import in_data_set
 from eve_ds.data.formats.json_stream import read_outline
 from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, ParquetTable, is_parquet
 from eve_ds.data.formats.tables import DEFAULT_COLUMNS, Columns
@@ -51,8 +52,8 @@ def _karpathy_record(entry: Entry) -> ImageCaptions | Entry:
         image = karpathy.captioned_image(entry)
     except SourceError:
         return entry
-    names = () if image.cocoid is None else (image.cocoid, *coco_names(image.cocoid))
-    return ImageCaptions(image.path, image.captions, PurePosixPath(image.path).stem, names)
+    stem = PurePosixPath(image.path).stem
+    return ImageCaptions(image.path, image.captions, stem, in_data_set("COCO", image.cocoid))
 
 
 class CaptionJson(AnnotatedImages):
@@ -66,7 +67,7 @@ class CaptionJson(AnnotatedImages):
 
     def __init__(self, files: Sequence[str | Path], paths: ImagePaths = BESIDE, boxes: bool = False) -> None:
         """Read the annotations; raises :class:`SourceError` for a file of another form."""
-        super().__init__("json", files, paths, {"boxes": True} if boxes else None)
+        super().__init__("json", files, paths, {"boxes": True} if boxes else None, has_local_ids=True)
         self._boxes = boxes
         for path in self.files:
             tree = read_outline(path, keep_undecodable=True).tree
@@ -151,7 +152,9 @@ class Table(AnnotatedImages):
         """Check the headers; raises :class:`SourceError` where a column is missing."""
         super().__init__("table", files, paths)
         self._tables = [open_table(path, columns, delimiter) for path in self.files]
-        self._groups_all &= not any(isinstance(table, ParquetTable) for table in self._tables)
+        parquet = [table for table in self._tables if isinstance(table, ParquetTable)]
+        self._groups_all &= sum(table.num_bytes for table in parquet) <= limits.GROUPED_BYTES
+        self._groups_all &= not any(table.is_embedded for table in parquet)
         self.description |= _description(self._tables[0])
         self.require_some_image()
 

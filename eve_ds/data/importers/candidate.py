@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.folder_tree import FolderTree
+from eve_ds.data.formats.image_ids import id_line, image_names
 from eve_ds.reading import read_file
 
 ANNOTATION_SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
@@ -105,15 +106,20 @@ class Candidate:
         name: name of the image in the source, for reports.
         image: encoded bytes of the image.
         captions: text, or bytes that are not yet known to be UTF-8; one sample is written per caption.
-        image_id: written to `ids.txt`; the `ids.txt` of a test set keeps its images out of training.
-        aliases: further names by which a list of excluded ids may call the image.
+        image_id: id of the image, stored with it; the `ids.txt` of a test set keeps its images out of training.
+        file: path of the image below the image folder, or its address; None where it has none.
+        aliases: further paths, addresses and numbers of the image; see
+            :func:`eve_ds.data.formats.image_ids.image_names`.
+        is_local: whether the id only counts the entries of its file.
     """
 
     name: str
     image: Readable
     captions: tuple[str | bytes, ...]
     image_id: str
+    file: str | None = None
     aliases: tuple[str, ...] = ()
+    is_local: bool = False
 
     @property
     def num_captions(self) -> int:
@@ -123,6 +129,14 @@ class Candidate:
     def resolve(self) -> Candidate:
         """The candidate itself, as everything but the image is known."""
         return self
+
+    def names(self) -> frozenset[str]:
+        """All names by which a list can call the image."""
+        return image_names(self.image_id, self.file, self.aliases, self.is_local)
+
+    def id_line(self) -> str:
+        """Line of `ids.txt`."""
+        return id_line(self.image_id, self.file, self.aliases, self.is_local)
 
 
 class LazyCandidate(Protocol):

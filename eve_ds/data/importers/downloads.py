@@ -11,7 +11,7 @@ import numpy as np
 
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.importers.candidate import FileSlice
-from eve_ds.data.importers.img2dataset import Img2dataset, Img2datasetCandidate
+from eve_ds.data.importers.img2dataset import Img2dataset, Img2datasetCandidate, address_of
 
 
 class Downloads:
@@ -88,10 +88,9 @@ class Downloads:
 
 def _address(item: Img2datasetCandidate) -> str | None:
     try:
-        address = item.read_metadata().get("url")
+        return address_of(item.read_metadata())
     except BadSample:
         return None
-    return address if isinstance(address, str) else None
 
 
 def _hash(address: str) -> int:

@@ -6,6 +6,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from eve_ds.data.formats.image_ids import normal_path
 from eve_ds.data.formats.images import is_file
 from eve_ds.data.importers.candidate import FileSlice
 
@@ -24,17 +25,19 @@ class ImageFolder:
     strip_prefix: str | None = None
     follow_links: bool = False
 
-    def name(self, path: str) -> str:
-        """Path below the folder that an annotated path means.
+    def spelling(self, path: str) -> str:
+        """The one spelling of an annotated path below the folder, in which paths are compared; see :meth:`name`."""
+        return unicodedata.normalize("NFC", self._below(normal_path(path)))
 
-        A path of Windows has backslashes. Names of macOS have their accents apart (NFD), those of others do not (NFC).
+    def name(self, path: str) -> str:
+        """Path below the folder of the file that an annotated path means.
+
+        A file of Linux may have a backslash in its name. Names of macOS have their accents apart (NFD), those of others
+        do not (NFC).
         """
-        if self.strip_prefix is not None:
-            prefix = f"{_slashes(self.strip_prefix).rstrip('/')}/"
-            path = _slashes(path)[len(prefix) :].lstrip("/") if _slashes(path).startswith(prefix) else path
+        plain = self._below(normal_path(path))
         if path.isascii() and "\\" not in path:
-            return path
-        plain = _slashes(path)
+            return plain
         forms = (path, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")))
         return next((form for form in forms if is_file(self.root / form)), plain)
 
@@ -46,6 +49,8 @@ class ImageFolder:
         """The image file of a name; an absolute one is read if it lies in the folder."""
         return FileSlice(str(self.root / name), folder=str(self.root), follow_links=self.follow_links)
 
-
-def _slashes(path: str) -> str:
-    return path.replace("\\", "/")
+    def _below(self, path: str) -> str:
+        """A path without the prefix, or without the folder where it names that in full."""
+        starts = [normal_path(start) for start in (self.strip_prefix, str(self.root)) if start is not None]
+        start = next((start for start in starts if path.startswith(f"{start.rstrip('/')}/")), None)
+        return path if start is None else normal_path(path[len(start.rstrip("/")) + 1 :])

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +20,8 @@ from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.folder_tree import File, FolderTree, contents_digest
 from eve_ds.data.formats.entries import Entry
-from eve_ds.data.formats.image_ids import flickr_names
+from eve_ds.data.formats.image_ids import is_number
+from eve_ds.data.formats.images import PROBED_IMAGES
 from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, SUFFIX, ParquetTable, column_names
 from eve_ds.data.formats.tables import Columns
 from eve_ds.data.formats.unread import binary_kind
@@ -28,10 +30,13 @@ from eve_ds.data.importers.annotated_images import counted
 from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Skip, existing_folder
 from eve_ds.data.sample_names import COMPRESSED, is_packed_tar, split_name
 from eve_ds.data.tar_headers import Damage, block_reader, scan
+from eve_ds.printable import excerpt
 from eve_ds.reading import parse_json, read_file
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 TEXT, METADATA = ".txt", ".json"
+ADDRESS, KEY = "url", "key"
+"""Fields of the metadata, and columns of Parquet, with the address of an image and its number in the download."""
 _DAMAGED = "damaged tar (members of it are lost)"
 
 
@@ -52,8 +57,9 @@ class Img2datasetCandidate:
         caption = metadata.get("caption") if self.text is None else self.text.read()
         if not isinstance(caption, str | bytes):
             raise BadSample("no caption")
-        aliases = flickr_names(str(metadata.get("url")))
-        return Candidate(self.name, self.image, (caption,), self._image_id(metadata), aliases)
+        image_id = self._image_id(metadata)
+        is_local = self.id_field == KEY and is_number(image_id)
+        return Candidate(self.name, self.image, (caption,), image_id, address_of(metadata), is_local=is_local)
 
     def _image_id(self, metadata: dict[str, Any]) -> str:
         try:
@@ -74,19 +80,25 @@ class Img2datasetCandidate:
         return metadata
 
 
+def address_of(metadata: dict[str, Any]) -> str | None:
+    """Address that an image was downloaded from; None where the metadata have none."""
+    address = metadata.get(ADDRESS)
+    return address if isinstance(address, str) and address else None
+
+
 class Img2dataset:
     """A folder that img2dataset wrote.
 
     Args:
         folder: the folder; links in it that lead to other folders are followed.
-        id_field: field of the metadata that is the image id (default: the URL).
+        id_field: field of the metadata that is the image id; None: the address, or the name where there is none.
         follow_links: whether links of single files may lead out of the folder.
     """
 
-    def __init__(self, folder: str | Path, id_field: str = "url", follow_links: bool = False) -> None:
-        """Find the shards; raises :class:`SourceError` for a folder with neither tars nor images."""
+    def __init__(self, folder: str | Path, id_field: str | None = None, follow_links: bool = False) -> None:
+        """Find the shards; raises :class:`SourceError` without any, or where no metadata have the field of ids."""
         self._folder = existing_folder(folder, "img2dataset folder")
-        self._id_field, self._follow_links = id_field, follow_links
+        self._id_field, self._follow_links = id_field or ADDRESS, follow_links
         self._tree = FolderTree(self._folder)
         archives = self._tree.ending(".tar", *COMPRESSED)
         self._tars = [file for file in archives if file.name.endswith(".tar")]
@@ -97,12 +109,27 @@ class Img2dataset:
         self.description: dict[str, Any] = {
             "format": "img2dataset",
             "path": str(self._folder),
-            "id_field": id_field,
+            "id_field": self._id_field,
             "contents": contents_digest(self._contents()),
             **({"follow_links": True} if follow_links else {}),
         }
         if not self._tars and next(iter(self), None) is None:
             raise SourceError(f"{folder} holds neither .tar shards nor images; expected the output of img2dataset")
+        if id_field is not None and not self._tables:
+            self._require_field(id_field)
+
+    def _require_field(self, field: str) -> None:
+        """Raise :class:`SourceError` where the first samples have no such field: their ids would be their names."""
+        samples = islice((item for item in self if isinstance(item, Img2datasetCandidate)), PROBED_IMAGES)
+        fields: dict[str, None] = {}
+        for sample in samples:
+            with suppress(BadSample):
+                fields |= dict.fromkeys(sample.read_metadata())
+        if field not in fields:
+            advice = f"name one of: {excerpt(', '.join(fields))}" if fields else "they have no fields: leave it out"
+            raise SourceError(
+                f"{self._folder}: --id_field ({field}) is no field of the metadata of its first images; {advice}"
+            )
 
     def _tables_with_images(self) -> list[File]:
         """Tables of the format `parquet`; beside tars and files, tables hold the metadata only."""
@@ -133,7 +160,7 @@ class Img2dataset:
             yield Skip(name, reason)
 
     def _table(self, path: Path, name: Path) -> Iterator[Candidate | Skip]:
-        table = ParquetTable(path, Columns(EMBEDDED_COLUMNS, "caption", self._id_field))
+        table = ParquetTable(path, Columns(EMBEDDED_COLUMNS, "caption", self._id_field), ADDRESS)
         for number, record in enumerate(counted(iter(table))):
             if isinstance(record, Skip) or record.data is None:
                 yield Skip(f"{name}/{number}", record.reason if isinstance(record, Skip) else "no image")
@@ -141,8 +168,15 @@ class Img2dataset:
                 yield Skip(f"{name}/{number}", "no caption")
             else:
                 image_id = record.image_id or f"{name}/{number}"
-                image = InlineBytes(record.data)
-                yield Candidate(f"{name}/{number}", image, record.captions, image_id, flickr_names(image_id))
+                address = next(iter(record.aliases), None)
+                yield Candidate(
+                    name=f"{name}/{number}",
+                    image=InlineBytes(record.data),
+                    captions=record.captions,
+                    image_id=image_id,
+                    file=address,
+                    is_local=self._id_field == KEY and is_number(image_id),
+                )
 
     def _tar(self, path: Path, shard: str) -> Iterator[Img2datasetCandidate | Skip]:
         members, beside_damage = _list_tar(path)

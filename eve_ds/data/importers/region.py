@@ -31,9 +31,11 @@ class Region:
         """Encode the box as JPEG, or a very long one as PNG.
 
         Raises:
-            BadSample: the file or the image cannot be used, or nothing of the box lies in the image.
+            BadSample: the file or the image cannot be used, the box is empty, or nothing of it lies in the image.
         """
         image = _decoded(self.image)
+        if self.box.width <= 0 or self.box.height <= 0:
+            raise BadSample("empty box")
         left, top = max(math.floor(self.box.x), 0), max(math.floor(self.box.y), 0)
         right = min(math.ceil(self.box.x + self.box.width), image.width)
         bottom = min(math.ceil(self.box.y + self.box.height), image.height)

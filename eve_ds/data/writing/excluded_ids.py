@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from eve_ds import limits
 from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.image_ids import listed_names, one_line
 from eve_ds.data.formats.unread import refuse_binary
 from eve_ds.reading import parse_json, read_file
 
-_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+class ExcludedIds(NamedTuple):
+    """Lines of lists, each with the names of one image."""
+
+    lines: frozenset[str]
+    """Lines in the form of ids.txt: several names of an image have a tab between them."""
+    by_name: dict[str, tuple[str, ...]]
+    """Name as :func:`eve_ds.data.formats.image_ids.listed_names` gives it -> lines that can mean it."""
+
+    def matching(self, names: Iterable[str]) -> set[str]:
+        """Lines that mean an image with these names."""
+        return {line for name in names for line in self.by_name.get(name, ())}
 
 
 @cache
-def read_ids(paths: tuple[str, ...]) -> frozenset[str]:
-    """Read the IDs of files with one per line.
+def read_ids(paths: tuple[str, ...]) -> ExcludedIds:
+    """Read the ids of files with one image per line.
 
     Raises:
-        SourceError: a file cannot be read, or is of a kind in which no ID would be found: UTF-16, compressed, JSON.
+        SourceError: a file cannot be read, or is of a kind in which no id would be found: UTF-16, compressed, JSON.
     """
-    return frozenset(name for path in paths for name in _read_list(path))
+    lines = frozenset(line for path in paths for line in _read_list(path))
+    by_name: dict[str, tuple[str, ...]] = {}
+    for line in lines:
+        for name in listed_names(line):
+            by_name[name] = (*by_name.get(name, ()), line)
+    return ExcludedIds(lines, by_name)
 
 
 def _read_list(path: str) -> frozenset[str]:
@@ -33,7 +50,7 @@ def _read_list(path: str) -> frozenset[str]:
     refuse_binary(Path(path))
     if text.lstrip()[:1] in ("[", "{") and _is_json(text):
         raise SourceError(f"the ids to exclude from {path} are JSON: write one id a line, as in ids.txt")
-    return frozenset(one_line(line) for line in text.split("\n")) - {""}
+    return frozenset("\t".join(filter(None, map(one_line, line.split("\t")))) for line in text.split("\n")) - {""}
 
 
 def _is_json(text: str) -> bool:
@@ -41,12 +58,3 @@ def _is_json(text: str) -> bool:
         return isinstance(parse_json(text), list | dict)
     except ValueError:
         return False
-
-
-def one_line(image_id: str) -> str:
-    """Return an image id in the form of ids.txt, in which ids are compared.
-
-    Whitespace becomes single spaces, and a surrogate that stands for no byte the replacement character. Accents are
-    parts of their letters (NFC): macOS writes them apart in names of files.
-    """
-    return _LONE_SURROGATE.sub("\ufffd", unicodedata.normalize("NFC", " ".join(image_id.split())))

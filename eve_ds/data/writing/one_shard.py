@@ -20,7 +20,7 @@ from eve_ds.data.image_check import encode_for_shard
 from eve_ds.data.importers.candidate import Candidate, LazyCandidate, Skip
 from eve_ds.data.sample_names import written_key
 from eve_ds.data.shard_index import ShardLayout, encode
-from eve_ds.data.writing.excluded_ids import one_line, read_ids
+from eve_ds.data.writing.excluded_ids import read_ids
 from eve_ds.data.writing.options import WriterOptions
 from eve_ds.data.writing.progress_files import PROGRESS_FOLDER, dump, record_path, write_atomically
 from eve_ds.printable import excerpt
@@ -75,7 +75,8 @@ class ShardRecord:
     groups: str = ""
     """Layout of the shard, see :func:`eve_ds.data.shard_index.encode`."""
     ids: list[str] = field(default_factory=list)
-    """IDs of the written images; in the file of the record only, as those of all shards would fill the memory."""
+    """Lines of ids.txt, one for each stored image; in the file of the record only, as those of all shards would fill
+    the memory."""
     excluded: list[str] = field(default_factory=list)
     """Lines of the exclusion files that matched a candidate."""
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -157,16 +158,14 @@ def _write_candidate(
         _add_member(tar, f"{key}.txt" if candidate.num_captions == 1 else f"{key}.{number}.txt", caption)
     _add_member(tar, f"{key}.json", dump({"image_id": candidate.image_id, "name": candidate.name}))
     record.samples += len(captions)
-    record.ids.append(candidate.image_id)
+    record.ids.append(candidate.id_line())
     return [(start, tar.offset, len(captions))]
 
 
 def _require_not_excluded(candidate: Candidate, options: WriterOptions, record: ShardRecord) -> None:
     if not options.exclude_ids:
         return
-    names = {one_line(name) for name in (candidate.image_id, *candidate.aliases)}
-    names |= {f"{name}.jpg" for name in names}  # a list may hold names of files
-    matches = read_ids(options.exclude_ids) & names
+    matches = read_ids(options.exclude_ids).matching(candidate.names())
     if matches:
         record.excluded += sorted(matches)
         raise BadSample("excluded id")

@@ -25,7 +25,7 @@ class WriterOptions:
     limit: int | None = None
     """Number of candidates to use from the start of the source; None: all."""
     exclude_ids: tuple[str, ...] = ()
-    """Paths of files with one image ID per line; images with such an ID or alias are skipped."""
+    """Paths of files with one image per line, by its id or another of its names; these images are skipped."""
     unescape_html: bool = False
     """Replace HTML entities of captions by their characters."""
     quality: int = JPEG_QUALITY
@@ -37,7 +37,7 @@ class WriterOptions:
         `unescape_html` is left out where it is not set, and `quality` where it has no effect or is that of earlier
         versions, so that folders of versions without them stay complete.
         """
-        listed = sorted(read_ids(self.exclude_ids))
+        listed = sorted(read_ids(self.exclude_ids).lines)
         digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
         described = asdict(self) | {"exclude_ids": digest if self.exclude_ids else None}
         left_out = {"unescape_html"} if not self.unescape_html else set()

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from eve_ds.data.index_file import INDEX_NAME, INDEX_VERSION
 from eve_ds.data.sample_names import shard_files
-from eve_ds.data.writing.excluded_ids import one_line
 from eve_ds.data.writing.one_shard import ShardRecord, Skipped
 from eve_ds.data.writing.progress_files import (
     PROGRESS_FOLDER,
@@ -32,8 +31,9 @@ from eve_ds.file_lock import lock_file
 from eve_ds.reading import read_json
 from eve_ds.storage import is_disk_error
 
-VERSION = INDEX_VERSION
-"""Version of index.json and report.json. Version 1 wrote an image once per caption."""
+VERSION = 3
+"""Version of an unfinished folder and of report.json. Version 1 wrote an image once per caption; version 2
+grouped paths as they were written, and had ids alone in ids.txt."""
 DIGESTS = ("contents", "sha256", "bytes", "image_data", "exclude_ids")
 """Keys of a plan whose values change with the contents of files, and say nothing to a reader."""
 
@@ -121,7 +121,7 @@ def finish(folder: Path, plan: dict[str, Any], records: Sequence[ShardRecord], n
     report = plan | {
         "shards": len(written),
         "samples": sum(record.samples for record in written),
-        "images": _write_ids(folder, written),
+        "images": _write_ids(folder, written),  # images in the shards: a box is one, though its line is that of others
         "bytes": sum(record.bytes for record in written),
         "skipped": merge_skipped(records).reasons,
         "excluded_ids": {"listed": num_listed, "matched": len(matched)},
@@ -129,7 +129,7 @@ def finish(folder: Path, plan: dict[str, Any], records: Sequence[ShardRecord], n
     keys = ("name", "samples", "bytes", "sha256", "groups")
     shards = [{key: getattr(record, key) for key in keys} for record in written]
     write_atomically(folder / "report.json", dump(report, indent=2))
-    write_atomically(folder / INDEX_NAME, dump({"version": VERSION, "shards": shards}, indent=1))
+    write_atomically(folder / INDEX_NAME, dump({"version": INDEX_VERSION, "shards": shards}, indent=1))
     shutil.rmtree(folder / PROGRESS_FOLDER)
     return report
 
@@ -144,7 +144,7 @@ def merge_skipped(records: Iterable[ShardRecord]) -> Skipped:
 
 
 def _write_ids(folder: Path, written: Sequence[ShardRecord]) -> int:
-    """Write each id once, in the order of its first image, and return their number.
+    """Write each line once, in the order of its first image, and return the number of stored images.
 
     The ids of all shards can be larger than the memory: the files of the records are read twice, and only a hash of
     eight bytes is kept of each id in between.
@@ -158,13 +158,13 @@ def _write_ids(folder: Path, written: Sequence[ShardRecord]) -> int:
     with temporary.open("wb") as file:
         for record in written:
             names = _ids(folder, record.name)
-            new = [one_line(name) for name, fresh in zip(names, is_first[start:], strict=False) if fresh]
+            new = [name for name, fresh in zip(names, is_first[start:], strict=False) if fresh]
             file.write("".join(f"{name}\n" for name in new).encode(errors="surrogateescape"))
             start += len(names)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / "ids.txt")
-    return len(first)
+    return len(is_first)
 
 
 def _hashes(names: Sequence[str]) -> NDArray[np.uint64]:
@@ -192,7 +192,7 @@ def _require_same_version(folder: Path, theirs: Any, ours: dict[str, Any]) -> No
     if version != ours["version"]:
         raise OutputError(
             f"{folder} is the unfinished folder of another version of this command (version {version} there, "
-            f"{ours['version']} here), whose shards have another layout; remove it, or choose another --out"
+            f"{ours['version']} here), whose shards hold other groups of captions; remove it, or choose another --out"
         )
 
 
