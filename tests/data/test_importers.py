@@ -129,7 +129,10 @@ def test_caption_json_reads_one_or_several_captions_and_ids(tmp_path):
         ("deep/b.jpg", ("two", "three")),
     ]
     assert {"b.jpg", "b"} <= set(found[1].aliases)
-    assert skipped == [Skip("2.json entry 1", "malformed entry"), Skip("2.json entry 2", "malformed entry")]
+    assert skipped == [
+        Skip("2.json entry 1: caption is missing", "malformed entry"),
+        Skip("2.json entry 2: must be an object", "malformed entry"),
+    ]
 
 
 @pytest.mark.parametrize(

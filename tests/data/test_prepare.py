@@ -465,7 +465,10 @@ def test_annotations_in_no_regular_file_are_refused(tmp_path, capsys, name):
     make_special_files(tmp_path)
     for command in ("json", "karpathy", "table"):
         assert prepare(tmp_path / "out", command, tmp_path / name)[0] == 2
-        assert "is not a file: check the path" in one_line(capsys)
+        advice = (
+            "is a folder, not a file: give the files in it" if name == "folder" else "is not a file: check the path"
+        )
+        assert advice in one_line(capsys)
 
 
 # ------------------------------------------------------------------------------------------------- image paths

@@ -281,7 +281,7 @@ BAD_LISTS = {
     "damaged.parquet": (b"PAR1" + bytes(100), "cannot be read as Parquet: "),
     "empty.parquet": (b"", "cannot be read as Parquet: "),
     "page.parquet": (b"<html>", "cannot be read as Parquet: "),
-    "no captions.tsv": ("url\tother\nx\ty\n", "has no column 'caption'; it has: url, other\n"),
+    "no captions.tsv": ("url\tother\nx\ty\n", "it has: url, other (another name? --caption_column NAME)\n"),
     "empty.tsv": (b"", "is empty; expected a header row with the columns url, caption"),
 }
 

@@ -32,6 +32,15 @@ class CaptionedImage(NamedTuple):
     """Number of the image in COCO."""
 
 
+def other_places(image: CaptionedImage) -> tuple[str, ...]:
+    """Further paths of an image: without its folder, and the names of COCO's release of 2017."""
+    name = PurePosixPath(image.path).name
+    number = image.cocoid or ""
+    renamed = f"{number.zfill(12)}.jpg"
+    of_2017 = (f"train2017/{renamed}", f"val2017/{renamed}", renamed) if number.isdecimal() else ()
+    return tuple(place for place in (name, *of_2017) if place != image.path)
+
+
 def read_entries(path: Path, undecodable: Undecodable = "refuse") -> list[Entry]:
     """Entries of all splits in the order of the file; raises :class:`SourceError` for a file of another form."""
     tree = read_json(path, undecodable)

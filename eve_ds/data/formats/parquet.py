@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
+from eve_ds.data.formats.cells import captions_of, image_name
 from eve_ds.data.formats.entries import Entry, is_null, shortened
 from eve_ds.data.formats.tables import Columns, Row
 
@@ -42,26 +43,32 @@ class ParquetTable:
     """
 
     def __init__(self, path: Path, columns: Columns) -> None:
-        self._path = path
+        self._path, self._where = path, columns.where
         with _opened(path) as file:
             header = file.schema_arrow.names
             self.num_rows = file.metadata.num_rows
         self.columns = columns.of(header, path)
 
     def __iter__(self) -> Iterator[ImageCaptions | Row | Entry]:
-        """Each row in the order of the file; malformed ones themselves.
+        """Each row in the order of the file that the conditions take; malformed ones themselves.
 
         Rows without an image have that problem, and damage costs the row group that it is in, counted as one row.
         """
-        for number, row in _rows(self._path, self.columns):
+        for number, row in _rows(self._path, (*self.columns, *self._where.values)):
             if row is None:
-                yield Row(number, "", "", None, DAMAGED)
+                yield Row(number, DAMAGED)
+                continue
+            if not self._where.holds(row):
                 continue
             entry = Entry(row, f"{self._path} row {number}")
             try:
-                yield self._record(entry, number) or Row(number, "", "", None, NO_IMAGE)
-            except SourceError:
-                yield entry
+                yield self._record(entry, number) or Row(number, NO_IMAGE)
+            except SourceError as error:
+                yield entry.malformed(error)
+
+    def cells(self) -> Iterator[dict[str, Any]]:
+        """Values of the columns of the conditions of each row that can be read."""
+        return (row for _, row in _rows(self._path, list(self._where.values)) if row is not None)
 
     def _record(self, entry: Entry, number: int) -> ImageCaptions | None:
         image, caption, *more = self.columns
@@ -70,9 +77,8 @@ class ParquetTable:
             return None
         name, data = _image(entry, image)
         name = name or f"{self._path.parent.name}/{self._path.name}/{number}"
-        captions = entry.captions(caption)
         image_id = entry.identity(more[0]) if more else None
-        return ImageCaptions(name, captions, image_id, data=data)
+        return ImageCaptions(name if data else image_name(name), _captions(entry, caption), image_id, data=data)
 
 
 def is_parquet(path: Path) -> bool:
@@ -123,6 +129,14 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, A
 
 def _damaged(path: Path, error: Exception) -> SourceError:
     return SourceError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}; get it again")
+
+
+def _captions(entry: Entry, column: str) -> tuple[str, ...]:
+    """Captions of a text, of a list, or of a text that is a list; bytes are UTF-8."""
+    value = entry.get(column)
+    value = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+    captions = captions_of(value) if isinstance(value, str) else None
+    return Entry({column: value if captions is None else list(captions)}, entry.where).captions(column)
 
 
 def _image(entry: Entry, column: str) -> tuple[str, bytes | None]:

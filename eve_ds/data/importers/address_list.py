@@ -47,7 +47,9 @@ class Addresses:
             "lists": [{"path": str(path), "sha256": sha256_of(path)} for path in paths],
             "images": self._images.description,
             "columns": [columns.image, columns.caption],
+            **columns.where.description(),
         }
+        columns.where.require_values(chain.from_iterable(found.cells() for found in self._lists), paths[0])
         if not any(isinstance(record, ImageCaptions) for record in self._records()):
             raise SourceError(
                 f"{paths[0]}: none of its addresses is one of the {len(self._images):,} images of {images}: give the "

@@ -143,9 +143,10 @@ def counted(records: Iterable[ImageCaptions | Row | Entry]) -> Iterator[ImageCap
     """Records of a format, with rows and entries that cannot be used as what the report counts."""
     for record in records:
         if isinstance(record, Entry):
-            yield Skip(PurePosixPath(record.where).name, MALFORMED)
+            name = PurePosixPath(record.where).name
+            yield Skip(f"{name}: {record.problem}" if record.problem else name, MALFORMED)
         elif isinstance(record, Row):
-            yield Skip(f"row {record.number}", record.problem or MALFORMED)
+            yield Skip(f"row {record.number}", record.problem)
         else:
             yield record
 

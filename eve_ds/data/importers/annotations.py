@@ -18,6 +18,7 @@ from eve_ds.data.formats.image_ids import coco_names
 from eve_ds.data.formats.json_stream import read_outline
 from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, ParquetTable, is_parquet
 from eve_ds.data.formats.tables import DEFAULT_COLUMNS, Columns
+from eve_ds.data.formats.where import EVERY_ROW, Where
 from eve_ds.data.importers.annotated_images import BESIDE, AnnotatedImages, ImagePaths, counted, sha256_of
 from eve_ds.data.importers.candidate import Skip, existing_file
 
@@ -45,10 +46,12 @@ class Karpathy(AnnotatedImages):
 def _karpathy_record(entry: Entry) -> ImageCaptions | Entry:
     try:
         image = karpathy.captioned_image(entry)
-    except SourceError:
-        return entry
+    except SourceError as error:
+        return entry.malformed(error)
     names = () if image.cocoid is None else (image.cocoid, *coco_names(image.cocoid))
-    return ImageCaptions(image.path, image.captions, PurePosixPath(image.path).stem, names)
+    return ImageCaptions(
+        image.path, image.captions, PurePosixPath(image.path).stem, names, karpathy.other_places(image)
+    )
 
 
 class CaptionJson(AnnotatedImages):
@@ -58,22 +61,35 @@ class CaptionJson(AnnotatedImages):
         files: annotation files.
         paths: rules of paths.
         boxes: whether captions of `elems` are of their boxes, which are cut out, instead of the whole image.
+        where: which entries to take.
     """
 
-    def __init__(self, files: Sequence[str | Path], paths: ImagePaths = BESIDE, boxes: bool = False) -> None:
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        paths: ImagePaths = BESIDE,
+        boxes: bool = False,
+        where: Where = EVERY_ROW,
+    ) -> None:
         """Read the annotations; raises :class:`SourceError` for a file of another form."""
-        super().__init__("json", files, paths, {"boxes": True} if boxes else None)
-        self._boxes = boxes
+        options = where.description() | ({"boxes": True} if boxes else {})
+        super().__init__("json", files, paths, options)
+        self._boxes, self._where = boxes, where
         number = 0
         for path in self.files:
             outline = read_outline(path, keep_undecodable=True)
             released.require_captions(outline.tree, stream_entries(path), path)
             number += outline.counts[None]
+        contents = (entry.content for entry in self._entries())
+        where.require_values((content for content in contents if isinstance(content, dict)), self.files[0])
         self.require_some_image(number)
 
     def records(self) -> Iterator[ImageCaptions | Skip]:
         """Entries in the order of the files."""
-        return counted(released.read_captions(chain.from_iterable(map(stream_entries, self.files)), self._boxes))
+        return counted(released.read_captions(self._where.taken(self._entries()), self._boxes))
+
+    def _entries(self) -> Iterator[Entry]:
+        return chain.from_iterable(map(stream_entries, self.files))
 
 
 class Coco(AnnotatedImages):
@@ -150,19 +166,20 @@ class Table(AnnotatedImages):
         super().__init__("table", files, paths)
         self._tables = [open_table(path, columns, delimiter) for path in self.files]
         self._groups_all &= not any(isinstance(table, ParquetTable) for table in self._tables)
-        self.description |= _description(self._tables[0])
+        self.description |= _description(self._tables[0]) | columns.where.description()
+        columns.where.require_values(chain.from_iterable(table.cells() for table in self._tables), self.files[0])
         self.require_some_image()
 
     def records(self) -> Iterator[ImageCaptions | Skip]:
         """Rows in the order of the files."""
-        return chain.from_iterable(map(table_records, self._tables))
+        return chain.from_iterable(map(counted, self._tables))
 
 
 AnyTable = tables.Table | ParquetTable
 
 
 def open_table(path: Path, columns: Columns, delimiter: str | None = None) -> AnyTable:
-    """Table of any kind; raises :class:`SourceError`."""
+    """Table of any kind, whose rows become records by :func:`counted`; raises :class:`SourceError`."""
     if not is_parquet(path):
         return tables.Table(path, columns, delimiter)
     embedded = columns._replace(image=EMBEDDED_COLUMNS) if columns.image == DEFAULT_COLUMNS.image else columns
@@ -175,8 +192,3 @@ def _description(table: AnyTable) -> dict[str, Any]:
         "columns": [image, caption, more[0] if more else None],
         "delimiter": None if isinstance(table, ParquetTable) else table.delimiter,
     }
-
-
-def table_records(table: AnyTable) -> Iterator[ImageCaptions | Skip]:
-    """Records of the rows of a table."""
-    return counted(table if isinstance(table, ParquetTable) else table.records())

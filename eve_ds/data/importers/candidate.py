@@ -16,6 +16,8 @@ from eve_ds.reading import read_file
 _REASONS = {errno.EINVAL: "not a regular file", errno.ENXIO: "not a regular file", errno.EOVERFLOW: "too large a file"}
 """Reasons of errors of :func:`eve_ds.reading.read_file`; ENXIO: a socket."""
 
+_ANNOTATION_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
+
 
 class Readable(Protocol):
     """Bytes that are fetched on demand."""
@@ -163,6 +165,15 @@ def existing_folder(path: str | Path, what: str) -> Path:
 def existing_file(path: str | Path, what: str) -> Path:
     """Absolute path of a file that must exist; raises :class:`SourceError`."""
     resolved = existing(path, what)
+    if resolved.is_dir():
+        raise SourceError(f"{what} {path} is a folder, not a file: give the files in it{_as_there(resolved)}")
     if not resolved.is_file():
         raise SourceError(f"{what} {path} is not a file: check the path")
     return resolved
+
+
+def _as_there(folder: Path) -> str:
+    """Pattern of the annotation files of a folder, for a message."""
+    found = (suffix for suffix in _ANNOTATION_SUFFIXES if any(folder.glob(f"*{suffix}")))
+    suffix = next(found, None)
+    return "" if suffix is None else f", such as {folder.name}/*{suffix}"

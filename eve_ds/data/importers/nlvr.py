@@ -21,6 +21,7 @@ from eve_ds.data.formats.nlvr import (
     folder_images,
     folder_splits,
     read_statements,
+    refuse_json,
 )
 from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Readable, Skip, existing
 from eve_ds.reading import read_file
@@ -70,6 +71,8 @@ class Nlvr:
                 yield Skip(name, "missing file")
 
     def _check_layout(self, path: Path) -> None:
+        if path.is_file():
+            refuse_json(path)
         found: set[str] = set()
         for split in _folder_names(path) if path.is_dir() else _archive_names(path):
             if self._wanted(split):
