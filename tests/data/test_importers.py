@@ -166,7 +166,10 @@ def test_table_reads_quotes_byte_order_marks_and_named_columns(tmp_path):
     table = Table([tmp_path / "t.csv"], columns=Columns("file", "text", "key"))
     found, skipped = split(table)
     assert [(item.image_id, item.captions[0]) for item in found] == [("k1", "a dog, asleep"), ("k3", "\udcff\udcfe")]
-    assert skipped == [Skip("row 2", "malformed entry"), Skip("row 4", "malformed entry")]
+    assert skipped == [
+        Skip("row 2: file is empty", "malformed entry"),
+        Skip("row 4: it ends before the column key", "malformed entry"),
+    ]
 
 
 def test_table_delimiter_depends_on_the_suffix(tmp_path):

@@ -195,6 +195,30 @@ def test_elements_of_x_vlm_are_captions_of_the_image_or_of_their_boxes(tmp_path)
     ]
 
 
+# ------------------------------------------------------------------------------------------------- Karpathy
+
+
+@pytest.mark.parametrize(
+    "place", ["val2014/COCO_val2014_{}.png", "COCO_val2014_{}.png", "train2017/{}.jpg", "val2017/{}.jpg", "{}.jpg"]
+)
+def test_images_of_karpathy_are_found_in_every_layout_of_coco(tmp_path, place):
+    images = [
+        {
+            "filepath": "val2014",
+            "filename": f"COCO_val2014_{n:012d}.png",
+            "cocoid": n,
+            "split": "train",
+            "sentences": [{"raw": f"caption {n}"}],
+        }
+        for n in (9, 25)
+    ]
+    write(
+        tmp_path, {"a.json": json.dumps({"images": images}), **coco_images("", place.replace("{}", "{:012d}"), (9, 25))}
+    )
+    assert prepare(tmp_path / "out", "karpathy", tmp_path / "a.json") == (0, {n: f"caption {n}" for n in (9, 25)}, {})
+    assert (tmp_path / "out" / "ids.txt").read_text().split() == [f"COCO_val2014_{n:012d}" for n in (9, 25)]
+
+
 # ------------------------------------------------------------------------------------------------- lists of addresses
 
 ADDRESSES = [f"http://static.flickr.com/2723/438505896{n}_b0f291553e.jpg" for n in range(4)]
@@ -219,13 +243,21 @@ LISTS = {
     "cc3m with a header.tsv": lambda: rows(["caption", *CAPTIONS], ["url", *ADDRESSES]),
     "cc12m with a header.tsv": lambda: rows(["url", *ADDRESSES], ["caption", *CAPTIONS]),
     "cc3m.txt": lambda: rows(CAPTIONS, ADDRESSES),
+    "labels of cc3m.tsv": lambda: rows(CAPTIONS, ADDRESSES, ["a,b"] * 4, [".5,.1"] * 4),
+    "quoted.csv": lambda: "".join(
+        f'"{c.replace(chr(34), 2 * chr(34))}",{a}\n' for c, a in zip(CAPTIONS, ADDRESSES, strict=True)
+    ),
     "list.json": lambda: json.dumps([{"url": a, "caption": c} for a, c in zip(ADDRESSES, CAPTIONS, strict=True)]),
     "lines.jsonl": lambda: "".join(
         json.dumps({"URL": a, "TEXT": c}) + "\n" for a, c in zip(ADDRESSES, CAPTIONS, strict=True)
     ),
+    "list.txt": lambda: json.dumps(
+        [{"url": a, "caption": c} for a, c in zip(ADDRESSES, CAPTIONS, strict=True)], indent=1
+    ),
     "laion400m.parquet": {"URL": ADDRESSES, "TEXT": CAPTIONS, "WIDTH": [1, 2, 3, 4]},
     "datacomp.parquet": {"uid": ["a", "b", "c", "d"], "url": ADDRESSES, "text": CAPTIONS},
 }
+LISTS |= {"lines.txt": LISTS["lines.jsonl"], "lines.csv": LISTS["lines.jsonl"]}
 
 
 def download(folder, layout, numbers=(0, 1, 2)):
@@ -373,6 +405,50 @@ def test_tables_of_metadata_beside_images_are_not_opened(tmp_path, monkeypatch, 
     assert prepare(tmp_path / "out", "img2dataset", tmp_path / "in")[1] == dict.fromkeys(range(3), "another caption")
 
 
+# ------------------------------------------------------------------------------------------------- Flickr8k, Flickr30K
+
+NUMBERED = '0.png#0\tA dog .\n0.png#1\tA "red" dog , asleep .\n1.png#0\tA cat .\n'
+FLICKR_FILES = {
+    "Flickr8k.token.txt": NUMBERED,
+    "results_20130124.token": NUMBERED,
+    "with a mark.token": "\ufeff" + NUMBERED,
+    "line ends of Windows.txt": NUMBERED.replace("\n", "\r\n"),
+    "with a header.tsv": "image\tcaption\n" + NUMBERED,
+    "numbers of another language.txt": NUMBERED.replace("#", "#zh#"),
+}
+
+
+@pytest.mark.parametrize("name", FLICKR_FILES)
+def test_captions_with_numbers_are_read_without_a_header(tmp_path, name):
+    write(tmp_path, {name: FLICKR_FILES[name], "0.png": photo(0), "1.png": photo(1)})
+    expected = {0: ["A dog .", 'A "red" dog , asleep .'], 1: ["A cat ."]}
+    assert prepare_groups(tmp_path / "out", "table", tmp_path / name) == (0, expected, {})
+    assert (tmp_path / "out" / "ids.txt").read_text().split() == ["0.png", "1.png"]
+
+
+def test_lists_in_cells_and_the_split_of_flickr30k_on_the_hub(tmp_path):
+    """flickr_annotations_30k.csv of nlphuji/flickr30k."""
+    cell = '"[""A dog ."", ""A \\""red\\"" dog , asleep .""]"'
+    rows = "".join(
+        f'{cell},"[0, 1]",{split},{n}.png,{n}\n' for n, split in enumerate(["train", "test", "val", "train"])
+    )
+    write(tmp_path, {"a.csv": f"raw,sentids,split,filename,img_id\n{rows}", **{f"{n}.png": photo(n) for n in range(4)}})
+    arguments = ("table", tmp_path / "a.csv", "--image_column", "filename", "--caption_column")
+    captions = ["A dog .", 'A "red" dog , asleep .']
+    expected = 0, {0: captions, 3: captions}, {}
+    assert prepare_groups(tmp_path / "out", *arguments, "raw", "--where", "split=train") == expected
+
+
+def test_results_of_flickr30k_with_padded_columns(tmp_path):
+    rows = "".join(f"{n}.png| {k}| Caption {n}-{k} , long .\n" for n in range(2) for k in range(2))
+    write(
+        tmp_path, {"results.csv": f"image_name| comment_number| comment\n{rows}", "0.png": photo(0), "1.png": photo(1)}
+    )
+    arguments = ("--delimiter", "|", "--image_column", "image_name", "--caption_column", "comment")
+    expected = {n: [f"Caption {n}-{k} , long ." for k in range(2)] for n in range(2)}
+    assert prepare_groups(tmp_path / "out", "table", tmp_path / "results.csv", *arguments) == (0, expected, {})
+
+
 # ------------------------------------------------------------------------------------------------- Hugging Face
 
 METADATA = {
@@ -400,6 +476,41 @@ def test_an_image_folder_of_hugging_face_is_read(tmp_path, name, captions):
     code, pairs, reasons = prepare(tmp_path / "out", "imagefolder", tmp_path / "in", *options)
     assert (code, pairs, reasons) == (0, {0: "caption 0", 1: "caption 1"}, {})
     assert (tmp_path / "out" / "ids.txt").read_text().split() == ["sub/0.png", "sub/1.png"]
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_the_column_of_images_may_have_a_prefix(tmp_path, capsys, name):
+    """`datasets` takes each column *_file_name as one of images."""
+    image_folder(tmp_path / "in", name)
+    content = METADATA[name]([("sub/0.png", "caption 0"), ("sub/1.png", "caption 1")])
+    for column in ("image_file_name", "file_names", "a_file_names"):
+        if isinstance(content, dict):
+            parquet(tmp_path / "in" / name, {column: content["file_name"], "text": content["text"]})
+        else:
+            write(tmp_path / "in", {name: content.replace("file_name", column)})
+        if column == "image_file_name":
+            assert prepare(tmp_path / column, "imagefolder", tmp_path / "in")[1] == {0: "caption 0", 1: "caption 1"}
+            capsys.readouterr()
+            continue
+        assert prepare(tmp_path / column, "imagefolder", tmp_path / "in")[0] == 2
+        assert f"has lists of images in the column '{column}'; these are not read: write a row" in one_line(capsys)
+
+
+def test_one_of_several_columns_of_images_is_chosen(tmp_path, capsys):
+    write(tmp_path / "in", {"0.png": photo(0), "1.png": photo(1), "metadata.csv": ""})
+    write(tmp_path / "in", {"metadata.csv": "text,left_file_name,right_file_name\nx,0.png,1.png\n"})
+    assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in")[0] == 2
+    assert "has 2 columns of images (left_file_name, right_file_name): choose one with --imag" in one_line(capsys)
+    options = ("--image_column", "right_file_name")
+    assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in", *options)[1] == {1: "x"}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_another_name_of_the_captions_names_the_option(tmp_path, capsys, name):
+    image_folder(tmp_path / "in", name, captions="blurb")
+    assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in")[0] == 2
+    expected = "has no column 'text'; it has: file_name, blurb (another name? --caption_column NAME)"
+    assert one_line(capsys).endswith(expected)
 
 
 def test_each_folder_of_a_tree_has_its_own_metadata(tmp_path):

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from typing import Any
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.cells import is_address, starts_json
-from eve_ds.data.formats.delimited import first_fields
+from eve_ds.data.formats.delimited import first_fields, first_rows
 from eve_ds.data.formats.entries import Entry, described, stream_entries
 from eve_ds.data.formats.json_stream import Outline, read_outline
 from eve_ds.data.formats.parquet import ParquetTable, is_parquet
@@ -25,6 +26,7 @@ from eve_ds.data.formats.unread import refuse_document
 
 ADDRESSES, CAPTIONS = "image_urls", "captions"
 """Keys of SBU."""
+_PROBED_ROWS = 100
 ADDRESSED = Columns(ADDRESS_COLUMNS, CAPTION_COLUMNS)
 """Names of the columns, or keys, by default."""
 
@@ -118,21 +120,28 @@ def _is_json(path: Path) -> bool:
 
 
 def _table(path: Path, columns: Columns) -> Table:
-    """Table with or without a header row; without, the column whose first field is an address holds the addresses.
-
-    A comma may stand in captions, so rows without a header then have two fields, and others are counted.
-    """
+    """Table with or without a header row: a file whose first row has an address has none."""
     by_tab = first_fields(path, "\t") or []
     delimiter = "\t" if len(by_tab) > 1 or path.suffix.lower() == ".tsv" else ","
     fields = by_tab if delimiter == "\t" else first_fields(path, delimiter) or []
-    at = next((number for number, field in enumerate(fields) if is_address(field)), None)
-    if at is None:
+    if not any(map(is_address, fields)):
         return Table(path, columns, delimiter)
     if len(fields) < 2:
         raise SourceError(f"{path} has one column: expected an address and a caption, with a tab between them")
+    return Table(path, Columns("url", "caption", where=columns.where), delimiter, _columns(path, delimiter))
+
+
+def _columns(path: Path, delimiter: str) -> list[str]:
+    """Names of the columns of a file without a header row, by the first rows that have an address.
+
+    A caption may have commas, so these separate two fields only. Tabs separate as many as most of the rows have.
+    """
+    rows = [fields for fields in islice(first_rows(path, delimiter), _PROBED_ROWS) if any(map(is_address, fields))]
     if delimiter == ",":
-        header = ["url", "caption"] if at == 0 else ["caption", "url"]
-    else:
-        header = [f"column {number}" for number in range(len(fields))]
-        header[at], header[0 if at else 1] = "url", "caption"
-    return Table(path, Columns("url", "caption", where=columns.where), delimiter, header)
+        return ["url", "caption"] if is_address(rows[0][0]) else ["caption", "url"]
+    width = Counter(map(len, rows)).most_common(1)[0][0]
+    fields = next(fields for fields in rows if len(fields) == width)
+    at = next(number for number, field in enumerate(fields) if is_address(field))
+    names = [f"column {number}" for number in range(width)]
+    names[at], names[0 if at else 1] = "url", "caption"
+    return names

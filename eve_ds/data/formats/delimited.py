@@ -11,6 +11,7 @@ import csv
 import re
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,16 +50,27 @@ class Layout(NamedTuple):
 
 
 def first_fields(path: Path, delimiter: str) -> list[str] | None:
-    """Fields of the first line without the white space around them, None for an empty file.
+    """Fields of the first row without the white space around them, None for an empty file.
 
     Raises:
         SourceError: the file is no text in UTF-8, or cannot be read.
     """
+    return next(first_rows(path, delimiter), None)
+
+
+def first_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
+    """Yield the fields of rows as :func:`first_fields`; where a quote is text, rows behind it may be left out."""
     refuse_binary(path)
-    line = next(_lines(path), None)
-    if line is None:
-        return None
-    return [name.strip() for name in _quoted(line, delimiter)[0] or _plain(line, delimiter)]
+    lines = _lines(path)
+    for line in lines:
+        joined = line
+        fields, is_open = _quoted(line, delimiter)
+        for following in islice(lines, limits.ROW_LINES) if is_open else ():
+            joined += following
+            fields, is_open = _quoted(joined, delimiter)
+            if not is_open or len(joined) >= limits.ROW_CHARACTERS:
+                break
+        yield [field.strip() for field in fields or _plain(line, delimiter)]
 
 
 def read_rows(path: Path, layout: Layout, has_header: bool) -> Iterator[list[str]]:

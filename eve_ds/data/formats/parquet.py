@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.cells import captions_of, image_name
@@ -134,9 +135,13 @@ def _damaged(path: Path, error: Exception) -> SourceError:
 def _captions(entry: Entry, column: str) -> tuple[str, ...]:
     """Captions of a text, of a list, or of a text that is a list; bytes are UTF-8."""
     value = entry.get(column)
-    value = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-    captions = captions_of(value) if isinstance(value, str) else None
-    return Entry({column: value if captions is None else list(captions)}, entry.where).captions(column)
+    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+    if not isinstance(text, str):
+        return entry.captions(column)
+    captions = captions_of(text)
+    if captions is None:
+        raise entry.error(f"{column} ({shortened(text)}) is a list of other values than texts")
+    return tuple(map(clean_caption, captions))
 
 
 def _image(entry: Entry, column: str) -> tuple[str, bytes | None]:

@@ -18,6 +18,7 @@ from eve_ds.data.formats.cells import (
     starts_json,
 )
 from eve_ds.data.formats.delimited import Layout, first_fields, read_rows
+from eve_ds.data.formats.entries import shortened
 from eve_ds.data.formats.where import EVERY_ROW, Where
 from eve_ds.printable import excerpt
 
@@ -76,6 +77,8 @@ class Row(NamedTuple):
     """Number of the row, from 1; the header is not counted."""
     problem: str
     """Why, one of a few fixed texts."""
+    detail: str = ""
+    """What is wrong with it, where the problem does not say."""
 
 
 class Table:
@@ -110,21 +113,21 @@ class Table:
         self.columns = columns.of(self._header, path)
         self._where = columns.where
         self._places = [self._header.index(name) for name in (*self.columns, *self._where.values)]
-        expected = "the header" if self._has_header else " and ".join(self._header)
-        self._too_long = f"more fields than {expected} (quote captions with {self.delimiter!r} in them)"
+        surplus = "more fields than the header" if self._has_header else f"more than {len(self._header)} fields"
+        self._too_long = f"{surplus} (quote captions with {self.delimiter!r} in them)"
 
     def __iter__(self) -> Iterator[ImageCaptions | Row]:
         """Rows in the order of the file that the conditions take; of those that cannot be used, all."""
         for number, fields in self._rows():
-            problem = self._problem(fields)
-            if problem is not None:
-                yield Row(number, problem)
+            bad = self._bad_form(number, fields)
+            if bad is not None:
+                yield bad
             elif self._where.holds(self._named(fields)):
                 yield self._record(number, fields)
 
     def cells(self) -> Iterator[dict[str, str]]:
         """Cells of each row by the names of their columns; rows of another form are left out."""
-        return (self._named(fields) for _, fields in self._rows() if self._problem(fields) is None)
+        return (self._named(fields) for number, fields in self._rows() if self._bad_form(number, fields) is None)
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         layout = Layout(self.delimiter, len(self._header), self._places[0])
@@ -133,18 +136,24 @@ class Table:
     def _named(self, fields: Sequence[str]) -> dict[str, str]:
         return dict(zip(self._header, fields, strict=False))
 
-    def _problem(self, fields: Sequence[str]) -> str | None:
-        """What is wrong with the form of a row."""
+    def _bad_form(self, number: int, fields: Sequence[str]) -> Row | None:
+        """The row where its number of fields is wrong or it is no text."""
         if any(field.strip() for field in fields[len(self._header) :]):
-            return self._too_long
-        return MALFORMED if len(fields) <= max(self._places) or "\0" in "".join(fields) else None
+            return Row(number, self._too_long)
+        if len(fields) <= max(self._places):
+            needed = self._header[max(self._places)]
+            return Row(number, MALFORMED, f"it ends before the column {needed}")
+        return Row(number, MALFORMED, "it has a NUL byte") if "\0" in "".join(fields) else None
 
     def _record(self, number: int, fields: Sequence[str]) -> ImageCaptions | Row:
         image, caption, *more = ("" if is_absent(fields[at]) else fields[at] for at in self._places)
         captions = captions_of(caption)
         image_id = more[0].strip() if len(self.columns) > 2 else ""
-        if not image or captions is None:
-            return Row(number, MALFORMED)
+        if not image:
+            return Row(number, MALFORMED, f"{self.columns[0]} is empty")
+        if captions is None:
+            detail = f"{self.columns[1]} ({shortened(caption)}) is a list of other values than texts"
+            return Row(number, MALFORMED, detail)
         return ImageCaptions(image_name(image), captions, image_id or None) if caption else Row(number, NO_CAPTION)
 
 

@@ -206,7 +206,7 @@ def test_rows_of_a_table_are_read_as_a_stream(tmp_path):
     path.write_text("image\tcaption\na.jpg\tone\nb.jpg\n")
     rows = iter(tables.Table(path, tables.Columns("image", "caption", None)))
     assert next(rows) == ImageCaptions("a.jpg", ("one",))
-    assert next(rows) == tables.Row(2, "malformed entry")
+    assert next(rows) == tables.Row(2, "malformed entry", "it ends before the column caption")
 
 
 # --- both readers -----------------------------------------------------------------------------------------------------
