@@ -59,3 +59,11 @@ def test_further_columns_behind_tabs_are_left_out(tmp_path):
         "\t".join((caption, address, "a,b", "/m/1,/m/2", ".5,.1")) for caption, address in [("x", ONE), ("y", TWO)]
     ]
     assert read(tmp_path, "\n".join(lines), ".tsv") == [(ONE, "x"), (TWO, "y")]
+
+
+@pytest.mark.parametrize("address_first", [True, False])
+def test_commas_separate_two_fields_where_most_captions_have_commas(tmp_path, address_first):
+    pairs = [("a dog, asleep", ONE), ("red, blue", TWO), ("a cat", THREE)]
+    lines = [",".join(pair[::-1] if address_first else pair) for pair in pairs]
+    too_long = "more than 2 fields (quote captions with ',' in them)"
+    assert read(tmp_path, "\n".join(lines), ".csv") == [too_long, too_long, (THREE, "a cat")]

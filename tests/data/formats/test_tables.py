@@ -260,6 +260,12 @@ def test_a_lone_carriage_return_is_text_in_a_file_of_other_line_ends(tmp_path, e
     assert pairs(found) == enumerated(captions)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_lone_carriage_return_may_stand_beside_a_quoted_field(tmp_path, end):
+    lines = ["image,caption,note", '0.jpg,"a dog, asleep",x\ry', '1.jpg,"a \rcat, ""red""",\r']
+    assert pairs(rows(tmp_path, end.join([*lines, ""]))) == enumerated(["a dog, asleep", 'a \rcat, "red"'])
+
+
 def test_line_feeds_in_quotes_are_text_in_a_file_of_carriage_returns(tmp_path):
     assert pairs(rows(tmp_path, 'image,caption\r0.jpg,"a\nb"\r1.jpg,"c\n"\r')) == enumerated(["a\nb", "c\n"])
 
