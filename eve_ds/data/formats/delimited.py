@@ -22,6 +22,7 @@ from eve_ds.data.formats.unread import refuse_binary
 _ESCAPED = re.compile(r'\\(["\\])')
 """A quote or a backslash behind a backslash."""
 _QUOTED_TEXT = re.compile(r'"[^"]*(?:"|\Z)')
+_PADDING = re.compile(r'[ \t]"|"[ \t]')
 _HIDDEN = {ord("\r"): 0xD800, ord("\n"): 0xD801}
 """Line ends as surrogates that no decoded file has: `csv` refuses line ends outside quotes."""
 _SHOWN = {code: end for end, code in _HIDDEN.items()}
@@ -96,7 +97,7 @@ def read_rows(path: Path, layout: Layout, has_header: bool) -> Iterator[list[str
             if layout.is_named_row(line) and layout.is_named_row(following):
                 break
             fields, is_open = _quoted("".join(joined), layout.delimiter)
-        if fields is None or not _is_one_row(fields, joined, layout):
+        if fields is None or (len(joined) > 1 and not _is_one_row(fields, joined, layout)):
             ahead.extendleft(reversed(joined[1:]))
             fields = _plain(line, layout.delimiter)
         yield fields
@@ -139,16 +140,19 @@ def _quoted(text: str, delimiter: str) -> tuple[list[str] | None, bool]:
 
 
 def _parsed(text: str, delimiter: str) -> tuple[list[str] | None, bool]:
-    text = _without_padding(text.translate(_HIDDEN), delimiter)
+    has_ends = "\r" in text or "\n" in text
+    text = _without_padding(text.translate(_HIDDEN) if has_ends else text, delimiter)
     try:
         fields = next(csv.reader([text], delimiter=delimiter, strict=True))
     except csv.Error as error:
         return None, "unexpected end of data" in str(error)
-    return [field.translate(_SHOWN) for field in fields], False
+    return [field.translate(_SHOWN) for field in fields] if has_ends else fields, False
 
 
 def _without_padding(text: str, delimiter: str) -> str:
     """The text without white space around the quotes of its quoted fields; white space in quotes stays."""
+    if _PADDING.search(text) is None:
+        return text
     space, end = rf"(?:(?!{re.escape(delimiter)})[ \t])*+", rf"(?={re.escape(delimiter)}|\Z)"
     return re.sub(rf'(\A|{re.escape(delimiter)}){space}("(?:[^"]|"")*+(?:\Z|"{space}{end}))', _trimmed, text)
 

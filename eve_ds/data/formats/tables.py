@@ -122,7 +122,7 @@ class Table:
             bad = self._bad_form(number, fields)
             if bad is not None:
                 yield bad
-            elif self._where.holds(self._named(fields)):
+            elif not self._where.values or self._where.holds(self._named(fields)):
                 yield self._record(number, fields)
 
     def cells(self) -> Iterator[dict[str, str]]:
