@@ -305,6 +305,14 @@ BAD_LISTS = {
         "has 4 image_urls and 2 captions: there must be as many",
     ),
     "other.tsv": (rows(["x"], ["http://other.invalid/a.jpg"]), "none of its addresses is one of the 3 images of"),
+    "only malformed.json": (
+        '{"image_urls": ["http://h/a.jpg"], "captions": [5]}',
+        "no usable address: malformed entry (as only malformed.json entry 0: caption (5) must be a string or a list",
+    ),
+    "only commas.csv": (
+        "a dog, asleep,http://h/a.jpg\n",
+        "has no usable address: more than 2 fields (quote captions with ',' in them) (as row 1)",
+    ),
     "one column.tsv": (rows([ADDRESSES[0]]), "has one column: expected an address and a caption"),
     "captions.json": ('[{"image": "a.jpg", "caption": "x"}]', "images and captions: give it to `prepare.py json`"),
     "coco.json": ('{"images": [{}], "annotations": [{}]}', "is COCO annotations: give it to `prepare.py coco`"),
@@ -413,6 +421,7 @@ FLICKR_FILES = {
     "results_20130124.token": NUMBERED,
     "with a mark.token": "\ufeff" + NUMBERED,
     "line ends of Windows.txt": NUMBERED.replace("\n", "\r\n"),
+    "a tab in a caption.token": "0.png#2\tcut\there\n" + NUMBERED,
     "with a header.tsv": "image\tcaption\n" + NUMBERED,
     "numbers of another language.txt": NUMBERED.replace("#", "#zh#"),
 }
@@ -422,7 +431,10 @@ FLICKR_FILES = {
 def test_captions_with_numbers_are_read_without_a_header(tmp_path, name):
     write(tmp_path, {name: FLICKR_FILES[name], "0.png": photo(0), "1.png": photo(1)})
     expected = {0: ["A dog .", 'A "red" dog , asleep .'], 1: ["A cat ."]}
-    assert prepare_groups(tmp_path / "out", "table", tmp_path / name) == (0, expected, {})
+    code, groups, reasons = prepare_groups(tmp_path / "out", "table", tmp_path / name)
+    assert (code, groups) == (0, expected)
+    cut = {"more than 2 fields (quote captions with '\\t' in them)": 1}
+    assert reasons == (cut if name == "a tab in a caption.token" else {})
     assert (tmp_path / "out" / "ids.txt").read_text().split() == ["0.png", "1.png"]
 
 

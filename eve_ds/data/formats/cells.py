@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import re
-import warnings
 from typing import Any
 
 from eve_ds.data.caption_text import ABSENT_CELLS, clean_caption
@@ -14,7 +12,10 @@ from eve_ds.reading import parse_json
 
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _NAME = re.compile(rf"(?P<name>[^\r\n]*\.(?:{'|'.join(IMAGE_EXTENSIONS)}))(?P<number>(?:#\w+)*)", re.IGNORECASE)
-_TEXT = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
+_ESCAPE = r"""\\(?:[\\'"nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4})"""
+"""Escape that Python and numpy write in a text."""
+_SIGNS = {"n": "\n", "r": "\r", "t": "\t"}
+_TEXT = rf"""(?:'(?:[^'\\]|{_ESCAPE})*+'|"(?:[^"\\]|{_ESCAPE})*+")"""
 _ITEM = re.compile(rf"{_TEXT}|None|nan", re.DOTALL)
 _LIST = re.compile(rf"\[\s*(?:(?:{_TEXT}|None|nan)\s*+(?:,\s*+)?)++\]", re.DOTALL)
 """List of texts as Python writes it, and as numpy does, which puts no commas."""
@@ -84,13 +85,10 @@ def _json_items(text: str) -> list[Any] | None:
 def _python_texts(text: str) -> list[Any] | None:
     if _LIST.fullmatch(text) is None:
         return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # an escape that Python does not write
-            return [None if item in ("None", "nan") else _unescaped(item) for item in _ITEM.findall(text[1:-1])]
-    except (ValueError, SyntaxError):
-        return None
+    items = _ITEM.findall(text[1:-1])
+    return [None if item in ("None", "nan") else re.sub(_ESCAPE, _unescaped, item[1:-1]) for item in items]
 
 
-def _unescaped(item: str) -> str:
-    return str(ast.literal_eval(item)) if "\\" in item else item[1:-1]
+def _unescaped(found: re.Match[str]) -> str:
+    sign, digits = found[0][1], found[0][2:]
+    return chr(int(digits, 16)) if digits else _SIGNS.get(sign, sign)

@@ -164,7 +164,7 @@ def default_delimiter(path: Path) -> str:
 
 def _is_numbered(path: Path) -> bool:
     fields = first_fields(path, "\t") or [""]
-    return len(fields) == len(NUMBERED_COLUMNS) and is_numbered_image(fields[0])
+    return len(fields) >= len(NUMBERED_COLUMNS) and is_numbered_image(fields[0])
 
 
 def _read_header(path: Path, delimiter: str, columns: Columns) -> list[str]:
