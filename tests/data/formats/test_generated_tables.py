@@ -8,7 +8,7 @@ import pytest
 
 from eve_ds.data.formats.tables import Columns, Row, Table
 
-FILES = 700
+FILES = 400
 COLUMNS = [
     ["image", "caption"],
     ["caption", "image"],
