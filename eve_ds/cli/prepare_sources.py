@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from eve_ds.cli.command import positive
 
 if TYPE_CHECKING:
+    from eve_ds.data.formats.where import Where
     from eve_ds.data.importers import ImagePaths, Source
 
 
@@ -119,12 +120,13 @@ def _add_caption_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="+", help="annotation files")
     _add_images(parser)
     _add_boxes(parser)
+    _add_where(parser)
 
 
 def _caption_json(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import CaptionJson
 
-    return CaptionJson(arguments.path, _image_paths(arguments), arguments.boxes)
+    return CaptionJson(arguments.path, _image_paths(arguments), arguments.boxes, _where(arguments))
 
 
 def _add_urls(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +137,7 @@ def _add_urls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url_column", metavar="NAME", help="column of addresses (default: url, URL or image_url)")
     parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: caption, text or TEXT)")
     _add_follow_links(parser)
+    _add_where(parser)
 
 
 def _urls(arguments: argparse.Namespace) -> Source:
@@ -142,30 +145,49 @@ def _urls(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import Addresses
 
     columns = ADDRESSED._replace(
-        image=arguments.url_column or ADDRESSED.image, caption=arguments.caption_column or ADDRESSED.caption
+        image=arguments.url_column or ADDRESSED.image,
+        caption=arguments.caption_column or ADDRESSED.caption,
+        where=_where(arguments),
     )
     return Addresses(arguments.path, arguments.images, columns, arguments.follow_links)
 
 
 def _add_image_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="folder with metadata.jsonl, .csv or .parquet at any depth")
+    parser.add_argument(
+        "path",
+        help="folder with metadata.jsonl, .csv or .parquet at any depth; name that of a split to take it only",
+    )
+    parser.add_argument(
+        "--image_column", metavar="NAME", help="column of image paths (default: file_name, or the one of *_file_name)"
+    )
     parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: text or caption)")
     _add_follow_links(parser)
+    _add_where(parser)
 
 
 def _image_folder(arguments: argparse.Namespace) -> Source:
     from eve_ds.data.importers import MetadataFolder
 
-    return MetadataFolder(arguments.path, arguments.caption_column, arguments.follow_links)
+    return MetadataFolder(
+        arguments.path, arguments.caption_column, arguments.follow_links, arguments.image_column, _where(arguments)
+    )
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="+", help="files with a header row, or Parquet, which may hold the images")
+    parser.add_argument(
+        "path",
+        nargs="+",
+        help="files with a header row, Parquet, which may hold the images, or lines of NAME.jpg#N, a tab and a caption",
+    )
     _add_images(parser)
     parser.add_argument(
         "--image_column", metavar="NAME", help="column of image paths (default: image, file_name, image_path, filepath)"
     )
-    parser.add_argument("--caption_column", metavar="NAME", help="column of captions (default: caption, text or TEXT)")
+    parser.add_argument(
+        "--caption_column",
+        metavar="NAME",
+        help="column of captions, or of lists of them (default: caption, text or TEXT)",
+    )
     parser.add_argument("--id_column", metavar="NAME", help="column of image ids (default: the image path is the id)")
     parser.add_argument(
         "--delimiter",
@@ -173,6 +195,7 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help=r"character between columns, \t for a tab (default: tab for .tsv, comma otherwise)",
     )
+    _add_where(parser)
 
 
 def _table(arguments: argparse.Namespace) -> Source:
@@ -183,6 +206,7 @@ def _table(arguments: argparse.Namespace) -> Source:
         image=arguments.image_column or DEFAULT_COLUMNS.image,
         caption=arguments.caption_column or DEFAULT_COLUMNS.caption,
         image_id=arguments.id_column,
+        where=_where(arguments),
     )
     return Table(arguments.path, _image_paths(arguments), columns, arguments.delimiter)
 
@@ -236,10 +260,36 @@ def _add_boxes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--where",
+        action="append",
+        type=condition,
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="take the rows, or entries, with this value only, such as split=train; repeat it for another value of the "
+        "column (either is taken) or for another column (both must hold)",
+    )
+
+
+def _where(arguments: argparse.Namespace) -> Where:
+    from eve_ds.data.formats.where import Where
+
+    return Where.of(arguments.where)
+
+
 def _image_paths(arguments: argparse.Namespace) -> ImagePaths:
     from eve_ds.data.importers import ImagePaths
 
     return ImagePaths(arguments.images, arguments.strip_prefix, arguments.follow_links)
+
+
+def condition(text: str) -> tuple[str, str]:
+    """Column and value of a condition, as the type of an option."""
+    column, equals, value = text.partition("=")
+    if not (column and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} must be COLUMN=VALUE, such as split=train")
+    return column, value
 
 
 def delimiter(text: str) -> str:

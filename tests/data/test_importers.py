@@ -129,7 +129,10 @@ def test_caption_json_reads_one_or_several_captions_and_ids(tmp_path):
         ("deep/b.jpg", ("two", "three")),
     ]
     assert {"tail b.jpg", "tail b"} <= found[1].names()
-    assert skipped == [Skip("2.json entry 1", "malformed entry"), Skip("2.json entry 2", "malformed entry")]
+    assert skipped == [
+        Skip("2.json entry 1: caption is missing", "malformed entry"),
+        Skip("2.json entry 2: must be an object", "malformed entry"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,10 @@ def test_table_reads_quotes_byte_order_marks_and_named_columns(tmp_path):
     table = Table([tmp_path / "t.csv"], columns=Columns("file", "text", "key"))
     found, skipped = split(table)
     assert [(item.image_id, item.captions[0]) for item in found] == [("k1", "a dog, asleep"), ("k3", "\udcff\udcfe")]
-    assert skipped == [Skip("row 2", "malformed entry"), Skip("row 4", "malformed entry")]
+    assert skipped == [
+        Skip("row 2: file is empty", "malformed entry"),
+        Skip("row 4: it ends before the column key", "malformed entry"),
+    ]
 
 
 def test_table_delimiter_depends_on_the_suffix(tmp_path):

@@ -11,6 +11,8 @@ import socket
 import tarfile
 import unicodedata
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -441,7 +443,10 @@ DOCUMENTS = {
     "cut": ('[{"image": "a.jpg", "caption": "x"', "is not JSON: Expecting"),
     "a bad line": ('{"image": "a.jpg", "caption": "x"}\n{"image":\n', "is not JSON: Expecting value: line 2"),
     "empty": ("", "is not JSON: Expecting value"),
-    "one line of JSON lines": ('{"image": "a.jpg", "caption": "x"}', "found an object with the keys image, caption"),
+    "one line of JSON lines": (
+        '{"image": "a.jpg", "caption": "x"}',
+        "the keys image, caption; put the object into a list, or name the file .jsonl",
+    ),
     "an empty list": ("[]", "is not a caption JSON: .* found an empty list"),
     "NUL": ("[\0]", "it has NUL bytes; this is not read"),
 }
@@ -464,6 +469,93 @@ def test_a_document_that_is_not_read_is_named_in_one_line(tmp_path, capsys, name
     if suffix == "json":
         with pytest.raises(ValueError, match=message):
             raise ValueError(line)
+
+
+ONLY_MALFORMED = {
+    "json": (
+        '[{"image": ["1.jpg"], "caption": ["a"]}]',
+        r"a\.json entry 0: image \(\['1\.jpg'\]\) must be a non-empty st",
+    ),
+    "json with numbers": (
+        '[{"image": "1.jpg", "caption": 5}]',
+        r"a\.json entry 0: caption \(5\) must be a string or a li",
+    ),
+    "json without captions": ('[{"image": "1.jpg"}, {}]', r"a\.json entry 0: caption is missing"),
+    "coco": (
+        '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 2, "caption": "x"}]}',
+        r"malformed entry: 1 \(as a\.json entry 0: image_id \(2\) is not in the list of images\)",
+    ),
+    "karpathy": (
+        '{"images": [{"filename": "1.jpg", "split": "train", "sentences": ["a"]}]}',
+        r"malformed entry: 1 \(as a\.json entry 0: image 1\.jpg has no sentences but \['a'\]",
+    ),
+    "visual_genome": (
+        '[{"id": 1, "regions": [{"phrase": 5, "image_id": 1}]}]',
+        r"malformed entry: 1 \(as a\.json entry 0 region 0: phrase \(5\) must be a string",
+    ),
+    "urls": (
+        '[{"link": "http://h/1.jpg", "caption": "x"}]',
+        r"a\.json entry 0: url \(None\) must be a non-empty string",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_MALFORMED)
+def test_a_file_of_malformed_entries_says_what_is_wrong_with_the_first(tmp_path, capsys, name):
+    text, message = ONLY_MALFORMED[name]
+    download = {"images/0/0.png": photo(0), "images/0/0.txt": "x", "images/0/0.json": '{"url": "http://h/0.jpg"}'}
+    write(tmp_path, {"a.json": text, **download})
+    options = ("--images", tmp_path / "images") if name == "urls" else ()
+    assert prepare(tmp_path / "out", name.split()[0], tmp_path / "a.json", *options)[0] == 2
+    assert re.search(message, one_line(capsys))
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        (
+            [[{"raw": "a"}]],
+            r"rows\.parquet row 1: caption \(\[\{'raw': 'a'\}\]\) must be a string or a list of strings",
+        ),
+        ([5], r"rows\.parquet row 1: caption \(5\) must be a string"),
+        (
+            ['[{"raw": "a"}]'],
+            r"rows\.parquet row 1: caption \('\[\{\"raw\": \"a\"\}\]'\) is a list of other values than texts",
+        ),
+    ],
+)
+def test_parquet_of_malformed_captions_says_what_is_wrong_with_the_first(tmp_path, capsys, captions, message):
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["0.png"], "caption": captions}), tmp_path / "rows.parquet")
+    write(tmp_path, {"0.png": photo(0)})
+    assert prepare(tmp_path / "out", "table", tmp_path / "rows.parquet")[0] == 2
+    assert re.search(message, one_line(capsys))
+
+
+def test_captions_of_parquet_may_be_bytes(tmp_path):
+    captions = ["é".encode(), b"\xff"]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": ["0.png", "1.png"], "caption": captions}), tmp_path / "rows.parquet"
+    )
+    write(tmp_path, {"0.png": photo(0), "1.png": photo(1)})
+    expected = 0, {0: "é"}, {"caption is not UTF-8": 1}
+    assert prepare(tmp_path / "out", "table", tmp_path / "rows.parquet") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"identifier": "a", "sentence": "b"}\n', "is NLVR2; this is not read: name it as `task.train.annotations`"),
+        (
+            '{"identifier": "1-0", "sentence": "b", "structured_rep": []}\n' * 2,
+            "is NLVR 1.0; this is not read: give the folder that holds it and images/ to `prepare.py nlvr`",
+        ),
+        ("[1]", "is JSON, not an archive or a folder with images; expected SPLIT/SPLIT.json beside SPLIT/images/"),
+    ],
+)
+def test_json_in_place_of_an_archive_of_nlvr_is_named(tmp_path, capsys, text, message):
+    write(tmp_path, {"dev.json": text})
+    assert prepare(tmp_path / "out", "nlvr", tmp_path / "dev.json")[0] == 2
+    assert message in one_line(capsys)
 
 
 def test_karpathy_names_the_captions_of_coco(tmp_path, capsys):

@@ -99,8 +99,8 @@ def test_a_table_that_holds_its_images_is_not_read_to_look_for_them(tmp_path, mo
             taken.append(record)
             yield record
 
-    taken, read = [], annotations.table_records
-    monkeypatch.setattr(annotations, "table_records", counting)
+    taken, read = [], annotations.counted
+    monkeypatch.setattr(annotations, "counted", counting)
     columns = {"image": [photo(n) for n in range(9)], "caption": [f"caption {n}" for n in range(9)]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     source = annotations.Table([tmp_path / "a.parquet"])

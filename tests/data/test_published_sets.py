@@ -221,13 +221,21 @@ LISTS = {
     "cc3m with a header.tsv": lambda: rows(["caption", *CAPTIONS], ["url", *ADDRESSES]),
     "cc12m with a header.tsv": lambda: rows(["url", *ADDRESSES], ["caption", *CAPTIONS]),
     "cc3m.txt": lambda: rows(CAPTIONS, ADDRESSES),
+    "labels of cc3m.tsv": lambda: rows(CAPTIONS, ADDRESSES, ["a,b"] * 4, [".5,.1"] * 4),
+    "quoted.csv": lambda: "".join(
+        f'"{c.replace(chr(34), 2 * chr(34))}",{a}\n' for c, a in zip(CAPTIONS, ADDRESSES, strict=True)
+    ),
     "list.json": lambda: json.dumps([{"url": a, "caption": c} for a, c in zip(ADDRESSES, CAPTIONS, strict=True)]),
     "lines.jsonl": lambda: "".join(
         json.dumps({"URL": a, "TEXT": c}) + "\n" for a, c in zip(ADDRESSES, CAPTIONS, strict=True)
     ),
+    "list.txt": lambda: json.dumps(
+        [{"url": a, "caption": c} for a, c in zip(ADDRESSES, CAPTIONS, strict=True)], indent=1
+    ),
     "laion400m.parquet": {"URL": ADDRESSES, "TEXT": CAPTIONS, "WIDTH": [1, 2, 3, 4]},
     "datacomp.parquet": {"uid": ["a", "b", "c", "d"], "url": ADDRESSES, "text": CAPTIONS},
 }
+LISTS |= {"lines.txt": LISTS["lines.jsonl"], "lines.csv": LISTS["lines.jsonl"]}
 
 
 def download(folder, layout, numbers=(0, 1, 2)):
@@ -275,6 +283,14 @@ BAD_LISTS = {
         "has 4 image_urls and 2 captions: there must be as many",
     ),
     "other.tsv": (rows(["x"], ["http://other.invalid/a.jpg"]), "none of its addresses is one of the 3 images of"),
+    "only malformed.json": (
+        '{"image_urls": ["http://h/a.jpg"], "captions": [5]}',
+        "no usable address: malformed entry (as only malformed.json entry 0: caption (5) must be a string or a list",
+    ),
+    "only commas.csv": (
+        "a dog, asleep,http://h/a.jpg\n",
+        "has no usable address: more than 2 fields (quote captions with ',' in them) (as row 1)",
+    ),
     "one column.tsv": (rows([ADDRESSES[0]]), "has one column: expected an address and a caption"),
     "captions.json": ('[{"image": "a.jpg", "caption": "x"}]', "images and captions: give it to `prepare.py json`"),
     "coco.json": ('{"images": [{}], "annotations": [{}]}', "is COCO annotations: give it to `prepare.py coco`"),
@@ -283,7 +299,7 @@ BAD_LISTS = {
     "damaged.parquet": (b"PAR1" + bytes(100), "cannot be read as Parquet: "),
     "empty.parquet": (b"", "cannot be read as Parquet: "),
     "page.parquet": (b"<html>", "cannot be read as Parquet: "),
-    "no captions.tsv": ("url\tother\nx\ty\n", "has no column 'caption'; it has: url, other\n"),
+    "no captions.tsv": ("url\tother\nx\ty\n", "it has: url, other (another name? --caption_column NAME)\n"),
     "empty.tsv": (b"", "is empty; expected a header row with the columns url, caption"),
 }
 
@@ -375,6 +391,54 @@ def test_tables_of_metadata_beside_images_are_not_opened(tmp_path, monkeypatch, 
     assert prepare(tmp_path / "out", "img2dataset", tmp_path / "in")[1] == dict.fromkeys(range(3), "another caption")
 
 
+# ------------------------------------------------------------------------------------------------- Flickr8k, Flickr30K
+
+NUMBERED = '0.png#0\tA dog .\n0.png#1\tA "red" dog , asleep .\n1.png#0\tA cat .\n'
+FLICKR_FILES = {
+    "Flickr8k.token.txt": NUMBERED,
+    "results_20130124.token": NUMBERED,
+    "with a mark.token": "\ufeff" + NUMBERED,
+    "line ends of Windows.txt": NUMBERED.replace("\n", "\r\n"),
+    "a tab in a caption.token": "0.png#2\tcut\there\n" + NUMBERED,
+    "with a header.tsv": "image\tcaption\n" + NUMBERED,
+    "numbers of another language.txt": NUMBERED.replace("#", "#zh#"),
+}
+
+
+@pytest.mark.parametrize("name", FLICKR_FILES)
+def test_captions_with_numbers_are_read_without_a_header(tmp_path, name):
+    write(tmp_path, {name: FLICKR_FILES[name], "0.png": photo(0), "1.png": photo(1)})
+    expected = {0: ["A dog .", 'A "red" dog , asleep .'], 1: ["A cat ."]}
+    code, groups, reasons = prepare_groups(tmp_path / "out", "table", tmp_path / name)
+    assert (code, groups) == (0, expected)
+    cut = {"more than 2 fields (quote captions with '\\t' in them)": 1}
+    assert reasons == (cut if name == "a tab in a caption.token" else {})
+    assert (tmp_path / "out" / "ids.txt").read_text().split() == ["0.png", "1.png"]
+
+
+def test_lists_in_cells_and_the_split_of_flickr30k_on_the_hub(tmp_path):
+    """flickr_annotations_30k.csv of nlphuji/flickr30k."""
+    cell = '"[""A dog ."", ""A \\""red\\"" dog , asleep .""]"'
+    rows = "".join(
+        f'{cell},"[0, 1]",{split},{n}.png,{n}\n' for n, split in enumerate(["train", "test", "val", "train"])
+    )
+    write(tmp_path, {"a.csv": f"raw,sentids,split,filename,img_id\n{rows}", **{f"{n}.png": photo(n) for n in range(4)}})
+    arguments = ("table", tmp_path / "a.csv", "--image_column", "filename", "--caption_column")
+    captions = ["A dog .", 'A "red" dog , asleep .']
+    expected = 0, {0: captions, 3: captions}, {}
+    assert prepare_groups(tmp_path / "out", *arguments, "raw", "--where", "split=train") == expected
+
+
+def test_results_of_flickr30k_with_padded_columns(tmp_path):
+    rows = "".join(f"{n}.png| {k}| Caption {n}-{k} , long .\n" for n in range(2) for k in range(2))
+    write(
+        tmp_path, {"results.csv": f"image_name| comment_number| comment\n{rows}", "0.png": photo(0), "1.png": photo(1)}
+    )
+    arguments = ("--delimiter", "|", "--image_column", "image_name", "--caption_column", "comment")
+    expected = {n: [f"Caption {n}-{k} , long ." for k in range(2)] for n in range(2)}
+    assert prepare_groups(tmp_path / "out", "table", tmp_path / "results.csv", *arguments) == (0, expected, {})
+
+
 # ------------------------------------------------------------------------------------------------- Hugging Face
 
 METADATA = {
@@ -409,6 +473,15 @@ def test_an_image_folder_of_hugging_face_is_read(tmp_path, name, captions):
     code, pairs, reasons = prepare(tmp_path / "out", "imagefolder", tmp_path / "in", *options)
     assert (code, pairs, reasons) == (0, {0: "caption 0", 1: "caption 1"}, {})
     assert (tmp_path / "out" / "ids.txt").read_text().split() == ["sub/0.png", "sub/1.png"]
+
+
+def test_one_of_several_columns_of_images_is_chosen(tmp_path, capsys):
+    write(tmp_path / "in", {"0.png": photo(0), "1.png": photo(1), "metadata.csv": ""})
+    write(tmp_path / "in", {"metadata.csv": "text,left_file_name,right_file_name\nx,0.png,1.png\n"})
+    assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in")[0] == 2
+    assert "has several columns of files (left_file_name, right_file_name): choose one with --ima" in one_line(capsys)
+    options = ("--image_column", "right_file_name")
+    assert prepare(tmp_path / "out", "imagefolder", tmp_path / "in", *options)[1] == {1: "x"}
 
 
 def test_each_folder_of_a_tree_has_its_own_metadata(tmp_path):

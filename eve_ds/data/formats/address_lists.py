@@ -8,23 +8,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
+from eve_ds.data.formats.cells import is_address, starts_json
+from eve_ds.data.formats.delimited import first_fields, first_rows
 from eve_ds.data.formats.entries import Entry, described, stream_entries
 from eve_ds.data.formats.json_stream import Outline, read_outline
 from eve_ds.data.formats.parquet import ParquetTable, is_parquet
-from eve_ds.data.formats.tables import ADDRESS_COLUMNS, CAPTION_COLUMNS, Columns, Row, Table, first_fields
+from eve_ds.data.formats.tables import ADDRESS_COLUMNS, CAPTION_COLUMNS, Columns, Row, Table
 from eve_ds.data.formats.unread import refuse_document
 
 ADDRESSES, CAPTIONS = "image_urls", "captions"
 """Keys of SBU."""
+_PROBED_ROWS = 100
 ADDRESSED = Columns(ADDRESS_COLUMNS, CAPTION_COLUMNS)
 """Names of the columns, or keys, by default."""
-_SCHEMES = ("http://", "https://")
 
 
 class AddressList:
@@ -49,18 +53,22 @@ class AddressList:
         if is_parquet(path):
             self._table = ParquetTable(path, columns)
             self.num_rows = self._table.num_rows
-        elif path.suffix.lower() in (".tsv", ".csv", ".txt") or not _starts_as_json(path):
+        elif not _is_json(path):
             self._table = _table(path, columns)
         else:
             self._check_json(read_outline(path, keep_undecodable=True))
 
     def __iter__(self) -> Iterator[ImageCaptions | Row | Entry]:
         """Each address with its captions; the row or entry itself where it is malformed."""
-        if isinstance(self._table, ParquetTable):
-            return iter(self._table)
         if self._table is not None:
-            return self._table.records()
-        return map(self._of_entry, self._entries())
+            return iter(self._table)
+        return map(self._of_entry, self._columns.where.taken(self._entries()))
+
+    def cells(self) -> Iterator[Mapping[str, Any]]:
+        """Values of each address by the names of their columns or keys."""
+        if self._table is not None:
+            return self._table.cells()
+        return (entry.content for entry in self._entries() if isinstance(entry.content, dict))
 
     def _check_json(self, outline: Outline) -> None:
         tree = outline.tree
@@ -72,13 +80,17 @@ class AddressList:
                 )
             self._is_sbu, self.num_rows = True, counts[0]
             return
-        if isinstance(tree, list) and any(map(self._is_usable, islice(stream_entries(self._path), 1000))):
-            self.num_rows = outline.counts[None]
-            return
+        problem = ""
+        if isinstance(tree, list):
+            first = list(map(self._of_entry, islice(stream_entries(self._path), 1000)))
+            if any(isinstance(found, ImageCaptions) for found in first):
+                self.num_rows = outline.counts[None]
+                return
+            problem = next((f"; {PurePosixPath(e.where).name}: {e.problem}" for e in first if isinstance(e, Entry)), "")
         refuse_document(self._path, tree, "urls")
         raise SourceError(
             f'{self._path} is no list of addresses: expected {{"{ADDRESSES}": [...], "{CAPTIONS}": [...]}} or '
-            f'[{{"url": address, "caption": text}}], found {described(tree)}'
+            f'[{{"url": address, "caption": text}}], found {described(tree)}{problem}'
         )
 
     def _entries(self) -> Iterator[Entry]:
@@ -93,11 +105,8 @@ class AddressList:
         try:
             address, caption = (_key(entry, names) for names in self._columns[:2])
             return ImageCaptions(entry.file_name(address), entry.captions(caption))
-        except SourceError:
-            return entry
-
-    def _is_usable(self, entry: Entry) -> bool:
-        return isinstance(self._of_entry(entry), ImageCaptions)
+        except SourceError as error:
+            return entry.malformed(error)
 
 
 def _key(entry: Entry, names: str | Sequence[str] | None) -> str:
@@ -105,21 +114,34 @@ def _key(entry: Entry, names: str | Sequence[str] | None) -> str:
     return next((name for name in wanted if entry.has(name)), wanted[0])
 
 
-def _starts_as_json(path: Path) -> bool:
+def _is_json(path: Path) -> bool:
     fields = first_fields(path, "\t")
-    return bool(fields and fields[0][:1] in ("{", "["))
+    return bool(fields and starts_json(fields[0]))
 
 
 def _table(path: Path, columns: Columns) -> Table:
-    """Table with or without a header row; without, the column whose first field is an address holds the addresses."""
+    """Table with or without a header row: a file whose first row has an address has none."""
     by_tab = first_fields(path, "\t") or []
     delimiter = "\t" if len(by_tab) > 1 or path.suffix.lower() == ".tsv" else ","
     fields = by_tab if delimiter == "\t" else first_fields(path, delimiter) or []
-    at = next((number for number, field in enumerate(fields) if field.startswith(_SCHEMES)), None)
-    if at is None:
+    if not any(map(is_address, fields)):
         return Table(path, columns, delimiter)
     if len(fields) < 2:
         raise SourceError(f"{path} has one column: expected an address and a caption, with a tab between them")
-    header = [f"column {number}" for number in range(len(fields))]
-    header[at], header[0 if at else 1] = "url", "caption"
-    return Table(path, Columns("url", "caption"), delimiter, header)
+    return Table(path, Columns("url", "caption", where=columns.where), delimiter, _columns(path, delimiter))
+
+
+def _columns(path: Path, delimiter: str) -> list[str]:
+    """Names of the columns of a file without a header row, by the first rows that have an address.
+
+    A caption may have commas, so these separate two fields only. Tabs separate as many as most of the rows have.
+    """
+    rows = [fields for fields in islice(first_rows(path, delimiter), _PROBED_ROWS) if any(map(is_address, fields))]
+    if delimiter == ",":
+        return ["url", "caption"] if is_address(rows[0][0]) else ["caption", "url"]
+    width = Counter(map(len, rows)).most_common(1)[0][0]
+    fields = next(fields for fields in rows if len(fields) == width)
+    at = next(number for number, field in enumerate(fields) if is_address(field))
+    names = [f"column {number}" for number in range(width)]
+    names[at], names[0 if at else 1] = "url", "caption"
+    return names

@@ -71,8 +71,8 @@ def read_captions(path: Path, images: dict[str, Image]) -> Iterator[ImageCaption
     for entry in stream_entries(path, "annotations"):
         try:
             yield _captioned(entry, path, images)
-        except SourceError:
-            yield entry
+        except SourceError as error:
+            yield entry.malformed(error)
 
 
 def published_places(path: str) -> tuple[str, ...]:

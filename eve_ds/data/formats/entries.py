@@ -25,14 +25,20 @@ class Entry(NamedTuple):
     Attributes:
         content: parsed JSON; every method raises :class:`SourceError` unless it is an object.
         where: file and number of the entry, which every message begins with.
+        problem: what is wrong with it, where a reader found something; empty otherwise.
     """
 
     content: Any
     where: str
+    problem: str = ""
 
     def error(self, problem: str) -> SourceError:
         """An error that names the place of the entry."""
         return SourceError(f"{self.where}: {problem}")
+
+    def malformed(self, error: SourceError) -> Entry:
+        """The entry with the problem of an error of its own, or of a part of it."""
+        return self._replace(problem=str(error).removeprefix(f"{self.where}: "))
 
     def get(self, key: str, default: Any = None) -> Any:
         """Value of a key, or the default."""

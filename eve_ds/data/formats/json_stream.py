@@ -122,7 +122,7 @@ class _Window:
     def __init__(self, file: TextIO) -> None:
         self._file = file
         self._text, self._at, self._ended = "", 0, False
-        self._first_line, self._dropped = 1, 0
+        self._first_line, self._before, self._dropped = 1, 0, 0  # characters before the text in its first line
 
     def next_sign(self) -> str:
         """The next character that is no white space, where reading goes on; empty at the end of the file."""
@@ -177,11 +177,17 @@ class _Window:
         if self.next_sign():
             raise json.JSONDecodeError("Extra data", self._text, self._at)
 
-    def line(self, at: int | None = None) -> int:
-        """Number of the line of a place in the read part, by default that of reading."""
+    def place(self, at: int | None = None) -> str:
+        """Line and character of a place in the read part, from 1, by default that of reading."""
         end = self._at if at is None else at
         end = len(self._text.rstrip()) if not self._text[end:].strip() else end  # of a cut file, its last line
-        return self._first_line + self._text.count("\n", 0, end)
+        line = self._first_line + self._text.count("\n", 0, end)
+        return f"line {line}, character {self._column(end)}"
+
+    def _column(self, at: int) -> int:
+        """Number of the character in its line, from 1."""
+        start = self._text.rfind("\n", 0, at)
+        return at - start if start >= 0 else self._before + at + 1
 
     def _may_go_on(self, end: int) -> bool:
         """Whether a document that ends there is the start of another, as -0 is that of -0.5e3."""
@@ -194,6 +200,7 @@ class _Window:
     def _read_more(self) -> None:
         """Read as many characters as are left, so that the parsing of an entry starts again a few times only."""
         self._first_line += self._text.count("\n", 0, self._at)
+        self._before = self._column(self._at) - 1
         rest = self._text[self._at :]
         more = self._file.read(max(CHUNK_CHARACTERS, len(rest)))
         self._text, self._at, self._dropped, self._ended = rest + more, 0, self._at, not more
@@ -252,6 +259,6 @@ def _entries(window: _Window, key: str | None) -> Iterator[Value]:
 
 
 def _reason(error: ValueError, window: _Window | None) -> str:
-    """Text of an error with the number of the line."""
+    """Text of an error with the line and the character."""
     text, at = (error.msg, error.pos) if isinstance(error, json.JSONDecodeError) else (str(error), None)
-    return text if window is None else f"{text}: line {window.line(at)}"
+    return text if window is None else f"{text}: {window.place(at)}"

@@ -11,9 +11,11 @@ from itertools import islice
 from pathlib import Path
 
 from eve_ds.data.errors import SourceError
+from eve_ds.data.formats.delimited import first_fields
 from eve_ds.data.formats.entries import stream_entries
 from eve_ds.data.formats.parquet import SUFFIX, column_names
-from eve_ds.data.formats.tables import Columns, first_fields
+from eve_ds.data.formats.tables import Columns, default_delimiter
+from eve_ds.data.formats.where import EVERY_ROW, Where
 from eve_ds.printable import excerpt
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -22,12 +24,16 @@ READ_LINES = 1000
 """Lines of JSON whose keys are the columns."""
 
 
-def metadata_columns(path: Path, caption_column: str | None = None) -> Columns:
-    """Columns of the image and the caption.
+def metadata_columns(
+    path: Path, caption_column: str | None = None, image_column: str | None = None, where: Where = EVERY_ROW
+) -> Columns:
+    """Columns of the image and the caption, and which rows to take.
 
     Args:
         path: a file with one of NAMES.
         caption_column: name of the column of captions; None: `text`, or `caption`.
+        image_column: name of the column of paths; None: `file_name` or `NAME_file_name`.
+        where: which rows to take.
 
     Raises:
         SourceError: the file cannot be read, lacks a column, or has several of images; an empty file passes.
@@ -35,22 +41,25 @@ def metadata_columns(path: Path, caption_column: str | None = None) -> Columns:
     captions = CAPTIONS if caption_column is None else (caption_column,)
     header = _header(path)
     if not header:
-        return Columns(FILE, captions)
-    image = _file_column(header, path)
+        return Columns(image_column or FILE, captions, where=where)
+    image = image_column or _file_column(header, path)
+    if image not in header:
+        raise SourceError(f"{path} has no column '{image}'; it has: {excerpt(', '.join(header))}")
     if not {*captions} & {*header}:
         names = " or ".join(f"'{name}'" for name in captions)
         raise SourceError(
             f"{path} has no column {names}; it has: {excerpt(', '.join(header))}: name the column of the captions with "
             "--caption_column"
         )
-    return Columns(image, captions)
+    where.require_columns(header, path)
+    return Columns(image, captions, where=where)
 
 
 def _header(path: Path) -> list[str]:
     if path.suffix == SUFFIX:
         return column_names(path)
     if path.suffix == ".csv":
-        return first_fields(path, ",") or []
+        return first_fields(path, default_delimiter(path)) or []
     entries = (entry.content for entry in islice(stream_entries(path), READ_LINES))
     return list(dict.fromkeys(key for content in entries if isinstance(content, dict) for key in content))
 
@@ -63,8 +72,7 @@ def _file_column(header: Sequence[str], path: Path) -> str:
         return known or files[0]
     if files:
         raise SourceError(
-            f"{path} has several columns of files ({excerpt(', '.join(files))}): rename the one of the described image "
-            f"to {FILE}"
+            f"{path} has several columns of files ({excerpt(', '.join(files))}): choose one with --image_column"
         )
     if lists:
         raise SourceError(

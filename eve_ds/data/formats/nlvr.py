@@ -22,6 +22,8 @@ from eve_ds import limits
 from eve_ds.data.errors import SourceError
 from eve_ds.data.folder_tree import FolderTree
 from eve_ds.data.formats.entries import Entry
+from eve_ds.data.formats.json_stream import read_outline
+from eve_ds.data.formats.unread import refuse_document
 from eve_ds.data.sample_names import is_leftover
 from eve_ds.reading import parse_json, read_file
 
@@ -135,6 +137,15 @@ class Unpacked:
 
 def _opened(unpacked: Unpacked) -> tarfile.TarFile:
     return tarfile.open(fileobj=unpacked, mode="r|")  # type: ignore[call-overload]
+
+
+def refuse_json(path: Path) -> None:
+    """Raise :class:`SourceError` for a file of annotations where an archive is expected."""
+    if read_file(path, limits.MIB, size=64).lstrip()[:1] not in (b"{", b"["):
+        return
+    tree = read_outline(path).tree
+    refuse_document(path, tree if isinstance(tree, list) else [tree], "nlvr")
+    raise SourceError(f"{path} is JSON, not an archive or a folder with images; {LAYOUT}")
 
 
 def archive_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:

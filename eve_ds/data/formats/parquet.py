@@ -10,8 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eve_ds.data.caption_text import clean_caption
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
+from eve_ds.data.formats.cells import captions_of, image_name
 from eve_ds.data.formats.entries import Entry, is_null, shortened
 from eve_ds.data.formats.tables import Columns, Row
 
@@ -46,7 +48,7 @@ class ParquetTable:
     """
 
     def __init__(self, path: Path, columns: Columns, address: str | None = None) -> None:
-        self._path = path
+        self._path, self._where = path, columns.where
         with _opened(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
         self.num_rows: int = metadata.num_rows
@@ -56,23 +58,29 @@ class ParquetTable:
         self._addresses = [address] if address is not None and address in schema.names else []
 
     def __iter__(self) -> Iterator[ImageCaptions | Row | Entry]:
-        """Each row in the order of the file; malformed ones themselves.
+        """Each row in the order of the file that the conditions take; malformed ones themselves.
 
         Rows without an image have that problem, and damage costs the row group that it is in, counted as one row.
         """
         shared = self._shared_names()
         for number, row in self._rows():
             if row is None:
-                yield Row(number, "", "", None, DAMAGED)
+                yield Row(number, DAMAGED)
+                continue
+            if not self._where.holds(row):
                 continue
             entry = Entry(row, f"{self._path} row {number}")
             try:
-                yield self._record(entry, number, shared) or Row(number, "", "", None, NO_IMAGE)
-            except SourceError:
-                yield entry
+                yield self._record(entry, number, shared) or Row(number, NO_IMAGE)
+            except SourceError as error:
+                yield entry.malformed(error)
+
+    def cells(self) -> Iterator[dict[str, Any]]:
+        """Values of the columns of the conditions of each row that can be read."""
+        return (row for _, row in _rows(self._path, list(self._where.values)) if row is not None)
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        return _rows(self._path, (*self.columns, *self._addresses))
+        return _rows(self._path, (*self.columns, *self._addresses, *self._where.values))
 
     def _shared_names(self) -> frozenset[str]:
         """Names that different images of the first rows have, such as image.png: they name none of these images."""
@@ -91,10 +99,10 @@ class ParquetTable:
         name, data = _image(entry, image)
         name = "" if name in shared else name
         name = name or f"{self._path.parent.name}/{self._path.name}/{number}"
-        captions = entry.captions(caption)
         image_id = entry.identity(more[0]) if more else None
         aliases = tuple(address for column in self._addresses if isinstance(address := entry.get(column), str))
-        return ImageCaptions(name, captions, image_id, aliases, data=data)
+        name = name if data else image_name(name)
+        return ImageCaptions(name, _captions(entry, caption), image_id, aliases, data=data)
 
 
 def is_parquet(path: Path) -> bool:
@@ -145,6 +153,18 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, A
 
 def _damaged(path: Path, error: Exception) -> SourceError:
     return SourceError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}; get it again")
+
+
+def _captions(entry: Entry, column: str) -> tuple[str, ...]:
+    """Captions of a text, of a list, or of a text that is a list; bytes are UTF-8."""
+    value = entry.get(column)
+    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+    if not isinstance(text, str):
+        return entry.captions(column)
+    captions = captions_of(text)
+    if captions is None:
+        raise entry.error(f"{column} ({shortened(text)}) is a list of other values than texts")
+    return tuple(map(clean_caption, captions))
 
 
 def _image(entry: Entry, column: str) -> tuple[str, bytes | None]:

@@ -12,7 +12,7 @@ Statements: `[{images: [left, right], sentence, label}]`; `label` is absent in a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from eve_ds.data.errors import SourceError
@@ -70,16 +70,16 @@ def read_captions(entries: Iterable[Entry], boxes: bool = False) -> Iterator[Ima
             has_elements = entry.has("elems")
             item = captioned_image(_without_caption(entry) if has_elements else entry)
             elements = _elements(entry) if has_elements else []
-        except SourceError:
-            yield entry
+        except SourceError as error:
+            yield entry.malformed(error)
             continue
         phrases: list[tuple[Box | None, str]] = [(None, caption) for caption in item.captions]
         for element in elements:
             try:
                 place = box(element, element.get("bb")) if boxes else None
                 phrases += [(place, caption) for caption in _element_captions(element)]
-            except SourceError:
-                yield element
+            except SourceError as error:
+                yield element.malformed(error)
         if not elements:
             yield ImageCaptions(item.image, item.captions, item.image_id)
         for box_, texts in by_box(phrases) if elements else ():
@@ -131,14 +131,15 @@ def require_captions(tree: Any, entries: Iterable[Entry], path: Path) -> None:
         entries: entries of the list.
         path: the file, for the message.
     """
-    if isinstance(tree, list) and any(map(_has_captions, entries)):
-        return
+    problems: list[str] = []
+    for found in read_captions(entries) if isinstance(tree, list) else ():
+        if isinstance(found, ImageCaptions):
+            return
+        problems = problems or [f"; {PurePosixPath(found.where).name}: {found.problem}"]
     refuse_document(path, tree, "json")
+    if isinstance(tree, dict) and tree.keys() & {"image", "file_name"}:
+        problems = ["; put the object into a list, or name the file .jsonl"]
     raise SourceError(
         f'{path} is not a caption JSON: expected [{{"image": path, "caption": text or list, "image_id": id}}] or '
-        f'lines of {{"file_name": path, "text": caption}}, found {described(tree)}'
+        f'lines of {{"file_name": path, "text": caption}}, found {described(tree)}{"".join(problems)}'
     )
-
-
-def _has_captions(entry: Entry) -> bool:
-    return any(isinstance(found, ImageCaptions) for found in read_captions([entry]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ _OBJECTS_READ = {
 }
 """Keys of a JSON object -> name of the format, command of `prepare` that reads it."""
 _ENTRIES = {
+    ("identifier", "structured_rep"): ("NLVR 1.0", "give the folder that holds it and images/ to `prepare.py nlvr`"),
     ("qas",): ("Visual Genome questions", _LIST),
     ("conversations",): ("LLaVA conversations", _LIST),
     ("identifier", "sentence"): ("NLVR2", "name it as `task.train.annotations` of a task"),
@@ -109,17 +110,6 @@ def _first_match(tree: Any, objects: _Kinds, entries: _Kinds) -> tuple[str, str]
         return None
     kinds = objects if first is tree else entries
     return next((kind for keys, kind in kinds.items() if first.keys() >= set(keys)), None)
-
-
-def refuse_other_header(path: Path, fields: Sequence[str]) -> None:
-    """Raise :class:`SourceError` for a first line that is no header: JSON, or a caption and the address of an image."""
-    if fields and fields[0].startswith(("{", "[")):
-        raise SourceError(f"{path} is JSON, not a table: give it to `prepare.py json`, which knows further commands")
-    if any(field.startswith(("http://", "https://")) for field in fields):
-        raise SourceError(
-            f"{path} is a list of captions and addresses without a header, as CC3M and CC12M publish: give it to "
-            "`prepare.py urls`"
-        )
 
 
 def _not_read(path: Path, name: str, advice: str) -> SourceError:

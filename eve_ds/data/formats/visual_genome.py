@@ -62,8 +62,8 @@ def read_regions(path: Path, aliases: dict[str, tuple[str, ...]], boxes: bool) -
             for region in _listed(entry):
                 try:
                     regions.append((_box(region) if boxes else None, _phrase(region)))
-                except SourceError:
-                    yield region
+                except SourceError as error:
+                    yield region.malformed(error)
             number = entry.identity("id") or _listed(entry)[0].text("image_id")
         except (SourceError, IndexError):
             yield entry

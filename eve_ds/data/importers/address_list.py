@@ -15,6 +15,7 @@ from eve_ds.data.importers.annotated_images import counted, fits_memory, sha256_
 from eve_ds.data.importers.candidate import Candidate, Skip, existing_file
 from eve_ds.data.importers.downloads import Downloads
 from eve_ds.data.importers.grouping import group_adjacent, group_all
+from eve_ds.printable import excerpt
 
 NOT_DOWNLOADED = "image not downloaded"
 
@@ -48,17 +49,30 @@ class Addresses:
             "lists": [{"path": str(path), "sha256": sha256_of(path)} for path in paths],
             "images": self._images.description,
             "columns": [columns.image, columns.caption],
+            **columns.where.description(),
         }
-        if not any(isinstance(record, ImageCaptions) for record in self._records()):
-            raise SourceError(
-                f"{paths[0]}: none of its addresses is one of the {len(self._images):,} images of {images}: give the "
-                "folder that img2dataset filled from this list"
-            )
+        columns.where.require_values(chain.from_iterable(found.cells() for found in self._lists), paths[0])
+        self._require_some_image(paths[0], images)
 
     def __iter__(self) -> Iterator[Candidate | Skip]:
         """Addresses in the order of the lists."""
         group = group_all if self._groups_all else group_adjacent
         return map(self._candidate, group(self._records()))
+
+    def _require_some_image(self, path: Path, images: str | Path) -> None:
+        """Raise :class:`SourceError` where no address has an image, with the first problem of the list itself."""
+        unused: dict[str, str] = {}
+        for record in self._records():
+            if isinstance(record, ImageCaptions):
+                return
+            unused.setdefault(record.reason, record.name)
+        problem = next((reason for reason in unused if reason != NOT_DOWNLOADED), None)
+        if NOT_DOWNLOADED not in unused and problem is not None:
+            raise SourceError(f"{path} has no usable address: {problem} (as {excerpt(unused[problem])})")
+        raise SourceError(
+            f"{path}: none of its addresses is one of the {len(self._images):,} images of {images}: give the folder "
+            "that img2dataset filled from this list"
+        )
 
     def _records(self) -> Iterator[ImageCaptions | Skip]:
         """Records with captions and an image."""

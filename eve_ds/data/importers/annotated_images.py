@@ -158,11 +158,15 @@ def counted(records: Iterable[ImageCaptions | Row | Entry]) -> Iterator[ImageCap
     """Records of a format, with rows and entries that cannot be used as what the report counts."""
     for record in records:
         if isinstance(record, Entry):
-            yield Skip(PurePosixPath(record.where).name, MALFORMED)
+            yield Skip(_with_problem(PurePosixPath(record.where).name, record.problem), MALFORMED)
         elif isinstance(record, Row):
-            yield Skip(f"row {record.number}", record.problem or MALFORMED)
+            yield Skip(_with_problem(f"row {record.number}", record.detail), record.problem)
         else:
             yield record
+
+
+def _with_problem(name: str, problem: str) -> str:
+    return f"{name}: {problem}" if problem else name
 
 
 def fits_memory(files: Sequence[Path]) -> bool:

@@ -19,6 +19,7 @@ from eve_ds.data.formats.image_ids import in_data_set
 from eve_ds.data.formats.json_stream import read_outline
 from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, ParquetTable, is_parquet
 from eve_ds.data.formats.tables import DEFAULT_COLUMNS, Columns
+from eve_ds.data.formats.where import EVERY_ROW, Where
 from eve_ds.data.importers.annotated_images import BESIDE, AnnotatedImages, ImagePaths, counted, sha256_of
 from eve_ds.data.importers.candidate import Skip, existing_file
 
@@ -50,8 +51,8 @@ class Karpathy(AnnotatedImages):
 def _karpathy_record(entry: Entry) -> ImageCaptions | Entry:
     try:
         image = karpathy.captioned_image(entry)
-    except SourceError:
-        return entry
+    except SourceError as error:
+        return entry.malformed(error)
     stem = PurePosixPath(image.path).stem
     return ImageCaptions(image.path, image.captions, stem, in_data_set("COCO", image.cocoid))
 
@@ -63,20 +64,33 @@ class CaptionJson(AnnotatedImages):
         files: annotation files.
         paths: rules of paths.
         boxes: whether captions of `elems` are of their boxes, which are cut out, instead of the whole image.
+        where: which entries to take.
     """
 
-    def __init__(self, files: Sequence[str | Path], paths: ImagePaths = BESIDE, boxes: bool = False) -> None:
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        paths: ImagePaths = BESIDE,
+        boxes: bool = False,
+        where: Where = EVERY_ROW,
+    ) -> None:
         """Read the annotations; raises :class:`SourceError` for a file of another form."""
-        super().__init__("json", files, paths, {"boxes": True} if boxes else None, has_local_ids=True)
-        self._boxes = boxes
+        options = where.description() | ({"boxes": True} if boxes else {})
+        super().__init__("json", files, paths, options, has_local_ids=True)
+        self._boxes, self._where = boxes, where
         for path in self.files:
             tree = read_outline(path, keep_undecodable=True).tree
             released.require_captions(tree, stream_entries(path), path)
+        contents = (entry.content for entry in self._entries())
+        where.require_values((content for content in contents if isinstance(content, dict)), self.files[0])
         self.require_some_image()
 
     def records(self) -> Iterator[ImageCaptions | Skip]:
         """Entries in the order of the files."""
-        return counted(released.read_captions(chain.from_iterable(map(stream_entries, self.files)), self._boxes))
+        return counted(released.read_captions(self._where.taken(self._entries()), self._boxes))
+
+    def _entries(self) -> Iterator[Entry]:
+        return chain.from_iterable(map(stream_entries, self.files))
 
 
 class Coco(AnnotatedImages):
@@ -155,19 +169,20 @@ class Table(AnnotatedImages):
         parquet = [table for table in self._tables if isinstance(table, ParquetTable)]
         self._groups_all &= sum(table.num_bytes for table in parquet) <= limits.GROUPED_BYTES
         self._groups_all &= not any(table.is_embedded for table in parquet)
-        self.description |= _description(self._tables[0])
+        self.description |= _description(self._tables[0]) | columns.where.description()
+        columns.where.require_values(chain.from_iterable(table.cells() for table in self._tables), self.files[0])
         self.require_some_image()
 
     def records(self) -> Iterator[ImageCaptions | Skip]:
         """Rows in the order of the files."""
-        return chain.from_iterable(map(table_records, self._tables))
+        return chain.from_iterable(map(counted, self._tables))
 
 
 AnyTable = tables.Table | ParquetTable
 
 
 def open_table(path: Path, columns: Columns, delimiter: str | None = None) -> AnyTable:
-    """Table of any kind; raises :class:`SourceError`."""
+    """Table of any kind, whose rows become records by :func:`counted`; raises :class:`SourceError`."""
     if not is_parquet(path):
         return tables.Table(path, columns, delimiter)
     embedded = columns._replace(image=EMBEDDED_COLUMNS) if columns.image == DEFAULT_COLUMNS.image else columns
@@ -180,8 +195,3 @@ def _description(table: AnyTable) -> dict[str, Any]:
         "columns": [image, caption, more[0] if more else None],
         "delimiter": None if isinstance(table, ParquetTable) else table.delimiter,
     }
-
-
-def table_records(table: AnyTable) -> Iterator[ImageCaptions | Skip]:
-    """Records of the rows of a table."""
-    return counted(table if isinstance(table, ParquetTable) else table.records())

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from eve_ds.data.errors import SourceError
 from eve_ds.data.folder_tree import File, FolderTree
@@ -19,8 +21,9 @@ from eve_ds.data.formats.json_stream import read_outline
 from eve_ds.data.formats.metadata import NAMES, metadata_columns
 from eve_ds.data.formats.parquet import SUFFIX
 from eve_ds.data.formats.tables import Columns
+from eve_ds.data.formats.where import EVERY_ROW, Where
 from eve_ds.data.importers.annotated_images import AnnotatedImages, ImagePaths, counted
-from eve_ds.data.importers.annotations import open_table, table_records
+from eve_ds.data.importers.annotations import open_table
 from eve_ds.data.importers.candidate import Skip, existing_folder
 
 TWICE = "caption that two metadata files give"
@@ -33,21 +36,33 @@ class MetadataFolder(AnnotatedImages):
         folder: folder of the tree; metadata files are found through links to folders as well.
         caption_column: column, or key, of captions; None: `text`, or `caption` without it.
         follow_links: whether symbolic links may lead to images out of the folder.
+        image_column: column, or key, of paths; None: see :mod:`eve_ds.data.formats.metadata`.
+        where: which rows to take.
     """
 
-    def __init__(self, folder: str | Path, caption_column: str | None = None, follow_links: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        caption_column: str | None = None,
+        follow_links: bool = False,
+        image_column: str | None = None,
+        where: Where = EVERY_ROW,
+    ) -> None:
         """Find the metadata; raises :class:`SourceError` for a folder without, or for one of another form."""
         root = existing_folder(folder, "image folder")
         tree = FolderTree(root)
         found = _found(tree, root)
-        options = {} if caption_column is None else {"caption_column": caption_column}
+        options = {"caption_column": caption_column, "image_column": image_column}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         paths = ImagePaths(root, None, follow_links)
-        super().__init__("imagefolder", [file.path for file in found], paths, options)
+        super().__init__("imagefolder", [file.path for file in found], paths, given | where.description())
         self._unread = tree.unread
         self._folders = [PurePosixPath(file.name).parent for file in found]
-        self._columns = [metadata_columns(path, caption_column) for path in self.files]
+        self._columns = [metadata_columns(path, caption_column, image_column, where) for path in self.files]
         for path, columns in zip(self.files, self._columns, strict=True):
             _check(path, columns)
+        cells = chain.from_iterable(map(_cells, self.files, self._columns))
+        where.require_values(cells, self.files[0])
         self.require_some_image()
 
     def records(self) -> Iterator[ImageCaptions | Skip]:
@@ -86,9 +101,17 @@ def _hash(image: str, caption: str) -> int:
 
 
 def _read(path: Path, columns: Columns) -> Iterator[ImageCaptions | Skip]:
-    if path.suffix == ".jsonl":
-        return counted(released.read_captions(_named(entry, columns) for entry in stream_entries(path)))
-    return table_records(open_table(path, columns))
+    if path.suffix != ".jsonl":
+        return counted(open_table(path, columns))
+    entries = columns.where.taken(stream_entries(path))
+    return counted(released.read_captions(_named(entry, columns) for entry in entries))
+
+
+def _cells(path: Path, columns: Columns) -> Iterator[Mapping[str, Any]]:
+    """Values by which rows are taken."""
+    if path.suffix != ".jsonl":
+        return open_table(path, columns).cells()
+    return (entry.content for entry in stream_entries(path) if isinstance(entry.content, dict))
 
 
 def _named(entry: Entry, columns: Columns) -> Entry:

@@ -22,6 +22,7 @@ from eve_ds.data.formats.nlvr import (
     folder_splits,
     image_tree,
     read_statements,
+    refuse_json,
 )
 from eve_ds.data.importers.candidate import Candidate, FileSlice, InlineBytes, Readable, Skip, existing
 from eve_ds.reading import read_file
@@ -76,6 +77,8 @@ class Nlvr:
         missing = set(self._splits or ())
         found: set[str] = set()
         for path in self._paths:
+            if path.is_file():
+                refuse_json(path)
             here = self._splits_of(path, missing)
             if not here:
                 raise SourceError(f"{path} is not in the NLVR layout: {LAYOUT}")

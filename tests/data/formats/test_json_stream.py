@@ -81,7 +81,7 @@ def test_a_cut_file_is_never_read_as_a_whole_one(tmp_path, monkeypatch, cut, chu
     monkeypatch.setattr(json_stream, "CHUNK_CHARACTERS", chunk)
     path = tmp_path / "a.json"
     path.write_text(TEXT[:cut])
-    with pytest.raises(SourceError, match=r"a\.json is not JSON: .*: line 1$"):
+    with pytest.raises(SourceError, match=r"a\.json is not JSON: .*: line 1, character [0-9]+$"):
         read_tree(path)
 
 
@@ -106,6 +106,25 @@ def test_an_error_has_its_line(tmp_path, monkeypatch, text, message, chunk):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(SourceError, match=message):
         read_tree(tmp_path / "a.json")
+
+
+VALUES = '{"a": @,\n "b": [@, [@, @],\r\n\t{"c": @}],\n\n"d": "é", "e":\n@}\n'
+"""A document with a place for each value."""
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 2**20])
+@pytest.mark.parametrize("at", [place for place, char in enumerate(VALUES) if char == "@"])
+def test_an_error_has_its_line_and_character(tmp_path, monkeypatch, at, chunk):
+    """Reference: the parser of the standard library on the whole document."""
+    monkeypatch.setattr(json_stream, "CHUNK_CHARACTERS", chunk)
+    text = f"{VALUES[:at]}?{VALUES[at + 1 :]}".replace("@", "10")
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode())
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(path.read_text(encoding="utf-8"))
+    place = f"line {expected.value.lineno}, character {expected.value.colno}"
+    with pytest.raises(SourceError, match=rf"is not JSON: Expecting value: {place}$"):
+        read_tree(path)
 
 
 def test_an_entry_above_the_cap_is_not_collected(tmp_path, monkeypatch):

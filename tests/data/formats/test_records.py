@@ -8,6 +8,7 @@ import pytest
 from eve_ds.config import parse_config
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats import karpathy, nlvr, nlvr2, released, tables, vqav2
+from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.entries import Entry
 from eve_ds.data.importers import CaptionJson, Karpathy
 from eve_ds.tasks.load_examples import load_examples
@@ -231,8 +232,8 @@ def test_rows_of_a_table_are_read_as_a_stream(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("image\tcaption\na.jpg\tone\nb.jpg\n")
     rows = iter(tables.Table(path, tables.Columns("image", "caption", None)))
-    assert next(rows) == (1, "a.jpg", "one", None, None)
-    assert next(rows) == (2, "", "", None, "malformed entry")
+    assert next(rows) == ImageCaptions("a.jpg", ("one",))
+    assert next(rows) == tables.Row(2, "malformed entry", "it ends before the column caption")
 
 
 # --- both readers -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from eve_ds import limits
 from eve_ds.data.caption_text import ABSENT_CELLS
 from eve_ds.data.errors import SourceError
-from eve_ds.data.formats.tables import Columns, Table
+from eve_ds.data.formats.tables import Columns, Row, Table
 
 COLUMNS = Columns("image", "caption", None)
 TOO_LONG = {
@@ -26,7 +26,7 @@ def rows(folder, text, suffix=".csv", columns=COLUMNS, delimiter=None):
 
 
 def pairs(found):
-    return [(row.image, row.caption) if row.problem is None else row.problem for row in found]
+    return [row.problem if isinstance(row, Row) else (row.image, *row.captions) for row in found]
 
 
 def table(delimiter, *captions):
@@ -145,7 +145,7 @@ def test_rows_with_too_many_or_too_few_fields_are_counted(tmp_path, delimiter):
         TOO_LONG[delimiter],
         ("e.jpg", "trailing"),
     ]
-    assert [row.number for row in found] == [1, 2, 3, 4, 5, 6]
+    assert [row.number for row in found if isinstance(row, Row)] == [1, 2, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,11 @@ def test_a_field_above_every_cap_ends_nothing(tmp_path):
     huge = "x" * (limits.ROW_CHARACTERS * 2 + 17)
     captions = [huge, "a", f'"{huge}"', "b", f'"{huge}', "c", "x," * 100_000, "d"]
     found = rows(tmp_path, table(",", *captions))
-    kept = [row for row in found if row.problem is None and len(row.caption) <= limits.CAPTION_CHARACTERS]
+    used = [row for row in found if not isinstance(row, Row)]
+    kept = [row for row in used if len(row.captions[0]) <= limits.CAPTION_CHARACTERS]
     assert pairs(kept) == [("1.jpg", "a"), ("3.jpg", "b"), ("5.jpg", "c"), ("7.jpg", "d")]
     assert len(found) == 8
-    assert max(len(row.caption) for row in found) <= limits.ROW_CHARACTERS
+    assert max(len(row.captions[0]) for row in used) <= limits.ROW_CHARACTERS
 
 
 def test_a_quote_without_an_end_takes_a_bounded_number_of_lines(tmp_path):
@@ -207,6 +208,9 @@ REFUSED = {
     "semicolons": (b"image;caption\na.jpg;x\n", r"has no column 'image'; .* \(another delimiter\? --delimiter ';'\)"),
     "tabs": (b"image\tcaption\n", r"has no column 'image'; .*--delimiter '\\t'\)"),
     "other names": (b"file,text\n", r"has no column 'image'; it has: file, text$"),
+    "no header row": (b"a.jpg,a dog\n", r"it has: a\.jpg, a dog \(no header row\? put the names of the columns before"),
+    "no header row, caption first": (b"a dog,d/a.PNG\n", r"\(no header row\? put the names of the columns before"),
+    "no header row, tabs": (b"a.jpg\ta dog\n", r"\(another delimiter\? --delimiter '\\t'; no header row\? put"),
     "a column twice": (b"image,caption,caption\n", r"has 2 columns 'caption': rename all but one"),
     "a long line": (b"x" * 1_000_000, r"has no column 'image'; it has: x+ \.\.\.$"),
 }
@@ -230,4 +234,64 @@ def test_any_bytes_give_rows_or_one_line(tmp_path_factory, data):
             found = rows(folder, text)
         except SourceError:
             continue
-        assert all(row.problem or (row.image and row.caption) for row in found)
+        assert all(row.number and row.problem if isinstance(row, Row) else row.image and row.captions for row in found)
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("columns", [["caption", "image"], ["caption", "image", "x"], ["x", "caption", "image"]])
+@pytest.mark.parametrize("image", ["{}.jpg", "x{}", "http://host/{}"])
+@pytest.mark.parametrize("caption", ["a dog\nruns", "a dog\n\nruns\nfast", 'a "dog"\nruns\n', "a dog\r\nruns"])
+def test_a_caption_of_several_lines_may_stand_before_its_image(tmp_path, delimiter, columns, image, caption):
+    text = caption.replace('"', '""')
+    cells = [{"caption": f'"{text}"', "image": image.format(number), "x": "z"} for number in range(2)]
+    lines = [columns, *([row[name] for name in columns] for row in cells)]
+    found = rows(tmp_path, "".join(delimiter.join(line) + "\n" for line in lines), delimiter=delimiter)
+    assert pairs(found) == [(image.format(number), caption) for number in range(2)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+@pytest.mark.parametrize("quoted", [True, False])
+def test_a_lone_carriage_return_is_text_in_a_file_of_other_line_ends(tmp_path, end, delimiter, quoted):
+    captions = ["a dog\rruns", "x\r\ry", "\rz"]
+    cells = [f'"{caption}"' if quoted else caption for caption in captions]
+    lines = [delimiter.join(pair) for pair in (("image", "caption"), *enumerated(cells))]
+    found = rows(tmp_path, end.join([*lines, ""]), delimiter=delimiter)
+    assert pairs(found) == enumerated(captions)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_lone_carriage_return_may_stand_beside_a_quoted_field(tmp_path, end):
+    lines = ["image,caption,note", '0.jpg,"a dog, asleep",x\ry', '1.jpg,"a \rcat, ""red""",\r']
+    assert pairs(rows(tmp_path, end.join([*lines, ""]))) == enumerated(["a dog, asleep", 'a \rcat, "red"'])
+
+
+def test_line_feeds_in_quotes_are_text_in_a_file_of_carriage_returns(tmp_path):
+    assert pairs(rows(tmp_path, 'image,caption\r0.jpg,"a\nb"\r1.jpg,"c\n"\r')) == enumerated(["a\nb", "c\n"])
+
+
+def test_paths_and_ids_have_no_white_space_around_them(tmp_path):
+    columns = Columns("image", "caption", "id")
+    text = "caption | image | id\na dog | 1.jpg |  7\n a cat| d/a b.jpg | \n"
+    found = rows(tmp_path, text, columns=columns, delimiter="|")
+    assert [(row.image, row.image_id) for row in found] == [("1.jpg", "7"), ("d/a b.jpg", None)]
+
+
+def test_a_row_counts_a_list_of_objects_as_malformed_and_an_empty_list_as_none(tmp_path):
+    text = 'image,caption\n0.jpg,"[{\'raw\': \'a\'}]"\n1.jpg,[]\n2.jpg,"[""a"", ""b""]"\n'
+    assert pairs(rows(tmp_path, text)) == ["malformed entry", ("1.jpg",), ("2.jpg", "a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("row", "detail"),
+    [
+        ("0.jpg", "it ends before the column caption"),
+        (",a dog", "image is empty"),
+        ("0.jpg,a \0 dog", "it has a NUL byte"),
+        ('0.jpg,"[{""raw"": ""a""}]"', 'caption (\'[{"raw": "a"}]\') is a list of other values than texts'),
+        ('0.jpg,"[0, 1]"', "caption ('[0, 1]') is a list of other values than texts"),
+    ],
+)
+def test_a_malformed_row_says_what_is_wrong_with_it(tmp_path, row, detail):
+    filler = "".join(f"{number}.jpg,a cat\n" for number in range(500))  # a NUL byte at the start is no text
+    assert rows(tmp_path, f"image,caption\n{filler}{row}\n")[-1] == Row(501, "malformed entry", detail)
