@@ -52,7 +52,7 @@ def test_the_column_of_the_image_is_found(tmp_path, name, header, option, image)
         (["image", "text"], None, "no column 'file_name' or 'NAME_file_name'; it has: image, text"),
         (["file_names", "text"], None, "lists of files (file_names), and a caption of several images is not read"),
         (["a_file_names", "text"], None, "lists of files (a_file_names), and a caption of several images is not read"),
-        (["a_file_name", "b_file_name", "text"], None, "several columns of files (a_file_name, b_file_name): choose one"),
+        (["a_file_name", "b_file_name", "text"], None, "several columns of files (a_file_name, b_file_name): choo"),
     ],
 )
 def test_metadata_without_one_image_and_caption_say_what_to_do(tmp_path, name, header, option, message):
