@@ -15,9 +15,9 @@ from typing import Any
 import fsspec
 
 from eve_ds.data.remote.addresses import scheme_of
-from eve_ds.data.remote.errors import FailedAttempt, MissingObject, RemoteError
+from eve_ds.data.remote.errors import FailedAttempt, MissingObject, RefusedObject, RemoteError
 from eve_ds.data.remote.interface import Version
-from eve_ds.printable import excerpt, without_credentials
+from eve_ds.printable import excerpt, printable, without_credentials
 
 _LASTING = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.ENOENT)}
 """Errors by which the file systems say that a request is wrong."""
@@ -118,7 +118,7 @@ def _translation(error: Exception, address: str) -> Exception | None:
     is_forbidden = isinstance(error, PermissionError) or (isinstance(error, OSError) and text.startswith("Forbidden"))
     if is_forbidden or isinstance(error, FileNotFoundError):
         what = "may not be read with these credentials" if is_forbidden else "does not exist"
-        return MissingObject(f"{shown} {what} ({text})")
+        return (RefusedObject if is_forbidden else MissingObject)(f"{shown} {what} ({text})")
     if name == "FileExpired":
         return RemoteError(
             f"{shown} was replaced while it was read: restore it and rerun the same command, or start another run"
@@ -144,4 +144,4 @@ def _text(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "timed out"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return excerpt(without_credentials(" ".join(text.split()))) or type(error).__name__
+    return excerpt(printable(" ".join(text.split()))) or type(error).__name__

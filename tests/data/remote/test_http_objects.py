@@ -231,7 +231,7 @@ def test_an_index_is_read_as_a_whole(server, fake, fault):
     server.files["index.json"] = b"[1, 2]"
     server.faults = lambda path, index: fault if index == 0 else ""
     remote = storage(fake)
-    assert remote.read_small(f"{server.address}/index.json", 100) == b"[1, 2]"
-    assert remote.read_small(f"{server.address}/no.json", 100) is None
+    assert remote.read_small(f"{server.address}/index.json", 100, bytes) == b"[1, 2]"
+    assert remote.read_small(f"{server.address}/no.json", 100, bytes) is None
     with pytest.raises(RemoteError, match=r"index\.json has more than the 5 bytes that are read"):
-        remote.read_small(f"{server.address}/index.json", 5)
+        remote.read_small(f"{server.address}/index.json", 5, bytes)

@@ -128,7 +128,7 @@ def test_objects_and_buckets_that_are_missing_are_named(server):
     for address in ("s3://bucket/set/no.tar", "s3://no-such-bucket/a.tar"):
         with pytest.raises(RemoteError, match=rf"{address} does not exist"):
             storage().open(address)
-        assert storage().read_small(address, 1000) is None
+        assert storage().read_small(address, 1000, bytes) is None
 
 
 def test_missing_credentials_are_named(server, monkeypatch, tmp_path):
