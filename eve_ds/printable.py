@@ -42,8 +42,8 @@ def _address_without_credentials(address: str) -> str:
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if "@" in host:
         rest = rest[host.rindex("@") + 1 :]
-    elif "@" in rest and not re.fullmatch(r"[^:]*(:\d*)?|\[.*", host):  # a password with a slash, which must be encoded
-        rest = rest.rpartition("@")[2]
+    elif "@" in rest and not re.fullmatch(r"[^:]*(:\d+)?|\[.*", host):  # a password with a slash, which must be encoded
+        return f"{scheme[0]}..."
     is_http = scheme[1].lower() in ("http", "https")
     return scheme[0] + (re.split(r"[?#]", rest, maxsplit=1)[0] if is_http else rest)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import NoReturn
 
@@ -163,15 +163,25 @@ def _remote_shards(address: str, indices: Indices) -> list[str]:
         raise ConfigError(f"shard {shown} is compressed: {_UNPACK}")
     if name.endswith(".tar"):
         return [address]
+    return _folder_at(address, indices)
+
+
+def _folder_at(address: str, indices: Indices) -> list[str]:
+    """Shards of a folder at an address: those of its index, or its tars."""
     listed = [addresses.join(address, name) for name in indices.of(address)]
     if listed or addresses.is_http(address):
-        return listed or _refuse_folder(shown)
-    return _matching(addresses.join(address, "*.tar"), indices)
+        return listed or _refuse_folder(without_credentials(address))
+    return _matching(addresses.join(escape(address), "*.tar"), indices)
 
 
 def _matching(pattern: str, indices: Indices) -> list[str]:
     shown = without_credentials(pattern)
-    found = [address for address in indices.remote.matching(pattern) if not is_leftover(address)]
+    found = []
+    for match in indices.remote.matching(pattern):
+        if match.endswith("/"):
+            found += _folder_at(match.rstrip("/"), indices)
+        elif not is_leftover(match):
+            found.append(match)
     if not found:
         raise ConfigError(f"{SETTING} '{shown}' matches no shard: check the name of the bucket and the folder")
     packed = next((address for address in found if address.lower().endswith(COMPRESSED)), None)

@@ -20,7 +20,7 @@ _SIGNATURES = re.compile(
 )
 """Parameters of signatures and of headers of an answer, which say nothing of the object: of Amazon S3 and CloudFront,
 Google Cloud, Alibaba OSS, Tencent COS, Akamai and others."""
-_AZURE = re.compile(r"s[vsrpet]|srt|spr|sip|sdd|ses|sk[etsv]|sk[ot]id|s[acu]oid|scid", re.IGNORECASE)
+_AZURE = re.compile(r"s[vsrpet]|srt|spr|sip|sdd|ses|sk[etsv]|sk(o|t)id|s[acu]oid|scid", re.IGNORECASE)
 """Further ones of a shared access signature of Azure; only beside `sig`: other servers may mean something else."""
 
 

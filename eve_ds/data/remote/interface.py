@@ -64,7 +64,7 @@ class Server(Protocol):
         """Read a small object, such as an index; RemoteError if it has more than `most` bytes."""
 
     def matching(self, pattern: str) -> list[str]:
-        """Addresses that match a glob pattern, sorted."""
+        """Addresses that match a glob pattern, or have that very name, sorted; that of a folder ends in a slash."""
 
 
 def require_same(address: str, before: Version, now: Version) -> Version:

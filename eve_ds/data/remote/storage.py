@@ -238,7 +238,7 @@ class RemoteStorage:
             return None
 
     def matching(self, pattern: str) -> list[str]:
-        """Addresses that match a glob pattern, sorted.
+        """Addresses that match a glob pattern, or have that very name, sorted; that of a folder ends in a slash.
 
         Raises:
             RemoteError: the store cannot be read, or it is an HTTP server, which has no lists of files.

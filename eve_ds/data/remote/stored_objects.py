@@ -58,10 +58,19 @@ class ObjectStore:
         return found.read(0, size, 0.0) if size else b""
 
     def matching(self, pattern: str) -> list[str]:
-        """Addresses of the objects that match a glob pattern, sorted."""
-        scheme = scheme_of(pattern)
+        """Addresses of the objects and folders that match a glob pattern, or have that very name, sorted."""
+        scheme, path = scheme_of(pattern), self._files._strip_protocol(pattern)
         with translated(pattern):
-            return sorted(f"{scheme}://{self._files._strip_protocol(path)}" for path in self._files.glob(pattern))
+            found = self._named(path) or self._files.glob(path, detail=True)
+        slash = {name: "/" if details["type"] == "directory" else "" for name, details in found.items()}
+        return sorted(f"{scheme}://{self._files._strip_protocol(name)}{slash[name]}" for name in found)
+
+    def _named(self, path: str) -> dict[str, dict[str, Any]]:
+        """The object or folder of a name, which may have the characters of a pattern; empty if there is none."""
+        try:
+            return {path: self._files.info(path)}
+        except (FileNotFoundError, PermissionError):  # stores forbid what is missing to those who may not list
+            return {}
 
 
 class StoredObject:
