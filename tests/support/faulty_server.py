@@ -126,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
             headers["ETag"] = f"W/{headers['ETag']}"
         if fault == "zeros":
             body = bytes(len(body))
+        if fault == "zeros behind the caption":
+            body = body[:1536] + bytes(len(body[1536:]))
         if fault == "more bytes":
             body += bytes(100)
         if fault == "gzip":

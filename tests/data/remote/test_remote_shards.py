@@ -250,19 +250,16 @@ def test_a_query_that_names_another_shard_is_no_shard_of_training(server, is_sha
         assert len(held_out_pairs(config, 0, 1)) == 30
 
 
-WRONG_ANSWERS = {"jpg first": ("jpg", "txt"), "txt first": ("txt", "jpg")}
-
-
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
-@pytest.mark.parametrize("order", WRONG_ANSWERS)
-def test_one_wrong_answer_costs_no_sample(tmp_path, monkeypatch, order, cached):
-    monkeypatch.setattr(storage, "block_bytes", lambda most: 2000)
-    (tmp_path / "a.tar").write_bytes(tar(0, 40, WRONG_ANSWERS[order]))
+@pytest.mark.parametrize("fault", ["zeros", "zeros behind the caption"])
+def test_one_wrong_answer_costs_no_sample(tmp_path, monkeypatch, fault, cached):
+    monkeypatch.setattr(storage, "block_bytes", lambda most: 2560)
+    (tmp_path / "a.tar").write_bytes(tar(0, 40, ("txt", "jpg")))
     write_index(tmp_path, lambda done, total: None)
     files = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
     right = batch_keys(run_config(str(tmp_path), num_workers=0))
-    for wrong in (2, 4, 5):
-        with FaultyServer(files, lambda path, index, wrong=wrong: "zeros" if index == wrong else "") as server:
+    for wrong in (3, 4):  # some samples lie in the start that was read to learn the size
+        with FaultyServer(files, lambda path, index, wrong=wrong: fault if index == wrong else "") as server:
             config = run_config(f"{server.address}/", tmp_path / f"cache-{wrong}" if cached else None, num_workers=0)
             for _ in range(2):
                 assert batch_keys(config) == right
