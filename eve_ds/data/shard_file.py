@@ -17,6 +17,7 @@ from eve_ds.data.shard_bytes import ShardBytes
 from eve_ds.data.shard_index import ShardLayout, scan_layout
 from eve_ds.data.tar_headers import BLOCK, Member, members, read_ahead, round_up
 from eve_ds.distributed import get_logger
+from eve_ds.printable import without_credentials
 
 
 class StoredSample(NamedTuple):
@@ -39,7 +40,7 @@ class ShardFile:
     """
 
     def __init__(self, address: str, stored: ShardBytes, layout: ShardLayout | None = None) -> None:
-        self.address, self._stored = address, stored
+        self.address, self._stored = without_credentials(address), stored
         self._is_scanned = layout is None
         self.layout = scan_layout(stored) if layout is None else layout
 
@@ -201,6 +202,6 @@ def warn_of_other_layout(address: str, problem: str) -> None:
     get_logger().warning(
         "shard %s has another layout than its index says (%s): scanning its headers instead; write the index again "
         "with launcher/prepare.py index",
-        address,
+        without_credentials(address),
         problem,
     )
