@@ -30,6 +30,7 @@ from eve_ds.data.shard_paths import expand
 from eve_ds.data.shards import find_shards, open_shard
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.objectives.registry import objectives_of
+from eve_ds.printable import printable
 
 SOAK = "EVE_DS_SOAK" in os.environ
 
@@ -313,6 +314,24 @@ def test_no_spelling_of_an_address_leaks(spec, free_port, caplog):
     with pytest.raises((ConfigError, RemoteError)) as caught:
         find_shards(spec, remote)
     assert "SECRET" not in config.model_dump_json() + str(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SECRET_SPECS if "{" not in spec])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.sources=[{{kind: scenes, shards: {{a: {}}}}}]",
+        "data.sources=[{{kind: shards, shards: [[{}]]}}]",
+        "data.sources={}",
+        "data.sources=[{{kind: shards, shards: {}",
+        "data.sources.shards={}",
+        "data.cache_dir={}/$NO_SUCH_VARIABLE",
+    ],
+)
+def test_no_message_about_a_setting_leaks(spec, override):
+    with pytest.raises(ConfigError) as caught:
+        load_config("eve_tiny", [override.format(json.dumps(spec))])
+    assert "SECRET" not in printable(str(caught.value))
 
 
 def test_written_configurations_have_no_credentials():
