@@ -14,7 +14,8 @@ _UNSENT = re.compile(r"[\s\"<>\\^`]")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _SIGNATURES = re.compile(
     r"x-amz-.*|x-goog-.*|x-oss-.*|x-cos-security-token|q-(sign|ak|key|header|url).*|hdnt[a-z]"
-    r"|(aws|oss)accesskeyid|googleaccessid|key-pair-id|hash-algorithm|policy|signature|sig|expires|(access_|auth_|security-)?token"
+    r"|(aws|oss)accesskeyid|googleaccessid|key-pair-id|hash-algorithm|policy|signature|sig|expires"
+    r"|(access_|auth_|security-)?token"
     r"|response-(content-.*|cache-control|expires)",
     re.IGNORECASE,
 )
