@@ -18,7 +18,7 @@ from eve_ds.config.section import ConfigError, Section
 from eve_ds.config.task import TaskConfig
 from eve_ds.config.tree import Config
 from eve_ds.config.yaml_text import parse_yaml
-from eve_ds.printable import excerpt
+from eve_ds.printable import excerpt, without_credentials
 from eve_ds.reading import read_file
 from eve_ds.storage import cause
 
@@ -152,7 +152,7 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Set a key of a tree; sections on the way are copied, since the tree may share them with others."""
     path, separator, text = override.partition("=")
-    shown = excerpt(override)
+    shown = excerpt(f"{path}=..." if "://" in text else override)  # an address may hold a password
     if not separator:
         raise ConfigError(f"override '{shown}' must have the form section.key=value")
     *sections, key = path.strip().split(".")
@@ -190,7 +190,16 @@ def _problem(error: Any, where: str) -> str:
     place = ".".join(location)
     if error["type"] == "value_error":  # its message names keys of the section, with their values
         return ": ".join(part for part in (where, place, message) if part)
-    return f"{where}: {place} ({excerpt(repr(error['input']))}): {message}"
+    return f"{where}: {place} ({excerpt(repr(_shown(error['input'])))}): {message}"
+
+
+def _shown(value: Any) -> Any:
+    """Value of a setting with its addresses as messages show them."""
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 def _known_keys(location: list[str]) -> list[str]:

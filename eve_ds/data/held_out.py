@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,10 +13,9 @@ from eve_ds.data.errors import BadSample
 from eve_ds.data.image_decoding import choose_decoding
 from eve_ds.data.index_file import Indices
 from eve_ds.data.order import Place
-from eve_ds.data.remote.addresses import is_remote
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import image_key
-from eve_ds.data.shard_paths import expand
+from eve_ds.data.shard_paths import expand, one_name_of
 from eve_ds.data.shards import Shard
 from eve_ds.data.sources import SampleSource, open_source, shards_of
 from eve_ds.data.transforms import TrainTransform
@@ -110,15 +108,17 @@ def _shards(config: Config, chosen: Sequence[SourceConfig]) -> list[list[Shard]]
     """Shards of the chosen sources; raises ConfigError if the run trains on some of them by name."""
     if config.data.validation is not None and config.data.validation.sources:
         indices = Indices(RemoteStorage(config.data))
-        shared = sorted(_files(chosen, indices) & _files(config.data.sources, indices))
-        if shared:
+        held_out, trained = _files(chosen, indices), _files(config.data.sources, indices)
+        shared = next((shard for name, shard in held_out.items() if name in trained), None)
+        if shared is not None:
             raise ConfigError(
-                f"data.validation.sources names shard {shared[0]}, which data.sources trains on: name other shards"
+                f"data.validation.sources names shard {without_credentials(shared)}, which data.sources trains on: "
+                "name other shards"
             )
     return shards_of(chosen, config.data)
 
 
-def _files(sources: Sequence[SourceConfig], indices: Indices) -> set[str]:
-    """One name for each shard, whatever links or signatures lead to it."""
+def _files(sources: Sequence[SourceConfig], indices: Indices) -> dict[str, str]:
+    """Shard by its one name."""
     found = [shard for source in sources if source.shards for shard in expand(source.shards, indices)]
-    return {without_credentials(shard) if is_remote(shard) else os.path.realpath(shard) for shard in found}
+    return {one_name_of(shard): shard for shard in found}

@@ -19,6 +19,9 @@ class ShardBytes(Protocol):
             OSError: the storage failed.
         """
 
+    def reread(self, offset: int, size: int) -> bytes:
+        """Read again what :meth:`read_at` read and what seems to be damaged, from its server and past all caches."""
+
     def want(self, offset: int, size: int) -> None:
         """Announce a :meth:`read_at` of the same bytes, which may be read in the background until then."""
 
@@ -40,6 +43,10 @@ class FileBytes:
     def read_at(self, offset: int, size: int) -> bytes:
         """Read `size` bytes from `offset`; fewer at the end of the file."""
         return os.pread(self._file.fileno(), size, offset)
+
+    def reread(self, offset: int, size: int) -> bytes:
+        """Read as :meth:`read_at` does."""
+        return self.read_at(offset, size)
 
     def want(self, offset: int, size: int) -> None:
         """Do nothing: the system reads files ahead."""

@@ -17,6 +17,7 @@ from eve_ds.data.shard_bytes import ShardBytes
 from eve_ds.data.shard_index import ShardLayout, scan_layout
 from eve_ds.data.tar_headers import BLOCK, Member, members, read_ahead, round_up
 from eve_ds.distributed import get_logger
+from eve_ds.printable import without_credentials
 
 
 class StoredSample(NamedTuple):
@@ -39,7 +40,7 @@ class ShardFile:
     """
 
     def __init__(self, address: str, stored: ShardBytes, layout: ShardLayout | None = None) -> None:
-        self.address, self._stored = address, stored
+        self.address, self._stored = without_credentials(address), stored
         self._is_scanned = layout is None
         self.layout = scan_layout(stored) if layout is None else layout
 
@@ -53,9 +54,10 @@ class ShardFile:
         Raises:
             BadSample: a damaged tar lacks the sample.
         """
-        start, end = self._place(self._group(number)[0])
-        block = read_ahead(lambda offset, size: self._stored.read_at(start + offset, size))
-        first = next(_parts(block, end - start), None)
+        place = self._place(self._group(number)[0])
+        first = _first_part(self._stored.read_at, *place)
+        if first is None or first.member.header != 0:
+            first = _first_part(self._stored.reread, *place)
         if (first is None or first.member.header != 0) and self._has_other_layout():
             return self.image(number)
         if first is None:
@@ -70,20 +72,28 @@ class ShardFile:
         captions = int(self.layout.captions[group])
         return f" (caption {sample} of the {captions} of image {group})" if captions > 1 else ""
 
-    def read(self, number: int) -> StoredSample:
+    def read(self, number: int, again: bool = False) -> StoredSample:
         """Read one sample.
 
-        A sample of a group with numbered captions has its own as `txt`, whose number is in the key: KEY-N.
+        A sample of a group with numbered captions has its own as `txt`, whose number is in the key: KEY-N. If the
+        members are not those of the layout, a server is asked once more before the tar counts as damaged.
+
+        Args:
+            number: number of the sample in the shard.
+            again: whether to read past all caches, since what was read before seems to be damaged.
 
         Raises:
             BadSample: a damaged tar lacks the sample, the sample has two members with the same extension, or it exceeds
                 a cap of :mod:`eve_ds.limits`.
         """
         group, sample = self._group(number)
-        data = self._span(*self._place(group))
+        data = self._span(*self._place(group), again)
         parts = list(_parts(lambda offset: data[offset : offset + BLOCK], len(data)))
-        if not self._agrees(parts, group) and self._has_other_layout():
-            return self.read(number)
+        if not self._agrees(parts, group):
+            if not again:
+                return self.read(number, again=True)
+            if self._has_other_layout():
+                return self.read(number)
         if not parts:
             raise BadSample("broken tar entry", "no member stands where the index says")
         fields = _fields(parts, data)
@@ -108,10 +118,10 @@ class ShardFile:
         start, end = int(self.layout.starts[group]), int(self.layout.ends[group])
         return start, max(min(end, self._stored.size), start)
 
-    def _span(self, start: int, end: int) -> bytes:
+    def _span(self, start: int, end: int, again: bool) -> bytes:
         if end - start > limits.SAMPLE_BYTES:
             raise BadSample("too large a sample", f"{end - start:,} bytes, more than {limits.SAMPLE_BYTES:,}")
-        data = self._stored.read_at(start, end - start)
+        data = (self._stored.reread if again else self._stored.read_at)(start, end - start)
         if len(data) < end - start:
             raise BadSample("broken tar entry", "the shard is shorter than when it was opened")
         return data
@@ -160,6 +170,12 @@ def _parts(block: Callable[[int], bytes], size: int) -> Iterator[_Part]:
             yield _Part(key, extension.lower(), member)
 
 
+def _first_part(read_at: Callable[[int, int], bytes], start: int, end: int) -> _Part | None:
+    """First member of the group between two offsets."""
+    block = read_ahead(lambda offset, size: read_at(start + offset, size))
+    return next(_parts(block, end - start), None)
+
+
 def _fields(parts: list[_Part], data: bytes) -> dict[str, bytes]:
     if len(parts) > limits.SAMPLE_MEMBERS:
         raise BadSample("too large a sample", f"more than {limits.SAMPLE_MEMBERS} members")
@@ -186,6 +202,6 @@ def warn_of_other_layout(address: str, problem: str) -> None:
     get_logger().warning(
         "shard %s has another layout than its index says (%s): scanning its headers instead; write the index again "
         "with launcher/prepare.py index",
-        address,
+        without_credentials(address),
         problem,
     )

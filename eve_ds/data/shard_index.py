@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +108,8 @@ def scan_layout(stored: ShardBytes) -> ShardLayout:
     """
     starts, ends, captions = [], [], []
     key, labels = None, set[str]()
-    for member in members(read_ahead(stored.read_at), stored.size):
+    again = partial(stored.reread, size=BLOCK)
+    for member in members(read_ahead(stored.read_at), stored.size, again=again):
         prefix, extension = split_name(member.name)
         if prefix is None or extension is None:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +24,7 @@ from eve_ds.printable import without_credentials
 SETTING = "data.sources.shards"
 
 _PIPE = re.compile(r"pipe:", re.IGNORECASE)
+_QUERY = re.compile(r"(?<=\?).*?(?=::[a-z][a-z0-9+.-]*://|$)", re.IGNORECASE | re.DOTALL)
 _IPV6 = re.compile(r"(?<=\[)::(?=[0-9a-f:.]*\])|(?<=[0-9a-f])::(?=[0-9a-f:.]*\])", re.IGNORECASE)
 """Two colons of an address such as http://[::1]/a.tar, which separate no two names."""
 _GLOB = re.compile(r"[*?\[]")
@@ -47,7 +48,8 @@ def expand(spec: str | Sequence[str], indices: Indices) -> list[str]:
     items = [spec] if isinstance(spec, str) else list(spec)
     count = sum(num_expanded(item) for item in items)
     if count > limits.SHARDS:
-        raise ConfigError(f"{SETTING} {items} names more than {limits.SHARDS:,} shards: check the numbers in braces")
+        shown = [without_credentials(item) for item in items]
+        raise ConfigError(f"{SETTING} {shown} names more than {limits.SHARDS:,} shards: check the numbers in braces")
     found = [address for item in items for address in _expand_item(item, indices)]
     _refuse_repeated(found)
     _require_files([Path(address) for address in found if not addresses.is_remote(address)])
@@ -64,15 +66,22 @@ def folder_of(address: str) -> str:
     return addresses.folder_of(address) if addresses.is_remote(address) else os.path.dirname(address) or "."
 
 
+def one_name_of(address: str) -> str:
+    """The one name of a shard, whatever links, spellings or signatures lead to it."""
+    return addresses.object_name(address) if addresses.is_remote(address) else os.path.realpath(address)
+
+
 def _refuse_repeated(found: Sequence[str]) -> None:
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for address in found:
-        if address in seen:
+        name = one_name_of(address)
+        if name in seen:
+            other = "" if seen[name] == address else f" (also as {without_credentials(seen[name])})"
             raise ConfigError(
-                f"shard {without_credentials(address)} is named twice in one source; raise the `weight` of the source "
-                "instead"
+                f"shard {without_credentials(address)} is named twice in one source{other}; raise the `weight` of the "
+                "source instead"
             )
-        seen.add(address)
+        seen[name] = address
 
 
 def num_expanded(pattern: str) -> int:
@@ -108,15 +117,23 @@ def _expand_item(item: str, indices: Indices) -> Iterator[str]:
     if _PIPE.match(item):
         raise ConfigError(f"{SETTING} '{item}' is a command of a pipe, which is not run: name files or a folder")
     try:
-        names = [name.replace("\0", "::") for name in expand_urls(_IPV6.sub("\0", item))]
+        names = [name.replace("\0", "::") for name in expand_urls(_without_colons(item))]
     except (ValueError, AssertionError) as error:  # unbalanced braces, or ${NAME} without a variable WDS_NAME
-        raise ConfigError(f"{SETTING} '{item}' cannot be expanded: {error}") from None
+        shown = without_credentials(item)
+        reason = f": {error}" if shown == item else ""  # the error repeats a part of the name
+        raise ConfigError(f"{SETTING} '{shown}' cannot be expanded{reason}") from None
     for name in names:
         scheme = addresses.scheme_of(name)
         if scheme is not None and scheme != "file":
             yield from _remote_shards(name, indices)
         else:
             yield from _local_shards(addresses.path_of(name) if scheme else os.path.expanduser(name), indices)
+
+
+def _without_colons(item: str) -> str:
+    """Item with a NUL in place of each `::` that separates no two names, as in a host or a query."""
+    item = _IPV6.sub("\0", item)
+    return _QUERY.sub(lambda query: query[0].replace("::", "\0"), item) if addresses.is_http(item) else item
 
 
 def _local_shards(name: str, indices: Indices) -> Iterator[str]:
@@ -135,7 +152,7 @@ def _local_shards(name: str, indices: Indices) -> Iterator[str]:
 def _remote_shards(address: str, indices: Indices) -> list[str]:
     """Shards of an address: a tar, a folder, or a glob pattern."""
     scheme = str(addresses.scheme_of(address))
-    address = scheme + address[len(scheme) :]  # in lower case
+    address = addresses.encoded(scheme + address[len(scheme) :])  # the scheme in lower case
     shown, name = without_credentials(address), addresses.file_name(address)
     if scheme not in addresses.READERS:
         schemes = ", ".join(f"{scheme}://" for scheme in addresses.READERS)
@@ -146,15 +163,25 @@ def _remote_shards(address: str, indices: Indices) -> list[str]:
         raise ConfigError(f"shard {shown} is compressed: {_UNPACK}")
     if name.endswith(".tar"):
         return [address]
+    return _folder_at(address, indices)
+
+
+def _folder_at(address: str, indices: Indices) -> list[str]:
+    """Shards of a folder at an address: those of its index, or its tars."""
     listed = [addresses.join(address, name) for name in indices.of(address)]
     if listed or addresses.is_http(address):
-        return listed or _refuse_folder(shown)
-    return _matching(addresses.join(address, "*.tar"), indices)
+        return listed or _refuse_folder(without_credentials(address))
+    return _matching(addresses.join(escape(address), "*.tar"), indices)
 
 
 def _matching(pattern: str, indices: Indices) -> list[str]:
     shown = without_credentials(pattern)
-    found = [address for address in indices.remote.matching(pattern) if not is_leftover(address)]
+    found = []
+    for match in indices.remote.matching(pattern):
+        if match.endswith("/"):
+            found += _folder_at(match.rstrip("/"), indices)
+        elif not is_leftover(match):
+            found.append(match)
     if not found:
         raise ConfigError(f"{SETTING} '{shown}' matches no shard: check the name of the bucket and the folder")
     packed = next((address for address in found if address.lower().endswith(COMPRESSED)), None)

@@ -11,7 +11,7 @@ from eve_ds.data.shared_bytes import SharedBytes
 
 
 class ShardTable:
-    """Sequence of shards without their hashes, in shared memory; a million samples have some four megabytes of layouts.
+    """Sequence of shards in shared memory; a million samples have some four megabytes of layouts.
 
     Args:
         shards: the shards.
@@ -19,6 +19,7 @@ class ShardTable:
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._addresses = SharedBytes(shard.address.encode(errors="surrogateescape") for shard in shards)
+        self._hashes = SharedBytes((shard.sha256 or "").encode(errors="surrogatepass") for shard in shards)
         self._groups = SharedBytes(b"" if shard.groups is None else shard.groups for shard in shards)
         self._sizes = torch.tensor([[shard.num_samples, shard.bytes] for shard in shards], dtype=torch.int64)
 
@@ -28,5 +29,6 @@ class ShardTable:
     def __getitem__(self, number: int) -> Shard:
         samples, size = self._sizes[number].tolist()
         address, groups = self._addresses[number], self._groups[number]
+        digest = bytes(self._hashes[number]).decode(errors="surrogatepass") or None
         layout = groups if len(groups) else None
-        return Shard(bytes(address).decode(errors="surrogateescape"), samples, size, None, layout)
+        return Shard(bytes(address).decode(errors="surrogateescape"), samples, size, digest, layout)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from eve_ds.config import DataConfig
+from eve_ds.data.failed_download import failed_download
 from eve_ds.data.index_file import INDEX_NAME, IndexEntry, Indices
 from eve_ds.data.remote.addresses import is_remote
-from eve_ds.data.remote.errors import RemoteError
+from eve_ds.data.remote.errors import RemoteError, wrong_content
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.shard_bytes import FileBytes, ShardBytes, stored_size
 from eve_ds.data.shard_file import ShardFile, warn_of_other_layout
@@ -51,7 +52,7 @@ def find_shards(spec: str | Sequence[str], remote: RemoteStorage | None = None) 
     remote = RemoteStorage(DataConfig()) if remote is None else remote
     indices = Indices(remote)
     addresses = expand(spec, indices)
-    entries = [indices.of(folder_of(address)).get(name_of(address)) for address in addresses]
+    entries = [indices.beside(folder_of(address)).get(name_of(address)) for address in addresses]
     unlisted = [address for address, entry in zip(addresses, entries, strict=True) if entry is None]
     if unlisted:
         get_logger().warning(
@@ -112,8 +113,8 @@ def _scanned(address: str, remote: RemoteStorage) -> ShardLayout:
     return shard.layout
 
 
-def _open_bytes(address: str, remote: RemoteStorage) -> ShardBytes:
-    return remote.open(address) if is_remote(address) else FileBytes(address)
+def _open_bytes(address: str, remote: RemoteStorage, digest: str | None = None) -> ShardBytes:
+    return remote.open(address, digest or "") if is_remote(address) else FileBytes(address)
 
 
 def open_shard(shard: Shard, remote: RemoteStorage | None = None) -> ShardFile:
@@ -123,8 +124,10 @@ def open_shard(shard: Shard, remote: RemoteStorage | None = None) -> ShardFile:
         OSError: the disk failed.
         RemoteError: the server cannot be read, or has another object than the index or than before.
     """
-    stored = _open_bytes(shard.address, RemoteStorage(DataConfig()) if remote is None else remote)
+    stored = _open_bytes(shard.address, RemoteStorage(DataConfig()) if remote is None else remote, shard.sha256)
     if is_remote(shard.address) and stored.size != shard.bytes:
+        if (found := failed_download(stored.read_at(0, 512))) is not None:
+            raise RemoteError(wrong_content(shard.address, f"{found}, not a tar"))
         raise RemoteError(
             f"shard {without_credentials(shard.address)} has {stored.size:,} bytes, not {shard.bytes:,} as its "
             f"{INDEX_NAME} says or as when the run started: upload the shard again, or write the index again with "

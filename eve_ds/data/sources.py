@@ -205,10 +205,20 @@ class ShardsSource:
 
     def read(self, place: Place, left_out: Callable[[str], bool] = _keep) -> Sample | None:
         """Read, decode and crop one sample."""
-        epoch = place.epoch
-        key, fields, image_name = self._stored(place.shard, place.number)
-        if left_out(image_key(image_name)):
+        stored = self._stored(place.shard, place.number)
+        if left_out(image_key(stored.image)):
             return None
+        try:
+            return self._sample(stored, place.epoch)
+        except BadSample:
+            if not is_remote(self._shards[place.shard].address):
+                raise
+        # A server may send wrong bytes in place of those of a sample; a cache would keep them for good.
+        return self._sample(self._stored(place.shard, place.number, again=True), place.epoch)
+
+    def _sample(self, stored: StoredSample, epoch: int) -> Sample:
+        """Decode and crop a stored sample."""
+        key, fields, _ = stored
         try:
             caption = self._caption(fields)
             encoded = self._encoded_image(fields)
@@ -234,9 +244,9 @@ class ShardsSource:
         except OSError as error:
             raise BadSample("unreadable shard", str(error)) from None
 
-    def _stored(self, shard: int, number: int) -> StoredSample:
+    def _stored(self, shard: int, number: int, again: bool = False) -> StoredSample:
         try:
-            return self._shard_file(shard).read(number)
+            return self._shard_file(shard).read(number, again)
         except OSError as error:
             raise BadSample("unreadable shard", str(error)) from None
 

@@ -15,6 +15,8 @@ from eve_ds import limits
 
 BLOCK = 512
 """Bytes of a header; the data of a member fills whole blocks."""
+_END = 20 * BLOCK
+"""Bytes of the zero blocks that usually end a tar, at most."""
 _READ_AHEAD = 4096
 """Bytes to read for a header; usually they include the headers of the caption and of the next image."""
 _REGULAR = (b"0", b"\0", b"7")
@@ -62,12 +64,16 @@ class Damage(NamedTuple):
     offset: int
 
 
-def members(block: Callable[[int], bytes], size: int, verify: bool = True) -> Iterator[Member]:
+def members(
+    block: Callable[[int], bytes], size: int, verify: bool = True, again: Callable[[int], bytes] | None = None
+) -> Iterator[Member]:
     """Yield the regular members that :func:`scan` finds."""
-    return (found for found in scan(block, size, verify) if isinstance(found, Member))
+    return (found for found in scan(block, size, verify, again) if isinstance(found, Member))
 
 
-def scan(block: Callable[[int], bytes], size: int, verify: bool = True) -> Iterator[Member | Damage]:
+def scan(
+    block: Callable[[int], bytes], size: int, verify: bool = True, again: Callable[[int], bytes] | None = None
+) -> Iterator[Member | Damage]:
     """Yield the regular members of a tar (ustar, GNU long names, pax) of `size` bytes, and its damage.
 
     After a damaged header the search continues at the next valid one, so a broken entry costs only that entry; it ends
@@ -78,12 +84,17 @@ def scan(block: Callable[[int], bytes], size: int, verify: bool = True) -> Itera
         block: function that reads 512 bytes at an offset.
         size: size of the tar, in bytes.
         verify: whether to check the checksums of headers.
+        again: function that reads 512 bytes once more where a stretch without a valid header begins, as they may have
+            been read wrongly; None: `block` is right.
     """
     offset, lost, first, name, length = 0, 0, None, None, None
     reported = False
     while offset + BLOCK <= size and lost < limits.TAR_DAMAGE_BYTES:
         here = block(offset)
         header = _parse_header(here, verify)
+        if header is None and again is not None and not lost and (any(here) or size - offset > _END):
+            here = again(offset)
+            header = _parse_header(here, verify)
         stored = 0 if header is None else _stored(header, length)
         end = offset + BLOCK + stored
         if header is None or end > size or (header.kind in _EXTENSIONS and stored > limits.TAR_RECORD_BYTES):

@@ -448,3 +448,40 @@ def test_files_of_macos_are_no_members(tmp_path):
     between = [member for pair in zip(mixed, plain, strict=False) for member in pair]
     path = write_tar(tmp_path / "a.tar", between + mixed)
     assert ours(path) == ours(write_tar(tmp_path / "b.tar", plain))
+
+
+class OnceWrong(FileBytes):
+    """Shard of a server whose first answer for some bytes is wrong."""
+
+    def __init__(self, path, wrong):
+        super().__init__(path)
+        self.wrong, self.fresh = wrong, []
+
+    def read_at(self, offset, size):
+        data = super().read_at(offset, size)
+        inside = range(max(self.wrong.start - offset, 0), max(min(self.wrong.stop - offset, size), 0))
+        return data[: inside.start] + bytes(len(inside)) + data[inside.stop :] if inside else data
+
+    def reread(self, offset, size):
+        self.fresh.append(offset)
+        self.wrong = range(0)
+        return super().read_at(offset, size)
+
+
+WRONG = {"a header": range(3584, 4096), "many samples": range(1024, 20_000), "the start": range(6000)}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("method", ["read", "image", "scan_layout"])
+def test_a_server_is_asked_again_before_a_sample_is_left_out(tmp_path, wrong, method, caplog):
+    path = write_tar(tmp_path / "a.tar", samples(40))
+    layout = stored_layout(path)
+    right = [opened(path, layout).read(number) for number in range(40)]
+    stored = OnceWrong(path, wrong)
+    shard = ShardFile("a.tar", stored, None if method == "scan_layout" else layout)
+    if method == "image":
+        assert [shard.image(number) for number in range(40)] == [sample.image for sample in right]
+    else:
+        assert [shard.read(number) for number in range(40)] == right
+    assert 1 <= len(stored.fresh) <= (4 if method == "scan_layout" else 1)
+    assert not caplog.text

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
+PAGE = b"<!DOCTYPE html><html><body>Log in</body></html>"
+
 
 class Request(NamedTuple):
     """One request as it arrived."""
@@ -25,7 +27,7 @@ class FaultyServer:
     """Server on the loopback interface; a context manager.
 
     Attributes:
-        files: path without its first slash -> content; may change at any time.
+        files: path without its first slash -> content; may change at any time. A query counts if it is in a path here.
         faults: function of (path, index of the request) -> name of a fault of `Handler`, or an empty text.
         requests: all requests so far.
         etags: whether answers have an ETag.
@@ -76,11 +78,16 @@ class Handler(BaseHTTPRequestHandler):
             index = len(owner.requests)
             owner.requests.append(Request(self.path, self.headers.get("Range", ""), dict(self.headers)))
         fault = owner.faults(self.path, index)
-        name = self.path.lstrip("/").partition("?")[0]
+        whole = self.path.lstrip("/")
+        name = whole if whole in owner.files else whole.partition("?")[0]
         if fault.startswith("status "):
             return self._send(int(fault.split()[1]), b"", {"Retry-After": fault.split()[2]} if fault[10:] else {})
         if fault.startswith("redirect "):
             return self._send(302, b"", {"Location": fault.split()[1]})
+        if fault == "page":
+            return self._send(200, PAGE, {"Content-Type": "text/html"})
+        if fault == "long page":
+            return self._send(200, PAGE + b" " * 9000, {"Content-Type": "text/html"})
         if fault == "hang":
             time.sleep(2)
             return None
@@ -89,10 +96,17 @@ class Handler(BaseHTTPRequestHandler):
         return self._send_file(owner.files[name], fault)
 
     def _send_file(self, content: bytes, fault: str) -> None:
-        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'} if self.owner.etags else {}
+        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'} if self.owner.etags and fault != "no ETag" else {}
+        if fault.startswith("Last-Modified"):
+            headers = {"Last-Modified": f"Mon, 01 Jan 2024 00:00:0{fault[-1]} GMT"}
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if fault == "gzip whole":
             return self._send(200, gzip.compress(content), headers | {"Content-Encoding": "gzip"})
+        if fault == "gzip cut":
+            packed = gzip.compress(content)
+            return self._send(200, packed[: len(packed) // 2], headers | {"Content-Encoding": "gzip"})
+        if fault == "short":
+            return self._send(200, content[: len(content) // 2], headers)
         if match is None or fault == "no ranges":
             return self._send(200, content, headers, fault)
         first, last = int(match[1]), min(int(match[2]), len(content) - 1)
@@ -110,6 +124,10 @@ class Handler(BaseHTTPRequestHandler):
             del headers["Content-Range"]
         if fault == "weak":
             headers["ETag"] = f"W/{headers['ETag']}"
+        if fault == "zeros":
+            body = bytes(len(body))
+        if fault == "zeros behind the caption":
+            body = body[:1536] + bytes(len(body[1536:]))
         if fault == "more bytes":
             body += bytes(100)
         if fault == "gzip":

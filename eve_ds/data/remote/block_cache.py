@@ -107,6 +107,13 @@ class BlockCache:
             self._store(name, data)
         return data[start:end]
 
+    def remove_other(self, name: str, start: int, data: bytes, size: int) -> None:
+        """Remove a block of `size` bytes that has other bytes at `start` than `data`."""
+        stored = self._stored(name, start, start + len(data), size)
+        if stored is not None and stored != data:
+            with suppress(OSError):
+                os.unlink(self._folder / name)
+
     def _stored(self, name: str, start: int, end: int, size: int) -> bytes | None:
         """Bytes of a block that is stored and whole."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from eve_ds.data.errors import UnusableData
+from eve_ds.printable import without_credentials
 
 
 class RemoteError(UnusableData):
@@ -13,7 +14,19 @@ class RemoteError(UnusableData):
 
 
 class MissingObject(RemoteError):
-    """The server knows no such object, or shows it to nobody without the right credentials."""
+    """The server knows no such object."""
+
+
+class RefusedObject(RemoteError):
+    """The server refuses an object with these credentials.
+
+    Stores also answer so if an object is missing, but the credentials do not permit to list others, or if a signature
+    in the address is that of another object.
+    """
+
+
+class WrongContent(RemoteError):
+    """The server sends something else in place of an object, such as the page of a login."""
 
 
 class FailedAttempt(Exception):
@@ -27,3 +40,11 @@ class FailedAttempt(Exception):
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.reason, self.wait = reason, wait
+
+
+def wrong_content(address: str, found: str) -> str:
+    """Message that a server sent something else in place of an object, such as the page of a login."""
+    return (
+        f"{without_credentials(address)} is {found}: check the address, and whether the server wants a login or a "
+        "signature"
+    )

@@ -12,7 +12,15 @@ from contextlib import contextmanager
 import requests
 import urllib3
 
-from eve_ds.data.remote.errors import FailedAttempt, MissingObject, RemoteError
+from eve_ds.data.failed_download import failed_download
+from eve_ds.data.remote.errors import (
+    FailedAttempt,
+    MissingObject,
+    RefusedObject,
+    RemoteError,
+    WrongContent,
+    wrong_content,
+)
 from eve_ds.data.remote.interface import Version, require_same
 from eve_ds.data.remote.retries import Clock
 from eve_ds.printable import excerpt, without_credentials
@@ -22,8 +30,11 @@ PROBE_BYTES = 4096
 _PIECE = 2**18
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Statuses that may pass: RFC 9110, section 15, RFC 6585 and RFC 8470."""
-_MISSING = {400, 401, 403, 404, 410}
-"""Statuses of an object that is not there; stores answer 400 or 403 if a signature is for another object."""
+_KINDS: dict[int, type[RemoteError]] = {
+    **dict.fromkeys((404, 410), MissingObject),
+    **dict.fromkeys((400, 401, 403), RefusedObject),
+}
+"""Errors of statuses that say more than that an object cannot be read."""
 _REASONS: dict[str, tuple[type[Exception], ...]] = {
     "unknown host, check its name": (urllib3.exceptions.NameResolutionError,),
     "no connection to the proxy": (requests.exceptions.ProxyError,),
@@ -98,18 +109,18 @@ class HttpObject:
         with self._answer({"Range": f"bytes=0-{PROBE_BYTES - 1}"}) as answer:
             content_range = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
             if answer.status_code == 416 and content_range and content_range[3] == "0":
-                self.version = Version(0, _tag(answer.headers))
+                self.version = _version(0, answer.headers)
                 return
             self._check_status(answer)
             total = self._whole(answer) if answer.status_code == 200 else self._total(content_range)
-            self.version = Version(total, _tag(answer.headers))
+            self.version = _version(total, answer.headers)
             self.start = self._body(answer, min(PROBE_BYTES, total), end)
 
     def _whole(self, answer: requests.Response) -> int:
         """Size of an object that was sent as a whole, which is right for a small one only."""
         length = answer.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > PROBE_BYTES:
-            raise self._without_ranges()
+            raise self._without_ranges(answer)
         return int(length)
 
     def _total(self, content_range: re.Match[str] | None) -> int:
@@ -134,12 +145,13 @@ class HttpObject:
             if answer.status_code == 200:
                 if size == self.version.size and answer.headers.get("Content-Length") == str(size):
                     return self._body(answer, size, end)
-                raise self._without_ranges()
+                raise self._without_ranges(answer)
             found = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
             if found is None:
                 raise FailedAttempt("an answer without a valid Content-Range")
             if found[3] != "*":
-                require_same(self._address, self.version, Version(int(found[3]), _tag(answer.headers)))
+                now = _version(int(found[3]), answer.headers)
+                self.version = require_same(self._address, self.version, now)
             if (found[1], found[2]) != (str(offset), str(offset + size - 1)):
                 raise FailedAttempt(f"bytes {found[1]}-{found[2]} in place of {offset}-{offset + size - 1}")
             return self._body(answer, size, end)
@@ -164,7 +176,9 @@ class HttpObject:
                 f"{excerpt(coding)}), so that offsets are not those of the tar: turn its compression off for tars"
             )
 
-    def _without_ranges(self) -> RemoteError:
+    def _without_ranges(self, answer: requests.Response) -> RemoteError:
+        if (page := failed_download(next(pieces(answer, decode=True), b""))) is not None:
+            return WrongContent(wrong_content(self._address, page))
         return RemoteError(
             f"the server of {without_credentials(self._address)} does not read ranges (it answers with HTTP 200 and "
             "the whole file), but samples are read at their offsets: use a server with range requests, or download "
@@ -223,7 +237,7 @@ def check_status(address: str, answer: requests.Response) -> None:
     if status in _PASSING:
         wait = answer.headers.get("Retry-After", "")
         raise FailedAttempt(f"HTTP {status}", float(wait) if re.fullmatch(r"\d{1,6}", wait) else 0.0)
-    kind = MissingObject if status in _MISSING else RemoteError
+    kind = _KINDS.get(status, RemoteError)
     raise kind(f"{without_credentials(address)} cannot be read: HTTP {status} {excerpt(answer.reason or '')}".rstrip())
 
 
@@ -233,9 +247,9 @@ def pieces(answer: requests.Response, decode: bool) -> Iterator[bytes]:
         yield piece
 
 
-def _tag(headers: Mapping[str, str]) -> str:
-    """Tag of a version; weak and strong ones are compared alike, since proxies weaken them."""
-    return excerpt(headers.get("ETag", headers.get("Last-Modified", "")).removeprefix("W/"))
+def _version(size: int, headers: Mapping[str, str]) -> Version:
+    """Version of an answer; weak and strong tags are compared alike, since proxies weaken them."""
+    return Version(size, *(excerpt(headers.get(name, "").removeprefix("W/")) for name in ("ETag", "Last-Modified")))
 
 
 def _reason(error: Exception) -> str:

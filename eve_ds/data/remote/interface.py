@@ -13,11 +13,26 @@ class Version(NamedTuple):
 
     size: int
     """Bytes."""
-    tag: str
-    """`ETag` or `Last-Modified` of the server; empty if it sends neither."""
+    tag: str = ""
+    """`ETag` of the server, or what takes its place in a store; empty if an answer has none."""
+    modified: str = ""
+    """`Last-Modified` of the server; empty if an answer has none."""
 
     def __str__(self) -> str:
-        return f"{self.size:,} bytes, {self.tag or 'no ETag'}"
+        return f"{self.size:,} bytes, {self.tag or self.modified or 'no ETag'}"
+
+    @property
+    def name(self) -> str:
+        """What tells versions of one size apart; empty if the server sends neither."""
+        return self.tag or self.modified
+
+    def is_other(self, before: Version) -> bool:
+        """Whether an answer is of another object, by the better mark that both answers have.
+
+        Machines behind one address may differ in the headers that they send.
+        """
+        marks = [pair for pair in zip(self[1:], before[1:], strict=True) if all(pair)]
+        return self.size != before.size or (bool(marks) and marks[0][0] != marks[0][1])
 
 
 class RemoteObject(Protocol):
@@ -49,13 +64,14 @@ class Server(Protocol):
         """Read a small object, such as an index; RemoteError if it has more than `most` bytes."""
 
     def matching(self, pattern: str) -> list[str]:
-        """Addresses that match a glob pattern, sorted."""
+        """Addresses that match a glob pattern, or have that very name, sorted; that of a folder ends in a slash."""
 
 
-def require_same(address: str, before: Version, now: Version) -> None:
-    """Raise :class:`RemoteError` if an object is not the one that was opened before."""
-    if now != before:
+def require_same(address: str, before: Version, now: Version) -> Version:
+    """Version with the marks of both answers; raises :class:`RemoteError` if they are of two objects."""
+    if now.is_other(before):
         raise RemoteError(
             f"{without_credentials(address)} was replaced while it was read ({before}; now {now}): restore it and "
             "rerun the same command, or start another run"
         )
+    return Version(before.size, before.tag or now.tag, before.modified or now.modified)

@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from eve_ds import limits
 from eve_ds.config import DataConfig
-from eve_ds.data.remote.addresses import READERS, is_http, scheme_of
+from eve_ds.data.remote.addresses import READERS, is_http, object_name, scheme_of
 from eve_ds.data.remote.block_cache import BlockCache, block_bytes
-from eve_ds.data.remote.errors import MissingObject, RemoteError
+from eve_ds.data.remote.errors import FailedAttempt, MissingObject, RemoteError
 from eve_ds.data.remote.interface import RemoteObject, Server, Version, require_same
 from eve_ds.data.remote.readers import Readers
 from eve_ds.data.remote.retries import SYSTEM_CLOCK, Clock, Retries
+from eve_ds.distributed import get_logger
 from eve_ds.printable import without_credentials
 
 READ_AHEAD = 256 * limits.KIB
 """Bytes that a small read fetches without a cache: the headers of a tar are read one after another."""
 SMALL = 4096
 """Bytes of a small read."""
+PARSE_ATTEMPTS = 3
+"""Number of times that an object is read which cannot be parsed: without a length in its header a cut answer is no
+fault of HTTP."""
+
+T = TypeVar("T")
+
+
+class _Part(NamedTuple):
+    """Part of a block."""
+
+    name: str
+    """Name of the block."""
+    first: int
+    """Place of the block in the object, in bytes."""
+    size: int
+    """Bytes of the block."""
+    start: int
+    end: int
 
 
 class RemoteBytes:
@@ -35,6 +56,7 @@ class RemoteBytes:
         readers: threads that read ahead.
         cache: cache of blocks; None: each read is a request.
         block: bytes of a block.
+        content: what else is known of the content, such as its hash; a part of the name of the blocks.
     """
 
     def __init__(
@@ -45,14 +67,15 @@ class RemoteBytes:
         readers: Readers[bytes],
         cache: BlockCache | None,
         block: int,
+        content: str = "",
     ) -> None:
         self._address, self._object, self._retries = address, opened, retries
         self._readers, self._cache, self._block = readers, cache, block
         self._wanted: dict[tuple[int, int], Future[bytes]] = {}
         self.size = opened.version.size
         self._start, self._buffer = 0, opened.start
-        where = f"{without_credentials(address)}\n{opened.version.size}\n{opened.version.tag}\n{block}"
-        self._name = hashlib.sha256(where.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        where = f"{object_name(address)}\n{opened.version.size}\n{opened.version.name}\n{content}\n{block}"
+        self._name = hashlib.sha256(where.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Read `size` bytes from `offset`, fewer at the end of the object.
@@ -87,19 +110,36 @@ class RemoteBytes:
         return self._buffer[first : first + size] if inside else None
 
     def _from_blocks(self, cache: BlockCache, offset: int, size: int) -> bytes | None:
-        parts = []
+        found = []
+        for part in self._parts(offset, size):
+            fetch = partial(self._fetch, part.first, part.size)
+            data = cache.read(part.name, part.start, part.end, part.size, fetch)
+            if data is None:
+                return None
+            found.append(data)
+        return b"".join(found)
+
+    def _parts(self, offset: int, size: int) -> Iterator[_Part]:
+        """Parts of the blocks in which a range lies."""
         for number in range(offset // self._block, (offset + size - 1) // self._block + 1):
             first = number * self._block
             length = min(self._block, self.size - first)
             start, end = max(offset - first, 0), min(offset + size - first, length)
-            part = cache.read(f"{self._name}/{number}", start, end, length, partial(self._fetch, first, length))
-            if part is None:
-                return None
-            parts.append(part)
-        return b"".join(parts)
+            yield _Part(f"{self._name}/{number}", first, length, start, end)
 
     def _fetch(self, offset: int, size: int) -> bytes:
         return self._retries.call(self._address, lambda end: self._object.read(offset, size, end))
+
+    def reread(self, offset: int, size: int) -> bytes:
+        """Read from the server what :meth:`read_at` read; blocks with other bytes are removed from the cache."""
+        size = max(min(size, self.size - offset), 0)
+        self._start, self._buffer = 0, b""
+        data = self._fetch(offset, size) if size else b""
+        if self._cache is not None:
+            for part in self._parts(offset, size):
+                begin = part.first + part.start - offset
+                self._cache.remove_other(part.name, part.start, data[begin : begin + part.end - part.start], part.size)
+        return data
 
     def close(self) -> None:
         """Forget the bytes that were read ahead; the connections belong to the storage."""
@@ -119,6 +159,7 @@ class RemoteStorage:
     def __init__(self, config: DataConfig, clock: Clock = SYSTEM_CLOCK) -> None:
         self._config, self._clock = config, clock
         self._versions: dict[str, Version] = {}
+        self._has_warned = False
         self._forget()
 
     def _forget(self) -> None:
@@ -129,14 +170,19 @@ class RemoteStorage:
         self._readers: Readers[bytes] = Readers(max(self._config.remote.reads_ahead, 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_config": self._config, "_clock": self._clock, "_versions": self._versions}
+        names = ("_config", "_clock", "_versions", "_has_warned")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
 
-    def open(self, address: str) -> RemoteBytes:
+    def open(self, address: str, content: str = "") -> RemoteBytes:
         """Open an object.
+
+        Args:
+            address: its address.
+            content: its hash, if an index has it: blocks of an earlier content are then not used.
 
         Raises:
             RemoteError: it cannot be read, or it is another one than when it was opened before; or a package is
@@ -144,24 +190,55 @@ class RemoteStorage:
         """
         server = self._server(address)
         opened = self._retries.call(address, lambda end: server.open(address, end))
-        require_same(address, self._versions.setdefault(address, opened.version), opened.version)
-        block = block_bytes(self._config.cache_bytes)
-        return RemoteBytes(address, opened, self._retries, self._readers, self._blocks(), block)
+        before = self._versions.get(address, opened.version)
+        self._versions[address] = opened.version = require_same(address, before, opened.version)
+        cache, block = self._blocks(), block_bytes(self._config.cache_bytes)
+        if cache is not None and not opened.version.name and not content:
+            self._warn_of_no_version(address)
+            cache = None
+        return RemoteBytes(address, opened, self._retries, self._readers, cache, block, content)
 
-    def read_small(self, address: str, most: int) -> bytes | None:
+    def _warn_of_no_version(self, address: str) -> None:
+        if not self._has_warned:
+            get_logger().warning(
+                "%s has no hash in an index.json and its server sends neither ETag nor Last-Modified: data.cache_dir "
+                "does not store it, as it could not be told from another version; write an index with "
+                "launcher/prepare.py index",
+                without_credentials(address),
+            )
+        self._has_warned = True
+
+    def read_small(self, address: str, most: int, parse: Callable[[bytes], T]) -> T | None:
         """Read a small object as a whole, such as an index; None if there is none.
 
+        Args:
+            address: its address.
+            most: largest number of bytes.
+            parse: function of the bytes that raises ValueError for those of a cut answer, which is repeated; it decides
+                at the last of `PARSE_ATTEMPTS` attempts.
+
         Raises:
+            RefusedObject: the server refuses the object with these credentials.
             RemoteError: it cannot be read, or has more than `most` bytes.
         """
-        server = self._server(address)
+        server, attempts = self._server(address), itertools.count(1)
+
+        def request(end: float) -> T:
+            document = server.read_whole(address, most)
+            try:
+                return parse(document)
+            except ValueError as error:
+                if isinstance(error, RemoteError) or next(attempts) == PARSE_ATTEMPTS:
+                    raise
+                raise FailedAttempt("not the whole object") from None
+
         try:
-            return self._retries.call(address, lambda _: server.read_whole(address, most))
+            return self._retries.call(address, request)
         except MissingObject:
             return None
 
     def matching(self, pattern: str) -> list[str]:
-        """Addresses that match a glob pattern, sorted.
+        """Addresses that match a glob pattern, or have that very name, sorted; that of a folder ends in a slash.
 
         Raises:
             RemoteError: the store cannot be read, or it is an HTTP server, which has no lists of files.

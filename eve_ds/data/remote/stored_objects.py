@@ -15,9 +15,9 @@ from typing import Any
 import fsspec
 
 from eve_ds.data.remote.addresses import scheme_of
-from eve_ds.data.remote.errors import FailedAttempt, MissingObject, RemoteError
+from eve_ds.data.remote.errors import FailedAttempt, MissingObject, RefusedObject, RemoteError
 from eve_ds.data.remote.interface import Version
-from eve_ds.printable import excerpt, without_credentials
+from eve_ds.printable import excerpt, printable, without_credentials
 
 _LASTING = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.ENOENT)}
 """Errors by which the file systems say that a request is wrong."""
@@ -58,10 +58,19 @@ class ObjectStore:
         return found.read(0, size, 0.0) if size else b""
 
     def matching(self, pattern: str) -> list[str]:
-        """Addresses of the objects that match a glob pattern, sorted."""
-        scheme = scheme_of(pattern)
+        """Addresses of the objects and folders that match a glob pattern, or have that very name, sorted."""
+        scheme, path = scheme_of(pattern), self._files._strip_protocol(pattern)
         with translated(pattern):
-            return sorted(f"{scheme}://{self._files._strip_protocol(path)}" for path in self._files.glob(pattern))
+            found = self._named(path) or self._files.glob(path, detail=True)
+        slash = {name: "/" if details["type"] == "directory" else "" for name, details in found.items()}
+        return sorted(f"{scheme}://{self._files._strip_protocol(name)}{slash[name]}" for name in found)
+
+    def _named(self, path: str) -> dict[str, dict[str, Any]]:
+        """The object or folder of a name, which may have the characters of a pattern; empty if there is none."""
+        try:
+            return {path: self._files.info(path)}
+        except (FileNotFoundError, PermissionError):  # stores forbid what is missing to those who may not list
+            return {}
 
 
 class StoredObject:
@@ -118,7 +127,7 @@ def _translation(error: Exception, address: str) -> Exception | None:
     is_forbidden = isinstance(error, PermissionError) or (isinstance(error, OSError) and text.startswith("Forbidden"))
     if is_forbidden or isinstance(error, FileNotFoundError):
         what = "may not be read with these credentials" if is_forbidden else "does not exist"
-        return MissingObject(f"{shown} {what} ({text})")
+        return (RefusedObject if is_forbidden else MissingObject)(f"{shown} {what} ({text})")
     if name == "FileExpired":
         return RemoteError(
             f"{shown} was replaced while it was read: restore it and rerun the same command, or start another run"
@@ -144,4 +153,4 @@ def _text(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "timed out"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return excerpt(without_credentials(" ".join(text.split()))) or type(error).__name__
+    return excerpt(printable(" ".join(text.split()))) or type(error).__name__

@@ -31,9 +31,9 @@ def server():
         yield running
 
 
-def opened(server, folder, fake=None, **data):
+def opened(server, folder, fake=None, name="a.tar", content="", **data):
     clock = (fake or FakeClock()).clock
-    return RemoteStorage(DataConfig(cache_dir=folder, **data), clock).open(f"{server.address}/a.tar")
+    return RemoteStorage(DataConfig(cache_dir=folder, **data), clock).open(f"{server.address}/{name}", content)
 
 
 def ranges(server):
@@ -73,6 +73,61 @@ def test_an_object_with_another_version_has_blocks_of_its_own(server, tmp_path):
     assert opened(server, tmp_path).read_at(10_000, 500) == CONTENT[10_000:10_500]
     server.files["a.tar"] = CONTENT[::-1]
     assert opened(server, tmp_path).read_at(10_000, 500) == CONTENT[::-1][10_000:10_500]
+
+
+MARKS = {"ETag": "", "Last-Modified": "Last-Modified 1", "neither": "no ETag"}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("content", ["", "hash"])
+def test_objects_that_differ_in_their_query_have_blocks_of_their_own(server, tmp_path, mark, content):
+    server.faults = lambda path, index: MARKS[mark]
+    server.files = {"get?id=1": CONTENT, "get?id=2": CONTENT[::-1]}
+    for _ in range(2):
+        for name, data in server.files.items():
+            assert opened(server, tmp_path, name=name, content=content).read_at(10_000, 500) == data[10_000:10_500]
+
+
+def test_an_object_that_is_signed_anew_is_read_from_its_blocks(server, tmp_path):
+    opened(server, tmp_path, name="a.tar?X-Amz-Date=1&X-Amz-Signature=a").read_at(10_000, 500)
+    opened(server, tmp_path, name="./a.tar?X-Amz-Date=2&X-Amz-Signature=b").read_at(10_000, 500)
+    assert ranges(server) == ["bytes=10000-10999"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_an_object_with_another_hash_in_its_index_has_blocks_of_its_own(server, tmp_path, mark):
+    server.faults = lambda path, index: MARKS[mark]
+    for content, data in {"old": CONTENT, "new": CONTENT[::-1]}.items():
+        server.files["a.tar"] = data
+        for _ in range(2):
+            assert opened(server, tmp_path, content=content).read_at(10_000, 500) == data[10_000:10_500]
+    assert ranges(server) == ["bytes=10000-10999"] * 2
+
+
+def test_an_object_without_a_hash_and_a_version_is_not_stored(server, tmp_path, caplog):
+    server.faults = lambda path, index: MARKS["neither"]
+    remote = RemoteStorage(DataConfig(cache_dir=tmp_path), FakeClock().clock)
+    for data in (CONTENT, CONTENT[::-1]):
+        server.files["a.tar"] = data
+        assert remote.open(f"{server.address}/a.tar?sig=secret").read_at(10_000, 500) == data[10_000:10_500]
+    assert stored(tmp_path) == 0
+    rule = (
+        "/a.tar has no hash in an index.json and its server sends neither ETag nor Last-Modified: data.cache_dir does"
+    )
+    assert caplog.text.count(rule) == 1
+    assert "secret" not in caplog.text
+
+
+def test_a_block_with_wrong_bytes_is_removed_when_they_are_read_again(server, tmp_path):
+    server.faults = lambda path, index: "zeros" if index == 1 else ""
+    file = opened(server, tmp_path)
+    assert file.read_at(10_100, 50) == bytes(50)
+    assert opened(server, tmp_path).read_at(10_100, 50) == bytes(50)
+    assert file.reread(9900, 200) == CONTENT[9900:10_100]
+    assert not blocks_of(tmp_path, 10)
+    assert file.read_at(10_100, 50) == CONTENT[10_100:10_150]
+    assert file.reread(10_100, 50) == CONTENT[10_100:10_150]
+    assert blocks_of(tmp_path, 10), "right bytes stay"
 
 
 DAMAGE = {

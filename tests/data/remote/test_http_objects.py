@@ -8,7 +8,7 @@ import time
 
 import pytest
 from fake_clock import FakeClock
-from faulty_server import FaultyServer
+from faulty_server import PAGE, FaultyServer
 
 from eve_ds.config import DataConfig
 from eve_ds.data.errors import UnusableData
@@ -180,6 +180,39 @@ def test_an_object_that_is_replaced_is_refused(server, fake, name):
         remote.open(f"{server.address}/a.tar")
 
 
+@pytest.mark.parametrize("other", ["no ETag", "Last-Modified 1"])
+@pytest.mark.parametrize("faulty", [0, 1, 2])
+def test_an_answer_without_the_tag_of_others_is_of_the_same_object(server, fake, other, faulty):
+    server.faults = lambda path, index: other if index == faulty else ""
+    opened = storage(fake).open(f"{server.address}/a.tar")
+    for place in (50_000, 100_000, 150_000):
+        assert opened.read_at(place, 5000) == CONTENT[place : place + 5000]
+    server.files["a.tar"] = CONTENT[::-1]
+    with pytest.raises(RemoteError, match=r"a\.tar was replaced while it was read"):
+        opened.read_at(200_000, 5000)
+
+
+def test_objects_are_compared_by_the_time_of_the_last_change_if_there_is_no_tag(server, fake):
+    server.faults = lambda path, index: f"Last-Modified {min(index, 1)}"
+    opened = storage(fake).open(f"{server.address}/a.tar")
+    with pytest.raises(
+        RemoteError, match=r"replaced .* \(300,000 bytes, Mon.* 00:00:00 GMT; now 300,000 bytes, Mon.*:01 "
+    ):
+        opened.read_at(100_000, 5000)
+
+
+@pytest.mark.parametrize("fault", ["page", "long page"])
+@pytest.mark.parametrize("when", ["opening", "reading"])
+def test_a_web_page_in_place_of_an_object_is_named(server, fake, fault, when):
+    server.faults = lambda path, index: fault if index >= (when == "reading") else ""
+    rule = rf"^{server.address}/a\.tar is a web page: check the address, and whether the server wants a login"
+    if (fault, when) == ("page", "opening"):
+        assert storage(fake).open(f"{server.address}/a.tar").read_at(0, 10) == PAGE[:10], "the caller knows the size"
+        return
+    with pytest.raises(RemoteError, match=rule):
+        storage(fake).open(f"{server.address}/a.tar").read_at(100_000, 50_000)
+
+
 def test_a_weak_etag_is_the_same_version_as_a_strong_one(server, fake):
     server.faults = lambda path, index: "weak" if index % 2 else ""
     opened = storage(fake).open(f"{server.address}/a.tar")
@@ -231,7 +264,7 @@ def test_an_index_is_read_as_a_whole(server, fake, fault):
     server.files["index.json"] = b"[1, 2]"
     server.faults = lambda path, index: fault if index == 0 else ""
     remote = storage(fake)
-    assert remote.read_small(f"{server.address}/index.json", 100) == b"[1, 2]"
-    assert remote.read_small(f"{server.address}/no.json", 100) is None
+    assert remote.read_small(f"{server.address}/index.json", 100, bytes) == b"[1, 2]"
+    assert remote.read_small(f"{server.address}/no.json", 100, bytes) is None
     with pytest.raises(RemoteError, match=r"index\.json has more than the 5 bytes that are read"):
-        remote.read_small(f"{server.address}/index.json", 5)
+        remote.read_small(f"{server.address}/index.json", 5, bytes)

@@ -19,13 +19,18 @@ from resumed_reader import KEYS, RECORD, read_batches
 from eve_ds.cli.command import ending
 from eve_ds.config import Config, ConfigError, DataConfig, load_config, parse_config
 from eve_ds.data.errors import UnusableData
+from eve_ds.data.held_out import held_out_pairs
 from eve_ds.data.index_file import Indices
 from eve_ds.data.index_writer import write_index
+from eve_ds.data.pipeline import build_loader
 from eve_ds.data.remote import retries, storage
 from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.shard_paths import expand
 from eve_ds.data.shards import find_shards, open_shard
+from eve_ds.data.tokenizer import load_tokenizer
+from eve_ds.objectives.registry import objectives_of
+from eve_ds.printable import printable
 
 SOAK = "EVE_DS_SOAK" in os.environ
 
@@ -39,11 +44,12 @@ def jpeg(seed):
 JPEGS = [jpeg(seed) for seed in range(8)]
 
 
-def tar(first, count):
+def tar(first, count, order=("jpg", "txt")):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as file:
         for number in range(first, first + count):
-            for extension, data in (("jpg", JPEGS[number % 8]), ("txt", b"a small red circle")):
+            for extension in order:
+                data = JPEGS[number % 8] if extension == "jpg" else b"a small red circle"
                 info = tarfile.TarInfo(f"{number:06d}.{extension}")
                 info.size = len(data)
                 file.addfile(info, io.BytesIO(data))
@@ -174,6 +180,160 @@ def test_a_server_that_is_away_at_the_start_is_one_line_with_exit_code_2(free_po
     assert ending(caught.value).code == 2
 
 
+INDEX_FAULTS = {
+    "status 400": r"set/index\.json cannot be read: HTTP 400 Bad Request$",
+    "status 401": r"set/index\.json cannot be read: HTTP 401 Unauthorized$",
+    "status 403": r"set/index\.json cannot be read: HTTP 403 Forbidden$",
+    "status 404": r"set' has no index\.json that lists shards",
+    "status 410": r"set' has no index\.json that lists shards",
+    "page": r"set/index\.json is a web page, not a shard index: check the address, and whether the server wants a lo",
+    "long page": r"set/index\.json is a web page, not a shard index: check the address",
+}
+
+
+@pytest.mark.parametrize("fault", INDEX_FAULTS)
+def test_an_index_that_a_server_refuses_is_needed_for_a_folder_only(server, fault, caplog):
+    server.faults = lambda path, index: fault if "index.json" in path else ""
+    with pytest.raises((ConfigError, RemoteError), match=INDEX_FAULTS[fault]) as caught:
+        find_shards(f"{server.address}/set?sig=secret")
+    shards = find_shards([f"{server.address}/set/shard-{number}.tar?sig=secret{number}" for number in range(3)])
+    assert [shard.num_samples for shard in shards] == [20, 30, 10]
+    assert ending(caught.value).code == 2
+    assert caplog.text.count("; going on without an index") == (fault not in ("status 404", "status 410"))
+    assert "secret" not in caplog.text + str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["short", "gzip cut"])
+@pytest.mark.parametrize("times", [1, storage.PARSE_ATTEMPTS - 1, storage.PARSE_ATTEMPTS])
+def test_an_index_that_was_cut_is_read_again(server, fault, times, monkeypatch):
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.01)
+    server.faults = lambda path, index: fault if index < times else ""
+    if times < storage.PARSE_ATTEMPTS:
+        assert [shard.num_samples for shard in find_shards(f"{server.address}/set")] == [20, 30, 10]
+    else:
+        with pytest.raises(ConfigError, match=r"index\.json is not a shard index \(JSONDecodeError: .*write it again"):
+            find_shards(f"{server.address}/set")
+    assert len(server.requests) == min(times + 1, storage.PARSE_ATTEMPTS)
+
+
+def test_a_page_of_a_login_in_place_of_a_shard_is_named(server):
+    shards = find_shards(f"{server.address}/set")
+    server.faults = lambda path, index: "page"
+    with pytest.raises(RemoteError, match=r"shard-0\.tar is a web page, not a tar: check the address, and whether"):
+        open_shard(shards[0], RemoteStorage(DataConfig()))
+
+
+REPEATED = {
+    "set/shard-1.tar": "set/./x/../shard-1.tar",
+    "set/shard-0.tar?sig=1": "set/shard-{0..2}.tar?sig=2",
+    "set": "set/shard-%31.tar",
+    "set?X-Amz-Signature=1": "set?X-Amz-Signature=2",
+}
+
+
+@pytest.mark.parametrize("spec", REPEATED)
+def test_a_shard_with_two_spellings_is_named_twice(server, spec):
+    with pytest.raises(ConfigError, match=r"shard-(\d|%31)\.tar is named twice in one source.*; raise the `weight`"):
+        find_shards([f"{server.address}/{spec}", f"{server.address}/{REPEATED[spec]}"])
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_query_that_names_another_shard_is_no_shard_of_training(server, is_shared):
+    server.files = {f"get.tar?id={number}": server.files[f"set/shard-{number}.tar"] for number in range(2)}
+    held_out = [{"kind": "shards", "shards": f"{server.address}/get.tar?id={0 if is_shared else 1}&sig=2"}]
+    config = run_config(f"{server.address}/get.tar?sig=1&id=0", validation={"sources": held_out})
+    server.files |= {f"get.tar?id={number}&sig=2": server.files[f"get.tar?id={number}"] for number in range(2)}
+    server.files["get.tar?sig=1&id=0"] = server.files["get.tar?id=0"]
+    if is_shared:
+        with pytest.raises(ConfigError, match=r"names shard \S+/get\.tar, which data\.sources trains on"):
+            held_out_pairs(config, 0, 1)
+    else:
+        assert len(held_out_pairs(config, 0, 1)) == 30
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("fault", ["zeros", "zeros behind the caption"])
+def test_one_wrong_answer_costs_no_sample(tmp_path, monkeypatch, fault, cached):
+    monkeypatch.setattr(storage, "block_bytes", lambda most: 2560)
+    (tmp_path / "a.tar").write_bytes(tar(0, 40, ("txt", "jpg")))
+    write_index(tmp_path, lambda done, total: None)
+    files = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
+    right = batch_keys(run_config(str(tmp_path), num_workers=0))
+    for wrong in (3, 4):  # some samples lie in the start that was read to learn the size
+        with FaultyServer(files, lambda path, index, wrong=wrong: fault if index == wrong else "") as server:
+            config = run_config(f"{server.address}/", tmp_path / f"cache-{wrong}" if cached else None, num_workers=0)
+            for _ in range(2):
+                assert batch_keys(config) == right
+
+
+def batch_keys(config):
+    """Keys and pixels of an epoch."""
+    loader = build_loader(
+        config, load_tokenizer("scenes"), objectives_of(config.model), rank=0, world_size=1, micro_batch_size=20
+    )
+    batches = [next(loader) for _ in range(2)]
+    assert dict(loader.skipped) == {}
+    loader.close()
+    return [(batch.keys, batch.pixel_values.tolist()) for batch in batches]
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["ETag", "no ETag"])
+def test_samples_of_a_set_that_was_replaced_are_the_new_ones(tmp_path, marked):
+    runs = []
+    with FaultyServer({}, lambda path, index: "" if marked else "no ETag") as server:
+        for first in (100, 200):
+            (tmp_path / "a.tar").write_bytes(tar(first, 40))
+            write_index(tmp_path, lambda done, total: None)
+            server.files = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
+            runs += [
+                batch_keys(run_config(place, tmp_path / "cache", 0)) for place in (f"{server.address}/", str(tmp_path))
+            ]
+    assert runs[0] == runs[1] != runs[2] == runs[3]
+
+
+SECRET_SPECS = [
+    "http://host/my set/a.tar?sig=SECRET",
+    "http://host/it's/a.tar?sig=SECRET",
+    "http://host/a.tar?sig=a'SECRET",
+    'http://host/a.tar?sig="SECRET"',
+    "http://host/a.tar?sig=a SECRET",
+    "http://host/a.tar?sig=a::SECRET",
+    "http://user:SEC'SECRET@host/a.tar",
+    "http://user:p SECRET@host/a.tar",
+    "http://user:p/SECRET@host/a.tar",
+    "http://host/{0..1}.tar?sig=x y::http://user:p'SECRET@host/2.tar?sig=a'SECRET",
+    "http://host/{0..3.tar?sig=SECRET",
+]
+
+
+@pytest.mark.parametrize("spec", SECRET_SPECS)
+def test_no_spelling_of_an_address_leaks(spec, free_port, caplog):
+    spec = spec.replace("host/", f"127.0.0.1:{free_port}/")
+    config = run_config(spec)
+    remote = RemoteStorage(DataConfig(remote={"deadline_seconds": 0.05}))
+    with pytest.raises((ConfigError, RemoteError)) as caught:
+        find_shards(spec, remote)
+    assert "SECRET" not in config.model_dump_json() + str(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SECRET_SPECS if "{" not in spec])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.sources=[{{kind: scenes, shards: {{a: {}}}}}]",
+        "data.sources=[{{kind: shards, shards: [[{}]]}}]",
+        "data.sources={}",
+        "data.sources=[{{kind: shards, shards: {}",
+        "data.sources.shards={}",
+        "data.cache_dir={}/$NO_SUCH_VARIABLE",
+    ],
+)
+def test_no_message_about_a_setting_leaks(spec, override):
+    with pytest.raises(ConfigError) as caught:
+        load_config("eve_tiny", [override.format(json.dumps(spec))])
+    assert "SECRET" not in printable(str(caught.value))
+
+
 def test_written_configurations_have_no_credentials():
     shards = ["https://user:secret@host/a.tar?sig=secret", "s3://secret@bucket/b.tar", "/data/c?.tar"]
     config = load_config("eve_tiny", [f"data.sources=[{{kind: shards, shards: {json.dumps(shards)}}}]"])
@@ -190,7 +350,7 @@ def test_written_configurations_have_no_credentials():
 # ------------------------------------------------------------------------------------------------ loader and kills
 
 
-def run_config(address, cache=None, num_workers=2):
+def run_config(address, cache=None, num_workers=2, **data):
     return parse_config(
         {
             "model": {"image_size": 32, "patch_size": 8, "vocab_size": 256},
@@ -200,6 +360,7 @@ def run_config(address, cache=None, num_workers=2):
                 "shuffle_buffer": 50,
                 "cache_dir": cache,
                 "remote": {"timeout_seconds": 0.5, "deadline_seconds": 60, "max_failed_share": 0.9},
+                **data,
             },
             "train": {"train_batch_size": 20},
         }

@@ -13,8 +13,10 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from s3_server import S3Server
 
 from eve_ds.config import DataConfig
+from eve_ds.data.index_file import Indices
 from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.storage import RemoteStorage
+from eve_ds.data.shard_paths import expand
 
 CONTENT = os.urandom(300_000)
 NAMES = ("set/a.tar", "set/b.tar", "set/index.json", "other/c.tar")
@@ -128,7 +130,7 @@ def test_objects_and_buckets_that_are_missing_are_named(server):
     for address in ("s3://bucket/set/no.tar", "s3://no-such-bucket/a.tar"):
         with pytest.raises(RemoteError, match=rf"{address} does not exist"):
             storage().open(address)
-        assert storage().read_small(address, 1000) is None
+        assert storage().read_small(address, 1000, bytes) is None
 
 
 def test_missing_credentials_are_named(server, monkeypatch, tmp_path):
@@ -218,3 +220,32 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch, address, mo
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RemoteError, match=rf"^\w+:// needs a package that is not installed: {command}"):
         storage().open(address)
+
+
+ODD_KEYS = {
+    "s3://bucket/odd/a[1].tar": ["s3://bucket/odd/a[1].tar"],
+    "s3://bucket/odd/b?.tar": ["s3://bucket/odd/b?.tar"],
+    "s3://bucket/odd/c*.tar": ["s3://bucket/odd/c*.tar"],
+    "s3://bucket/odd[1]": ["s3://bucket/odd[1]/d.tar"],
+    "s3://bucket/od*[[]1]": ["s3://bucket/odd[1]/d.tar"],
+    "s3://bucket/odd/a*": ["s3://bucket/odd/a1.tar", "s3://bucket/odd/a[1].tar"],
+}
+"""What a user names -> the shards; names with the characters of a pattern stand first for what has that very name."""
+
+
+@pytest.mark.parametrize("spec", ODD_KEYS)
+def test_a_name_with_the_characters_of_a_pattern_is_that_object(server, spec):
+    for name in ("odd/a[1].tar", "odd/a1.tar", "odd/b?.tar", "odd/bb.tar", "odd/c*.tar", "odd/cc.tar", "odd[1]/d.tar"):
+        server.files.pipe(f"bucket/{name}", CONTENT[:100])
+    assert expand(spec, Indices(storage())) == ODD_KEYS[spec]
+
+
+@pytest.mark.parametrize("code", ["403 AccessDenied", "404 NoSuchKey"])
+def test_a_named_object_needs_no_index(server, code, caplog):
+    server.faults = lambda method, path, index: code if "index.json" in path else ""
+    indices = Indices(storage())
+    assert indices.beside("s3://bucket/set") == indices.beside("s3://bucket/set") == {}
+    assert caplog.text.count("s3://bucket/set/index.json may not be read") == code.startswith("403")
+    if code.startswith("403"):
+        with pytest.raises(RemoteError, match=r"set/index\.json may not be read with these credentials"):
+            Indices(storage()).of("s3://bucket/set")
