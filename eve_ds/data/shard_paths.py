@@ -139,6 +139,8 @@ def _without_colons(item: str) -> str:
 def _local_shards(name: str, indices: Indices) -> Iterator[str]:
     """Shards of a path: a folder, a file, or a glob pattern unless a file has that very name."""
     path = Path(name)
+    if path.name == INDEX_NAME and path.is_file():
+        path = path.parent
     matches = [] if path.exists() or not _GLOB.search(name) else sorted(glob(name, recursive=True))
     if path.is_dir():
         yield from map(str, _folder_shards(path, indices))
@@ -163,7 +165,7 @@ def _remote_shards(address: str, indices: Indices) -> list[str]:
         raise ConfigError(f"shard {shown} is compressed: {_UNPACK}")
     if name.endswith(".tar"):
         return [address]
-    return _folder_at(address, indices)
+    return _folder_at(folder_of(address) if name == INDEX_NAME else address, indices)
 
 
 def _folder_at(address: str, indices: Indices) -> list[str]:

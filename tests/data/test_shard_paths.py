@@ -47,6 +47,8 @@ def test_shards_can_be_given_by_folder_path_braces_or_list(tmp_path, index, capl
         everything[2],
     ]
     assert sizes(f"{folder}/shard-000001.tar::{folder}/shard-000000.tar") == [everything[1], everything[0]]
+    if index:
+        assert sizes(f"{folder}/index.json") == everything
     assert ("3 of 3 shards have no entry in an index.json" in caplog.text) == (not index)
 
 

@@ -88,6 +88,8 @@ SPECS = {
     "set/shard-1.tar": "set/shard-1.tar",
     "set/shard-1.tar?X-Amz-Signature=abc&part=2": "set/shard-1.tar",
     "set?signature=abc": "set",
+    "set/index.json": "set",
+    "set/index.json?signature=abc": "set",
 }
 
 
