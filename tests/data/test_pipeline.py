@@ -351,7 +351,7 @@ def test_resuming_reads_and_decodes_no_served_sample(tmp_path, monkeypatch):
         lambda self, path, *more: opened.append(path) or open_shard(self, path, *more),
     )
     monkeypatch.setattr(
-        shards_module.ShardFile, "read", lambda self, number: read.append(number) or read_sample(self, number)
+        shards_module.ShardFile, "read", lambda self, number, *more: read.append(number) or read_sample(self, number, *more)
     )
     monkeypatch.setattr(transforms, "resize", lambda *args: decoded.append(1) or resize(*args))
     resumed = Run(config, state=state)
