@@ -91,8 +91,10 @@ class Watch:
         load, take = feed._load, feed.take
 
         def watched_load():
-            micro_batches, problem = load()
-            return (micro_batches if self.fetch is None else self.fetch(micro_batches, self.trainer)), problem
+            loaded = load()
+            if self.fetch is None:
+                return loaded
+            return loaded._replace(micro_batches=self.fetch(loaded.micro_batches, self.trainer))
 
         def watched_take(samples):
             data = take(samples)
