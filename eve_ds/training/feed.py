@@ -72,8 +72,7 @@ class Feed:
         self.queue: DeviceQueue[Any] = DeviceQueue(device)
         self.data_wait = DataWait(device, job.config.data.num_workers, self.group)
         self.cpu_seconds = 0.0
-        self._device = device
-        self._thread: Readers[Loaded] = Readers(1)
+        self._device, self._thread = device, Readers(1)
         self._next: StepData | None = None
         self.batches: Batches = job.open(loading)
         self.position = self.batches.state_dict()

@@ -125,6 +125,11 @@ class Handler(BaseHTTPRequestHandler):
             body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:100], body[100:], b""))
         else:
             self.send_header("Content-Length", str(len(body) + (100 if fault == "too long" else 0)))
+        if fault == "drip headers":
+            for number in range(40):
+                self.send_header(f"X-{number}", "")
+                self.flush_headers()
+                time.sleep(0.05)
         self.end_headers()
         if fault == "drip":
             for place in range(0, len(body), 64):

@@ -42,7 +42,7 @@ class RemoteBytes:
         address: str,
         opened: RemoteObject,
         retries: Retries,
-        readers: Readers[bytes],
+        readers: Readers,
         cache: BlockCache | None,
         block: int,
     ) -> None:
@@ -126,7 +126,7 @@ class RemoteStorage:
         self._servers: dict[str, Server] = {}
         self._cache: BlockCache | None = None
         self._retries = Retries(self._config.remote, self._clock)
-        self._readers: Readers[bytes] = Readers(max(self._config.remote.reads_ahead, 1))
+        self._readers = Readers(max(self._config.remote.reads_ahead, 1))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_config": self._config, "_clock": self._clock, "_versions": self._versions}
@@ -179,16 +179,16 @@ class RemoteStorage:
         return self._servers[scheme]
 
     def _connect(self, scheme: str) -> Server:
-        timeout = self._config.remote.timeout_seconds
+        timeout, connections = self._config.remote.timeout_seconds, self._config.remote.reads_ahead + 1
         try:
             importlib.import_module(READERS[scheme].module)
             if scheme == "https":
                 from eve_ds.data.remote.http_objects import HttpServers
 
-                return HttpServers(timeout, self._clock, self._config.remote.reads_ahead + 1)
+                return HttpServers(timeout, self._clock, connections)
             from eve_ds.data.remote.stored_objects import ObjectStore
 
-            return ObjectStore(scheme, timeout)
+            return ObjectStore(scheme, timeout, connections)
         except ImportError:
             raise RemoteError(
                 f"{scheme}:// needs a package that is not installed: pip install '{READERS[scheme].requirement}'"
