@@ -756,7 +756,7 @@ def loader_that_fails(error, at, calls=None):
 
 def data_runs_out(rank, world_size, folder):
     """Return the messages of runs whose data runs out, and the steps of a run whose data would after its last step."""
-    from eve_ds.data.sources import UnusableData
+    from eve_ds.data.errors import UnusableData
 
     error = UnusableData("shard a.tar, key 7: truncated")
     for name, at in (("first", 1), ("second", 2), ("third", 3)):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from eve_ds import limits
 from eve_ds.config import DataConfig
@@ -20,9 +21,11 @@ from eve_ds.data.remote.retries import SYSTEM_CLOCK, Clock, Retries
 from eve_ds.printable import without_credentials
 
 READ_AHEAD = 256 * limits.KIB
-"""Bytes that a small read fetches without a cache: the headers of a tar are read one after another."""
+"""Bytes that a small read fetches without a cache: many headers of a tar stand in them."""
 SMALL = 4096
 """Bytes of a small read."""
+
+T = TypeVar("T")
 
 
 class RemoteBytes:
@@ -119,6 +122,8 @@ class RemoteStorage:
     def __init__(self, config: DataConfig, clock: Clock = SYSTEM_CLOCK) -> None:
         self._config, self._clock = config, clock
         self._versions: dict[str, Version] = {}
+        self.reads_ahead = config.remote.reads_ahead
+        """Number of reads at the same time."""
         self._forget()
 
     def _forget(self) -> None:
@@ -129,7 +134,12 @@ class RemoteStorage:
         self._readers = Readers(max(self._config.remote.reads_ahead, 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_config": self._config, "_clock": self._clock, "_versions": self._versions}
+        return {
+            "_config": self._config,
+            "_clock": self._clock,
+            "_versions": self._versions,
+            "reads_ahead": self.reads_ahead,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -147,6 +157,15 @@ class RemoteStorage:
         require_same(address, self._versions.setdefault(address, opened.version), opened.version)
         block = block_bytes(self._config.cache_bytes)
         return RemoteBytes(address, opened, self._retries, self._readers, self._blocks(), block)
+
+    def submit(self, address: str, call: Callable[[], T]) -> Future[T]:
+        """Call a function that opens an object in one of the threads that read ahead.
+
+        Raises:
+            RemoteError: a package is missing, or the folder of the cache cannot be used.
+        """
+        self._server(address), self._blocks()  # connected here, not by several threads at a time
+        return self._readers.submit(call)
 
     def read_small(self, address: str, most: int) -> bytes | None:
         """Read a small object as a whole, such as an index; None if there is none.
