@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 from webdataset.shardlists import expand_urls
 
@@ -136,10 +137,12 @@ def _remote_shards(address: str, indices: Indices) -> list[str]:
     """Shards of an address: a tar, a folder, or a glob pattern."""
     scheme = str(addresses.scheme_of(address))
     address = scheme + address[len(scheme) :]  # in lower case
-    shown, name = without_credentials(address), addresses.file_name(address)
+    shown = without_credentials(address)
     if scheme not in addresses.READERS:
         schemes = ", ".join(f"{scheme}://" for scheme in addresses.READERS)
         raise ConfigError(f"{SETTING} '{shown}' is an address of a scheme that is not read; these are: {schemes}")
+    _require_server(address, shown)
+    name = addresses.file_name(address)
     if "*" in shown or (_GLOB.search(address) and not addresses.is_http(address)):
         return _matching(address, indices)
     if name.lower().endswith(COMPRESSED):
@@ -150,6 +153,28 @@ def _remote_shards(address: str, indices: Indices) -> list[str]:
     if listed or addresses.is_http(address):
         return listed or _refuse_folder(shown)
     return _matching(addresses.join(address, "*.tar"), indices)
+
+
+def _require_server(address: str, shown: str) -> None:
+    """Raise ConfigError for an address whose host or bucket is missing or not valid."""
+    if not addresses.is_http(address):
+        if not address.partition("://")[2].partition("/")[0]:
+            raise ConfigError(f"{SETTING} '{shown}' has no bucket (a variable that is not set?): name one")
+        return
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname or "", parts.port
+        if host.isascii():
+            host.encode("idna")
+    except ValueError:
+        raise ConfigError(
+            f"{SETTING} '{shown}' has a host or port that is not valid: labels of a host have 1 to 63 characters, "
+            "IPv6 addresses stand in brackets, and ports are at most 65535"
+        ) from None
+    if not host:
+        raise ConfigError(
+            f"{SETTING} '{shown}' has no host (a variable that is not set, or IPv6 without brackets?): name one"
+        )
 
 
 def _matching(pattern: str, indices: Indices) -> list[str]:

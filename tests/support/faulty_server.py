@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = owner.faults(self.path, index)
         name = self.path.lstrip("/").partition("?")[0]
         if fault.startswith("status "):
-            return self._send(int(fault.split()[1]), b"", {"Retry-After": fault.split()[2]} if fault[10:] else {})
+            return self._send(int(fault.split()[1]), b"", {"Retry-After": fault[11:]} if fault[10:] else {})
         if fault.startswith("redirect "):
             return self._send(302, b"", {"Location": fault.split()[1]})
         if fault == "hang":

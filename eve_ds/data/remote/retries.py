@@ -80,9 +80,10 @@ class Retries:
                     self._count(address, failure.reason)
                 wait = max(self._wait(attempts), failure.wait)
                 if self._clock.now() + wait > end:
+                    asked = f" and asks to wait {failure.wait:,.0f} s" if failure.wait == wait else ""
                     raise RemoteError(
-                        f"{without_credentials(address)} cannot be read: {failure.reason} ({attempts} attempts in "
-                        f"{self._clock.now() - start:.0f} s, data.remote.deadline_seconds is "
+                        f"{without_credentials(address)} cannot be read: {failure.reason}{asked} ({attempts} attempts "
+                        f"in {self._clock.now() - start:.0f} s, data.remote.deadline_seconds is "
                         f"{self._config.deadline_seconds:g}); rerun the same command when the server answers again"
                     ) from None
                 if attempts >= MANY_ATTEMPTS:
