@@ -25,7 +25,7 @@ from eve_ds.printable import without_credentials
 SETTING = "data.sources.shards"
 
 _PIPE = re.compile(r"pipe:", re.IGNORECASE)
-_IPV6 = re.compile(r"(?<=\[)::(?=[0-9a-f:.]*\])|(?<=[0-9a-f])::(?=[0-9a-f:.]*\])", re.IGNORECASE)
+_IPV6 = re.compile(r"(?<=//\[)::|(?<=\[)::(?=[0-9a-f:.]*\])|(?<=[0-9a-f])::(?=[0-9a-f:.]*\])", re.IGNORECASE)
 """Two colons of an address such as http://[::1]/a.tar, which separate no two names."""
 _GLOB = re.compile(r"[*?\[]")
 _UNPACK = "samples are read at their offsets in a plain tar; unpack it to .tar"

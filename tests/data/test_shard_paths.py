@@ -187,7 +187,7 @@ NO_SHARDS = {
     "https://": r"'https://' has no host \(a variable that is not set, or IPv6 without brackets\?\): name one",
     "https:///a.tar?sig=secret": r"'https:///a\.tar' has no host",
     "https://user:secret@:80/a.tar": r"'https://:80/a\.tar' has no host",
-    "http://[::1/a.tar": r"has a host or port that is not valid: labels of a host have 1 to 63 characters, IPv6 add",
+    "http://[::1/a.tar": r"'http://\[::1/a\.tar' has a host or port that is not valid: labels of a host have 1 to 63",
     "http://a..b/a.tar": r"'http://a\.\.b/a\.tar' has a host or port that is not valid",
     f"http://{'a' * 64}.org/a.tar": r"a\.org/a\.tar' has a host or port that is not valid",
     "http://x.invalid:99999/a.tar": r"'http://x\.invalid:99999/a\.tar' has a host or port that is not valid",

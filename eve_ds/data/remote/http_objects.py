@@ -226,12 +226,17 @@ def _get(session: requests.Session, address: str, headers: Mapping[str, str], ti
 
 
 def _tls_error(address: str, error: Exception) -> RemoteError | FailedAttempt:
-    """Error about a connection that TLS refused; others than these two kinds may pass."""
+    """Error about a connection that TLS refused; others than these kinds may pass."""
     shown = without_credentials(address)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return RemoteError(
             f"the certificate of {shown} cannot be verified: name the file of its authority in the variable "
             "REQUESTS_CA_BUNDLE"
+        )
+    if "[X509" in str(error):
+        return RemoteError(
+            f"{shown} cannot be read: the file that the variable REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names holds no "
+            "certificates"
         )
     if any(sign in str(error) for sign in _PLAIN_SERVER):
         return RemoteError(f"the server of {shown} does not answer in TLS: does the address begin with http://?")

@@ -188,18 +188,20 @@ def test_a_wait_beyond_the_deadline_is_told(server, fake, text):
 VARIABLES = {
     ("REQUESTS_CA_BUNDLE", "/no/such/file"): r"the variable REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names no file",
     ("CURL_CA_BUNDLE", "/no/such/file"): r"the variable REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names no file",
+    ("REQUESTS_CA_BUNDLE", __file__): r"the file that the variable REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names holds no",
     ("HTTPS_PROXY", "http://"): r"the variable HTTP_PROXY or HTTPS_PROXY holds no address",
 }
 
 
 @pytest.mark.parametrize(("name", "value"), VARIABLES)
-def test_a_wrong_variable_is_named_at_once(fake, free_port, monkeypatch, name, value):
+def test_a_wrong_variable_is_named_at_once(server, fake, monkeypatch, name, value):
+    port = server.host.rpartition(":")[2]
     monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
     monkeypatch.setenv(name, value)
     with pytest.raises(
-        RemoteError, match=rf"^https://localhost:{free_port}/a\.tar cannot be read: {VARIABLES[name, value]}"
+        RemoteError, match=rf"^https://localhost:{port}/a\.tar cannot be read: {VARIABLES[name, value]}"
     ):
-        storage(fake).open(f"https://localhost:{free_port}/a.tar?sig=secret")
+        storage(fake).open(f"https://localhost:{port}/a.tar?sig=secret")
     assert not fake.sleeps
 
 
