@@ -1,7 +1,7 @@
 """Compare the quality of pre-training objectives with equal time budgets, followed by the same fine-tuning.
 
 Random weights are the baseline. Every job is a command line of a launcher with its own output folder; a job with a
-result is not repeated. Budgets are seconds of training: CPU time of the training thread on CPUs, wall time on a GPU.
+result is not repeated. Budgets are seconds of training: CPU time of training and loading on CPUs, wall time on a GPU.
 Therefore at most as many jobs as idle cores should run at the same time.
 """
 

@@ -98,7 +98,8 @@ class RemoteConfig(Section):
     deadline_seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
     """Seconds after which a read that still fails ends the run, which can be resumed."""
     max_failed_share: Fraction = 0.5
-    """Largest fraction of reads, of the last 200 of a process, whose first request failed; above it the run ends."""
+    """Largest fraction of the last reads of a process, at least 200, whose first request failed; above it the run
+    ends."""
 
 
 class DataConfig(Section):

@@ -20,7 +20,7 @@ class TrainConfig(Section):
     """Optimizer steps after which the run ends. Default: the paper's for EVE-Base."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     """Seconds of training after which the run ends, evaluation and saving excluded; None: no limit. Wall-clock time on
-    an accelerator, time of the training thread of rank 0 on CPUs
+    an accelerator; on CPUs the CPU time for which rank 0 trains and loads
     (:func:`eve_ds.training.metrics.training_clock`)."""
     train_batch_size: PositiveInt = 2048
     """Samples of one optimizer step over all ranks and micro-steps: micro_batch_size * gradient_accumulation_steps *

@@ -70,12 +70,11 @@ def _places(sources: Sequence[SampleSource], validation: ValidationConfig) -> It
     """Yield the first held-out places."""
     count = 0
     for index, source in enumerate(sources):
-        for shard, size in enumerate(source.shard_sizes):
+        for shard in range(len(source.shard_sizes)):
             before = ""
-            for number in range(size):
+            for number, image in enumerate(source.images(shard)):
                 if count == validation.num_samples:
                     return
-                image = _image(source, shard, number)
                 further = image != "" and image == before  # captions of an image stand together in a shard
                 before = image
                 if not further and (not validation.share or is_held_out(image, validation.share)):
@@ -86,13 +85,6 @@ def _places(sources: Sequence[SampleSource], validation: ValidationConfig) -> It
             f"data.validation.share ({validation.share:g}) holds out no sample of data.sources: raise it, or name "
             "data.validation.sources"
         )
-
-
-def _image(source: SampleSource, shard: int, number: int) -> str:
-    try:
-        return source.image(shard, number)
-    except BadSample:
-        return ""
 
 
 def _read(source: SampleSource, place: Place) -> Sample | None:

@@ -8,6 +8,7 @@ headers (:mod:`eve_ds.data.shard_index`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 from eve_ds import limits
@@ -15,7 +16,7 @@ from eve_ds.data.errors import BadSample
 from eve_ds.data.sample_names import caption_label, split_name
 from eve_ds.data.shard_bytes import ShardBytes
 from eve_ds.data.shard_index import ShardLayout, scan_layout
-from eve_ds.data.tar_headers import BLOCK, Member, members, read_ahead, round_up
+from eve_ds.data.tar_headers import BLOCK, HEADER_BYTES, Member, members, read_ahead, round_up
 from eve_ds.distributed import get_logger
 from eve_ds.printable import without_credentials
 
@@ -63,6 +64,67 @@ class ShardFile:
         if first is None:
             raise BadSample("broken tar entry", "no member stands where the index says")
         return first.key
+
+    def images(self, span: int, ahead: int) -> Iterator[str | None]:
+        """Yield the key of the image of each sample, in order; None where a damaged tar lacks the sample.
+
+        Args:
+            span: bytes of a read, which has the headers of as many groups as stand in them; of a group that is longer
+                only its header is read.
+            ahead: number of reads that are announced before they are needed.
+        """
+        number = 0
+        for key in self._images_of_spans(span, ahead):
+            yield key
+            number += 1
+        while number < len(self):  # some header is not where the index says: the tar may have another layout
+            yield self._image_or_none(number)
+            number += 1
+
+    def _images_of_spans(self, span: int, ahead: int) -> Iterator[str]:
+        """Yield the keys of images up to the first header that is not where the index says."""
+        for groups, data in self._headers(span, ahead):
+            for group in groups:
+                key = self._first_key(group, int(self.layout.starts[group] - self.layout.starts[groups[0]]), data)
+                if key is None:
+                    return
+                yield from repeat(key, max(int(self.layout.captions[group]), 1))
+
+    def _headers(self, span: int, ahead: int) -> Iterator[tuple[range, bytes]]:
+        """Yield groups that stand in one span, with the bytes from the first one to the header of the last one."""
+        spans = list(self._spans(span))
+        wanted = 0
+        for index, (groups, start, size) in enumerate(spans):
+            for _, *later in spans[wanted : index + 1 + ahead]:
+                self._stored.want(*later)
+            wanted = index + 1 + ahead
+            yield groups, self._stored.read_at(start, size)
+
+    def _spans(self, span: int) -> Iterator[tuple[range, int, int]]:
+        """Yield (groups, first byte, bytes) for each read."""
+        starts, first = self.layout.starts, 0
+        while first < len(starts):
+            end = max(int(starts.searchsorted(starts[first] + span - HEADER_BYTES, side="right")), first + 1)
+            start = int(starts[first])
+            yield range(first, end), start, min(int(starts[end - 1]) + HEADER_BYTES, self._stored.size) - start
+            first = end
+
+    def _first_key(self, group: int, place: int, data: bytes) -> str | None:
+        """Key of a group whose first header stands at a place in `data`; None if there is none."""
+        start, end = self._place(group)
+
+        def block(offset: int) -> bytes:
+            found = data[place + offset : place + offset + BLOCK]
+            return found if len(found) == BLOCK else self._stored.read_at(start + offset, BLOCK)
+
+        first = next(_parts(block, end - start), None)
+        return None if first is None or first.member.header != 0 else first.key
+
+    def _image_or_none(self, number: int) -> str | None:
+        try:
+            return self.image(number)
+        except BadSample:
+            return None
 
     def describe_caption(self, number: int) -> str:
         """Name the caption of a sample behind the sample, for messages; "" if the image has only one."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from glob import escape, glob
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 from webdataset.shardlists import expand_urls
 
@@ -25,7 +26,7 @@ SETTING = "data.sources.shards"
 
 _PIPE = re.compile(r"pipe:", re.IGNORECASE)
 _QUERY = re.compile(r"(?<=\?).*?(?=::[a-z][a-z0-9+.-]*://|$)", re.IGNORECASE | re.DOTALL)
-_IPV6 = re.compile(r"(?<=\[)::(?=[0-9a-f:.]*\])|(?<=[0-9a-f])::(?=[0-9a-f:.]*\])", re.IGNORECASE)
+_IPV6 = re.compile(r"(?<=//\[)::|(?<=\[)::(?=[0-9a-f:.]*\])|(?<=[0-9a-f])::(?=[0-9a-f:.]*\])", re.IGNORECASE)
 """Two colons of an address such as http://[::1]/a.tar, which separate no two names."""
 _GLOB = re.compile(r"[*?\[]")
 _UNPACK = "samples are read at their offsets in a plain tar; unpack it to .tar"
@@ -159,6 +160,8 @@ def _remote_shards(address: str, indices: Indices) -> list[str]:
     if scheme not in addresses.READERS:
         schemes = ", ".join(f"{scheme}://" for scheme in addresses.READERS)
         raise ConfigError(f"{SETTING} '{shown}' is an address of a scheme that is not read; these are: {schemes}")
+    _require_server(address, shown)
+    name = addresses.file_name(address)
     if "*" in shown or (_GLOB.search(address) and not addresses.is_http(address)):
         return _matching(address, indices)
     if name.lower().endswith(COMPRESSED):
@@ -174,6 +177,28 @@ def _folder_at(address: str, indices: Indices) -> list[str]:
     if listed or addresses.is_http(address):
         return listed or _refuse_folder(without_credentials(address))
     return _matching(addresses.join(escape(address), "*.tar"), indices)
+
+
+def _require_server(address: str, shown: str) -> None:
+    """Raise ConfigError for an address whose host or bucket is missing or not valid."""
+    if not addresses.is_http(address):
+        if not address.partition("://")[2].partition("/")[0]:
+            raise ConfigError(f"{SETTING} '{shown}' has no bucket (a variable that is not set?): name one")
+        return
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname or "", parts.port
+        if host.isascii():
+            host.encode("idna")
+    except ValueError:
+        raise ConfigError(
+            f"{SETTING} '{shown}' has a host or port that is not valid: labels of a host have 1 to 63 characters, "
+            "IPv6 addresses stand in brackets, and ports are at most 65535"
+        ) from None
+    if not host:
+        raise ConfigError(
+            f"{SETTING} '{shown}' has no host (a variable that is not set, or IPv6 without brackets?): name one"
+        )
 
 
 def _matching(pattern: str, indices: Indices) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from eve_ds.config import DataConfig
@@ -63,16 +64,43 @@ def find_shards(spec: str | Sequence[str], remote: RemoteStorage | None = None) 
             INDEX_NAME,
             without_credentials(unlisted[0]),
         )
-    sizes = [_size(address, entry, remote) for address, entry in zip(addresses, entries, strict=True)]
+    opened = _open_unlisted(addresses, entries, remote)
+    sizes = [
+        _size(address, entry) if seen is None else seen.size
+        for address, entry, seen in zip(addresses, entries, opened, strict=True)
+    ]
     _warn_of_other_sizes(addresses, entries, sizes)
-    return [_measure(*shard, remote) for shard in zip(addresses, entries, sizes, strict=True)]
+    return [_measure(*shard, remote) for shard in zip(addresses, entries, sizes, opened, strict=True)]
 
 
-def _size(address: str, entry: IndexEntry | None, remote: RemoteStorage) -> int:
+class _Scan(NamedTuple):
+    """What is found in a shard itself."""
+
+    size: int
+    samples: int
+    groups: Varints
+    """Its layout; short, as all shards of a source are scanned before the first is used."""
+
+
+def _open_unlisted(addresses: list[str], entries: list[IndexEntry | None], remote: RemoteStorage) -> list[_Scan | None]:
+    """Open the shards at addresses whose size no index has, many at the same time; None for others."""
+    futures = [
+        remote.submit(address, partial(_scanned, address, remote))
+        if is_remote(address) and (entry is None or entry.bytes is None)
+        else None
+        for address, entry in zip(addresses, entries, strict=True)
+    ]
+    try:
+        return [None if future is None else future.result() for future in futures]
+    finally:
+        for future in futures:
+            if future is not None:
+                future.cancel()  # after an error of one of them
+
+
+def _size(address: str, entry: IndexEntry | None) -> int:
     """Bytes of a shard; those of the index for an address, which are compared when it is opened."""
-    if not is_remote(address):
-        return stored_size(address)
-    return remote.open(address).size if entry is None or entry.bytes is None else entry.bytes
+    return entry.bytes if is_remote(address) and entry and entry.bytes is not None else stored_size(address)
 
 
 def _warn_of_other_sizes(addresses: list[str], entries: list[IndexEntry | None], sizes: list[int]) -> None:
@@ -92,25 +120,26 @@ def _warn_of_other_sizes(addresses: list[str], entries: list[IndexEntry | None],
         )
 
 
-def _measure(address: str, entry: IndexEntry | None, size: int, remote: RemoteStorage) -> Shard:
-    is_indexed = entry is not None and entry.bytes in (None, size)
+def _measure(address: str, entry: IndexEntry | None, size: int, scan: _Scan | None, remote: RemoteStorage) -> Shard:
+    is_indexed = scan is None and entry is not None and entry.bytes in (None, size)
     # A shard that was cut lacks samples of its index, each of which is counted as a bad one.
     listed = 0 if entry is None else entry.samples
-    layout = None if is_indexed else _scanned(address, remote)
-    samples = listed if layout is None else max(listed, len(layout))
+    scan = None if is_indexed else scan or _scanned(address, remote)
+    samples = listed if scan is None else max(listed, scan.samples)
     if size == 0 or samples == 0:
         refuse_other_content(address, _open_bytes(address, remote))
     if entry is not None and entry.bytes == size:
         return Shard(address, samples, size, entry.sha256, entry.groups)
     # Other ranks and workers need not repeat the scan.
-    groups = decode_text(encode(layout)) if layout is not None and len(layout) == samples else None
+    groups = scan.groups if scan is not None and scan.samples == samples else None
     return Shard(address, samples, size, None, groups)
 
 
-def _scanned(address: str, remote: RemoteStorage) -> ShardLayout:
-    shard = ShardFile(address, _open_bytes(address, remote))
+def _scanned(address: str, remote: RemoteStorage) -> _Scan:
+    stored = _open_bytes(address, remote)
+    shard = ShardFile(address, stored)
     shard.close()
-    return shard.layout
+    return _Scan(stored.size, len(shard), decode_text(encode(shard.layout)))
 
 
 def _open_bytes(address: str, remote: RemoteStorage, digest: str | None = None) -> ShardBytes:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Protocol
 
 from eve_ds.config import Config, ConfigError, DataConfig, SourceConfig
 from eve_ds.data.batch import Sample
 from eve_ds.data.caption_text import clean_caption
-from eve_ds.data.errors import BadSample, UnusableData
+from eve_ds.data.errors import BadSample
 from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.image_file import IMAGE_EXTENSIONS
 from eve_ds.data.masking import sample_rng
+from eve_ds.data.open_shards import OpenShards
 from eve_ds.data.order import Place
 from eve_ds.data.remote.addresses import is_remote
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.sample_names import TOGETHER, image_key
-from eve_ds.data.shard_file import ShardFile, StoredSample
+from eve_ds.data.shard_file import StoredSample
 from eve_ds.data.shard_paths import name_of
 from eve_ds.data.shard_table import ShardTable
-from eve_ds.data.shards import Shard, find_shards, open_shard
+from eve_ds.data.shards import Shard, find_shards
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.transforms import TrainTransform
 from eve_ds.printable import without_credentials
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 GENERATED_PER_SHARD = 1000
 """Generated samples are ordered as if stored in shards of this size."""
-MAX_OPEN_SHARDS = 128
-"""Shards that a source keeps open: two per lane, the current one and the next."""
 MOST_LISTED = 8
 """Members that a message lists."""
 
@@ -68,11 +66,10 @@ class SampleSource(Protocol):
             UnusableData: the source cannot be used.
         """
 
-    def image(self, shard: int, number: int) -> str:
-        """Return the name of the image of a sample, without reading its members; all captions of an image have one.
+    def images(self, shard: int) -> Iterator[str]:
+        """Yield the name of the image of each sample of a shard, without reading its members.
 
-        Raises:
-            BadSample: the sample is missing.
+        All captions of an image have one name. That of a sample that is missing is empty.
         """
 
     def describe(self, shard: int, number: int) -> str:
@@ -142,7 +139,7 @@ class GeneratedSource:
 
     def read(self, place: Place, left_out: Callable[[str], bool] = _keep) -> Sample | None:
         """Generate one sample."""
-        key, epoch = self.image(place.shard, place.number), place.epoch
+        key, epoch = self.describe(place.shard, place.number), place.epoch
         if left_out(key):
             return None
         in_order = self._reading_order.holds(place.slot, epoch, key)
@@ -154,13 +151,13 @@ class GeneratedSource:
     def want(self, place: Place) -> None:
         """Do nothing: a sample is computed."""
 
-    def image(self, shard: int, number: int) -> str:
-        """Return the key of a scene, made of level, seed and index."""
-        return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
+    def images(self, shard: int) -> Iterator[str]:
+        """Yield the keys of the scenes of a shard."""
+        return (self.describe(shard, number) for number in range(self.shard_sizes[shard]))
 
     def describe(self, shard: int, number: int) -> str:
-        """Return the key of the sample; generated samples have no shards."""
-        return self.image(shard, number)
+        """Return the key of a scene, made of level, seed and index; generated samples have no shards."""
+        return f"{self._name}-{shard * GENERATED_PER_SHARD + number:08d}"
 
     def fingerprint(self) -> str:
         """Return level, seed and number of samples, and the order of captions if it is not random."""
@@ -192,7 +189,6 @@ class ShardsSource:
         remote: RemoteStorage | None = None,
     ) -> None:
         self._modalities, self._transform = config.modalities, transform
-        self._remote = RemoteStorage(DataConfig()) if remote is None else remote
         self.has_images, self.has_captions = config.modalities != "text", config.modalities != "image"
         self._shards = ShardTable(shards)
         self._is_remote = any(is_remote(shard.address) for shard in shards)
@@ -201,7 +197,7 @@ class ShardsSource:
         self._contents = {"sizes": _digest(str(shard.bytes) for shard in shards)}
         if all(shard.sha256 for shard in shards):
             self._contents["hashes"] = _digest(str(shard.sha256) for shard in shards)
-        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._open = OpenShards(self._shards, RemoteStorage(DataConfig()) if remote is None else remote)
 
     def read(self, place: Place, left_out: Callable[[str], bool] = _keep) -> Sample | None:
         """Read, decode and crop one sample."""
@@ -232,37 +228,19 @@ class ShardsSource:
 
     def want(self, place: Place) -> None:
         """Begin to read one sample of a source with addresses."""
-        if not self._is_remote:
-            return
-        with suppress(OSError):  # :meth:`read` counts a shard that cannot be opened
-            self._shard_file(place.shard).want(place.number)
+        if self._is_remote:
+            self._open.want(place.shard, place.number)
 
-    def image(self, shard: int, number: int) -> str:
-        """Return the key of the image, that of its members; shards that repeat an image have it once as well."""
-        try:
-            return image_key(self._shard_file(shard).image(number))
-        except OSError as error:
-            raise BadSample("unreadable shard", str(error)) from None
+    def images(self, shard: int) -> Iterator[str]:
+        """Yield the keys of the images, those of their members; shards that repeat an image have it once as well."""
+        found = chain(self._open.images(shard), repeat(None))
+        return ("" if key is None else image_key(key) for key in islice(found, self.shard_sizes[shard]))
 
     def _stored(self, shard: int, number: int, again: bool = False) -> StoredSample:
         try:
-            return self._shard_file(shard).read(number, again)
+            return self._open.get(shard).read(number, again)
         except OSError as error:
             raise BadSample("unreadable shard", str(error)) from None
-
-    def _shard_file(self, shard: int) -> ShardFile:
-        if shard not in self._open:
-            self._open[shard] = open_shard(self._shards[shard], self._remote)
-        file, listed = self._open[shard], self.shard_sizes[shard]
-        if len(file) > listed:  # known when it is opened, or once a sample is read
-            raise UnusableData(
-                f"shard {file.address} holds {len(file)} samples, its index says {listed}: write the index again with "
-                "launcher/prepare.py index, or remove it to have the shards scanned"
-            )
-        self._open.move_to_end(shard)
-        if len(self._open) > MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)[1].close()
-        return file
 
     def _caption(self, fields: dict[str, bytes]) -> str | None:
         if not self.has_captions:
@@ -286,7 +264,7 @@ class ShardsSource:
 
     def describe(self, shard: int, number: int) -> str:
         """Return the path of the shard, the index of the sample in it, and that of the caption if there are several."""
-        file = self._open.get(shard)
+        file = self._open.known(shard)
         caption = "" if file is None else file.describe_caption(number)
         return f"shard {without_credentials(self._shards[shard].address)}, sample {number}{caption}"
 
@@ -300,8 +278,7 @@ class ShardsSource:
 
     def close(self) -> None:
         """Close the open shards."""
-        while self._open:
-            self._open.popitem()[1].close()
+        self._open.close()
 
 
 def _listed(fields: dict[str, bytes]) -> str:

@@ -17,7 +17,7 @@ BLOCK = 512
 """Bytes of a header; the data of a member fills whole blocks."""
 _END = 20 * BLOCK
 """Bytes of the zero blocks that usually end a tar, at most."""
-_READ_AHEAD = 4096
+HEADER_BYTES = 4096
 """Bytes to read for a header; usually they include the headers of the caption and of the next image."""
 _REGULAR = (b"0", b"\0", b"7")
 """Type flags of regular files."""
@@ -52,7 +52,7 @@ def read_ahead(read_at: Callable[[int, int], bytes]) -> Callable[[int], bytes]:
     def block(offset: int) -> bytes:
         nonlocal start, buffer
         if not start <= offset <= start + len(buffer) - BLOCK:
-            start, buffer = offset, read_at(offset, _READ_AHEAD)
+            start, buffer = offset, read_at(offset, HEADER_BYTES)
         return buffer[offset - start : offset - start + BLOCK]
 
     return block

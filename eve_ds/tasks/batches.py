@@ -21,12 +21,11 @@ from torch.utils.data import Dataset, Sampler
 from eve_ds import limits
 from eve_ds.config import Config, TaskConfig
 from eve_ds.data.captions import CaptionEncoder, check_vocabulary, padded
-from eve_ds.data.errors import BadSample
+from eve_ds.data.errors import BadSample, UnusableData
 from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.pixels import normalized
 from eve_ds.data.shared_bytes import SharedBytes
-from eve_ds.data.sources import UnusableData
 from eve_ds.data.transforms import TrainTransform, channels_first
 from eve_ds.data.workers import start_loader
 from eve_ds.reading import read_file

@@ -44,13 +44,17 @@ class Waits:
         if self._is_cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
+            try:
+                yield
+            finally:
+                end.record()
+                self._events.append((begin, end))
         else:
             started = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - started
+            try:
+                yield
+            finally:
+                self._seconds += time.perf_counter() - started
 
     def take(self) -> float:
         """Return the seconds since the last call; on a GPU, waits until the device has come that far."""

@@ -1,31 +1,53 @@
-"""Data of a step, fetched while the device computes the previous step."""
+"""Data of a step, fetched while the device computes the previous step.
+
+A thread loads, so that a rank whose data do not come can go on talking to the others: until all ranks have data, they
+tell each other every second who waits, who has failed and who is to stop. Thus a signal ends the wait of all ranks.
+"""
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from eve_ds.data.device_queue import DeviceQueue
-from eve_ds.data.sources import UnusableData
+from eve_ds.data.errors import UnusableData
+from eve_ds.data.remote.readers import Readers
 from eve_ds.distributed import get_logger
+from eve_ds.signals import StopSignals
 from eve_ds.training.data_wait import DataWait
 from eve_ds.training.job import Batches, Job, Loading, TrainingBatch
+
+WAIT_SECONDS = 1.0
+"""Seconds for which a rank waits for its data before it tells the other ranks that it does."""
+
+
+class Loaded(NamedTuple):
+    """What a thread has loaded for one step."""
+
+    micro_batches: list[TrainingBatch]
+    problem: Exception | None
+    """Error due to which there are no micro-batches."""
+    cpu_seconds: float
+    """CPU time of the thread."""
 
 
 class StepData(NamedTuple):
     """Data of one step; its copies for the device are in the device queue."""
 
     micro_batches: list[TrainingBatch]
-    """Micro-batches of this rank, on the host; empty if `problem` is not None."""
+    """Micro-batches of this rank, on the host; empty if there are none."""
     problem: Exception | None
-    """Error due to which this rank has no data; None with data."""
+    """Error due to which this rank has no data; None with data, or if they were given up."""
     position: dict[str, Any]
-    """Position of this rank's batches just after these micro-batches."""
+    """Position of this rank's batches just after these micro-batches; empty without data."""
     num_failed: float
-    """Number of ranks without data, the same on all ranks."""
+    """Number of ranks without data due to an error, the same on all ranks."""
+    is_given_up: bool
+    """Whether some rank was still waiting for data when a signal came to some rank, the same on all ranks."""
     totals: dict[str, float]
     """Counts of the job over all micro-batches and ranks, the same on all ranks."""
 
@@ -38,13 +60,19 @@ class Feed:
         loading: how to load them, and where to begin.
         accumulation: number of micro-batches in a step.
         device: device that receives the copies.
+        stop: signals, which end a wait for data.
+
+    Attributes:
+        cpu_seconds: CPU time that the thread has spent on loading, in seconds.
     """
 
-    def __init__(self, job: Job, loading: Loading, accumulation: int, device: torch.device) -> None:
-        self.job, self.accumulation = job, accumulation
+    def __init__(self, job: Job, loading: Loading, accumulation: int, device: torch.device, stop: StopSignals) -> None:
+        self.job, self.accumulation, self.stop = job, accumulation, stop
         self.topology, self.group = loading.topology, loading.group
         self.queue: DeviceQueue[Any] = DeviceQueue(device)
         self.data_wait = DataWait(device, job.config.data.num_workers, self.group)
+        self.cpu_seconds = 0.0
+        self._device, self._thread = device, Readers(1)
         self._next: StepData | None = None
         self.batches: Batches = job.open(loading)
         self.position = self.batches.state_dict()
@@ -56,8 +84,11 @@ class Feed:
     def __exit__(self, *_: object) -> None:
         self.batches.close()
 
-    def take(self, samples: int) -> StepData:
+    def take(self, samples: int) -> StepData | None:
         """Return the data of the step that begins, after `samples` samples of the run; fetch it unless prepared.
+
+        Returns:
+            The data; None, on every rank, if a signal came to a rank while some rank was still waiting for them.
 
         Raises:
             UnusableData: on every rank, if data of a rank cannot be used or the job finds too many unusable samples.
@@ -67,6 +98,8 @@ class Feed:
         data, self._next = self._next or self._fetch_first(), None
         if data.num_failed:
             self._raise(data.problem)
+        if data.is_given_up:
+            return None
         self.job.check_step(data.totals, samples)
         self.position = data.position
         return data
@@ -97,22 +130,47 @@ class Feed:
         self.data_wait.waits.take()  # counted here, not in the metrics of steps
         return data
 
-    def _load(self) -> tuple[list[TrainingBatch], Exception | None]:
-        """Load the micro-batches of one step, or return the error due to which this rank has none."""
+    def _load(self) -> Loaded:
+        """Load the micro-batches of one step, in the thread."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # each thread has its own, in whose context memory is page-locked
+        started, micro_batches, problem = time.thread_time(), [], None
         try:
-            return [next(self.batches) for _ in range(self.accumulation)], None
+            micro_batches = [next(self.batches) for _ in range(self.accumulation)]
         except Exception as error:
-            return [], error
+            problem = error
+        return Loaded(micro_batches, problem, time.thread_time() - started)
+
+    def _await(self, loading: Future[Loaded]) -> Loaded | None:
+        """Wait a while for what the thread loads, and start copying it to the device; None: it is not there yet."""
+        try:
+            with self.data_wait.waits.measured():
+                loaded = loading.result(WAIT_SECONDS)
+        except TimeoutError:  # not one of the thread, which returns its errors
+            return None
+        except RuntimeError as error:  # torch raises it in this thread if a worker process has died
+            loaded = Loaded([], error, 0.0)
+        self.cpu_seconds += loaded.cpu_seconds
+        for batch in loaded.micro_batches:
+            self.queue.put(batch)
+        return loaded
 
     def _fetch(self) -> StepData:
-        """Fetch micro-batches, start copying them to the device, and sum their counts over ranks; collective."""
-        with self.data_wait.waits.measured():
-            micro_batches, problem = self._load()
-        for batch in micro_batches:
-            self.queue.put(batch)
-        own = self.job.counts(micro_batches)
-        numbers = torch.tensor([*own.values(), problem is not None], dtype=torch.float64)
-        dist.all_reduce(numbers, group=self.group)
-        *totals, num_failed = numbers.tolist()
-        position = self.batches.state_dict()
-        return StepData(micro_batches, problem, position, num_failed, dict(zip(own, totals, strict=True)))
+        """Fetch micro-batches until all ranks have theirs, one has failed or is to stop; sum their counts; collective.
+
+        The ranks sum once, and once more for each second that some rank waits.
+        """
+        loading, loaded = self._thread.submit(self._load), None
+        while True:
+            loaded = self._await(loading) if loaded is None else loaded
+            micro_batches, problem = ([], None) if loaded is None else loaded[:2]
+            own = self.job.counts(micro_batches)
+            state = [problem is not None, loaded is None, self.stop.requested]
+            numbers = torch.tensor([*own.values(), *state], dtype=torch.float64)
+            dist.all_reduce(numbers, group=self.group)
+            *totals, num_failed, num_waiting, num_stopped = numbers.tolist()
+            if not num_waiting or num_failed or num_stopped:
+                break
+        position = self.batches.state_dict() if micro_batches else {}
+        sums = dict(zip(own, totals, strict=True))
+        return StepData(micro_batches, problem, position, num_failed, num_waiting > 0, sums)

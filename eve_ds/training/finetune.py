@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from eve_ds.checkpoint import engine_tensors, manifest
 from eve_ds.checkpoint.files import PieceReader, tensor_file, write_pieces
 from eve_ds.config import Config, ConfigError
+from eve_ds.data.errors import UnusableData
 from eve_ds.data.image_decoding import choose_decoding
-from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.workers import start_server
 from eve_ds.evaluation.predictions import evaluate

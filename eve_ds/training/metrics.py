@@ -98,13 +98,13 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def training_clock(device: torch.device) -> Callable[[], float]:
-    """Return the clock for training time, in seconds: wall time on an accelerator, CPU time of the thread on CPUs.
+def training_clock(device: torch.device, feed: Feed) -> Callable[[], float]:
+    """Return the clock for training time, in seconds: wall time on an accelerator, CPU time on CPUs.
 
-    On shared cores wall time would include other processes. CPU time does not advance while the training thread waits
-    for other ranks or for samples.
+    CPU time is that of the calling thread and of the one in which the feed loads. On shared cores wall time would
+    include other processes. CPU time does not advance while the training waits for other ranks or for samples.
     """
-    return time.thread_time if device.type == "cpu" else time.perf_counter
+    return (lambda: time.thread_time() + feed.cpu_seconds) if device.type == "cpu" else time.perf_counter
 
 
 def peak_memory_bytes() -> int:

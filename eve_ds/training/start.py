@@ -43,13 +43,13 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
     checkpoint = None if resume == "none" else newest_good(config, resume if isinstance(resume, Path) else None)
     if checkpoint is not None:
         on_rank_zero(partial(check_tokenizer, checkpoint, job.tokenizer))
-    topology = Topology.current(config.parallel.ep_size)
+    topology, stop = Topology.current(config.parallel.ep_size), stop or StopSignals()
     # Before the model is built, so that worker processes start meanwhile.
-    with _open_feed(job, topology, checkpoint) as feed:
-        return _train(job, deepspeed_config, feed, checkpoint, lock, stop or StopSignals())
+    with _open_feed(job, topology, checkpoint, stop) as feed:
+        return _train(job, deepspeed_config, feed, checkpoint, lock, stop)
 
 
-def _open_feed(job: Job, topology: Topology, checkpoint: Path | None) -> Feed:
+def _open_feed(job: Job, topology: Topology, checkpoint: Path | None, stop: StopSignals) -> Feed:
     """Open the batches at the position of a checkpoint, or at the start of the run; collective."""
     # Counts and clocks live on the host: agreeing on them must not make the accelerator wait.
     group = dist.new_group(backend="gloo")
@@ -61,7 +61,7 @@ def _open_feed(job: Job, topology: Topology, checkpoint: Path | None) -> Feed:
     assert train.micro_batch_size is not None  # as in DeepSpeed's configuration
     assert train.gradient_accumulation_steps is not None
     loading = Loading(topology, train.micro_batch_size, step, positions, device.type == "cuda", group)
-    return Feed(job, loading, train.gradient_accumulation_steps, device)
+    return Feed(job, loading, train.gradient_accumulation_steps, device, stop)
 
 
 def _train(

@@ -20,7 +20,7 @@ from deepspeed import DeepSpeedEngine
 
 from eve_ds.checkpoint.resuming import changed_settings, load
 from eve_ds.checkpoint.saving import Content, Saver
-from eve_ds.data.sources import UnusableData
+from eve_ds.data.errors import UnusableData
 from eve_ds.distributed import get_logger, rank_zero, seed_everything
 from eve_ds.model.with_losses import LossOutput, plain_model
 from eve_ds.signals import StopSignals
@@ -63,7 +63,7 @@ class Trainer:
         self.step = self.samples = 0
         self.last_batch: TrainingBatch | None = None
         self.seconds = self.lr = 0.0
-        self.clock = training_clock(engine.device)
+        self.clock = training_clock(engine.device, feed)
         self.evaluation: dict[str, Any] = {}
         self.done = False  # whether the run has reached its end
         self.stop = stop
@@ -136,6 +136,8 @@ class Trainer:
     def _train_step(self) -> Agreement:
         """Make one optimizer update, with random numbers from (seed, step, data rank); return the ranks' decisions."""
         data = self.feed.take(self.samples)
+        if data is None:
+            return Agreement(done=False, save_due=False, save_written=False, stop=True)
         agreed = self._agree()
         self.lr = learning_rate(self.config, self.step, self.seconds)
         for group in self.optimizer.param_groups:
@@ -197,10 +199,13 @@ class Trainer:
             get_logger().info("evaluation at step %d: %s", self.step, result.summary)
 
     def _save(self, wait: bool = False) -> None:
-        """Write a checkpoint; at the end at once, as the evaluation comes next and may be killed."""
+        """Write a checkpoint, unless the last step has one; at the end at once, as the evaluation may be killed."""
+        self.saves.finish()
+        if self.last_batch is None or self.saves.has(self.step):
+            return
         counters = {"samples": self.samples, "seconds": self.seconds, "nonfinite_skips": self.nonfinite.skips}
         ended = {"ended_at": self.config.train.limits} if self.done else {}
-        check = None if self.last_batch is None else self.job.check_inputs(self.last_batch)
+        check = self.job.check_inputs(self.last_batch)
         inputs = None if check is None else check.to(self.engine.device).model_inputs()
         content = Content(self.step, counters | ended, self.feed.position, inputs)
         self.saves.begin(self.engine, content, self._stamp(), wait or self.done)
@@ -208,9 +213,7 @@ class Trainer:
     def _save_before_end(self) -> None:
         """Save the last step if the next one has no data; a failure must not hide that error."""
         try:
-            self.saves.finish()
-            if self.last_batch is not None and not self.saves.has(self.step):
-                self._save(wait=True)
+            self._save(wait=True)
         except SaveError as error:
             get_logger().error("%s", error)
 

@@ -9,12 +9,12 @@ import pytest
 from tars import write_index, write_tar
 
 from eve_ds.config import ConfigError, parse_config
+from eve_ds.data.errors import UnusableData
 from eve_ds.data.held_out import held_out_pairs, is_held_out
 from eve_ds.data.importers.generated import GeneratedScenes
 from eve_ds.data.pipeline import build_loader
 from eve_ds.data.sample_names import image_key, written_key
 from eve_ds.data.shard_writer import WriterOptions, write_shards
-from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.objectives.registry import objectives_of
 

@@ -26,11 +26,12 @@ from eve_ds.config import ConfigError, parse_config
 from eve_ds.data import pipeline, transforms
 from eve_ds.data import shards as shards_module
 from eve_ds.data.batch import Batch
+from eve_ds.data.errors import UnusableData
 from eve_ds.data.image_file import open_image
 from eve_ds.data.masking import sample_rng
 from eve_ds.data.order import Place
 from eve_ds.data.pipeline import Delivery, build_loader
-from eve_ds.data.sources import UnusableData, open_sources
+from eve_ds.data.sources import open_sources
 from eve_ds.data.synthetic.scenes import Scenes
 from eve_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from eve_ds.data.transforms import TrainTransform
@@ -351,7 +352,9 @@ def test_resuming_reads_and_decodes_no_served_sample(tmp_path, monkeypatch):
         lambda self, path, *more: opened.append(path) or open_shard(self, path, *more),
     )
     monkeypatch.setattr(
-        shards_module.ShardFile, "read", lambda self, number, *more: read.append(number) or read_sample(self, number, *more)
+        shards_module.ShardFile,
+        "read",
+        lambda self, number, *more: read.append(number) or read_sample(self, number, *more),
     )
     monkeypatch.setattr(transforms, "resize", lambda *args: decoded.append(1) or resize(*args))
     resumed = Run(config, state=state)

@@ -16,6 +16,7 @@ from eve_ds.data.sample_names import caption_label
 from eve_ds.data.shard_bytes import FileBytes
 from eve_ds.data.shard_file import ShardFile
 from eve_ds.data.shard_index import decode, decode_text, encode, scan_layout
+from eve_ds.data.tar_headers import HEADER_BYTES
 
 
 def opened(path, layout=None):
@@ -276,6 +277,43 @@ def test_names_of_images_are_right_or_missing_in_a_tar_of_another_layout(tmp_pat
         for number in range(4):
             with contextlib.suppress(BadSample):
                 assert shard.image(number) in {key.partition("-")[0] for key, _ in all_samples(path)}
+    assert_same_images(path, stored_layout(indexed))
+
+
+SPANS = (HEADER_BYTES, 2 * HEADER_BYTES, 2**18)
+
+
+def assert_same_images(path, layout):
+    """Names of images in their order are those that are read one at a time, whatever bytes a read has."""
+    for span in SPANS:
+        with contextlib.closing(opened(path, layout)) as shard, contextlib.closing(opened(path, layout)) as single:
+            for number, found in enumerate(shard.images(span, 3)):
+                try:
+                    assert found == single.image(number)
+                except BadSample:
+                    assert found is None
+            assert number == max(len(single), len(shard)) - 1
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_images_are_read_in_spans_of_any_length(tmp_path, format):
+    sizes = [0, 100, 511, 512, 3000, 4096, 5000, 20_000, 300_000, 100, 0, 8192, 100]
+    members = [(f"{'long' * (40 * (n % 3))}-{n}.jpg", bytes(size)) for n, size in enumerate(sizes)]
+    path = write_tar(tmp_path / "a.tar", members, format)
+    assert_same_images(path, stored_layout(path))
+    assert_same_images(path, None)
+
+
+@pytest.mark.parametrize("broken", [0, 3, 6])
+def test_names_of_images_stay_in_place_behind_damage(tmp_path, broken):
+    path = write_tar(tmp_path / "a.tar", samples(7))
+    layout = stored_layout(path)
+    damage(path, headers(path)[f"s{broken:04d}.jpg"], b"\xff" * 512)
+    assert_same_images(path, layout)
+    with contextlib.closing(opened(path, layout)) as shard:
+        found = list(shard.images(2**18, 0))
+    del found[broken]
+    assert found == [f"s{number:04d}" for number in range(7) if number != broken]
 
 
 # -------------------------------------------------------------------------------------- several captions of an image
@@ -310,6 +348,7 @@ def test_every_caption_of_an_image_is_a_sample(tmp_path, name, place):
         assert not [name for name in fields if caption_label(name)]
     with contextlib.closing(opened(path, stored_layout(path))) as shard:
         assert [shard.image(number) for number in range(len(shard))] == ["a", *["k"] * len(expected), "z"]
+        assert list(shard.images(2**18, 0)) == ["a", *["k"] * len(expected), "z"]
         assert [shard.read(number).image for number in range(len(shard))] == ["a", *["k"] * len(expected), "z"]
 
 

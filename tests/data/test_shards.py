@@ -121,7 +121,7 @@ def test_other_ranks_do_not_look_for_the_shards(tmp_path, monkeypatch):
     as_other_rank(monkeypatch, (None, [found]))
     (there,) = open_sources(config)
     assert (there.fingerprint(), there.contents()) == (here.fingerprint(), here.contents())
-    assert there.image(1, 2) == here.image(1, 2) == "1-0002"
+    assert list(there.images(1))[2] == list(here.images(1))[2] == "1-0002"
 
 
 def test_a_failure_of_rank_zero_is_raised_on_other_ranks(tmp_path, monkeypatch):

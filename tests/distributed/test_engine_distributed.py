@@ -91,8 +91,10 @@ class Watch:
         load, take = feed._load, feed.take
 
         def watched_load():
-            micro_batches, problem = load()
-            return (micro_batches if self.fetch is None else self.fetch(micro_batches, self.trainer)), problem
+            loaded = load()
+            if self.fetch is None:
+                return loaded
+            return loaded._replace(micro_batches=self.fetch(loaded.micro_batches, self.trainer))
 
         def watched_take(samples):
             data = take(samples)
@@ -754,7 +756,7 @@ def loader_that_fails(error, at, calls=None):
 
 def data_runs_out(rank, world_size, folder):
     """Return the messages of runs whose data runs out, and the steps of a run whose data would after its last step."""
-    from eve_ds.data.sources import UnusableData
+    from eve_ds.data.errors import UnusableData
 
     error = UnusableData("shard a.tar, key 7: truncated")
     for name, at in (("first", 1), ("second", 2), ("third", 3)):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -57,11 +58,13 @@ def send_at(moment, number):
 
     from eve_ds.checkpoint.saving import Saver
     from eve_ds.training import start
+    from eve_ds.training.feed import Feed
     from eve_ds.training.trainer import Trainer
 
     places = {
         "in start-up": (start, "build_optimizer", 1),
         "in a step": (Trainer, "_train_step", 2),
+        "in a wait for data": (Feed, "_load", LAST),
         "in a save": (Saver, "begin", 1),
         "in an evaluation": (Trainer, "_evaluate", 1),
         "in the last evaluation": (Trainer, "_evaluate", 2),
@@ -72,6 +75,8 @@ def send_at(moment, number):
     def patched(*arguments, **options):
         if next(calls) == call:
             os.kill(os.getpid(), number)
+            if moment == "in a wait for data":
+                threading.Event().wait()
         return original(*arguments, **options)
 
     return mock.patch.object(owner, name, patched)
@@ -108,7 +113,8 @@ def ends(rank, world_size, folder, command, asynchronous):
 def test_moments(run_ranks, tmp_path, command, asynchronous):
     (found,) = run_ranks(ends, 1, str(tmp_path), command, asynchronous)
     last = LAST if command == "pretrain" else 0  # fine-tuning ends with a model instead of a checkpoint
-    steps = {"in start-up": 0, "in a step": 2, "in a save": 3, "in an evaluation": 3, "in the last evaluation": last}
+    steps = {"in start-up": 0, "in a step": 2, "in a wait for data": LAST - 1}
+    steps |= {"in a save": 3, "in an evaluation": 3, "in the last evaluation": last}
     codes = {moment: int(code) for moment, code, _ in table("signal arrives")}
     assert found == {(moment, name): (codes[moment], steps[moment]) for moment, name in moments()}
 

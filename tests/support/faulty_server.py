@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         whole = self.path.lstrip("/")
         name = whole if whole in owner.files else whole.partition("?")[0]
         if fault.startswith("status "):
-            return self._send(int(fault.split()[1]), b"", {"Retry-After": fault.split()[2]} if fault[10:] else {})
+            return self._send(int(fault.split()[1]), b"", {"Retry-After": fault[11:]} if fault[10:] else {})
         if fault.startswith("redirect "):
             return self._send(302, b"", {"Location": fault.split()[1]})
         if fault == "page":
@@ -143,6 +143,11 @@ class Handler(BaseHTTPRequestHandler):
             body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:100], body[100:], b""))
         else:
             self.send_header("Content-Length", str(len(body) + (100 if fault == "too long" else 0)))
+        if fault == "drip headers":
+            for number in range(40):
+                self.send_header(f"X-{number}", "")
+                self.flush_headers()
+                time.sleep(0.05)
         self.end_headers()
         if fault == "drip":
             for place in range(0, len(body), 64):

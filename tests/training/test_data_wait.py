@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eve_ds.signals import StopSignals
 from eve_ds.topology import Topology
 from eve_ds.training import data_wait
 from eve_ds.training import feed as feed_module
@@ -31,6 +32,7 @@ def clock(monkeypatch):
     """Clock of the feed and its waits that only `sleep` advances."""
     clock = SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
+    clock.thread_time = lambda: 0.0
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     monkeypatch.setattr(data_wait, "time", clock)
     monkeypatch.setattr(feed_module, "time", clock)
@@ -79,7 +81,7 @@ def numbers_of_steps(feed, clock, steps, busy):
 def test_steps_of_a_slow_source_wait(group, clock, monkeypatch, caplog):
     """The step loads two micro-batches of 4 s; the model needs 2 s, so about four times as many workers would do."""
     monkeypatch.setattr(data_wait, "spare_cores", lambda group: 7)
-    feed = Feed(SlowJob(clock, 4.0, num_workers=1), loading(group), 2, CPU)
+    feed = Feed(SlowJob(clock, 4.0, num_workers=1), loading(group), 2, CPU, StopSignals())
     with caplog.at_level(logging.INFO):
         numbers = numbers_of_steps(feed, clock, BLOCK_STEPS, 2.0)
         for _ in range(BLOCKS):
@@ -97,7 +99,7 @@ def test_steps_of_a_slow_source_wait(group, clock, monkeypatch, caplog):
 
 
 def test_steps_of_a_fast_source_do_not_wait(group, clock, caplog):
-    feed = Feed(SlowJob(clock, 0.4), loading(group), 1, CPU)
+    feed = Feed(SlowJob(clock, 0.4), loading(group), 1, CPU, StopSignals())
     with caplog.at_level(logging.WARNING):
         for _ in range(BLOCKS):
             numbers = numbers_of_steps(feed, clock, BLOCK_STEPS, 5.0)

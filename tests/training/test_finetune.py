@@ -15,9 +15,9 @@ from torch.utils.data._utils.pin_memory import pin_memory as torch_pinned
 
 from eve_ds.cli.command import BAD_INPUT, ending
 from eve_ds.config import ConfigError, load_config, parse_config, presets
+from eve_ds.data.errors import UnusableData
 from eve_ds.data.image_decoding import Decoding
 from eve_ds.data.image_file import open_image
-from eve_ds.data.sources import UnusableData
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.transforms import resize
 from eve_ds.evaluation.ask import ask, rank

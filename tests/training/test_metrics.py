@@ -282,16 +282,20 @@ def test_peak_memory_grows_with_allocations():
     del held
 
 
-def test_training_clock_on_cpus_excludes_other_threads():
-    clock = training_clock(torch.device("cpu"))
+def test_training_clock_on_cpus_counts_this_thread_and_the_one_that_loads():
+    feed = SimpleNamespace(cpu_seconds=0.0)
+    clock = training_clock(torch.device("cpu"), feed)
     started, other = clock(), threading.Thread(target=spend, args=(0.2,))
     other.start()
     other.join()
     waited = clock() - started
     spend(0.1)
     assert waited < 0.05
-    assert clock() - started >= 0.1
-    assert training_clock(torch.device("cuda")) is time.perf_counter
+    before = clock()
+    feed.cpu_seconds = 5.0
+    assert 5.0 <= clock() - before < 5.05
+    assert before - started >= 0.1
+    assert training_clock(torch.device("cuda"), feed) is time.perf_counter
 
 
 def spend(seconds):

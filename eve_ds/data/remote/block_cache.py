@@ -2,7 +2,7 @@
 
     DIR/eve_ds_blocks/<object>/<number>    one block and its CRC-32
     DIR/eve_ds_blocks/used                 bytes of all blocks, at least; counted before a block appears
-    DIR/eve_ds_blocks/locks/<number>       one process at a time fetches a block
+    DIR/eve_ds_blocks/locks/<number>       one process at a time fetches a block, unless it takes seconds
 
 A block appears whole, by a rename. The time of its file is that of its last use. A process that is killed leaves a
 part of a block at most, which is counted and deleted like an old block. Nothing outside `eve_ds_blocks` is deleted.
@@ -10,17 +10,17 @@ part of a block at most, which is counted and deleted like an old block. Nothing
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from eve_ds import limits
+from eve_ds.data.remote.cache_locks import CacheLocks
 from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.retries import Clock
 from eve_ds.distributed import get_logger
@@ -70,6 +70,7 @@ class BlockCache:
 
     def __init__(self, folder: Path, most: int, clock: Clock) -> None:
         self._folder, self._most, self._clock = folder / OWN_FOLDER, most, clock
+        self._locks = CacheLocks(clock)
         self._checked: dict[str, int] = {}
         """Block -> inode of the file whose CRC was right."""
         self._names = itertools.count()
@@ -170,12 +171,15 @@ class BlockCache:
         self._pause_seconds = min(2 * self._pause_seconds, 3600.0)
 
     def _reserve(self, size: int) -> bool:
-        """Count the bytes of a new block, after removing old ones if there are too many; False: it can never fit."""
+        """Count the bytes of a new block, after removing old ones if there are too many; False: do not store it.
+
+        A block is not stored if it can never fit, or if another process does not finish its counting.
+        """
         if size > self._most:
             return False
-        descriptor = os.open(self._folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            _lock(descriptor)
+        with self._locks.taken(self._folder / "used") as descriptor:
+            if descriptor is None:
+                return False
             text = os.pread(descriptor, 32, 0)
             used = int(text) if text.isdigit() else None
             if used is None or used + size > self._most:
@@ -183,8 +187,6 @@ class BlockCache:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d" % (used + size), 0)
             return True
-        finally:
-            os.close(descriptor)
 
     def _remove_old(self, size: int) -> int:
         """Remove the blocks that were not used for longest, until `size` more bytes fit; the bytes that are left."""
@@ -209,24 +211,12 @@ class BlockCache:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """Keep other processes from fetching the same block at the same time."""
+        """Keep others from fetching the same block at the same time; without the lock they may, which costs time."""
         path = self._folder / "locks" / str(zlib.crc32(name.encode()) % LOCKS)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError:
+        with ExitStack() as stack:
+            with suppress(OSError):
+                stack.enter_context(self._locks.taken(path))
             yield
-            return
-        try:
-            _lock(descriptor)
-            yield
-        finally:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int) -> None:
-    """Lock a file until it is closed; without locks in the file system a block may be fetched twice, no more."""
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _crc(data: bytes) -> bytes:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import requests
 import urllib3
@@ -44,6 +46,8 @@ _REASONS: dict[str, tuple[type[Exception], ...]] = {
 """Text -> classes of errors."""
 _PLAIN_SERVER = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
 """Names that OpenSSL gives to an answer without encryption."""
+_WITHOUT_AUTHORITIES = "Could not find a suitable TLS CA certificate bundle"
+"""Start of the text of `requests` about a variable that names no file."""
 _RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)")
 
 
@@ -204,25 +208,49 @@ def sent(
 ) -> Iterator[requests.Response]:
     """Send a GET request; its answer, whose body is not read yet. Errors of `requests` become those of this package."""
     try:
-        with session.get(address, headers=headers, timeout=timeout, stream=True) as answer:
+        with _get(session, address, headers, timeout) as answer:
             yield answer
-    except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL, requests.exceptions.MissingSchema):
-        raise RemoteError(f"{without_credentials(address)} is, or leads to, an address that is not http(s)") from None
     except requests.exceptions.TooManyRedirects:
         raise RemoteError(f"{without_credentials(address)} leads in a circle of redirects") from None
     except requests.exceptions.SSLError as error:
         raise _tls_error(address, error) from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        if str(error).startswith(_WITHOUT_AUTHORITIES):
+            raise RemoteError(
+                f"{without_credentials(address)} cannot be read: the variable REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE "
+                "names no file of authorities that exists: correct it"
+            ) from None
         raise FailedAttempt(_reason(error)) from None  # the text of the error repeats the address
 
 
+def _get(session: requests.Session, address: str, headers: Mapping[str, str], timeout: float) -> requests.Response:
+    """Send a GET request; an address that is wrong, of the object or of a redirect, is an error that lasts."""
+    shown = without_credentials(address)
+    try:
+        return session.get(address, headers=headers, timeout=timeout, stream=True)
+    except (requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
+        raise RemoteError(f"{shown} is, or leads to, an address that is not http(s)") from None
+    except requests.exceptions.InvalidProxyURL:
+        raise RemoteError(f"{shown} cannot be read: the variable HTTP_PROXY or HTTPS_PROXY holds no address") from None
+    except ValueError:  # of requests, of urllib3, or of Python, whose texts repeat parts of the address
+        raise RemoteError(
+            f"{shown} is, or leads to, an address that is not valid: check its host and port, and write other "
+            "characters as %XX"
+        ) from None
+
+
 def _tls_error(address: str, error: Exception) -> RemoteError | FailedAttempt:
-    """Error about a connection that TLS refused; others than these two kinds may pass."""
+    """Error about a connection that TLS refused; others than these kinds may pass."""
     shown = without_credentials(address)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return RemoteError(
             f"the certificate of {shown} cannot be verified: name the file of its authority in the variable "
             "REQUESTS_CA_BUNDLE"
+        )
+    if "[X509" in str(error):
+        return RemoteError(
+            f"{shown} cannot be read: the file that the variable REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names holds no "
+            "certificates"
         )
     if any(sign in str(error) for sign in _PLAIN_SERVER):
         return RemoteError(f"the server of {shown} does not answer in TLS: does the address begin with http://?")
@@ -235,10 +263,26 @@ def check_status(address: str, answer: requests.Response) -> None:
     if status in (200, 206):
         return
     if status in _PASSING:
-        wait = answer.headers.get("Retry-After", "")
-        raise FailedAttempt(f"HTTP {status}", float(wait) if re.fullmatch(r"\d{1,6}", wait) else 0.0)
+        raise FailedAttempt(f"HTTP {status}", _asked_wait(answer.headers))
     kind = _KINDS.get(status, RemoteError)
     raise kind(f"{without_credentials(address)} cannot be read: HTTP {status} {excerpt(answer.reason or '')}".rstrip())
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float:
+    """Seconds to wait by `Retry-After`, a number or a date (RFC 9110, section 10.2.3); 0 without a valid one."""
+    text = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"[0-9]{1,18}", text):
+        return float(text)
+    until, now = _date(text), _date(headers.get("Date", "")) or datetime.now(UTC)  # the clock of the server, if known
+    return 0.0 if until is None else max((until - now).total_seconds(), 0.0)
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        found = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def pieces(answer: requests.Response, decode: bool) -> Iterator[bytes]:

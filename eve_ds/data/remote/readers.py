@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class Readers(Generic[T]):
+class Readers:
     """Threads of one process. They are daemons: a process that ends does not wait for a server that hangs.
 
     Args:
@@ -20,7 +20,7 @@ class Readers(Generic[T]):
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._calls: SimpleQueue[tuple[Future[T], Callable[[], T]]] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def submit(self, call: Callable[[], T]) -> Future[T]:

@@ -8,10 +8,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from eve_ds.config import RemoteConfig
 from eve_ds.data.remote.errors import FailedAttempt, RemoteError
+from eve_ds.data.remote.time_limit import TimeLimit
 from eve_ds.distributed import get_logger
 from eve_ds.printable import without_credentials
 
@@ -24,7 +26,10 @@ MANY_ATTEMPTS = 6
 PAUSE_SECONDS = 60.0
 """Seconds between two warnings of a process."""
 WINDOW = 200
-"""Number of reads over which the share of those is measured whose first request failed."""
+"""Least number of reads over which the share of those is measured whose first request failed."""
+WINDOW_SHARE = 4
+"""Least number of reads, for each of those that a process has in progress, over which that share is measured: when a
+server goes down, all of them fail at once."""
 
 T = TypeVar("T")
 
@@ -49,8 +54,10 @@ class Retries:
 
     def __init__(self, config: RemoteConfig, clock: Clock) -> None:
         self._config, self._clock = config, clock
+        self._limit = TimeLimit(config.reads_ahead + 1)
         self._random = random.Random()  # not the global one, which belongs to the run
-        self._outcomes: deque[str] = deque(maxlen=WINDOW)
+        self._window = max(WINDOW, WINDOW_SHARE * (config.reads_ahead + 1))
+        self._outcomes: deque[str] = deque(maxlen=self._window)
         """Reason for which the first request of each read failed, and an empty text for each that succeeded."""
         self._counting = threading.Lock()
         self._next_warning = -math.inf
@@ -66,16 +73,17 @@ class Retries:
         attempts = 0
         while True:
             try:
-                result = request(end)
+                result = self._limit.call(partial(request, end), end - self._clock.now())
             except FailedAttempt as failure:
                 attempts += 1
                 if attempts == 1:  # while a server is down, every read in progress repeats its requests many times
                     self._count(address, failure.reason)
                 wait = max(self._wait(attempts), failure.wait)
                 if self._clock.now() + wait > end:
+                    asked = f" and asks to wait {failure.wait:,.0f} s" if failure.wait == wait else ""
                     raise RemoteError(
-                        f"{without_credentials(address)} cannot be read: {failure.reason} ({attempts} attempts in "
-                        f"{self._clock.now() - start:.0f} s, data.remote.deadline_seconds is "
+                        f"{without_credentials(address)} cannot be read: {failure.reason}{asked} ({attempts} attempts "
+                        f"in {self._clock.now() - start:.0f} s, data.remote.deadline_seconds is "
                         f"{self._config.deadline_seconds:g}); rerun the same command when the server answers again"
                     ) from None
                 if attempts >= MANY_ATTEMPTS:
@@ -110,11 +118,11 @@ class Retries:
         with self._counting:
             self._outcomes.append(reason)
             count, failed = len(self._outcomes), Counter(filter(None, self._outcomes))
-        if count < WINDOW or failed.total() <= self._config.max_failed_share * WINDOW:
+        if count < self._window or failed.total() <= self._config.max_failed_share * self._window:
             return
         reasons = ", ".join(f"{name} {count}" for name, count in failed.most_common())
         raise RemoteError(
-            f"the first requests of {failed.total()} of the last {WINDOW} reads failed ({reasons}; the last one for "
-            f"{without_credentials(address)}), more than data.remote.max_failed_share "
+            f"the first requests of {failed.total()} of the last {self._window} reads failed ({reasons}; the last one "
+            f"for {without_credentials(address)}), more than data.remote.max_failed_share "
             f"({self._config.max_failed_share:g}) allows: repair the server or the network, then rerun the same command"
         )

@@ -23,7 +23,7 @@ from eve_ds.distributed import get_logger
 from eve_ds.printable import without_credentials
 
 READ_AHEAD = 256 * limits.KIB
-"""Bytes that a small read fetches without a cache: the headers of a tar are read one after another."""
+"""Bytes that a small read fetches without a cache: many headers of a tar stand in them."""
 SMALL = 4096
 """Bytes of a small read."""
 PARSE_ATTEMPTS = 3
@@ -64,7 +64,7 @@ class RemoteBytes:
         address: str,
         opened: RemoteObject,
         retries: Retries,
-        readers: Readers[bytes],
+        readers: Readers,
         cache: BlockCache | None,
         block: int,
         content: str = "",
@@ -160,6 +160,8 @@ class RemoteStorage:
         self._config, self._clock = config, clock
         self._versions: dict[str, Version] = {}
         self._has_warned = False
+        self.reads_ahead = config.remote.reads_ahead
+        """Number of reads at the same time."""
         self._forget()
 
     def _forget(self) -> None:
@@ -167,10 +169,10 @@ class RemoteStorage:
         self._servers: dict[str, Server] = {}
         self._cache: BlockCache | None = None
         self._retries = Retries(self._config.remote, self._clock)
-        self._readers: Readers[bytes] = Readers(max(self._config.remote.reads_ahead, 1))
+        self._readers = Readers(max(self._config.remote.reads_ahead, 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_config", "_clock", "_versions", "_has_warned")
+        names = ("_config", "_clock", "_versions", "_has_warned", "reads_ahead")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -207,6 +209,15 @@ class RemoteStorage:
                 without_credentials(address),
             )
         self._has_warned = True
+
+    def submit(self, address: str, call: Callable[[], T]) -> Future[T]:
+        """Call a function that opens an object in one of the threads that read ahead.
+
+        Raises:
+            RemoteError: a package is missing, or the folder of the cache cannot be used.
+        """
+        self._server(address), self._blocks()  # connected here, not by several threads at a time
+        return self._readers.submit(call)
 
     def read_small(self, address: str, most: int, parse: Callable[[bytes], T]) -> T | None:
         """Read a small object as a whole, such as an index; None if there is none.
@@ -256,16 +267,16 @@ class RemoteStorage:
         return self._servers[scheme]
 
     def _connect(self, scheme: str) -> Server:
-        timeout = self._config.remote.timeout_seconds
+        timeout, connections = self._config.remote.timeout_seconds, self._config.remote.reads_ahead + 1
         try:
             importlib.import_module(READERS[scheme].module)
             if scheme == "https":
                 from eve_ds.data.remote.http_objects import HttpServers
 
-                return HttpServers(timeout, self._clock, self._config.remote.reads_ahead + 1)
+                return HttpServers(timeout, self._clock, connections)
             from eve_ds.data.remote.stored_objects import ObjectStore
 
-            return ObjectStore(scheme, timeout)
+            return ObjectStore(scheme, timeout, connections)
         except ImportError:
             raise RemoteError(
                 f"{scheme}:// needs a package that is not installed: pip install '{READERS[scheme].requirement}'"

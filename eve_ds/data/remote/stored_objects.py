@@ -7,7 +7,6 @@ does not have: each process makes its own file system.
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,13 +34,14 @@ class ObjectStore:
     Args:
         scheme: scheme of the addresses, such as `s3`.
         timeout: seconds to wait for a connection, and for further bytes.
+        connections: number of connections to keep open.
     """
 
-    def __init__(self, scheme: str, timeout: float) -> None:
+    def __init__(self, scheme: str, timeout: float, connections: int) -> None:
         options: dict[str, Any] = {"requests_timeout": timeout}
         if scheme == "s3":
-            limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
-            options = {"config_kwargs": limits}
+            limits = {"connect_timeout": timeout, "read_timeout": timeout, "max_pool_connections": connections}
+            options = {"config_kwargs": limits | {"retries": {"max_attempts": 0}}}
         self._files = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
         self._files.retries = 1
 
@@ -89,7 +89,6 @@ class StoredObject:
 
     def __init__(self, files: Any, address: str) -> None:
         self._address = address
-        self._one_at_a_time = threading.Lock()  # a file has one position
         with translated(address):
             # Without a cache of its own. The file of s3fs sends the ETag with each range, so that the store refuses
             # a range of another object.
@@ -98,9 +97,10 @@ class StoredObject:
 
     def read(self, offset: int, size: int, end: float) -> bytes:
         """Read a range; see :class:`eve_ds.data.remote.interface.RemoteObject`."""
-        with translated(self._address), self._one_at_a_time:
-            self._file.seek(offset)
-            data: bytes = self._file.read(size)
+        with translated(self._address):
+            # The method by which each file system reads a range for its files. It leaves their position alone, so
+            # threads may call it at the same time.
+            data: bytes = self._file._fetch_range(offset, offset + size)
         if len(data) != size:
             raise FailedAttempt(f"cut after {len(data):,} of {size:,} bytes")
         return data

@@ -1,6 +1,7 @@
 """Cache of blocks: bounded, whole, shared by processes, and never needed."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import time
@@ -13,7 +14,9 @@ from faulty_server import FaultyServer
 from eve_ds.config import DataConfig
 from eve_ds.data.remote import block_cache, storage
 from eve_ds.data.remote.block_cache import OWN_FOLDER, PAUSE_SECONDS, BlockCache
+from eve_ds.data.remote.cache_locks import LOCK_SECONDS, STUCK_SECONDS, CacheLocks
 from eve_ds.data.remote.errors import RemoteError
+from eve_ds.data.remote.retries import Clock
 from eve_ds.data.remote.storage import RemoteStorage
 
 BLOCK = 1000
@@ -314,3 +317,65 @@ def read_with_little_room(server, folder, seed):
     file = RemoteStorage(config).open(f"{server}/a.tar")
     for place in sorted(range(4000, len(CONTENT), 1500), key=lambda place: hash((place, seed)) % 1000):
         assert file.read_at(place, 500) == CONTENT[place : place + 500]
+
+
+@pytest.fixture
+def frozen(tmp_path):
+    """Function that lets another open file hold a lock of the cache, as a process that is stopped does."""
+    files = []
+
+    def hold(name):
+        path = tmp_path / OWN_FOLDER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.append(path.open("a"))
+        fcntl.flock(files[-1], fcntl.LOCK_EX)
+
+    yield hold
+    for file in files:
+        file.close()
+
+
+def test_a_stopped_process_delays_a_block_by_seconds_and_further_ones_by_nothing(frozen, tmp_path):
+    fake = FakeClock()
+    blocks = cache(tmp_path, fake=fake)
+    for number in range(block_cache.LOCKS):
+        frozen(f"locks/{number}")
+    assert put(blocks, 1) == bytes(BLOCK)
+    assert LOCK_SECONDS <= fake.time < LOCK_SECONDS + 0.1
+    before = fake.time
+    blocks.read("object/1", 0, 1, BLOCK, missing)  # stored without the lock
+    for _ in range(5):
+        blocks_of(tmp_path, 1)[0].unlink()
+        put(blocks, 1)
+    assert fake.time == before, "the lock is known to be stuck"
+    fake.time += STUCK_SECONDS
+    blocks_of(tmp_path, 1)[0].unlink()
+    put(blocks, 1)
+    assert fake.time - before > STUCK_SECONDS + LOCK_SECONDS - 0.1, "it is tried again"
+
+
+def test_a_process_that_is_stopped_while_it_counts_costs_a_block_its_place(frozen, tmp_path):
+    fake = FakeClock()
+    blocks = cache(tmp_path, fake=fake)
+    frozen("used")
+    for number in range(3):
+        assert put(blocks, number) == bytes(BLOCK)
+    assert fake.time < LOCK_SECONDS + 0.1
+    assert not blocks_of(tmp_path)
+
+
+def test_a_lock_that_is_given_back_is_taken(tmp_path):
+    locks = CacheLocks(Clock(time.monotonic, lambda _: fcntl.flock(held, fcntl.LOCK_UN)))
+    with (tmp_path / "lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with locks.taken(tmp_path / "lock") as descriptor:
+            assert descriptor is not None
+
+
+def test_a_file_system_without_locks_counts_as_locked(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert put(cache(tmp_path), 1) == bytes(BLOCK)
+    cache(tmp_path).read("object/1", 0, 1, BLOCK, missing)

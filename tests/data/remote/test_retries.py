@@ -2,13 +2,14 @@
 
 import random
 import re
+import threading
 
 import pytest
 from fake_clock import FakeClock
 
 from eve_ds.config import RemoteConfig
 from eve_ds.data.remote.errors import FailedAttempt, RemoteError
-from eve_ds.data.remote.retries import LONGEST_WAIT, MANY_ATTEMPTS, PAUSE_SECONDS, WINDOW, Retries
+from eve_ds.data.remote.retries import LONGEST_WAIT, MANY_ATTEMPTS, PAUSE_SECONDS, SYSTEM_CLOCK, WINDOW, Retries
 
 ADDRESS = "https://user:secret@host/a.tar?sig=secret"
 
@@ -116,6 +117,33 @@ def test_reads_that_wait_for_a_server_share_its_outage():
     for _ in range(WINDOW // 2):
         calls.call(ADDRESS, failing(9))
     calls.call(ADDRESS, failing(0))
+
+
+@pytest.mark.parametrize("ahead", [0, 16, 49, 128, 256])
+def test_an_outage_fails_all_reads_in_progress_and_ends_nothing(ahead):
+    calls = retries(FakeClock(), reads_ahead=ahead)
+    for _ in range(5):
+        for _ in range(2 * ahead):
+            calls.call(ADDRESS, failing(0))
+        for _ in range(ahead + 1):
+            calls.call(ADDRESS, failing(3))
+
+
+def test_a_request_that_does_not_end_is_left_alone_at_the_deadline():
+    calls, released = Retries(RemoteConfig(deadline_seconds=0.2, reads_ahead=0), SYSTEM_CLOCK), threading.Event()
+    try:
+        with pytest.raises(RemoteError, match=r"^https://host/a\.tar cannot be read: too slow \(1 attempts in 0 s"):
+            calls.call(ADDRESS, lambda end: released.wait(20))
+    finally:
+        released.set()
+
+
+def test_a_timeout_of_a_request_itself_is_its_error():
+    def request(end):
+        raise TimeoutError("bug")
+
+    with pytest.raises(TimeoutError, match=r"^bug$"):
+        retries(FakeClock()).call(ADDRESS, request)
 
 
 def test_another_error_is_not_repeated():

@@ -1,10 +1,13 @@
 """Shards in object stores: a real S3 server on the loopback interface, and a stand-in for other stores."""
 
 import logging
+import math
 import multiprocessing
 import os
 import pickle
 import sys
+import threading
+import time
 
 import fsspec
 import pytest
@@ -131,6 +134,50 @@ def test_objects_and_buckets_that_are_missing_are_named(server):
         with pytest.raises(RemoteError, match=rf"{address} does not exist"):
             storage().open(address)
         assert storage().read_small(address, 1000, bytes) is None
+
+
+SLOW = {
+    "open": lambda remote: remote.open("s3://bucket/set/b.tar"),
+    "read": lambda remote: remote.open("s3://bucket/set/a.tar").read_at(100_000, 50_000),
+    "read_small": lambda remote: remote.read_small("s3://bucket/set/index.json", 1_000_000),
+    "matching": lambda remote: remote.matching("s3://bucket/set/*.tar"),
+}
+
+
+@pytest.mark.parametrize("read", SLOW)
+def test_no_slow_answer_holds_a_read_beyond_its_deadline(server, read):
+    remote = RemoteStorage(DataConfig(remote={"deadline_seconds": 0.5, "timeout_seconds": 30}))
+    remote._server("s3://").open("s3://bucket/other/c.tar", math.inf)  # connecting takes longer
+    released = threading.Event()
+    server.faults = lambda method, path, index: "" if path.endswith("a.tar") and method == "HEAD" else held(released)
+    start = time.monotonic()
+    try:
+        with pytest.raises(RemoteError, match=r"^s3://bucket/set/\S+ cannot be read: too slow \(1 attempts in [01] s"):
+            SLOW[read](remote)
+        assert time.monotonic() - start < 3
+    finally:
+        released.set()
+
+
+def held(released):
+    released.wait(20)
+    return ""
+
+
+def test_ranges_of_an_object_are_requested_at_the_same_time(server):
+    opened = RemoteStorage(DataConfig(remote={"reads_ahead": 4})).open("s3://bucket/set/a.tar")
+    places = [(number * 60_000, 50_000) for number in range(4)]
+    barrier = threading.Barrier(len(places))
+
+    def answer_together(method, path, index):
+        barrier.wait(timeout=20)
+        return ""
+
+    server.faults = answer_together
+    for place in places:
+        opened.want(*place)
+    assert [opened.read_at(*place) for place in places] == [CONTENT[start : start + 50_000] for start, _ in places]
+    assert not barrier.broken
 
 
 def test_missing_credentials_are_named(server, monkeypatch, tmp_path):
