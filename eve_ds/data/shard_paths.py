@@ -156,7 +156,7 @@ def _remote_shards(address: str, indices: Indices) -> list[str]:
     """Shards of an address: a tar, a folder, or a glob pattern."""
     scheme = str(addresses.scheme_of(address))
     address = addresses.encoded(scheme + address[len(scheme) :])  # the scheme in lower case
-    shown, name = without_credentials(address), addresses.file_name(address)
+    shown = without_credentials(address)
     if scheme not in addresses.READERS:
         schemes = ", ".join(f"{scheme}://" for scheme in addresses.READERS)
         raise ConfigError(f"{SETTING} '{shown}' is an address of a scheme that is not read; these are: {schemes}")

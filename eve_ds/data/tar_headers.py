@@ -15,8 +15,8 @@ from eve_ds import limits
 
 BLOCK = 512
 """Bytes of a header; the data of a member fills whole blocks."""
-_END = 20 * BLOCK
-"""Bytes of the zero blocks that usually end a tar, at most."""
+_END = 21 * BLOCK
+"""Most bytes of zeros that usually end a tar: two blocks, and what fills a record of twenty blocks."""
 HEADER_BYTES = 4096
 """Bytes to read for a header; usually they include the headers of the caption and of the next image."""
 _REGULAR = (b"0", b"\0", b"7")

@@ -208,7 +208,7 @@ def test_a_wrong_variable_is_named_at_once(server, fake, monkeypatch, name, valu
 READS = {
     "open": lambda remote, server: remote.open(f"{server.address}/b.tar"),
     "read": lambda remote, server: remote.open(f"{server.address}/a.tar").read_at(100_000, 50_000),
-    "read_small": lambda remote, server: remote.read_small(f"{server.address}/b.tar", 1_000_000),
+    "read_small": lambda remote, server: remote.read_small(f"{server.address}/b.tar", 1_000_000, bytes),
 }
 
 

@@ -139,7 +139,7 @@ def test_objects_and_buckets_that_are_missing_are_named(server):
 SLOW = {
     "open": lambda remote: remote.open("s3://bucket/set/b.tar"),
     "read": lambda remote: remote.open("s3://bucket/set/a.tar").read_at(100_000, 50_000),
-    "read_small": lambda remote: remote.read_small("s3://bucket/set/index.json", 1_000_000),
+    "read_small": lambda remote: remote.read_small("s3://bucket/set/index.json", 1_000_000, bytes),
     "matching": lambda remote: remote.matching("s3://bucket/set/*.tar"),
 }
 
