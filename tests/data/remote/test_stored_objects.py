@@ -170,7 +170,8 @@ def test_ranges_of_an_object_are_requested_at_the_same_time(server):
     barrier = threading.Barrier(len(places))
 
     def answer_together(method, path, index):
-        barrier.wait(timeout=20)
+        if (method, path) == ("GET", "/bucket/set/a.tar"):  # not what an earlier test has given up
+            barrier.wait(timeout=20)
         return ""
 
     server.faults = answer_together
