@@ -2,6 +2,7 @@
 
 import dataclasses
 import tarfile
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -34,19 +35,35 @@ def config_of(shards, seed=0, **validation):
     return parse_config({"model": model, "data": data, "train": {"train_batch_size": 8, "seed": seed}})
 
 
-def trained_keys(config, batches, rank=0, world_size=1):
+def trained_keys(config, batches, rank=0, world_size=1, batch=4, state=None):
     loader = build_loader(
         config,
         load_tokenizer("scenes"),
         objectives_of(config.model),
         rank=rank,
         world_size=world_size,
-        micro_batch_size=4,
+        micro_batch_size=batch,
+        state=state,
     )
     keys = [key for batch in islice(loader, batches) for key in batch.keys]
     position = loader.state_dict()
     loader.close()
     return keys, position
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_other_numbers_of_ranks_lose_and_repeat_no_trained_sample(shards, share):
+    """Ranks run past held-out samples by themselves, so at a stop one is further than another."""
+    config, counts, states = config_of(shards, share=share), Counter(), None
+    for world_size, batches in ((2, 9), (1, 4), (8, 11), (4, 3), (8, 5), (1, 40)):
+        ranks = [
+            trained_keys(config, batches, rank, world_size, batch=8 // world_size, state=states)
+            for rank in range(world_size)
+        ]
+        states = [position for _, position in ranks]
+        counts.update(key for keys, _ in ranks for key in keys)
+    epochs, rest = divmod(counts.total(), len(counts))
+    assert sorted(counts.values()) == [epochs] * (len(counts) - rest) + [epochs + 1] * rest
 
 
 def test_a_share_of_the_training_samples_is_held_out_by_key(shards):
