@@ -160,14 +160,20 @@ def id_line(image_id: str, file: str | None, aliases: Iterable[str] = (), is_loc
     return "\t".join((*texts, *(name.replace(" ", "_") for name in others if name not in known)))
 
 
+def _read(text: str) -> tuple[list[str], str | None]:
+    """Names that a text holds by its form, and its path; an address is a name and has no path."""
+    shared = list(_shared_names(text))
+    if is_address(text):
+        return [*shared, f"address {_normal_address(text)}"], None
+    return shared, normal_path(text).lstrip("/")
+
+
 def _called(text: str, is_file: bool = False) -> Iterator[str]:
     """Names of an image that a source calls by a text; `is_file`: a file even without the suffix of one."""
-    shared = list(_shared_names(text))
+    shared, path = _read(text)
     yield from shared
-    if is_address(text):
-        yield f"address {_normal_address(text)}"
+    if path is None:
         return
-    path = normal_path(text).lstrip("/")
     if not (is_file or is_image_name(path)):
         yield f"id {path}"
         return
@@ -181,12 +187,10 @@ def _called(text: str, is_file: bool = False) -> Iterator[str]:
 
 def _meant(text: str, is_alone: bool) -> Iterator[str]:
     """Names that a text of a list can mean."""
-    shared = list(_shared_names(text))
+    shared, path = _read(text)
     yield from shared
-    if is_address(text):
-        yield f"address {_normal_address(text)}"
+    if path is None:
         return
-    path = normal_path(text).lstrip("/")
     stem = without_suffix(path)
     if stem == path or not is_number(stem):
         yield f"id {stem}"

@@ -2,8 +2,8 @@
 
 Captions of one image share its bytes in a shard. They are found wherever they stand if the files have at most
 `limits.GROUPED_BYTES` together; in larger files, and in tables with images, only if they stand together, so that the
-memory does not grow. Spellings of one path (:meth:`ImageFolder.spelling`) are one image. Captions
-that are not UTF-8 keep their bytes as surrogates; the shard writer finds and counts them.
+memory does not grow. Spellings of one path (:meth:`ImageFolder.spelling`) are one image. Captions that are not UTF-8
+keep their bytes as surrogates; the shard writer finds and counts them.
 """
 
 from __future__ import annotations
