@@ -120,7 +120,7 @@ def test_a_cpu_without_spare_cores_gets_no_advice(device, cores, warns, group, m
 
 
 def waits_of_steps(waiting, waits, busy=1.0):
-    """Let some steps wait for their data before their work; returns nothing."""
+    """Record steps that wait for their data, each for its time in `waits`, and then work."""
     for wait in waits:
         waiting.waits._seconds = wait
         waiting.numbers(1, wait + busy, 4, waiting._read_before + wait)
