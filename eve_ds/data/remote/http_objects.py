@@ -240,7 +240,7 @@ def _get(session: requests.Session, address: str, headers: Mapping[str, str], ti
 
 
 def _tls_error(address: str, error: Exception) -> RemoteError | FailedAttempt:
-    """Error about a connection that TLS refused; others than these kinds may pass."""
+    """Error of a connection that TLS refused; a reason other than these may pass."""
     shown = without_credentials(address)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return RemoteError(
