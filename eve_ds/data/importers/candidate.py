@@ -21,8 +21,6 @@ ANNOTATION_SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 _REASONS = {errno.EINVAL: "not a regular file", errno.ENXIO: "not a regular file", errno.EOVERFLOW: "too large a file"}
 """Reasons of errors of :func:`eve_ds.reading.read_file`; ENXIO: a socket."""
 
-_ANNOTATION_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
-
 
 class Readable(Protocol):
     """Bytes that are fetched on demand."""
