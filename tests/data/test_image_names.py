@@ -10,7 +10,8 @@ from photo_sets import pack, photo, prepare_groups, write
 
 from eve_ds import limits
 from eve_ds.cli.prepare import main
-from eve_ds.data.formats.image_ids import id_line, image_names, listed_names, normal_path, whole_number
+from eve_ds.data.formats.image_ids import id_line, image_names, listed_names
+from eve_ds.data.formats.spelling import normal_path, whole_number
 from eve_ds.data.formats.tables import Columns
 from eve_ds.data.importers import (
     Addresses,

@@ -16,7 +16,7 @@ from typing import Any
 
 from eve_ds.data.errors import SourceError
 from eve_ds.data.formats.captioned import ImageCaptions
-from eve_ds.data.formats.cells import is_address, starts_json
+from eve_ds.data.formats.cells import is_web_address, starts_json
 from eve_ds.data.formats.delimited import first_fields, first_rows
 from eve_ds.data.formats.entries import Entry, described, stream_entries
 from eve_ds.data.formats.json_stream import Outline, read_outline
@@ -124,7 +124,7 @@ def _table(path: Path, columns: Columns) -> Table:
     by_tab = first_fields(path, "\t") or []
     delimiter = "\t" if len(by_tab) > 1 or path.suffix.lower() == ".tsv" else ","
     fields = by_tab if delimiter == "\t" else first_fields(path, delimiter) or []
-    if not any(map(is_address, fields)):
+    if not any(map(is_web_address, fields)):
         return Table(path, columns, delimiter)
     if len(fields) < 2:
         raise SourceError(f"{path} has one column: expected an address and a caption, with a tab between them")
@@ -136,12 +136,12 @@ def _columns(path: Path, delimiter: str) -> list[str]:
 
     A caption may have commas, so these separate two fields only. Tabs separate as many as most of the rows have.
     """
-    rows = [fields for fields in islice(first_rows(path, delimiter), _PROBED_ROWS) if any(map(is_address, fields))]
+    rows = [fields for fields in islice(first_rows(path, delimiter), _PROBED_ROWS) if any(map(is_web_address, fields))]
     if delimiter == ",":
-        return ["url", "caption"] if is_address(rows[0][0]) else ["caption", "url"]
+        return ["url", "caption"] if is_web_address(rows[0][0]) else ["caption", "url"]
     width = Counter(map(len, rows)).most_common(1)[0][0]
     fields = next(fields for fields in rows if len(fields) == width)
-    at = next(number for number, field in enumerate(fields) if is_address(field))
+    at = next(number for number, field in enumerate(fields) if is_web_address(field))
     names = [f"column {number}" for number in range(width)]
     names[at], names[0 if at else 1] = "url", "caption"
     return names

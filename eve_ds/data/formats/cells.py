@@ -28,7 +28,7 @@ def is_absent(cell: str) -> bool:
     return cell.strip() in ABSENT_CELLS
 
 
-def is_address(cell: str) -> bool:
+def is_web_address(cell: str) -> bool:
     """Whether a cell is an address of HTTP."""
     return _ADDRESS.match(cell.lstrip()) is not None
 
@@ -40,7 +40,7 @@ def starts_json(cell: str) -> bool:
 
 def names_image(cell: str) -> bool:
     """Whether a cell looks like the file or the address of an image."""
-    return is_address(cell) or _NAME.fullmatch(cell) is not None
+    return is_web_address(cell) or _NAME.fullmatch(cell) is not None
 
 
 def image_name(cell: str) -> str:
@@ -49,14 +49,14 @@ def image_name(cell: str) -> str:
     Flickr8k and Flickr30K write the number. Addresses keep what stands behind `#`.
     """
     cell = cell.strip()
-    numbered = None if is_address(cell) else _NAME.fullmatch(cell)
+    numbered = None if is_web_address(cell) else _NAME.fullmatch(cell)
     return cell if numbered is None else numbered["name"]
 
 
 def is_numbered_image(cell: str) -> bool:
     """Whether a cell is the file of an image with the number of a caption: `1.jpg#0`."""
     found = _NAME.fullmatch(cell)
-    return found is not None and found["number"] != "" and not is_address(cell)
+    return found is not None and found["number"] != "" and not is_web_address(cell)
 
 
 def captions_of(cell: str) -> tuple[str, ...] | None:

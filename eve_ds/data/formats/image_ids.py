@@ -20,20 +20,24 @@ A name is a string with its kind in front:
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, chain, islice
 
-from eve_ds.data.image_file import IMAGE_EXTENSIONS
+from eve_ds.data.formats.spelling import (
+    is_address,
+    is_image_name,
+    is_number,
+    is_plain_number,
+    normal_address,
+    normal_path,
+    one_line,
+    whole_number,
+    without_suffix,
+    without_zeros,
+)
 
 MOST_PARTS = 32
 """Parts of the ends of a path at most, beside the whole."""
-_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_HOST = re.compile(r"https?://(?P<host>[^/?#]*)", re.IGNORECASE)
-_IMAGE_SUFFIX = re.compile(rf"\.(?:{'|'.join(IMAGE_EXTENSIONS)})\Z", re.IGNORECASE)
-_WHOLE = re.compile(r"(?P<number>-?[0-9]+)\.0+")
-_NUMBER = re.compile(r"[0-9]+")
 _NUMBERED = re.compile(r"(?P<set>COCO|VG|Flickr)_(?P<number>[0-9]+)")
 _COCO_FILE = re.compile(r"(?:COCO_[a-z]+[0-9]{4}_)?(?P<number>000000[0-9]{6})")
 _VG_FOLDERS = ("VG_100K", "VG_100K_2")
@@ -41,75 +45,6 @@ _FLICKR = re.compile(r"https?://[^/?#]*flickr\.com/(?:[^/?#]+/)*(?P<number>[0-9]
 _FLICKR_FILE = re.compile(r"(?P<number>[0-9]+)_[0-9a-f]{10}(?:_[0-9a-z]+)?")
 _LONG_NUMBER = re.compile(r"[1-9][0-9]{7,}")
 """A file that such a number names is a photograph of Flickr: numbers of COCO and Visual Genome are shorter."""
-
-
-# ----------------------------------------------------------------------------------------------------- spelling
-
-
-def one_line(text: str) -> str:
-    """Return an id, path or address in the form of ids.txt, in which they are compared.
-
-    Whitespace becomes single spaces, and a surrogate that stands for no byte the replacement character. Accents are
-    parts of their letters (NFC): macOS writes them apart in names of files.
-    """
-    return _LONE_SURROGATE.sub("\ufffd", unicodedata.normalize("NFC", " ".join(text.split())))
-
-
-def whole_number(text: str) -> str:
-    """A number such as `9.0`, which pandas writes for 9 beside a missing one, as `9`; any other text as it is."""
-    found = _WHOLE.fullmatch(text)
-    return found["number"] if found else text
-
-
-def is_number(text: str) -> bool:
-    """Whether an id is a number, which says nothing without the data set that it is of."""
-    return _NUMBER.fullmatch(text) is not None
-
-
-def is_plain_number(text: str) -> bool:
-    """Whether a text is a number without zeros in front, as data sets number their images."""
-    return is_number(text) and _without_zeros(text) == text
-
-
-def is_address(text: str) -> bool:
-    """Whether a text starts as an address does."""
-    return _ADDRESS.match(text) is not None
-
-
-def normal_path(path: str) -> str:
-    """The one spelling of a path: slashes, no empty part, no `.` beside others, no `..` behind a folder.
-
-    A path of Windows has backslashes. Addresses stay as they are.
-    """
-    if is_address(path):
-        return path
-    path = path.replace("\\", "/")
-    parts: list[str] = []
-    for part in path.split("/"):
-        if part == ".." and parts and parts[-1] != "..":
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/" * path.startswith("/") + "/".join(parts) or "."
-
-
-def is_image_name(path: str) -> bool:
-    """Whether a path ends with the suffix of an image."""
-    return _IMAGE_SUFFIX.search(path) is not None
-
-
-def without_suffix(path: str) -> str:
-    """A path without the suffix of an image."""
-    return _IMAGE_SUFFIX.sub("", path)
-
-
-def _normal_address(address: str) -> str:
-    """The one spelling of an address: host in lower case, no fragment; http and https are one."""
-    found = _HOST.match(address)
-    return f"http://{found['host'].lower()}{address[found.end() :]}".partition("#")[0] if found else address
-
-
-# -------------------------------------------------------------------------------------------------------- names
 
 
 def in_data_set(name: str, number: str | None) -> tuple[str, ...]:
@@ -164,7 +99,7 @@ def _read(text: str) -> tuple[list[str], str | None]:
     """Names that a text holds by its form, and its path; an address is a name and has no path."""
     shared = list(_shared_names(text))
     if is_address(text):
-        return [*shared, f"address {_normal_address(text)}"], None
+        return [*shared, f"address {normal_address(text)}"], None
     return shared, normal_path(text).lstrip("/")
 
 
@@ -213,15 +148,15 @@ def _shared_names(text: str) -> Iterator[str]:
     folder, _, last = path.rpartition("/")
     folder, stem = folder.rpartition("/")[2], without_suffix(last)
     if found := _NUMBERED.fullmatch(text):
-        yield f"{found['set']} {_without_zeros(found['number'])}"
+        yield f"{found['set']} {without_zeros(found['number'])}"
         return
     if folder in _VG_FOLDERS and is_number(stem):
-        yield f"VG {_without_zeros(stem)}"
+        yield f"VG {without_zeros(stem)}"
         return
     if found := _COCO_FILE.fullmatch(stem):
-        yield f"COCO {_without_zeros(found['number'])}"
+        yield f"COCO {without_zeros(found['number'])}"
     if number := _flickr_number(text, folder, stem, is_file=stem != last):
-        yield f"Flickr {_without_zeros(number)}"
+        yield f"Flickr {without_zeros(number)}"
 
 
 def _flickr_number(text: str, folder: str, stem: str, is_file: bool) -> str | None:
@@ -240,8 +175,3 @@ def _tails(path: str) -> Iterator[str]:
     """The ends of a path, from its last part to the whole."""
     tails = accumulate(reversed(path.split("/")), lambda tail, part: f"{part}/{tail}")
     return chain(islice(tails, MOST_PARTS), [path] if path.count("/") >= MOST_PARTS else [])
-
-
-def _without_zeros(number: str) -> str:
-    """A number without zeros in front."""
-    return number.lstrip("0") or "0"

@@ -12,14 +12,14 @@ from eve_ds.data.formats.cells import (
     captions_of,
     image_name,
     is_absent,
-    is_address,
     is_numbered_image,
+    is_web_address,
     names_image,
     starts_json,
 )
 from eve_ds.data.formats.delimited import Layout, first_fields, read_rows
 from eve_ds.data.formats.entries import shortened
-from eve_ds.data.formats.image_ids import whole_number
+from eve_ds.data.formats.spelling import whole_number
 from eve_ds.data.formats.where import EVERY_ROW, Where
 from eve_ds.printable import excerpt
 
@@ -180,7 +180,7 @@ def _refuse_other_header(path: Path, fields: Sequence[str]) -> None:
     """Raise :class:`SourceError` for a first line that is no header: JSON, or a caption and the address of an image."""
     if fields and starts_json(fields[0]):
         raise SourceError(f"{path} is JSON, not a table: give it to `prepare.py json`, which knows further commands")
-    if any(map(is_address, fields)):
+    if any(map(is_web_address, fields)):
         raise SourceError(
             f"{path} is a list of captions and addresses without a header, as CC3M and CC12M publish: give it to "
             "`prepare.py urls`"

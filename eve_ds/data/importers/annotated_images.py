@@ -19,8 +19,8 @@ from eve_ds import limits
 from eve_ds.data.formats.captioned import ImageCaptions
 from eve_ds.data.formats.coco import published_places
 from eve_ds.data.formats.entries import Entry
-from eve_ds.data.formats.image_ids import is_image_name, is_plain_number
 from eve_ds.data.formats.images import require_some_image, spread
+from eve_ds.data.formats.spelling import is_image_name, is_plain_number
 from eve_ds.data.formats.tables import MALFORMED, NO_CAPTION, Row
 from eve_ds.data.importers.candidate import (
     Candidate,

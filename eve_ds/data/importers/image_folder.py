@@ -6,8 +6,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from eve_ds.data.formats.image_ids import normal_path
 from eve_ds.data.formats.images import is_file
+from eve_ds.data.formats.spelling import normal_path
 from eve_ds.data.importers.candidate import FileSlice
 
 

@@ -20,9 +20,9 @@ from eve_ds import limits
 from eve_ds.data.errors import BadSample, SourceError
 from eve_ds.data.folder_tree import File, FolderTree, contents_digest
 from eve_ds.data.formats.entries import Entry
-from eve_ds.data.formats.image_ids import is_number
 from eve_ds.data.formats.images import PROBED_IMAGES
 from eve_ds.data.formats.parquet import EMBEDDED_COLUMNS, SUFFIX, ParquetTable, column_names
+from eve_ds.data.formats.spelling import is_number
 from eve_ds.data.formats.tables import Columns
 from eve_ds.data.formats.unread import binary_kind
 from eve_ds.data.image_file import IMAGE_EXTENSIONS

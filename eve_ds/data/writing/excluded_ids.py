@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from eve_ds import limits
 from eve_ds.data.errors import SourceError
-from eve_ds.data.formats.image_ids import listed_names, one_line
+from eve_ds.data.formats.image_ids import listed_names
+from eve_ds.data.formats.spelling import one_line
 from eve_ds.data.formats.unread import refuse_binary
 from eve_ds.reading import parse_json, read_file
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from eve_ds.data.formats.cells import captions_of, image_name, is_address, is_numbered_image, starts_json
+from eve_ds.data.formats.cells import captions_of, image_name, is_numbered_image, is_web_address, starts_json
 
 PARTS = [
     "a dog",
@@ -112,8 +112,8 @@ def test_the_number_of_a_caption_is_no_part_of_the_name(cell, name):
 
 
 def test_schemes_of_addresses_have_any_case():
-    assert all(map(is_address, ["http://h/a", "HTTPS://h/a", " Http://h/a"]))
-    assert not any(map(is_address, ["ftp://h/a", "see http://h/a", "http:/h"]))
+    assert all(map(is_web_address, ["http://h/a", "HTTPS://h/a", " Http://h/a"]))
+    assert not any(map(is_web_address, ["ftp://h/a", "see http://h/a", "http:/h"]))
 
 
 @pytest.mark.parametrize("start", ["{", '{"url"', ' { "a": 1', "[", "[{", '["a"', "[]", "{}", "[["])
