@@ -8,26 +8,29 @@ import pytest
 import eve_ds
 
 PACKAGE = Path(eve_ds.__file__).parent
-BASE = {"file_lock", "limits", "printable", "reading", "resources", "storage"}
-"""Small parts about files and text, without imports of other parts, which every part may import."""
+BASE = {"file_lock", "limits", "log", "printable", "reading", "resources", "storage"}
+"""Small parts about files and text, which every part may import; of other parts, the log asks for the rank."""
 MAY_IMPORT = {  # part: other parts of eve_ds
     **{part: set() for part in BASE},
+    "log": {"distributed"},
     "config": set(),
     "launch_environment": set(),
     "signals": set(),
     "launcher_watch": {"signals"},
-    "distributed": {"launch_environment"},
+    "lost_ranks": set(),
+    "distributed": set(),
+    "process_group": {"launch_environment", "lost_ranks"},
     "together": {"config", "distributed"},
     "topology": set(),
     "views": set(),
-    "ops": {"distributed"},
+    "ops": set(),
     "data": {"config", "distributed", "signals", "together", "views"},
     "model": {"config", "ops", "views"},
     "model/eve.py": {"objectives"},  # whose heads it holds; objectives know the other modules of model only
     "objectives": {"config", "ops", "views", "data", "model"},
-    "parallel": {"config", "distributed", "topology", "launch_environment", "ops", "model", "objectives"},
+    "parallel": {"config", "process_group", "topology", "launch_environment", "ops", "model", "objectives"},
     "checkpoint": {"config", "distributed", "topology", "model"},
-    "export": {"checkpoint", "config", "data", "distributed", "model", "objectives", "ops"},
+    "export": {"checkpoint", "config", "data", "model", "objectives", "ops"},
     "tasks": {"config", "data", "distributed", "topology", "model", "objectives", "checkpoint", "export", "views"},
     "evaluation": {
         *("config", "distributed", "together", "topology", "ops", "data", "model", "objectives", "checkpoint"),
@@ -46,7 +49,10 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)  # and no part may import cli
 ONLY_IN = {  # library: parts that may import it
     "deepspeed": {"parallel", "training", "checkpoint", "benchmark"},
     "megatron": {"parallel"},
-    "torch.distributed": {"distributed", "together", "topology", "parallel", "training", "checkpoint", "benchmark"},
+    "torch.distributed": {
+        *("distributed", "lost_ranks", "process_group", "together", "topology", "parallel", "training", "checkpoint"),
+        "benchmark",
+    },
     "launcher": set(),
 }
 

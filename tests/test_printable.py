@@ -16,8 +16,8 @@ from eve_ds import limits
 from eve_ds.checkpoint.files import listed
 from eve_ds.cli.command import complain
 from eve_ds.cli.conversion_report import print_start
-from eve_ds.distributed import get_logger
 from eve_ds.export.start import DRAWN, StartReport
+from eve_ds.log import get_logger
 from eve_ds.printable import excerpt, markdown, printable, without_credentials
 
 HOSTILE = {

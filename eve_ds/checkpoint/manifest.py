@@ -22,7 +22,8 @@ from typing import Any
 
 from eve_ds import limits, reading
 from eve_ds.checkpoint.files import CheckpointError, FileRecord, flush_folder, listed, record_of, write_bytes
-from eve_ds.distributed import get_logger, rank_zero
+from eve_ds.distributed import rank_zero
+from eve_ds.log import get_logger
 from eve_ds.printable import excerpt
 
 FOLDER, LATEST = "checkpoints", "latest"

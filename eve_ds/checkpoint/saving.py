@@ -37,7 +37,8 @@ from eve_ds.checkpoint.files import (
     write_pieces,
 )
 from eve_ds.config import Config
-from eve_ds.distributed import broadcast_object, get_logger, rank_zero
+from eve_ds.distributed import broadcast_object, rank_zero
+from eve_ds.log import get_logger
 from eve_ds.model.with_losses import plain_model
 from eve_ds.storage import SaveError, reason
 from eve_ds.topology import Topology

@@ -148,7 +148,7 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
 
 def start_log() -> logging.Logger:
     """The package's logger, with a handler, so that messages about the configuration are shown."""
-    from eve_ds.distributed import get_logger
+    from eve_ds.log import get_logger
 
     keep_terminal()
     return get_logger()

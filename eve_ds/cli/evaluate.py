@@ -134,7 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from eve_ds.checkpoint.output_folder import refuse_checkpoint
     from eve_ds.config import ConfigError
-    from eve_ds.distributed import rank_losses
+    from eve_ds.lost_ranks import rank_losses
 
     console = Console()
     for option in ("json", "csv"):  # before the evaluation, which takes minutes
@@ -234,8 +234,8 @@ def _begin() -> str:
     """Join the other ranks, if any; return the device of this rank."""
     import torch
 
-    from eve_ds.distributed import initialize_process_group
     from eve_ds.launch_environment import read_environment
+    from eve_ds.process_group import initialize_process_group
 
     if read_environment().world_size > 1:
         initialize_process_group()

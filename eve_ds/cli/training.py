@@ -112,7 +112,8 @@ def run_training(
 
 def _train(train: Callable[[], AnySummary], describe: Callable[[AnySummary], str], debug: bool) -> int:
     logger = start_log()
-    from eve_ds.distributed import check_accelerator, rank_losses
+    from eve_ds.lost_ranks import rank_losses
+    from eve_ds.process_group import check_accelerator
 
     try:
         check_accelerator()

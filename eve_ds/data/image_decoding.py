@@ -18,7 +18,8 @@ from PIL import Image, features
 
 from eve_ds.config import ConfigError
 from eve_ds.data.image_file import to_rgb, undecoded_file
-from eve_ds.distributed import get_logger, rank_zero
+from eve_ds.distributed import rank_zero
+from eve_ds.log import get_logger
 
 Decoder = Literal["pillow", "simplejpeg"]
 Resampler = Literal["pillow", "torch"]

@@ -17,7 +17,7 @@ from eve_ds.data.remote import addresses
 from eve_ds.data.remote.errors import RefusedObject, RemoteError, WrongContent, wrong_content
 from eve_ds.data.remote.storage import RemoteStorage
 from eve_ds.data.shard_index import Varints, decode_text
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.printable import without_credentials
 from eve_ds.reading import parse_json, read_file
 

@@ -19,7 +19,7 @@ from eve_ds.data.shard_file import ShardFile
 from eve_ds.data.shard_index import encode, scan_layout
 from eve_ds.data.shard_paths import refuse_other_content
 from eve_ds.data.writing.progress_files import PROGRESS_FOLDER
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.storage import replace_file
 
 PROBED_SAMPLES = 20

@@ -28,7 +28,7 @@ from eve_ds.data.image_decoding import choose_decoding
 from eve_ds.data.order import Lanes, Place, Position, StreamOrder, lanes_for, merge_positions
 from eve_ds.data.sources import SampleSource, open_sources
 from eve_ds.data.workers import start_loader
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 
 if TYPE_CHECKING:
     import torch.distributed as dist

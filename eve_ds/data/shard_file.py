@@ -17,7 +17,7 @@ from eve_ds.data.sample_names import caption_label, split_name
 from eve_ds.data.shard_bytes import ShardBytes
 from eve_ds.data.shard_index import ShardLayout, scan_layout
 from eve_ds.data.tar_headers import BLOCK, HEADER_BYTES, Member, members, read_ahead, round_up
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.printable import without_credentials
 
 

@@ -19,7 +19,7 @@ from eve_ds.data.index_file import INDEX_NAME, Indices
 from eve_ds.data.remote import addresses
 from eve_ds.data.sample_names import COMPRESSED, is_leftover, packed_tars, shard_files
 from eve_ds.data.shard_bytes import ShardBytes
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.printable import without_credentials
 
 SETTING = "data.sources.shards"

@@ -16,7 +16,7 @@ from eve_ds.data.shard_bytes import FileBytes, ShardBytes, stored_size
 from eve_ds.data.shard_file import ShardFile, warn_of_other_layout
 from eve_ds.data.shard_index import ShardLayout, Varints, decode, decode_text, encode
 from eve_ds.data.shard_paths import expand, folder_of, name_of, refuse_other_content
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.printable import without_credentials
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eve_ds.config import Config, Objective
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.printable import markdown
 from eve_ds.reading import parse_json, read_lines
 from eve_ds.storage import cause

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.ops.library_cache import CacheError, cache_folder, is_trusted, locked, make_private
 
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from eve_ds.config import Config, ConfigError
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.deepspeed_json.blocks import (
     compare_optimizer,

@@ -8,8 +8,8 @@ from datetime import timedelta
 import deepspeed
 import torch.distributed as dist
 
-from eve_ds.distributed import DEFAULT_TIMEOUT, initialize_process_group, set_group_timeout
 from eve_ds.launch_environment import RankInfo, read_environment
+from eve_ds.process_group import DEFAULT_TIMEOUT, initialize_process_group, set_group_timeout
 
 
 def initialize_deepspeed_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> RankInfo:
@@ -23,7 +23,7 @@ def initialize_deepspeed_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> Ra
         timeout: longest wait in a collective, including those of DeepSpeed's own groups.
 
     Raises:
-        LaunchError: see :func:`eve_ds.distributed.initialize_process_group`.
+        LaunchError: see :func:`eve_ds.process_group.initialize_process_group`.
     """
     if dist.is_initialized():
         set_group_timeout(timeout)

@@ -31,7 +31,7 @@ from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor, nn
 
 from eve_ds.config import ConfigError
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.parallel.deepspeed_json.errors import deepspeed_errors
 from eve_ds.parallel.deepspeed_json.keys import FOLLOWED
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from eve_ds.distributed import gather_objects, get_logger, rank_zero
+from eve_ds.distributed import gather_objects, rank_zero
+from eve_ds.log import get_logger
 
 WARNED_SHARE = 0.1
 """Share of a step's time, above which its wait for data is worth a warning."""

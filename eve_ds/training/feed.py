@@ -16,7 +16,7 @@ import torch.distributed as dist
 from eve_ds.data.device_queue import DeviceQueue
 from eve_ds.data.errors import UnusableData
 from eve_ds.data.remote.readers import Readers
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.signals import StopSignals
 from eve_ds.training.data_wait import DataWait
 from eve_ds.training.job import Batches, Job, Loading, TrainingBatch

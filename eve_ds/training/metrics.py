@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
-from eve_ds.distributed import broadcast_object, get_logger, rank_zero
+from eve_ds.distributed import broadcast_object, rank_zero
+from eve_ds.log import get_logger
 from eve_ds.objectives.objective import TOKENS
 from eve_ds.storage import reason
 from eve_ds.training.feed import Feed

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.config import TrainConfig
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.model.with_losses import LossOutput
 from eve_ds.topology import Topology
 from eve_ds.training.job import TrainingBatch

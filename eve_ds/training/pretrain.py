@@ -18,9 +18,10 @@ from eve_ds.data.batch import Batch
 from eve_ds.data.pipeline import Loader, build_loader
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.data.workers import start_server
-from eve_ds.distributed import gather_rows, get_logger
+from eve_ds.distributed import gather_rows
 from eve_ds.evaluation.held_out import HeldOut, evaluate_held_out, load_held_out
 from eve_ds.evaluation.scenes import evaluate_scenes, trains_on_scenes, word_without_token
+from eve_ds.log import get_logger
 from eve_ds.model.eve import EVE, EVEOutput, MoEFactory, model_shapes
 from eve_ds.model.moe import load_plain_state_dict
 from eve_ds.model.with_losses import ModelWithLosses

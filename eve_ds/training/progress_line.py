@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from eve_ds.distributed import get_logger, rank_zero
+from eve_ds.distributed import rank_zero
+from eve_ds.log import get_logger
 from eve_ds.report.records import loss_terms
 
 

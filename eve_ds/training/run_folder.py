@@ -13,8 +13,8 @@ from eve_ds.checkpoint.files import CheckpointError
 from eve_ds.checkpoint.output_folder import enclosing_checkpoint
 from eve_ds.checkpoint.weights import INDEX, WEIGHTS
 from eve_ds.config import Config, ConfigError, parse_written_config
-from eve_ds.distributed import get_logger
 from eve_ds.file_lock import lock_file
+from eve_ds.log import get_logger
 from eve_ds.storage import replace_file
 from eve_ds.training.job import Resume
 

@@ -11,7 +11,7 @@ from deepspeed import DeepSpeedEngine
 
 from eve_ds.checkpoint.manifest import name_of
 from eve_ds.checkpoint.saving import Content, Saver
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.storage import SaveError
 from eve_ds.training.metrics import Metrics
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from eve_ds.config import Config
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.model.eve import Backbone, initialize_weights
 from eve_ds.model.moe import load_plain_state_dict
 from eve_ds.tasks.saved import BACKBONE, start_head_weights, start_weights

@@ -21,7 +21,8 @@ from deepspeed import DeepSpeedEngine
 from eve_ds.checkpoint.resuming import changed_settings, load
 from eve_ds.checkpoint.saving import Content, Saver
 from eve_ds.data.errors import UnusableData
-from eve_ds.distributed import get_logger, rank_zero, seed_everything
+from eve_ds.distributed import rank_zero, seed_everything
+from eve_ds.log import get_logger
 from eve_ds.model.with_losses import LossOutput, plain_model
 from eve_ds.signals import StopSignals
 from eve_ds.storage import SaveError

@@ -18,8 +18,8 @@ from eve_ds.cli.command import EXIT_CODES, KNOWN_ERRORS, ending, is_debugging, p
 from eve_ds.cli.training import read_deepspeed_config, run_training
 from eve_ds.config import ConfigError, load_config
 from eve_ds.config import presets as all_presets
-from eve_ds.distributed import RankLostError
 from eve_ds.export.plain import OFFICIAL
+from eve_ds.lost_ranks import RankLostError
 from eve_ds.signals import Stopped
 from eve_ds.storage import SaveError
 from eve_ds.tasks.registry import TASKS

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from eve_ds.distributed import leave_process_group
+from eve_ds.process_group import leave_process_group
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def config_of(folder, *settings):
 
 def pretrain(config, at=None, resume="auto"):
     """Train; `at` maps a step to an action of this rank before that step. Returns (summary or error, log)."""
-    from eve_ds.distributed import get_logger
+    from eve_ds.log import get_logger
     from eve_ds.storage import SaveError
     from eve_ds.training import pretrain as pretraining
     from eve_ds.training import start

@@ -560,7 +560,7 @@ class _Messages(logging.Handler):
 
 @contextlib.contextmanager
 def messages():
-    from eve_ds.distributed import get_logger
+    from eve_ds.log import get_logger
 
     handler = _Messages()
     get_logger().addHandler(handler)

@@ -371,7 +371,7 @@ def eve_log():
     """Lines that the package's logger has written."""
     import logging
 
-    from eve_ds.distributed import get_logger
+    from eve_ds.log import get_logger
 
     lines, handler = [], logging.Handler(logging.INFO)
     handler.emit = lambda record: lines.append(record.getMessage())

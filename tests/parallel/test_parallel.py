@@ -9,7 +9,8 @@ from tiny import tiny_model
 from eve_ds.config import ConfigError
 from eve_ds.model.eve import EVE
 from eve_ds.model.moe import load_plain_state_dict, local_plain_state_dict
-from eve_ds.parallel.moe import DeepSpeedMoE, UpstreamMoE, transpose_blocks
+from eve_ds.parallel.expert_exchange import transpose_blocks
+from eve_ds.parallel.moe import DeepSpeedMoE, UpstreamMoE
 from eve_ds.parallel.refused import check_topology
 
 CONFIG = tiny_model(moe={"num_experts": 8})

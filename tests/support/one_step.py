@@ -38,7 +38,7 @@ def one_step(dictionary: dict[str, Any], config: Config) -> dict[str, Any]:
         `steps` that were trained, `saved`: whether there is a checkpoint, `notes`: log lines about the JSON, and
         `refused`: text of an error that the commands report in one line; without one, None.
     """
-    from eve_ds.distributed import get_logger
+    from eve_ds.log import get_logger
     from eve_ds.training import pretrain as pretraining
 
     folder, lines, handler = Path(tempfile.mkdtemp(prefix="one_step_")), [], logging.Handler(logging.INFO)

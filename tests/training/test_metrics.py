@@ -26,7 +26,7 @@ from eve_ds.config import load_config
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.model.eve import EVE
 from eve_ds.objectives.pretraining import pretraining_flops
 from eve_ds.objectives.registry import objectives_of
@@ -185,7 +185,7 @@ def test_only_rank_zero_logs_progress(logged, monkeypatch):
 
 LIVE = """
 import logging, time
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.training.progress_line import ProgressLine
 numbers = {"loss": 2.3456, "mim": .12345, "mlm": 1.2345, "load_balancing": 1.0123, "lr": 1.2e-3}
 with ProgressLine(10**6) as progress:

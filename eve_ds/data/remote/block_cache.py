@@ -23,7 +23,7 @@ from eve_ds import limits
 from eve_ds.data.remote.cache_locks import CacheLocks
 from eve_ds.data.remote.errors import RemoteError
 from eve_ds.data.remote.retries import Clock
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.storage import cause, is_disk_error
 
 OWN_FOLDER = "eve_ds_blocks"

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 from eve_ds.config import RemoteConfig
 from eve_ds.data.remote.errors import FailedAttempt, RemoteError
 from eve_ds.data.remote.time_limit import TimeLimit
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.printable import without_credentials
 
 FIRST_WAIT = 0.1

@@ -19,7 +19,7 @@ from eve_ds.data.remote.errors import FailedAttempt, MissingObject, RemoteError
 from eve_ds.data.remote.interface import RemoteObject, Server, Version, require_same
 from eve_ds.data.remote.readers import Readers
 from eve_ds.data.remote.retries import SYSTEM_CLOCK, Clock, Retries
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.printable import without_credentials
 
 READ_AHEAD = 256 * limits.KIB

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.config import Config, ConfigError, ExamplesConfig
-from eve_ds.distributed import get_logger
+from eve_ds.log import get_logger
 from eve_ds.model.eve import MoEFactory
 from eve_ds.model.moe import MoE
 from eve_ds.objectives.router import router_losses

@@ -1,0 +1,74 @@
+"""Router, experts and forward of an MoE layer on several ranks; what the layers of all ZeRO stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eve_ds.config import ModelConfig, check_experts_per_rank
+from eve_ds.model.experts import Experts
+from eve_ds.model.moe import MoEOutput, Router, is_dropless, mix_experts, moe_output, packs_views
+from eve_ds.parallel.balance import sum_over_data_parallel
+from eve_ds.parallel.expert_exchange import ShardedExperts
+from eve_ds.topology import Topology
+
+
+class RoutedExperts(nn.Module):
+    """Base of the MoE layers with `num_experts / ep_size` of their experts on this rank.
+
+    The forward is a collective of the expert-parallel group. In training, if the load-balancing loss is taken over all
+    data-parallel ranks, it is also a collective of those. Every rank must therefore call it equally often, but ranks
+    may have different numbers of tokens. The loss balances the tokens of one micro-step; micro-steps are averaged.
+    """
+
+    def add_experts(self, config: ModelConfig, ep_size: int, ep_rank: int | None) -> None:
+        """Create the router and the experts of this rank, after the constructor of the upstream class has run.
+
+        Args:
+            config: architecture.
+            ep_size: number of ranks that share one full set of experts.
+            ep_rank: index of this rank among them. None means that consecutive ranks share a set.
+
+        Raises:
+            ConfigError: the number of experts is not divisible by `ep_size`.
+        """
+        check_experts_per_rank(config.moe.num_experts, ep_size)
+        num_local = config.moe.num_experts // ep_size
+        self.ep_rank = Topology.current(ep_size).expert_rank if ep_rank is None else ep_rank
+        self.first_expert = self.ep_rank * num_local
+        self.is_compilable = ep_size == 1
+        self.balance_over_ranks = config.moe.balance_over == "data_parallel"
+        self.config = config
+        self.router = Router(config)
+        self.deepspeed_moe = ShardedExperts(Experts(num_local, config.hidden_size, config.intermediate_size), ep_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        modality_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        view_sizes: Sequence[int] | None = None,
+    ) -> MoEOutput:
+        """(..., D), (...) int64, (...) bool or None -> MoEOutput; see :meth:`eve_ds.model.moe.MoE.forward`."""
+        return self.output(*self.mix(hidden_states, modality_ids, attention_mask, view_sizes))
+
+    def mix(
+        self,
+        hidden_states: Tensor,
+        modality_ids: Tensor,
+        attention_mask: Tensor | None,
+        view_sizes: Sequence[int] | None,
+    ) -> tuple[Tensor, ...]:
+        """See :meth:`eve_ds.model.moe.MoE.mix`; a collective of the expert-parallel group."""
+        experts = partial(self.deepspeed_moe, has_slots=not is_dropless(self.config, self.training))
+        one_pass = packs_views(self.config, self.training)
+        return mix_experts(self.router, hidden_states, modality_ids, attention_mask, experts, view_sizes, one_pass)
+
+    def output(self, hidden_states: Tensor, balance: Tensor, *others: Tensor) -> MoEOutput:
+        """See :meth:`eve_ds.model.moe.MoE.output`; a collective of all data-parallel ranks if they balance jointly."""
+        if self.training and self.balance_over_ranks and dist.is_initialized():
+            balance = sum_over_data_parallel(balance)
+        return moe_output(hidden_states, balance, *others)
