@@ -165,8 +165,9 @@ class Feed:
             loaded = self._await(loading) if loaded is None else loaded
             micro_batches, problem = ([], None) if loaded is None else loaded[:2]
             own = self.job.counts(micro_batches)
+            counted = own.values() if self.topology.tensor_rank == 0 else [0.0] * len(own)  # their samples are the same
             state = [problem is not None, loaded is None, self.stop.requested]
-            numbers = torch.tensor([*own.values(), *state], dtype=torch.float64)
+            numbers = torch.tensor([*counted, *state], dtype=torch.float64)
             dist.all_reduce(numbers, group=self.group)
             *totals, num_failed, num_waiting, num_stopped = numbers.tolist()
             if not num_waiting or num_failed or num_stopped:

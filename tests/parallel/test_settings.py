@@ -28,11 +28,41 @@ def test_batch_triangle_fills_in_missing_sizes(batch, micro, accumulation, ranks
 @pytest.mark.parametrize(
     ("batch", "micro", "accumulation", "ranks", "text"),
     [
-        (64, None, None, 3, "(64) must equal micro_batch_size (free) * gradient_accumulation_steps (free) * ranks (3)"),
-        (64, 5, None, 2, "(64) must equal micro_batch_size (5) * gradient_accumulation_steps (free) * ranks (2)"),
-        (64, 8, 3, 2, "(64) must equal micro_batch_size (8) * gradient_accumulation_steps (3) * ranks (2)"),
-        (2, None, None, 4, "(2) must equal micro_batch_size (free) * gradient_accumulation_steps (free) * ranks (4)"),
-        (2, 4, None, 1, "(2) must equal micro_batch_size (4) * gradient_accumulation_steps (free) * ranks (1)"),
+        (
+            64,
+            None,
+            None,
+            3,
+            "(64) must equal micro_batch_size (free) * gradient_accumulation_steps (free) * data ranks (3)",
+        ),
+        (
+            64,
+            5,
+            None,
+            2,
+            "(64) must equal micro_batch_size (5) * gradient_accumulation_steps (free) * data ranks (2)",
+        ),
+        (
+            64,
+            8,
+            3,
+            2,
+            "(64) must equal micro_batch_size (8) * gradient_accumulation_steps (3) * data ranks (2)",
+        ),
+        (
+            2,
+            None,
+            None,
+            4,
+            "(2) must equal micro_batch_size (free) * gradient_accumulation_steps (free) * data ranks (4)",
+        ),
+        (
+            2,
+            4,
+            None,
+            1,
+            "(2) must equal micro_batch_size (4) * gradient_accumulation_steps (free) * data ranks (1)",
+        ),
     ],
 )
 def test_batch_sizes_that_do_not_fit_are_refused(batch, micro, accumulation, ranks, text):
