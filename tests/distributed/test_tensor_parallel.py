@@ -23,9 +23,9 @@ TOLERANCE = 1e-6
 channels have another order than in one process; the order of tokens alone changes gradients by 2e-7 to 4e-7 (see
 test_parallel_moe.py)."""
 CONTRAST_TOLERANCE = 4.2e-5
-"""Tolerance of gradients and weights if pairs are contrasted: the contrast's pull on one sample is a push on the others,
-so sums over samples nearly cancel. This is twice what rounding alone does: if every weight moves by one unit in its last
-place (5 draws), gradients and updated weights of the plain model change by up to 2.1e-5."""
+"""Tolerance of gradients and weights if pairs are contrasted: the contrast's pull on one sample is a push on the
+others, so sums over samples nearly cancel. This is twice what rounding alone does: if every weight moves by one unit in
+its last place (5 draws), gradients and updated weights of the plain model change by up to 2.1e-5."""
 CAPACITY = (("routing", "capacity"), ("balance_over", "rank"))
 BY_RANK = (("balance_over", "rank"), ("routing", "dropless"))
 

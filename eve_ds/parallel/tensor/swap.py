@@ -6,7 +6,8 @@ the weights that a single process would have. Layers are cut one at a time, and 
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from eve_ds.model.attention import CrossAttention, SelfAttention
 from eve_ds.model.eve import EVE
 from eve_ds.model.feed_forward import FeedForward
 from eve_ds.model.moe import plain_names_of
-from eve_ds.model.shards import Shard, cut_of, mark
+from eve_ds.model.shards import Shard, cut_of, mark, shard_of
 from eve_ds.parallel.expert_exchange import ShardedExperts
 from eve_ds.parallel.moe import DeepSpeedMoE
 from eve_ds.parallel.tensor.layers import ColumnLinear, RowLinear, SplitExperts
@@ -24,7 +25,6 @@ from eve_ds.topology import Topology
 
 COLUMNS, ROWS = ("qkv", "query", "key_value", "fc1"), ("proj", "fc2")
 """Names of the linear layers that are cut by their outputs and by their inputs."""
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class Place(NamedTuple):
@@ -90,7 +90,7 @@ def _split_vocabulary(model: EVE, place: Place) -> None:
     text.set_submodule("word", word)
     if model.text_head is not None:
         _cut_parameter(model.text_head, model.text_head, "bias", "text_head.bias", place)
-    model.vocabulary_of = ShardedVocabulary.of
+    model.vocabulary_of = partial(ShardedVocabulary.of, shard=cast(Shard, shard_of(word.weight)))
 
 
 @torch.no_grad()

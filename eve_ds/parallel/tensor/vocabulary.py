@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 
-from eve_ds.model.shards import Shard, shard_of
+from eve_ds.model.shards import Shard
 from eve_ds.ops.autocast import like_linear
 from eve_ds.ops.masked_loss import WeightGradient, chunk_rows
 from eve_ds.parallel.tensor.layers import CONFIG
@@ -43,13 +43,11 @@ class ShardedVocabulary(NamedTuple):
     """Tensor-parallel group."""
 
     @classmethod
-    def of(cls, word: nn.Module, bias: Tensor | None) -> ShardedVocabulary:
-        """Vocabulary of a word embedding and a text head whose parameters are shards."""
-        weight = cast(nn.Parameter, word.weight)
-        shard = cast(Shard, shard_of(weight))
-        own = _num_words(shard)
+    def of(cls, word: nn.Module, bias: Tensor | None, shard: Shard) -> ShardedVocabulary:
+        """Vocabulary of a word embedding and the bias of a text head, of which this rank holds `shard`."""
+        own = shard.runs.run // shard.shape[1]
         group = parallel_state.get_tensor_model_parallel_group()
-        return cls(weight[:own], None if bias is None else bias[:own], shard, group)
+        return cls(cast(Tensor, word.weight)[:own], None if bias is None else bias[:own], shard, group)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -68,11 +66,6 @@ class ShardedVocabulary(NamedTuple):
         # All ranks must have the same chunks, so those are chosen for the longest shard.
         chunk = chunk_rows(hidden.shape[0], self.shard.length * hidden.element_size(), hidden.device)
         return cross_entropy(hidden, self.weight, self.bias, target, first, self.group, chunk)
-
-
-def _num_words(shard: Shard) -> int:
-    """Number of words of a shard of the embedding, without padding."""
-    return shard.runs.run // shard.shape[1]
 
 
 @like_linear
