@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 
-from eve_ds.config import Config, ConfigError, ModelConfig, check_experts_per_rank
+from eve_ds.config import Config, ConfigError, check_experts_per_rank
 
 
 def check_topology(
@@ -78,7 +78,7 @@ def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: 
             f"parallel.tp_size ({tp_size}) needs the package megatron-core, which is not installed: run pip install "
             "--no-deps megatron-core==0.16.1 (its dependencies are not needed), or set tp_size=1"
         )
-    for name, size in _cut_sizes(config.model).items():
+    for name, size in _cut_sizes(config).items():
         if size % tp_size:
             raise ConfigError(
                 f"model.{name} ({size}) must be divisible by parallel.tp_size ({tp_size}), since tensor-parallel ranks "
@@ -96,9 +96,10 @@ def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: 
         )
 
 
-def _cut_sizes(model: ModelConfig) -> dict[str, int]:
+def _cut_sizes(config: Config) -> dict[str, int]:
     """Sizes that are cut, by name in `model`. Widths are multiples of the numbers of heads; a vocabulary is padded."""
+    model = config.model
     sizes = {"num_attention_heads": model.num_attention_heads, "intermediate_size": model.intermediate_size}
-    if model.predicts_pixels:
+    if model.predicts_pixels and config.task is None:
         sizes["pixel_decoder.num_attention_heads"] = model.pixel_decoder.num_attention_heads
     return sizes

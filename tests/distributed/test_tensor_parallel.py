@@ -386,3 +386,49 @@ def test_step_equals_one_process(run_ranks):
         assert norm > 2 * case.clip
         for kind, (figure, name) in figures.items():
             assert figure <= case.tolerances[kind], f"{kind} is off by {figure:.1e} at {name} of {case}"
+
+
+def vocabulary_losses(rank, world_size, words, rows, chunk):
+    """Loss, logits and gradients of this rank's words."""
+    from datetime import timedelta
+
+    from eve_ds.model.shards import Cut, Shard
+    from eve_ds.parallel.tensor.mpu import create_groups
+    from eve_ds.parallel.tensor.vocabulary import ShardedVocabulary, cross_entropy
+
+    group = create_groups(world_size, timedelta(seconds=60)).get_model_parallel_group()
+    shard = Shard(torch.Size([words, 6]), Cut(0), rank, world_size)
+    own = slice(rank * shard.length, rank * shard.length + shard.runs.run // 6)
+    hidden, weight, bias, target = vocabulary_inputs(words, rows)
+    held = [tensor.clone().requires_grad_() for tensor in (hidden, weight[own], bias[own])]
+    logits = ShardedVocabulary(held[1], held[2], shard, group).logits(held[0])
+    loss = cross_entropy(*held, target, rank * shard.length, group, chunk)
+    (3 * loss).backward()
+    return loss.detach(), logits, *(tensor.grad for tensor in held)
+
+
+def vocabulary_inputs(words, rows):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((rows, 6), (words, 6), (words,)))
+    return hidden, weight, bias, torch.randint(words, (rows,), generator=generator)
+
+
+def run_vocabularies(rank, world_size, shapes):
+    return [vocabulary_losses(rank, world_size, *shape) for shape in shapes]
+
+
+def test_vocabulary_loss_equals_cross_entropy_for_any_chunk_and_shard(run_ranks):
+    shapes = [(61, 10, 10), (61, 10, 3), (5, 4, 1), (64, 1, 64), (13, 0, 1)]  # 5 words leave a rank without any
+    results = run_ranks(run_vocabularies, RANKS, shapes, timeout=60)
+    for number, (words, rows, chunk) in enumerate(shapes):
+        hidden, weight, bias, target = (
+            tensor.requires_grad_(tensor.is_floating_point()) for tensor in vocabulary_inputs(words, rows)
+        )
+        expected_logits = hidden @ weight.t() + bias
+        expected = torch.nn.functional.cross_entropy(expected_logits, target, reduction="sum")
+        (3 * expected).backward()
+        of_ranks = [result[number] for result in results]
+        for loss, logits, d_hidden, *_ in of_ranks:
+            torch.testing.assert_close((loss, logits, d_hidden), (expected, expected_logits, hidden.grad))
+        joint = [torch.cat([result[place] for result in of_ranks]) for place in (3, 4)]
+        torch.testing.assert_close(joint, [weight.grad, bias.grad], msg=f"{words} words, chunks of {chunk}")
