@@ -18,10 +18,11 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 RANKS, NUM_SAMPLES = 4, 8
 LEARNING_RATE, WEIGHT_DECAY, EPS = 1e-2, 0.1, 1e-3
-TOLERANCE = 1e-6
-"""Tolerance per tensor in fp32: norm of the difference over the norm of the expected tensor. Sums over tokens and over
-channels have another order than in one process; the order of tokens alone changes gradients by 2e-7 to 4e-7 (see
-test_parallel_moe.py)."""
+TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 3.4e-6
+"""Tolerances per tensor in fp32: norm of the difference over the norm of the expected tensor; the first is for
+outputs, updated weights and the norm. Sums over tokens and channels have another order than in one process. The second
+is twice what rounding alone does: if every weight moves by one unit in its last place (10 draws, 5 of the cases),
+gradients of the plain model change by up to 1.7e-6, outputs by up to 5.2e-7, updated weights by up to 1.0e-6."""
 CONTRAST_TOLERANCE = 4.2e-5
 """Tolerance of gradients and weights if pairs are contrasted: the contrast's pull on one sample is a push on the
 others, so sums over samples nearly cancel. This is twice what rounding alone does: if every weight moves by one unit in
@@ -49,6 +50,7 @@ class Case:
     precision: str = "fp32"
     layer_scale: float = 1.0
     offloads: bool = False
+    sums_in_fp32: bool = False
 
     @property
     def portions(self):
@@ -91,8 +93,9 @@ class Case:
 
     @property
     def tolerances(self):
-        learned = CONTRAST_TOLERANCE if "itc" in self.objectives else TOLERANCE
-        return {"outputs": TOLERANCE, "gradients": learned, "weights": learned}
+        if "itc" in self.objectives:
+            return {"outputs": TOLERANCE, "gradients": CONTRAST_TOLERANCE, "weights": CONTRAST_TOLERANCE}
+        return {"outputs": TOLERANCE, "gradients": GRADIENT_TOLERANCE, "weights": TOLERANCE}
 
 
 CASES = [
@@ -109,7 +112,10 @@ CASES = [
     Case(2, 2, 2, moe=CAPACITY, profile="official", split_experts=True),
     Case(2, 2, 1, moe=BY_RANK, objectives=("mim", "mlm", "itc", "itm"), clip=0.05, layer_scale=3.0),
 ]
-HALF = [Case(2, 2, 1, 2, split_experts=True, precision="bf16"), Case(4, 1, 2, clip=0.05, precision="bf16")]
+HALF = [
+    Case(2, 2, 1, 2, split_experts=True, precision="bf16"),
+    Case(4, 1, 2, 2, clip=0.05, precision="bf16", sums_in_fp32=True),
+]
 HALF_SHARE = 1.5
 """Bound in bf16: error of all gradients over that of one process in bf16, both against fp32. A row layer rounds two or
 four partial sums instead of one, each with an error of 2**-9 of its own size; all other roundings are the same."""
@@ -233,7 +239,8 @@ def engine_of(case, world_size):
     from eve_ds.training.optimizer import build_optimizer
 
     offload = {"offload_optimizer": {"device": "cpu"}} if case.offloads else {}
-    given = {"zero_optimization": {"stage": case.stage, **offload}}
+    types = {"data_types": {"grad_accum_dtype": "fp32"}} if case.sums_in_fp32 else {}
+    given = {"zero_optimization": {"stage": case.stage, **offload}, **types}
     config, resolved = resolve_deepspeed_config(given, case.config(), world_size)
     topology = Topology.of(config.parallel)
     mpu = tensor_parallel_unit(case.tp_size)

@@ -68,7 +68,7 @@ class SplitExperts(Experts):
         """(R, D), (E,) int64 -> (R, D), equal on all ranks; see :meth:`eve_ds.model.experts.Experts.forward`."""
         weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, ShareOfBias.apply(self.fc2_bias, self.tp_size))
         part = ops.grouped_feed_forward(copy_to_tensor_model_parallel_region(rows), sizes, *weights)
-        return reduce_from_tensor_model_parallel_region(part)
+        return reduce_from_tensor_model_parallel_region(part.contiguous())  # it reduces in place, or a copy
 
 
 class ShareOfBias(torch.autograd.Function):

@@ -63,8 +63,8 @@ class ShardedVocabulary(NamedTuple):
     def cross_entropy(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Sum of the cross entropies of states (M, D) with word ids (M,), () fp32; a collective."""
         first = self.shard.rank * self.shard.length
-        # All ranks must have the same chunks, so those are chosen for the longest shard.
-        chunk = chunk_rows(hidden.shape[0], self.shard.length * hidden.element_size(), hidden.device)
+        # All ranks must have the same chunks, so those are chosen for the longest shard, whose logits are fp32.
+        chunk = chunk_rows(hidden.shape[0], 4 * self.shard.length, hidden.device)
         return cross_entropy(hidden, self.weight, self.bias, target, first, self.group, chunk)
 
 
@@ -144,11 +144,14 @@ def _losses(logits: Tensor, target: Tensor, group: dist.ProcessGroup) -> Tensor:
     top = logits.amax(dim=1) if words else logits.new_full((rows,), -math.inf)
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     logits -= top.unsqueeze(1)
-    own = ((target >= 0) & (target < words)).nonzero().squeeze(1)
+    is_own = ((target >= 0) & (target < words)).float().unsqueeze(1)
+    column = target.clamp(0, max(words - 1, 0)).unsqueeze(1)  # some column where the target is another rank's
     sums = logits.new_zeros(2, rows)
-    sums[1, own] = logits[own, target[own]]
-    sums[0] = logits.exp_().sum(dim=1)
+    if words:
+        sums[1] = (logits.gather(1, column) * is_own).squeeze(1)
+        sums[0] = logits.exp_().sum(dim=1)
     dist.all_reduce(sums, group=group)
     logits /= sums[0].unsqueeze(1)
-    logits[own, target[own]] -= 1.0
+    if words:
+        logits.scatter_add_(1, column, -is_own)
     return sums[0].log() - sums[1]
