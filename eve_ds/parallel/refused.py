@@ -47,3 +47,17 @@ def check_topology(
             "average of the ranks' gradient norms, which is not the norm of the whole gradient: use stage 1 or 2, "
             "where it is, or clip_grad_norm=0"
         )
+
+
+def check_clipping(precision: str, zero_stage: int, clip_grad_norm: float) -> None:
+    """Refuse to clip at ZeRO 0 in bf16 or fp16; the arguments are those of :func:`check_topology`.
+
+    Raises:
+        ConfigError: the message has the value, the rule and the remedy.
+    """
+    if precision != "fp32" and zero_stage == 0 and clip_grad_norm > 0:
+        raise ConfigError(
+            f"optimizer.clip_grad_norm ({clip_grad_norm:g}) cannot be used with precision {precision} and "
+            "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use stage 1 or 2, "
+            "or clip_grad_norm=0"
+        )

@@ -1,0 +1,242 @@
+"""Shapes of a run that fit into the memory of the GPUs, best first.
+
+The order asks for exact counts only, no times. It prefers, in this order: no tensor parallelism, no offload, no
+recomputation, a low ZeRO stage, expert rows that stay inside a node, few micro-steps, and few bytes between nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from eve_ds.config import Config, ConfigError
+from eve_ds.parallel.refused import check_clipping, check_topology
+from eve_ds.planner.forward import Forward, forward_of
+from eve_ds.planner.memory import Memory, memory
+from eve_ds.planner.parameters import count_parameters, model_on_meta
+from eve_ds.planner.shape import Shape
+from eve_ds.planner.traffic import Collective, collectives
+
+GIB = 2**30
+RESERVED = 0.1
+"""Share of a GPU's memory for the CUDA context, NCCL, cuBLAS and fragmentation: assumed, not measured on a GPU."""
+FILES = {
+    "fp32": {(0, False): "zero0", (1, False): "zero1_ep2_cpu", (3, False): "zero3_cpu"},
+    "bf16": {
+        **{(0, False): "zero0", (1, False): "zero1_bf16", (2, False): "zero2_bf16"},
+        **{(2, True): "zero2_offload", (3, False): "zero3_bf16"},
+    },
+}
+"""Precision -> (ZeRO stage, offload) -> name of the file in `ds_configs/`."""
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+
+
+class Machine(NamedTuple):
+    """GPUs to use."""
+
+    gpus: int
+    gpus_per_node: int
+    gpu_memory: float
+    """GiB of one GPU."""
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one GPU for tensors."""
+        return self.gpu_memory * (1 - RESERVED) * GIB
+
+
+class Option(NamedTuple):
+    """A shape with its bytes per rank and step."""
+
+    shape: Shape
+    memory: Memory
+    collectives: list[Collective]
+
+    @property
+    def sent_between_nodes(self) -> int:
+        """Bytes that a rank sends in groups with ranks of several nodes."""
+        return sum(one.sent for one in self.collectives if one.spans_nodes)
+
+    @property
+    def sent_inside_node(self) -> int:
+        """Bytes that a rank sends in groups inside its node."""
+        return sum(one.sent for one in self.collectives if not one.spans_nodes)
+
+    @property
+    def file(self) -> str:
+        """File of the DeepSpeed JSON."""
+        shape = self.shape
+        return f"ds_configs/{FILES[shape.precision][shape.zero_stage, shape.offload]}.json"
+
+    @property
+    def settings(self) -> list[str]:
+        """Settings of the YAML, as `--set` takes them."""
+        shape = self.shape
+        found = [f"parallel.ep_size={shape.ep_size}", f"train.micro_batch_size={shape.micro_batch}"]
+        if shape.tp_size > 1:
+            found.append(f"parallel.tp_size={shape.tp_size}")
+        if shape.checkpointing:
+            found.append("train.activation_checkpointing=true")
+        return found
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """Sort key, lowest first; see the description of this module."""
+        shape = self.shape
+        exchange = shape.spans_nodes(shape.ep_size, shape.tp_size)
+        return (
+            *(shape.tp_size, shape.offload, shape.checkpointing, shape.zero_stage, exchange),
+            *(shape.accumulation_steps, self.sent_between_nodes, self.sent_inside_node, self.memory.gpu),
+        )
+
+
+class Planner:
+    """Counts the bytes of shapes of one configuration; the model is measured once per tensor-parallel size.
+
+    What a micro-batch keeps and exchanges grows by the same number of bytes with every sample, so two sizes are
+    measured and the others follow.
+
+    Args:
+        config: model, masks, batch size, precision and clipping.
+    """
+
+    MEASURED = (8, 16)
+    """Numbers of samples that are measured."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._model = model_on_meta(config.model)
+        self._measured: dict[int, tuple[Forward, Forward]] = {}
+
+    def option(self, shape: Shape) -> Option:
+        """Bytes of a shape."""
+        held = count_parameters(self._model, shape.ep_size, shape.tp_size)
+        forward = self.forward(shape.micro_batch, shape.tp_size)
+        kept = forward.checkpointed if shape.checkpointing else forward.kept
+        found = collectives(held, forward.passes, self.config.model, shape)
+        return Option(shape, memory(held, shape, kept), found)
+
+    def forward(self, micro_batch: int, tp_size: int) -> Forward:
+        """What a micro-batch keeps and exchanges."""
+        if tp_size not in self._measured:
+            few, many = (forward_of(self.config, size, tp_size, self.config.train.precision) for size in self.MEASURED)
+            self._measured[tp_size] = few, many
+        few, many = self._measured[tp_size]
+        share = (micro_batch - self.MEASURED[0]) / (self.MEASURED[1] - self.MEASURED[0])
+        passes = (round(a + (b - a) * share) for a, b in zip(few.passes, many.passes, strict=True))
+        kept, checkpointed = (round(a + (b - a) * share) for a, b in zip(few[:2], many[:2], strict=True))
+        return Forward(kept, checkpointed, type(few.passes)(*passes))
+
+    def plan(self, machine: Machine, micro_batch: int | None = None) -> list[Option]:
+        """Shapes that fit, best first: of each ZeRO stage, offload and tensor-parallel size the best one.
+
+        Args:
+            machine: GPUs.
+            micro_batch: samples of a micro-batch; None: as many as fit.
+
+        Raises:
+            ConfigError: no shape is valid, or none fits.
+        """
+        tried = [list(self._sizes(shape, micro_batch)) for shape in self._shapes(machine)]
+        options = [option for sizes in tried for option in sizes]
+        if not options:
+            batch, wanted = self.config.train.train_batch_size, "" if micro_batch is None else f" of {micro_batch}"
+            raise ConfigError(
+                f"train.train_batch_size ({batch}) cannot be split into micro-batches{wanted} on {machine.gpus} GPUs: "
+                "take a multiple, or another number of GPUs"
+            )
+        best: dict[tuple[int, bool, int], Option] = {}
+        for option in sorted((option for option in options if option.memory.gpu <= machine.usable), key=_rank):
+            shape = option.shape
+            best.setdefault((shape.zero_stage, shape.offload, shape.tp_size), option)
+        if not best:
+            least = min(options, key=lambda option: option.memory.gpu)
+            raise ConfigError(
+                f"{self.config.name} does not fit on {machine.gpus} GPUs of {machine.gpu_memory:g} GiB, of which "
+                f"{1 - RESERVED:.0%} are for tensors: the smallest shape ({describe(least.shape)}) needs "
+                f"{least.memory.gpu / GIB:.1f} GiB on each: use more GPUs, or larger ones"
+            )
+        return list(best.values())
+
+    def _shapes(self, machine: Machine) -> Iterator[Shape]:
+        """Valid shapes with a micro-batch of 1."""
+        model, precision = self.config.model, self.config.train.precision
+        for tp_size in TENSOR_PARALLEL_SIZES:
+            if not _can_cut(self.config, machine, tp_size):
+                continue
+            replicas = machine.gpus // tp_size
+            common = math.gcd(model.moe.num_experts, replicas) if model.expert_layers else 1
+            for ep_size in (size for size in range(1, common + 1) if common % size == 0):
+                for zero_stage, offload in FILES.get(precision, {}):
+                    shape = Shape(
+                        machine.gpus, machine.gpus_per_node, ep_size, tp_size, zero_stage, offload, precision=precision
+                    )
+                    if self._is_valid(shape):
+                        yield shape
+
+    def _is_valid(self, shape: Shape) -> bool:
+        clip = self.config.optimizer.clip_grad_norm
+        try:
+            check_topology(
+                world_size=shape.gpus,
+                num_experts=self.config.model.moe.num_experts,
+                ep_size=shape.ep_size,
+                zero_stage=shape.zero_stage,
+                clip_grad_norm=clip,
+            )
+            check_clipping(shape.precision, shape.zero_stage, clip)
+        except ConfigError:
+            return False
+        return True
+
+    def _sizes(self, shape: Shape, micro_batch: int | None) -> Iterator[Option]:
+        """The shape with every micro-batch that divides the share of a rank, kept or recomputed."""
+        share, rest = divmod(self.config.train.train_batch_size, shape.data_size)
+        if rest or not share:
+            return
+        for size in (size for size in range(1, share + 1) if share % size == 0):
+            if micro_batch in (None, size):
+                for checkpointing in (False, True):
+                    yield self.option(
+                        replace(shape, micro_batch=size, accumulation_steps=share // size, checkpointing=checkpointing)
+                    )
+
+
+def _rank(option: Option) -> tuple[float, ...]:
+    return option.rank
+
+
+def _can_cut(config: Config, machine: Machine, tp_size: int) -> bool:
+    """Whether a tensor-parallel group of this size fits into a node and divides heads and hidden channels."""
+    model = config.model
+    divided = (
+        *(machine.gpus, machine.gpus_per_node, model.num_attention_heads, model.intermediate_size),
+        model.pixel_decoder.num_attention_heads,
+    )
+    return all(size % tp_size == 0 for size in divided)
+
+
+def describe(shape: Shape) -> str:
+    """Name of a shape, such as `ZeRO 1, ep 8`."""
+    parts = [f"ZeRO {shape.zero_stage}", f"ep {shape.ep_size}"]
+    parts += [f"tp {shape.tp_size}"] * (shape.tp_size > 1) + ["offload"] * shape.offload
+    return ", ".join([*parts, *["recompute"] * shape.checkpointing])
+
+
+def why(option: Option) -> str:
+    """One line about what the first shape of a plan does without, and why it has its ep_size."""
+    shape = option.shape
+    avoided = [
+        *["tensor parallelism"] * (shape.tp_size == 1),
+        *["offload"] * (not shape.offload),
+        *["recomputation"] * (not shape.checkpointing),
+    ]
+    without = f"without {', '.join(avoided)}" if avoided else "only so"
+    if shape.ep_size == 1:
+        experts = "every GPU holds all experts"
+    else:
+        place = "cross nodes" if shape.spans_nodes(shape.ep_size, shape.tp_size) else "stay inside a node"
+        experts = f"expert rows of {shape.ep_size} GPUs {place}"
+    return f"fits {without} at the lowest ZeRO stage; {experts}, with the fewest bytes between nodes"
