@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from eve_ds.planner.parameters import Held
+from eve_ds.planner.parameters import Held, most_touched
 from eve_ds.planner.shape import Shape
 
 
@@ -32,7 +32,9 @@ class Memory(NamedTuple):
     gradients: int
     """Most bytes of gradients that exist together: at the end of a backward pass."""
     buckets: int
-    """Buffers of the collectives: gradients on their way, and gathered weights of ZeRO 3."""
+    """Buffers of gradients on their way: the bucket, and its flat copy in the collective."""
+    gathered: int
+    """Weights that ZeRO 3 has gathered."""
     activations: int
     """Tensors that the forward pass keeps for the backward pass."""
     host: int = 0
@@ -57,14 +59,15 @@ def memory(held: Held, shape: Shape, activations: int = 0) -> Memory:
         shape: how the run is spread.
         activations: bytes that one micro-batch keeps, see :func:`eve_ds.planner.forward.forward_of`.
     """
-    weights, gradients, buckets = _moved(held, shape)
+    weights, gradients, buckets, gathered = _moved(held, shape)
     masters = 4 * _updated(held, shape) if shape.zero_stage or shape.element < 4 else 0
     moments = 8 * _updated(held, shape)
     if not shape.offload:
-        return Memory(weights, masters, moments, gradients, buckets, activations)
+        return Memory(weights, masters, moments, gradients, buckets, gathered, activations)
     # The host holds the optimizer, gradients in fp32, and gradients and new weights in the precision of the GPU.
     host = masters + moments + (4 + 2 * shape.element) * _updated(held, shape)
-    return Memory(weights, 0, 0, 0, buckets + 2 * shape.element * held.largest, activations, host)
+    passing = 2 * shape.element * held.largest  # on the way between GPU and host
+    return Memory(weights, 0, 0, 0, buckets + passing, gathered, activations, host)
 
 
 def _updated(held: Held, shape: Shape) -> int:
@@ -76,20 +79,24 @@ def _share(held: Held, shape: Shape) -> int:
     return -(-held.dense // shape.data_size) - (-held.experts // shape.expert_replicas)
 
 
-def _moved(held: Held, shape: Shape) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and buckets.
+def _moved(held: Held, shape: Shape) -> tuple[int, int, int, int]:
+    """Bytes of weights, gradients, buckets and gathered weights.
 
     ZeRO 0 has one gradient per weight. ZeRO 1 copies the gradients into flat buffers of the same size, so that both
-    exist for a moment (:class:`eve_ds.parallel.zero.FlatGradients`). ZeRO 2 keeps its share. Gradients pass through a
-    bucket, of which the collective takes a flat copy. ZeRO 3 keeps its share of weights and gradients, and gathers the
-    weights that it computes with.
+    exist for a moment (:class:`eve_ds.parallel.zero.FlatGradients`). ZeRO 2 keeps the whole gradient of every tensor of
+    which it updates a part. Gradients pass through a bucket, of which the collective takes a flat copy. ZeRO 3 keeps
+    its share of weights and gradients, and gathers the weights that it computes with; a parameter that one rank holds
+    alone is not copied.
     """
     b, bucket = shape.element, min(shape.reduce_bucket, held.all)
     if shape.zero_stage == 0:
-        return b * held.all, b * held.all, 0
+        return b * held.all, b * held.all, 0, 0
     if shape.zero_stage == 1:
-        return b * held.all, 2 * b * held.all, 0
-    share = b * _share(held, shape)
+        return b * held.all, 2 * b * held.all, 0, 0
     if shape.zero_stage == 2:
-        return b * held.all, share, 2 * b * bucket
-    return share, share, 2 * b * bucket + b * min(shape.max_live_parameters, held.all)
+        touched = most_touched(held.dense_sizes, shape.data_size)
+        touched += most_touched(held.expert_sizes, shape.expert_replicas)
+        return b * held.all, b * touched, 2 * b * bucket, 0
+    share = b * _share(held, shape)
+    partitioned = held.dense * (shape.data_size > 1) + held.experts * (shape.expert_replicas > 1)
+    return share, share, 2 * b * bucket, b * min(shape.max_live_parameters, partitioned)

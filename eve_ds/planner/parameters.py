@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,19 +16,32 @@ from eve_ds.model.shards import Cut, Shard, cut_of
 
 
 class Held(NamedTuple):
-    """Elements of the parameters that one rank computes with, before ZeRO partitions them."""
+    """Sizes in elements of the parameters that one rank computes with, before ZeRO partitions them."""
 
-    dense: int
-    """Elements that every data-parallel rank computes with."""
-    experts: int
-    """Elements of this rank's experts."""
-    largest: int
-    """Elements of the largest tensor."""
+    dense_sizes: tuple[int, ...]
+    """Tensors that every data-parallel rank computes with, in the order of the model."""
+    expert_sizes: tuple[int, ...]
+    """Tensors of this rank's experts; those of a layer are stacked."""
+
+    @property
+    def dense(self) -> int:
+        """Elements that every data-parallel rank computes with."""
+        return sum(self.dense_sizes)
+
+    @property
+    def experts(self) -> int:
+        """Elements of this rank's experts."""
+        return sum(self.expert_sizes)
 
     @property
     def all(self) -> int:
         """All elements."""
         return self.dense + self.experts
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max((*self.dense_sizes, *self.expert_sizes))
 
 
 def model_on_meta(config: ModelConfig) -> EVE:
@@ -38,16 +52,31 @@ def model_on_meta(config: ModelConfig) -> EVE:
 
 def count_parameters(model: nn.Module, ep_size: int = 1, tp_size: int = 1) -> Held:
     """Count what a rank holds of a plain model with all experts; the vocabulary is padded to whole shards."""
-    dense, experts, largest = 0, 0, 0
+    dense, experts = [], []
     for name, parameter in model.named_parameters():
         size = math.prod(shard_shape(name, parameter.shape, tp_size))
         if is_stacked(name):
-            size //= ep_size
-            experts += size
+            experts.append(size // ep_size)
         else:
-            dense += size
-        largest = max(largest, size)
-    return Held(dense, experts, largest)
+            dense.append(size)
+    return Held(tuple(dense), tuple(experts))
+
+
+def most_touched(sizes: tuple[int, ...], ranks: int) -> int:
+    """Elements of the tensors that lie wholly or partly in one of `ranks` equal parts of all tensors, at most."""
+    total, ends = sum(sizes), list(accumulate(sizes))
+    part = -(-total // ranks)
+    return max(
+        (
+            sum(
+                size
+                for size, end in zip(sizes, ends, strict=True)
+                if end > rank * part and end - size < (rank + 1) * part
+            )
+            for rank in range(ranks)
+        ),
+        default=0,
+    )
 
 
 def shard_shape(name: str, shape: torch.Size, tp_size: int) -> torch.Size:

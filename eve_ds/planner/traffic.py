@@ -4,8 +4,8 @@ N elements of b bytes that a rank computes with (dense ones, or experts), A micr
 
 - ZeRO 0 and 1 sum all gradients once a step: all-reduce b N. ZeRO 1 then gathers the new weights: all-gather b N.
 - ZeRO 2 sums them in every micro-step: all-reduce A b N, since DeepSpeed reduces whole buckets and keeps its part.
-- ZeRO 3 in every micro-step: reduce-scatter b N, and all-gather b N of the weights, twice if they exceed
-  `max_live_parameters`, because the backward pass then gathers them again.
+- ZeRO 3 sums them in every micro-step: reduce-scatter A b N. It gathers the weights once a step: all-gather b N. If
+  they exceed `max_live_parameters`, it gathers them in every pass, at most: all-gather 2 A b N.
 - Every MoE layer sends its rows to the experts and back, in both passes, and in a recomputed forward pass.
 - Tensor parallelism sums the outputs of layers cut by rows and the input gradients of layers cut by columns.
 
@@ -88,7 +88,7 @@ def _of_parameters(which: str, size: int, group: tuple[int, bool], shape: Shape,
     gradients, weights = f"{which} gradients", f"{which} weights"
     steps = shape.accumulation_steps
     if shape.zero_stage == 3:
-        gathers = steps * (1 if held.all <= shape.max_live_parameters else 2)
+        gathers = 1 if held.all <= shape.max_live_parameters else 2 * steps
         return [
             Collective(gradients, "reduce_scatter", *group, size * steps),
             Collective(weights, "all_gather", *group, size * gathers),
