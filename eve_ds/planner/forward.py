@@ -37,15 +37,30 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Forward(NamedTuple):
-    """One micro-batch of one rank."""
+    """Bytes of one micro-batch of one rank."""
 
-    kept: int
-    """Bytes that the forward pass keeps for the backward pass, inputs and logits of the masked words included."""
-    checkpointed: int
-    """The same with `train.activation_checkpointing`: inputs of the blocks, what is outside of them, and all that the
-    largest block keeps while it is computed again."""
+    outside: int
+    """Kept outside of the blocks: by embeddings, decoders, heads and losses."""
+    blocks: int
+    """Kept by all blocks of the backbone."""
+    block_inputs: int
+    """Inputs of the blocks that are not kept outside as well."""
+    largest_block: int
+    """Kept by the block that keeps most."""
+    logits: int
+    """Logits of the masked words that exist at once: those of one chunk on a GPU."""
     passes: Passes
-    """Bytes that the passes exchange."""
+    """Tensors that ranks exchange."""
+
+    @property
+    def kept(self) -> int:
+        """Most bytes of the forward pass."""
+        return self.outside + self.blocks + self.logits
+
+    @property
+    def checkpointed(self) -> int:
+        """Most bytes with `train.activation_checkpointing`, which computes one block after another again."""
+        return self.outside + self.block_inputs + self.largest_block + self.logits
 
 
 def forward_of(config: Config, micro_batch: int, tp_size: int = 1, precision: str = "bf16") -> Forward:
@@ -66,11 +81,12 @@ def forward_of(config: Config, micro_batch: int, tp_size: int = 1, precision: st
     model.backbone.checkpoint_blocks(kept.run_block)
     with FusedAttention(), kept.recorded():
         loss = training_loss(model, config, batch.to("meta"))
-    logits = _logit_bytes(model, batch)
-    outside = kept.outside + kept_by_losses(loss) + logits
     return Forward(
-        outside + kept.inside,
-        outside + kept.of_inputs + kept.of_largest_block,
+        kept.outside + kept_by_losses(loss),
+        kept.blocks,
+        kept.block_inputs,
+        kept.largest_block,
+        _logit_bytes(model, batch),
         exchanged.passes(len(batch.layouts or {}), _word_states(model, batch)),
     )
 
@@ -173,17 +189,17 @@ class KeptTensors:
         return sum(self._sizes[0].values())
 
     @property
-    def inside(self) -> int:
+    def blocks(self) -> int:
         """Bytes kept by the blocks."""
         return sum(self._of_blocks)
 
     @property
-    def of_largest_block(self) -> int:
+    def largest_block(self) -> int:
         """Bytes kept by the block that keeps most."""
         return max(self._of_blocks, default=0)
 
     @property
-    def of_inputs(self) -> int:
+    def block_inputs(self) -> int:
         """Bytes of the blocks' inputs that are not kept outside as well."""
         return sum(size for address, size in self._inputs.items() if address not in self._sizes[0])
 
@@ -213,7 +229,7 @@ def _word_states(model: EVE, batch: Batch) -> int:
 
 
 def _logit_bytes(model: EVE, batch: Batch) -> int:
-    """Bytes of the logits that exist at once: those of one chunk on a GPU."""
+    """See :attr:`Forward.logits`."""
     if batch.masked_token_ids is None or model.text_head is None:
         return 0
     weight = model.backbone.text_embedding.word.weight
@@ -257,7 +273,12 @@ class Exchanged:
             self._backward += inputs[0].nbytes
 
     def passes(self, num_views: int, words: int) -> Passes:
-        """Sums over the layers; `words` is the number of bytes of the states of the masked words."""
+        """Sums over the layers.
+
+        Args:
+            num_views: number of views that are balanced separately.
+            words: bytes of the states of the masked words, whose gradient is summed too.
+        """
         return Passes(
             self._rows, self._calls, num_views, self._forward[True], self._forward[False] + words, self._backward
         )

@@ -1,7 +1,8 @@
 """Shapes of a run that fit into the memory of the GPUs, best first.
 
-The order asks for exact counts only, no times. It prefers, in this order: no tensor parallelism, no offload, no
-recomputation, a low ZeRO stage, expert rows that stay inside a node, few micro-steps, and few bytes between nodes.
+The order depends on counts alone, on no times. It prefers, in this order: no offload, no tensor parallelism,
+micro-batches of some samples, no recomputation, a low ZeRO stage, expert rows that stay inside a node, few micro-steps,
+and few bytes between nodes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from eve_ds.planner.traffic import Collective, collectives
 GIB = 2**30
 RESERVED = 0.1
 """Share of a GPU's memory for the CUDA context, NCCL, cuBLAS and fragmentation: assumed, not measured on a GPU."""
+FEW_SAMPLES = 8
+"""Micro-batches below this size come last, since products of few rows are slow: assumed, not measured on a GPU."""
 FILES = {
     "fp32": {(0, False): "zero0", (1, False): "zero1_ep2_cpu", (3, False): "zero3_cpu"},
     "bf16": {
@@ -86,8 +89,9 @@ class Option(NamedTuple):
         """Sort key, lowest first; see the description of this module."""
         shape = self.shape
         exchange = shape.spans_nodes(shape.ep_size, shape.tp_size)
+        few = min(shape.micro_batch, FEW_SAMPLES)
         return (
-            *(shape.tp_size, shape.offload, shape.checkpointing, shape.zero_stage, exchange),
+            *(shape.offload, shape.tp_size, -few, shape.checkpointing, shape.zero_stage, exchange),
             *(shape.accumulation_steps, self.sent_between_nodes, self.sent_inside_node, self.memory.gpu),
         )
 
@@ -125,9 +129,8 @@ class Planner:
             self._measured[tp_size] = few, many
         few, many = self._measured[tp_size]
         share = (micro_batch - self.MEASURED[0]) / (self.MEASURED[1] - self.MEASURED[0])
-        passes = (round(a + (b - a) * share) for a, b in zip(few.passes, many.passes, strict=True))
-        kept, checkpointed = (round(a + (b - a) * share) for a, b in zip(few[:2], many[:2], strict=True))
-        return Forward(kept, checkpointed, type(few.passes)(*passes))
+        passes = type(few.passes)(*(round(a + (b - a) * share) for a, b in zip(few.passes, many.passes, strict=True)))
+        return Forward(*(round(a + (b - a) * share) for a, b in zip(few[:-1], many[:-1], strict=True)), passes)
 
     def plan(self, machine: Machine, micro_batch: int | None = None) -> list[Option]:
         """Shapes that fit, best first: of each ZeRO stage, offload and tensor-parallel size the best one.
