@@ -49,29 +49,31 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return gathered
 
 
-def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Gather the rows of all ranks with gradients, and the index of this rank's first row among them; collective.
+def gather_rows(rows: torch.Tensor, tp_size: int = 1) -> tuple[torch.Tensor, int]:
+    """Gather the rows of all data ranks with gradients, and the index of this rank's first row among them; collective.
 
-    (N, D), with the same N on all ranks -> (world size * N, D) in rank order. The backward gives each rank's rows the
-    sum over ranks of the gradients of their losses. If each loss is a mean over its rank's rows, and parameter
-    gradients are averaged over ranks as DeepSpeed does, the result is the gradient of the mean over all rows.
+    (N, D), with the same N on all ranks -> (data ranks * N, D) in rank order. `tp_size` consecutive ranks hold the same
+    rows, which are taken once. The backward gives each rank's rows the sum over data ranks of the gradients of their
+    losses. If each loss is a mean over its rank's rows, and parameter gradients are averaged over ranks as DeepSpeed
+    does, the result is the gradient of the mean over all rows.
     """
-    if not _in_group() or dist.get_world_size() == 1:
+    if not _in_group() or dist.get_world_size() == tp_size:
         return rows, 0
-    return _GatherRows.apply(rows), dist.get_rank() * len(rows)
+    return _GatherRows.apply(rows, tp_size), dist.get_rank() // tp_size * len(rows)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, tp_size: int) -> torch.Tensor:
+        ctx.tp_size = tp_size
         gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+        return torch.cat(gathered[::tp_size])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        total = all_reduce_sum(gradient)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = all_reduce_sum(gradient / ctx.tp_size)  # tensor-parallel ranks have equal gradients
+        return total.chunk(dist.get_world_size() // ctx.tp_size)[dist.get_rank() // ctx.tp_size], None
 
 
 def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:

@@ -8,8 +8,16 @@ metrics depend on the data rank, which is the same for tensor-parallel ranks of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch.distributed as dist
+
+
+class Sizes(Protocol):
+    """Sizes of the groups of ranks, as a configuration gives them."""
+
+    ep_size: int
+    tp_size: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,11 @@ class Topology:
         if not (dist.is_available() and dist.is_initialized()):
             return cls(ep_size=ep_size, tp_size=tp_size)
         return cls(dist.get_rank(), dist.get_world_size(), ep_size, tp_size)
+
+    @classmethod
+    def of(cls, settings: Sizes) -> Topology:
+        """Return the topology of this process with the sizes of the section `parallel` of a configuration."""
+        return cls.current(settings.ep_size, settings.tp_size)
 
     @property
     def data_rank(self) -> int:

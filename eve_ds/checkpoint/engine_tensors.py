@@ -8,7 +8,7 @@ FP16_UnfusedOptimizer in bf16 and fp16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from eve_ds.checkpoint.files import KINDS, CheckpointError, Piece, PieceReader, listed
 from eve_ds.model.moe import plain_names_of
 from eve_ds.model.naming import expert_id
+from eve_ds.model.shards import Runs, Shard, shard_of
 from eve_ds.model.with_losses import plain_model
 from eve_ds.topology import Topology
 
 
 class Fragment(NamedTuple):
-    """Range of one tensor inside the engine; writing to `tensors` changes the engine."""
+    """Range of one tensor, or of a shard of it, inside the engine; writing to `tensors` changes the engine."""
 
     name: str
     """Name in the plain model."""
     start: int
-    """First element, in row-major order."""
+    """First element, in row-major order; of a shard, counted from the shard's first."""
     tensors: dict[str, Tensor]
     """Kind -> flat view."""
 
@@ -46,24 +47,29 @@ def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
         else:
             start, tensors = _held_at_stage_0(engine, masters.get(parameter, parameter))
         if tensors:
-            found += _split_by_tensor(plain_names_of(model, name, parameter), parameter, start, tensors)
+            split = _split_by_tensor(plain_names_of(model, name, parameter), parameter, start, tensors)
+            found += _without_padding(split, shard_of(parameter))
     return found
 
 
 def pieces_to_write(engine: DeepSpeedEngine, topology: Topology) -> list[Piece]:
     """This rank's share of the state; the shares of all ranks together hold everything exactly once."""
-    held = fragments(engine)
-    if engine.zero_optimization_stage() == 0:  # the ranks hold replicas, so they take turns
+    held, runs = fragments(engine), _runs_by_name(engine)
+    if engine.zero_optimization_stage() == 0:  # the data ranks hold replicas, so they take turns
         held = [
             fragment
             for number, fragment in enumerate(held)
             if (
                 number % topology.num_expert_replicas == topology.expert_replica
                 if expert_id(fragment.name) is not None
-                else number % topology.world_size == topology.rank
+                else number % topology.data_size == topology.data_rank
             )
         ]
-    return [Piece(kind, part.name, part.start, part.tensors[kind]) for part in held for kind in KINDS]
+    # Tensor-parallel ranks hold replicas of what is not cut.
+    held = [part for part in held if part.name in runs or topology.tensor_rank == 0]
+    return [
+        Piece(kind, part.name, part.start, part.tensors[kind], runs.get(part.name)) for part in held for kind in KINDS
+    ]
 
 
 @torch.no_grad()
@@ -78,10 +84,14 @@ def load_pieces(engine: DeepSpeedEngine, reader: PieceReader, steps: float) -> N
     Raises:
         CheckpointError: the checkpoint lacks a part of this rank's tensors, or holds too much.
     """
-    for fragment in fragments(engine):
-        for kind, tensor in fragment.tensors.items():
-            stop = fragment.start + tensor.numel()
-            tensor.copy_(reader.read(kind, fragment.name, fragment.start, stop))
+    runs = _runs_by_name(engine)
+    for name, start, tensors in fragments(engine):
+        for kind, tensor in tensors.items():
+            stop = start + tensor.numel()
+            if name in runs:
+                tensor.copy_(runs[name].view(reader.read(kind, name)).flatten()[start:stop])
+            else:
+                tensor.copy_(reader.read(kind, name, start, stop))
     for state in _inner(engine).state.values():
         state["step"].fill_(steps)
     if engine.zero_optimization_stage() > 0:
@@ -216,6 +226,27 @@ def _masters_at_stage_0(engine: DeepSpeedEngine) -> Masters:
         return {}
     pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
     return {parameter: master for low, high in pairs for parameter, master in zip(low, high, strict=True)}
+
+
+def _runs_by_name(engine: DeepSpeedEngine) -> dict[str, Runs]:
+    """Plain name -> elements of the tensor that this rank holds, for the tensors of which it holds a shard."""
+    model = plain_model(engine.module)
+    cut = [(name, parameter, shard_of(parameter)) for name, parameter in model.named_parameters()]
+    return {
+        plain: shard.runs
+        for name, parameter, shard in cut
+        if shard is not None
+        for plain in plain_names_of(model, name, parameter)
+    }
+
+
+def _without_padding(held: Iterable[Fragment], shard: Shard | None) -> Iterator[Fragment]:
+    """Cut off what lies behind the last element of a shard."""
+    for fragment in held:
+        numel = fragment.tensors["master"].numel()
+        real = numel if shard is None else min(numel, shard.runs.numel - fragment.start)
+        if real > 0:
+            yield fragment._replace(tensors={kind: tensor[:real] for kind, tensor in fragment.tensors.items()})
 
 
 def _split_by_tensor(

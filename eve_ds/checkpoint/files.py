@@ -1,8 +1,10 @@
 """Tensor files of a checkpoint: flat pieces of named tensors in safetensors files, so that no pickle is ever read.
 
-A piece is stored as `{kind}/{plain name}/{start}` and holds elements of that tensor from `start` on. A reader need not
-know which rank wrote a piece or how that rank's optimizer was partitioned: the pieces of all files together make up the
-tensors.
+A piece is stored as `{kind}/{plain name}/{start}` and holds elements of that tensor from `start` on. A piece of a
+tensor-parallel shard is stored as `{kind}/{plain name}/{start}/{offset}/{run}/{stride}/{number}`: the shard is `number`
+runs of `run` elements of the tensor, `stride` apart, from `offset` on, and the piece holds elements of the shard from
+`start` on. A reader need not know which rank wrote a piece or how that rank's optimizer was partitioned: the pieces of
+all files together make up the tensors.
 
 Files are written directly from the tensors' memory and hashed on the way; ranges are read without mapping the file.
 Both keep memory use at one piece. safetensors' own writer copies all tensors first, and its reader maps the whole file.
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from eve_ds import limits
+from eve_ds.model.shards import Runs
 from eve_ds.printable import excerpt, printable
 from eve_ds.reading import parse_json, read_file
 from eve_ds.storage import cause
@@ -34,8 +37,8 @@ SHOWN = 3
 """Number of names that an error lists before it counts the rest."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_START_DIGITS = 18
-"""Digits of the first element of a piece; a tensor of more elements does not exist."""
+_DIGITS = 18
+"""Digits of the place of a piece; a tensor of more elements does not exist."""
 
 
 class CheckpointError(ValueError):
@@ -43,13 +46,20 @@ class CheckpointError(ValueError):
 
 
 class Piece(NamedTuple):
-    """Elements `start` to `start + tensor.numel()` of one tensor, in row-major order."""
+    """Elements `start` to `start + tensor.numel()` of one tensor or of a shard of it, in row-major order."""
 
     kind: str
     name: str
     start: int
     tensor: Tensor
     """Flat, on any device."""
+    shard: Runs | None = None
+    """Elements of the tensor that the shard holds; None: all."""
+
+    @property
+    def key(self) -> str:
+        """Name of the piece in a file."""
+        return "/".join(map(str, (self.kind, self.name, self.start, *(self.shard or ()))))
 
 
 class FileRecord(NamedTuple):
@@ -95,9 +105,10 @@ def shape_problem(name: str, found: torch.Size, expected: torch.Size) -> str:
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> FileRecord:
     """Write a safetensors file and flush it to disk; raises OSError if that fails."""
     header, offset = {}, 0
-    for kind, name, start, tensor in pieces:
+    for piece in pieces:
+        tensor = piece.tensor
         size = tensor.numel() * tensor.element_size()
-        header[f"{kind}/{name}/{start}"] = {
+        header[piece.key] = {
             "dtype": _CODES[tensor.dtype],
             "shape": [tensor.numel()],
             "data_offsets": [offset, offset + size],
@@ -157,6 +168,12 @@ class _Stored(NamedTuple):
     dtype: torch.dtype
     file: Path
     offset: int
+    shard: Runs | None
+
+    @property
+    def end(self) -> int:
+        """Element of the tensor behind the last one of the piece, or of its shard."""
+        return self.start + self.numel if self.shard is None else self.shard.end
 
 
 class PieceReader:
@@ -183,8 +200,7 @@ class PieceReader:
 
     def numel(self, kind: str, name: str) -> int:
         """Number of elements of a tensor, up to the end of its last piece."""
-        pieces = self._pieces.get((kind, name), [])
-        return max((piece.start + piece.numel for piece in pieces), default=0)
+        return max((piece.end for piece in self._pieces.get((kind, name), [])), default=0)
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements `start` to `stop` (default: all) of a tensor, flat, as stored.
@@ -193,6 +209,8 @@ class PieceReader:
             CheckpointError: pieces leave a gap, overlap, or end before `stop`; or reading failed.
         """
         stop = self.numel(kind, name) if stop is None else stop
+        if any(piece.shard is not None for piece in self._pieces.get((kind, name), [])):
+            return self._joined(kind, name)[start:stop]
         parts: list[Tensor] = []
         reached = start
         for piece in self._pieces.get((kind, name), []):
@@ -208,6 +226,25 @@ class PieceReader:
                 f"{self.folder} lacks elements {reached:,} to {stop:,} of {kind} {name}: take another checkpoint"
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _joined(self, kind: str, name: str) -> Tensor:
+        """All elements of a tensor that is stored in shards, flat; needs the memory of one tensor."""
+        pieces, numel = self._pieces[kind, name], self.numel(kind, name)
+        if sum(piece.numel for piece in pieces) != numel:  # before memory is allocated for what a header claims
+            raise self._not_whole(kind, name, numel)
+        whole, filled = torch.empty(numel, dtype=pieces[0].dtype), torch.zeros(numel, dtype=torch.bool)
+        for piece in pieces:
+            values = _read(piece, 0, piece.numel)
+            for runs, first in (piece.shard or Runs.whole(numel)).parts(piece.start, piece.start + piece.numel):
+                runs.view(whole).copy_(values[first : first + runs.numel].view(runs.number, runs.run))
+                runs.view(filled).fill_(True)
+        if not filled.all():
+            raise self._not_whole(kind, name, numel)
+        return whole
+
+    def _not_whole(self, kind: str, name: str, numel: int) -> CheckpointError:
+        problem = f"holds shards of {kind} {name} that do not make up its {numel:,} elements"
+        return CheckpointError(f"{self.folder} {problem}: take another checkpoint")
 
 
 def _read_header(file: Path) -> list[tuple[str, str, _Stored]]:
@@ -230,16 +267,21 @@ def _stored(file: Path, header: dict[str, Any], offset: int, size: int) -> list[
     """
     found, begin = [], 0
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        kind, name, start = key.split("/")
+        kind, name, *numbers = key.split("/")
         (numel,), dtype, offsets = entry["shape"], _DTYPES[entry["dtype"]], entry["data_offsets"]
-        if not start.isdecimal() or len(start) > _START_DIGITS or type(numel) is not int or numel < 0:
-            raise ValueError(f"{key} has {numel!r} elements from {start}")
+        is_number = all(number.isdecimal() and len(number) <= _DIGITS for number in numbers)
+        if not is_number or len(numbers) not in (1, 5) or type(numel) is not int or numel < 0:
+            raise ValueError(f"{key} has {numel!r} elements from {'/'.join(numbers)}")
+        start, *runs = map(int, numbers)
+        shard = Runs(*runs) if runs else None
+        if shard is not None and not (shard.run <= shard.stride and start + numel <= shard.numel):
+            raise ValueError(f"{key} has {numel:,} elements, which its shard does not hold")
         end = begin + numel * dtype.itemsize
         if end > size:
             raise ValueError(f"it ends too early: {key} needs {end:,} bytes of {size:,}")
         if offsets != [begin, end]:
             raise ValueError(f"{key} has {numel:,} elements in the bytes {offsets} of {size:,}")
-        found.append((kind, name, _Stored(int(start), numel, dtype, file, offset + begin)))
+        found.append((kind, name, _Stored(start, numel, dtype, file, offset + begin, shard)))
         begin = end
     if begin != size:
         raise ValueError(f"{size - begin:,} bytes behind the last piece")

@@ -142,11 +142,11 @@ def read_positions(folder: Path) -> tuple[int, list[dict[str, Any]]]:
         return manifest.read_state(folder)["step"], [rank["position"] for rank in ranks]
 
 
-def load(engine: DeepSpeedEngine, folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Any]:
+def load(engine: DeepSpeedEngine, folder: Path, shapes: dict[str, torch.Size], topology: Topology) -> dict[str, Any]:
     """Fill an engine of any topology from a checkpoint that :func:`newest_good` returned; collective.
 
     `shapes` maps the names of the plain model's weights to their shapes. Random states are restored if the number of
-    ranks is the same. Returns the counters of the run.
+    data ranks is the same. Returns the counters of the run.
 
     Raises:
         ConfigError: the checkpoint's tensors do not match the model.
@@ -157,9 +157,9 @@ def load(engine: DeepSpeedEngine, folder: Path, shapes: dict[str, torch.Size]) -
         engine_tensors.check_tensors(reader, shapes, str(folder))
         engine_tensors.load_pieces(engine, reader, float(numbers["optimizer_steps"]))
         engine_tensors.load_loss_scale(engine, numbers["loss_scale"])
-        ranks, topology = sorted(folder.glob("rank-*.json")), Topology.current()
-        if len(ranks) == topology.world_size:
-            restore_random_states(manifest.read_json(ranks[topology.rank])["random"])
+        ranks = sorted(folder.glob("rank-*.json"))
+        if len(ranks) == topology.data_size:
+            restore_random_states(manifest.read_json(ranks[topology.data_rank])["random"])
         return numbers
 
 

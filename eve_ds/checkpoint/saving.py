@@ -109,7 +109,7 @@ class Saver:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast, group: dist.ProcessGroup) -> None:
         self.config, self.group = config, group
-        self.topology = Topology.current(config.parallel.ep_size)
+        self.topology = Topology.of(config.parallel)
         self.tokenizer_files = _tokenizer_files(tokenizer)
         self.root = config.train.output_dir / manifest.FOLDER
         self.failures = 0
@@ -131,7 +131,8 @@ class Saver:
         if rank_zero():
             pending.attempt(lambda: self._make_folder(pending.folder))
         pending.problem = broadcast_object(pending.problem)
-        check = None if content.check_inputs is None else _check_batch(plain_model(engine.module), content.check_inputs)
+        model, inputs = plain_model(engine.module), content.check_inputs
+        check = None if inputs is None else _check_batch(model, inputs, is_shown=self.topology.data_rank == 0)
         pieces = engine_tensors.pieces_to_write(engine, self.topology)
         small = self._small_files(engine, content, check)
         if self.config.train.async_save:
@@ -181,11 +182,14 @@ class Saver:
     def _small_files(self, engine: DeepSpeedEngine, content: Content, check: bytes | None) -> dict[str, bytes]:
         """Name -> content of the files that this rank writes besides its tensors."""
         rank = {"position": content.position, "random": random_states()}
-        small = {f"rank-{self.topology.rank:05d}.json": json.dumps(rank).encode()}
+        # Tensor-parallel ranks have equal positions and random numbers, so the first of them writes for all.
+        is_first = self.topology.tensor_rank == 0
+        small = {f"rank-{self.topology.data_rank:05d}.json": json.dumps(rank).encode()} if is_first else {}
         if rank_zero():
             topology = {
                 "world_size": self.topology.world_size,
                 "ep_size": self.topology.ep_size,
+                "tp_size": self.topology.tp_size,
                 "zero_stage": engine.zero_optimization_stage(),
             }
             numbers = {
@@ -265,22 +269,28 @@ def random_states() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _check_batch(model: torch.nn.Module, inputs: dict[str, Any]) -> bytes | None:
+def _check_batch(model: torch.nn.Module, inputs: dict[str, Any], is_shown: bool) -> bytes | None:
     """Inputs and outputs of one forward in evaluation mode, as a safetensors file; collective, None except on rank 0.
 
     The forward uses copies of the weights: in DeepSpeed's flat buffers weights lie at arbitrary addresses, and the
     alignment of the operands affects the rounding of matrix products.
+
+    Args:
+        model: model of the engine.
+        inputs: inputs of this rank.
+        is_shown: whether they are those of rank 0, as on its tensor-parallel ranks.
     """
     training = model.training
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    output = functional_call(model.eval(), weights, kwargs=inputs if rank_zero() else _emptied(inputs))
+    output = functional_call(model.eval(), weights, kwargs=inputs if is_shown else _emptied(inputs))
     model.train(training)
+    outputs = output.tensors()  # a collective if the vocabulary is spread over ranks
     if not rank_zero():
         return None
     named = {f"input.{name}": value for name, value in inputs.items()}
-    named |= {f"output.{name}": value for name, value in output.tensors().items()}
+    named |= {f"output.{name}": value for name, value in outputs.items()}
     tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
-    return save(tensors, {"device": output.vocabulary_weight.device.type})
+    return save(tensors, {"device": output.vocabulary.weight.device.type})
 
 
 def _emptied(inputs: dict[str, Any]) -> dict[str, Any]:

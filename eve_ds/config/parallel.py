@@ -1,4 +1,4 @@
-"""Section `parallel`: sharing of the experts among ranks."""
+"""Section `parallel`: sharing of experts and of tensors among ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from eve_ds.config.section import ConfigError, Section
 
 
 class ParallelConfig(Section):
-    """Expert parallelism."""
+    """Expert and tensor parallelism."""
 
     ep_size: Annotated[int, Field(ge=0)] = 1
     """Number of ranks that share one full set of experts; must divide `model.moe.num_experts`. 0: the largest number
-    that divides both the ranks and the experts."""
+    that divides both the data-parallel ranks and the experts."""
+    tp_size: Annotated[int, Field(ge=1)] = 1
+    """Number of consecutive ranks that share the matrices of each layer and compute the same samples together. Above 1
+    it needs megatron-core. Commands that run one process ignore it."""
+    split_experts: bool = False
+    """Whether tensor-parallel ranks share each expert; otherwise each of them holds and computes its experts whole."""
 
 
 def check_experts_per_rank(num_experts: int, ep_size: int) -> None:

@@ -31,7 +31,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate schedule."""
     parallel: ParallelConfig = ParallelConfig()
-    """Expert parallelism."""
+    """Expert and tensor parallelism."""
     train: TrainConfig = TrainConfig()
     """Training loop, precision, evaluation and checkpoints."""
     task: TaskConfig | None = None

@@ -22,11 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from eve_ds.config import ModelConfig
 from eve_ds.model.attention import SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
-from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding, vocabulary_matrix
+from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.feed_forward import ModalityFeedForward, SharedFeedForward
 from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
 from eve_ds.model.stream import TokenStream, join
 from eve_ds.model.view_check import check_view
+from eve_ds.model.vocabulary import Vocabulary, Words
 from eve_ds.objectives.contrastive import MatchingHeads, MatchingOutput
 from eve_ds.objectives.objective import Objective
 from eve_ds.objectives.registry import OBJECTIVES, objectives_of
@@ -57,17 +58,15 @@ class BackboneOutput(NamedTuple):
 class EVEOutput(NamedTuple):
     """Predictions of one pre-training forward."""
 
-    vocabulary_weight: Tensor
-    """(V, D), the word embedding."""
-    vocabulary_bias: Tensor | None
-    """(V,), bias of the text head; None if no objective predicts words."""
+    vocabulary: Words
+    """Vocabulary for `token_hidden`."""
     moe: dict[str, tuple[MoEOutput, ...]]
     """View name -> one output per MoE layer, shallow to deep."""
     pixel_predictions: Tensor | None = None
     """(B_i, N_masked, P * P * 3) pixels for the B_i samples of the image view, raw or normalized as `pixel_target` of
     the config says."""
     token_hidden: Tensor | None = None
-    """(M, D) states of the M masked tokens; logits are `token_hidden @ vocabulary_weight.T + vocabulary_bias`."""
+    """(M, D) states of the M masked tokens; logits are `token_hidden @ vocabulary.weight.T + vocabulary.bias`."""
     matching: MatchingOutput | None = None
     """Predictions of `itc` and `itm`; None without the objective `itc`."""
     more: Mapping[str, Any] = MappingProxyType({})
@@ -89,11 +88,7 @@ class EVEOutput(NamedTuple):
         """Return the logits (M, V) of the masked tokens; raises ValueError for a batch without text."""
         if self.token_hidden is None:
             raise ValueError("no token logits: this batch had no text")
-        hidden, bias = self.token_hidden, self.vocabulary_bias
-        # Outside autocast, whose states have a smaller dtype than the weights.
-        return F.linear(
-            hidden, self.vocabulary_weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        )
+        return self.vocabulary.logits(self.token_hidden)
 
 
 class Block(nn.Module):
@@ -267,6 +262,8 @@ class EVE(nn.Module):
         self.objectives = objectives_of(config)
         self.pack_views = True
         """Whether views that do not depend on each other are encoded in one pass; False: in one pass each."""
+        self.vocabulary_of: Callable[[nn.Module, Tensor | None], Words] = Vocabulary.of
+        """Makes the vocabulary of the word embedding and the bias of the text head."""
         # Drawn before the modules are made: the number of draws for those depends on the experts of this rank.
         seed = int(torch.randint(2**62, (), device="cpu"))
         self.backbone = Backbone(config, moe_cls)
@@ -380,8 +377,9 @@ class EVE(nn.Module):
             made |= objective.predict(self, encoded, inputs, made)
         more = {name: made.pop(name) for name in made.keys() - EVEOutput._field_defaults.keys()}
         return EVEOutput(
-            vocabulary_weight=vocabulary_matrix(self.backbone.text_embedding.word),
-            vocabulary_bias=None if self.text_head is None else self.text_head.bias,
+            vocabulary=self.vocabulary_of(
+                self.backbone.text_embedding.word, None if self.text_head is None else self.text_head.bias
+            ),
             moe={name: view.moe for name, view in encoded.items()},
             more=more,
             **made,
@@ -398,32 +396,19 @@ SCALED_LIKE_POSITIONS = {"position", "class_token", "mask_token"}
 """Last name parts of the parameters that are drawn with `position_initializer_range`."""
 
 
-class Shard(NamedTuple):
-    """Part of a tensor that this process holds."""
-
-    shape: torch.Size
-    """Shape of the whole tensor."""
-    cut: Callable[[Tensor], Tensor]
-    """Function that takes the part out of the whole tensor."""
-
-
 @torch.no_grad()
-def initialize_weights(
-    model: nn.Module, config: ModelConfig, seed: int, shards: Mapping[str, Shard] = MappingProxyType({})
-) -> None:
+def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draw matrices, embeddings and routers from a normal truncated at one standard deviation; biases 0, norms 1.
 
-    A tensor's values depend on (seed, plain name) only, and the whole tensor is drawn before it is cut: a process that
-    holds some of the experts, or a shard of a matrix, gets the same values as a process with the whole model. Every
-    expert is drawn separately. Position embeddings and class tokens use `position_initializer_range`. A parameter's
-    plain name decides how it is drawn; other vectors, such as LayerScale, and tensors on the meta device stay as they
-    are.
+    A tensor's values depend on (seed, plain name) only: a process that holds some of the experts gets the same values
+    as a process with the whole model. Every expert is drawn separately. Position embeddings and class tokens use
+    `position_initializer_range`. A parameter's plain name decides how it is drawn; other vectors, such as LayerScale,
+    and tensors on the meta device stay as they are.
 
     Args:
         model: model whose parameter names follow either convention of :mod:`eve_ds.model.naming`.
         config: scales and the kind of position embeddings.
         seed: seed of all draws.
-        shards: plain name -> part that this process holds; a tensor that is not listed is held whole.
     """
     for name, parameter in plain_named_tensors(model):
         kind = name.rpartition(".")[2]
@@ -434,10 +419,7 @@ def initialize_weights(
         elif kind == "weight" and parameter.ndim == 1:  # LayerNorm
             parameter.fill_(1.0)
         elif kind in SCALED_LIKE_POSITIONS or parameter.ndim >= 2 or kind == "modality":
-            shard = shards.get(name)
-            whole = parameter if shard is None else parameter.new_empty(shard.shape)
-            drawn = _drawn(name, config, seed, whole)
-            parameter.copy_(drawn if shard is None else shard.cut(drawn))
+            parameter.copy_(_drawn(name, config, seed, parameter))
 
 
 def _drawn(name: str, config: ModelConfig, seed: int, like: Tensor) -> Tensor:

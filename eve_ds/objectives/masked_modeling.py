@@ -260,5 +260,5 @@ def word_loss(output: EVEOutput, targets: Mapping[str, Any], counts: Counts) -> 
     labels = targets.get("token_labels")
     if output.token_hidden is None or labels is None:
         return {}
-    total = ops.linear_cross_entropy(output.token_hidden, output.vocabulary_weight, output.vocabulary_bias, labels)
+    total = output.vocabulary.cross_entropy(output.token_hidden, labels)
     return {"mlm": total / (counts[WORDS] or 1.0)}

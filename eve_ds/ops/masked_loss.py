@@ -40,14 +40,14 @@ def linear_cross_entropy(
     if not use_built(hidden):
         return reference.linear_cross_entropy(hidden, weight, bias, target)
     if chunk is None:
-        chunk = _chunk_rows(hidden.shape[0], weight.shape[0] * hidden.element_size(), hidden.device)
+        chunk = chunk_rows(hidden.shape[0], weight.shape[0] * hidden.element_size(), hidden.device)
     learns = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
     return torch.ops.eve_ds.linear_cross_entropy(hidden, weight, bias, target, chunk, learns)[0]
 
 
-def _chunk_rows(rows: int, row_bytes: int, on: torch.device) -> int:
+def chunk_rows(rows: int, row_bytes: int, on: torch.device) -> int:
     """Rows per chunk: chunks of equal size, rounded up to a multiple of 64 rows."""
     total = rows * row_bytes
     at_once, largest = (CUDA_CHUNK_BYTES,) * 2 if on.type == "cuda" else (SMALL_BYTES, CHUNK_BYTES)
@@ -92,7 +92,7 @@ def _linear_cross_entropy(
             loss += torch.ops.eve_ds.cross_entropy_inplace_(logits, shift, target[start : start + chunk]).sum()
         return loss, hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0, dtype=torch.float32)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    d_weight = _WeightGradient(weight, chunks=math.ceil(rows / chunk))
+    d_weight = WeightGradient(weight, chunks=math.ceil(rows / chunk))
     d_bias = hidden.new_zeros(0 if bias is None else vocabulary, dtype=torch.float32)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
@@ -105,7 +105,7 @@ def _linear_cross_entropy(
     return loss, d_hidden, d_weight.finish(), d_bias
 
 
-class _WeightGradient:
+class WeightGradient:
     """Sum of d_logits^T hidden over chunks; accumulates in fp32 if rounding many partial sums would make it drift."""
 
     def __init__(self, weight: Tensor, chunks: int) -> None:

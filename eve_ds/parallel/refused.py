@@ -1,10 +1,11 @@
-"""Refuse combinations of ranks, experts and DeepSpeed settings that would fail late or compute something else."""
+"""Refuse combinations of ranks, experts, shards and settings that would fail late or compute something else."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
-from eve_ds.config import ConfigError, check_experts_per_rank
+from eve_ds.config import Config, ConfigError, check_experts_per_rank
 
 
 def check_topology(
@@ -14,6 +15,7 @@ def check_topology(
     ep_size: int,
     zero_stage: int,
     clip_grad_norm: float,
+    tp_size: int = 1,
 ) -> None:
     """Check how experts are to be spread before anything is built.
 
@@ -23,17 +25,25 @@ def check_topology(
         ep_size: ranks that share one full set of experts.
         zero_stage: `zero_optimization.stage` of the DeepSpeed JSON, 0 to 3.
         clip_grad_norm: largest gradient norm, 0 = no clipping.
+        tp_size: ranks that share the matrices of each layer.
 
     Raises:
         ConfigError: the topology breaks a rule; the message has the value, the rule and the remedy.
     """
-    sizes = ", ".join(str(size) for size in range(1, world_size + 1) if math.gcd(num_experts, world_size) % size == 0)
-    check_experts_per_rank(num_experts, ep_size)
-    if world_size % ep_size:
+    if world_size % tp_size:
         raise ConfigError(
-            f"the number of ranks ({world_size}) must be divisible by parallel.ep_size ({ep_size}), since every "
-            f"expert-parallel group holds one full set of experts: start a multiple of {ep_size} ranks, or take one of "
-            f"{sizes} as ep_size"
+            f"the number of ranks ({world_size}) must be divisible by parallel.tp_size ({tp_size}), since consecutive "
+            f"ranks share the matrices of each layer: start a multiple of {tp_size} ranks, or take a smaller tp_size"
+        )
+    data_size = world_size // tp_size
+    sizes = ", ".join(str(size) for size in range(1, data_size + 1) if math.gcd(num_experts, data_size) % size == 0)
+    check_experts_per_rank(num_experts, ep_size)
+    if data_size % ep_size:
+        ranks = f"ranks ({world_size})" if tp_size == 1 else f"ranks ({world_size}) over parallel.tp_size ({tp_size})"
+        raise ConfigError(
+            f"the number of {ranks} must be divisible by parallel.ep_size ({ep_size}), since every "
+            f"expert-parallel group holds one full set of experts: start a multiple of {ep_size * tp_size} ranks, or "
+            f"take one of {sizes} as ep_size"
         )
     if zero_stage == 3:
         raise ConfigError(
@@ -61,3 +71,49 @@ def check_clipping(precision: str, zero_stage: int, clip_grad_norm: float) -> No
             "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use stage 1 or 2, "
             "or clip_grad_norm=0"
         )
+
+
+def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: bool) -> None:
+    """Check that the layers can be cut for `parallel.tp_size` ranks; nothing to check if it is 1.
+
+    Args:
+        config: settings of the YAML.
+        zero_stage: `zero_optimization.stage` of the DeepSpeed JSON.
+        accumulates_in_fp32: whether micro-steps are summed in fp32 although the model computes in less.
+
+    Raises:
+        ConfigError: megatron-core is missing, a size is not divisible, or a setting does not combine with it.
+    """
+    tp_size = config.parallel.tp_size
+    if tp_size == 1:
+        return
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
+        raise ConfigError(
+            f"parallel.tp_size ({tp_size}) needs the package megatron-core, which is not installed: run pip install "
+            "--no-deps megatron-core==0.16.1 (its dependencies are not needed), or set tp_size=1"
+        )
+    for name, size in _cut_sizes(config).items():
+        if size % tp_size:
+            raise ConfigError(
+                f"model.{name} ({size}) must be divisible by parallel.tp_size ({tp_size}), since tensor-parallel ranks "
+                f"hold equal parts of it: take another tp_size, or change model.{name}"
+            )
+    if config.train.compile != "none":
+        raise ConfigError(
+            f"train.compile ({config.train.compile}) cannot be used with parallel.tp_size ({tp_size}), whose blocks "
+            "sum over ranks and make no single graph: set train.compile=none"
+        )
+    if accumulates_in_fp32 and zero_stage == 1:
+        raise ConfigError(
+            "data_types.grad_accum_dtype (fp32) in the DeepSpeed JSON cannot be used with zero_optimization.stage 1 "
+            f"and parallel.tp_size ({tp_size}): use stage 2, or remove it"
+        )
+
+
+def _cut_sizes(config: Config) -> dict[str, int]:
+    """Sizes that are cut, by name in `model`. Widths are multiples of the numbers of heads; a vocabulary is padded."""
+    model = config.model
+    sizes = {"num_attention_heads": model.num_attention_heads, "intermediate_size": model.intermediate_size}
+    if model.predicts_pixels and config.task is None:
+        sizes["pixel_decoder.num_attention_heads"] = model.pixel_decoder.num_attention_heads
+    return sizes

@@ -21,7 +21,7 @@ from eve_ds.parallel.deepspeed_json.blocks import (
 from eve_ds.parallel.deepspeed_json.check import JSON, Problems, check_keys
 from eve_ds.parallel.deepspeed_json.shared import SharedSettings, contradiction
 from eve_ds.parallel.deepspeed_json.values import show
-from eve_ds.parallel.refused import check_clipping, check_topology
+from eve_ds.parallel.refused import check_clipping, check_tensor_parallel, check_topology
 
 BATCH = {
     "train_batch_size": "train_batch_size",
@@ -72,6 +72,8 @@ def resolve_deepspeed_config(
     notes += _settle_zero(resolved, precision, problems)
     _check_monitors(resolved, problems)
     settled = _settle_run(shared, precision, zero["stage"], world_size)
+    with problems.collect():
+        check_tensor_parallel(config, zero["stage"], "data_types" in resolved)
     problems.raise_all()
     for note in notes:
         get_logger().info(note)
@@ -112,11 +114,13 @@ def _settle_run(shared: SharedSettings, precision: str, stage: int, world_size: 
     """Configuration with everything settled; rules that several settings break together become problems."""
     problems, config = shared.problems, shared.config
     clip = float(shared.get("optimizer", "clip_grad_norm"))
-    ep_size = config.parallel.ep_size or math.gcd(world_size, config.model.moe.num_experts)
+    tp_size = config.parallel.tp_size
+    data_size = max(world_size // tp_size, 1)
+    ep_size = config.parallel.ep_size or math.gcd(data_size, config.model.moe.num_experts)
     train = {"train_batch_size": shared.get("train", "train_batch_size"), "precision": precision}
     if not any(problems.below(key) for key in BATCH):
         with problems.collect():
-            train["micro_batch_size"], train["gradient_accumulation_steps"] = _batch(shared, world_size)
+            train["micro_batch_size"], train["gradient_accumulation_steps"] = _batch(shared, data_size)
     if not any(problems.below(key) for key in ("bf16", "fp16")):
         with problems.collect():
             _check_precision(precision, stage, clip)
@@ -127,35 +131,36 @@ def _settle_run(shared: SharedSettings, precision: str, stage: int, world_size: 
             ep_size=ep_size,
             zero_stage=stage,
             clip_grad_norm=clip,
+            tp_size=tp_size,
         )
     return shared.settled(train=train, optimizer={"clip_grad_norm": clip}, parallel={"ep_size": ep_size})
 
 
-def batch_triangle(batch: int, micro: int | None, accumulation: int | None, world_size: int) -> tuple[int, int]:
-    """Micro-batch size and accumulation steps such that batch = micro * accumulation * world_size.
+def batch_triangle(batch: int, micro: int | None, accumulation: int | None, data_size: int) -> tuple[int, int]:
+    """Micro-batch size and accumulation steps such that batch = micro * accumulation * data_size.
 
     Raises:
         ConfigError: no such whole numbers exist.
     """
     rule = (
         f"train_batch_size ({batch}) must equal micro_batch_size ({micro or 'free'}) * "
-        f"gradient_accumulation_steps ({accumulation or 'free'}) * ranks ({world_size})"
+        f"gradient_accumulation_steps ({accumulation or 'free'}) * data ranks ({data_size})"
     )
     if micro is None and accumulation is None:
         accumulation = 1
     if micro is None:
-        micro = batch // (world_size * (accumulation or 1))
+        micro = batch // (data_size * (accumulation or 1))
     if accumulation is None:
-        accumulation = batch // (world_size * micro)
-    if micro * accumulation * world_size != batch or micro < 1:
+        accumulation = batch // (data_size * micro)
+    if micro * accumulation * data_size != batch or micro < 1:
         raise ConfigError(f"{rule}: leave one of them out, or change train_batch_size to a multiple of the others")
     return micro, accumulation
 
 
-def _batch(shared: SharedSettings, world_size: int) -> tuple[int, int]:
+def _batch(shared: SharedSettings, data_size: int) -> tuple[int, int]:
     """Micro-batch size and accumulation steps; the objectives may need several pairs in a micro-batch."""
     batch, micro, accumulation = (shared.get("train", field) for field in BATCH.values())
-    micro, accumulation = batch_triangle(batch, micro, accumulation, world_size)
+    micro, accumulation = batch_triangle(batch, micro, accumulation, data_size)
     model = shared.config.model
     min_pairs = max(objective.min_pairs for objective in objectives_of(model))
     if micro < min_pairs:

@@ -1,15 +1,20 @@
-"""Join the process group of the run and hand it to DeepSpeed."""
+"""Join the process group of the run, create its tensor-parallel groups, and hand both to DeepSpeed."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.utils import groups
 
 from eve_ds.launch_environment import RankInfo, read_environment
 from eve_ds.process_group import DEFAULT_TIMEOUT, initialize_process_group, set_group_timeout
+
+if TYPE_CHECKING:
+    from eve_ds.parallel.tensor.mpu import ModelParallelUnit
 
 
 def initialize_deepspeed_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> RankInfo:
@@ -35,3 +40,28 @@ def initialize_deepspeed_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> Ra
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
     return info
+
+
+def tensor_parallel_unit(tp_size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> ModelParallelUnit | None:
+    """Groups of tensor-parallel ranks, as `deepspeed.initialize` takes them; None if `tp_size` is 1; collective.
+
+    DeepSpeed keeps the unit of an earlier engine of this process, and expert groups that do not know another `tp_size`.
+    This function makes it forget both.
+
+    Args:
+        tp_size: number of consecutive ranks that share the matrices of each layer.
+        timeout: longest wait in a collective of these groups.
+    """
+    before = 1 if groups.mpu is None else groups.mpu.get_model_parallel_world_size()
+    groups.mpu = None
+    if before != tp_size:
+        for known in (
+            *(groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS),
+            *(groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS),
+        ):
+            known.clear()
+    if tp_size == 1:
+        return None
+    from eve_ds.parallel.tensor.mpu import create_groups  # imports megatron-core, which takes seconds
+
+    return create_groups(tp_size, timeout)

@@ -42,7 +42,7 @@ MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 def initialize_engine(
-    model: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any], mpu: object = None
 ) -> DeepSpeedEngine:
     """Call `deepspeed.initialize`, then reduce host calls if the engine allows it.
 
@@ -50,6 +50,7 @@ def initialize_engine(
         model: model with the experts of this rank.
         optimizer: optimizer over the groups of :func:`eve_ds.training.optimizer.optimizer_parameter_groups`.
         deepspeed_config: result of :func:`eve_ds.parallel.settings.resolve_deepspeed_config`.
+        mpu: result of :func:`eve_ds.parallel.startup.tensor_parallel_unit`.
 
     Raises:
         ConfigError: DeepSpeed refuses the configuration.
@@ -59,7 +60,9 @@ def initialize_engine(
     if sums_in_fp32:
         del config["data_types"]
     with deepspeed_errors(deepspeed_config), _without_muon():
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=mpu
+        )
     lower_host_calls(engine, torch.float32 if sums_in_fp32 else None)
     if sums_in_fp32 and getattr(engine.optimizer, "flat_gradients", None) is None:
         raise ConfigError(

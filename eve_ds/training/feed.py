@@ -7,6 +7,7 @@ tell each other every second who waits, who has failed and who is to stop. Thus 
 from __future__ import annotations
 
 import time
+import zlib
 from concurrent.futures import Future
 from typing import Any, NamedTuple, NoReturn
 
@@ -49,7 +50,9 @@ class StepData(NamedTuple):
     is_given_up: bool
     """Whether some rank was still waiting for data when a signal came to some rank, the same on all ranks."""
     totals: dict[str, float]
-    """Counts of the job over all micro-batches and ranks, the same on all ranks."""
+    """Counts of the job over all micro-batches and data ranks, the same on all ranks."""
+    are_shared: bool
+    """Whether tensor-parallel ranks have the same samples, the same on all ranks."""
 
 
 class Feed:
@@ -100,6 +103,11 @@ class Feed:
             self._raise(data.problem)
         if data.is_given_up:
             return None
+        if not data.are_shared:
+            raise UnusableData(
+                "tensor-parallel ranks have read different samples: some could not be read on one of them, or shards "
+                "differ between hosts; rerun the same command to resume from the newest checkpoint"
+            )
         self.job.check_step(data.totals, samples)
         self.position = data.position
         return data
@@ -165,12 +173,21 @@ class Feed:
             loaded = self._await(loading) if loaded is None else loaded
             micro_batches, problem = ([], None) if loaded is None else loaded[:2]
             own = self.job.counts(micro_batches)
-            state = [problem is not None, loaded is None, self.stop.requested]
-            numbers = torch.tensor([*own.values(), *state], dtype=torch.float64)
+            counted = own.values() if self.topology.tensor_rank == 0 else [0.0] * len(own)  # their samples are the same
+            state = [problem is not None, loaded is None, self.stop.requested, self._checksum(micro_batches)]
+            numbers = torch.tensor([*counted, *state], dtype=torch.float64)
             dist.all_reduce(numbers, group=self.group)
-            *totals, num_failed, num_waiting, num_stopped = numbers.tolist()
+            *totals, num_failed, num_waiting, num_stopped, checksum = numbers.tolist()
             if not num_waiting or num_failed or num_stopped:
                 break
         position = self.batches.state_dict() if micro_batches else {}
         sums = dict(zip(own, totals, strict=True))
-        return StepData(micro_batches, problem, position, num_failed, num_waiting > 0, sums)
+        return StepData(micro_batches, problem, position, num_failed, num_waiting > 0, sums, checksum == 0)
+
+    def _checksum(self, micro_batches: list[TrainingBatch]) -> int:
+        """Return a number of the samples' keys whose sum over ranks is 0 if tensor-parallel ranks have the same."""
+        if self.topology.tp_size == 1:
+            return 0
+        keys = "\n".join(key for batch in micro_batches for key in batch.keys)
+        checksum = zlib.crc32(keys.encode("utf-8", "surrogateescape"))
+        return checksum * (self.topology.tp_size - 1) if self.topology.tensor_rank == 0 else -checksum

@@ -61,7 +61,8 @@ class NonFiniteSteps:
         local = [_describe(all_terms(output), batch) for output, batch in zip(computed, batches, strict=True)]
         gathered: list[Any] = [None] * self._topology.world_size
         dist.all_gather_object(gathered, local, group=self._group)
-        found = [(rank, *item) for rank, items in enumerate(gathered) for item in items]
+        samples = enumerate(gathered)
+        found = [(rank, *item) for rank, items in samples if rank % self._topology.tp_size == 0 for item in items]
         severity = max(worst for _, worst, _ in found)
         if self._train.precision == "fp16" and severity == 0:
             return None

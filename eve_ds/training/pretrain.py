@@ -183,7 +183,8 @@ class Pretraining:
 
 
 def _losses(output: EVEOutput, batch: Batch, counts: Mapping[str, float], *, config: Config) -> dict[str, Tensor]:
-    return pretraining_losses(output, batch.targets(), counts, config.model, gather_rows)
+    gather = partial(gather_rows, tp_size=config.parallel.tp_size)
+    return pretraining_losses(output, batch.targets(), counts, config.model, gather)
 
 
 def _start_from(model: EVE, source: Path, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from eve_ds.model.eve import Backbone
 from eve_ds.model.with_losses import plain_model
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.startup import tensor_parallel_unit
 from eve_ds.parallel.zero import initialize_engine
 from eve_ds.signals import StopSignals
 from eve_ds.together import from_rank_zero, on_rank_zero
@@ -43,7 +45,7 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
     checkpoint = None if resume == "none" else newest_good(config, resume if isinstance(resume, Path) else None)
     if checkpoint is not None:
         on_rank_zero(partial(check_tokenizer, checkpoint, job.tokenizer))
-    topology, stop = Topology.current(config.parallel.ep_size), stop or StopSignals()
+    topology, stop = Topology.of(config.parallel), stop or StopSignals()
     # Before the model is built, so that worker processes start meanwhile.
     with _open_feed(job, topology, checkpoint, stop) as feed:
         return _train(job, deepspeed_config, feed, checkpoint, lock, stop)
@@ -73,12 +75,17 @@ def _train(
     stop: StopSignals,
 ) -> Summary:
     config, topology = job.config, feed.topology
+    mpu = tensor_parallel_unit(topology.tp_size, timedelta(seconds=config.train.timeout_seconds))
     seed_everything(config.train.seed)
     moe_cls = partial(DeepSpeedMoE, ep_size=topology.ep_size, ep_rank=topology.expert_rank)
     module = job.build_model(moe_cls, from_checkpoint=checkpoint is not None)
     model = plain_model(module)
+    if topology.tp_size > 1:
+        from eve_ds.parallel.tensor.swap import split_model  # imports megatron-core, which takes seconds
+
+        split_model(model, topology, config.parallel.split_experts)
     optimizer = build_optimizer(model, config, deepspeed_config, job.lr_scale())
-    engine = initialize_engine(module, optimizer, deepspeed_config)
+    engine = initialize_engine(module, optimizer, deepspeed_config, mpu)
     job.freeze(model)
     use_built(next(model.parameters()))  # a build, if needed, must not count as time of the first step
     with lock, stop as signals, Trainer(job, engine, optimizer, feed, signals) as trainer:

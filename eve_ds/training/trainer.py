@@ -60,7 +60,7 @@ class Trainer:
     ) -> None:
         self.job, self.config, self.engine, self.optimizer, self.feed = job, job.config, engine, optimizer, feed
         self.model = plain_model(engine.module)
-        self.topology = Topology.current(self.config.parallel.ep_size)
+        self.topology = Topology.of(self.config.parallel)
         self.step = self.samples = 0
         self.last_batch: TrainingBatch | None = None
         self.seconds = self.lr = 0.0
@@ -90,7 +90,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of any topology, at whose data position the feed was opened."""
-        state = load(self.engine, checkpoint, self.job.shapes)
+        state = load(self.engine, checkpoint, self.job.shapes, self.topology)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.nonfinite.skips = state["nonfinite_skips"]
         # The time alone does not tell: a run ends before the step that would exceed its budget.

@@ -48,7 +48,7 @@ class Window:
         """
         names = sorted(self._terms[0])
         values = torch.stack([torch.stack([terms[name] for name in names]) for terms in self._terms]).mean(dim=0)
-        numbers = dict(zip(names, (all_reduce_sum(values) / topology.data_size).tolist(), strict=True))
+        numbers = dict(zip(names, (all_reduce_sum(values) / topology.world_size).tolist(), strict=True))
         counted = iter(on_host([own for layers in self._moe.values() for own in layers]))
         by_view = {view: [next(counted) for _ in layers] for view, layers in self._moe.items()}
         for layer, of_views in enumerate(zip(*by_view.values(), strict=True)):

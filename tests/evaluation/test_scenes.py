@@ -30,6 +30,7 @@ from eve_ds.evaluation.scenes import (
     word_without_token,
 )
 from eve_ds.model.eve import EVE, EVEOutput
+from eve_ds.model.vocabulary import Vocabulary
 from eve_ds.objectives.registry import OBJECTIVES
 from eve_ds.training.pretrain import Pretraining
 
@@ -83,8 +84,7 @@ class Oracle(nn.Module):
             if input_ids[row][attention_mask[row]].tolist() == self.captions[scene]:
                 pixels[row] = patches_of(pixel_values[row])[masked_patch_ids[row]]
         return EVEOutput(
-            vocabulary_weight=torch.eye(self.vocabulary),
-            vocabulary_bias=torch.zeros(self.vocabulary),
+            vocabulary=Vocabulary(torch.eye(self.vocabulary), torch.zeros(self.vocabulary)),
             moe={},
             pixel_predictions=pixels,
             token_hidden=logits,

@@ -1,32 +1,20 @@
-"""Initial weights depend on the seed and a parameter's plain name, and a shard is cut from the whole tensor."""
+"""Initial weights depend on the seed and a parameter's plain name."""
 
 import torch
 from tiny import tiny_config
-from torch import nn
 
-from eve_ds.model.eve import EVE, Shard, initialize_weights
+from eve_ds.model.eve import EVE, initialize_weights
 from eve_ds.model.moe import plain_named_tensors
 
 CONFIG = tiny_config().model
 
 
-def drawn(model, shards=None):
+def drawn(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
-    initialize_weights(model, CONFIG, 3, shards or {})
+    initialize_weights(model, CONFIG, 3)
     return {name: tensor.clone() for name, tensor in plain_named_tensors(model)}
-
-
-def test_a_shard_equals_its_part_of_the_whole_tensor():
-    whole, model = drawn(EVE(CONFIG)), EVE(CONFIG)
-    name = "backbone.blocks.0.attention.qkv.weight"
-    rows = whole[name].shape[0] // 2
-    attention = model.backbone.blocks[0].attention
-    attention.qkv.weight = nn.Parameter(torch.empty(rows, whole[name].shape[1]))
-    found = drawn(model, {name: Shard(whole[name].shape, lambda tensor: tensor[rows:])})
-    assert torch.equal(found[name], whole[name][rows:])
-    assert all(torch.equal(found[other], whole[other]) for other in whole if other != name)
 
 
 def test_plain_names_decide_how_parameters_are_initialized():

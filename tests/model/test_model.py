@@ -514,7 +514,7 @@ def test_text_head_is_dense_gelu_norm_and_tied_to_the_word_embedding():
     torch.testing.assert_close(head(x), layer_norm_by_hand(h, head.norm))
     model = small_model()
     output = model(**pair_batch())
-    assert output.vocabulary_weight is model.backbone.text_embedding.word.weight
+    assert output.vocabulary.weight is model.backbone.text_embedding.word.weight
     expected = output.token_hidden @ model.backbone.text_embedding.word.weight.T + model.text_head.bias
     torch.testing.assert_close(output.token_logits(), expected)
 

@@ -8,6 +8,7 @@ import torch
 from eve_ds.config import LossConfig, ModelConfig
 from eve_ds.model.eve import EVEOutput
 from eve_ds.model.moe import MoEOutput
+from eve_ds.model.vocabulary import Vocabulary
 from eve_ds.model.with_losses import weighted_sum
 from eve_ds.objectives.pretraining import pretraining_losses
 
@@ -22,7 +23,7 @@ def made():
 
     moe = tuple(MoEOutput(None, torch.tensor(1.0 + i / 4), torch.tensor(30.0 + i), None) for i in range(2))
     pixels, hidden = draw(BATCH, MASKED, 3 * PATCH**2), draw(TOKENS, WIDTH)
-    output = EVEOutput(draw(VOCAB, WIDTH), draw(VOCAB), {"joint": moe}, pixels, hidden)
+    output = EVEOutput(Vocabulary(draw(VOCAB, WIDTH), draw(VOCAB)), {"joint": moe}, pixels, hidden)
     inputs = {
         "pixel_values": draw(BATCH, 3, SIDE, SIDE),
         "image_mask": torch.tensor([True, False, True]),
@@ -65,7 +66,7 @@ def text_sum_by_loops(output, inputs):
     for hidden, label in zip(output.token_hidden.tolist(), inputs["token_labels"].tolist(), strict=True):
         logits = [
             sum(h * w for h, w in zip(hidden, weights, strict=True)) + bias
-            for weights, bias in zip(output.vocabulary_weight.tolist(), output.vocabulary_bias.tolist(), strict=True)
+            for weights, bias in zip(output.vocabulary.weight.tolist(), output.vocabulary.bias.tolist(), strict=True)
         ]
         total += math.log(sum(math.exp(logit) for logit in logits)) - logits[label]
     return total

@@ -177,7 +177,7 @@ REFUSED = {
             "zero_optimization": {"stage": 2, **FACTORY_ZERO},
             "tensor_parallel": {"autotp_size": 2},
         },
-        ["tensor_parallel.autotp_size (2) in the DeepSpeed JSON cannot be used: EVE has no tensor parallelism: remove"],
+        ["tensor_parallel.autotp_size (2) in the DeepSpeed JSON cannot be used: DeepSpeed's own way does not know"],
     ),
     "GPT-NeoX zero2": (
         {
@@ -250,7 +250,7 @@ REFUSED = {
             "expert_parallel.enabled (true) in the DeepSpeed JSON cannot be used: AutoEP replaces the experts of known",
             "train.max_steps (1) in the YAML contradicts scheduler.params.total_num_steps (1000) in the DeepSpeed JSON",
             "optimizer.warmup_steps (2) in the YAML contradicts scheduler.params.warmup_num_steps (100) in the DeepSpe",
-            "train_batch_size (4) must equal micro_batch_size (2) * gradient_accumulation_steps (1) * ranks (1)",
+            "train_batch_size (4) must equal micro_batch_size (2) * gradient_accumulation_steps (1) * data ranks (1)",
         ],
     ),
     "DeepSpeedExamples ZenFlow": (

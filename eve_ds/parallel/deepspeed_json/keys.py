@@ -283,8 +283,9 @@ HYBRID_ENGINE: Section = {
         enable_cuda_graph=BOOL,
     ),
 }
+TP_SIZE = "DeepSpeed's own way does not know EVE's attention: remove tensor_parallel, set parallel.tp_size in the YAML"
 TENSOR_PARALLEL: Section = {
-    "autotp_size": refused(whole(0), "EVE has no tensor parallelism: remove tensor_parallel", 0, 1),
+    "autotp_size": refused(whole(0), TP_SIZE, 0, 1),
     **unused(
         dtype=ANY_DTYPE,
         tp_overlap_comm=BOOL,
@@ -299,7 +300,7 @@ TENSOR_PARALLEL: Section = {
     ),
     **{
         name: {
-            "tp_size": refused(whole(1), "EVE has no tensor parallelism: remove tensor_parallel", 1),
+            "tp_size": refused(whole(1), TP_SIZE, 1),
             **unused(tp_grain_size=whole(1), mpu=ANY, tp_group=ANY),
         }
         for name in ("tensor_parallel", "tp")

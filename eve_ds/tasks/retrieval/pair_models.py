@@ -6,6 +6,7 @@ Li et al., ALBEF (NeurIPS 2021), sections 3.2 and 4, with one backbone for image
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -101,6 +102,7 @@ class RetrievalModel(nn.Module):
         self.visible_patches = VisiblePatches(config)
         self.head = RetrievalHead(config.model.hidden_size, task_section(config).temperature)
         self.matching = task_section(config).itm_weight > 0
+        self.tp_size = config.parallel.tp_size
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
@@ -112,7 +114,7 @@ class RetrievalModel(nn.Module):
         images = _unit(self.head.image_projection(image_class_states(image_pass)))
         texts = _unit(self.head.text_projection(text_class_states(text_pass)))
         scale = (-self.head.log_temperature.float()).exp()
-        logits = contrastive_logits(images, texts, scale, targets)
+        logits = contrastive_logits(images, texts, scale, targets, self.tp_size)
         if not self.matching:
             return RetrievalOutput(*logits, None, None, *sum_outputs((image_pass, text_pass)))
         same = targets.unsqueeze(1) == targets.unsqueeze(0)
@@ -148,19 +150,22 @@ class RetrievalModel(nn.Module):
         return logits[:, 1] - logits[:, 0]
 
 
-def contrastive_logits(images: Tensor, texts: Tensor, scale: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_logits(
+    images: Tensor, texts: Tensor, scale: Tensor, targets: Tensor, tp_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Similarities over the global batch of G, and which of them are of one image; a collective.
 
     Args:
         images, texts: (B, F) fp32 features of this rank's samples.
         scale: () or (1,), one over the temperature.
         targets: (B,) int64, equal for the same image.
+        tp_size: number of consecutive ranks with the same samples.
 
     Returns:
         (B, G) of images to texts, (B, G) of texts to images, (B, G) bool.
     """
-    everyone = GlobalPairs.of(images, texts, gather_rows)
-    same = targets.unsqueeze(1) == gather_rows(targets)[0].unsqueeze(0)
+    everyone = GlobalPairs.of(images, texts, partial(gather_rows, tp_size=tp_size))
+    same = targets.unsqueeze(1) == gather_rows(targets, tp_size)[0].unsqueeze(0)
     return scale * images @ everyone.texts.t(), scale * texts @ everyone.images.t(), same
 
 

@@ -52,6 +52,7 @@ class WordRetrievalModel(WordModel):
         super().__init__(config, moe_cls, template)
         self.head: RetrievalWordHead = RetrievalWordHead(config)
         self.centered = centered
+        self.tp_size = config.parallel.tp_size
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
@@ -62,7 +63,7 @@ class WordRetrievalModel(WordModel):
         images = _features(passes)
         texts = self.text_features(input_ids, attention_mask)
         scale = (-self.head.log_temperature.float()).exp()
-        logits = contrastive_logits(images, texts, scale, targets)
+        logits = contrastive_logits(images, texts, scale, targets, self.tp_size)
         moe = tuple(layer for words in passes for layer in words.moe)
         return RetrievalOutput(*logits, None, None, moe, sum(words.num_tokens for words in passes))
 
