@@ -92,12 +92,7 @@ def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: 
             f"parallel.tp_size ({tp_size}) needs the package megatron-core, which is not installed: run pip install "
             "--no-deps megatron-core==0.16.1 (its dependencies are not needed), or set tp_size=1"
         )
-    for name, size in _cut_sizes(config).items():
-        if size % tp_size:
-            raise ConfigError(
-                f"model.{name} ({size}) must be divisible by parallel.tp_size ({tp_size}), since tensor-parallel ranks "
-                f"hold equal parts of it: take another tp_size, or change model.{name}"
-            )
+    check_cuts(config, tp_size)
     if config.train.compile != "none":
         raise ConfigError(
             f"train.compile ({config.train.compile}) cannot be used with parallel.tp_size ({tp_size}), whose blocks "
@@ -108,6 +103,16 @@ def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: 
             "data_types.grad_accum_dtype (fp32) in the DeepSpeed JSON cannot be used with zero_optimization.stage 1 "
             f"and parallel.tp_size ({tp_size}): use stage 2, or remove it"
         )
+
+
+def check_cuts(config: Config, tp_size: int) -> None:
+    """Raise ConfigError if `tp_size` ranks cannot hold equal parts of the layers."""
+    for name, size in _cut_sizes(config).items():
+        if size % tp_size:
+            raise ConfigError(
+                f"model.{name} ({size}) must be divisible by parallel.tp_size ({tp_size}), since tensor-parallel ranks "
+                f"hold equal parts of it: take another tp_size, or change model.{name}"
+            )
 
 
 def _cut_sizes(config: Config) -> dict[str, int]:

@@ -30,7 +30,7 @@ from eve_ds.model.with_losses import weighted_sum
 from eve_ds.objectives.pretraining import count, pretraining_losses
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.ops.masked_loss import CUDA_CHUNK_BYTES
-from eve_ds.planner.parameters import find_cut, model_on_meta, shard_shape
+from eve_ds.planner.parameters import Cutting, model_on_meta
 from eve_ds.planner.traffic import Passes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,21 +63,22 @@ class Forward(NamedTuple):
         return self.outside + self.block_inputs + self.largest_block + self.logits
 
 
-def forward_of(config: Config, micro_batch: int, tp_size: int = 1, precision: str = "bf16") -> Forward:
+def forward_of(config: Config, micro_batch: int, precision: str = "bf16", cutting: Cutting | None = None) -> Forward:
     """Run the forward pass and the losses of one micro-batch on the meta device.
 
     Args:
         config: model, masks and sources.
         micro_batch: number of samples.
-        tp_size: number of tensor-parallel ranks, of which one is counted.
         precision: data type of weights and activations.
+        cutting: tensor-parallel ranks, of which one is counted; None: one rank.
     """
+    cutting = cutting or Cutting()
     batch = longest_batch(config, micro_batch)
     model = model_on_meta(config.model).to(DTYPES[precision]).train()
     model.pack_views = config.train.pack_views
-    hold_shards(model, tp_size)
+    hold_shards(model, cutting)
     kept = KeptTensors(model)
-    exchanged = Exchanged(model)
+    exchanged = Exchanged(model, cutting)
     model.backbone.checkpoint_blocks(kept.run_block)
     with FusedAttention(), kept.recorded():
         loss = training_loss(model, config, batch.to("meta"))
@@ -115,15 +116,15 @@ def training_loss(model: EVE, config: Config, batch: Batch) -> Tensor:
     return weighted_sum(terms, config.loss.weights)
 
 
-def hold_shards(model: EVE, tp_size: int) -> None:
+def hold_shards(model: EVE, cutting: Cutting) -> None:
     """Replace the parameters of a plain model on the meta device by one tensor-parallel rank's parts."""
     for name, parameter in list(model.named_parameters()):
         module, _, own = name.rpartition(".")
-        shape = shard_shape(name, parameter.shape, tp_size)
+        shape = cutting.shape(name, parameter.shape)
         setattr(model.get_submodule(module), own, nn.Parameter(parameter.new_empty(shape)))
     for part in model.modules():
         if isinstance(part, SelfAttention | CrossAttention):
-            part.num_heads //= tp_size
+            part.num_heads //= cutting.tp_size
 
 
 class FusedAttention(TorchFunctionMode):
@@ -243,7 +244,8 @@ class Exchanged:
     the gradients of their inputs in the backward pass; split experts do both.
     """
 
-    def __init__(self, model: EVE) -> None:
+    def __init__(self, model: EVE, cutting: Cutting) -> None:
+        self._splits_experts = cutting.split_experts
         self._rows, self._calls = 0, 0
         self._forward = {True: 0, False: 0}
         """Bytes of sums in the forward pass: inside the blocks of the backbone, and outside."""
@@ -252,7 +254,7 @@ class Exchanged:
             if isinstance(module, Experts):
                 module.register_forward_hook(self._experts)
             elif isinstance(module, nn.Linear | nn.Embedding):
-                cut = find_cut(f"{name}.weight")
+                cut = cutting.find(f"{name}.weight")
                 if cut is not None:
                     by_rows = isinstance(module, nn.Embedding) or cut.dim == 1
                     inside = name.startswith("backbone.blocks.")
@@ -261,8 +263,9 @@ class Exchanged:
     def _experts(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._calls += 1
         self._rows += output.nbytes
-        self._forward[True] += output.nbytes
-        self._backward += output.nbytes
+        if self._splits_experts:
+            self._forward[True] += output.nbytes
+            self._backward += output.nbytes
 
     def _linear(
         self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, by_rows: bool, inside: bool

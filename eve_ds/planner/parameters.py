@@ -44,17 +44,45 @@ class Held(NamedTuple):
         return max((*self.dense_sizes, *self.expert_sizes))
 
 
+class Cutting(NamedTuple):
+    """How tensor parallelism cuts the parameters of the plain model."""
+
+    tp_size: int = 1
+    split_experts: bool = False
+
+    def find(self, name: str) -> Cut | None:
+        """Cut of a parameter; None if every rank holds it whole."""
+        if is_stacked(name) and not self.split_experts:
+            return None
+        try:
+            return cut_of(plain_names(name, 0, 1)[0])
+        except KeyError:
+            return None
+
+    def shape(self, name: str, shape: torch.Size) -> torch.Size:
+        """Shape of a rank's part of a parameter, which may stack experts."""
+        cut = self.find(name)
+        if cut is None:
+            return shape
+        stacked = is_stacked(name)
+        plain = shape[1:] if stacked else shape
+        local = list(plain)
+        local[cut.dim] = Shard(plain, cut, 0, self.tp_size).length * cut.blocks
+        return torch.Size([*shape[:1], *local] if stacked else local)
+
+
 def model_on_meta(config: ModelConfig) -> EVE:
     """Plain model without storage."""
     with torch.device("meta"):
         return EVE(config)
 
 
-def count_parameters(model: nn.Module, ep_size: int = 1, tp_size: int = 1) -> Held:
+def count_parameters(model: nn.Module, ep_size: int = 1, cutting: Cutting | None = None) -> Held:
     """Count what a rank holds of a plain model with all experts; the vocabulary is padded to whole shards."""
+    cutting = cutting or Cutting()
     dense, experts = [], []
     for name, parameter in model.named_parameters():
-        size = math.prod(shard_shape(name, parameter.shape, tp_size))
+        size = math.prod(cutting.shape(name, parameter.shape))
         if is_stacked(name):
             experts.append(size // ep_size)
         else:
@@ -77,22 +105,3 @@ def most_touched(sizes: tuple[int, ...], ranks: int) -> int:
         ),
         default=0,
     )
-
-
-def shard_shape(name: str, shape: torch.Size, tp_size: int) -> torch.Size:
-    """Shape of a tensor-parallel rank's part of a parameter of the plain model, which may stack experts."""
-    stacked, cut = is_stacked(name), find_cut(name)
-    if cut is None:
-        return shape
-    plain = shape[1:] if stacked else shape
-    local = list(plain)
-    local[cut.dim] = Shard(plain, cut, 0, tp_size).length * cut.blocks
-    return torch.Size([*shape[:1], *local] if stacked else local)
-
-
-def find_cut(name: str) -> Cut | None:
-    """How tensor parallelism cuts a parameter of the plain model; None if every rank holds it whole."""
-    try:
-        return cut_of(plain_names(name, 0, 1)[0])
-    except KeyError:
-        return None

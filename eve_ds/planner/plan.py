@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
+import eve_ds
 from eve_ds.config import Config, ConfigError
-from eve_ds.parallel.refused import check_clipping, check_topology
+from eve_ds.parallel.refused import check_clipping, check_cuts, check_topology
 from eve_ds.planner.forward import Forward, forward_of
 from eve_ds.planner.memory import Memory, memory
-from eve_ds.planner.parameters import count_parameters, model_on_meta
+from eve_ds.planner.parameters import Cutting, count_parameters, model_on_meta
 from eve_ds.planner.shape import Shape
-from eve_ds.planner.traffic import Collective, collectives
+from eve_ds.planner.traffic import Collective, Passes, collectives
+from eve_ds.reading import read_json
 
 GIB = 2**30
 RESERVED = 0.1
@@ -34,6 +37,26 @@ FILES = {
 }
 """Precision -> (ZeRO stage, offload) -> name of the file in `ds_configs/`."""
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+
+
+PACKAGE = Path(eve_ds.__file__).parent
+FOLDER = (PACKAGE if (PACKAGE / "ds_configs").is_dir() else PACKAGE.parent) / "ds_configs"
+"""Files of DeepSpeed: inside the package if it was installed from a wheel, beside the package in a checkout."""
+
+
+def file_of(shape: Shape) -> Path:
+    """File of the DeepSpeed JSON for a shape."""
+    return FOLDER / f"{FILES[shape.precision][shape.zero_stage, shape.offload]}.json"
+
+
+def with_buffers(shape: Shape) -> Shape:
+    """The shape with the sizes of buffers that its file sets."""
+    zero = read_json(file_of(shape))["zero_optimization"]
+    return replace(
+        shape,
+        reduce_bucket=int(zero.get("reduce_bucket_size", shape.reduce_bucket)),
+        max_live_parameters=int(zero.get("stage3_max_live_parameters", shape.max_live_parameters)),
+    )
 
 
 class Machine(NamedTuple):
@@ -71,7 +94,7 @@ class Option(NamedTuple):
     def file(self) -> str:
         """File of the DeepSpeed JSON."""
         shape = self.shape
-        return f"ds_configs/{FILES[shape.precision][shape.zero_stage, shape.offload]}.json"
+        return f"ds_configs/{file_of(shape).name}"
 
     @property
     def settings(self) -> list[str]:
@@ -112,25 +135,30 @@ class Planner:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._model = model_on_meta(config.model)
-        self._measured: dict[int, tuple[Forward, Forward]] = {}
+        self._measured: dict[Cutting, tuple[Forward, Forward]] = {}
 
     def option(self, shape: Shape) -> Option:
         """Bytes of a shape."""
-        held = count_parameters(self._model, shape.ep_size, shape.tp_size)
-        forward = self.forward(shape.micro_batch, shape.tp_size)
+        cutting = Cutting(shape.tp_size, shape.split_experts)
+        held = count_parameters(self._model, shape.ep_size, cutting)
+        forward = self.forward(shape.micro_batch, cutting)
         kept = forward.checkpointed if shape.checkpointing else forward.kept
         found = collectives(held, forward.passes, self.config.model, shape)
         return Option(shape, memory(held, shape, kept), found)
 
-    def forward(self, micro_batch: int, tp_size: int) -> Forward:
+    def forward(self, micro_batch: int, cutting: Cutting) -> Forward:
         """What a micro-batch keeps and exchanges."""
-        if tp_size not in self._measured:
-            few, many = (forward_of(self.config, size, tp_size, self.config.train.precision) for size in self.MEASURED)
-            self._measured[tp_size] = few, many
-        few, many = self._measured[tp_size]
+        if cutting not in self._measured:
+            precision = self.config.train.precision
+            few, many = (forward_of(self.config, size, precision, cutting) for size in self.MEASURED)
+            self._measured[cutting] = few, many
+        few, many = self._measured[cutting]
         share = (micro_batch - self.MEASURED[0]) / (self.MEASURED[1] - self.MEASURED[0])
-        passes = type(few.passes)(*(round(a + (b - a) * share) for a, b in zip(few.passes, many.passes, strict=True)))
-        return Forward(*(round(a + (b - a) * share) for a, b in zip(few[:-1], many[:-1], strict=True)), passes)
+        passes = Passes(*(round(a + (b - a) * share) for a, b in zip(few.passes, many.passes, strict=True)))
+        outside, blocks, inputs, largest, logits = (
+            round(a + (b - a) * share) for a, b in zip(few[:-1], many[:-1], strict=True)
+        )
+        return Forward(outside, blocks, inputs, largest, logits, passes)
 
     def plan(self, machine: Machine, micro_batch: int | None = None) -> list[Option]:
         """Shapes that fit, best first: of each ZeRO stage, offload and tensor-parallel size the best one.
@@ -167,17 +195,24 @@ class Planner:
         """Valid shapes with a micro-batch of 1."""
         model, precision = self.config.model, self.config.train.precision
         for tp_size in TENSOR_PARALLEL_SIZES:
-            if not _can_cut(self.config, machine, tp_size):
+            if machine.gpus_per_node % tp_size:
                 continue
             replicas = machine.gpus // tp_size
             common = math.gcd(model.moe.num_experts, replicas) if model.expert_layers else 1
             for ep_size in (size for size in range(1, common + 1) if common % size == 0):
                 for zero_stage, offload in FILES.get(precision, {}):
                     shape = Shape(
-                        machine.gpus, machine.gpus_per_node, ep_size, tp_size, zero_stage, offload, precision=precision
+                        machine.gpus,
+                        machine.gpus_per_node,
+                        ep_size,
+                        tp_size,
+                        self.config.parallel.split_experts,
+                        zero_stage,
+                        offload,
+                        precision=precision,
                     )
                     if self._is_valid(shape):
-                        yield shape
+                        yield with_buffers(shape)
 
     def _is_valid(self, shape: Shape) -> bool:
         clip = self.config.optimizer.clip_grad_norm
@@ -188,7 +223,9 @@ class Planner:
                 ep_size=shape.ep_size,
                 zero_stage=shape.zero_stage,
                 clip_grad_norm=clip,
+                tp_size=shape.tp_size,
             )
+            check_cuts(self.config, shape.tp_size)
             check_clipping(shape.precision, shape.zero_stage, clip)
         except ConfigError:
             return False
@@ -209,16 +246,6 @@ class Planner:
 
 def _rank(option: Option) -> tuple[float, ...]:
     return option.rank
-
-
-def _can_cut(config: Config, machine: Machine, tp_size: int) -> bool:
-    """Whether a tensor-parallel group of this size fits into a node and divides heads and hidden channels."""
-    model = config.model
-    divided = (
-        *(machine.gpus, machine.gpus_per_node, model.num_attention_heads, model.intermediate_size),
-        model.pixel_decoder.num_attention_heads,
-    )
-    return all(size % tp_size == 0 for size in divided)
 
 
 def describe(shape: Shape) -> str:

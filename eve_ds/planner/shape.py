@@ -20,6 +20,8 @@ class Shape:
     """Number of ranks that share one full set of experts."""
     tp_size: int = 1
     """Number of ranks that share one full set of tensors."""
+    split_experts: bool = False
+    """Whether tensor-parallel ranks share each expert."""
     zero_stage: int = 1
     offload: bool = False
     """Whether optimizer states and their update are in host memory (ZeRO 2)."""

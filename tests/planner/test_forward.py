@@ -58,7 +58,7 @@ def loss_bytes(precision):
 def test_counted_activations_are_those_of_a_real_pass(name, precision):
     config = tiny_config("masking.text_to_image_share=0", *CONFIGS[name])
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    counted, tolerance = forward_of(config, SIZE, precision=precision), TOLERANCE[precision]
+    counted, tolerance = forward_of(config, SIZE, precision), TOLERANCE[precision]
     real = kept_on_cpu(config, dtype, checkpointing=False)
     assert counted.outside + counted.blocks == pytest.approx(real, rel=tolerance)
     real = kept_on_cpu(config, dtype, checkpointing=True)
