@@ -48,19 +48,19 @@ class Forward(NamedTuple):
     largest_block: int
     """Kept by the block that keeps most."""
     logits: int
-    """Logits of the masked words that exist at once: those of one chunk on a GPU."""
+    """Logits of all masked words, of which a GPU holds one chunk of at most `CUDA_CHUNK_BYTES` at a time."""
     passes: Passes
     """Tensors that ranks exchange."""
 
     @property
     def kept(self) -> int:
         """Most bytes of the forward pass."""
-        return self.outside + self.blocks + self.logits
+        return self.outside + self.blocks + min(self.logits, CUDA_CHUNK_BYTES)
 
     @property
     def checkpointed(self) -> int:
         """Most bytes with `train.activation_checkpointing`, which computes one block after another again."""
-        return self.outside + self.block_inputs + self.largest_block + self.logits
+        return self.outside + self.block_inputs + self.largest_block + min(self.logits, CUDA_CHUNK_BYTES)
 
 
 def forward_of(config: Config, micro_batch: int, precision: str = "bf16", cutting: Cutting | None = None) -> Forward:
@@ -234,7 +234,7 @@ def _logit_bytes(model: EVE, batch: Batch) -> int:
     if batch.masked_token_ids is None or model.text_head is None:
         return 0
     weight = model.backbone.text_embedding.word.weight
-    return min(len(batch.masked_token_ids) * len(weight) * weight.element_size(), CUDA_CHUNK_BYTES)
+    return len(batch.masked_token_ids) * len(weight) * weight.element_size()
 
 
 class Exchanged:

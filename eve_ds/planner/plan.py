@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import eve_ds
 from eve_ds.config import Config, ConfigError
 from eve_ds.parallel.refused import check_clipping, check_cuts, check_topology
 from eve_ds.planner.forward import Forward, forward_of
@@ -39,7 +38,7 @@ FILES = {
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 
 
-PACKAGE = Path(eve_ds.__file__).parent
+PACKAGE = Path(__file__).resolve().parents[1]
 FOLDER = (PACKAGE if (PACKAGE / "ds_configs").is_dir() else PACKAGE.parent) / "ds_configs"
 """Files of DeepSpeed: inside the package if it was installed from a wheel, beside the package in a checkout."""
 
@@ -102,7 +101,7 @@ class Option(NamedTuple):
         shape = self.shape
         found = [f"parallel.ep_size={shape.ep_size}", f"train.micro_batch_size={shape.micro_batch}"]
         if shape.tp_size > 1:
-            found.append(f"parallel.tp_size={shape.tp_size}")
+            found += [f"parallel.tp_size={shape.tp_size}", *["parallel.split_experts=true"] * shape.split_experts]
         if shape.checkpointing:
             found.append("train.activation_checkpointing=true")
         return found
@@ -170,6 +169,11 @@ class Planner:
         Raises:
             ConfigError: no shape is valid, or none fits.
         """
+        precision = self.config.train.precision
+        if precision not in FILES:
+            raise ConfigError(
+                f"train.precision ({precision}) has no file in ds_configs/: plan with one of {', '.join(FILES)}"
+            )
         tried = [list(self._sizes(shape, micro_batch)) for shape in self._shapes(machine)]
         options = [option for sizes in tried for option in sizes]
         if not options:
@@ -185,7 +189,7 @@ class Planner:
         if not best:
             least = min(options, key=lambda option: option.memory.gpu)
             raise ConfigError(
-                f"{self.config.name} does not fit on {machine.gpus} GPUs of {machine.gpu_memory:g} GiB, of which "
+                f"{self.config.name} does not fit on {machine.gpus} GPU{'s' * (machine.gpus > 1)} of {machine.gpu_memory:g} GiB, of which "
                 f"{1 - RESERVED:.0%} are for tensors: the smallest shape ({describe(least.shape)}) needs "
                 f"{least.memory.gpu / GIB:.1f} GiB on each: use more GPUs, or larger ones"
             )
@@ -259,8 +263,8 @@ def why(option: Option) -> str:
     """One line about what the first shape of a plan does without, and why it has its ep_size."""
     shape = option.shape
     avoided = [
-        *["tensor parallelism"] * (shape.tp_size == 1),
         *["offload"] * (not shape.offload),
+        *["tensor parallelism"] * (shape.tp_size == 1),
         *["recomputation"] * (not shape.checkpointing),
     ]
     without = f"without {', '.join(avoided)}" if avoided else "only so"
