@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from eve_ds.report.tables import Table
 
 
+MOST_GPUS = 65_536
+
+
 def build_parser() -> Parser:
     """Parser of the command line behind `plan`."""
     parser = Parser(prog="report plan", description=__doc__, epilog=exit_code_table(0, BAD_INPUT, *SIGNALED))
@@ -60,6 +63,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     from eve_ds.config import ConfigError, load_config
     from eve_ds.planner.plan import Machine, Planner, why
 
+    if arguments.gpus > MOST_GPUS:
+        raise ConfigError(f"--gpus ({arguments.gpus}) must be at most {MOST_GPUS}")
     per_node = min(arguments.gpus_per_node, arguments.gpus)
     if arguments.gpus % per_node:
         raise ConfigError(

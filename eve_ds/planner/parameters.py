@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -92,16 +91,10 @@ def count_parameters(model: nn.Module, ep_size: int = 1, cutting: Cutting | None
 
 def most_touched(sizes: tuple[int, ...], ranks: int) -> int:
     """Elements of the tensors that lie wholly or partly in one of `ranks` equal parts of all tensors, at most."""
-    total, ends = sum(sizes), list(accumulate(sizes))
-    part = -(-total // ranks)
-    return max(
-        (
-            sum(
-                size
-                for size, end in zip(sizes, ends, strict=True)
-                if end > rank * part and end - size < (rank + 1) * part
-            )
-            for rank in range(ranks)
-        ),
-        default=0,
-    )
+    part = -(-sum(sizes) // ranks) or 1
+    touched, start = [0] * ranks, 0
+    for size in sizes:
+        for rank in range(start // part, -(-(start + size) // part)):
+            touched[rank] += size
+        start += size
+    return max(touched)

@@ -17,7 +17,7 @@ from eve_ds.config import Config, ConfigError
 from eve_ds.parallel.refused import check_clipping, check_cuts, check_topology
 from eve_ds.planner.forward import Forward, forward_of
 from eve_ds.planner.memory import Memory, memory
-from eve_ds.planner.parameters import Cutting, count_parameters, model_on_meta
+from eve_ds.planner.parameters import Cutting, Held, count_parameters, model_on_meta
 from eve_ds.planner.shape import Shape
 from eve_ds.planner.traffic import Collective, Passes, collectives
 from eve_ds.reading import read_json
@@ -135,15 +135,21 @@ class Planner:
         self.config = config
         self._model = model_on_meta(config.model)
         self._measured: dict[Cutting, tuple[Forward, Forward]] = {}
+        self._counted: dict[tuple[int, Cutting], Held] = {}
 
     def option(self, shape: Shape) -> Option:
         """Bytes of a shape."""
         cutting = Cutting(shape.tp_size, shape.split_experts)
-        held = count_parameters(self._model, shape.ep_size, cutting)
+        held = self._held(shape.ep_size, cutting)
         forward = self.forward(shape.micro_batch, cutting)
         kept = forward.checkpointed if shape.checkpointing else forward.kept
         found = collectives(held, forward.passes, self.config.model, shape)
         return Option(shape, memory(held, shape, kept), found)
+
+    def _held(self, ep_size: int, cutting: Cutting) -> Held:
+        if (ep_size, cutting) not in self._counted:
+            self._counted[ep_size, cutting] = count_parameters(self._model, ep_size, cutting)
+        return self._counted[ep_size, cutting]
 
     def forward(self, micro_batch: int, cutting: Cutting) -> Forward:
         """What a micro-batch keeps and exchanges."""
@@ -188,8 +194,9 @@ class Planner:
             best.setdefault((shape.zero_stage, shape.offload, shape.tp_size), option)
         if not best:
             least = min(options, key=lambda option: option.memory.gpu)
+            gpus = "1 GPU" if machine.gpus == 1 else f"{machine.gpus} GPUs"
             raise ConfigError(
-                f"{self.config.name} does not fit on {machine.gpus} GPU{'s' * (machine.gpus > 1)} of {machine.gpu_memory:g} GiB, of which "
+                f"{self.config.name} does not fit on {gpus} of {machine.gpu_memory:g} GiB, of which "
                 f"{1 - RESERVED:.0%} are for tensors: the smallest shape ({describe(least.shape)}) needs "
                 f"{least.memory.gpu / GIB:.1f} GiB on each: use more GPUs, or larger ones"
             )
@@ -203,7 +210,7 @@ class Planner:
                 continue
             replicas = machine.gpus // tp_size
             common = math.gcd(model.moe.num_experts, replicas) if model.expert_layers else 1
-            for ep_size in (size for size in range(1, common + 1) if common % size == 0):
+            for ep_size in divisors(common):
                 for zero_stage, offload in FILES.get(precision, {}):
                     shape = Shape(
                         machine.gpus,
@@ -240,12 +247,18 @@ class Planner:
         share, rest = divmod(self.config.train.train_batch_size, shape.data_size)
         if rest or not share:
             return
-        for size in (size for size in range(1, share + 1) if share % size == 0):
+        for size in divisors(share):
             if micro_batch in (None, size):
                 for checkpointing in (False, True):
                     yield self.option(
                         replace(shape, micro_batch=size, accumulation_steps=share // size, checkpointing=checkpointing)
                     )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _rank(option: Option) -> tuple[float, ...]:
