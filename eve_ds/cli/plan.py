@@ -25,7 +25,7 @@ from eve_ds.cli.command import (
 )
 
 if TYPE_CHECKING:
-    from eve_ds.planner.plan import Option
+    from eve_ds.planner.option import Option
     from eve_ds.report.tables import Table
 
 
@@ -61,7 +61,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eve_ds.config import ConfigError, load_config
-    from eve_ds.planner.plan import Machine, Planner, why
+    from eve_ds.planner.plan import Machine, Planner
 
     if arguments.gpus > MOST_GPUS:
         raise ConfigError(f"--gpus ({arguments.gpus}) must be at most {MOST_GPUS}")
@@ -75,20 +75,19 @@ def _plan(arguments: argparse.Namespace) -> int:
     options = Planner(config).plan(machine, arguments.micro_batch)
     console = Console(width=200, soft_wrap=True)
     console.print(plan_table(config.name, machine.gpus, options).to_rich())
-    print(f"recommended: the first, which {why(options[0])}")
+    print(f"recommended: the first, which {options[0].reason}")
     print(f"  --deepspeed_config {options[0].file} --set {' '.join(options[0].settings)}")
     return 0
 
 
 def plan_table(name: str, gpus: int, options: list[Option]) -> Table:
     """Table of the options, best first."""
-    from eve_ds.planner.plan import describe
     from eve_ds.report.tables import Table
 
     terms = ("weights", "masters", "moments", "gradients", "buckets", "activations")
     rows = [
         (
-            describe(option.shape),
+            str(option.shape),
             f"{option.shape.micro_batch} x {option.shape.accumulation_steps}",
             *(_gib(getattr(option.memory, term)) for term in terms),
             _gib(option.memory.gpu),

@@ -10,52 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from operator import attrgetter
 from typing import NamedTuple
 
 from eve_ds.config import Config, ConfigError
+from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.refused import check_clipping, check_cuts, check_topology
+from eve_ds.planner.files import FILES, with_buffers
 from eve_ds.planner.forward import Forward, forward_of
-from eve_ds.planner.memory import Memory, memory
+from eve_ds.planner.memory import memory
+from eve_ds.planner.option import Option
 from eve_ds.planner.parameters import Cutting, Held, count_parameters, model_on_meta
 from eve_ds.planner.shape import Shape
-from eve_ds.planner.traffic import Collective, Passes, collectives
-from eve_ds.reading import read_json
+from eve_ds.planner.traffic import Passes, collectives
 
 GIB = 2**30
 RESERVED = 0.1
 """Share of a GPU's memory for the CUDA context, NCCL, cuBLAS and fragmentation: assumed, not measured on a GPU."""
-FEW_SAMPLES = 8
-"""Micro-batches below this size come last, since products of few rows are slow: assumed, not measured on a GPU."""
-FILES = {
-    "fp32": {(0, False): "zero0", (1, False): "zero1_ep2_cpu", (3, False): "zero3_cpu"},
-    "bf16": {
-        **{(0, False): "zero0", (1, False): "zero1_bf16", (2, False): "zero2_bf16"},
-        **{(2, True): "zero2_offload", (3, False): "zero3_bf16"},
-    },
-}
-"""Precision -> (ZeRO stage, offload) -> name of the file in `ds_configs/`."""
-TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
-
-
-PACKAGE = Path(__file__).resolve().parents[1]
-FOLDER = (PACKAGE if (PACKAGE / "ds_configs").is_dir() else PACKAGE.parent) / "ds_configs"
-"""Files of DeepSpeed: inside the package if it was installed from a wheel, beside the package in a checkout."""
-
-
-def file_of(shape: Shape) -> Path:
-    """File of the DeepSpeed JSON for a shape."""
-    return FOLDER / f"{FILES[shape.precision][shape.zero_stage, shape.offload]}.json"
-
-
-def with_buffers(shape: Shape) -> Shape:
-    """The shape with the sizes of buffers that its file sets."""
-    zero = read_json(file_of(shape))["zero_optimization"]
-    return replace(
-        shape,
-        reduce_bucket=int(zero.get("reduce_bucket_size", shape.reduce_bucket)),
-        max_live_parameters=int(zero.get("stage3_max_live_parameters", shape.max_live_parameters)),
-    )
+TENSOR_PARALLEL = ((1, False), *((size, split) for size in (2, 4, 8) for split in (False, True)))
+"""Numbers of ranks that share tensors, and whether these share experts too."""
 
 
 class Machine(NamedTuple):
@@ -71,51 +44,9 @@ class Machine(NamedTuple):
         """Bytes of one GPU for tensors."""
         return self.gpu_memory * (1 - RESERVED) * GIB
 
-
-class Option(NamedTuple):
-    """A shape with its bytes per rank and step."""
-
-    shape: Shape
-    memory: Memory
-    collectives: list[Collective]
-
-    @property
-    def sent_between_nodes(self) -> int:
-        """Bytes that a rank sends in groups with ranks of several nodes."""
-        return sum(one.sent for one in self.collectives if one.spans_nodes)
-
-    @property
-    def sent_inside_node(self) -> int:
-        """Bytes that a rank sends in groups inside its node."""
-        return sum(one.sent for one in self.collectives if not one.spans_nodes)
-
-    @property
-    def file(self) -> str:
-        """File of the DeepSpeed JSON."""
-        shape = self.shape
-        return f"ds_configs/{file_of(shape).name}"
-
-    @property
-    def settings(self) -> list[str]:
-        """Settings of the YAML, as `--set` takes them."""
-        shape = self.shape
-        found = [f"parallel.ep_size={shape.ep_size}", f"train.micro_batch_size={shape.micro_batch}"]
-        if shape.tp_size > 1:
-            found += [f"parallel.tp_size={shape.tp_size}", *["parallel.split_experts=true"] * shape.split_experts]
-        if shape.checkpointing:
-            found.append("train.activation_checkpointing=true")
-        return found
-
-    @property
-    def rank(self) -> tuple[float, ...]:
-        """Sort key, lowest first; see the description of this module."""
-        shape = self.shape
-        exchange = shape.spans_nodes(shape.ep_size, shape.tp_size)
-        few = min(shape.micro_batch, FEW_SAMPLES)
-        return (
-            *(shape.offload, shape.tp_size, -few, shape.checkpointing, shape.zero_stage, exchange),
-            *(shape.accumulation_steps, self.sent_between_nodes, self.sent_inside_node, self.memory.gpu),
-        )
+    def __str__(self) -> str:
+        """Number of GPUs."""
+        return "1 GPU" if self.gpus == 1 else f"{self.gpus} GPUs"
 
 
 class Planner:
@@ -175,55 +106,52 @@ class Planner:
         Raises:
             ConfigError: no shape is valid, or none fits.
         """
-        precision = self.config.train.precision
-        if precision not in FILES:
-            raise ConfigError(
-                f"train.precision ({precision}) has no file in ds_configs/: plan with one of {', '.join(FILES)}"
-            )
-        tried = [list(self._sizes(shape, micro_batch)) for shape in self._shapes(machine)]
-        options = [option for sizes in tried for option in sizes]
-        if not options:
-            batch, wanted = self.config.train.train_batch_size, "" if micro_batch is None else f" of {micro_batch}"
-            raise ConfigError(
-                f"train.train_batch_size ({batch}) cannot be split into micro-batches{wanted} on {machine.gpus} GPUs: "
-                "take a multiple, or another number of GPUs"
-            )
-        best: dict[tuple[int, bool, int], Option] = {}
-        for option in sorted((option for option in options if option.memory.gpu <= machine.usable), key=_rank):
-            shape = option.shape
-            best.setdefault((shape.zero_stage, shape.offload, shape.tp_size), option)
-        if not best:
+        options = [option for shape in self._shapes(machine) for option in self._sizes(shape, micro_batch)]
+        self._check_not_empty(options, machine, micro_batch)
+        fitting = [option for option in options if option.memory.gpu <= machine.usable]
+        if not fitting:
             least = min(options, key=lambda option: option.memory.gpu)
-            gpus = "1 GPU" if machine.gpus == 1 else f"{machine.gpus} GPUs"
             raise ConfigError(
-                f"{self.config.name} does not fit on {gpus} of {machine.gpu_memory:g} GiB, of which "
-                f"{1 - RESERVED:.0%} are for tensors: the smallest shape ({describe(least.shape)}) needs "
+                f"{self.config.name} does not fit on {machine} of {machine.gpu_memory:g} GiB, of which "
+                f"{1 - RESERVED:.0%} are for tensors: the smallest shape ({least.shape}) needs "
                 f"{least.memory.gpu / GIB:.1f} GiB on each: use more GPUs, or larger ones"
             )
+        best: dict[tuple[int, bool, int], Option] = {}
+        for option in sorted(fitting, key=attrgetter("order")):
+            shape = option.shape
+            best.setdefault((shape.zero_stage, shape.offload, shape.tp_size), option)
         return list(best.values())
+
+    def _check_not_empty(self, options: list[Option], machine: Machine, micro_batch: int | None) -> None:
+        train = self.config.train
+        if train.precision not in FILES:
+            raise ConfigError(
+                f"train.precision ({train.precision}) has no file in ds_configs/: plan with one of {', '.join(FILES)}"
+            )
+        if not options:
+            wanted = "" if micro_batch is None else f" of {micro_batch}"
+            raise ConfigError(
+                f"train.train_batch_size ({train.train_batch_size}) cannot be split into micro-batches{wanted} on "
+                f"{machine}: take a multiple, or another number of GPUs"
+            )
 
     def _shapes(self, machine: Machine) -> Iterator[Shape]:
         """Valid shapes with a micro-batch of 1."""
-        model, precision = self.config.model, self.config.train.precision
-        for tp_size in TENSOR_PARALLEL_SIZES:
-            if machine.gpus_per_node % tp_size:
-                continue
-            replicas = machine.gpus // tp_size
-            common = math.gcd(model.moe.num_experts, replicas) if model.expert_layers else 1
-            for ep_size in divisors(common):
+        precision = self.config.train.precision
+        for tp_size, split in TENSOR_PARALLEL:
+            for ep_size in self._ep_sizes(machine, tp_size):
                 for zero_stage, offload in FILES.get(precision, {}):
-                    shape = Shape(
-                        machine.gpus,
-                        machine.gpus_per_node,
-                        ep_size,
-                        tp_size,
-                        self.config.parallel.split_experts,
-                        zero_stage,
-                        offload,
-                        precision=precision,
-                    )
+                    sizes = machine.gpus, machine.gpus_per_node, ep_size, tp_size
+                    shape = Shape(*sizes, split, zero_stage, offload, precision=precision)
                     if self._is_valid(shape):
                         yield with_buffers(shape)
+
+    def _ep_sizes(self, machine: Machine, tp_size: int) -> list[int]:
+        """Sizes that divide both the experts and the data-parallel ranks; none if no node holds whole groups."""
+        if machine.gpus_per_node % tp_size:
+            return []
+        model = self.config.model
+        return divisors(math.gcd(model.moe.num_experts, machine.gpus // tp_size)) if model.expert_layers else [1]
 
     def _is_valid(self, shape: Shape) -> bool:
         clip = self.config.optimizer.clip_grad_norm
@@ -247,8 +175,9 @@ class Planner:
         share, rest = divmod(self.config.train.train_batch_size, shape.data_size)
         if rest or not share:
             return
+        least = max(objective.min_pairs for objective in objectives_of(self.config.model))
         for size in divisors(share):
-            if micro_batch in (None, size):
+            if size >= least and micro_batch in (None, size):
                 for checkpointing in (False, True):
                     yield self.option(
                         replace(shape, micro_batch=size, accumulation_steps=share // size, checkpointing=checkpointing)
@@ -259,31 +188,3 @@ def divisors(number: int) -> list[int]:
     """All divisors of a positive number, ascending."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*small, *(number // size for size in small)})
-
-
-def _rank(option: Option) -> tuple[float, ...]:
-    return option.rank
-
-
-def describe(shape: Shape) -> str:
-    """Name of a shape, such as `ZeRO 1, ep 8`."""
-    parts = [f"ZeRO {shape.zero_stage}", f"ep {shape.ep_size}"]
-    parts += [f"tp {shape.tp_size}"] * (shape.tp_size > 1) + ["offload"] * shape.offload
-    return ", ".join([*parts, *["recompute"] * shape.checkpointing])
-
-
-def why(option: Option) -> str:
-    """One line about what the first shape of a plan does without, and why it has its ep_size."""
-    shape = option.shape
-    avoided = [
-        *["offload"] * (not shape.offload),
-        *["tensor parallelism"] * (shape.tp_size == 1),
-        *["recomputation"] * (not shape.checkpointing),
-    ]
-    without = f"without {', '.join(avoided)}" if avoided else "only so"
-    if shape.ep_size == 1:
-        experts = "every GPU holds all experts"
-    else:
-        place = "cross nodes" if shape.spans_nodes(shape.ep_size, shape.tp_size) else "stay inside a node"
-        experts = f"expert rows of {shape.ep_size} GPUs {place}"
-    return f"fits {without} at the lowest ZeRO stage; {experts}, with the fewest bytes between nodes"

@@ -37,6 +37,11 @@ class Shape:
     max_live_parameters: int = 1_000_000_000
     """`stage3_max_live_parameters`: elements that ZeRO 3 keeps gathered; default of DeepSpeed."""
 
+    def __str__(self) -> str:
+        """Short name, such as `ZeRO 1, ep 8`."""
+        parts = [f"ZeRO {self.zero_stage}", f"ep {self.ep_size}", *[f"tp {self.tp_size}"] * (self.tp_size > 1)]
+        return ", ".join([*parts, *["offload"] * self.offload, *["recompute"] * self.checkpointing])
+
     @property
     def element(self) -> int:
         """Bytes of a weight."""

@@ -14,9 +14,10 @@ from eve_ds.config import load_config
 from eve_ds.model.eve import model_shapes
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.zero import DEFAULT_BUCKET
+from eve_ds.planner.files import FILES, FOLDER, file_of, with_buffers
 from eve_ds.planner.forward import forward_of
 from eve_ds.planner.parameters import Cutting, count_parameters, model_on_meta, most_touched
-from eve_ds.planner.plan import FILES, FOLDER, GIB, Machine, Planner, file_of, with_buffers
+from eve_ds.planner.plan import GIB, Machine, Planner
 from eve_ds.planner.shape import Shape
 
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -100,7 +101,7 @@ def test_every_shape_fits_and_the_first_does_with_least(planners):
     machine = Machine(8, 8, 40)
     options = planners["eve_giant"].plan(machine)
     assert all(option.memory.gpu <= machine.usable for option in options)
-    assert [option.rank for option in options] == sorted(option.rank for option in options)
+    assert [option.order for option in options] == sorted(option.order for option in options)
     assert options[0].shape.zero_stage > 1 or options[0].shape.tp_size > 1
 
 
