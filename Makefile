@@ -51,8 +51,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	touch $@
 
 # Tests and linters on top; the stamp of the runtime is a prerequisite, so that both follow the same files.
+# Megatron's dependencies are large, and tensor parallelism needs none of them.
 $(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps megatron-core
 	touch $@
 
 demo: $(INSTALLED)

@@ -17,9 +17,9 @@ FOLDERS = ("docs", "ds_configs", "kernels", "experiments")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 OTHER_PROGRAMS = {"--num_accelerators", "--hostfile", "--nproc_per_node"}
-"""Flags of `deepspeed` and `torchrun`, and below of `img2dataset`."""
+"""Flags of `deepspeed` and `torchrun`, and below of `img2dataset` and pip."""
 OTHER_PROGRAMS |= {"--url_list", "--input_format", "--url_col", "--caption_col", "--output_format", "--output_folder"}
-OTHER_PROGRAMS |= {"--image_size", "--resize_mode"}
+OTHER_PROGRAMS |= {"--image_size", "--resize_mode", "--no-deps"}
 TOP_LEVEL = ("eve_ds", "launcher", "ds_configs", "kernels", "tests", "experiments", "docs")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

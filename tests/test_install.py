@@ -22,6 +22,7 @@ SOURCES = {
 }
 """Suffixes of the files that a wheel takes from each folder of the repository."""
 DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "skimage": "scikit-image", "yaml": "pyyaml"}
+DISTRIBUTIONS |= {"megatron": "megatron-core"}
 """Distributions whose name differs from the name of their module."""
 
 

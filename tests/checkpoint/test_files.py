@@ -18,6 +18,7 @@ from eve_ds.checkpoint.resuming import newest_good, restore_random_states
 from eve_ds.checkpoint.saving import random_states
 from eve_ds.checkpoint.universal import write_universal
 from eve_ds.config import ConfigError
+from eve_ds.model.shards import Cut, Shard
 
 FIRST = "tensors-00000.safetensors"
 
@@ -67,6 +68,40 @@ def test_overlapping_pieces_are_refused(tmp_path):
     write_pieces(tmp_path / FIRST, [Piece("master", "a", 0, values[:5]), Piece("master", "a", 4, values[4:])])
     with pytest.raises(CheckpointError, match="lacks elements 5 to 9 of master a"):
         PieceReader(tmp_path).read("master", "a")
+
+
+def shards(whole, dim, blocks, size, name="a.b"):
+    """Pieces of the shards of `size` ranks, each in two parts; the shards are made by `chunk`."""
+    made = []
+    for rank in range(size):
+        runs = Shard(whole.shape, Cut(dim, blocks), rank, size).runs
+        parts = [block.chunk(size, dim)[rank] for block in whole.chunk(blocks, dim)]
+        flat = torch.cat(parts, dim).flatten()
+        made += [Piece("master", name, 0, flat[:5], runs), Piece("master", name, 5, flat[5:], runs)]
+    return made
+
+
+@pytest.mark.parametrize(("dim", "blocks"), [(0, 1), (0, 3), (1, 1)])
+def test_shards_make_up_the_tensor(tmp_path, dim, blocks):
+    whole = torch.randn(12, 4)
+    first, *others = shards(whole, dim, blocks, 2)
+    write_pieces(tmp_path / FIRST, others)
+    write_pieces(tmp_path / "tensors-00001.safetensors", [first])
+    reader = PieceReader(tmp_path)
+    assert reader.numel("master", "a.b") == 48
+    assert torch.equal(reader.read("master", "a.b"), whole.flatten())
+    assert torch.equal(reader.read("master", "a.b", 7, 31), whole.flatten()[7:31])
+
+
+def test_a_missing_or_doubled_part_of_a_shard_is_reported(tmp_path):
+    made = shards(torch.randn(12, 4), 1, 1, 2)
+    for kept in (made[:3], made[1:], [made[0], made[0], *made[2:], made[3]._replace(start=0, tensor=torch.zeros(14))]):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for number, piece in enumerate(kept):
+            write_pieces(folder / f"tensors-{number:05d}.safetensors", [piece])
+        with pytest.raises(CheckpointError, match=r"holds shards of master a\.b that do not make up its 48 elements"):
+            PieceReader(folder).read("master", "a.b")
 
 
 def header(entries):

@@ -48,6 +48,7 @@ class Case:
     pack_views: bool = True
     precision: str = "fp32"
     layer_scale: float = 1.0
+    offloads: bool = False
 
     @property
     def portions(self):
@@ -103,6 +104,7 @@ CASES = [
     Case(2, 1, 2, clip=0.05, split_experts=True, checkpointing=True),
     Case(4, 1, 1, 2, clip=0.05, split_experts=True, decoder="self"),
     Case(4, 1, 2, clip=0.05, objectives=("joint",)),
+    Case(2, 2, 2, clip=0.05, offloads=True),
     Case(2, 2, 1, moe=CAPACITY, clip=0.05),
     Case(2, 2, 2, moe=CAPACITY, profile="official", split_experts=True),
     Case(2, 2, 1, moe=BY_RANK, objectives=("mim", "mlm", "itc", "itm"), clip=0.05, layer_scale=3.0),
@@ -230,7 +232,8 @@ def engine_of(case, world_size):
     from eve_ds.topology import Topology
     from eve_ds.training.optimizer import build_optimizer
 
-    given = {"zero_optimization": {"stage": case.stage}}
+    offload = {"offload_optimizer": {"device": "cpu"}} if case.offloads else {}
+    given = {"zero_optimization": {"stage": case.stage, **offload}}
     config, resolved = resolve_deepspeed_config(given, case.config(), world_size)
     topology = Topology.of(config.parallel)
     mpu = tensor_parallel_unit(case.tp_size)
@@ -262,7 +265,7 @@ def run_case(case, world_size):
         "data_rank": topology.data_rank,
         "outputs": outputs[0],
         "gradients": gradients,
-        "norm": engine.get_global_grad_norm(),
+        "norm": None if engine.get_global_grad_norm() is None else float(engine.get_global_grad_norm()),
         "weights": {name: weight.detach().clone() for name, weight in plain_named_tensors(model)},
         "shards": dict(shards(model)),
     }

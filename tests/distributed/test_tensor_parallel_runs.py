@@ -30,10 +30,10 @@ TOLERANCE = 1e-6
 """Relative tolerance of an fp32 loss, as in test_checkpoint_topologies.py."""
 
 
-def settings(folder, stage, **parallel):
+def settings(folder, stage, model=None, **parallel):
     config = parse_config(
         {
-            "model": tiny_tree(moe={"routing": "dropless"}, image_size=32, vocab_size=251),
+            "model": tiny_tree(**{"moe": {"routing": "dropless"}, "image_size": 32, "vocab_size": 251} | (model or {})),
             "data": {"sources": [SCENES], "validation": {"sources": [SCENES], "num_samples": 16}},
             "optimizer": {"lr": 1e-3, "eps": 1e-4, "warmup_steps": 2, "clip_grad_norm": 0},
             "parallel": parallel,
@@ -92,6 +92,15 @@ def train_and_move(rank, world_size, folder):
         look = partial(write_again, folder=f"{folder}/{name}-again")
         train(*settings(f"{folder}/{name}-moved", **TOPOLOGIES[name]), checkpoint, look)
     return {name: (summary.steps, summary.samples) for name, summary in summaries.items()}
+
+
+def train_with_noise(rank, world_size, folder, tp_size):
+    """Train with all random draws that a model can have; return the losses."""
+    from eve_ds.parallel.startup import initialize_deepspeed_distributed
+
+    initialize_deepspeed_distributed()
+    moe = {"routing": "dropless", "router_jitter": 0.1, "second_choice_noise": True}
+    train(*settings(folder, 1, model={"text_dropout": 0.2, "drop_path_rate": 0.5, "moe": moe}, tp_size=tp_size))
 
 
 def records(run, kind="train"):
@@ -156,6 +165,13 @@ def exports_are_plain(folder):
         last = state(folder / name / f"checkpoints/step-{STEPS:08d}")
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor.flatten(), last["master", key]), (name, key)
+
+
+def test_random_draws_are_those_of_one_process(run_ranks, tmp_path):
+    for ranks in (1, RANKS):
+        run_ranks(train_with_noise, ranks, str(tmp_path / str(ranks)), ranks, timeout=120)
+    expected, found = ({n: item["loss"] for n, item in records(tmp_path / str(ranks)).items()} for ranks in (1, RANKS))
+    assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
 def finetune_all(rank, world_size, folder, trees):

@@ -211,6 +211,20 @@ CASES = {
         partial(_pieces, {"master/\x1b[2J\nx/0": piece(2, 8, 16)}, bytes(16)),
         NO_FILE + r".*\\x1b\[2J x/0 has 2 elements",
     ),
+    "a shard that claims a large tensor": Case(
+        partial(_pieces, {f"master/a/0/{2**50}/2/2/1": piece(2, 0, 8)}, bytes(8)),
+        "holds shards of master a that do not",
+    ),
+    "a shard that holds fewer elements": Case(
+        partial(_pieces, {"master/a/1/0/2/2/1": piece(2, 0, 8)}, bytes(8)), NO_FILE + ".*which its shard does not hold"
+    ),
+    "a shard whose runs overlap": Case(
+        partial(_pieces, {"master/a/0/0/2/1/2": piece(2, 0, 8)}, bytes(8)), NO_FILE + ".*which its shard does not hold"
+    ),
+    "a shard without runs": Case(
+        partial(_pieces, {"master/a/0/9/1/1/0": piece(0, 0, 0), **TWO}, bytes(8)),
+        "holds shards of master a that do not",
+    ),
     "pieces that overlap": Case(
         partial(_pieces, {**TWO, "master/a/1": piece(2, 8, 16)}, bytes(16)), "lacks elements 2 to 3 of master a"
     ),
