@@ -29,8 +29,10 @@ def file_of(shape: Shape) -> Path:
 def with_buffers(shape: Shape) -> Shape:
     """The shape with the sizes of buffers that its file sets."""
     zero = read_json(file_of(shape))["zero_optimization"]
+    given = {key: value for key, value in zero.items() if value != "auto"}
     return replace(
         shape,
-        reduce_bucket=int(zero.get("reduce_bucket_size", shape.reduce_bucket)),
-        max_live_parameters=int(zero.get("stage3_max_live_parameters", shape.max_live_parameters)),
+        reduce_bucket=int(given.get("reduce_bucket_size", shape.reduce_bucket)),
+        overlap_comm=given.get("overlap_comm", shape.overlap_comm),
+        max_live_parameters=int(given.get("stage3_max_live_parameters", shape.max_live_parameters)),
     )

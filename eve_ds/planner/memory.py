@@ -84,11 +84,10 @@ def _moved(held: Held, shape: Shape) -> tuple[int, int, int, int]:
 
     ZeRO 0 has one gradient per weight. ZeRO 1 copies the gradients into flat buffers of the same size, so that both
     exist for a moment (:class:`eve_ds.parallel.zero.FlatGradients`). ZeRO 2 keeps the whole gradient of every tensor of
-    which it updates a part. Gradients pass through a bucket, of which the collective takes a flat copy. ZeRO 3 keeps
-    its share of weights and gradients, and gathers the weights that it computes with; a parameter that one rank holds
-    alone is not copied.
+    which it updates a part. ZeRO 3 keeps its share of weights and gradients, and gathers the weights that it computes
+    with; a parameter that one rank holds alone is not copied.
     """
-    b, bucket = shape.element, min(shape.reduce_bucket, held.all)
+    b, buckets = shape.element, _buckets(held, shape)
     if shape.zero_stage == 0:
         return b * held.all, b * held.all, 0, 0
     if shape.zero_stage == 1:
@@ -96,7 +95,19 @@ def _moved(held: Held, shape: Shape) -> tuple[int, int, int, int]:
     if shape.zero_stage == 2:
         touched = most_touched(held.dense_sizes, shape.data_size)
         touched += most_touched(held.expert_sizes, shape.expert_replicas)
-        return b * held.all, b * touched, 2 * b * bucket, 0
+        return b * held.all, b * touched, buckets, 0
     share = b * _share(held, shape)
     partitioned = held.dense * (shape.data_size > 1) + held.experts * (shape.expert_replicas > 1)
-    return share, share, 2 * b * bucket, b * min(shape.max_live_parameters, partitioned)
+    return share, share, buckets, b * min(shape.max_live_parameters, partitioned)
+
+
+def _buckets(held: Held, shape: Shape) -> int:
+    """Bytes of gradients on their way at ZeRO 2 and 3.
+
+    They pass through a bucket, or through two in turns, and the collective takes a flat copy. The gradient of a tensor
+    that is larger than a bucket passes by itself, with a copy of its own.
+    """
+    bucket = min(shape.reduce_bucket, held.all)
+    double = shape.overlap_comm and shape.zero_stage == 2
+    copied = 2 * held.largest if held.largest > bucket else bucket
+    return shape.element * (bucket * (2 if double else 1) + copied)

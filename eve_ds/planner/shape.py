@@ -34,6 +34,8 @@ class Shape:
     precision: str = "bf16"
     reduce_bucket: int = 500_000_000
     """`reduce_bucket_size` in elements, at most the elements that a rank holds; default of DeepSpeed."""
+    overlap_comm: bool = False
+    """Whether ZeRO 2 fills a second bucket while it sends the first."""
     max_live_parameters: int = 1_000_000_000
     """`stage3_max_live_parameters`: elements that ZeRO 3 keeps gathered; default of DeepSpeed."""
 

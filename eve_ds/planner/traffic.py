@@ -6,7 +6,8 @@ N elements of b bytes that a rank computes with (dense ones, or experts), A micr
 - ZeRO 2 sums them in every micro-step: all-reduce A b N, since DeepSpeed reduces whole buckets and keeps its part.
 - ZeRO 3 sums them in every micro-step: reduce-scatter A b N. It gathers the weights once a step: all-gather b N. If
   they exceed `max_live_parameters`, it gathers them in every pass, at most: all-gather 2 A b N.
-- Every MoE layer sends its rows to the experts and back, in both passes, and in a recomputed forward pass.
+- Every MoE layer sends its rows to the experts and back, in both passes, and in a recomputed forward pass. Numbers of
+  rows and the sums for load balancing are sent once.
 - Tensor parallelism sums the outputs of layers cut by rows and the input gradients of layers cut by columns.
 
 The sums of norms, losses and contrastive features are left out: they take a few bytes to a few kilobytes a sample.
@@ -66,12 +67,17 @@ def collectives(held: Held, passes: Passes, model: ModelConfig, shape: Shape) ->
     runs = shape.accumulation_steps * (2 if shape.checkpointing else 1)  # of the forward pass of a block
     backward = shape.accumulation_steps
     layers = len(model.expert_layers)
-    statistics = 4 * (2 * model.moe.num_experts + 1) * passes.views * layers * runs
+    statistics = 4 * (2 * model.moe.num_experts + 1) * passes.views * layers * shape.accumulation_steps
     found = [
         *_of_parameters("dense", shape.element * held.dense, data, shape, held),
         *_of_parameters("expert", shape.element * held.experts, replicas, shape, held),
         Collective("expert rows", "all_to_all", *experts, 2 * passes.expert_rows * (runs + backward)),
-        Collective("row counts", "all_to_all", *experts, 8 * model.moe.num_experts * passes.expert_calls * runs),
+        Collective(
+            "row counts",
+            "all_to_all",
+            *experts,
+            8 * model.moe.num_experts * passes.expert_calls * shape.accumulation_steps,
+        ),
         Collective("balance statistics", "all_reduce", *data, statistics),
         Collective(
             "tensor-parallel sums",
