@@ -84,25 +84,22 @@ def plan_table(name: str, gpus: int, options: list[Option]) -> Table:
     """Table of the options, best first."""
     from eve_ds.report.tables import Table
 
-    terms = ("weights", "masters", "moments", "gradients", "buckets", "activations")
-    rows = [
-        (
-            str(option.shape),
-            f"{option.shape.micro_batch} x {option.shape.accumulation_steps}",
-            *(_gib(getattr(option.memory, term)) for term in terms),
-            _gib(option.memory.gpu),
-            _gib(option.memory.host),
-            _gib(option.sent_inside_node),
-            _gib(option.sent_between_nodes),
-            option.file.removeprefix("ds_configs/"),
-        )
-        for option in options
-    ]
     columns = (
-        *("shape", "samples x steps", *terms, "GPU", "host", "sent inside node", "sent between nodes"),
-        "ds_configs/",
+        *("shape", "samples x steps", "weights", "masters", "moments", "gradients", "buffers", "activations"),
+        *("GPU", "host", "sent inside node", "sent between nodes", "ds_configs/"),
     )
+    rows = [_row(option) for option in options]
     return Table(f"{name} on {gpus} GPUs: GiB per GPU, and GiB that a GPU sends in a step", columns, rows)
+
+
+def _row(option: Option) -> tuple[str, ...]:
+    shape, memory = option.shape, option.memory
+    sizes = [
+        *(memory.weights, memory.masters, memory.moments, memory.gradients, memory.buckets + memory.gathered),
+        *(memory.activations, memory.gpu, memory.host, option.sent_inside_node, option.sent_between_nodes),
+    ]
+    batch = f"{shape.micro_batch} x {shape.accumulation_steps}"
+    return str(shape), batch, *map(_gib, sizes), option.file.removeprefix("ds_configs/")
 
 
 def _gib(size: int) -> str:
