@@ -42,7 +42,8 @@ class Shape:
     def __str__(self) -> str:
         """Short name, such as `ZeRO 1, ep 8`."""
         parts = [f"ZeRO {self.zero_stage}", f"ep {self.ep_size}", *[f"tp {self.tp_size}"] * (self.tp_size > 1)]
-        return ", ".join([*parts, *["offload"] * self.offload, *["recompute"] * self.checkpointing])
+        marks = {"split experts": self.split_experts, "offload": self.offload, "recompute": self.checkpointing}
+        return ", ".join([*parts, *(mark for mark, holds in marks.items() if holds)])
 
     @property
     def element(self) -> int:
