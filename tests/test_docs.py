@@ -13,7 +13,7 @@ from eve_ds.config import load_config, presets
 from eve_ds.config.tree import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("docs", "kernels", "experiments")
+FOLDERS = ("docs", "ds_configs", "kernels", "experiments")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 OTHER_PROGRAMS = {"--num_accelerators", "--hostfile", "--nproc_per_node"}

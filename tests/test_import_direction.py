@@ -36,6 +36,7 @@ MAY_IMPORT = {  # part: other parts of eve_ds
         *("config", "distributed", "together", "topology", "ops", "data", "model", "objectives", "checkpoint"),
         "tasks",
     },
+    "planner": {"config", "data", "model", "objectives", "ops", "parallel", "topology"},
     "report": {"config", "ops", "data", "model", "objectives", "evaluation", "views"},
     "training": {
         *("config", "distributed", "together", "topology", "ops", "data", "model", "objectives", "parallel"),

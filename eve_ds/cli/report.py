@@ -3,16 +3,21 @@
 Writes report.md with tables and loss curves. With an export of the run, also a grid of masked and reconstructed images
 with the words that the model predicted, and the use of its experts by modality. Needs neither DeepSpeed nor a process
 group.
+
+`report.py plan --model eve_base --gpus 64` prints the shapes of a run that fit on a number of GPUs; its options:
+`report.py plan --help`. Write ./plan for a run whose folder has that name.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eve_ds.cli import plan
 from eve_ds.cli.command import (
     BAD_INPUT,
     SIGNALED,
@@ -27,7 +32,10 @@ from eve_ds.cli.command import (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report and print the files; exit code 0, or 2 for bad input and folders that cannot be written."""
-    arguments = build_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["plan"]:
+        return plan.main(given[1:])
+    arguments = build_parser().parse_args(given)
     return run_command("report", partial(_report, arguments), is_debugging(arguments))
 
 

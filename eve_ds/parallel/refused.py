@@ -59,6 +59,20 @@ def check_topology(
         )
 
 
+def check_clipping(precision: str, zero_stage: int, clip_grad_norm: float) -> None:
+    """Refuse to clip at ZeRO 0 in bf16 or fp16; the arguments are those of :func:`check_topology`.
+
+    Raises:
+        ConfigError: the message has the value, the rule and the remedy.
+    """
+    if precision != "fp32" and zero_stage == 0 and clip_grad_norm > 0:
+        raise ConfigError(
+            f"optimizer.clip_grad_norm ({clip_grad_norm:g}) cannot be used with precision {precision} and "
+            "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use stage 1 or 2, "
+            "or clip_grad_norm=0"
+        )
+
+
 def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: bool) -> None:
     """Check that the layers can be cut for `parallel.tp_size` ranks; nothing to check if it is 1.
 
@@ -78,12 +92,7 @@ def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: 
             f"parallel.tp_size ({tp_size}) needs the package megatron-core, which is not installed: run pip install "
             "--no-deps megatron-core==0.16.1 (its dependencies are not needed), or set tp_size=1"
         )
-    for name, size in _cut_sizes(config).items():
-        if size % tp_size:
-            raise ConfigError(
-                f"model.{name} ({size}) must be divisible by parallel.tp_size ({tp_size}), since tensor-parallel ranks "
-                f"hold equal parts of it: take another tp_size, or change model.{name}"
-            )
+    check_cuts(config, tp_size)
     if config.train.compile != "none":
         raise ConfigError(
             f"train.compile ({config.train.compile}) cannot be used with parallel.tp_size ({tp_size}), whose blocks "
@@ -94,6 +103,16 @@ def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: 
             "data_types.grad_accum_dtype (fp32) in the DeepSpeed JSON cannot be used with zero_optimization.stage 1 "
             f"and parallel.tp_size ({tp_size}): use stage 2, or remove it"
         )
+
+
+def check_cuts(config: Config, tp_size: int) -> None:
+    """Raise ConfigError if `tp_size` ranks cannot hold equal parts of the layers."""
+    for name, size in _cut_sizes(config).items():
+        if size % tp_size:
+            raise ConfigError(
+                f"model.{name} ({size}) must be divisible by parallel.tp_size ({tp_size}), since tensor-parallel ranks "
+                f"hold equal parts of it: take another tp_size, or change model.{name}"
+            )
 
 
 def _cut_sizes(config: Config) -> dict[str, int]:

@@ -21,7 +21,7 @@ from eve_ds.parallel.deepspeed_json.blocks import (
 from eve_ds.parallel.deepspeed_json.check import JSON, Problems, check_keys
 from eve_ds.parallel.deepspeed_json.shared import SharedSettings, contradiction
 from eve_ds.parallel.deepspeed_json.values import show
-from eve_ds.parallel.refused import check_tensor_parallel, check_topology
+from eve_ds.parallel.refused import check_clipping, check_tensor_parallel, check_topology
 
 BATCH = {
     "train_batch_size": "train_batch_size",
@@ -295,9 +295,4 @@ def _check_precision(precision: str, stage: int, clip: float) -> None:
             f"precision {precision} cannot be used on this device ({accelerator.device_name()}): take another one of "
             f"{', '.join(name for name in supported if supported[name])}"
         )
-    if precision != "fp32" and stage == 0 and clip > 0:
-        raise ConfigError(
-            f"optimizer.clip_grad_norm ({clip:g}) cannot be used with precision {precision} and "
-            "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use stage 1 or 2, "
-            "or clip_grad_norm=0"
-        )
+    check_clipping(precision, stage, clip)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from eve_ds.cli import benchmark, convert, demo, evaluate, finetune, gpu, prepare, pretrain, report
+from eve_ds.cli import benchmark, convert, demo, evaluate, finetune, gpu, plan, prepare, pretrain, report
 from eve_ds.cli.command import EXIT_CODES, KNOWN_ERRORS, ending, is_debugging, presets, run_command, tasks
 from eve_ds.cli.training import read_deepspeed_config, run_training
 from eve_ds.config import ConfigError, load_config
@@ -27,7 +27,11 @@ from eve_ds.tasks.registry import TASKS
 ROOT = Path(__file__).resolve().parents[2]
 PARSERS = {module.__name__.rpartition(".")[2]: module.build_parser() for module in (pretrain, finetune, evaluate)}
 PARSERS |= {module.__name__.rpartition(".")[2]: module.build_parser() for module in (prepare, report, demo, gpu)}
-PARSERS |= {"benchmark": benchmark.build_parser(), "quality": benchmark.build_quality_parser()}
+PARSERS |= {
+    "report plan": plan.build_parser(),
+    "benchmark": benchmark.build_parser(),
+    "quality": benchmark.build_quality_parser(),
+}
 PARSERS |= {f"convert {name}".strip(): convert.build_parser(name) for name in ("", *convert.COMMANDS)}
 COMMAND_LINES = {
     "pretrain": ["--max_steps", "x"],
@@ -98,7 +102,7 @@ def test_help_names_the_presets_that_exist():
     models = [name for name in all_presets() if not name.startswith("tasks/")]
     assert presets() == ", ".join(models)
     assert presets("tasks") == ", ".join(name.removeprefix("tasks/") for name in all_presets() if name not in models)
-    for name in ("pretrain", "finetune", "convert import", "convert upcycle"):
+    for name in ("pretrain", "finetune", "convert import", "convert upcycle", "report plan"):
         assert presets() in " ".join(PARSERS[name].format_help().split())
 
 

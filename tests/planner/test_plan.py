@@ -1,0 +1,215 @@
+"""Plans: parameter counts, the order of the shapes, the command, its errors, and the tables of ds_configs/README.md."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from eve_ds.cli.report import main
+from eve_ds.config import load_config
+from eve_ds.model.eve import model_shapes
+from eve_ds.parallel.settings import resolve_deepspeed_config
+from eve_ds.parallel.zero import DEFAULT_BUCKET
+from eve_ds.planner.files import FILES, FOLDER, file_of, with_buffers
+from eve_ds.planner.forward import forward_of
+from eve_ds.planner.parameters import Cutting, count_parameters, model_on_meta, most_touched
+from eve_ds.planner.plan import GIB, Machine, Planner
+from eve_ds.planner.shape import Shape
+
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+MODELS = ("eve_base", "eve_large", "eve_giant")
+
+
+@pytest.fixture(scope="module")
+def planners():
+    """Preset -> planner."""
+    return {name: Planner(load_config(name)) for name in MODELS}
+
+
+# ------------------------------------------------------------------------------------------------------- parameters
+
+
+def test_giant_has_14_6_billion_parameters_and_was_never_trained():
+    config = load_config("eve_giant")
+    total = sum(shape.numel() for shape in model_shapes(config.model).values())
+    assert round(total / 1e9, 1) == 14.6
+    assert count_parameters(model_on_meta(config.model)).all == total
+    first = (FOLDER.parent / "eve_ds" / "configs" / "eve_giant.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert "14.6 billion parameters, never trained" in first
+
+
+def test_shards_of_the_ranks_make_the_whole_model_and_its_padding():
+    model = model_on_meta(load_config("eve_base", ["model.vocab_size=63999"]).model)
+    whole, cut = count_parameters(model), count_parameters(model, 8, Cutting(2, split_experts=True))
+    experts = {name: parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name}
+    biases = sum(size for name, size in experts.items() if name.endswith("fc2_bias"))
+    assert 16 * cut.experts == whole.experts + biases  # the bias behind the sum is on both ranks
+    is_cut = re.compile(
+        r"(qkv\.weight|[qv]_bias|attention\.proj\.weight|fc1\.\w+|fc2\.weight|word\.weight|text_head\.bias)$"
+    )
+    kept = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name not in experts and not is_cut.search(name)
+    )
+    assert 2 * cut.dense == whole.dense + kept + 768 + 1  # a row and a bias of padding
+    assert count_parameters(model, 8, Cutting(2)).experts == whole.experts // 8
+
+
+@pytest.mark.parametrize(("sizes", "ranks", "expected"), [((4, 4), 2, 4), ((6, 2), 2, 8), ((8,), 4, 8), ((), 2, 0)])
+def test_parts_touch_whole_tensors(sizes, ranks, expected):
+    assert most_touched(sizes, ranks) == expected
+
+
+def test_buffers_are_those_of_deepspeed_and_of_the_files():
+    assert Shape(1).reduce_bucket == DEFAULT_BUCKET == DeepSpeedZeroConfig().reduce_bucket_size
+    assert Shape(1).max_live_parameters == DeepSpeedZeroConfig().max_live_parameters
+
+
+# -------------------------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("name", ["eve_base", "eve_large"])
+def test_bytes_of_a_micro_batch_grow_evenly(planners, name):
+    between, measured = planners[name].forward(20, Cutting()), forward_of(load_config(name), 20)
+    assert between[:-1] == pytest.approx(measured[:-1], rel=1e-3)
+    assert between.passes == pytest.approx(measured.passes, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16, 64])
+def test_base_and_large_need_zero_1_alone(planners, gpus):
+    for name in ("eve_base", "eve_large"):
+        best = planners[name].plan(Machine(gpus, min(gpus, 8), 80))[0].shape
+        assert (best.zero_stage, best.tp_size, best.offload, best.checkpointing) == (1, 1, False, False)
+        assert best.samples == 2048
+
+
+def test_experts_stay_inside_a_node(planners):
+    options = planners["eve_base"].plan(Machine(64, 8, 80))
+    assert all(not option.shape.spans_nodes(option.shape.ep_size, option.shape.tp_size) for option in options)
+    assert options[0].shape.ep_size == 8
+
+
+def test_every_shape_fits_and_the_first_does_with_least(planners):
+    machine = Machine(8, 8, 40)
+    options = planners["eve_giant"].plan(machine)
+    assert all(option.memory.gpu <= machine.usable for option in options)
+    assert [option.order for option in options] == sorted(option.order for option in options)
+    assert options[0].shape.zero_stage > 1 or options[0].shape.tp_size > 1
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def test_command_recommends_settings_that_training_takes(capsys):
+    assert main(["plan", "--model", "eve_base", "--gpus", "64", "--set", "train.train_batch_size=4096"]) == 0
+    out = capsys.readouterr().out
+    file, settings = re.search(r"--deepspeed_config (\S+) --set (.*)", out).groups()
+    config = load_config("eve_base", ["train.train_batch_size=4096", *settings.split()])
+    read = json.loads((FOLDER.parent / file).read_text(encoding="utf-8"))
+    settled, _ = resolve_deepspeed_config(read, config, world_size=64)
+    assert (settled.parallel.ep_size, settled.train.micro_batch_size) == (8, 64)
+    assert "recommended: the first, which fits without offload, tensor parallelism, recomputation" in out
+    assert "zero2_bf16.json" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model eve_bas --gpus 8", "config 'eve_bas' is neither a file nor a preset; did you mean 'eve_base'"),
+        ("--model eve_base --gpus 12", "--gpus (12) must be a multiple of --gpus_per_node (8): plan for whole nodes"),
+        ("--model eve_base --gpus 80000", "--gpus (80000) must be at most 65536"),
+        ("--model eve_base --gpus 7", "train.train_batch_size (2048) cannot be split into micro-batches on 7 GPUs: "),
+        (
+            "--model eve_base --gpus 8 --micro_batch 3",
+            "cannot be split into micro-batches of 3 on 8 GPUs: take a multi",
+        ),
+        ("--model eve_giant --gpus 1 --gpu_memory 24", "eve_giant does not fit on 1 GPU of 24 GiB, of which 90% are"),
+        ("--model eve_base --gpus 8 --set train.precision=fp16", "train.precision (fp16) has no file in ds_configs/: "),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, message):
+    assert main(["plan", *arguments.split()]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("report plan: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model", "eve_base"], ["--model", "eve_base", "--gpus", "0"]])
+def test_bad_arguments_are_one_line(capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", *arguments])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_plans_do_not_load_deepspeed():
+    code = "import sys, eve_ds.planner.plan; sys.exit(bool({'deepspeed', 'megatron'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------ ds_configs/README.md
+
+
+def rows():
+    """Cells of the rows of plans."""
+    for line in README.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in MODELS:
+            yield cells
+
+
+def planned(planner, gpus, file, settings):
+    """Option of a row; None if its file is not there."""
+    config = planner.config.model_copy(update={"parallel": load_config("eve_base", settings).parallel})
+    train = load_config("eve_base", settings).train
+    stage, offload = next(key for key, name in FILES["bf16"].items() if f"{name}.json" == file)
+    parallel = config.parallel
+    shape = Shape(
+        gpus,
+        8,
+        parallel.ep_size,
+        parallel.tp_size,
+        parallel.split_experts,
+        stage,
+        offload,
+        train.micro_batch_size,
+        2048 // train.micro_batch_size * parallel.tp_size // gpus,
+        train.activation_checkpointing,
+    )
+    return planner.option(with_buffers(shape)) if file_of(shape).exists() else None
+
+
+@pytest.mark.parametrize("cells", list(rows()), ids=lambda cells: " ".join(cells[:4]))
+def test_rows_are_those_of_the_planner(planners, cells):
+    model, gpus, file, settings, *numbers = cells
+    option = planned(planners[model], int(gpus), file, settings.split()[1:])
+    if option is None:
+        pytest.skip(f"{file} is not there")
+    memory = option.memory
+    sizes = [
+        *(memory.persistent, memory.gradients + memory.buckets + memory.gathered, memory.activations),
+        *(memory.gpu, memory.host, option.sent_inside_node, option.sent_between_nodes),
+    ]
+    assert numbers == [f"{size / GIB:.1f}" for size in sizes]
+
+
+def test_rows_without_recomputation_are_recommendations(planners):
+    for model, gpus, file, settings, *_ in rows():
+        if "checkpointing" not in settings:
+            best = planners[model].plan(Machine(int(gpus), min(int(gpus), 8), 80))[0]
+            assert (file, settings) == (Path(best.file).name, f"--set {' '.join(best.settings)}")
+
+
+def test_every_file_has_a_line():
+    described = set(re.findall(r"^\| `(\w+\.json)` \| .{20,} \|$", README, re.MULTILINE))
+    assert {file.name for file in FOLDER.glob("*.json")} <= described
+    assert {f"{name}.json" for files in FILES.values() for name in files.values()} <= described
