@@ -9,7 +9,7 @@ from tiny import tiny_model
 from eve_ds.config import ConfigError
 from eve_ds.model.eve import EVE
 from eve_ds.model.moe import load_plain_state_dict, local_plain_state_dict
-from eve_ds.parallel.expert_exchange import transpose_blocks
+from eve_ds.parallel.exchange.steps import transposed, undone
 from eve_ds.parallel.moe import DeepSpeedMoE, UpstreamMoE
 from eve_ds.parallel.refused import check_topology
 
@@ -105,12 +105,18 @@ def test_indivisible_number_of_experts_is_refused():
         DeepSpeedMoE(CONFIG, ep_size=3)
 
 
-def test_transpose_blocks_reorders_and_inverts():
-    rows = torch.arange(10).unsqueeze(1)
-    sizes = [[1, 0, 2], [3, 4, 0]]  # blocks 0 | | 1 2 and 3 4 5 | 6 7 8 9 |
-    ours = transpose_blocks(rows, sizes)
+def test_transposed_blocks_are_reordered_and_the_step_is_undone():
+    rows = torch.arange(12).unsqueeze(1)
+    (step,) = transposed([[1, 0, 2], [3, 4, 0]])  # blocks 0 | | 1 2 and 3 4 5 | 6 7 8 9 |
+    step = step._replace(rows_before=12)
+    ours = step.run(rows)
     assert ours.flatten().tolist() == [0, 3, 4, 5, 6, 7, 8, 9, 1, 2]
-    assert torch.equal(transpose_blocks(ours, [[1, 3], [0, 4], [2, 0]]), rows)
+    (back,) = undone([step])
+    assert back.run(ours).flatten().tolist() == [*range(10), 0, 0]
+
+
+def test_blocks_of_one_row_or_column_stay_where_they_are():
+    assert transposed([[1, 2, 3]]) == transposed([[1], [2], [3]]) == []
 
 
 @pytest.mark.parametrize(
