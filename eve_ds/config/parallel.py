@@ -15,6 +15,12 @@ class ParallelConfig(Section):
     ep_size: Annotated[int, Field(ge=0)] = 1
     """Number of ranks that share one full set of experts; must divide `model.moe.num_experts`. 0: the largest number
     that divides both the ranks and the experts."""
+    overlap: Annotated[int, Field(ge=1)] = 1
+    """Number of parts in which an MoE layer exchanges the rows of its experts, so that a part travels while another is
+    computed; at most the number of experts of a rank. 1: no overlap. Results are the same to the last bit."""
+    hierarchical: bool = False
+    """Whether rows travel within each node first and then between nodes, with fewer and larger messages. Every
+    expert-parallel group must have equally many ranks on each of its nodes. Results are the same to the last bit."""
 
 
 def check_experts_per_rank(num_experts: int, ep_size: int) -> None:

@@ -127,6 +127,7 @@ def _settle_run(shared: SharedSettings, precision: str, stage: int, world_size: 
             ep_size=ep_size,
             zero_stage=stage,
             clip_grad_norm=clip,
+            overlap=config.parallel.overlap,
         )
     return shared.settled(train=train, optimizer={"clip_grad_norm": clip}, parallel={"ep_size": ep_size})
 
