@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from collectives import recorded_collectives
 from tiny import tiny_config
 
 from eve_ds.config import load_config
@@ -63,7 +64,9 @@ def gathered(rank, world_size):
 
     initialize_deepspeed_distributed()
     share = PAIRS // world_size
-    return contrastive_gradients(slice(rank * share, (rank + 1) * share), gather_rows)
+    with recorded_collectives() as calls:
+        loss, gradients = contrastive_gradients(slice(rank * share, (rank + 1) * share), gather_rows)
+    return loss, gradients, [(call.kind, call.num_bytes) for call in calls]
 
 
 def test_gradients_through_the_gather_equal_those_of_one_process(run_ranks):
@@ -72,12 +75,14 @@ def test_gradients_through_the_gather_equal_those_of_one_process(run_ranks):
     world_size = 2
     loss, (images, texts, temperature) = contrastive_gradients(slice(None), only_this_rank)
     found = run_ranks(gathered, world_size)
-    torch.testing.assert_close(sum(own for own, _ in found) / world_size, loss, rtol=1e-12, atol=0)
+    size = 8 * PAIRS * 2 * WIDTH  # features of both kinds, fp64
+    assert all(calls == [("all_gather", size), ("reduce_scatter", size)] for *_, calls in found)
+    torch.testing.assert_close(sum(own for own, *_ in found) / world_size, loss, rtol=1e-12, atol=0)
     # Parameter gradients are averaged over ranks, so the gradients of a rank's rows are `world_size` times as large.
     for place, whole in ((0, images), (1, texts)):
-        rows = torch.cat([gradients[place] for _, gradients in found]) / world_size
+        rows = torch.cat([gradients[place] for _, gradients, _ in found]) / world_size
         torch.testing.assert_close(rows, whole, rtol=1e-10, atol=1e-14)
-    shares = [gradients[2] for _, gradients in found]
+    shares = [gradients[2] for _, gradients, _ in found]
     torch.testing.assert_close(sum(shares) / world_size, temperature, rtol=1e-10, atol=1e-14)
 
 
