@@ -17,13 +17,14 @@ from eve_ds.config import parse_config
 RANKS = 4
 WIDTH, EXPERTS, LAYERS = 64, 8, 2
 BF16, FP32 = 2, 4
-FORWARD_AND_BACKWARD = 2
+FORWARD_AND_BACKWARD, RECOMPUTED = 2, 1
+"""Passes that bring rows to the experts and back."""
 SMALL_SUMS = 64
 """Most bytes of sums of norms and flags, which no formula counts."""
 PADDING = 32
 """Most bytes by which ZeRO fills up its shards."""
-CASES = list(itertools.product((0, 1, 2), (1, 2, 4)))
-"""ZeRO stage and ep_size."""
+CASES = [*itertools.product((0, 1, 2), (1, 2, 4), (False,)), (1, 2, True)]
+"""ZeRO stage, ep_size, and whether activations are computed again in the backward."""
 
 
 def configuration(**sections):
@@ -49,10 +50,10 @@ def count_bytes(rank, world_size, cases):
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
-    return [count_case(rank, world_size, stage, ep_size) for stage, ep_size in cases]
+    return [count_case(rank, world_size, *case) for case in cases]
 
 
-def count_case(rank, world_size, stage, ep_size):
+def count_case(rank, world_size, stage, ep_size, checkpointed):
     from eve_ds.model.eve import EVE
     from eve_ds.model.moe import Router
     from eve_ds.parallel.moe import DeepSpeedMoE
@@ -66,6 +67,8 @@ def count_case(rank, world_size, stage, ep_size):
     model = EVE(config.model, functools.partial(DeepSpeedMoE, ep_size=ep_size))
     expert = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
     dense = sum(parameter.numel() for parameter in model.parameters()) - expert
+    if checkpointed:
+        model.backbone.checkpoint_blocks()
     engine = initialize_engine(model, build_optimizer(model, config, resolved), resolved)
     rows = []
     for module in model.modules():
@@ -74,24 +77,26 @@ def count_case(rank, world_size, stage, ep_size):
     for step in range(2):
         rows.clear()
         with recorded_collectives() as calls:
-            engine.backward(joint_loss(engine, config.model, rank, step, 0))
+            loss = joint_loss(engine, config.model, rank, step, 0)
+            counts = torch.stack(rows)  # of the forward alone
+            engine.backward(loss)
             engine.step()
     engine.destroy()
     held = EXPERTS // ep_size
-    sent = sum(int(counts.sum()) for counts in rows)
-    everyone = torch.stack([torch.stack(rows)] * world_size)
-    torch.distributed.all_gather_into_tensor(everyone, torch.stack(rows).unsqueeze(0))
+    everyone = torch.stack([counts] * world_size)
+    torch.distributed.all_gather_into_tensor(everyone, counts.unsqueeze(0))
     first = rank // ep_size * ep_size
     place = rank - first
     received = int(everyone[first : first + ep_size, :, place * held : (place + 1) * held].sum())
-    return {"calls": list(calls), "dense": dense, "expert": expert, "sent": sent, "received": received}
+    return {"calls": list(calls), "dense": dense, "expert": expert, "sent": int(counts.sum()), "received": received}
 
 
 def test_bytes_of_a_step_follow_the_formulas(run_ranks):
     results = run_ranks(count_bytes, RANKS, CASES)
-    for rank, (number, (stage, ep_size)) in itertools.product(range(RANKS), enumerate(CASES)):
+    for rank, (number, (stage, ep_size, checkpointed)) in itertools.product(range(RANKS), enumerate(CASES)):
+        passes = FORWARD_AND_BACKWARD + RECOMPUTED * checkpointed
         found = results[rank][number]
-        calls, case = Collectives(found["calls"]), (rank, stage, ep_size)
+        calls, case = Collectives(found["calls"]), CASES[number]
         everyone, first = tuple(range(RANKS)), rank // ep_size * ep_size
         group = tuple(range(first, first + ep_size))
         same_experts = tuple(range(rank % ep_size, RANKS, ep_size))
@@ -108,7 +113,7 @@ def test_bytes_of_a_step_follow_the_formulas(run_ranks):
             if stage:
                 assert 0 <= weights.of("all_gather", ranks=ranks).num_bytes - formula <= PADDING, case
         rows = found["sent"] + found["received"] if ep_size > 1 else 0
-        assert calls.of("all_to_all", torch.bfloat16, group).num_bytes == BF16 * WIDTH * rows * FORWARD_AND_BACKWARD
+        assert calls.of("all_to_all", torch.bfloat16, group).num_bytes == BF16 * WIDTH * rows * passes
         sizes = calls.of("all_to_all", torch.int64, group)
         assert [call.num_bytes for call in sizes] == [8 * EXPERTS] * (LAYERS if ep_size > 1 else 0), case
         statistics = calls.of("all_reduce", torch.float32, everyone)
