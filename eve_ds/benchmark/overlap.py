@@ -1,7 +1,8 @@
 """How much of a slow exchange of rows overlaps with the experts: 4 ranks, and a link whose delay is added here.
 
-Every all-to-all takes a fixed time per message and per byte, and messages of a rank follow one another. The ranks share
-the cores of this machine, so the experts are slow, and the delay is chosen to be of their order.
+Every all-to-all takes a fixed time per message and per byte, and messages of a rank follow one another. The experts
+take a fixed time per row, in which the processor is free, as if an accelerator computed: so four ranks can share a few
+cores. Layer, exchange and autograd are those of the package.
 """
 
 from __future__ import annotations
@@ -13,24 +14,26 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from eve_ds.benchmark.harness import Figures, is_quick
-from eve_ds.model.experts import Experts
 from eve_ds.parallel.exchange.sharded_experts import ShardedExperts, Slots
 
 RANKS, EXPERTS = 4, 8
-WIDTH, INTERMEDIATE, SLOTS = 128, 512, 64
+WIDTH, SLOTS = 128, 64
+ROWS = EXPERTS * SLOTS
 PARTS = (1, 2)
-MESSAGE_SECONDS = 2e-3
-"""Delay of a message to the ranks."""
-DELAYS = (0.5, 1.0, 2.0)
-"""Delay of a whole exchange, in units of the time of the experts' forward."""
+FORWARD, BACKWARD = 0.04, 0.08
+"""Seconds of the experts for all rows of a rank."""
+MESSAGE = 0.001
+"""Seconds of a message, beside those of its bytes."""
+DELAYS = (0.01, 0.02, 0.04, 0.08)
+"""Seconds of an exchange of all rows of a rank, beside those of its messages."""
 
 
 class Link:
@@ -44,9 +47,9 @@ class Link:
         self.byte_seconds, self._free_at = byte_seconds, 0.0
         self._exchange = dist.all_to_all_single
 
-    def all_to_all_single(self, out: Tensor, rows: Tensor, *sizes: list[int], **options: Any) -> DelayedWork:
+    def all_to_all_single(self, out: Tensor, rows: Tensor, *sizes: Any, **options: Any) -> DelayedWork:
         """Stand-in for the function of this name in `torch.distributed`."""
-        seconds = MESSAGE_SECONDS + rows.nbytes * self.byte_seconds
+        seconds = MESSAGE + rows.nbytes * self.byte_seconds
         self._free_at = max(self._free_at, time.perf_counter()) + seconds
         return DelayedWork(self._exchange(out, rows, *sizes, **options), self._free_at)
 
@@ -63,24 +66,40 @@ class DelayedWork:
         time.sleep(max(0.0, self._ready_at - time.perf_counter()))
 
 
-class Times(NamedTuple):
-    """Seconds of the parts of a pass; all are medians over rounds of the slowest rank."""
+class SlowExperts(nn.Module):
+    """Experts that return their rows after a time."""
 
-    forward: float
-    """Experts alone."""
-    backward: float
-    plain: float
-    """Forward and backward with an exchange in one part and without delay."""
+    def forward(self, rows: Tensor, sizes: Tensor) -> Tensor:
+        """(R, D), (E,) int64 -> (R, D)."""
+        return SlowRows.apply(rows)
 
 
-def predicted(times: Times, exchange: float, parts: int) -> float:
-    """Seconds of forward and backward with a delay of `exchange` seconds for all rows, in so many parts.
+class SlowRows(torch.autograd.Function):
+    """Identity that takes a time per row in both directions."""
 
-    What is not experts or delay stays as it was measured without delay.
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """(R, D) -> (R, D)."""
+        time.sleep(FORWARD * len(rows) / ROWS)
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """(R, D) -> (R, D)."""
+        time.sleep(BACKWARD * len(gradient) / ROWS)
+        return gradient
+
+
+def predicted(rest: float, delay: float, parts: int) -> float:
+    """Seconds of forward and backward in so many parts.
+
+    Args:
+        rest: seconds of everything but experts and delays, as measured in one part without delay.
+        delay: seconds of the bytes of one exchange.
+        parts: number of parts.
     """
-    message = MESSAGE_SECONDS + (exchange - MESSAGE_SECONDS) / parts
-    rest = times.plain - times.forward - times.backward
-    return rest + sum(_pipeline(computed / parts, message, parts) for computed in (times.forward, times.backward))
+    message = MESSAGE + delay / parts
+    return rest + sum(_pipeline(computed / parts, message, parts) for computed in (FORWARD, BACKWARD))
 
 
 def _pipeline(computed: float, message: float, parts: int) -> float:
@@ -105,15 +124,14 @@ def overlap(seconds: float) -> Iterator[Figures]:
             raise RuntimeError("a rank of the measure overlap has failed: see its traceback above")
         of_ranks = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
     slowest = [[max(own) for own in zip(*rounds, strict=True)] for rounds in zip(*of_ranks, strict=True)]
-    medians = [statistics.median(rounds) for rounds in slowest]
-    times = Times(*medians[:3])
-    for number, share in enumerate(DELAYS):
-        exchange, figures = MESSAGE_SECONDS + share * times.forward, {}
+    plain, *measured = (statistics.median(rounds) for rounds in slowest)
+    rest = plain - FORWARD - BACKWARD
+    for number, delay in enumerate(DELAYS):
+        figures = {"rest_ms": 1e3 * rest}
         for place, parts in enumerate(PARTS):
-            figures[f"parts_{parts}_ms"] = 1e3 * medians[3 + number * len(PARTS) + place]
-            figures[f"predicted_{parts}_ms"] = 1e3 * predicted(times, exchange, parts)
-        shape = f"{RANKS} ranks, {share:g} x the experts"
-        yield Figures("overlap", shape, {"exchange_ms": 1e3 * exchange, "experts_ms": 1e3 * times.forward, **figures})
+            figures[f"parts_{parts}_ms"] = 1e3 * measured[number * len(PARTS) + place]
+            figures[f"predicted_{parts}_ms"] = 1e3 * predicted(rest, delay, parts)
+        yield Figures("overlap", f"exchange of {1e3 * delay:.0f} ms", figures)
 
 
 def _rank(rank: int, folder: str, quick: bool) -> None:
@@ -127,35 +145,25 @@ def _rank(rank: int, folder: str, quick: bool) -> None:
 
 
 def _measure(rounds: int) -> list[list[float]]:
-    torch.manual_seed(0)
-    local = Experts(EXPERTS // RANKS, WIDTH, INTERMEDIATE)
-    for parameter in local.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    layer = ShardedExperts(local, RANKS)
-    layer._set_ep_group(dist.group.WORLD)
-    rows = torch.randn(EXPERTS * SLOTS, WIDTH, requires_grad=True)
-    sizes = torch.full((EXPERTS,), SLOTS)
+    """Seconds of each round: without delay in one part, then for each delay in each number of parts."""
+    group = dist.group.WORLD
+    assert group is not None
+    layer = ShardedExperts(SlowExperts(), RANKS)
+    layer._set_ep_group(group)
+    rows, sizes = torch.randn(ROWS, WIDTH, requires_grad=True), torch.full((EXPERTS,), SLOTS)
 
-    def run(parts: int) -> None:
-        layer.num_parts = parts
+    def run() -> None:
         layer(rows, layer.announce(sizes, Slots(SLOTS, [SLOTS] * RANKS))).sum().backward()
 
-    alone = _timed_experts(local, rows, rounds)
-    results = [*alone, _timed(lambda: run(1), rounds)]
-    forward = _agreed(statistics.median(alone[0]))
-    for share in DELAYS:
-        link = Link(share * forward / rows.nbytes)
+    results = [_timed(run, rounds)]
+    for delay in DELAYS:
+        link = Link(delay / rows.nbytes)
         with mock.patch.object(dist, "all_to_all_single", link.all_to_all_single):
-            results += [_timed(lambda parts=parts: run(parts), rounds) for parts in PARTS]
+            for parts in PARTS:
+                layer.num_parts = parts
+                results.append(_timed(run, rounds))
+        layer.num_parts = 1
     return results
-
-
-def _timed_experts(experts: Experts, rows: Tensor, rounds: int) -> list[list[float]]:
-    """Seconds of the experts' forward and of their backward."""
-    own = torch.full((EXPERTS // RANKS,), len(rows) * RANKS // EXPERTS)
-    forward = _timed(lambda: experts(rows, own), rounds)
-    both = _timed(lambda: experts(rows, own).sum().backward(), rounds)
-    return [forward, [max(0.0, two - one) for one, two in zip(forward, both, strict=True)]]
 
 
 def _timed(run: Callable[[], object], rounds: int) -> list[float]:
@@ -168,10 +176,3 @@ def _timed(run: Callable[[], object], rounds: int) -> list[float]:
         if number:
             seconds.append(time.perf_counter() - started)
     return seconds
-
-
-def _agreed(seconds: float) -> float:
-    """Largest number of all ranks."""
-    largest = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return float(largest)

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eve_ds.model.experts import Experts
 from eve_ds.parallel.exchange.departure import arrive, depart
 from eve_ds.parallel.exchange.paths import DirectPath, Path
 from eve_ds.parallel.exchange.sizes import Known, Sizes, SizesOfSlots
@@ -36,7 +35,7 @@ class Slots(NamedTuple):
 class ShardedExperts(nn.Module):
     """Experts of this rank behind the exchange; checkpoint code expects the names down to `deepspeed_experts`."""
 
-    def __init__(self, experts: Experts, ep_size: int) -> None:
+    def __init__(self, experts: nn.Module, ep_size: int) -> None:
         super().__init__()
         self.experts = nn.ModuleDict({"deepspeed_experts": experts})
         self.ep_size = ep_size
