@@ -70,6 +70,8 @@ class StockMoE(nn.Module):
     Input of gate and experts is the token plus its modality embedding; padding is routed; experts have fixed capacity.
     """
 
+    is_compilable = False
+
     def __init__(self, moe: MoE, capacity_factor: float) -> None:
         super().__init__()
         from deepspeed.moe.experts import Experts

@@ -127,6 +127,8 @@ def test_blocks_of_one_row_or_column_stay_where_they_are():
         {"ep_size": 4, "zero_stage": 2},
         {"zero_stage": 0, "clip_grad_norm": 0.0},
         {"zero_stage": 0, "ep_size": 1},
+        {"overlap": 4},
+        {"overlap": 9, "ep_size": 1},
     ],
 )
 def test_valid_topologies_are_accepted(change):
@@ -144,6 +146,11 @@ def test_valid_topologies_are_accepted(change):
             {"world_size": 6, "ep_size": 4},
             r"number of ranks \(6\) must be divisible by parallel\.ep_size \(4\).*start a multiple of 4 ranks, or "
             r"take one of 1, 2 as ep_size",
+        ),
+        (
+            {"overlap": 5},
+            r"parallel\.overlap \(5\) must be at most the number of experts of a rank \(4\), model\.moe\.num_experts "
+            r"\(8\) / parallel\.ep_size \(2\), .*take fewer parts, or a smaller ep_size",
         ),
         ({"zero_stage": 3}, r"zero_optimization\.stage \(3\) must be below 3.*use stage 1 or 2"),
         (
