@@ -135,7 +135,26 @@ def exchange_in_every_way(rank, world_size):
                 unequal = [name for name, tensor in ours.items() if not torch.equal(tensor, expected[name])]
                 integers = [call for call in calls if call.dtype == SIZES]
                 found.append(((routing, str(dtype), views, checkpointed), way, unequal, len(integers), len(calls)))
-    return found, off, unusual_sizes(rank, nodes)
+    return found, off, unusual_sizes(rank, nodes), order_of_parts(rank, nodes)
+
+
+def order_of_parts(rank, nodes):
+    """Events of a forward and a backward in two parts: S starts an exchange, A waits for one, E computes experts."""
+    from unittest import mock
+
+    from eve_ds.parallel.exchange.steps import Trip
+
+    layer, events = layer_of(configuration("dropless"), "overlap", torch.float32, nodes), []
+    start, arrive = Trip.start, Trip.arrive
+    experts = layer.deepspeed_moe.experts["deepspeed_experts"]
+    experts.register_forward_hook(lambda *_: events.append("E"))
+    experts.register_full_backward_hook(lambda *_: events.append("E"))
+    with (
+        mock.patch.object(Trip, "start", lambda trip, *rows, **way: (events.append("S"), start(trip, *rows, **way))[1]),
+        mock.patch.object(Trip, "arrive", lambda trip: (events.append("A"), arrive(trip))[1]),
+    ):
+        run(layer, rank, torch.float32, False, False, False)
+    return "".join(events)
 
 
 def unusual_sizes(rank, nodes):
@@ -150,7 +169,8 @@ def unusual_sizes(rank, nodes):
 
 
 def test_every_way_gives_the_same_bits_and_the_sums_of_the_plain_layer(run_ranks):
-    for found, off, unusual in run_ranks(exchange_in_every_way, RANKS):
+    for found, off, unusual, order in run_ranks(exchange_in_every_way, RANKS):
+        assert order == "SSAESAESAA" + "SSAESAESAA", "each part travels while the other is computed"
         assert len(found) == 3 * 2 * 4 * len(WAYS)
         for case, way, unequal, sizes, calls in found:
             routing, _, views, checkpointed = case

@@ -9,7 +9,6 @@ from tiny import tiny_model
 from eve_ds.config import ConfigError
 from eve_ds.model.eve import EVE
 from eve_ds.model.moe import load_plain_state_dict, local_plain_state_dict
-from eve_ds.parallel.exchange.steps import transposed, undone
 from eve_ds.parallel.moe import DeepSpeedMoE, UpstreamMoE
 from eve_ds.parallel.refused import check_topology
 
@@ -103,20 +102,6 @@ def test_missing_expert_parallel_group_error_says_what_to_do():
 def test_indivisible_number_of_experts_is_refused():
     with pytest.raises(ConfigError, match=r"num_experts \(8\) must be divisible by parallel\.ep_size \(3\)"):
         DeepSpeedMoE(CONFIG, ep_size=3)
-
-
-def test_transposed_blocks_are_reordered_and_the_step_is_undone():
-    rows = torch.arange(12).unsqueeze(1)
-    (step,) = transposed([[1, 0, 2], [3, 4, 0]])  # blocks 0 | | 1 2 and 3 4 5 | 6 7 8 9 |
-    step = step._replace(rows_before=12)
-    ours = step.run(rows)
-    assert ours.flatten().tolist() == [0, 3, 4, 5, 6, 7, 8, 9, 1, 2]
-    (back,) = undone([step])
-    assert back.run(ours).flatten().tolist() == [*range(10), 0, 0]
-
-
-def test_blocks_of_one_row_or_column_stay_where_they_are():
-    assert transposed([[1, 2, 3]]) == transposed([[1], [2], [3]]) == []
 
 
 @pytest.mark.parametrize(
