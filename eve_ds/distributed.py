@@ -49,30 +49,35 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return gathered
 
 
-def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Gather the rows of all ranks with gradients, and the index of this rank's first row among them; collective.
+def gather_rows(rows: torch.Tensor, tp_size: int = 1) -> tuple[torch.Tensor, int]:
+    """Gather the rows of all data ranks with gradients, and the index of this rank's first row among them; collective.
 
-    (N, D), with the same N on all ranks -> (world size * N, D) in rank order. The backward gives each rank's rows the
-    sum over ranks of the gradients of their losses. If each loss is a mean over its rank's rows, and parameter
-    gradients are averaged over ranks as DeepSpeed does, the result is the gradient of the mean over all rows.
+    (N, D), with the same N on all ranks -> (data ranks * N, D) in rank order. `tp_size` consecutive ranks hold the same
+    rows, which are taken once. The backward gives each rank's rows the sum over data ranks of the gradients of their
+    losses. If each loss is a mean over its rank's rows, and parameter gradients are averaged over ranks as DeepSpeed
+    does, the result is the gradient of the mean over all rows.
     """
-    if not _in_group() or dist.get_world_size() == 1:
+    if not _in_group() or dist.get_world_size() == tp_size:
         return rows, 0
-    return _GatherRows.apply(rows), dist.get_rank() * len(rows)
+    return _GatherRows.apply(rows, tp_size), dist.get_rank() // tp_size * len(rows)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
-        return gathered
+    def forward(ctx: Any, rows: torch.Tensor, tp_size: int) -> torch.Tensor:
+        ctx.shape, ctx.tp_size = rows.shape, tp_size
+        gathered = rows.new_empty(dist.get_world_size(), *rows.shape)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), rows.contiguous())
+        return gathered[::tp_size].flatten(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
-        return own
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        by_rank = gradient.contiguous().view(dist.get_world_size() // ctx.tp_size, *ctx.shape)
+        if ctx.tp_size > 1:  # each of these ranks has the gradient of the loss that they share
+            by_rank = (by_rank / ctx.tp_size).repeat_interleave(ctx.tp_size, dim=0)
+        own = gradient.new_empty(ctx.shape)
+        dist.reduce_scatter_tensor(own, by_rank.flatten(0, 1))
+        return own, None
 
 
 def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:
