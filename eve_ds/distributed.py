@@ -65,15 +65,19 @@ def gather_rows(rows: torch.Tensor, tp_size: int = 1) -> tuple[torch.Tensor, int
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, tp_size: int) -> torch.Tensor:
-        ctx.tp_size = tp_size
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered[::tp_size])
+        ctx.shape, ctx.tp_size = rows.shape, tp_size
+        gathered = rows.new_empty(dist.get_world_size(), *rows.shape)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), rows.contiguous())
+        return gathered[::tp_size].flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = all_reduce_sum(gradient / ctx.tp_size)  # tensor-parallel ranks have equal gradients
-        return total.chunk(dist.get_world_size() // ctx.tp_size)[dist.get_rank() // ctx.tp_size], None
+        by_rank = gradient.contiguous().view(dist.get_world_size() // ctx.tp_size, *ctx.shape)
+        if ctx.tp_size > 1:  # each of these ranks has the gradient of the loss that they share
+            by_rank = (by_rank / ctx.tp_size).repeat_interleave(ctx.tp_size, dim=0)
+        own = gradient.new_empty(ctx.shape)
+        dist.reduce_scatter_tensor(own, by_rank.flatten(0, 1))
+        return own, None
 
 
 def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:

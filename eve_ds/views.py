@@ -42,6 +42,8 @@ class Layout(NamedTuple):
     """Number of tokens of the longest sample, or an upper bound of it."""
     keeps_padding: bool
     """Whether some or all positions that `mask` marks as padding are tokens too."""
+    tokens_of_group: tuple[int, ...] | None = None
+    """Number of tokens of this view on each rank that shares the experts, by place in their group; None = not known."""
 
     @classmethod
     def of(

@@ -20,6 +20,7 @@ OTHER_PROGRAMS = {"--num_accelerators", "--hostfile", "--nproc_per_node"}
 """Flags of `deepspeed` and `torchrun`, and below of `img2dataset` and pip."""
 OTHER_PROGRAMS |= {"--url_list", "--input_format", "--url_col", "--caption_col", "--output_format", "--output_folder"}
 OTHER_PROGRAMS |= {"--image_size", "--resize_mode", "--no-deps"}
+OTHER_PROGRAMS |= {"--ntasks-per-node", "--distribution"}
 TOP_LEVEL = ("eve_ds", "launcher", "ds_configs", "kernels", "tests", "experiments", "docs")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from eve_ds.model.feed_forward import FeedForward
-from eve_ds.model.moe import MoE, MoEOutput, RouterStatistics
+from eve_ds.model.moe import MoE, MoEOutput, Peers, RouterStatistics
 
 
 def find(name: str) -> ModuleType | None:
@@ -70,6 +70,8 @@ class StockMoE(nn.Module):
     Input of gate and experts is the token plus its modality embedding; padding is routed; experts have fixed capacity.
     """
 
+    is_compilable = False
+
     def __init__(self, moe: MoE, capacity_factor: float) -> None:
         super().__init__()
         from deepspeed.moe.experts import Experts
@@ -94,19 +96,20 @@ class StockMoE(nn.Module):
         modality_ids: Tensor,
         attention_mask: Tensor | None = None,
         view_sizes: Sequence[int] | None = None,
+        peers: Peers | None = None,
     ) -> tuple[Tensor, ...]:
-        """Counterpart of :meth:`eve_ds.model.moe.MoE.mix` for one view; returns the arguments of :meth:`output`."""
+        """Counterpart of :meth:`eve_ds.model.moe.MoE.mix` for one view; :meth:`outputs` takes the results."""
         return self.layer(hidden_states + self.modality_embedding[modality_ids], None), self.layer.l_aux
 
-    def output(self, hidden_states: Tensor, load_balancing_loss: Tensor) -> MoEOutput:
-        """Return a MoEOutput with zeros for router statistics and z-loss, which this layer lacks."""
-        nothing = hidden_states.new_zeros((), dtype=torch.float32)
+    def outputs(self, mixed: Sequence[Sequence[Tensor]]) -> list[MoEOutput]:
+        """Return outputs with zeros for router statistics and z-loss, which this layer lacks."""
+        nothing = mixed[0][0].new_zeros((), dtype=torch.float32)
         statistics = RouterStatistics(nothing, nothing, nothing, nothing)
-        return MoEOutput(hidden_states, load_balancing_loss, nothing, statistics)
+        return [MoEOutput(hidden_states, balance, nothing, statistics) for hidden_states, balance in mixed]
 
     def forward(self, hidden_states: Tensor, modality_ids: Tensor) -> MoEOutput:
         """Counterpart of :meth:`eve_ds.model.moe.MoE.forward` for a single view."""
-        return self.output(*self.mix(hidden_states, modality_ids))
+        return self.outputs([self.mix(hidden_states, modality_ids)])[0]
 
 
 def stock_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:

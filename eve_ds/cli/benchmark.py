@@ -1,6 +1,6 @@
 """Measure the project's parts beside other libraries that do the same work.
 
-    python launcher/benchmark.py routing            also: moe, losses, step, objectives, calls, data, or several
+    python launcher/benchmark.py routing            also: moe, losses, step, objectives, calls, data, overlap
     python launcher/benchmark.py routing losses --quick --json
     python launcher/benchmark.py quality --seeds 3 --jobs 2     pre-training, then fine-tuning, on scenes
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from eve_ds.benchmark.harness import Measure
 
 RESULTS = REPOSITORY / "kernels" / "bench" / "results.csv"
-NAMES = ("routing", "moe", "losses", "step", "objectives", "calls", "data")
+NAMES = ("routing", "moe", "losses", "step", "objectives", "calls", "data", "overlap")
 SECONDS, QUICK_SECONDS = 8.0, 0.3
 """Seconds of each comparison; at least three rounds are run."""
 
@@ -163,11 +163,12 @@ def measure(arguments: argparse.Namespace) -> int:
     from eve_ds.benchmark.harness import Absent, Figures, append_results, json_line
     from eve_ds.benchmark.measures import MEASURES
     from eve_ds.benchmark.objectives import objectives
+    from eve_ds.benchmark.overlap import overlap
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    measures = MEASURES | {"objectives": objectives, "calls": calls}
+    measures = MEASURES | {"objectives": objectives, "calls": calls, "overlap": overlap}
     for name in arguments.measure:
         for found in measures[name](QUICK_SECONDS if arguments.quick else SECONDS):
             if isinstance(found, Absent):

@@ -20,6 +20,12 @@ class ParallelConfig(Section):
     it needs megatron-core. Commands that run one process ignore it."""
     split_experts: bool = False
     """Whether tensor-parallel ranks share each expert; otherwise each of them holds and computes its experts whole."""
+    overlap: Annotated[int, Field(ge=1)] = 1
+    """Number of parts in which an MoE layer exchanges the rows of its experts, so that a part travels while another is
+    computed; at most the number of experts of a rank. 1: no overlap. Results are the same to the last bit."""
+    hierarchical: bool = False
+    """Whether rows travel within each node first and then between nodes, with fewer and larger messages. Every
+    expert-parallel group must have equally many ranks on each of its nodes. Results are the same to the last bit."""
 
 
 def check_experts_per_rank(num_experts: int, ep_size: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -95,6 +95,13 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU can overlap with computation."""
         return self._with_each(Tensor.pin_memory)
+
+    def with_group_tokens(self, tokens: Mapping[str, tuple[int, ...]]) -> Batch:
+        """The same batch, whose layouts know the tokens of each rank that shares the experts, by view."""
+        if self.layouts is None or not tokens:
+            return self
+        layouts = {view: layout._replace(tokens_of_group=tokens.get(view)) for view, layout in self.layouts.items()}
+        return dataclasses.replace(self, layouts=layouts)
 
     def first(self, count: int) -> Batch:
         """The first samples of the batch, without layouts, and at least up to the first sample with an image view.

@@ -24,7 +24,7 @@ from eve_ds.model.attention import SelfAttention
 from eve_ds.model.decoders import PixelDecoder, TextHead
 from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.feed_forward import ModalityFeedForward, SharedFeedForward
-from eve_ds.model.moe import MoE, MoEOutput, plain_named_tensors
+from eve_ds.model.moe import MoE, MoEOutput, Peers, plain_named_tensors
 from eve_ds.model.stream import TokenStream, join
 from eve_ds.model.view_check import check_view
 from eve_ds.model.vocabulary import Vocabulary, Words
@@ -115,18 +115,20 @@ class Block(nn.Module):
         """Compiled :meth:`compute`, set by :meth:`Backbone.compile_blocks` and used in training only."""
 
     def forward(
-        self, hidden_states: Tensor, packing: Packing, kept: Tensor | None = None
-    ) -> tuple[Tensor, MoEOutput | None]:
-        """Map tokens (N, D) of one or several views to (N, D) and, in a deep layer, the MoE's output.
+        self, hidden_states: Tensor, packing: Packing, kept: Tensor | None = None, peers: Peers | None = None
+    ) -> tuple[Tensor, ...]:
+        """Map tokens (N, D) of one or several views to (N, D) and, in a deep layer, the other results of the MoE.
 
-        With several views the MoE's output has a dimension of views. `kept` comes from :meth:`draw_kept`.
+        Those are what :meth:`eve_ds.model.moe.MoE.outputs` takes beside the tokens. `kept` comes from
+        :meth:`draw_kept`.
         """
         compute = self.compiled if self.training and self.compiled is not None else self.compute
-        x, *moe = compute(hidden_states, packing, kept)
-        return x, cast(MoE, self.moe).output(x, *moe) if self.is_moe else None
+        return compute(hidden_states, packing, kept, peers)
 
-    def compute(self, hidden_states: Tensor, packing: Packing, kept: Tensor | None) -> tuple[Tensor, ...]:
-        """Part of :meth:`forward` that can be compiled; returns the tokens (N, D) and the tensors of the MoE's output.
+    def compute(
+        self, hidden_states: Tensor, packing: Packing, kept: Tensor | None, peers: Peers | None
+    ) -> tuple[Tensor, ...]:
+        """The whole :meth:`forward`, which can be compiled.
 
         It returns tensors only, and reads nothing that differs between layers of one kind, such as the drop-path rate,
         so these layers share one compiled graph.
@@ -136,7 +138,7 @@ class Block(nn.Module):
         x = x + (branch if kept is None else branch * kept[0])
         if self.is_moe:
             view_sizes = None if len(packing.layouts) == 1 else packing.view_sizes
-            branch, *moe = cast(MoE, self.moe).mix(self.norm2(x), packing.modality_ids, packing.real, view_sizes)
+            branch, *moe = cast(MoE, self.moe).mix(self.norm2(x), packing.modality_ids, packing.real, view_sizes, peers)
         else:
             branch, moe = self.ffn(x, packing), []
         branch = self.gamma_2 * branch
@@ -200,15 +202,15 @@ class Backbone(nn.Module):
         streams = [self._embed(view) for view in views]
         packing = Packing.of([stream.layout for stream in streams])
         x = joined([stream.hidden_states for stream in streams])
-        moe_outputs: list[list[MoEOutput]] = [[] for _ in views]
+        mixed: list[tuple[Tensor, ...]] = []
         kept = [x]
-        for block in self.blocks:
-            x, moe = self._run(cast(Block, block), x, packing)
+        for block in cast(Iterable[Block], self.blocks):
+            x, *moe = self._run(block, x, packing)
             if keep_states:
                 kept.append(x)
-            if moe is not None:
-                for own, output in zip(moe_outputs, [moe] if len(views) == 1 else moe.by_view(), strict=True):
-                    own.append(output)
+            if block.is_moe:
+                mixed.append((x, *moe))
+        moe_outputs = self._moe_outputs(mixed, len(views))
         states = self.norm(x).split(packing.view_sizes)
         between = (
             list(zip(*(x.split(packing.view_sizes) for x in kept), strict=True)) if keep_states else [()] * len(views)
@@ -246,11 +248,27 @@ class Backbone(nn.Module):
         stream = join(image, text, layout)
         return stream._replace(hidden_states=self.pre_norm(stream.hidden_states))
 
-    def _run(self, block: Block, x: Tensor, packing: Packing) -> tuple[Tensor, MoEOutput | None]:
+    def _run(self, block: Block, x: Tensor, packing: Packing) -> tuple[Tensor, ...]:
         kept = block.draw_kept(packing, x.dtype)
         if block.checkpoint is not None and self.training:
-            return block.checkpoint(block, x, packing, kept)
-        return block(x, packing, kept)
+            return block.checkpoint(block, x, packing, kept, _peers(block, packing, recomputed=True))
+        return block(x, packing, kept, _peers(block, packing, recomputed=False))
+
+    def _moe_outputs(self, mixed: list[tuple[Tensor, ...]], num_views: int) -> list[list[MoEOutput]]:
+        """Outputs by view and layer from the results of all layers, which may ask the other ranks once."""
+        if not mixed:
+            return [[] for _ in range(num_views)]
+        first = next(block for block in cast(Iterable[Block], self.blocks) if block.is_moe)
+        layers = cast(MoE, first.moe).outputs(mixed)
+        by_view = [[layer] if num_views == 1 else layer.by_view() for layer in layers]
+        return [list(of_view) for of_view in zip(*by_view, strict=True)]
+
+
+def _peers(block: Block, packing: Packing, recomputed: bool) -> Peers | None:
+    """What an MoE layer knows of other ranks; None where it has no use for it."""
+    if not block.is_moe or cast(MoE, block.moe).is_compilable:
+        return None
+    return Peers(tuple(layout.tokens_of_group for layout in packing.layouts), {} if recomputed else None)
 
 
 class EVE(nn.Module):

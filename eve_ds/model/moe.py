@@ -85,6 +85,16 @@ class RouterOutput(NamedTuple):
     statistics: RouterStatistics
 
 
+class Peers(NamedTuple):
+    """What a layer whose experts are spread over ranks knows of the other ranks before it runs."""
+
+    tokens: tuple[tuple[int, ...] | None, ...]
+    """By view: number of tokens on each rank that shares the experts; None where nobody knows it."""
+    sizes: dict[int, Any] | None
+    """By view: numbers of rows of each rank. The first run of a block fills it for the recomputation, which then asks
+    nobody. None: the block is not recomputed."""
+
+
 def is_dropless(config: ModelConfig, training: bool) -> bool:
     """Whether rows are packed, rather than laid out in fixed slots per expert."""
     always = config.moe.routing == "dropless"
@@ -115,15 +125,20 @@ class Router(nn.Module):
         modality_ids: Tensor,
         valid: Tensor | None = None,
         view_sizes: Sequence[int] | None = None,
+        announce: Callable[[Tensor], None] | None = None,
     ) -> RouterOutput:
         """Route tokens (T, D) with modality ids (T,); `valid` (T,) is False for padding, None without padding.
 
         `view_sizes` gives the token count of each view and keeps the sums of views separate; it requires
-        :func:`packs_views`. None gives one sum.
+        :func:`packs_views`. None gives one sum. `announce` is given the (E,) int64 rows of each expert, before the rows
+        are copied.
         """
         routed = None if self.official else valid
         embedding = x.new_zeros(2, x.shape[1]) if self.modality_embedding is None else self.modality_embedding
-        grouped = {} if view_sizes is None else {"group_sizes": view_sizes}
+        options: dict[str, Any] = {} if view_sizes is None else {"group_sizes": view_sizes}
+        capacity = self._capacity(x.shape[0])
+        if announce is not None:
+            options["announce"] = lambda counts: announce(_rows_per_expert(counts, capacity))
         dispatch = (
             self._dispatch_jittered if self.training and self.config.router_jitter > 0 else ops.route_and_dispatch
         )
@@ -133,21 +148,16 @@ class Router(nn.Module):
             embedding,
             modality_ids,
             top_k=self.config.top_k,
-            capacity=self._capacity(x.shape[0]),
+            capacity=capacity,
             valid=routed,
             noise=self._second_choice_noise(x),
             embed_rows=self.official,
-            **grouped,
+            **options,
         )
         counted = torch.ones_like(modality_ids, dtype=torch.bool) if routed is None else routed
         num_tokens = ops.sum_groups(counted, view_sizes).float()
         statistics = _statistics(routing, modality_ids, counted, view_sizes)
-        return RouterOutput(rows, self._rows_per_expert(routing), routing, num_tokens, statistics)
-
-    def _rows_per_expert(self, routing: ops.Routing) -> Tensor:
-        if is_dropless(self.model_config, self.training):
-            return routing.counts
-        return torch.full_like(routing.counts, routing.source.numel() // routing.counts.numel())
+        return RouterOutput(rows, _rows_per_expert(routing.counts, capacity), routing, num_tokens, statistics)
 
     def _dispatch_jittered(
         self,
@@ -157,6 +167,7 @@ class Router(nn.Module):
         modality_ids: Tensor,
         *,
         embed_rows: bool,
+        announce: Callable[[Tensor], None] | None = None,
         **routing_options: Any,
     ) -> tuple[Tensor, ops.Routing]:
         """Same as :func:`eve_ds.ops.route_and_dispatch`, with router inputs times noise around 1 (Switch 2.4)."""
@@ -169,12 +180,16 @@ class Router(nn.Module):
             modality_ids=modality_ids,
             **routing_options,
         )
+        if announce is not None:
+            announce(routing.counts)
         added = (embedding, modality_ids) if embed_rows else ()
         return ops.moe_dispatch(x, routing.slots, routing.source, *added), routing
 
     def _capacity(self, num_tokens: int) -> int:
-        if is_dropless(self.model_config, self.training):
-            return -1
+        return -1 if is_dropless(self.model_config, self.training) else self.slots(num_tokens)
+
+    def slots(self, num_tokens: int) -> int:
+        """Return how many rows each expert takes of that many tokens if it has a capacity."""
         return ops.slots_of_share(num_tokens, self.capacity_share, self.config.min_capacity)
 
     def _second_choice_noise(self, x: Tensor) -> Tensor | None:
@@ -182,6 +197,11 @@ class Router(nn.Module):
             return None
         noise = x.new_empty((x.shape[0], self.config.num_experts), dtype=torch.float32)
         return -noise.exponential_().log()  # standard Gumbel
+
+
+def _rows_per_expert(counts: Tensor, capacity: int) -> Tensor:
+    """Rows (E,) int64 of each expert among those that it gets: `counts` if packed, its slots if it has a capacity."""
+    return counts if capacity < 0 else torch.full_like(counts, capacity)
 
 
 class MoE(nn.Module):
@@ -209,7 +229,7 @@ class MoE(nn.Module):
 
         `view_sizes` gives the token counts of V consecutive views; None means one view.
         """
-        return self.output(*self.mix(hidden_states, modality_ids, attention_mask, view_sizes))
+        return self.outputs([self.mix(hidden_states, modality_ids, attention_mask, view_sizes)])[0]
 
     def mix(
         self,
@@ -217,14 +237,15 @@ class MoE(nn.Module):
         modality_ids: Tensor,
         attention_mask: Tensor | None,
         view_sizes: Sequence[int] | None,
+        peers: Peers | None = None,
     ) -> tuple[Tensor, ...]:
-        """Output of :func:`mix_experts` for the arguments of :meth:`forward`."""
+        """Output of :func:`mix_experts` for the arguments of :meth:`forward`; there are no `peers` here."""
         one_pass = packs_views(self.config, self.training)
         return mix_experts(self.router, hidden_states, modality_ids, attention_mask, self.experts, view_sizes, one_pass)
 
-    def output(self, *mixed: Tensor) -> MoEOutput:
-        """Convert the output of :meth:`mix` to a MoEOutput."""
-        return moe_output(*mixed)
+    def outputs(self, mixed: Sequence[Sequence[Tensor]]) -> list[MoEOutput]:
+        """Convert the results of :meth:`mix` of all layers of a model; a layer of other ranks may ask them, once."""
+        return [moe_output(*own) for own in mixed]
 
 
 def _identity(parameter: nn.Parameter) -> Tensor:
@@ -279,6 +300,7 @@ def mix_experts(
     apply_experts: Callable[[Tensor, Tensor], Tensor],
     view_sizes: Sequence[int] | None,
     one_pass: bool,
+    announce: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, ...]:
     """Steps shared by every MoE layer: route, dispatch, run the experts wherever they are, combine.
 
@@ -290,6 +312,7 @@ def mix_experts(
         apply_experts: maps the expert buffer (R, D) and the (E,) int64 rows of each expert in it to the (R, D) outputs.
         view_sizes: token counts of V consecutive views. None means one view, and results without a view dimension.
         one_pass: whether the views are routed together, see :func:`packs_views`.
+        announce: is given the (E,) int64 rows of each expert as early as possible, before each call of `apply_experts`.
 
     Returns:
         Arguments of :func:`moe_output`: tensors only, computed without a collective, so that all of this can compile.
@@ -297,12 +320,12 @@ def mix_experts(
     x, ids = hidden_states.flatten(0, -2), modality_ids.flatten()
     valid = None if attention_mask is None else attention_mask.flatten()
     if view_sizes is None or one_pass:
-        mixed, *sums = _mix(router, x, ids, valid, apply_experts, view_sizes)
+        mixed, *sums = _mix(router, x, ids, valid, apply_experts, announce, view_sizes)
     else:
         sizes = list(view_sizes)
         no_masks = [None] * len(sizes)
         views = zip(x.split(sizes), ids.split(sizes), no_masks if valid is None else valid.split(sizes), strict=True)
-        parts, *of_views = zip(*(_mix(router, *view, apply_experts) for view in views), strict=True)
+        parts, *of_views = zip(*(_mix(router, *view, apply_experts, announce) for view in views), strict=True)
         mixed, sums = torch.cat(parts), [torch.stack(values) for values in of_views]
     return mixed.view_as(hidden_states), *sums
 
@@ -313,10 +336,11 @@ def _mix(
     modality_ids: Tensor,
     valid: Tensor | None,
     apply_experts: Callable[[Tensor, Tensor], Tensor],
+    announce: Callable[[Tensor], None] | None,
     view_sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Route tokens (T, D) once, run the experts and combine."""
-    routed = router(x, modality_ids, valid, view_sizes)
+    routed = router(x, modality_ids, valid, view_sizes, announce)
     routing = routed.routing
     rows = apply_experts(routed.rows, routed.rows_per_expert)
     mixed = ops.moe_combine(rows, routing.slots, routing.gates, routing.source)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from eve_ds.config import MaskingConfig, ModelConfig
@@ -17,6 +18,7 @@ from eve_ds.data.batch import Batch
 from eve_ds.objectives.objective import TOKENS, Counts, Gather, only_this_rank
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.objectives.router import view_router_losses
+from eve_ds.views import views_of
 
 if TYPE_CHECKING:
     from eve_ds.model.eve import EVEOutput
@@ -61,6 +63,12 @@ def encoder_tokens(batch: Batch, config: ModelConfig) -> dict[str, float]:
     for objective in objectives_of(config):
         tokens |= objective.late_tokens(tokens)
     return tokens
+
+
+def view_names(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the views that a batch of images with captions has before the forward."""
+    pairs = {"pixel_values": torch.zeros(1, 3, 1, 1), "input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+    return tuple(views_of(objectives_of(config), pairs))
 
 
 def caption_tokens(batch: Batch) -> float:

@@ -6,7 +6,7 @@ Arithmetic is in fp32 for every token dtype except fp64, which stays fp64. Integ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -228,6 +228,7 @@ def route_and_dispatch(
     noise: Tensor | None = None,
     group_sizes: Sequence[int] | None = None,
     embed_rows: bool = False,
+    announce: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Routing]:
     """Run the router on token + modality embedding in fp32, then :func:`route_topk` and :func:`moe_dispatch`.
 
@@ -239,6 +240,8 @@ def route_and_dispatch(
         modality_embedding, modality_ids: (M, D), (T,) int64.
         top_k, capacity, valid, noise, group_sizes: see :func:`route_topk`.
         embed_rows: whether the embedding of each token is also added to its rows.
+        announce: is given the (E,) int64 rows of each expert before the rows are copied, so that it can send them on
+            meanwhile.
 
     Returns:
         Rows (R, D) in the dtype of x, and the routing.
@@ -254,6 +257,8 @@ def route_and_dispatch(
         noise=noise,
         group_sizes=group_sizes,
     )
+    if announce is not None:
+        announce(routing.counts)
     added = (embedding, modality_ids) if embed_rows else ()
     return moe_dispatch(x, routing.slots, routing.source, *added), routing
 

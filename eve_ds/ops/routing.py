@@ -5,7 +5,7 @@ Semantics are those of :mod:`eve_ds.ops.reference`; signatures too, but `route_t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,7 @@ def route_and_dispatch(
     noise: Tensor | None = None,
     group_sizes: Sequence[int] | None = None,
     embed_rows: bool = False,
+    announce: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Routing]:
     """Run router, routing and dispatch; see :func:`eve_ds.ops.reference.route_and_dispatch`.
 
@@ -108,9 +109,10 @@ def route_and_dispatch(
             noise=noise,
             group_sizes=group_sizes,
             embed_rows=embed_rows,
+            announce=announce,
         )
     rows, *routed = RouteAndDispatch.apply(
-        x, weight, modality_embedding, modality_ids, valid, noise, top_k, capacity, group_sizes, embed_rows
+        x, weight, modality_embedding, modality_ids, valid, noise, top_k, capacity, group_sizes, embed_rows, announce
     )
     return rows, _routing(routed)
 
@@ -131,6 +133,7 @@ class RouteAndDispatch(torch.autograd.Function):
         capacity: int,
         group_sizes: Sequence[int] | None,
         embed_rows: bool,
+        announce: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, ...]:
         """Arguments of :func:`route_and_dispatch`."""
         ops = torch.ops.eve_ds
@@ -143,6 +146,8 @@ class RouteAndDispatch(torch.autograd.Function):
         routed = ops.route_topk(logits, bias, modality_ids, valid, noise, top_k, capacity)
         if group_sizes is not None:
             routed = _sums_by_group(routed, valid, group_sizes)
+        if announce is not None:
+            announce(routed[COUNTS])
         added = (embedding, modality_ids) if embed_rows else (None, None)
         rows = ops.moe_dispatch(x, routed[SLOTS], routed[SOURCE], *added)
         saved = (routed[place] for place in FOR_BACKWARD)
@@ -185,7 +190,7 @@ class RouteAndDispatch(torch.autograd.Function):
             d_weight = d_logits.t() @ x.float()
         d_weight += d_bias.t() @ embedding
         d_weight, d_embedding = d_weight.to(weight.dtype), d_embedding.to(modality_embedding.dtype)
-        return d_x, d_weight, d_embedding, None, None, None, None, None, None, None
+        return d_x, d_weight, d_embedding, *(None,) * 8
 
 
 def _multiplies_in_low_precision(x: Tensor, weight: Tensor) -> bool:

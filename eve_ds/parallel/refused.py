@@ -16,6 +16,7 @@ def check_topology(
     zero_stage: int,
     clip_grad_norm: float,
     tp_size: int = 1,
+    overlap: int = 1,
 ) -> None:
     """Check how experts are to be spread before anything is built.
 
@@ -26,6 +27,7 @@ def check_topology(
         zero_stage: `zero_optimization.stage` of the DeepSpeed JSON, 0 to 3.
         clip_grad_norm: largest gradient norm, 0 = no clipping.
         tp_size: ranks that share the matrices of each layer.
+        overlap: parts of the exchange of an MoE layer.
 
     Raises:
         ConfigError: the topology breaks a rule; the message has the value, the rule and the remedy.
@@ -44,6 +46,12 @@ def check_topology(
             f"the number of {ranks} must be divisible by parallel.ep_size ({ep_size}), since every "
             f"expert-parallel group holds one full set of experts: start a multiple of {ep_size * tp_size} ranks, or "
             f"take one of {sizes} as ep_size"
+        )
+    if ep_size > 1 and overlap > num_experts // ep_size:
+        raise ConfigError(
+            f"parallel.overlap ({overlap}) must be at most the number of experts of a rank ({num_experts // ep_size}), "
+            f"model.moe.num_experts ({num_experts}) / parallel.ep_size ({ep_size}), since every part has whole "
+            "experts: take fewer parts, or a smaller ep_size"
         )
     if zero_stage == 3:
         raise ConfigError(

@@ -132,6 +132,7 @@ def _settle_run(shared: SharedSettings, precision: str, stage: int, world_size: 
             zero_stage=stage,
             clip_grad_norm=clip,
             tp_size=tp_size,
+            overlap=config.parallel.overlap,
         )
     return shared.settled(train=train, optimizer={"clip_grad_norm": clip}, parallel={"ep_size": ep_size})
 
@@ -264,12 +265,11 @@ def _accumulates_in_fp32(types: dict[str, Any], zero: dict[str, Any], precision:
                 f"{path} ({show(given)}) {JSON} must be {allowed}, since the model computes in {precision}: remove it, "
                 "or change train.precision",
             )
-        elif zero["stage"] == 0 or (zero["stage"] == 1 and "offload_optimizer" in zero):
-            remedies = {0: "stage 0: use stage 1 or 2", 1: "stage 1 and offload_optimizer: use stage 2"}
+        elif zero["stage"] == 1 and "offload_optimizer" in zero:
             problems.add(
                 path,
-                f"{path} ({show(given)}) {JSON} cannot be used with precision {precision}, "
-                f"zero_optimization.{remedies[zero['stage']]}, or remove it",
+                f"{path} ({show(given)}) {JSON} cannot be used with precision {precision}, zero_optimization.stage 1 "
+                "and offload_optimizer: use stage 2, or remove it",
             )
         else:
             return True

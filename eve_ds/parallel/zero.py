@@ -34,6 +34,7 @@ from eve_ds.config import ConfigError
 from eve_ds.log import get_logger
 from eve_ds.parallel.deepspeed_json.errors import deepspeed_errors
 from eve_ds.parallel.deepspeed_json.keys import FOLLOWED
+from eve_ds.parallel.fp32_sums import sum_in_fp32
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's default of `reduce_bucket_size`."""
@@ -56,15 +57,20 @@ def initialize_engine(
         ConfigError: DeepSpeed refuses the configuration.
     """
     config = _fit_bucket(deepspeed_config, model)
-    sums_in_fp32 = config["zero_optimization"]["stage"] == 1 and "data_types" in config
-    if sums_in_fp32:
+    stage = config["zero_optimization"]["stage"]
+    sums_in_fp32 = stage < 2 and "data_types" in config
+    if sums_in_fp32:  # DeepSpeed would refuse it, or take an optimizer whose tensors our checkpoints do not know
         del config["data_types"]
+    if sums_in_fp32 and stage == 0:
+        config.setdefault("communication_data_type", "fp32")
     with deepspeed_errors(deepspeed_config), _without_muon():
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=mpu
         )
     lower_host_calls(engine, torch.float32 if sums_in_fp32 else None)
-    if sums_in_fp32 and getattr(engine.optimizer, "flat_gradients", None) is None:
+    if sums_in_fp32 and stage == 0:
+        sum_in_fp32(engine)
+    elif sums_in_fp32 and getattr(engine.optimizer, "flat_gradients", None) is None:
         raise ConfigError(
             f"data_types.grad_accum_dtype (fp32) in the DeepSpeed JSON needs DeepSpeed {FOLLOWED} at ZeRO 1, and this "
             f"is {deepspeed.__version__}: use stage 2, or remove it"

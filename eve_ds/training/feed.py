@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import deque
 from concurrent.futures import Future
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,6 +21,7 @@ from eve_ds.data.remote.readers import Readers
 from eve_ds.log import get_logger
 from eve_ds.signals import StopSignals
 from eve_ds.training.data_wait import DataWait
+from eve_ds.training.group_tokens import GroupTokens
 from eve_ds.training.job import Batches, Job, Loading, TrainingBatch
 
 WAIT_SECONDS = 1.0
@@ -77,6 +79,9 @@ class Feed:
         self.cpu_seconds = 0.0
         self._device, self._thread = device, Readers(1)
         self._next: StepData | None = None
+        self._tokens = GroupTokens(job.exchanged_views, self.topology, accumulation)
+        self._group_tokens: deque[dict[str, tuple[int, ...]]] = deque()
+        """Tokens by view of each micro-batch in the device queue."""
         self.batches: Batches = job.open(loading)
         self.position = self.batches.state_dict()
         """Position after the last step that was taken; the batches themselves are one step ahead."""
@@ -111,6 +116,11 @@ class Feed:
         self.job.check_step(data.totals, samples)
         self.position = data.position
         return data
+
+    def next_batch(self) -> Any:
+        """Return the next micro-batch of the step that was taken, on the device."""
+        batch, tokens = self.queue.get(), self._group_tokens.popleft()
+        return batch.with_group_tokens(tokens) if tokens else batch
 
     def _raise(self, problem: Exception | None) -> NoReturn:
         """Raise the problems of all ranks on every rank; collective."""
@@ -166,7 +176,8 @@ class Feed:
     def _fetch(self) -> StepData:
         """Fetch micro-batches until all ranks have theirs, one has failed or is to stop; sum their counts; collective.
 
-        The ranks sum once, and once more for each second that some rank waits.
+        The sum also tells the ranks each other's numbers of tokens, if experts have a capacity. The ranks sum once, and
+        once more for each second that some rank waits.
         """
         loading, loaded = self._thread.submit(self._load), None
         while True:
@@ -175,13 +186,15 @@ class Feed:
             own = self.job.counts(micro_batches)
             counted = own.values() if self.topology.tensor_rank == 0 else [0.0] * len(own)  # their samples are the same
             state = [problem is not None, loaded is None, self.stop.requested, self._checksum(micro_batches)]
-            numbers = torch.tensor([*counted, *state], dtype=torch.float64)
+            tokens = self._tokens.own(micro_batches)
+            numbers = torch.tensor([*counted, *tokens, *state], dtype=torch.float64)
             dist.all_reduce(numbers, group=self.group)
             *totals, num_failed, num_waiting, num_stopped, checksum = numbers.tolist()
             if not num_waiting or num_failed or num_stopped:
                 break
         position = self.batches.state_dict() if micro_batches else {}
-        sums = dict(zip(own, totals, strict=True))
+        sums = dict(zip(own, totals, strict=False))
+        self._group_tokens.extend(self._tokens.of_group(totals[len(own) :]))
         return StepData(micro_batches, problem, position, num_failed, num_waiting > 0, sums, checksum == 0)
 
     def _checksum(self, micro_batches: list[TrainingBatch]) -> int:

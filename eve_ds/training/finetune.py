@@ -120,6 +120,7 @@ class Finetuning:
     """
 
     keeps_checkpoints = False
+    exchanged_views: tuple[str, ...] = ()
     resume: Resume = "auto"
 
     def __init__(self, config: Config, task: Task, examples: Sequence[Example]) -> None:

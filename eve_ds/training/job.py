@@ -111,6 +111,9 @@ class Job(Protocol):
     shapes: dict[str, torch.Size]
     """Shape of every tensor of the plain model, by plain name."""
     resume: Resume
+    exchanged_views: tuple[str, ...]
+    """Names of the views whose numbers of tokens the ranks tell each other before a step, since their experts have a
+    capacity and are spread over ranks; empty if nobody needs them."""
     keeps_checkpoints: bool
     """Whether the run ends with a checkpoint; False: with a smaller result, and :meth:`finish` removes checkpoints."""
 

@@ -23,9 +23,15 @@ from eve_ds.evaluation.held_out import HeldOut, evaluate_held_out, load_held_out
 from eve_ds.evaluation.scenes import evaluate_scenes, trains_on_scenes, word_without_token
 from eve_ds.log import get_logger
 from eve_ds.model.eve import EVE, EVEOutput, MoEFactory, model_shapes
-from eve_ds.model.moe import load_plain_state_dict
+from eve_ds.model.moe import is_dropless, load_plain_state_dict
 from eve_ds.model.with_losses import ModelWithLosses
-from eve_ds.objectives.pretraining import caption_tokens, count, pretraining_flops, pretraining_losses
+from eve_ds.objectives.pretraining import (
+    caption_tokens,
+    count,
+    pretraining_flops,
+    pretraining_losses,
+    view_names,
+)
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
@@ -87,6 +93,7 @@ class Pretraining:
         self.config, self.resume = config, resume
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.shapes = model_shapes(config.model)
+        self.exchanged_views: tuple[str, ...] = _exchanged_views(config)
         self.held_out: HeldOut | None = None
         split_word = word_without_token(self.tokenizer, config) if trains_on_scenes(config) else None
         self._evaluates_scenes = trains_on_scenes(config) and split_word is None
@@ -185,6 +192,13 @@ class Pretraining:
 def _losses(output: EVEOutput, batch: Batch, counts: Mapping[str, float], *, config: Config) -> dict[str, Tensor]:
     gather = partial(gather_rows, tp_size=config.parallel.tp_size)
     return pretraining_losses(output, batch.targets(), counts, config.model, gather)
+
+
+def _exchanged_views(config: Config) -> tuple[str, ...]:
+    """Views whose tokens the ranks tell each other; those that a batch lacks have none."""
+    if config.parallel.ep_size == 1 or is_dropless(config.model, training=True):
+        return ()
+    return view_names(config.model)
 
 
 def _start_from(model: EVE, source: Path, config: Config) -> None:

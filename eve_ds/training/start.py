@@ -17,7 +17,9 @@ from eve_ds.distributed import seed_everything
 from eve_ds.model.eve import Backbone
 from eve_ds.model.with_losses import plain_model
 from eve_ds.ops.build import use_built
+from eve_ds.parallel.exchange.connect import connect_experts
 from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.nodes import check_expert_groups, nodes_of_run
 from eve_ds.parallel.startup import tensor_parallel_unit
 from eve_ds.parallel.zero import initialize_engine
 from eve_ds.signals import StopSignals
@@ -46,9 +48,11 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
     if checkpoint is not None:
         on_rank_zero(partial(check_tokenizer, checkpoint, job.tokenizer))
     topology, stop = Topology.of(config.parallel), stop or StopSignals()
+    nodes = nodes_of_run()
+    check_expert_groups(config.parallel, topology, nodes)
     # Before the model is built, so that worker processes start meanwhile.
     with _open_feed(job, topology, checkpoint, stop) as feed:
-        return _train(job, deepspeed_config, feed, checkpoint, lock, stop)
+        return _train(job, deepspeed_config, feed, checkpoint, lock, stop, nodes)
 
 
 def _open_feed(job: Job, topology: Topology, checkpoint: Path | None, stop: StopSignals) -> Feed:
@@ -73,6 +77,7 @@ def _train(
     checkpoint: Path | None,
     lock: FolderLock,
     stop: StopSignals,
+    nodes: list[int] | None,
 ) -> Summary:
     config, topology = job.config, feed.topology
     mpu = tensor_parallel_unit(topology.tp_size, timedelta(seconds=config.train.timeout_seconds))
@@ -86,6 +91,7 @@ def _train(
         split_model(model, topology, config.parallel.split_experts)
     optimizer = build_optimizer(model, config, deepspeed_config, job.lr_scale())
     engine = initialize_engine(module, optimizer, deepspeed_config, mpu)
+    connect_experts(model, config.parallel, topology, nodes)
     job.freeze(model)
     use_built(next(model.parameters()))  # a build, if needed, must not count as time of the first step
     with lock, stop as signals, Trainer(job, engine, optimizer, feed, signals) as trainer:

@@ -148,7 +148,7 @@ class Trainer:
         counts = {name: total / share for name, total in data.totals.items()}
         computed: list[LossOutput] = []
         for _ in data.micro_batches:
-            output: LossOutput = self.engine(self.feed.queue.get(), counts)
+            output: LossOutput = self.engine(self.feed.next_batch(), counts)
             self.engine.backward(poison_if_nonfinite(output.loss))
             if self.engine.is_gradient_accumulation_boundary() and not (agreed.done or agreed.stop):
                 self.feed.prepare()  # the device is busy now; the update below makes the host wait for it

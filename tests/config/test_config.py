@@ -49,7 +49,10 @@ def test_file_extends_its_base_and_overrides_come_last(tmp_path):
         ("data.image_size=64", "eve_tiny: unknown key 'data.image_size'; did you mean 'model.image_size'?"),
         ("num_workers=2", "eve_tiny: unknown key 'num_workers'; did you mean 'data.num_workers'?"),
         ("train.top_k=2", "eve_tiny: unknown key 'train.top_k'; did you mean 'model.moe.top_k'?"),
-        ("parallel.zzz=1", "eve_tiny: unknown key 'parallel.zzz'; known: ep_size"),
+        (
+            "parallel.zzz=1",
+            "eve_tiny: unknown key 'parallel.zzz'; known: ep_size, hierarchical, overlap, split_experts, tp_size",
+        ),
         (
             "data.sources=[{kind: scenes, levels: easy}]",
             "eve_tiny: unknown key 'data.sources.0.levels'; did you mean 'level'?",

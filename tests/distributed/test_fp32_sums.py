@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,14 +17,18 @@ MICRO_STEPS = 3
 IN_FP32 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 TOLERANCE = 1e-6
 """Relative to the largest element: sums of fp32 numbers in another order. Sums in bf16 are off by up to 2^-8."""
+WORDS, TIED = "backbone.text_embedding.word.weight", 2.0**-8
+"""Tied weight and its tolerance at ZeRO 0: there autograd adds the gradients of its two uses in fp32, and in the
+reference in bf16, which rounds each micro-step by up to 2^-9."""
 
 
-def configuration(ranks, model=(), **train):
+def configuration(ranks, model=(), clip=1.0, ep_size=1, **train):
     return parse_config(
         {
             "model": tiny_tree(objectives=["joint"], **dict(model)),
             "data": {"sources": [{"kind": "scenes", "num_samples": 64}], "num_workers": 0},
-            "optimizer": {"lr": 1e-2, "warmup_steps": 1, "decay": "constant"},
+            "parallel": {"ep_size": ep_size},
+            "optimizer": {"lr": 1e-2, "warmup_steps": 1, "decay": "constant", "clip_grad_norm": clip},
             "train": {
                 "train_batch_size": ranks * MICRO_STEPS * MICRO_SIZE,
                 "gradient_accumulation_steps": MICRO_STEPS,
@@ -34,6 +39,11 @@ def configuration(ranks, model=(), **train):
 
 
 SMALL = {"image_size": 16, "text_length": 6}
+
+
+def clip_of(stage):
+    """Clipping, which ZeRO 0 refuses for a bf16 model."""
+    return 1.0 if stage else 0.0
 
 
 def gradients_of_engines(rank, world_size, stages):
@@ -50,7 +60,8 @@ def gradients_of_engines(rank, world_size, stages):
     results = []
     for stage in stages:
         dictionary = {**IN_FP32, "zero_optimization": {"stage": stage}, "communication_data_type": "fp32"}
-        config, resolved = resolve_deepspeed_config(dictionary, configuration(world_size, SMALL), world_size)
+        settings = configuration(world_size, SMALL, clip=clip_of(stage))
+        config, resolved = resolve_deepspeed_config(dictionary, settings, world_size)
         torch.manual_seed(3)
         model = EVE(config.model, functools.partial(DeepSpeedMoE, ep_size=1))
         engine = initialize_engine(model, build_optimizer(model, config, resolved), resolved)
@@ -58,7 +69,7 @@ def gradients_of_engines(rank, world_size, stages):
             engine.backward(joint_loss(engine, config.model, rank, 0, part))
             engine.step()
         found = [(part.name, part.start, part.tensors["exp_avg"].clone() * 10) for part in fragments(engine)]
-        results.append((float(engine.get_global_grad_norm()), found, set(sys.modules)))
+        results.append((engine.get_global_grad_norm(), found, set(sys.modules)))
         engine.destroy()
     return results
 
@@ -92,38 +103,41 @@ def reference(ranks):
 def test_sums_over_micro_steps_and_ranks_are_those_of_plain_torch(run_ranks, ranks):
     expected = reference(ranks)
     norm = float(torch.cat(list(expected.values())).norm())
-    results = run_ranks(gradients_of_engines, ranks, [1, 2])
-    for number in range(2):
+    stages = [0, 1, 2]
+    results = run_ranks(gradients_of_engines, ranks, stages)
+    for number, stage in enumerate(stages):
         for own_norm, found, modules in (of_rank[number] for of_rank in results):
-            assert own_norm == pytest.approx(norm, rel=TOLERANCE)
-            assert number > 0 or "torch._inductor.compile_fx" not in modules, "slows the start of a run"
-            scale = min(1.0, 1.0 / (norm + 1e-6))  # clipping at 1
+            assert not stage or float(own_norm) == pytest.approx(norm, rel=TOLERANCE)
+            assert stage == 2 or "torch._inductor.compile_fx" not in modules, "slows the start of a run"
+            scale = min(1.0, clip_of(stage) / (norm + 1e-6)) if stage else 1.0
             for name, start, values in found:
                 whole = expected.get(name)
                 if whole is None:
                     assert not values.any()
                     continue
                 error = (values - scale * whole[start : start + values.numel()]).abs().max() / whole.abs().max()
-                assert error < 2 * TOLERANCE, (number, name)
+                assert error < (TIED if stage == 0 and name == WORDS else 2 * TOLERANCE), (stage, name)
 
 
 def train_and_resume(rank, world_size, folder):
-    """Hashes of the tensors after two steps in one run, and in a run that stopped after the first."""
-    from eve_ds.training.pretrain import pretrain
+    """By ZeRO stage: hashes of the tensors after two steps in one run, and in a run that stopped after the first."""
+    from eve_ds.training import pretrain as pretraining
 
+    pretraining.evaluate_scenes = lambda *arguments, **options: {}
     results = {}
-    for name, limits in {"whole": [2], "resumed": [1, 2]}.items():
-        output = Path(folder) / name
-        for limit in limits:
-            config = configuration(world_size, {"patch_size": 16}, max_steps=limit, output_dir=str(output))
-            config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": 2})})
-            pretrain(config, {**IN_FP32, "zero_optimization": {"stage": 1}})
+    for stage, name in itertools.product((0, 1, 2), ("whole", "resumed")):
+        output = Path(folder) / f"{name}{stage}"
+        for limit in [2] if name == "whole" else [1, 2]:
+            settings = {"max_steps": limit, "output_dir": str(output)}
+            config = configuration(world_size, {"patch_size": 16}, clip_of(stage), 2, **settings)
+            pretraining.pretrain(config, {**IN_FP32, "zero_optimization": {"stage": stage}})
         files = sorted((output / "checkpoints" / "step-00000002").glob("*.safetensors"))
-        results[name] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        results[stage, name] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     return results
 
 
 def test_a_run_that_sums_in_fp32_is_saved_and_resumes_bit_for_bit(run_ranks, tmp_path):
     for found in run_ranks(train_and_resume, 2, str(tmp_path)):
-        assert len(found["whole"]) >= 2
-        assert found["whole"] == found["resumed"]
+        for stage in (0, 1, 2):
+            assert len(found[stage, "whole"]) >= 2
+            assert found[stage, "whole"] == found[stage, "resumed"], stage

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from collectives import recorded_collectives
 from tiny import tiny_config
 
 from eve_ds.config import load_config
@@ -19,7 +21,7 @@ SMALL = [
 SETS = ("itc+itm", "mim+mlm+itc+itm", "mlm+itc", "mim")
 """Sets of objectives whose resume is tested; test_engine_distributed.py tests `mim+mlm`."""
 CHEAP = ["masking.image_view_share=0.75", "masking.language_view_patch_share=0.5", "masking.image_view_word_share=0.5"]
-PAIRS, WIDTH = 6, 5
+PAIRS, WIDTH = 8, 5
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -39,6 +41,10 @@ def numbers(folder):
 
 
 # --- the gather -----------------------------------------------------------------------------------------------------
+
+
+TP_SIZES = (1, 2)
+"""Numbers of consecutive ranks with the same rows."""
 
 
 def features():
@@ -62,23 +68,34 @@ def gathered(rank, world_size):
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
-    share = PAIRS // world_size
-    return contrastive_gradients(slice(rank * share, (rank + 1) * share), gather_rows)
+    found = []
+    for tp_size in TP_SIZES:
+        share, data_rank = PAIRS * tp_size // world_size, rank // tp_size
+        rows = slice(data_rank * share, (data_rank + 1) * share)
+        with recorded_collectives() as calls:
+            loss, gradients = contrastive_gradients(rows, functools.partial(gather_rows, tp_size=tp_size))
+        found.append((loss, gradients, [(call.kind, call.num_bytes) for call in calls]))
+    return found
 
 
 def test_gradients_through_the_gather_equal_those_of_one_process(run_ranks):
     from eve_ds.objectives.objective import only_this_rank
 
-    world_size = 2
+    world_size = 4
     loss, (images, texts, temperature) = contrastive_gradients(slice(None), only_this_rank)
-    found = run_ranks(gathered, world_size)
-    torch.testing.assert_close(sum(own for own, _ in found) / world_size, loss, rtol=1e-12, atol=0)
-    # Parameter gradients are averaged over ranks, so the gradients of a rank's rows are `world_size` times as large.
-    for place, whole in ((0, images), (1, texts)):
-        rows = torch.cat([gradients[place] for _, gradients in found]) / world_size
-        torch.testing.assert_close(rows, whole, rtol=1e-10, atol=1e-14)
-    shares = [gradients[2] for _, gradients in found]
-    torch.testing.assert_close(sum(shares) / world_size, temperature, rtol=1e-10, atol=1e-14)
+    results = run_ranks(gathered, world_size)
+    size = 8 * PAIRS * 2 * WIDTH  # features of both kinds, fp64
+    for number, tp_size in enumerate(TP_SIZES):
+        moved = size * tp_size  # all ranks send their rows, those of tensor-parallel ranks too
+        assert all(of_rank[number][2] == [("all_gather", moved), ("reduce_scatter", moved)] for of_rank in results)
+        found = [of_rank[number] for of_rank in results[::tp_size]]
+        torch.testing.assert_close(sum(own for own, *_ in found) / len(found), loss, rtol=1e-12, atol=0)
+        # Parameter gradients are averaged over ranks, so the gradients of a rank's rows are that many times as large.
+        for place, whole in ((0, images), (1, texts)):
+            rows = torch.cat([gradients[place] for _, gradients, _ in found]) / len(found)
+            torch.testing.assert_close(rows, whole, rtol=1e-10, atol=1e-14)
+        shares = [gradients[2] for _, gradients, _ in found]
+        torch.testing.assert_close(sum(shares) / len(found), temperature, rtol=1e-10, atol=1e-14)
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def run_blocks(backbone, embedded):
     packing = Packing.of([Layout.of(torch.ones(shape, dtype=torch.bool), shape[1])])
     states, x = [], embedded.flatten(0, 1)
     for block in backbone.blocks:
-        x, _ = block(x, packing)
+        x, *_ = block(x, packing)
         states.append(x.view_as(embedded))
     return states, backbone.norm(x).view_as(embedded)
 

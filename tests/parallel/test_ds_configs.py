@@ -35,6 +35,18 @@ def test_every_file_resolves_and_deepspeed_accepts_it(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_says_how_gradients_are_sent(file):
+    settings = json.loads(file.read_text())
+    zero = settings["zero_optimization"]
+    if zero["stage"] < 3:
+        assert settings["communication_data_type"] in ("auto", "bf16")
+    if zero["stage"] in (1, 2):
+        assert zero["overlap_comm"] == (zero["stage"] > 1), "ZeRO 1 is faster with one sum after the backward"
+        assert zero["reduce_bucket_size"] == ("auto" if zero["stage"] == 1 else 50_000_000)
+        assert zero["allgather_bucket_size"] == 50_000_000
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_deepspeed_reads_every_key(file):
     constants = {value for value in vars(deepspeed_config).values() if isinstance(value, str)}
     known = constants | {"zero_optimization", "tensorboard", "csv_monitor", "zero_allow_untested_optimizer"}

@@ -88,10 +88,6 @@ FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
     ("dictionary", "text"),
     [
         (
-            {**BF16, **FP32},
-            "cannot be used with precision bf16, zero_optimization.stage 0: use stage 1 or 2, or remove",
-        ),
-        (
             {**BF16, **FP32, "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
             "cannot be used with precision bf16, zero_optimization.stage 1 and offload_optimizer: use stage 2",
         ),

@@ -9,7 +9,6 @@ from tiny import tiny_model
 from eve_ds.config import ConfigError
 from eve_ds.model.eve import EVE
 from eve_ds.model.moe import load_plain_state_dict, local_plain_state_dict
-from eve_ds.parallel.expert_exchange import transpose_blocks
 from eve_ds.parallel.moe import DeepSpeedMoE, UpstreamMoE
 from eve_ds.parallel.refused import check_topology
 
@@ -105,14 +104,6 @@ def test_indivisible_number_of_experts_is_refused():
         DeepSpeedMoE(CONFIG, ep_size=3)
 
 
-def test_transpose_blocks_reorders_and_inverts():
-    rows = torch.arange(10).unsqueeze(1)
-    sizes = [[1, 0, 2], [3, 4, 0]]  # blocks 0 | | 1 2 and 3 4 5 | 6 7 8 9 |
-    ours = transpose_blocks(rows, sizes)
-    assert ours.flatten().tolist() == [0, 3, 4, 5, 6, 7, 8, 9, 1, 2]
-    assert torch.equal(transpose_blocks(ours, [[1, 3], [0, 4], [2, 0]]), rows)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -121,6 +112,8 @@ def test_transpose_blocks_reorders_and_inverts():
         {"ep_size": 4, "zero_stage": 2},
         {"zero_stage": 0, "clip_grad_norm": 0.0},
         {"zero_stage": 0, "ep_size": 1},
+        {"overlap": 4},
+        {"overlap": 9, "ep_size": 1},
     ],
 )
 def test_valid_topologies_are_accepted(change):
@@ -138,6 +131,11 @@ def test_valid_topologies_are_accepted(change):
             {"world_size": 6, "ep_size": 4},
             r"number of ranks \(6\) must be divisible by parallel\.ep_size \(4\).*start a multiple of 4 ranks, or "
             r"take one of 1, 2 as ep_size",
+        ),
+        (
+            {"overlap": 5},
+            r"parallel\.overlap \(5\) must be at most the number of experts of a rank \(4\), model\.moe\.num_experts "
+            r"\(8\) / parallel\.ep_size \(2\), .*take fewer parts, or a smaller ep_size",
         ),
         ({"zero_stage": 3}, r"zero_optimization\.stage \(3\) must be below 3.*use stage 1 or 2"),
         (

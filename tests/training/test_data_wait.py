@@ -42,6 +42,8 @@ def clock(monkeypatch):
 class SlowJob:
     """Job and batches that take some seconds for each micro-batch."""
 
+    exchanged_views = ()
+
     def __init__(self, clock, seconds, num_workers=0):
         self.clock, self.seconds, self.read_seconds = clock, seconds, 0.0
         self.config = SimpleNamespace(data=SimpleNamespace(num_workers=num_workers))

@@ -14,10 +14,11 @@ from torch import nn
 
 from eve_ds.model.attention import CrossAttention, SelfAttention
 from eve_ds.model.eve import EVE
+from eve_ds.model.experts import Experts
 from eve_ds.model.feed_forward import FeedForward
 from eve_ds.model.moe import plain_names_of
 from eve_ds.model.shards import Shard, cut_of, mark, shard_of
-from eve_ds.parallel.expert_exchange import ShardedExperts
+from eve_ds.parallel.exchange.sharded_experts import ShardedExperts
 from eve_ds.parallel.routed_experts import RoutedExperts
 from eve_ds.parallel.tensor.layers import ColumnLinear, RowLinear, SplitExperts
 from eve_ds.parallel.tensor.vocabulary import ShardedVocabulary, WordEmbedding
@@ -67,8 +68,8 @@ def _split_linear_layers(module: nn.Module, name: str, topology: Topology) -> No
 
 def _split_experts(model: nn.Module, module: ShardedExperts, name: str, topology: Topology) -> None:
     path = "experts.deepspeed_experts"
-    experts = module.get_submodule(path)
-    split = SplitExperts(experts, topology.tp_size)  # type: ignore[arg-type]
+    experts = cast(Experts, module.get_submodule(path))
+    split = SplitExperts(experts, topology.tp_size)
     for own, parameter in experts.named_parameters():
         plain = plain_names_of(model, f"{name}.{path}.{own}", parameter)[0]
         _cut_parameter(experts, split, own, plain, topology)

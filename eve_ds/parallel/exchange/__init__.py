@@ -1,0 +1,1 @@
+"""Exchange of rows between the ranks that share one set of experts."""
