@@ -84,10 +84,10 @@ def check_expert_groups(parallel: ParallelConfig, topology: Topology, nodes: Seq
 
 
 def _warn_of_nodes(topology: Topology, nodes: Sequence[int]) -> None:
-    """Log a warning if a group that would fit on one node lies on several."""
+    """Log a warning, on rank 0, if a group that would fit on one node lies on several."""
     needed, largest = topology.ep_size * topology.tp_size, max(nodes.count(node) for node in set(nodes))
     spread = [group for group in expert_groups(topology) if len(ranks_per_node(group, nodes)) > 1]
-    if spread and needed <= largest:
+    if spread and needed <= largest and topology.rank == 0:
         get_logger().warning(
             "the expert-parallel group of ranks %s lies on %d nodes, so its rows cross the network in every MoE layer, "
             "although %d ranks fit on a node: start a multiple of %d ranks on each node (sbatch --ntasks-per-node)",

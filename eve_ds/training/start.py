@@ -41,15 +41,15 @@ def start(job: Job, deepspeed_config: dict[str, Any], stop: StopSignals | None =
         stop: handlers of the signals, if the caller has installed them; None installs them during training.
     """
     config, resume = job.config, job.resume
+    topology, nodes = Topology.of(config.parallel), nodes_of_run()
+    check_expert_groups(config.parallel, topology, nodes)  # before anything is written
     lock = FolderLock(config.train.output_dir)
     on_rank_zero(job.check_folder)
     on_rank_zero(lock.acquire)
     checkpoint = None if resume == "none" else newest_good(config, resume if isinstance(resume, Path) else None)
     if checkpoint is not None:
         on_rank_zero(partial(check_tokenizer, checkpoint, job.tokenizer))
-    topology, stop = Topology.of(config.parallel), stop or StopSignals()
-    nodes = nodes_of_run()
-    check_expert_groups(config.parallel, topology, nodes)
+    stop = stop or StopSignals()
     # Before the model is built, so that worker processes start meanwhile.
     with _open_feed(job, topology, checkpoint, stop) as feed:
         return _train(job, deepspeed_config, feed, checkpoint, lock, stop, nodes)

@@ -6,6 +6,7 @@ experts, rows of tokens, numbers of rows, and the sums of the balance of all lay
 
 import functools
 import itertools
+import os
 
 import torch
 from collectives import Collectives, recorded_collectives
@@ -160,16 +161,34 @@ def train_with_capacity(rank, world_size, folder):
             },
         }
     )
+    refused = refusal_of_nodes(rank, config)
     pretraining.pretrain(config, {"zero_optimization": {"stage": 1}})
-    return seen, found
+    return seen, found, refused
+
+
+def refusal_of_nodes(rank, config):
+    """Error of a hierarchical exchange if ranks of a node are not consecutive, and whether something was written."""
+    from eve_ds.config import ConfigError
+    from eve_ds.training.pretrain import pretrain
+
+    parallel = config.parallel.model_copy(update={"hierarchical": True})
+    try:
+        os.environ["LOCAL_RANK"] = str(1 - rank)
+        pretrain(config.model_copy(update={"parallel": parallel}), {"zero_optimization": {"stage": 1}})
+    except ConfigError as error:
+        return str(error), config.train.output_dir.exists()
+    finally:
+        os.environ["LOCAL_RANK"] = str(rank)
 
 
 def test_ranks_with_capacity_ask_for_no_sizes_in_the_layers(run_ranks, tmp_path):
     results = run_ranks(train_with_capacity, 2, str(tmp_path / "run"))
-    tokens = [[{view: own for view, (own, _) in step.items()} for step in seen] for seen, _ in results]
+    tokens = [[{view: own for view, (own, _) in step.items()} for step in seen] for seen, *_ in results]
     assert len(tokens[0]) == 4, "micro-steps"
     assert tokens[0] != tokens[1], "the ranks must have different numbers of tokens"
-    for seen, calls in results:
+    for seen, calls, (refusal, was_written) in results:
+        assert refusal.startswith("parallel.hierarchical (true) needs the ranks of a node to be consecutive")
+        assert not was_written
         for number, step in enumerate(seen):
             for view, (_, of_group) in step.items():
                 assert of_group == tuple(of_rank[number][view] for of_rank in tokens)

@@ -50,6 +50,7 @@ def warned(parallel, topology, nodes):
 
 
 def test_groups_on_several_nodes_without_need_are_warned_of():
+    assert warned(ParallelConfig(), Topology(5, 12, 4), nodes_of(places(6, 6))) == [], "rank 0 warns for all"
     (line,) = warned(ParallelConfig(), Topology(0, 12, 4), nodes_of(places(6, 6)))
     assert line == (
         "the expert-parallel group of ranks 4, 5, 6, 7 lies on 2 nodes, so its rows cross the network in every MoE "

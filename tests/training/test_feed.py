@@ -17,6 +17,7 @@ class Job:
     """Endless batches of one sample."""
 
     config = SimpleNamespace(data=SimpleNamespace(num_workers=0))
+    exchanged_views = ()
 
     def open(self, loading):
         return self
