@@ -7,6 +7,7 @@ the samples of one data rank after another.
 
 import dataclasses
 import functools
+import importlib.util
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiny import tiny_tree
 
 from eve_ds.config import parse_config
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 
 RANKS, NUM_SAMPLES = 4, 8
 LEARNING_RATE, WEIGHT_DECAY, EPS = 1e-2, 0.1, 1e-3
