@@ -244,7 +244,7 @@ def engine_of(case, world_size):
     given = {"zero_optimization": {"stage": case.stage, **offload}, **types}
     config, resolved = resolve_deepspeed_config(given, case.config(), world_size)
     topology = Topology.of(config.parallel)
-    mpu = tensor_parallel_unit(case.tp_size)
+    mpu = tensor_parallel_unit(topology)
     moe_cls = functools.partial(DeepSpeedMoE, ep_size=case.ep_size, ep_rank=topology.expert_rank)
     module = module_of(case, moe_cls)
     disturb(module.model)

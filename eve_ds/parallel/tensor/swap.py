@@ -18,7 +18,6 @@ from eve_ds.model.feed_forward import FeedForward
 from eve_ds.model.moe import plain_names_of
 from eve_ds.model.shards import Shard, cut_of, mark, shard_of
 from eve_ds.parallel.expert_exchange import ShardedExperts
-from eve_ds.parallel.routed_experts import RoutedExperts
 from eve_ds.parallel.tensor.layers import ColumnLinear, RowLinear, SplitExperts
 from eve_ds.parallel.tensor.vocabulary import ShardedVocabulary, WordEmbedding
 from eve_ds.topology import Topology
@@ -46,9 +45,6 @@ def split_model(model: nn.Module, topology: Topology, split_experts: bool) -> No
         if isinstance(module, SelfAttention):
             for bias in ("q_bias", "v_bias"):
                 _cut_parameter(module, module, bias, f"{name}.{bias}", topology)
-        elif isinstance(module, RoutedExperts):
-            # Otherwise DeepSpeed makes expert groups of consecutive ranks, which hold equal data here.
-            module.enable_expert_tensor_parallelism = True  # type: ignore[assignment] # untyped upstream
         elif isinstance(module, ShardedExperts) and split_experts:
             _split_experts(model, module, name, topology)
     if isinstance(model, EVE):
