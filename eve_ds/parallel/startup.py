@@ -12,6 +12,7 @@ from deepspeed.utils import groups
 
 from eve_ds.launch_environment import RankInfo, read_environment
 from eve_ds.process_group import DEFAULT_TIMEOUT, initialize_process_group, set_group_timeout
+from eve_ds.topology import Topology
 
 if TYPE_CHECKING:
     from eve_ds.parallel.tensor.mpu import ModelParallelUnit
@@ -42,26 +43,29 @@ def initialize_deepspeed_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> Ra
     return info
 
 
-def tensor_parallel_unit(tp_size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> ModelParallelUnit | None:
+def tensor_parallel_unit(topology: Topology, timeout: timedelta = DEFAULT_TIMEOUT) -> ModelParallelUnit | None:
     """Groups of tensor-parallel ranks, as `deepspeed.initialize` takes them; None if `tp_size` is 1; collective.
 
     DeepSpeed keeps the unit of an earlier engine of this process, and expert groups that do not know another `tp_size`.
-    This function makes it forget both.
+    This function makes it forget both. With tensor parallelism it also creates the expert groups: left to itself,
+    DeepSpeed makes them of consecutive ranks, which then hold equal data.
 
     Args:
-        tp_size: number of consecutive ranks that share the matrices of each layer.
-        timeout: longest wait in a collective of these groups.
+        topology: sizes of the groups.
+        timeout: longest wait in a collective of the tensor-parallel groups.
     """
     before = 1 if groups.mpu is None else groups.mpu.get_model_parallel_world_size()
     groups.mpu = None
-    if before != tp_size:
+    if before != topology.tp_size:
         for known in (
             *(groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS),
             *(groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS),
         ):
             known.clear()
-    if tp_size == 1:
+    if topology.tp_size == 1:
         return None
     from eve_ds.parallel.tensor.mpu import create_groups  # imports megatron-core, which takes seconds
 
-    return create_groups(tp_size, timeout)
+    groups.mpu = create_groups(topology.tp_size, timeout)
+    groups._create_expert_data_and_model_parallel(topology.ep_size, groups.mpu)
+    return groups.mpu

@@ -80,7 +80,7 @@ def _train(
     nodes: list[int] | None,
 ) -> Summary:
     config, topology = job.config, feed.topology
-    mpu = tensor_parallel_unit(topology.tp_size, timedelta(seconds=config.train.timeout_seconds))
+    mpu = tensor_parallel_unit(topology, timedelta(seconds=config.train.timeout_seconds))
     seed_everything(config.train.seed)
     moe_cls = partial(DeepSpeedMoE, ep_size=topology.ep_size, ep_rank=topology.expert_rank)
     module = job.build_model(moe_cls, from_checkpoint=checkpoint is not None)

@@ -7,6 +7,7 @@ the samples of one data rank after another.
 
 import dataclasses
 import functools
+import importlib.util
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiny import tiny_tree
 
 from eve_ds.config import parse_config
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 
 RANKS, NUM_SAMPLES = 4, 8
 LEARNING_RATE, WEIGHT_DECAY, EPS = 1e-2, 0.1, 1e-3
@@ -243,7 +244,7 @@ def engine_of(case, world_size):
     given = {"zero_optimization": {"stage": case.stage, **offload}, **types}
     config, resolved = resolve_deepspeed_config(given, case.config(), world_size)
     topology = Topology.of(config.parallel)
-    mpu = tensor_parallel_unit(case.tp_size)
+    mpu = tensor_parallel_unit(topology)
     moe_cls = functools.partial(DeepSpeedMoE, ep_size=case.ep_size, ep_rank=topology.expert_rank)
     module = module_of(case, moe_cls)
     disturb(module.model)

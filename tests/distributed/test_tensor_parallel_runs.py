@@ -4,6 +4,7 @@ All runs have four ranks and the same global batches. Each saves after three of 
 from the checkpoint of another one, saves what it has read at once, and trains to the end.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 from unittest import mock
@@ -14,7 +15,7 @@ from tiny import tiny_tree
 
 from eve_ds.config import parse_config
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 
 RANKS, STEPS, SAVED, BATCH = 4, 5, 3, 8
 TOPOLOGIES = {

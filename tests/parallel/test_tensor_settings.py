@@ -11,7 +11,7 @@ from tiny import tiny_tree
 from eve_ds.config import ConfigError, parse_config
 from eve_ds.parallel.settings import resolve_deepspeed_config
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
 def resolve(world_size=8, json=None, model=None, train=None, **parallel):

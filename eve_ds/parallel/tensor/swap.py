@@ -47,9 +47,6 @@ def split_model(model: nn.Module, topology: Topology, split_experts: bool) -> No
         if isinstance(module, SelfAttention):
             for bias in ("q_bias", "v_bias"):
                 _cut_parameter(module, module, bias, f"{name}.{bias}", topology)
-        elif isinstance(module, RoutedExperts):
-            # Otherwise DeepSpeed makes expert groups of consecutive ranks, which hold equal data here.
-            module.enable_expert_tensor_parallelism = True  # type: ignore[assignment] # untyped upstream
         elif isinstance(module, ShardedExperts) and split_experts:
             _split_experts(model, module, name, topology)
     if isinstance(model, EVE):
