@@ -131,7 +131,7 @@ class Saver:
         if rank_zero():
             pending.attempt(lambda: self._make_folder(pending.folder))
         pending.problem = broadcast_object(pending.problem)
-        check = None if content.check_inputs is None else _check_batch(plain_model(engine.module), content.check_inputs)
+        check = None if content.check_inputs is None else _check_batch(engine, content.check_inputs)
         pieces = engine_tensors.pieces_to_write(engine, self.topology)
         small = self._small_files(engine, content, check)
         if self.config.train.async_save:
@@ -265,22 +265,32 @@ def random_states() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _check_batch(model: torch.nn.Module, inputs: dict[str, Any]) -> bytes | None:
-    """Inputs and outputs of one forward in evaluation mode, as a safetensors file; collective, None except on rank 0.
-
-    The forward uses copies of the weights: in DeepSpeed's flat buffers weights lie at arbitrary addresses, and the
-    alignment of the operands affects the rounding of matrix products.
-    """
-    training = model.training
-    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    output = functional_call(model.eval(), weights, kwargs=inputs if rank_zero() else _emptied(inputs))
-    model.train(training)
+def _check_batch(engine: DeepSpeedEngine, inputs: dict[str, Any]) -> bytes | None:
+    """Inputs and outputs of a forward in evaluation mode, as a safetensors file; collective, None except on rank 0."""
+    training = engine.module.training
+    engine.module.eval()
+    output = _forward(engine, inputs if rank_zero() else _emptied(inputs))
+    engine.module.train(training)
     if not rank_zero():
         return None
     named = {f"input.{name}": value for name, value in inputs.items()}
     named |= {f"output.{name}": value for name, value in output.tensors().items()}
     tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
     return save(tensors, {"device": output.vocabulary_weight.device.type})
+
+
+def _forward(engine: DeepSpeedEngine, inputs: dict[str, Any]) -> Any:
+    """Output of the model.
+
+    At ZeRO 0 to 2 copies of the weights are used: in DeepSpeed's flat buffers weights lie at arbitrary addresses, and
+    the alignment of the operands affects the rounding of matrix products. ZeRO 3 gathers weights for a call only, so
+    there the output can differ by rounding from that of a reader of the weights.
+    """
+    if engine.zero_optimization_stage() == 3:
+        return engine(call=lambda model: model(**inputs))
+    model = plain_model(engine.module)
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    return functional_call(model, weights, kwargs=inputs)
 
 
 def _emptied(inputs: dict[str, Any]) -> dict[str, Any]:

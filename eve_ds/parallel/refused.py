@@ -35,11 +35,6 @@ def check_topology(
             f"expert-parallel group holds one full set of experts: start a multiple of {ep_size} ranks, or take one of "
             f"{sizes} as ep_size"
         )
-    if zero_stage == 3:
-        raise ConfigError(
-            "zero_optimization.stage (3) must be below 3, since DeepSpeed cannot partition the parameters of its MoE "
-            "layers: use stage 1 or 2, which partition optimizer states (and gradients), and a larger parallel.ep_size"
-        )
     if zero_stage == 0 and ep_size > 1 and clip_grad_norm > 0:
         raise ConfigError(
             f"optimizer.clip_grad_norm ({clip_grad_norm:g}) cannot be used with zero_optimization.stage 0 and "

@@ -120,7 +120,7 @@ def _settle_run(shared: SharedSettings, precision: str, stage: int, world_size: 
     if not any(problems.below(key) for key in ("bf16", "fp16")):
         with problems.collect():
             _check_precision(precision, stage, clip)
-    with problems.collect("zero_optimization.stage" if stage == 3 else ""):
+    with problems.collect():
         check_topology(
             world_size=world_size,
             num_experts=config.model.moe.num_experts,

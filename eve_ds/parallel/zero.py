@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -58,7 +58,8 @@ def initialize_engine(
     sums_in_fp32 = config["zero_optimization"]["stage"] == 1 and "data_types" in config
     if sums_in_fp32:
         del config["data_types"]
-    with deepspeed_errors(deepspeed_config), _without_muon():
+    muon = nullcontext() if config["zero_optimization"]["stage"] == 3 else _without_muon()  # ZeRO 3 needs the import
+    with deepspeed_errors(deepspeed_config), muon:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     lower_host_calls(engine, torch.float32 if sums_in_fp32 else None)
     if sums_in_fp32 and getattr(engine.optimizer, "flat_gradients", None) is None:

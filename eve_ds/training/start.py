@@ -16,7 +16,7 @@ from eve_ds.distributed import seed_everything
 from eve_ds.model.eve import Backbone
 from eve_ds.model.with_losses import plain_model
 from eve_ds.ops.build import use_built
-from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.moe_layers import moe_factory
 from eve_ds.parallel.zero import initialize_engine
 from eve_ds.signals import StopSignals
 from eve_ds.together import from_rank_zero, on_rank_zero
@@ -74,7 +74,7 @@ def _train(
 ) -> Summary:
     config, topology = job.config, feed.topology
     seed_everything(config.train.seed)
-    moe_cls = partial(DeepSpeedMoE, ep_size=topology.ep_size, ep_rank=topology.expert_rank)
+    moe_cls = moe_factory(deepspeed_config["zero_optimization"]["stage"], topology)
     module = job.build_model(moe_cls, from_checkpoint=checkpoint is not None)
     model = plain_model(module)
     optimizer = build_optimizer(model, config, deepspeed_config, job.lr_scale())

@@ -83,7 +83,7 @@ def reference(ranks):
         one: part
         for name, parameter in model.named_parameters()
         if name in sums
-        for names in [plain_names_of(model, name, parameter)]
+        for names in [plain_names_of(model, name)]
         for one, part in zip(names, sums[name].reshape(len(names), -1), strict=True)
     }
 

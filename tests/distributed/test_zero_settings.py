@@ -138,8 +138,8 @@ def plain_state(state):
 
     model = EVE(PLAIN.model)
     found = {}
-    for name, parameter in model.named_parameters():
-        names = plain_names_of(model, name, parameter)
+    for name, _ in model.named_parameters():
+        names = plain_names_of(model, name)
         for kind in ("master", "exp_avg", "exp_avg_sq"):
             for one, tensor in zip(names, state[name, kind].reshape(len(names), -1), strict=True):
                 found[one, kind] = tensor
