@@ -42,3 +42,20 @@ def check_topology(
             "average of the ranks' gradient norms, which is not the norm of the whole gradient: use stage 1 or 2, "
             "where it is, or clip_grad_norm=0"
         )
+
+
+def check_compile(compiled: str, zero_stage: int) -> None:
+    """Check that no blocks are compiled at ZeRO 3.
+
+    Args:
+        compiled: `train.compile` of the YAML.
+        zero_stage: `zero_optimization.stage` of the DeepSpeed JSON.
+
+    Raises:
+        ConfigError: they are; the message has the value, the rule and the remedy.
+    """
+    if zero_stage == 3 and compiled != "none":
+        raise ConfigError(
+            f"train.compile ({compiled}) cannot be used with zero_optimization.stage 3, which gathers the weights of "
+            "each module while it runs: use stage 1 or 2, or train.compile=none"
+        )

@@ -223,11 +223,11 @@ def predictions(engine, plain, batch):
 
 def gathered(engine):
     """Plain name -> weight that this rank computes with."""
-    import deepspeed
+    from deepspeed.runtime.zero import GatheredParameters
 
     from eve_ds.model.moe import local_plain_state_dict
 
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+    with GatheredParameters(list(engine.module.parameters())):
         return {name: weight.clone() for name, weight in local_plain_state_dict(engine.module.model).items()}
 
 
