@@ -72,7 +72,7 @@ def finetune_and_read(rank, world_size, trees, deepspeed_config, folders):
     ]
 
 
-@pytest.mark.parametrize(("ep_size", "stage"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("ep_size", "stage"), [(1, 2), (2, 3)])
 def test_two_ranks_fine_tune_and_evaluate_like_one_rank(run_ranks, task_tree, tmp_path, ep_size, stage):
     names = ["vqa", "nlvr", "retrieval"]
     trees = [task_tree(name) for name in names]
@@ -96,7 +96,7 @@ def test_two_ranks_fine_tune_and_evaluate_like_one_rank(run_ranks, task_tree, tm
         assert len(set(keys[0])) == len(keys[0])
 
 
-@pytest.mark.parametrize(("ep_size", "stage"), [(2, 1), (1, 0), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("ep_size", "stage"), [(2, 1), (1, 0), (1, 2)])
 def test_a_frozen_backbone_does_not_change_while_the_head_learns(
     run_ranks, task_tree, pretrained, tmp_path, ep_size, stage
 ):
