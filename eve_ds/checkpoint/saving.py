@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from safetensors.torch import save
+from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 
@@ -269,28 +270,28 @@ def _check_batch(engine: DeepSpeedEngine, inputs: dict[str, Any]) -> bytes | Non
     """Inputs and outputs of a forward in evaluation mode, as a safetensors file; collective, None except on rank 0."""
     training = engine.module.training
     engine.module.eval()
-    output = _forward(engine, inputs if rank_zero() else _emptied(inputs))
+    outputs = _outputs(engine, inputs if rank_zero() else _emptied(inputs))
     engine.module.train(training)
     if not rank_zero():
         return None
     named = {f"input.{name}": value for name, value in inputs.items()}
-    named |= {f"output.{name}": value for name, value in output.tensors().items()}
+    named |= {f"output.{name}": value for name, value in outputs.items()}
     tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
-    return save(tensors, {"device": output.vocabulary_weight.device.type})
+    return save(tensors, {"device": engine.device.type})
 
 
-def _forward(engine: DeepSpeedEngine, inputs: dict[str, Any]) -> Any:
-    """Output of the model.
+def _outputs(engine: DeepSpeedEngine, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs of the model by name.
 
     At ZeRO 0 to 2 copies of the weights are used: in DeepSpeed's flat buffers weights lie at arbitrary addresses, and
     the alignment of the operands affects the rounding of matrix products. ZeRO 3 gathers weights for a call only, so
-    there the output can differ by rounding from that of a reader of the weights.
+    there the outputs can differ by rounding from those of a reader of the weights.
     """
     if engine.zero_optimization_stage() == 3:
-        return engine(call=lambda model: model(**inputs))
+        return cast(dict[str, Tensor], engine(call=lambda model: model(**inputs).tensors()))
     model = plain_model(engine.module)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    return functional_call(model, weights, kwargs=inputs)
+    return functional_call(model, weights, kwargs=inputs).tensors()
 
 
 def _emptied(inputs: dict[str, Any]) -> dict[str, Any]:

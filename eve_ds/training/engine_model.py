@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from eve_ds.model.eve import EVEOutput
+from eve_ds.model.eve import EVE, EVEOutput
 
 
 class EngineModel(nn.Module):
@@ -24,4 +24,13 @@ class EngineModel(nn.Module):
 
     def predict(self, **inputs: Any) -> EVEOutput:
         """See :meth:`eve_ds.model.eve.EVE.predict`; a collective of all ranks if the engine partitions parameters."""
-        return self.engine(call=lambda model: model.predict(**inputs))
+
+        def call(model: EVE) -> EVEOutput:
+            output = model.predict(**inputs)
+            # Parameters in the output would be empty again when the logits are computed from it.
+            return output._replace(
+                vocabulary_weight=output.vocabulary_weight.clone(),
+                vocabulary_bias=None if output.vocabulary_bias is None else output.vocabulary_bias.clone(),
+            )
+
+        return cast(EVEOutput, self.engine(call=call))

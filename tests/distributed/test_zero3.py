@@ -231,9 +231,11 @@ def run_case(case, rank, world_size):
 @torch.no_grad()
 def predictions(engine, plain, batch):
     """Largest difference of the outputs in evaluation mode, where routing is dropless."""
-    engine.eval()
-    ours = engine(call=lambda model: model(**batch.model_inputs())).tensors()
-    expected = plain.model.eval()(**batch.model_inputs()).tensors()
+    from eve_ds.evaluation.scenes import predict_masked
+    from eve_ds.training.engine_model import EngineModel
+
+    ours = predict_masked(EngineModel(engine).eval(), batch).tensors()
+    expected = predict_masked(plain.model.eval(), batch).tensors()
     plain.model.train()
     return max(difference(ours[name], tensor) for name, tensor in expected.items())
 
