@@ -97,8 +97,8 @@ def _fit_bucket(deepspeed_config: dict[str, Any], model: nn.Module) -> dict[str,
 def lower_host_calls(engine: DeepSpeedEngine, sum_dtype: torch.dtype | None = None) -> bool:
     """Replace methods of the engine's ZeRO optimizer; return whether they were replaced.
 
-    Nothing is replaced at ZeRO 0, with offload to the CPU, with a model-parallel group, with an optimizer other than
-    AdamW, or with a DeepSpeed version other than `FOLLOWED`. The last case is logged.
+    Nothing is replaced at ZeRO 0 and 3, with offload to the CPU, with a model-parallel group, with an optimizer other
+    than AdamW, or with a DeepSpeed version other than `FOLLOWED`. The last case is logged.
 
     Args:
         engine: new engine.

@@ -80,20 +80,25 @@ CASES = [
 IN_BF16 = [Case(2, 2, precision="bf16"), Case(2, 2, precision="bf16", stage=1)]
 
 
-def samples(case, part=0, parts=1):
-    """Micro-batches of a part of the samples: of a rank, or of all ranks."""
-    from eve_ds.data.collate import Collator
+@functools.cache
+def drawn():
+    """Samples of the step, and the tokenizer of their captions."""
     from eve_ds.data.synthetic.scenes import Scenes
     from eve_ds.data.tokenizer import load_tokenizer
     from eve_ds.evaluation.scenes import samples_of
+
+    scenes = Scenes("easy", 0, "train")
+    return samples_of([scenes[index] for index in range(NUM_SAMPLES)]), load_tokenizer("scenes")
+
+
+def samples(case, part=0, parts=1):
+    """Micro-batches of a part of the samples: of a rank, or of all ranks."""
+    from eve_ds.data.collate import Collator
     from eve_ds.objectives.registry import objectives_of
 
     config = case.config()
-    scenes = Scenes("easy", 0, "train")
-    collate = Collator(
-        config, load_tokenizer("scenes"), objectives_of(config.model), has_images=True, has_captions=True
-    )
-    made = samples_of([scenes[index] for index in range(NUM_SAMPLES)])
+    made, tokenizer = drawn()
+    collate = Collator(config, tokenizer, objectives_of(config.model), has_images=True, has_captions=True)
     size = NUM_SAMPLES // case.micro_steps // parts
     return [
         collate(made[start + part * size : start + (part + 1) * size])
