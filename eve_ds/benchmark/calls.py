@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +23,10 @@ from eve_ds.data.pipeline import build_loader
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.objectives.pretraining import count
 from eve_ds.objectives.registry import objectives_of
-from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.moe_layers import moe_factory
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.zero import initialize_engine
+from eve_ds.topology import Topology
 from eve_ds.training.nonfinite import poison_if_nonfinite
 from eve_ds.training.optimizer import build_optimizer
 from eve_ds.training.pretrain import Pretraining
@@ -65,7 +65,8 @@ class EngineStep:
         join_group_of_one()
         torch.manual_seed(0)
         self.config, settings = resolve_deepspeed_config(zero, config, world_size=1)
-        module = Pretraining(self.config).build_model(partial(DeepSpeedMoE, ep_size=1), from_checkpoint=False)
+        moe_cls = moe_factory(settings["zero_optimization"]["stage"], Topology.current())
+        module = Pretraining(self.config).build_model(moe_cls, from_checkpoint=False)
         optimizer = build_optimizer(module.model, self.config, settings)
         initialize = initialize_engine if ours else stock_engine
         self.engine = initialize(module, optimizer, settings)

@@ -1,9 +1,7 @@
 """Tensors of a DeepSpeed engine (fp32 weights and Adam's moments), in pieces, under plain names.
 
-ZeRO 1 and 2 concatenate the parameters of a group and split the result evenly over ranks. The optimizer knows the place
-of each parameter. (DeepSpeed's own `_hp_mapping` forgets the order that `round_robin_gradients` gives them.) At ZeRO 0
-every rank holds all tensors of its computation: the parameters themselves in fp32, or the copies of
-FP16_UnfusedOptimizer in bf16 and fp16.
+:mod:`eve_ds.checkpoint.parts` finds what a rank holds at ZeRO 1 to 3. At ZeRO 0 every rank holds all tensors of its
+computation: the parameters themselves in fp32, or the copies of FP16_UnfusedOptimizer in bf16 and fp16.
 """
 
 from __future__ import annotations
@@ -12,11 +10,18 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from eve_ds.checkpoint.files import KINDS, CheckpointError, Piece, PieceReader, listed
+from eve_ds.checkpoint.parts import (
+    Part,
+    part_at_stage_3,
+    part_of_partition,
+    places,
+    update_weights_at_stage_3,
+    whole_numel,
+)
 from eve_ds.model.moe import plain_names_of
 from eve_ds.model.naming import expert_id
 from eve_ds.model.shards import Runs, Shard, shard_of
@@ -37,17 +42,13 @@ class Fragment(NamedTuple):
 
 def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
     """All fragments that this rank holds, in the order of the model's parameters."""
-    is_sharded = engine.zero_optimization_stage() > 0
-    masters, places = _masters_at_stage_0(engine), _places(engine) if is_sharded else {}
+    held = _parts(engine)
     found: list[Fragment] = []
     model = plain_model(engine.module)
     for name, parameter in model.named_parameters():
-        if is_sharded:
-            start, tensors = _held_in_partition(engine, places[parameter], parameter.numel())
-        else:
-            start, tensors = _held_at_stage_0(engine, masters.get(parameter, parameter))
-        if tensors:
-            split = _split_by_tensor(plain_names_of(model, name, parameter), parameter, start, tensors)
+        if held[parameter].numel:
+            names, views = plain_names_of(model, name), _views(engine, held[parameter])
+            split = _split_by_tensor(names, whole_numel(parameter), held[parameter].start, views)
             found += _without_padding(split, shard_of(parameter))
     return found
 
@@ -92,9 +93,11 @@ def load_pieces(engine: DeepSpeedEngine, reader: PieceReader, steps: float) -> N
                 tensor.copy_(runs[name].view(reader.read(kind, name)).flatten()[start:stop])
             else:
                 tensor.copy_(reader.read(kind, name, start, stop))
-    for state in _inner(engine).state.values():
+    for state in [*_inner(engine).state.values(), *_initialized_states(engine)]:
         state["step"].fill_(steps)
-    if engine.zero_optimization_stage() > 0:
+    if engine.zero_optimization_stage() == 3:
+        update_weights_at_stage_3(engine)
+    elif engine.zero_optimization_stage() > 0:
         engine.optimizer.update_lp_params()
     else:
         for parameter, master in _masters_at_stage_0(engine).items():
@@ -164,10 +167,12 @@ def _initialized_states(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
     Frozen parameters get no gradient, so the optimizer skips them.
     """
     optimizer = _inner(engine)
-    for group in optimizer.param_groups:
-        for tensor in group["params"]:
-            if tensor.requires_grad:
-                yield _initialized(optimizer.state[tensor], tensor)
+    updated = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    if engine.zero_optimization_stage() == 3:  # whose groups are empty except during an update
+        updated = engine.optimizer.fp32_partitioned_groups_flat
+    for tensor in updated:
+        if tensor.requires_grad:
+            yield _initialized(optimizer.state[tensor], tensor)
 
 
 def _initialized(state: dict[str, Tensor], tensor: Tensor) -> dict[str, Tensor]:
@@ -181,43 +186,26 @@ Masters = dict[nn.Parameter, Tensor]
 """Low-precision parameter -> its fp32 copy."""
 
 
-def _held_at_stage_0(engine: DeepSpeedEngine, master: Tensor) -> tuple[int, dict[str, Tensor]]:
-    """First element and kind -> flat view of this rank's part of a parameter: at stage 0, all of it."""
-    state = _initialized(_inner(engine).state[master], master)
-    return 0, {"master": master.detach().view(-1), **{kind: state[kind].view(-1) for kind in KINDS[1:]}}
+def _parts(engine: DeepSpeedEngine) -> dict[nn.Parameter, Part]:
+    """Part of every parameter that this rank holds: at stage 0, all of it."""
+    parameters = list(engine.module.parameters())
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return {parameter: part_at_stage_3(engine, parameter) for parameter in parameters}
+    if stage > 0:
+        return {
+            parameter: part_of_partition(engine, place, parameter.numel())
+            for parameter, place in places(engine).items()
+        }
+    masters = _masters_at_stage_0(engine)
+    return {parameter: Part(masters.get(parameter, parameter), 0, 0, parameter.numel()) for parameter in parameters}
 
 
-class Place(NamedTuple):
-    """Place of a parameter in the flat weights that ZeRO splits over ranks."""
-
-    group: int
-    """Number of the parameter group."""
-    offset: int
-    """First element in the flat weights of the group."""
-
-
-def _places(engine: DeepSpeedEngine) -> dict[nn.Parameter, Place]:
-    """Place of every parameter, in the order that `round_robin_gradients` may have changed."""
-    optimizer = engine.optimizer
-    groups = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True)
-    return {
-        parameter: Place(number, offset)
-        for number, (parameters, offsets) in enumerate(groups)
-        for parameter, offset in zip(parameters, offsets, strict=True)
-    }
-
-
-def _held_in_partition(engine: DeepSpeedEngine, place: Place, numel: int) -> tuple[int, dict[str, Tensor]]:
-    """Same for ZeRO's partition; no views if no part of the parameter lies in it."""
-    partition = engine.optimizer.single_partition_of_fp32_groups[place.group]
-    rank = dist.get_rank(engine.optimizer.real_dp_process_group[place.group])
-    before = place.offset - rank * partition.numel()  # the parameter's first element, counted from the partition's
-    start, stop = max(0, -before), min(numel, partition.numel() - before)
-    if start >= stop:
-        return 0, {}
-    state = _initialized(_inner(engine).state[partition], partition)
-    whole = {"master": partition.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
-    return start, {kind: tensor.narrow(0, before + start, stop - start) for kind, tensor in whole.items()}
+def _views(engine: DeepSpeedEngine, part: Part) -> dict[str, Tensor]:
+    """Kind -> flat view of a part."""
+    state = _initialized(_inner(engine).state[part.masters], part.masters)
+    whole = {"master": part.masters.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+    return {kind: tensor.view(-1).narrow(0, part.offset, part.numel) for kind, tensor in whole.items()}
 
 
 def _masters_at_stage_0(engine: DeepSpeedEngine) -> Masters:
@@ -236,7 +224,7 @@ def _runs_by_name(engine: DeepSpeedEngine) -> dict[str, Runs]:
         plain: shard.runs
         for name, parameter, shard in cut
         if shard is not None
-        for plain in plain_names_of(model, name, parameter)
+        for plain in plain_names_of(model, name)
     }
 
 
@@ -249,11 +237,9 @@ def _without_padding(held: Iterable[Fragment], shard: Shard | None) -> Iterator[
             yield fragment._replace(tensors={kind: tensor[:real] for kind, tensor in fragment.tensors.items()})
 
 
-def _split_by_tensor(
-    names: tuple[str, ...], parameter: nn.Parameter, start: int, tensors: dict[str, Tensor]
-) -> Iterator[Fragment]:
-    """Split a range of a parameter at the borders of its tensors: of the experts, if it holds several."""
-    size = parameter.numel() // len(names)
+def _split_by_tensor(names: tuple[str, ...], numel: int, start: int, tensors: dict[str, Tensor]) -> Iterator[Fragment]:
+    """Split a range of a parameter with `numel` elements at the borders of its tensors: of its experts, if any."""
+    size = numel // len(names)
     stop = start + tensors["master"].numel()
     for number, name in enumerate(names):
         first, last = max(start, number * size), min(stop, (number + 1) * size)

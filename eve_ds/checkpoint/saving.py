@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from safetensors.torch import save
+from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 
@@ -131,8 +132,8 @@ class Saver:
         if rank_zero():
             pending.attempt(lambda: self._make_folder(pending.folder))
         pending.problem = broadcast_object(pending.problem)
-        model, inputs = plain_model(engine.module), content.check_inputs
-        check = None if inputs is None else _check_batch(model, inputs, is_shown=self.topology.data_rank == 0)
+        inputs, is_shown = content.check_inputs, self.topology.data_rank == 0
+        check = None if inputs is None else _check_batch(engine, inputs, is_shown)
         pieces = engine_tensors.pieces_to_write(engine, self.topology)
         small = self._small_files(engine, content, check)
         if self.config.train.async_save:
@@ -269,28 +270,38 @@ def random_states() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _check_batch(model: torch.nn.Module, inputs: dict[str, Any], is_shown: bool) -> bytes | None:
-    """Inputs and outputs of one forward in evaluation mode, as a safetensors file; collective, None except on rank 0.
-
-    The forward uses copies of the weights: in DeepSpeed's flat buffers weights lie at arbitrary addresses, and the
-    alignment of the operands affects the rounding of matrix products.
+def _check_batch(engine: DeepSpeedEngine, inputs: dict[str, Any], is_shown: bool) -> bytes | None:
+    """Inputs and outputs of a forward in evaluation mode, as a safetensors file; collective, None except on rank 0.
 
     Args:
-        model: model of the engine.
+        engine: engine of the model.
         inputs: inputs of this rank.
         is_shown: whether they are those of rank 0, as on its tensor-parallel ranks.
     """
-    training = model.training
-    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    output = functional_call(model.eval(), weights, kwargs=inputs if is_shown else _emptied(inputs))
-    model.train(training)
-    outputs = output.tensors()  # a collective if the vocabulary is spread over ranks
+    training = engine.module.training
+    engine.module.eval()
+    outputs = _outputs(engine, inputs if is_shown else _emptied(inputs))
+    engine.module.train(training)
     if not rank_zero():
         return None
     named = {f"input.{name}": value for name, value in inputs.items()}
     named |= {f"output.{name}": value for name, value in outputs.items()}
     tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
-    return save(tensors, {"device": output.vocabulary.weight.device.type})
+    return save(tensors, {"device": engine.device.type})
+
+
+def _outputs(engine: DeepSpeedEngine, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs of the model by name; a collective, also because a vocabulary may be spread over ranks.
+
+    At ZeRO 0 to 2 copies of the weights are used: in DeepSpeed's flat buffers weights lie at arbitrary addresses, and
+    the alignment of the operands affects the rounding of matrix products. ZeRO 3 gathers weights for a call only, so
+    there the outputs can differ by rounding from those of a reader of the weights.
+    """
+    if engine.zero_optimization_stage() == 3:
+        return cast(dict[str, Tensor], engine(call=lambda model: model(**inputs).tensors()))
+    model = plain_model(engine.module)
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    return functional_call(model, weights, kwargs=inputs).tensors()
 
 
 def _emptied(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class TrainConfig(Section):
     compile: Literal["none", "blocks"] = "none"
     """`blocks`: compile every kind of block into one graph with `torch.compile` at the first step, which takes minutes
     unless the cache holds the graphs of an earlier run. Evaluation is not compiled; neither are MoE layers if
-    `parallel.ep_size` is above 1."""
+    `parallel.ep_size` is above 1. Not with ZeRO 3."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Reaction to a loss or gradient norm that is not finite; its update is not applied in either case. `stop`: end the
     run. `skip`: continue with the next step. Overflows that the fp16 loss scaler handles do not count."""

@@ -387,6 +387,11 @@ class EVE(nn.Module):
             return dict(zip(views, self.backbone.encode(list(views.values())), strict=True))
         return {name: self.backbone.encode([view])[0] for name, view in views.items()}
 
+    def parameters_of_output(self) -> list[nn.Parameter]:
+        """Parameters in the vocabulary of an output, which losses read after the forward has ended."""
+        biases = [] if self.text_head is None else [self.text_head.bias]
+        return [cast(nn.Parameter, self.backbone.text_embedding.word.weight), *biases]
+
     def _predict(
         self, objectives: Iterable[Objective], encoded: dict[str, BackboneOutput], inputs: Mapping[str, Any]
     ) -> EVEOutput:

@@ -25,6 +25,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
+        self.num_experts = num_experts
         self.fc1_weight = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
         self.fc1_bias = nn.Parameter(torch.zeros(num_experts, intermediate_size))
         self.fc2_weight = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))

@@ -265,7 +265,7 @@ def plain_named_tensors(
     for name, parameter in model.named_parameters():
         tensor = of(parameter)
         parts = tensor.unbind() if is_stacked(name) else [tensor]
-        yield from zip(plain_names_of(model, name, parameter), parts, strict=True)
+        yield from zip(plain_names_of(model, name), parts, strict=True)
 
 
 def local_plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -285,11 +285,15 @@ def load_plain_state_dict(model: nn.Module, read: Callable[[str], Tensor]) -> No
         weight.copy_(read(name))
 
 
-def plain_names_of(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
+def plain_names_of(model: nn.Module, name: str) -> tuple[str, ...]:
     """Plain names of the contents of a parameter of a plain or DeepSpeed model: one per expert, or its own name."""
-    block, is_moe, _ = name.partition(".moe.")
-    first_expert = cast(int, model.get_submodule(f"{block}.moe").first_expert) if is_moe else 0
-    return plain_names(name, first_expert, len(parameter) if is_stacked(name) else 1)
+    if not is_stacked(name):
+        return (name,)
+    block, _, path = name.partition(".moe.")
+    moe = model.get_submodule(f"{block}.moe")
+    # The module knows the number: a parameter that an engine has partitioned is empty.
+    experts = cast(Experts, moe.get_submodule(path.rpartition(".")[0]))
+    return plain_names(name, cast(int, moe.first_expert), experts.num_experts)
 
 
 def mix_experts(

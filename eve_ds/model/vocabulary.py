@@ -24,6 +24,9 @@ class Words(Protocol):
     def cross_entropy(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Sum of the cross entropies of states (M, D) with word ids (M,) int64, () fp32."""
 
+    def copied(self) -> Words:
+        """Return a copy that does not change with the parameters."""
+
 
 class Vocabulary(NamedTuple):
     """Embeddings and biases of all words on one process."""
@@ -47,3 +50,7 @@ class Vocabulary(NamedTuple):
     def cross_entropy(self, hidden: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Words.cross_entropy`."""
         return ops.linear_cross_entropy(hidden, self.weight, self.bias, target)
+
+    def copied(self) -> Vocabulary:
+        """See :meth:`Words.copied`."""
+        return Vocabulary(self.weight.clone(), None if self.bias is None else self.bias.clone())

@@ -7,6 +7,7 @@ too: the vocabulary of the masked words, for one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +45,19 @@ class ModelWithLosses(nn.Module):
         self.losses = losses
         self.weights = weights
 
-    def forward(self, batch: Any, counts: Mapping[str, float]) -> LossOutput:
-        """Batch on the device, and the denominators of its loss terms -> losses."""
+    def forward(
+        self,
+        batch: Any = None,
+        counts: Mapping[str, float] = MappingProxyType({}),
+        call: Callable[[nn.Module], Any] | None = None,
+    ) -> Any:
+        """Batch on the device, and the denominators of its loss terms -> :class:`LossOutput`.
+
+        With `call`, a function of the model, return its result instead: other uses of the model, such as evaluation,
+        also need an engine that gathers parameters.
+        """
+        if call is not None:
+            return call(self.model)
         output = self.model(**batch.model_inputs())
         terms = self.losses(output, batch, counts)
         moe = output.moe if isinstance(output.moe, dict) else {}

@@ -6,11 +6,10 @@ and arithmetic come from :mod:`eve_ds.model.moe`.
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from deepspeed.moe.layer import MoE as UpstreamMoE
 from torch import nn
 
-from eve_ds.config import ConfigError, ModelConfig, check_experts_per_rank
+from eve_ds.config import ModelConfig, check_experts_per_rank
 from eve_ds.parallel.routed_experts import RoutedExperts
 
 
@@ -37,9 +36,4 @@ class DeepSpeedMoE(RoutedExperts, UpstreamMoE):
             ConfigError: the group assigns experts to this rank that differ from those it initialized.
         """
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
-        rank = dist.get_rank(self.deepspeed_moe.ep_group)
-        if rank != self.ep_rank:
-            raise ConfigError(
-                f"this rank holds the experts of expert-parallel rank {self.ep_rank}, but is number {rank} of its "
-                "group: leave use_data_before_expert_parallelism off, or pass DeepSpeedMoE the ep_rank of the layout"
-            )
+        self.check_expert_rank()

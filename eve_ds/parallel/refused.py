@@ -53,11 +53,6 @@ def check_topology(
             f"model.moe.num_experts ({num_experts}) / parallel.ep_size ({ep_size}), since every part has whole "
             "experts: take fewer parts, or a smaller ep_size"
         )
-    if zero_stage == 3:
-        raise ConfigError(
-            "zero_optimization.stage (3) must be below 3, since DeepSpeed cannot partition the parameters of its MoE "
-            "layers: use stage 1 or 2, which partition optimizer states (and gradients), and a larger parallel.ep_size"
-        )
     if zero_stage == 0 and ep_size > 1 and clip_grad_norm > 0:
         raise ConfigError(
             f"optimizer.clip_grad_norm ({clip_grad_norm:g}) cannot be used with zero_optimization.stage 0 and "
@@ -130,3 +125,20 @@ def _cut_sizes(config: Config) -> dict[str, int]:
     if model.predicts_pixels and config.task is None:
         sizes["pixel_decoder.num_attention_heads"] = model.pixel_decoder.num_attention_heads
     return sizes
+
+
+def check_compile(compiled: str, zero_stage: int) -> None:
+    """Check that no blocks are compiled at ZeRO 3.
+
+    Args:
+        compiled: `train.compile` of the YAML.
+        zero_stage: `zero_optimization.stage` of the DeepSpeed JSON.
+
+    Raises:
+        ConfigError: they are; the message has the value, the rule and the remedy.
+    """
+    if zero_stage == 3 and compiled != "none":
+        raise ConfigError(
+            f"train.compile ({compiled}) cannot be used with zero_optimization.stage 3, which gathers the weights of "
+            "each module while it runs: use stage 1 or 2, or train.compile=none"
+        )

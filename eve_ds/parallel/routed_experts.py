@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eve_ds.config import ModelConfig, check_experts_per_rank
+from eve_ds.config import ConfigError, ModelConfig, check_experts_per_rank
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoEOutput, Peers, Router, is_dropless, mix_experts, moe_output, packs_views
 from eve_ds.parallel.balance import sum_over_data_parallel
@@ -45,6 +45,19 @@ class RoutedExperts(nn.Module):
         self.config = config
         self.router = Router(config)
         self.deepspeed_moe = ShardedExperts(Experts(num_local, config.hidden_size, config.intermediate_size), ep_size)
+
+    def check_expert_rank(self) -> None:
+        """Check that this rank's place in its expert-parallel group is the one whose experts it holds.
+
+        Raises:
+            ConfigError: the group assigns experts to this rank that differ from those it initialized.
+        """
+        rank = dist.get_rank(self.deepspeed_moe.ep_group)
+        if rank != self.ep_rank:
+            raise ConfigError(
+                f"this rank holds the experts of expert-parallel rank {self.ep_rank}, but is number {rank} of its "
+                "group: leave use_data_before_expert_parallelism off, or pass the layer the ep_rank of the layout"
+            )
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from eve_ds.parallel.deepspeed_json.blocks import (
 from eve_ds.parallel.deepspeed_json.check import JSON, Problems, check_keys
 from eve_ds.parallel.deepspeed_json.shared import SharedSettings, contradiction
 from eve_ds.parallel.deepspeed_json.values import show
-from eve_ds.parallel.refused import check_clipping, check_tensor_parallel, check_topology
+from eve_ds.parallel.refused import check_clipping, check_compile, check_tensor_parallel, check_topology
 
 BATCH = {
     "train_batch_size": "train_batch_size",
@@ -124,7 +124,9 @@ def _settle_run(shared: SharedSettings, precision: str, stage: int, world_size: 
     if not any(problems.below(key) for key in ("bf16", "fp16")):
         with problems.collect():
             _check_precision(precision, stage, clip)
-    with problems.collect("zero_optimization.stage" if stage == 3 else ""):
+    with problems.collect("zero_optimization.stage"):
+        check_compile(config.train.compile, stage)
+    with problems.collect():
         check_topology(
             world_size=world_size,
             num_experts=config.model.moe.num_experts,
@@ -173,18 +175,20 @@ def _batch(shared: SharedSettings, data_size: int) -> tuple[int, int]:
 
 
 def _rename(resolved: dict[str, Any], problems: Problems) -> None:
-    """Give old keys their present names: `bfloat16` and `zero_optimization.cpu_offload`."""
+    """Give old keys their present names: `bfloat16`, and `cpu_offload` and `cpu_offload_param` of ZeRO."""
     if "bfloat16" in resolved:
         old = resolved.pop("bfloat16")
         if resolved.setdefault("bf16", old) != old:
             problems.add("bfloat16", f"bfloat16 {JSON} is the former name of bf16, which differs: remove it")
     zero = resolved.get("zero_optimization", {})
-    if zero.pop("cpu_offload", False):
-        offload = zero.setdefault("offload_optimizer", {})
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if not zero.pop(old, False):
+            continue
+        offload = zero.setdefault(new, {})
         if offload.setdefault("device", "cpu") != "cpu":
             problems.add(
-                "zero_optimization.cpu_offload",
-                f"zero_optimization.cpu_offload (true) {JSON} is the former name of offload_optimizer.device "
+                f"zero_optimization.{old}",
+                f"zero_optimization.{old} (true) {JSON} is the former name of {new}.device "
                 f'"cpu", which differs ({show(offload["device"])}): remove it',
             )
 
@@ -213,12 +217,12 @@ def _settle_zero(resolved: dict[str, Any], precision: str, problems: Problems) -
     """Settle data types and offload, which depend on stage and precision; return a line per value without effect."""
     zero, types = resolved["zero_optimization"], resolved.pop("data_types", {})
     offload = zero.get("offload_optimizer", {})
-    if offload.get("device", "").lower() == "nvme":
-        problems.add(
-            "zero_optimization.offload_optimizer.device",
-            f'zero_optimization.offload_optimizer.device ("nvme") {JSON} cannot be used: only ZeRO 3 offloads to '
-            'NVMe: write "cpu", or remove it',
-        )
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device") == "nvme":
+            path = f"zero_optimization.{name}.device"
+            problems.add(
+                path, f'{path} ("nvme") {JSON} cannot be used: checkpoints do not read NVMe: write "cpu", or remove it'
+            )
     if _accumulates_in_fp32(types, zero, precision, problems):
         resolved["data_types"] = {"grad_accum_dtype": "fp32"}
         return _settle_sums(resolved, problems) if zero["stage"] == 1 else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ def initialize_deepspeed_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> Ra
     Raises:
         LaunchError: see :func:`eve_ds.process_group.initialize_process_group`.
     """
+    # DeepSpeed's ZeRO 3 calls two collectives by their former names, which no user can change.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     if dist.is_initialized():
         set_group_timeout(timeout)
         info = read_environment(os.environ)

@@ -19,19 +19,22 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor, nn
 
 from eve_ds.config import ConfigError
 from eve_ds.log import get_logger
+from eve_ds.model.eve import EVE
+from eve_ds.model.with_losses import plain_model
 from eve_ds.parallel.deepspeed_json.errors import deepspeed_errors
 from eve_ds.parallel.deepspeed_json.keys import FOLLOWED
 from eve_ds.parallel.fp32_sums import sum_in_fp32
@@ -63,10 +66,13 @@ def initialize_engine(
         del config["data_types"]
     if sums_in_fp32 and stage == 0:
         config.setdefault("communication_data_type", "fp32")
-    with deepspeed_errors(deepspeed_config), _without_muon():
+    muon = nullcontext() if stage == 3 else _without_muon()  # ZeRO 3 needs the import
+    with deepspeed_errors(deepspeed_config), muon:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=mpu
         )
+    if stage == 3:
+        _gather_for_losses(engine.module)
     lower_host_calls(engine, torch.float32 if sums_in_fp32 else None)
     if sums_in_fp32 and stage == 0:
         sum_in_fp32(engine)
@@ -76,6 +82,14 @@ def initialize_engine(
             f"is {deepspeed.__version__}: use stage 2, or remove it"
         )
     return engine
+
+
+def _gather_for_losses(module: nn.Module) -> None:
+    """Let ZeRO 3 gather what losses read of a model, for as long as the forward of model and losses lasts."""
+    model = plain_model(module)
+    if isinstance(model, EVE):
+        for parameter in model.parameters_of_output():
+            register_external_parameter(module, parameter)
 
 
 @contextmanager
@@ -105,8 +119,8 @@ def _fit_bucket(deepspeed_config: dict[str, Any], model: nn.Module) -> dict[str,
 def lower_host_calls(engine: DeepSpeedEngine, sum_dtype: torch.dtype | None = None) -> bool:
     """Replace methods of the engine's ZeRO optimizer; return whether they were replaced.
 
-    Nothing is replaced at ZeRO 0, with offload to the CPU, with a model-parallel group, with an optimizer other than
-    AdamW, or with a DeepSpeed version other than `FOLLOWED`. The last case is logged.
+    Nothing is replaced at ZeRO 0 and 3, with offload to the CPU, with a model-parallel group, with an optimizer other
+    than AdamW, or with a DeepSpeed version other than `FOLLOWED`. The last case is logged.
 
     Args:
         engine: new engine.

@@ -36,6 +36,7 @@ from eve_ds.objectives.registry import objectives_of
 from eve_ds.parallel.settings import resolve_deepspeed_config
 from eve_ds.parallel.startup import initialize_deepspeed_distributed
 from eve_ds.signals import StopSignals
+from eve_ds.training.engine_model import EngineModel
 from eve_ds.training.job import Evaluation, Loading, Resume, Summary, summed_counts
 from eve_ds.training.run_folder import check_output_dir
 from eve_ds.training.start import set_up_backbone, start
@@ -166,7 +167,7 @@ class Pretraining:
         if self._evaluates_scenes:
             numbers |= self._evaluate_scenes(trainer)
         if self.held_out is not None:
-            numbers["held_out"] = evaluate_held_out(trainer.model, self.config.model, self.held_out)
+            numbers["held_out"] = evaluate_held_out(EngineModel(trainer.engine), self.config.model, self.held_out)
         if not numbers:
             return None
         shown = numbers | {f"held-out {name}": value for name, value in numbers.get("held_out", {}).items()}
@@ -177,7 +178,7 @@ class Pretraining:
         topology = trainer.topology
         share = 2 * topology.data_size
         return evaluate_scenes(
-            trainer.model,
+            EngineModel(trainer.engine),
             self.config,
             self.tokenizer,
             num_scenes=math.ceil(EVALUATED_SCENES / share) * share,

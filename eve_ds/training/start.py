@@ -18,7 +18,7 @@ from eve_ds.model.eve import Backbone
 from eve_ds.model.with_losses import plain_model
 from eve_ds.ops.build import use_built
 from eve_ds.parallel.exchange.connect import connect_experts
-from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.moe_layers import moe_factory
 from eve_ds.parallel.nodes import check_expert_groups, nodes_of_run
 from eve_ds.parallel.startup import tensor_parallel_unit
 from eve_ds.parallel.zero import initialize_engine
@@ -82,7 +82,7 @@ def _train(
     config, topology = job.config, feed.topology
     mpu = tensor_parallel_unit(topology, timedelta(seconds=config.train.timeout_seconds))
     seed_everything(config.train.seed)
-    moe_cls = partial(DeepSpeedMoE, ep_size=topology.ep_size, ep_rank=topology.expert_rank)
+    moe_cls = moe_factory(deepspeed_config["zero_optimization"]["stage"], topology)
     module = job.build_model(moe_cls, from_checkpoint=checkpoint is not None)
     model = plain_model(module)
     if topology.tp_size > 1:

@@ -50,23 +50,29 @@ def gradients_of_engines(rank, world_size, stages):
     """For each stage: 10 times Adam's first moments after one step, which are the gradients; modules loaded by then."""
     from eve_ds.checkpoint.engine_tensors import fragments
     from eve_ds.model.eve import EVE
-    from eve_ds.parallel.moe import DeepSpeedMoE
+    from eve_ds.model.with_losses import ModelWithLosses
+    from eve_ds.parallel.moe_layers import moe_factory
     from eve_ds.parallel.settings import resolve_deepspeed_config
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
     from eve_ds.parallel.zero import initialize_engine
+    from eve_ds.topology import Topology
     from eve_ds.training.optimizer import build_optimizer
 
     initialize_deepspeed_distributed()
     results = []
     for stage in stages:
-        dictionary = {**IN_FP32, "zero_optimization": {"stage": stage}, "communication_data_type": "fp32"}
+        # ZeRO 3 would replace torch's linear function by one that rounds in another place.
+        zero = {"stage": stage, "memory_efficient_linear": False}
+        dictionary = {**IN_FP32, "zero_optimization": zero, "communication_data_type": "fp32"}
         settings = configuration(world_size, SMALL, clip=clip_of(stage))
         config, resolved = resolve_deepspeed_config(dictionary, settings, world_size)
         torch.manual_seed(3)
-        model = EVE(config.model, functools.partial(DeepSpeedMoE, ep_size=1))
-        engine = initialize_engine(model, build_optimizer(model, config, resolved), resolved)
+        model = EVE(config.model, moe_factory(stage, Topology.current()))
+        module = ModelWithLosses(model, losses=None, weights={})
+        engine = initialize_engine(module, build_optimizer(model, config, resolved), resolved)
         for part in range(MICRO_STEPS):
-            engine.backward(joint_loss(engine, config.model, rank, 0, part))
+            loss = functools.partial(joint_loss, config=config.model, rank=rank, step=0, part=part)
+            engine.backward(engine(call=loss))
             engine.step()
         found = [(part.name, part.start, part.tensors["exp_avg"].clone() * 10) for part in fragments(engine)]
         results.append((engine.get_global_grad_norm(), found, set(sys.modules)))
@@ -94,7 +100,7 @@ def reference(ranks):
         one: part
         for name, parameter in model.named_parameters()
         if name in sums
-        for names in [plain_names_of(model, name, parameter)]
+        for names in [plain_names_of(model, name)]
         for one, part in zip(names, sums[name].reshape(len(names), -1), strict=True)
     }
 
@@ -103,12 +109,12 @@ def reference(ranks):
 def test_sums_over_micro_steps_and_ranks_are_those_of_plain_torch(run_ranks, ranks):
     expected = reference(ranks)
     norm = float(torch.cat(list(expected.values())).norm())
-    stages = [0, 1, 2]
+    stages = [0, 1, 2, 3]
     results = run_ranks(gradients_of_engines, ranks, stages)
     for number, stage in enumerate(stages):
         for own_norm, found, modules in (of_rank[number] for of_rank in results):
             assert not stage or float(own_norm) == pytest.approx(norm, rel=TOLERANCE)
-            assert stage == 2 or "torch._inductor.compile_fx" not in modules, "slows the start of a run"
+            assert stage >= 2 or "torch._inductor.compile_fx" not in modules, "slows the start of a run"
             scale = min(1.0, clip_of(stage) / (norm + 1e-6)) if stage else 1.0
             for name, start, values in found:
                 whole = expected.get(name)

@@ -293,7 +293,7 @@ def shards(model):
 
     for name, parameter in model.named_parameters():
         if shard_of(parameter) is not None:
-            yield from ((plain, shard_of(parameter)) for plain in plain_names_of(model, name, parameter))
+            yield from ((plain, shard_of(parameter)) for plain in plain_names_of(model, name))
 
 
 def run_cases(rank, world_size, described):

@@ -105,7 +105,16 @@ FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
-            'zero_optimization.offload_optimizer.device ("nvme") in the DeepSpeed JSON cannot be used: only ZeRO 3',
+            'zero_optimization.offload_optimizer.device ("nvme") in the DeepSpeed JSON cannot be used: checkpoints do',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}},
+            'zero_optimization.offload_param.device ("nvme") in the DeepSpeed JSON cannot be used: checkpoints do not '
+            'read NVMe: write "cpu", or remove it',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "cpu_offload_param": True, "offload_param": {"device": "nvme"}}},
+            "zero_optimization.cpu_offload_param (true) in the DeepSpeed JSON is the former name of offload_para",
         ),
         (
             {"zero_optimization": {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "nvme"}}},
@@ -126,6 +135,9 @@ def test_keys_that_contradict_each_other_are_refused(dictionary, text):
 def test_former_names_are_read_as_the_present_ones():
     old = {"bfloat16": {"enabled": True}, "zero_optimization": {"stage": 2, "cpu_offload": True}}
     new = {**BF16, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert resolve_deepspeed_config(old, CONFIG, 1) == resolve_deepspeed_config(new, CONFIG, 1)
+    old = {"zero_optimization": {"stage": 3, "cpu_offload_param": True}}
+    new = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
     assert resolve_deepspeed_config(old, CONFIG, 1) == resolve_deepspeed_config(new, CONFIG, 1)
 
 

@@ -186,6 +186,13 @@ def nested(path, value):
     return value
 
 
+def at_stage(stage, path, value):
+    """The value at a path, in a file with a ZeRO stage."""
+    dictionary = nested(path, value)
+    dictionary.setdefault("zero_optimization", {})["stage"] = stage
+    return dictionary
+
+
 def refusal(dictionary, **sections):
     with pytest.raises(ConfigError) as caught:
         resolve_deepspeed_config(dictionary, parse_config({"train": {"train_batch_size": 8}, **sections}), 1)
@@ -326,11 +333,11 @@ def test_refused_keys_are_refused_by_name_unless_neutral(path):
     value = fitting(rule)
     if isinstance(section, dict):
         value = {next(key for key in section if key): fitting(next(rule for key, rule in section.items() if key))}
-    text = refusal(nested(path, value))
+    text = refusal(at_stage(rule.stages[-1], path, value))
     assert text.startswith(f"{path} ("), text
     assert f") in the DeepSpeed JSON cannot be used: {rule.why}" in text
     for neutral in rule.neutral:
-        resolve_deepspeed_config(nested(path, neutral), CONFIG, 1)
+        resolve_deepspeed_config(at_stage(rule.stages[-1], path, neutral), CONFIG, 1)
 
 
 CONFIG = parse_config({"train": {"train_batch_size": 8}, "optimizer": {"clip_grad_norm": 0}})
@@ -354,9 +361,7 @@ ELSEWHERE = [
 def test_keys_of_other_zero_stages_are_logged_by_name_and_removed(path, eve_log):
     rule = RULES[path]
     stage = next(stage for stage in (0, 1, 2) if stage not in rule.stages)
-    dictionary = nested(path, fitting(rule))
-    dictionary.setdefault("zero_optimization", {})["stage"] = stage
-    _, resolved = resolve_deepspeed_config(dictionary, CONFIG, 1)
+    _, resolved = resolve_deepspeed_config(at_stage(stage, path, fitting(rule)), CONFIG, 1)
     (line,) = [line for line in eve_log if line.startswith(f"{path} (")]
     assert line.endswith(f"only, and the stage is {stage}")
     assert resolved["zero_optimization"] == {"stage": stage}
@@ -364,6 +369,13 @@ def test_keys_of_other_zero_stages_are_logged_by_name_and_removed(path, eve_log)
         del eve_log[:]
         resolve_deepspeed_config(nested(path, neutral), CONFIG, 1)
         assert eve_log == []
+
+
+def test_communication_is_not_overlapped_at_zero_3_if_the_file_says_so():
+    path = "zero_optimization.overlap_comm"
+    for stage, kept in ((1, {}), (2, {}), (3, {"overlap_comm": False})):
+        _, resolved = resolve_deepspeed_config(at_stage(stage, path, False), CONFIG, 1)
+        assert resolved["zero_optimization"] == {"stage": stage, **kept}
 
 
 @pytest.fixture
@@ -399,7 +411,7 @@ def test_all_problems_are_told_in_the_order_of_the_file():
     dictionary = {
         "train_batch_size": 16,
         "gradient_cliping": 1,
-        "zero_optimization": {"overlap_comm": "true", "stage": 3, "zenflow": {"topk_ratio": 0.1}},
+        "zero_optimization": {"overlap_comm": "true", "stage": 4, "zenflow": {"topk_ratio": 0.1}},
         "hybrid_engine": {"enabled": True},
         "fp16": {"enabled": 1},
     }
@@ -408,7 +420,7 @@ def test_all_problems_are_told_in_the_order_of_the_file():
         "train.train_batch_size (8) in the YAML contradicts train_batch_size (16)",
         "gradient_cliping in",
         'zero_optimization.overlap_comm ("true") in',
-        "zero_optimization.stage (3) must be below 3",
+        "zero_optimization.stage (4) in",
         "zero_optimization.zenflow (",
         "hybrid_engine.enabled (true) in",
         "fp16.enabled (1) in",

@@ -4,13 +4,17 @@ import functools
 
 import pytest
 import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from tiny import tiny_model
 
 from eve_ds.config import ConfigError
 from eve_ds.model.eve import EVE
 from eve_ds.model.moe import load_plain_state_dict, local_plain_state_dict
 from eve_ds.parallel.moe import DeepSpeedMoE, UpstreamMoE
+from eve_ds.parallel.moe_layers import moe_factory
+from eve_ds.parallel.moe_stage3 import Stage3MoE
 from eve_ds.parallel.refused import check_topology
+from eve_ds.topology import Topology
 
 CONFIG = tiny_model(moe={"num_experts": 8})
 TOPOLOGY = {"world_size": 4, "num_experts": 8, "ep_size": 2, "zero_stage": 1, "clip_grad_norm": 1.0}
@@ -68,6 +72,21 @@ def test_engine_and_checkpoints_find_the_layer_by_class_and_names():
     assert {parameter.group_name for name, parameter in model.named_parameters() if name in marked} == {"ep_size_4"}
 
 
+def test_the_layer_of_zero_3_has_the_parameters_of_the_others_with_marks_for_the_engine():
+    topology = Topology(rank=3, world_size=8, ep_size=4)
+    others, model = (eve(moe_factory(stage, topology)) for stage in (2, 3))
+    assert not [module for module in model.modules() if isinstance(module, UpstreamMoE)], "the engine refuses it"
+    layers = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
+    assert [(layer.num_experts, layer.num_local_experts, layer.ep_rank) for layer in layers] == [(8, 2, 3)] * 2
+    expected = others.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    for name, parameter in model.named_parameters():
+        marks = [getattr(parameter, mark, None) for mark in ("allreduce", "group_name", "ds_zero_placement_family")]
+        is_expert = "deepspeed_experts" in name
+        assert marks == ([False, "ep_size_4", "autoep_expert"] if is_expert else [None, None, None]), name
+
+
 def test_plain_weights_load_into_a_part():
     plain, model = eve(seed=1), part(2, 1)
     load_plain_state_dict(model, plain.state_dict().__getitem__)
@@ -99,9 +118,10 @@ def test_missing_expert_parallel_group_error_says_what_to_do():
         layer(*arguments)
 
 
-def test_indivisible_number_of_experts_is_refused():
+@pytest.mark.parametrize("layer", [DeepSpeedMoE, Stage3MoE])
+def test_indivisible_number_of_experts_is_refused(layer):
     with pytest.raises(ConfigError, match=r"num_experts \(8\) must be divisible by parallel\.ep_size \(3\)"):
-        DeepSpeedMoE(CONFIG, ep_size=3)
+        layer(CONFIG, ep_size=3)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +134,7 @@ def test_indivisible_number_of_experts_is_refused():
         {"zero_stage": 0, "ep_size": 1},
         {"overlap": 4},
         {"overlap": 9, "ep_size": 1},
+        {"zero_stage": 3},
     ],
 )
 def test_valid_topologies_are_accepted(change):
@@ -137,7 +158,6 @@ def test_valid_topologies_are_accepted(change):
             r"parallel\.overlap \(5\) must be at most the number of experts of a rank \(4\), model\.moe\.num_experts "
             r"\(8\) / parallel\.ep_size \(2\), .*take fewer parts, or a smaller ep_size",
         ),
-        ({"zero_stage": 3}, r"zero_optimization\.stage \(3\) must be below 3.*use stage 1 or 2"),
         (
             {"zero_stage": 0},
             r"clip_grad_norm \(1\) cannot be used with zero_optimization\.stage 0 and parallel\.ep_size \(2\).*"

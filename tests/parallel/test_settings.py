@@ -147,10 +147,21 @@ def test_a_contradiction_names_both_places(dictionary, sections, text):
     assert refused(dictionary, **sections) == text
 
 
+def test_compiled_blocks_are_refused_at_zero_3():
+    text = refused({"zero_optimization": {"stage": 3}}, train={"train_batch_size": 8, "compile": "blocks"})
+    assert text == (
+        "train.compile (blocks) cannot be used with zero_optimization.stage 3, which gathers the weights of each "
+        "module while it runs: use stage 1 or 2, or train.compile=none"
+    )
+
+
 @pytest.mark.parametrize(
     ("dictionary", "text"),
     [
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage (3) must be below 3, since DeepSpeed cannot"),
+        (
+            {"zero_optimization": {"stage": 4}},
+            "zero_optimization.stage (4) in the DeepSpeed JSON must be a whole number",
+        ),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled and fp16.enabled in the DeepSpeed JSON"),
         ({"bf16": True}, "bf16 (true) in the DeepSpeed JSON must be a JSON object: write it in braces"),
         ({"zero_optimization": 1}, "zero_optimization (1) in the DeepSpeed JSON must be a JSON object"),

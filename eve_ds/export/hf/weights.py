@@ -54,7 +54,7 @@ def stacked_weights(
 def _stacked(model: nn.Module, name: str, parameter: nn.Parameter, each: dict[str, Tensor]) -> Tensor:
     if not is_stacked(name):
         return each[name]
-    return torch.stack([each[part] for part in plain_names_of(model, name, parameter)])
+    return torch.stack([each[part] for part in plain_names_of(model, name)])
 
 
 def _names(files: list[str]) -> list[str]:

@@ -132,17 +132,17 @@ class _Walk(NamedTuple):
             quotes = ", without quotes" if isinstance(value, str) and not rule.kind.choices else ""
             self.problems.add(path, f"{named} must be {rule.kind.rule}{quotes}")
             return False
-        if rule.use == UNUSED or _is_neutral(rule.kind.plain(value), rule):
+        if rule.use == UNUSED or (self.stage in (None, *rule.neutral_at) and _is_neutral(rule.kind.plain(value), rule)):
+            return False
+        if self.stage not in (None, *rule.stages):
+            stages = " and ".join(str(stage) for stage in rule.stages)
+            self.notes.append(f"{named} has no effect: it acts at ZeRO {stages} only, and the stage is {self.stage}")
             return False
         if rule.use == REFUSED:
             self.problems.add(path, f"{named} cannot be used: {rule.why}")
             return False
         if rule.use == NOTED:
             self.notes.append(f"{named} has no effect: {rule.why}")
-            return False
-        if self.stage not in (None, *rule.stages):
-            stages = " and ".join(str(stage) for stage in rule.stages)
-            self.notes.append(f"{named} has no effect: it acts at ZeRO {stages} only, and the stage is {self.stage}")
             return False
         return value is not None or rule.use == CHECKED
 

@@ -51,7 +51,9 @@ class Rule(NamedTuple):
     neutral: tuple[Any, ...] = ()
     """Values that change nothing."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
-    """ZeRO stages at which the key has an effect; at the others it is noted."""
+    """ZeRO stages at which the key has an effect or is refused; at the others it is noted."""
+    neutral_at: tuple[int, ...] = (0, 1, 2, 3)
+    """ZeRO stages at which the neutral values change nothing."""
 
 
 Section = dict[str, "Rule | Section"]
@@ -80,6 +82,11 @@ def unused(**kinds: Kind) -> Section:
     return {name: Rule(kind, UNUSED) for name, kind in kinds.items()}
 
 
+def refused_at_3(kind: Kind, why: str, *neutral: Any) -> Rule:
+    """Rule for a key of ZeRO 3 that must be left out there."""
+    return Rule(kind, REFUSED, why, neutral, WEIGHTS)
+
+
 def at(stages: tuple[int, ...], kind: Kind, *neutral: Any) -> Rule:
     """Rule for a key of some ZeRO stages."""
     return Rule(kind, TAKEN, "", neutral, stages)
@@ -94,13 +101,16 @@ BYTES = whole(0)
 OWN_CHECKPOINTS = "eve_ds writes and reads its own checkpoints, which load on any number of ranks"
 OWN_DATA = "eve_ds loads and orders the data itself: see the section data of the YAML"
 NO_NVME = "nothing is offloaded to NVMe here"
+NO_CPU_ADAM = "it needs DeepSpeed's own Adam for CPUs, and eve_ds trains with AdamW of torch: remove it"
+NO_LEAVES = "a leaf gathers the weights of all its modules at once, which the image embedding cannot do: remove it"
+NO_QUANTIZED_WEIGHTS = "training would compute with weights of 8 bits, evaluation and export with whole ones: remove it"
 EXPERTS = "EVE spreads its experts by parallel.ep_size in the YAML: remove it"
 
 OFFLOAD_OPTIMIZER: Section = {
     "device": Rule(choice("none", "cpu", "nvme"), CHECKED, "", ("none",), SHARDED),
     "pin_memory": at(SHARDED, BOOL),
-    "ratio": refused(SHARE, "only ZeRO 3 offloads a part of the optimizer: remove it", 1),
-    "super_offload": refused(BOOL, "only ZeRO 3 has it: remove it", False),
+    "ratio": refused(SHARE, NO_CPU_ADAM, 1),
+    "super_offload": refused(BOOL, NO_CPU_ADAM, False),
     "cpuadam_cores_perc": Rule(SHARE, UNUSED),
     "nvme_path": noted(or_null(TEXT), NO_NVME, None),
     "buffer_count": noted(whole(0), NO_NVME, 4),
@@ -109,10 +119,9 @@ OFFLOAD_OPTIMIZER: Section = {
     "fast_init": noted(BOOL, NO_NVME, False),
 }
 OFFLOAD_PARAM: Section = {
-    "device": at(WEIGHTS, choice("none", "cpu", "nvme"), "none"),
-    **unused(
-        nvme_path=or_null(TEXT), buffer_count=whole(0), buffer_size=whole(0), max_in_cpu=whole(0), pin_memory=BOOL
-    ),
+    "device": Rule(choice("none", "cpu", "nvme"), CHECKED, "", ("none",), WEIGHTS),
+    "pin_memory": at(WEIGHTS, BOOL, False),
+    **unused(nvme_path=or_null(TEXT), buffer_count=whole(0), buffer_size=whole(0), max_in_cpu=whole(0)),
 }
 ZENFLOW: Section = {
     WHOLE: refused(MAPPING, "its optimizer computes other updates than AdamW: remove it", {}),
@@ -135,8 +144,8 @@ PREFETCHING: Section = {
     "model_persistence_threshold": at(WEIGHTS, whole(0), sys.maxsize),
     "max_live_parameters": at(WEIGHTS, whole(0), 1_000_000_000),
     "max_reuse_distance": at(WEIGHTS, whole(0), 1_000_000_000),
-    "gather_16bit_weights_on_model_save": at(WEIGHTS, BOOL, False),
-    "module_granularity_threshold": at(WEIGHTS, whole(0), 0),
+    "gather_16bit_weights_on_model_save": noted(BOOL, OWN_CHECKPOINTS, False),
+    "module_granularity_threshold": refused_at_3(whole(0), NO_LEAVES, 0),
     "use_all_reduce_for_fetch_params": at(WEIGHTS, BOOL, False),
     "allgather_sequential": at(WEIGHTS, BOOL, False),
 }
@@ -147,11 +156,11 @@ ZERO: Section = {
         BOOL, "DeepSpeed averages experts of different ranks without it, so it stays on", True
     ),
     "reduce_scatter": noted(BOOL, "DeepSpeed's experts need it, so it stays on", True),
-    "reduce_bucket_size": at(GRADIENTS, whole(1), 500_000_000),
+    "reduce_bucket_size": at(SHARDED, whole(1), 500_000_000),
     "use_multi_rank_bucket_allreduce": at(GRADIENTS, BOOL, True),
     "allgather_partitions": noted(BOOL, f"DeepSpeed {FOLLOWED} does not use it", True),
-    "allgather_bucket_size": at(SHARDED, whole(2, multiple=2), 500_000_000),
-    "overlap_comm": at(SHARDED, or_null(BOOL), False, None),
+    "allgather_bucket_size": at(GRADIENTS, whole(2, multiple=2), 500_000_000),
+    "overlap_comm": at(SHARDED, or_null(BOOL), False, None)._replace(neutral_at=(0, 1, 2)),
     "compute_grad_norm": refused(BOOL, "a gradient that is not finite would be applied: remove it", True),
     "load_from_fp32_weights": noted(BOOL, OWN_CHECKPOINTS, True),
     "elastic_checkpoint": noted(BOOL, OWN_CHECKPOINTS, False),
@@ -160,28 +169,32 @@ ZERO: Section = {
     "zenflow": ZENFLOW,
     "sub_group_size": at(WEIGHTS, whole(0), 1_000_000_000),
     "cpu_offload": Rule(or_null(BOOL), CHECKED, "", (False, None), SHARDED),
-    "cpu_offload_param": at(WEIGHTS, or_null(BOOL), False, None),
+    "cpu_offload_param": Rule(or_null(BOOL), CHECKED, "", (False, None), WEIGHTS),
     "cpu_offload_use_pin_memory": noted(
         or_null(BOOL), "DeepSpeed does not use it: set offload_optimizer.pin_memory", False, None
     ),
     **PREFETCHING,
     **{f"stage3_{name}": rule for name, rule in PREFETCHING.items()},
-    "stage3_gather_fp16_weights_on_model_save": at(WEIGHTS, BOOL, False),
+    "stage3_gather_fp16_weights_on_model_save": noted(BOOL, OWN_CHECKPOINTS, False),
     "ignore_unused_parameters": Rule(BOOL, REFUSED, "every step leaves some weights unused: remove it", (True,)),
     "legacy_stage1": refused(BOOL, "DeepSpeed has removed it: remove it", False),
     "round_robin_gradients": at(GRADIENTS, BOOL, False),
     "parameter_alignment": at(GRADIENTS, BOOL, False),
-    "zero_hpz_partition_size": at(WEIGHTS, whole(0), 1),
-    "zero_quantized_weights": at(WEIGHTS, BOOL, False),
-    "zero_quantized_nontrainable_weights": at(WEIGHTS, BOOL, False),
-    "zero_quantized_gradients": at(WEIGHTS, BOOL, False),
+    "zero_hpz_partition_size": refused_at_3(
+        whole(0), "DeepSpeed cannot partition experts within nodes and over all ranks at once: remove it", 0, 1
+    ),
+    "zero_quantized_weights": refused_at_3(BOOL, NO_QUANTIZED_WEIGHTS, False),
+    "zero_quantized_nontrainable_weights": refused_at_3(BOOL, NO_QUANTIZED_WEIGHTS, False),
+    "zero_quantized_gradients": refused_at_3(
+        BOOL, "DeepSpeed cannot send gradients of experts in few bits: remove it", False
+    ),
     "memory_efficient_linear": at(WEIGHTS, BOOL, True),
-    "pipeline_loading_checkpoint": at(WEIGHTS, BOOL, False),
-    "override_module_apply": at(WEIGHTS, BOOL, True),
+    "pipeline_loading_checkpoint": noted(BOOL, OWN_CHECKPOINTS, False),
+    "override_module_apply": noted(BOOL, "eve_ds draws the weights before they are partitioned", True),
     "log_trace_cache_warnings": at(WEIGHTS, BOOL, False),
     "enable_sanity_checks": at(WEIGHTS, BOOL, False),
-    "save_muon_momentum_buffer_in_memory": at(WEIGHTS, BOOL, False),
-    "leaf_module": {name: at(WEIGHTS, ANY, []) for name in ("classes", "names", "name_suffixes")},
+    "save_muon_momentum_buffer_in_memory": noted(BOOL, "eve_ds trains with AdamW", False),
+    "leaf_module": {name: refused_at_3(ANY, NO_LEAVES, []) for name in ("classes", "names", "name_suffixes")},
     "mics_shard_size": removed("the weights would not be sharded that way: remove it")._replace(neutral=(-1, None)),
     "mics_hierarchical_params_gather": removed("it has no effect: remove it"),
     "zeropp_loco_param": removed("it has no effect: remove it"),

@@ -19,7 +19,6 @@ from eve_ds.model.feed_forward import FeedForward
 from eve_ds.model.moe import plain_names_of
 from eve_ds.model.shards import Shard, cut_of, mark, shard_of
 from eve_ds.parallel.exchange.sharded_experts import ShardedExperts
-from eve_ds.parallel.routed_experts import RoutedExperts
 from eve_ds.parallel.tensor.layers import ColumnLinear, RowLinear, SplitExperts
 from eve_ds.parallel.tensor.vocabulary import ShardedVocabulary, WordEmbedding
 from eve_ds.topology import Topology
@@ -67,8 +66,8 @@ def _split_experts(model: nn.Module, module: ShardedExperts, name: str, topology
     path = "experts.deepspeed_experts"
     experts = cast(Experts, module.get_submodule(path))
     split = SplitExperts(experts, topology.tp_size)
-    for own, parameter in experts.named_parameters():
-        plain = plain_names_of(model, f"{name}.{path}.{own}", parameter)[0]
+    for own, _ in experts.named_parameters():
+        plain = plain_names_of(model, f"{name}.{path}.{own}")[0]
         _cut_parameter(experts, split, own, plain, topology)
     module.set_submodule(path, split)
 

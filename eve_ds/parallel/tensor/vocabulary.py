@@ -67,6 +67,10 @@ class ShardedVocabulary(NamedTuple):
         chunk = chunk_rows(hidden.shape[0], 4 * self.shard.length, hidden.device)
         return cross_entropy(hidden, self.weight, self.bias, target, first, self.group, chunk)
 
+    def copied(self) -> ShardedVocabulary:
+        """See :meth:`eve_ds.model.vocabulary.Words.copied`."""
+        return self._replace(weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
+
 
 @like_linear
 def cross_entropy(
