@@ -20,6 +20,8 @@ SMALL = [
 ]
 SETS = ("itc+itm", "mim+mlm+itc+itm", "mlm+itc", "mim")
 """Sets of objectives whose resume is tested; test_engine_distributed.py tests `mim+mlm`."""
+STAGES = (0, 3, 2, 1)
+"""ZeRO stage of each set."""
 CHEAP = ["masking.image_view_share=0.75", "masking.language_view_patch_share=0.5", "masking.image_view_word_share=0.5"]
 PAIRS, WIDTH = 8, 5
 pytestmark = pytest.mark.timeout(300)
@@ -131,6 +133,8 @@ def test_twenty_steps_of_eve_tiny_lower_the_loss(run_ranks, tmp_path):
 
 def resume_both(rank, world_size, folder):
     """Train each set without interruption and in two halves; return names of unequal weights. Ranks share experts."""
+    from deepspeed.runtime.zero import GatheredParameters
+
     from eve_ds.model.moe import local_plain_state_dict
     from eve_ds.training import pretrain as pretraining
     from eve_ds.training import start
@@ -139,15 +143,16 @@ def resume_both(rank, world_size, folder):
     class Watched(Trainer):
         def run(self):
             summary = super().run()
-            found.append({k: v.clone() for k, v in local_plain_state_dict(self.model).items()})
+            with GatheredParameters(list(self.model.parameters())):  # does nothing below stage 3
+                found.append({k: v.clone() for k, v in local_plain_state_dict(self.model).items()})
             return summary
 
     start.Trainer = Watched
     evaluate_few_scenes(pretraining)
     results = []
     for number, objectives in enumerate(SETS):
-        found, stage = [], number % 3
-        zero = {"zero_optimization": {"stage": stage}}
+        found, stage = [], STAGES[number]
+        zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
         clip = f"optimizer.clip_grad_norm={0.0 if stage == 0 else 1.0}"
         common = [
             *SMALL,
@@ -190,7 +195,8 @@ def test_a_resumed_run_equals_the_uninterrupted_run_exactly_and_exports(run_rank
         tasks = objectives.split("+")
         report = export(folder / objectives / "parts", folder / "export" / objectives, must_check=True)
         assert set(report.check.outputs) == set().union(*(outputs[task] for task in tasks))
-        assert report.check.max_abs_diff == 0
+        stage = STAGES[SETS.index(objectives)]
+        assert report.check.max_abs_diff == 0 or (stage == 3 and report.check.relative <= report.check.tolerance)
         exported = Exported(*load(folder / "export" / objectives))
         assert exported.config.model.objectives == tasks
         written = write_report(folder / objectives / "parts", folder / "report" / objectives, exported)
