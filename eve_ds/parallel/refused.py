@@ -106,6 +106,11 @@ def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: 
             "data_types.grad_accum_dtype (fp32) in the DeepSpeed JSON cannot be used with zero_optimization.stage 1 "
             f"and parallel.tp_size ({tp_size}): use stage 2, or remove it"
         )
+    if config.parallel.split_experts and zero_stage == 3:
+        raise ConfigError(
+            "parallel.split_experts cannot be used with zero_optimization.stage 3, where DeepSpeed takes the norm of "
+            "the experts' gradients over the data ranks only: use stage 1 or 2, or split_experts=false"
+        )
 
 
 def check_cuts(config: Config, tp_size: int) -> None:

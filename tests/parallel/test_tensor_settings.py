@@ -75,6 +75,11 @@ def test_free_ep_size_divides_the_data_ranks():
             "and parallel.tp_size (2): use stage 2, or remove it",
         ),
         (
+            {"json": {"zero_optimization": {"stage": 3}}, "split_experts": True},
+            "parallel.split_experts cannot be used with zero_optimization.stage 3, where DeepSpeed takes the norm of "
+            "the experts' gradients over the data ranks only: use stage 1 or 2, or split_experts=false",
+        ),
+        (
             {"json": {"sequence_parallel_size": 2}},
             "sequence_parallel_size (2) in the DeepSpeed JSON cannot be used: EVE does not split sequences",
         ),
