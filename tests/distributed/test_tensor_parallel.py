@@ -109,6 +109,8 @@ CASES = [
     Case(4, 1, 1, 2, clip=0.05, split_experts=True, decoder="self"),
     Case(4, 1, 2, clip=0.05, objectives=("joint",)),
     Case(2, 2, 2, clip=0.05, offloads=True),
+    Case(2, 2, 3, clip=0.05),
+    Case(4, 1, 3, 2, clip=0.05, checkpointing=True, decoder="self"),
     Case(2, 2, 1, moe=CAPACITY, clip=0.05),
     Case(2, 2, 2, moe=CAPACITY, profile="official", split_experts=True),
     Case(2, 2, 1, moe=BY_RANK, objectives=("mim", "mlm", "itc", "itm"), clip=0.05, layer_scale=3.0),
@@ -231,7 +233,7 @@ def reference(case):
 
 
 def engine_of(case, world_size):
-    from eve_ds.parallel.moe import DeepSpeedMoE
+    from eve_ds.parallel.moe_layers import moe_factory
     from eve_ds.parallel.settings import resolve_deepspeed_config
     from eve_ds.parallel.startup import tensor_parallel_unit
     from eve_ds.parallel.tensor.swap import split_model
@@ -245,7 +247,7 @@ def engine_of(case, world_size):
     config, resolved = resolve_deepspeed_config(given, case.config(), world_size)
     topology = Topology.of(config.parallel)
     mpu = tensor_parallel_unit(topology)
-    moe_cls = functools.partial(DeepSpeedMoE, ep_size=case.ep_size, ep_rank=topology.expert_rank)
+    moe_cls = moe_factory(case.stage, topology)
     module = module_of(case, moe_cls)
     disturb(module.model)
     split_model(module.model, topology, case.split_experts)
@@ -254,6 +256,7 @@ def engine_of(case, world_size):
 
 def run_case(case, world_size):
     """Outputs of the first micro-step, gradients and weights of this rank, and the norm."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
     from eve_ds.model.moe import plain_named_tensors
@@ -269,12 +272,14 @@ def run_case(case, world_size):
     kept.remove()
     gradients = dict(plain_named_tensors(model, lambda parameter: safe_get_full_grad(parameter).clone()))
     engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=case.stage == 3):
+        weights = {name: weight.detach().clone() for name, weight in plain_named_tensors(model)}
     found = {
         "data_rank": topology.data_rank,
         "outputs": outputs[0],
         "gradients": gradients,
         "norm": None if engine.get_global_grad_norm() is None else float(engine.get_global_grad_norm()),
-        "weights": {name: weight.detach().clone() for name, weight in plain_named_tensors(model)},
+        "weights": weights,
         "shards": dict(shards(model)),
     }
     engine.destroy()
