@@ -51,7 +51,7 @@ def resolve_deepspeed_config(
 
     Returns:
         The configuration with batch triangle, precision, clipping, optimizer and ep_size settled, and the JSON as
-        :func:`eve_ds.parallel.zero.initialize_engine` takes it: without "auto" and without keys that have no effect.
+        :func:`eve_ds.parallel.engine.initialize_engine` takes it: without "auto" and without keys that have no effect.
 
     Raises:
         ConfigError: everything that is wrong with the JSON, in the order of its keys: unknown keys, values of another

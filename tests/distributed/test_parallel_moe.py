@@ -241,8 +241,8 @@ def every_portion(outputs, part, own):
 def engine_for(case, world_size):
     from eve_ds.model.eve import EVE
     from eve_ds.model.moe import load_plain_state_dict
+    from eve_ds.parallel.engine import initialize_engine
     from eve_ds.parallel.moe import DeepSpeedMoE
-    from eve_ds.parallel.zero import initialize_engine
     from eve_ds.training.optimizer import optimizer_parameter_groups
 
     os.environ["EVE_DS_OPS"] = case.ops

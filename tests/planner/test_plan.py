@@ -12,8 +12,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from eve_ds.cli.report import main
 from eve_ds.config import load_config
 from eve_ds.model.eve import model_shapes
+from eve_ds.parallel.engine import DEFAULT_BUCKET
 from eve_ds.parallel.settings import resolve_deepspeed_config
-from eve_ds.parallel.zero import DEFAULT_BUCKET
 from eve_ds.planner.files import FILES, FOLDER, file_of, with_buffers
 from eve_ds.planner.forward import forward_of
 from eve_ds.planner.parameters import Cutting, count_parameters, model_on_meta, most_touched
