@@ -26,7 +26,7 @@ from eve_ds.objectives.pairs import Pairs, layout_of_negatives
 from eve_ds.objectives.pretraining import pretraining_losses
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.ops import build, feed_forward
-from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.experts.moe import DeepSpeedMoE
 from eve_ds.views import IMAGE, TEXT, Layout, Packing, View
 
 CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and a small green square top left")

@@ -234,7 +234,7 @@ def reference(case):
 
 def engine_of(case, world_size):
     from eve_ds.parallel.engine import initialize_engine
-    from eve_ds.parallel.moe_layers import moe_factory
+    from eve_ds.parallel.experts.moe_factory import moe_factory
     from eve_ds.parallel.settings import resolve_deepspeed_config
     from eve_ds.parallel.startup import tensor_parallel_unit
     from eve_ds.parallel.tensor.swap import split_model

@@ -166,7 +166,7 @@ def reference(case):
 def engine_of(case, world_size):
     from eve_ds.model.moe import load_plain_state_dict
     from eve_ds.parallel.engine import initialize_engine
-    from eve_ds.parallel.moe_layers import moe_factory
+    from eve_ds.parallel.experts.moe_factory import moe_factory
     from eve_ds.parallel.settings import resolve_deepspeed_config
     from eve_ds.topology import Topology
     from eve_ds.training.optimizer import build_optimizer
