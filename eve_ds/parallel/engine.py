@@ -1,4 +1,4 @@
-"""Engine of a run: `deepspeed.initialize`, and what eve_ds changes in its result by ZeRO stage."""
+"""Engine of a run: the call of `deepspeed.initialize`, and what eve_ds changes before and after it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 def initialize_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any], mpu: object = None
 ) -> DeepSpeedEngine:
-    """Call `deepspeed.initialize`, then reduce host calls if the engine allows it.
+    """Call `deepspeed.initialize`, and change what its result does otherwise than eve_ds needs at the ZeRO stage.
+
+    ZeRO 0 and 1 sum in fp32 if the configuration says so, ZeRO 1 and 2 make fewer host calls, and ZeRO 3 gathers what
+    losses read.
 
     Args:
         model: model with the experts of this rank.
@@ -41,13 +44,9 @@ def initialize_engine(
     Raises:
         ConfigError: DeepSpeed refuses the configuration.
     """
-    config = _fit_bucket(deepspeed_config, model)
-    stage = config["zero_optimization"]["stage"]
-    sums_in_fp32 = stage < 2 and "data_types" in config
-    if sums_in_fp32:  # DeepSpeed would refuse it, or take an optimizer whose tensors our checkpoints do not know
-        del config["data_types"]
-    if sums_in_fp32 and stage == 0:
-        config.setdefault("communication_data_type", "fp32")
+    stage = deepspeed_config["zero_optimization"]["stage"]
+    own_sums = stage < 2 and "data_types" in deepspeed_config
+    config = _fit_bucket(_without_sums(deepspeed_config, stage) if own_sums else deepspeed_config, model)
     muon = nullcontext() if stage == 3 else _without_muon()  # ZeRO 3 needs the import
     with deepspeed_errors(deepspeed_config), muon:
         engine, *_ = deepspeed.initialize(
@@ -55,15 +54,24 @@ def initialize_engine(
         )
     if stage == 3:
         _gather_for_losses(engine.module)
-    lower_host_calls(engine, torch.float32 if sums_in_fp32 else None)
-    if sums_in_fp32 and stage == 0:
+    lower_host_calls(engine, torch.float32 if own_sums else None)
+    if own_sums and stage == 0:
         sum_in_fp32(engine)
-    elif sums_in_fp32 and getattr(engine.optimizer, "flat_gradients", None) is None:
+    elif own_sums and getattr(engine.optimizer, "flat_gradients", None) is None:
         raise ConfigError(
             f"data_types.grad_accum_dtype (fp32) in the DeepSpeed JSON needs DeepSpeed {FOLLOWED} at ZeRO 1, and this "
             f"is {deepspeed.__version__}: use stage 2, or remove it"
         )
     return engine
+
+
+def _without_sums(deepspeed_config: dict[str, Any], stage: int) -> dict[str, Any]:
+    """Copy of the configuration for ZeRO 0 or 1 whose sums in fp32 are ours.
+
+    DeepSpeed would refuse them, or take an optimizer whose tensors our checkpoints do not know.
+    """
+    config = {key: value for key, value in deepspeed_config.items() if key != "data_types"}
+    return {"communication_data_type": "fp32", **config} if stage == 0 else config
 
 
 def _gather_for_losses(module: nn.Module) -> None:
