@@ -20,7 +20,7 @@ from tiny import tiny_tree
 from eve_ds.config import parse_config
 
 STEPS, SAVED = 6, 3
-"""The epoch has 4 steps: a checkpoint within the first, and steps of the second after it. The last step is saved too."""
+"""The epoch has 4 steps: a checkpoint within the first, and steps of the second after it. Steps 3 and 6 are saved."""
 TOPOLOGIES = [(w, ep, zero) for w in (1, 2, 4) for ep in (1, 2, 4) if ep <= w for zero in (0, 1, 2)]
 """(number of ranks, number of ranks that share the experts, ZeRO stage)."""
 SHIFT = 7
