@@ -69,6 +69,19 @@ class Topology:
         return self.data_size // self.ep_size
 
     @property
+    def expert_peers(self) -> range:
+        """Data ranks of the processes that hold one full set of experts together, this one among them."""
+        first = self.data_rank - self.expert_rank
+        return range(first, first + self.ep_size)
+
+    @property
+    def expert_groups(self) -> list[list[int]]:
+        """Ranks of every expert-parallel group of the run: each has one full set of experts and one tensor rank."""
+        size, stride = self.ep_size * self.tp_size, self.tp_size
+        starts = [first + tensor for first in range(0, self.world_size, size) for tensor in range(stride)]
+        return [list(range(start, start + size, stride)) for start in starts]
+
+    @property
     def tensor_rank(self) -> int:
         """Index of this process's shard of every tensor that is sharded."""
         return self.rank % self.tp_size

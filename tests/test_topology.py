@@ -28,3 +28,15 @@ def test_tensor_parallel_ranks_share_their_data():
     places = [Topology(rank, 8, ep_size=2, tp_size=2) for rank in range(8)]
     assert [place.data_rank for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert {place.data_size for place in places} == {4}
+
+
+@pytest.mark.parametrize(("world_size", "ep_size", "tp_size"), [(4, 2, 1), (8, 2, 2), (12, 3, 2), (4, 1, 4)])
+def test_an_expert_group_has_the_ranks_with_one_replica_and_one_tensor_rank(world_size, ep_size, tp_size):
+    places = [Topology(rank, world_size, ep_size, tp_size) for rank in range(world_size)]
+    groups = {}
+    for place in places:
+        groups.setdefault((place.expert_replica, place.tensor_rank), []).append(place.rank)
+    assert all(place.expert_groups == sorted(groups.values(), key=min) for place in places)
+    for place in places:
+        group = groups[place.expert_replica, place.tensor_rank]
+        assert list(place.expert_peers) == [places[rank].data_rank for rank in group]

@@ -12,7 +12,7 @@ from tiny import tiny_tree
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eve_ds.checkpoint.saving import _emptied
+from eve_ds.checkpoint.check_batch import emptied
 from eve_ds.config import parse_config
 from eve_ds.data.batch import Sample
 from eve_ds.data.collate import Collator
@@ -26,7 +26,7 @@ from eve_ds.objectives.pairs import Pairs, layout_of_negatives
 from eve_ds.objectives.pretraining import pretraining_losses
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.ops import build, feed_forward
-from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.experts.moe import DeepSpeedMoE
 from eve_ds.views import IMAGE, TEXT, Layout, Packing, View
 
 CAPTIONS = ("a small red circle top left", "a large blue cross bottom right and a small green square top left")
@@ -449,7 +449,7 @@ def test_emptied_check_batch_of_other_ranks_routes_no_token(objectives):
     config = config_of(objectives, CHEAP if "joint" not in objectives else None)
     model = model_of(config).eval()
     inputs = in_fp64(batch_of(config)).model_inputs()
-    layers = [layer for view in model(**_emptied(inputs)).moe.values() for layer in view]
+    layers = [layer for view in model(**emptied(inputs)).moe.values() for layer in view]
     assert layers
     assert sum(float(layer.statistics.tokens.sum()) for layer in layers) == 0
 

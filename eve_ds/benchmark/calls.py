@@ -23,9 +23,9 @@ from eve_ds.data.pipeline import build_loader
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.objectives.pretraining import count
 from eve_ds.objectives.registry import objectives_of
-from eve_ds.parallel.moe_layers import moe_factory
+from eve_ds.parallel.engine import initialize_engine
+from eve_ds.parallel.experts.moe_factory import moe_factory
 from eve_ds.parallel.settings import resolve_deepspeed_config
-from eve_ds.parallel.zero import initialize_engine
 from eve_ds.topology import Topology
 from eve_ds.training.nonfinite import poison_if_nonfinite
 from eve_ds.training.optimizer import build_optimizer

@@ -16,18 +16,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from safetensors.torch import save
-from torch import Tensor
-from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 
 from eve_ds.checkpoint import engine_tensors, manifest
+from eve_ds.checkpoint.check_batch import check_batch
 from eve_ds.checkpoint.files import (
     CheckpointError,
     FileRecord,
@@ -40,7 +38,6 @@ from eve_ds.checkpoint.files import (
 from eve_ds.config import Config
 from eve_ds.distributed import broadcast_object, rank_zero
 from eve_ds.log import get_logger
-from eve_ds.model.with_losses import plain_model
 from eve_ds.storage import SaveError, reason
 from eve_ds.topology import Topology
 
@@ -133,7 +130,7 @@ class Saver:
             pending.attempt(lambda: self._make_folder(pending.folder))
         pending.problem = broadcast_object(pending.problem)
         inputs, is_shown = content.check_inputs, self.topology.data_rank == 0
-        check = None if inputs is None else _check_batch(engine, inputs, is_shown)
+        check = None if inputs is None else check_batch(engine, inputs, is_shown)
         pieces = engine_tensors.pieces_to_write(engine, self.topology)
         small = self._small_files(engine, content, check)
         if self.config.train.async_save:
@@ -267,55 +264,3 @@ def random_states() -> dict[str, Any]:
         states["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     kind, key, *rest = np.random.get_state()
     return states | {"python": random.getstate(), "numpy": [kind, np.asarray(key).tolist(), *rest]}
-
-
-@torch.no_grad()
-def _check_batch(engine: DeepSpeedEngine, inputs: dict[str, Any], is_shown: bool) -> bytes | None:
-    """Inputs and outputs of a forward in evaluation mode, as a safetensors file; collective, None except on rank 0.
-
-    Args:
-        engine: engine of the model.
-        inputs: inputs of this rank.
-        is_shown: whether they are those of rank 0, as on its tensor-parallel ranks.
-    """
-    training = engine.module.training
-    engine.module.eval()
-    outputs = _outputs(engine, inputs if is_shown else _emptied(inputs))
-    engine.module.train(training)
-    if not rank_zero():
-        return None
-    named = {f"input.{name}": value for name, value in inputs.items()}
-    named |= {f"output.{name}": value for name, value in outputs.items()}
-    tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
-    return save(tensors, {"device": engine.device.type})
-
-
-def _outputs(engine: DeepSpeedEngine, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Outputs of the model by name; a collective, also because a vocabulary may be spread over ranks.
-
-    At ZeRO 0 to 2 copies of the weights are used: in DeepSpeed's flat buffers weights lie at arbitrary addresses, and
-    the alignment of the operands affects the rounding of matrix products. ZeRO 3 gathers weights for a call only, so
-    there the outputs can differ by rounding from those of a reader of the weights.
-    """
-    if engine.zero_optimization_stage() == 3:
-        return cast(dict[str, Tensor], engine(call=lambda model: model(**inputs).tensors()))
-    model = plain_model(engine.module)
-    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    return functional_call(model, weights, kwargs=inputs).tensors()
-
-
-def _emptied(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Samples without any token to route, so that experts see only rank 0's tokens, as when the weights are read later.
-
-    Additional rows in a matrix product would change the rounding of our rows.
-    """
-    emptied = inputs | {"layouts": None}
-    if (pixel_values := inputs["pixel_values"]) is not None:
-        emptied["image_mask"] = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
-    if (input_ids := inputs["input_ids"]) is not None:
-        emptied["attention_mask"] = torch.zeros_like(input_ids, dtype=torch.bool)
-    if (shown_words := inputs["image_view_text_mask"]) is not None:
-        emptied["image_view_text_mask"] = torch.zeros_like(shown_words)
-    if (masked_token_ids := inputs["masked_token_ids"]) is not None:
-        emptied["masked_token_ids"] = masked_token_ids[:0]
-    return emptied

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from eve_ds.planner.option import Option
     from eve_ds.report.tables import Table
 
-
 MOST_GPUS = 65_536
+"""Largest number of GPUs that is planned for."""
 
 
 def build_parser() -> Parser:

@@ -104,6 +104,13 @@ class Shard(NamedTuple):
         return math.ceil(self.shape[self.cut.dim] / (self.cut.blocks * self.size))
 
     @property
+    def local_shape(self) -> torch.Size:
+        """Shape of the shard, padding included."""
+        local = [*self.shape]
+        local[self.cut.dim] = self.length * self.cut.blocks
+        return torch.Size(local)
+
+    @property
     def runs(self) -> Runs:
         """Elements of the plain tensor that the shard holds, in the shard's own order, without padding."""
         whole, (dim, blocks) = self.shape[self.cut.dim], self.cut
@@ -117,8 +124,7 @@ class Shard(NamedTuple):
         """Copy this part out of the plain tensor, or out of a stack of them, of equal shape; padding is 0."""
         stacked = whole.dim() - len(self.shape)
         tensors = whole.reshape(-1, math.prod(self.shape)) if stacked else whole.reshape(1, -1)
-        local = [*self.shape]
-        local[self.cut.dim] = self.length * self.cut.blocks
+        local = self.local_shape
         shards = [self.runs.view(flat.contiguous()).flatten() for flat in tensors]
         padded = [F.pad(shard, (0, math.prod(local) - shard.numel())).view(local) for shard in shards]
         return torch.stack(padded) if stacked else padded[0].clone()

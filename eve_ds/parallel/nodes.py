@@ -39,13 +39,6 @@ def nodes_of(places: Sequence[tuple[str, int]]) -> list[int] | None:
     return nodes
 
 
-def expert_groups(topology: Topology) -> list[list[int]]:
-    """Ranks of every expert-parallel group of the run."""
-    size, stride = topology.ep_size * topology.tp_size, topology.tp_size
-    starts = [first + tensor for first in range(0, topology.world_size, size) for tensor in range(stride)]
-    return [list(range(start, start + size, stride)) for start in starts]
-
-
 def ranks_per_node(group: Sequence[int], nodes: Sequence[int]) -> list[int]:
     """Number of ranks of a group on each of its nodes."""
     return [len(list(ranks)) for _, ranks in groupby(nodes[rank] for rank in group)]
@@ -71,7 +64,7 @@ def check_expert_groups(parallel: ParallelConfig, topology: Topology, nodes: Seq
                 "start with --distribution=block (srun), or leave it out"
             )
         return
-    for group in expert_groups(topology):
+    for group in topology.expert_groups:
         counts = ranks_per_node(group, nodes)
         if parallel.hierarchical and len(set(counts)) > 1:
             raise ConfigError(
@@ -86,7 +79,7 @@ def check_expert_groups(parallel: ParallelConfig, topology: Topology, nodes: Seq
 def _warn_of_nodes(topology: Topology, nodes: Sequence[int]) -> None:
     """Log a warning, on rank 0, if a group that would fit on one node lies on several."""
     needed, largest = topology.ep_size * topology.tp_size, max(nodes.count(node) for node in set(nodes))
-    spread = [group for group in expert_groups(topology) if len(ranks_per_node(group, nodes)) > 1]
+    spread = [group for group in topology.expert_groups if len(ranks_per_node(group, nodes)) > 1]
     if spread and needed <= largest and topology.rank == 0:
         get_logger().warning(
             "the expert-parallel group of ranks %s lies on %d nodes, so its rows cross the network in every MoE layer, "

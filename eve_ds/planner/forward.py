@@ -7,16 +7,13 @@ shapes that it has in training; experts that get more tokens than others make so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from eve_ds.config import Config
@@ -24,16 +21,16 @@ from eve_ds.data.batch import Batch, Sample
 from eve_ds.data.collate import Collator
 from eve_ds.data.tokenizer import load_tokenizer
 from eve_ds.model.attention import CrossAttention, SelfAttention
-from eve_ds.model.eve import EVE, Block
-from eve_ds.model.experts import Experts
+from eve_ds.model.eve import EVE
 from eve_ds.model.with_losses import weighted_sum
 from eve_ds.objectives.pretraining import count, pretraining_losses
 from eve_ds.objectives.registry import objectives_of
 from eve_ds.ops.masked_loss import CUDA_CHUNK_BYTES
+from eve_ds.planner.exchanged_tensors import ExchangedTensors
+from eve_ds.planner.kept_tensors import KeptTensors, kept_by_losses
 from eve_ds.planner.parameters import Cutting, model_on_meta
+from eve_ds.planner.shape import DTYPES
 from eve_ds.planner.traffic import Passes
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Forward(NamedTuple):
@@ -78,7 +75,7 @@ def forward_of(config: Config, micro_batch: int, precision: str = "bf16", cuttin
     model.pack_views = config.train.pack_views
     hold_shards(model, cutting)
     kept = KeptTensors(model)
-    exchanged = Exchanged(model, cutting)
+    exchanged = ExchangedTensors(model, cutting)
     model.backbone.checkpoint_blocks(kept.run_block)
     with FusedAttention(), kept.recorded():
         loss = training_loss(model, config, batch.to("meta"))
@@ -145,83 +142,6 @@ class FusedAttention(TorchFunctionMode):
         return fused(query, key, value, attn_mask=mask)[0]
 
 
-class KeptTensors:
-    """Storages that autograd keeps in a forward pass, other than those of parameters, by the block that keeps them.
-
-    A storage counts once, where it is kept first.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        self._sizes: list[dict[int, int]] = [{}]
-        """Address of a storage -> its bytes: outside of the blocks, then by block."""
-        self._inputs: dict[int, int] = {}
-        self._current = 0
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record what is kept until the context ends; the graph must live as long."""
-        with saved_tensors_hooks(self._keep, lambda tensor: tensor):
-            yield
-
-    def run_block(self, block: Block, *arguments: Any) -> Any:
-        """Run a block and record what it keeps; a function for :meth:`eve_ds.model.eve.Backbone.checkpoint_blocks`."""
-        self._inputs |= {
-            argument.untyped_storage()._cdata: argument.untyped_storage().nbytes()
-            for argument in arguments
-            if isinstance(argument, Tensor)
-        }
-        self._sizes.append({})
-        self._current = len(self._sizes) - 1
-        try:
-            return block(*arguments)
-        finally:
-            self._current = 0
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._parameters and not any(storage._cdata in sizes for sizes in self._sizes):
-            self._sizes[self._current][storage._cdata] = storage.nbytes()
-        return tensor
-
-    @property
-    def outside(self) -> int:
-        """Bytes kept outside of the blocks."""
-        return sum(self._sizes[0].values())
-
-    @property
-    def blocks(self) -> int:
-        """Bytes kept by the blocks."""
-        return sum(self._of_blocks)
-
-    @property
-    def largest_block(self) -> int:
-        """Bytes kept by the block that keeps most."""
-        return max(self._of_blocks, default=0)
-
-    @property
-    def block_inputs(self) -> int:
-        """Bytes of the blocks' inputs that are not kept outside as well."""
-        return sum(size for address, size in self._inputs.items() if address not in self._sizes[0])
-
-    @property
-    def _of_blocks(self) -> list[int]:
-        return [sum(sizes.values()) for sizes in self._sizes[1:]]
-
-
-def kept_by_losses(loss: Tensor) -> int:
-    """Bytes of gradients that the loss of the masked words forms in the forward pass, in the graph below `loss`."""
-    found, seen, waiting = 0, set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found += sum(gradient.nbytes for gradient in getattr(node, "gradients", None) or ())
-        waiting += [below for below, _ in node.next_functions]
-    return found
-
-
 def _word_states(model: EVE, batch: Batch) -> int:
     """Bytes of the states of the masked words."""
     if batch.masked_token_ids is None or model.text_head is None:
@@ -235,53 +155,3 @@ def _logit_bytes(model: EVE, batch: Batch) -> int:
         return 0
     weight = model.backbone.text_embedding.word.weight
     return len(batch.masked_token_ids) * len(weight) * weight.element_size()
-
-
-class Exchanged:
-    """Bytes of tensors that ranks would exchange in one micro-batch, by hooks on the layers of a plain model.
-
-    Of layers that tensor parallelism cuts, those by rows sum their outputs in the forward pass, and those by columns
-    the gradients of their inputs in the backward pass; split experts do both.
-    """
-
-    def __init__(self, model: EVE, cutting: Cutting) -> None:
-        self._splits_experts = cutting.split_experts
-        self._rows, self._calls = 0, 0
-        self._forward = {True: 0, False: 0}
-        """Bytes of sums in the forward pass: inside the blocks of the backbone, and outside."""
-        self._backward = 0
-        for name, module in model.named_modules():
-            if isinstance(module, Experts):
-                module.register_forward_hook(self._experts)
-            elif isinstance(module, nn.Linear | nn.Embedding):
-                cut = cutting.find(f"{name}.weight")
-                if cut is not None:
-                    by_rows = isinstance(module, nn.Embedding) or cut.dim == 1
-                    inside = name.startswith("backbone.blocks.")
-                    module.register_forward_hook(partial(self._linear, by_rows=by_rows, inside=inside))
-
-    def _experts(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._calls += 1
-        self._rows += output.nbytes
-        if self._splits_experts:
-            self._forward[True] += output.nbytes
-            self._backward += output.nbytes
-
-    def _linear(
-        self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, by_rows: bool, inside: bool
-    ) -> None:
-        if by_rows:
-            self._forward[inside] += output.nbytes
-        else:
-            self._backward += inputs[0].nbytes
-
-    def passes(self, num_views: int, words: int) -> Passes:
-        """Sums over the layers.
-
-        Args:
-            num_views: number of views that are balanced separately.
-            words: bytes of the states of the masked words, whose gradient is summed too.
-        """
-        return Passes(
-            self._rows, self._calls, num_views, self._forward[True], self._forward[False] + words, self._backward
-        )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from eve_ds.planner.parameters import Held, most_touched
+from eve_ds.planner.parameters import Held
 from eve_ds.planner.shape import Shape
 
 
@@ -111,3 +111,14 @@ def _buckets(held: Held, shape: Shape) -> int:
     double = shape.overlap_comm and shape.zero_stage == 2
     copied = 2 * held.largest if held.largest > bucket else bucket
     return shape.element * (bucket * (2 if double else 1) + copied)
+
+
+def most_touched(sizes: tuple[int, ...], ranks: int) -> int:
+    """Elements of the tensors that lie wholly or partly in one of `ranks` equal parts of all tensors, at most."""
+    part = -(-sum(sizes) // ranks) or 1
+    touched, start = [0] * ranks, 0
+    for size in sizes:
+        for rank in range(start // part, -(-(start + size) // part)):
+            touched[rank] += size
+        start += size
+    return max(touched)

@@ -53,21 +53,16 @@ class Cutting(NamedTuple):
         """Cut of a parameter; None if every rank holds it whole."""
         if is_stacked(name) and not self.split_experts:
             return None
-        try:
-            return cut_of(plain_names(name, 0, 1)[0])
-        except KeyError:
-            return None
+        return cut_of(plain_names(name, 0, 1)[0])
 
     def shape(self, name: str, shape: torch.Size) -> torch.Size:
         """Shape of a rank's part of a parameter, which may stack experts."""
         cut = self.find(name)
         if cut is None:
             return shape
-        stacked = is_stacked(name)
-        plain = shape[1:] if stacked else shape
-        local = list(plain)
-        local[cut.dim] = Shard(plain, cut, 0, self.tp_size).length * cut.blocks
-        return torch.Size([*shape[:1], *local] if stacked else local)
+        stacked = shape[:1] if is_stacked(name) else torch.Size()
+        plain = shape[len(stacked) :]
+        return stacked + Shard(plain, cut, 0, self.tp_size).local_shape
 
 
 def model_on_meta(config: ModelConfig) -> EVE:
@@ -87,14 +82,3 @@ def count_parameters(model: nn.Module, ep_size: int = 1, cutting: Cutting | None
         else:
             dense.append(size)
     return Held(tuple(dense), tuple(experts))
-
-
-def most_touched(sizes: tuple[int, ...], ranks: int) -> int:
-    """Elements of the tensors that lie wholly or partly in one of `ranks` equal parts of all tensors, at most."""
-    part = -(-sum(sizes) // ranks) or 1
-    touched, start = [0] * ranks, 0
-    for size in sizes:
-        for rank in range(start // part, -(-(start + size) // part)):
-            touched[rank] += size
-        start += size
-    return max(touched)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from eve_ds.topology import Topology
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of a weight, an activation and a gradient by `train.precision`."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""`train.precision` -> data type of weights, activations and gradients."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Shape:
     @property
     def element(self) -> int:
         """Bytes of a weight."""
-        return BYTES[self.precision]
+        return DTYPES[self.precision].itemsize
 
     @property
     def data_size(self) -> int:
@@ -66,5 +68,9 @@ class Shape:
         return self.micro_batch * self.accumulation_steps * self.data_size
 
     def spans_nodes(self, size: int, stride: int) -> bool:
-        """Whether a group of `size` ranks, `stride` apart, has ranks of several nodes."""
-        return size > 1 and (size - 1) * stride >= self.gpus_per_node
+        """Whether some group of `size` ranks, `stride` apart, has ranks of several nodes.
+
+        `size * stride` consecutive ranks make `stride` such groups; on a node that is no multiple of them, one group is
+        cut by the end of the node.
+        """
+        return size > 1 and self.gpus > self.gpus_per_node and self.gpus_per_node % (size * stride) != 0

@@ -37,8 +37,7 @@ class GroupTokens:
 
     def of_group(self, vector: Sequence[float]) -> list[dict[str, tuple[int, ...]]]:
         """Return, for each micro-step, view -> tokens of each rank of this rank's group, from the sum over ranks."""
-        ranks = range(self._topology.data_rank - self._topology.expert_rank, self._topology.data_size)
-        group, number = ranks[: self._topology.ep_size], len(self._views)
+        group, number = self._topology.expert_peers, len(self._views)
         return [
             {
                 view: tuple(int(vector[(rank * self._micro_steps + step) * number + place]) for rank in group)

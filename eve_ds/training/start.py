@@ -17,11 +17,11 @@ from eve_ds.distributed import seed_everything
 from eve_ds.model.eve import Backbone
 from eve_ds.model.with_losses import plain_model
 from eve_ds.ops.build import use_built
+from eve_ds.parallel.engine import initialize_engine
 from eve_ds.parallel.exchange.connect import connect_experts
-from eve_ds.parallel.moe_layers import moe_factory
+from eve_ds.parallel.experts.moe_factory import moe_factory
 from eve_ds.parallel.nodes import check_expert_groups, nodes_of_run
 from eve_ds.parallel.startup import tensor_parallel_unit
-from eve_ds.parallel.zero import initialize_engine
 from eve_ds.signals import StopSignals
 from eve_ds.together import from_rank_zero, on_rank_zero
 from eve_ds.topology import Topology

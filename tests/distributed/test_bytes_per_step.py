@@ -57,9 +57,9 @@ def count_bytes(rank, world_size, cases):
 def count_case(rank, world_size, stage, ep_size, checkpointed):
     from eve_ds.model.eve import EVE
     from eve_ds.model.moe import Router
-    from eve_ds.parallel.moe import DeepSpeedMoE
+    from eve_ds.parallel.engine import initialize_engine
+    from eve_ds.parallel.experts.moe import DeepSpeedMoE
     from eve_ds.parallel.settings import resolve_deepspeed_config
-    from eve_ds.parallel.zero import initialize_engine
     from eve_ds.training.optimizer import build_optimizer
 
     settings = configuration(parallel={"ep_size": ep_size})

@@ -83,7 +83,7 @@ def run(layer, rank, dtype, views, checkpointed, known):
 def layer_of(config, way, dtype, nodes, ep_size=RANKS):
     from eve_ds.config import ParallelConfig
     from eve_ds.parallel.exchange.connect import connect_experts
-    from eve_ds.parallel.moe import DeepSpeedMoE
+    from eve_ds.parallel.experts.moe import DeepSpeedMoE
     from eve_ds.topology import Topology
 
     layer = DeepSpeedMoE(config, ep_size)

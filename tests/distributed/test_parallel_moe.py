@@ -241,8 +241,8 @@ def every_portion(outputs, part, own):
 def engine_for(case, world_size):
     from eve_ds.model.eve import EVE
     from eve_ds.model.moe import load_plain_state_dict
-    from eve_ds.parallel.moe import DeepSpeedMoE
-    from eve_ds.parallel.zero import initialize_engine
+    from eve_ds.parallel.engine import initialize_engine
+    from eve_ds.parallel.experts.moe import DeepSpeedMoE
     from eve_ds.training.optimizer import optimizer_parameter_groups
 
     os.environ["EVE_DS_OPS"] = case.ops
@@ -560,7 +560,7 @@ def run_layer_cases(rank, world_size):
     import torch.distributed as dist
 
     from eve_ds.model.moe import MoE, load_plain_state_dict, plain_named_tensors
-    from eve_ds.parallel.moe import DeepSpeedMoE
+    from eve_ds.parallel.experts.moe import DeepSpeedMoE
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
 
     initialize_deepspeed_distributed()
@@ -609,7 +609,7 @@ def run_layer_cases(rank, world_size):
 def refusal_of_other_experts(rank):
     """Error of a layer that was told to hold the experts of the other rank."""
     from eve_ds.config import ConfigError
-    from eve_ds.parallel.moe import DeepSpeedMoE
+    from eve_ds.parallel.experts.moe import DeepSpeedMoE
 
     layer = DeepSpeedMoE(CONFIG, ep_size=2, ep_rank=1 - rank)
     with pytest.raises(ConfigError) as caught:

@@ -34,7 +34,7 @@ def engine_of(case, ours):
     import deepspeed
 
     from eve_ds.model.eve import EVE
-    from eve_ds.parallel.moe import DeepSpeedMoE
+    from eve_ds.parallel.experts.moe import DeepSpeedMoE
     from eve_ds.parallel.zero import lower_host_calls
     from eve_ds.training.optimizer import optimizer_parameter_groups
 

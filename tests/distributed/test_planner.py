@@ -11,8 +11,7 @@ from contextlib import ExitStack
 import pytest
 from tiny import tiny_tree
 
-from eve_ds.config import ConfigError, parse_config
-from eve_ds.parallel.refused import check_topology
+from eve_ds.config import parse_config
 from eve_ds.planner.plan import Planner
 from eve_ds.planner.shape import Shape
 
@@ -68,11 +67,7 @@ class Case:
         )
 
     def runs(self):
-        """Whether this version trains the case, and tensor parallelism is installed."""
-        try:
-            check_topology(world_size=RANKS, num_experts=8, ep_size=1, zero_stage=self.stage, clip_grad_norm=0.0)
-        except ConfigError:
-            return False
+        """Whether tensor parallelism is installed, if the case needs it."""
         return self.tp_size == 1 or importlib.util.find_spec("megatron") is not None
 
 

@@ -11,6 +11,7 @@ import importlib.util
 
 import pytest
 import torch
+from scene_step import clip_and_update, denominators, difference, micro_batches
 from tiny import tiny_tree
 
 from eve_ds.config import parse_config
@@ -124,36 +125,6 @@ HALF_SHARE = 1.5
 four partial sums instead of one, each with an error of 2**-9 of its own size; all other roundings are the same."""
 
 
-def samples(case, part=0, parts=1):
-    """Micro-batches of a part of the samples: of a data rank, or of all."""
-    from eve_ds.data.collate import Collator
-    from eve_ds.data.synthetic.scenes import Scenes
-    from eve_ds.data.tokenizer import load_tokenizer
-    from eve_ds.evaluation.scenes import samples_of
-    from eve_ds.objectives.registry import objectives_of
-
-    config = case.config()
-    scenes = Scenes("easy", 0, "train")
-    collate = Collator(
-        config, load_tokenizer("scenes"), objectives_of(config.model), has_images=True, has_captions=True
-    )
-    made = samples_of([scenes[index] for index in range(NUM_SAMPLES)])
-    size = NUM_SAMPLES // case.micro_steps // parts
-    return [
-        collate(made[start + part * size : start + (part + 1) * size])
-        for start in range(0, NUM_SAMPLES, NUM_SAMPLES // case.micro_steps)
-    ]
-
-
-def counts_of(case, parts):
-    """Denominators of the losses of one part of the samples in one micro-step."""
-    from eve_ds.objectives.pretraining import count
-    from eve_ds.training.job import summed_counts
-
-    total = summed_counts(count(batch, case.config().model) for batch in samples(case))
-    return {name: value / parts / case.micro_steps for name, value in total.items()}
-
-
 def module_of(case, moe_cls):
     """Model with its losses; biases and norms have other values than the initial ones."""
     from eve_ds.training.pretrain import Pretraining
@@ -174,11 +145,6 @@ def disturb(model):
             tensor.zero_()
 
 
-def decays(name):
-    last = name.rpartition(".")[2]
-    return last in {"weight", "fc1_weight", "fc2_weight"} and "norm" not in name and ".word." not in name
-
-
 def every_portion(outputs, part, own):
     """Replace the features gathered from all ranks by the features of all portions."""
     rows = [torch.cat([output.matching.image_features, output.matching.text_features], dim=1) for output in outputs]
@@ -191,12 +157,12 @@ def losses_of(case, model, step):
     from eve_ds.objectives.pretraining import pretraining_losses
 
     config, parts = case.config(), case.portions
-    batches = [samples(case, part, parts)[step] for part in range(parts)]
+    batches = [micro_batches(case.config(), part, parts)[step] for part in range(parts)]
     outputs = []
     for part, batch in enumerate(batches):
         torch.manual_seed(100 * step + part)  # draws hard negatives
         outputs.append(model(**batch.model_inputs()))
-    counts = counts_of(case, parts)
+    counts = denominators(case.config(), parts)
     return outputs, [
         weighted_sum(
             pretraining_losses(
@@ -222,22 +188,16 @@ def reference(case):
         (sum(losses) / case.portions / case.micro_steps).backward()
     tensors = [predictions(output) for output in outputs]
     gradients = dict(plain_named_tensors(model, lambda p: torch.zeros_like(p) if p.grad is None else p.grad.clone()))
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip or float("inf")))
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if decays(name)], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
-    ]
-    torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=case.config().optimizer.betas, eps=EPS).step()
+    norm = clip_and_update(model, case.config())
     return tensors[: case.portions], gradients, norm, local_plain_state_dict(model)
 
 
 def engine_of(case, world_size):
-    from eve_ds.parallel.moe_layers import moe_factory
+    from eve_ds.parallel.engine import initialize_engine
+    from eve_ds.parallel.experts.moe_factory import moe_factory
     from eve_ds.parallel.settings import resolve_deepspeed_config
     from eve_ds.parallel.startup import tensor_parallel_unit
     from eve_ds.parallel.tensor.swap import split_model
-    from eve_ds.parallel.zero import initialize_engine
     from eve_ds.topology import Topology
     from eve_ds.training.optimizer import build_optimizer
 
@@ -264,9 +224,9 @@ def run_case(case, world_size):
     engine, topology = engine_of(case, world_size)
     model = engine.module.model
     outputs, kept = [], model.register_forward_hook(lambda module, inputs, output: outputs.append(predictions(output)))
-    for step, batch in enumerate(samples(case, topology.data_rank, topology.data_size)):
+    for step, batch in enumerate(micro_batches(case.config(), topology.data_rank, topology.data_size)):
         torch.manual_seed(100 * step + topology.data_rank)
-        engine.backward(engine(batch, counts_of(case, topology.data_size)).loss)
+        engine.backward(engine(batch, denominators(case.config(), topology.data_size)).loss)
         if step < case.micro_steps - 1:
             engine.step()
     kept.remove()
@@ -308,14 +268,6 @@ def run_cases(rank, world_size, described):
     return [run_case(Case(**fields), world_size) for fields in described]
 
 
-def difference(ours, expected):
-    """Norm of the difference over the norm of the expected tensor; the plain norm if all expected values are 0."""
-    if ours.shape != expected.shape:
-        return float("inf")
-    distance, scale = (ours.float() - expected).double().norm(), expected.double().norm()
-    return float(distance / scale) if scale > 0 else float(distance)
-
-
 def joined(of_ranks, kind):
     """Plain name -> whole tensor, assembled from the parts of the tensor-parallel ranks by their own slices.
 
@@ -351,7 +303,7 @@ def outputs_of(found, expected, case):
         theirs = portion[name]
         if len(expected) == 1:
             data_size = RANKS // case.tp_size
-            sizes = [rows(name, samples(case, part, data_size)[0]) for part in range(data_size)]
+            sizes = [rows(name, micro_batches(case.config(), part, data_size)[0]) for part in range(data_size)]
             theirs = theirs.split(sizes)[found["data_rank"]]
         differences.append((difference(tensor, theirs), name))
     return max(differences)

@@ -10,6 +10,7 @@ import functools
 
 import pytest
 import torch
+from scene_step import clip_and_update, denominators, difference, micro_batches
 from tiny import tiny_tree
 
 from eve_ds.config import parse_config
@@ -81,41 +82,6 @@ IN_BF16 = [Case(2, 2, precision="bf16"), Case(2, 2, precision="bf16", stage=1)]
 
 
 @functools.cache
-def drawn():
-    """Samples of the step, and the tokenizer of their captions."""
-    from eve_ds.data.synthetic.scenes import Scenes
-    from eve_ds.data.tokenizer import load_tokenizer
-    from eve_ds.evaluation.scenes import samples_of
-
-    scenes = Scenes("easy", 0, "train")
-    return samples_of([scenes[index] for index in range(NUM_SAMPLES)]), load_tokenizer("scenes")
-
-
-def samples(case, part=0, parts=1):
-    """Micro-batches of a part of the samples: of a rank, or of all ranks."""
-    from eve_ds.data.collate import Collator
-    from eve_ds.objectives.registry import objectives_of
-
-    config = case.config()
-    made, tokenizer = drawn()
-    collate = Collator(config, tokenizer, objectives_of(config.model), has_images=True, has_captions=True)
-    size = NUM_SAMPLES // case.micro_steps // parts
-    return [
-        collate(made[start + part * size : start + (part + 1) * size])
-        for start in range(0, NUM_SAMPLES, NUM_SAMPLES // case.micro_steps)
-    ]
-
-
-def counts_of(case, parts):
-    """Denominators of the losses of one part of the samples in one micro-step."""
-    from eve_ds.objectives.pretraining import count
-    from eve_ds.training.job import summed_counts
-
-    total = summed_counts(count(batch, case.config().model) for batch in samples(case))
-    return {name: value / parts / case.micro_steps for name, value in total.items()}
-
-
-@functools.cache
 def plain_module(case):
     """Plain model with its losses, whose biases and norms have other values than the initial ones."""
     from eve_ds.model.moe import MoE
@@ -130,11 +96,6 @@ def plain_module(case):
     return module
 
 
-def decays(name):
-    last = name.rpartition(".")[2]
-    return last in {"weight", "fc1_weight", "fc2_weight"} and "norm" not in name and ".word." not in name
-
-
 def reference(case):
     """Loss, gradients, norm, and updated weights of the plain model in one process."""
     from eve_ds.model.moe import local_plain_state_dict, plain_named_tensors
@@ -145,29 +106,23 @@ def reference(case):
     parts = RANKS if case.by_rank else 1
     total = 0.0
     for part in range(parts):
-        for batch in samples(case, part, parts):
-            loss = module(batch, counts_of(case, parts)).loss / parts / case.micro_steps
+        for batch in micro_batches(case.config(), part, parts):
+            loss = module(batch, denominators(case.config(), parts)).loss / parts / case.micro_steps
             loss.backward()
             total += float(loss.detach())
     gradients = dict(
         plain_named_tensors(module.model, lambda p: torch.zeros_like(p) if p.grad is None else p.grad.clone())
     )
-    norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), case.clip or float("inf")))
-    named = list(module.model.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if decays(name)], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
-    ]
-    torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=case.config().optimizer.betas, eps=EPS).step()
+    norm = clip_and_update(module.model, case.config())
     plain_module.cache_clear()
     return total, gradients, norm, local_plain_state_dict(module.model)
 
 
 def engine_of(case, world_size):
     from eve_ds.model.moe import load_plain_state_dict
-    from eve_ds.parallel.moe_layers import moe_factory
+    from eve_ds.parallel.engine import initialize_engine
+    from eve_ds.parallel.experts.moe_factory import moe_factory
     from eve_ds.parallel.settings import resolve_deepspeed_config
-    from eve_ds.parallel.zero import initialize_engine
     from eve_ds.topology import Topology
     from eve_ds.training.optimizer import build_optimizer
     from eve_ds.training.pretrain import Pretraining
@@ -183,12 +138,6 @@ def engine_of(case, world_size):
         group["lr"] = LEARNING_RATE * group["lr_scale"]
     module.model.backbone.requires_grad_(not case.frozen)
     return engine
-
-
-def difference(ours, expected):
-    """Norm of the difference over the norm of the expected tensor; the plain norm if all expected values are 0."""
-    distance, scale = (ours.float() - expected).double().norm(), expected.double().norm()
-    return float(distance / scale) if scale > 0 else float(distance)
 
 
 def held(engine):
@@ -215,11 +164,11 @@ def run_case(case, rank, world_size):
 
     plain = plain_module(case)
     engine = engine_of(case, world_size)
-    found = {"predictions": predictions(engine, plain, samples(case, rank, world_size)[0])}
+    found = {"predictions": predictions(engine, plain, micro_batches(case.config(), rank, world_size)[0])}
     engine.train()
     losses = []
-    for batch in samples(case, rank, world_size):
-        losses.append(engine(batch, counts_of(case, world_size)).loss)
+    for batch in micro_batches(case.config(), rank, world_size):
+        losses.append(engine(batch, denominators(case.config(), world_size)).loss)
         engine.backward(losses[-1])
         if len(losses) < case.micro_steps:
             engine.step()

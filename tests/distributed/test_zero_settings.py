@@ -96,10 +96,10 @@ def train(rank, world_size, cases):
     from eve_ds.checkpoint.engine_tensors import fragments
     from eve_ds.model.eve import EVE
     from eve_ds.model.with_losses import ModelWithLosses
-    from eve_ds.parallel.moe_layers import moe_factory
+    from eve_ds.parallel.engine import initialize_engine
+    from eve_ds.parallel.experts.moe_factory import moe_factory
     from eve_ds.parallel.settings import resolve_deepspeed_config
     from eve_ds.parallel.startup import initialize_deepspeed_distributed
-    from eve_ds.parallel.zero import initialize_engine
     from eve_ds.topology import Topology
     from eve_ds.training.optimizer import build_optimizer
 

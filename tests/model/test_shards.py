@@ -41,6 +41,17 @@ def test_shards_are_those_of_chunks():
     assert shards((6, 8), Cut(0), 2)[1].take(experts).equal(experts[:, 3:])
 
 
+@pytest.mark.parametrize(("kind", "blocks"), [("qkv.weight", 3), ("key_value.weight", 2), ("key_value.bias", 2)])
+def test_a_rank_holds_queries_keys_and_values_of_the_same_heads(kind, blocks):
+    names = [name for name in SHAPES if name.endswith(f".{kind}")]
+    assert names
+    for name in names:
+        whole = torch.arange(SHAPES[name].numel()).view(SHAPES[name])
+        for rank, shard in enumerate(shards(whole.shape, cut_of(name), 2)):
+            of_rank = [block.chunk(2)[rank] for block in whole.chunk(blocks)]
+            assert shard.take(whole).equal(torch.cat(of_rank)), name
+
+
 def test_last_shards_of_a_vocabulary_end_in_zeros():
     words = torch.randn(5, 3)
     taken = [shard.take(words) for shard in shards((5, 3), Cut(0), 4)]

@@ -6,7 +6,7 @@ import pytest
 
 from eve_ds.config import ConfigError, ParallelConfig
 from eve_ds.log import get_logger
-from eve_ds.parallel.nodes import check_expert_groups, expert_groups, nodes_of, ranks_per_node
+from eve_ds.parallel.nodes import check_expert_groups, nodes_of, ranks_per_node
 from eve_ds.topology import Topology
 
 
@@ -31,9 +31,7 @@ def test_node_of_each_rank_is_known_if_ranks_of_a_node_are_consecutive(given, ex
     assert nodes_of(given) == expected
 
 
-def test_groups_are_consecutive_and_stride_over_tensor_parallel_ranks():
-    assert expert_groups(Topology(0, 4, 2)) == [[0, 1], [2, 3]]
-    assert expert_groups(Topology(0, 8, 2, 2)) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+def test_ranks_of_a_group_are_counted_by_node():
     assert ranks_per_node([1, 3, 5, 7], [0, 0, 0, 0, 1, 1, 1, 1]) == [2, 2]
 
 

@@ -12,13 +12,16 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from eve_ds.cli.report import main
 from eve_ds.config import load_config
 from eve_ds.model.eve import model_shapes
+from eve_ds.parallel.engine import DEFAULT_BUCKET
+from eve_ds.parallel.nodes import ranks_per_node
 from eve_ds.parallel.settings import resolve_deepspeed_config
-from eve_ds.parallel.zero import DEFAULT_BUCKET
 from eve_ds.planner.files import FILES, FOLDER, file_of, with_buffers
 from eve_ds.planner.forward import forward_of
-from eve_ds.planner.parameters import Cutting, count_parameters, model_on_meta, most_touched
-from eve_ds.planner.plan import GIB, Machine, Planner
+from eve_ds.planner.memory import most_touched
+from eve_ds.planner.parameters import Cutting, count_parameters, model_on_meta
+from eve_ds.planner.plan import GIB, Machine, Planner, divisors
 from eve_ds.planner.shape import Shape
+from eve_ds.topology import Topology
 
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 MODELS = ("eve_base", "eve_large", "eve_giant")
@@ -68,6 +71,21 @@ def test_parts_touch_whole_tensors(sizes, ranks, expected):
 def test_buffers_are_those_of_deepspeed_and_of_the_files():
     assert Shape(1).reduce_bucket == DEFAULT_BUCKET == DeepSpeedZeroConfig().reduce_bucket_size
     assert Shape(1).max_live_parameters == DeepSpeedZeroConfig().max_live_parameters
+
+
+@pytest.mark.parametrize("gpus", [8, 12, 24, 48])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_a_group_spans_nodes_if_it_has_ranks_of_several(gpus, tp_size):
+    for gpus_per_node in (size for size in divisors(gpus) if size % tp_size == 0):
+        nodes = [rank // gpus_per_node for rank in range(gpus)]
+        for ep_size in divisors(gpus // tp_size):
+            groups = Topology(0, gpus, ep_size, tp_size).expert_groups
+            shape = Shape(gpus, gpus_per_node, ep_size, tp_size)
+            expected = any(len(ranks_per_node(group, nodes)) > 1 for group in groups)
+            assert shape.spans_nodes(ep_size, tp_size) == expected, shape
+            replicas = gpus // (ep_size * tp_size)
+            first = range(0, gpus, ep_size * tp_size)
+            assert shape.spans_nodes(replicas, ep_size * tp_size) == (len(ranks_per_node(first, nodes)) > 1), shape
 
 
 # -------------------------------------------------------------------------------------------------------- activations

@@ -5,7 +5,7 @@ import functools
 from tiny import tiny_model
 
 from eve_ds.model.eve import EVE
-from eve_ds.parallel.moe import DeepSpeedMoE
+from eve_ds.parallel.experts.moe import DeepSpeedMoE
 from eve_ds.training.optimizer import optimizer_parameter_groups
 
 

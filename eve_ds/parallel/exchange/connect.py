@@ -10,7 +10,7 @@ from torch import nn
 from eve_ds.config import ParallelConfig
 from eve_ds.parallel.exchange.paths import TwoLevelPath
 from eve_ds.parallel.exchange.sharded_experts import ShardedExperts
-from eve_ds.parallel.nodes import expert_groups, ranks_per_node
+from eve_ds.parallel.nodes import ranks_per_node
 from eve_ds.topology import Topology
 
 
@@ -30,7 +30,7 @@ def connect_experts(
         return
     group, host_group = layers[0].ep_group, layers[0].host_group
     assert group is not None
-    groups = expert_groups(topology)
+    groups = topology.expert_groups
     if host_group is None:
         host_group = _own_group(groups, "gloo")
     path = None

@@ -1,4 +1,4 @@
-"""Parts of eve_ds.parallel that need one process only: initial weights, names, parameter groups, refusals."""
+"""MoE layers of all ZeRO stages in one process: initial weights, names, marks for the engine, refusals."""
 
 import functools
 
@@ -10,14 +10,12 @@ from tiny import tiny_model
 from eve_ds.config import ConfigError
 from eve_ds.model.eve import EVE
 from eve_ds.model.moe import load_plain_state_dict, local_plain_state_dict
-from eve_ds.parallel.moe import DeepSpeedMoE, UpstreamMoE
-from eve_ds.parallel.moe_layers import moe_factory
-from eve_ds.parallel.moe_stage3 import Stage3MoE
-from eve_ds.parallel.refused import check_topology
+from eve_ds.parallel.experts.moe import DeepSpeedMoE, UpstreamMoE
+from eve_ds.parallel.experts.moe_factory import moe_factory
+from eve_ds.parallel.experts.moe_stage3 import Stage3MoE
 from eve_ds.topology import Topology
 
 CONFIG = tiny_model(moe={"num_experts": 8})
-TOPOLOGY = {"world_size": 4, "num_experts": 8, "ep_size": 2, "zero_stage": 1, "clip_grad_norm": 1.0}
 
 
 def eve(moe_cls=None, seed=0):
@@ -122,49 +120,3 @@ def test_missing_expert_parallel_group_error_says_what_to_do():
 def test_indivisible_number_of_experts_is_refused(layer):
     with pytest.raises(ConfigError, match=r"num_experts \(8\) must be divisible by parallel\.ep_size \(3\)"):
         layer(CONFIG, ep_size=3)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"ep_size": 1},
-        {"ep_size": 4, "zero_stage": 2},
-        {"zero_stage": 0, "clip_grad_norm": 0.0},
-        {"zero_stage": 0, "ep_size": 1},
-        {"overlap": 4},
-        {"overlap": 9, "ep_size": 1},
-        {"zero_stage": 3},
-    ],
-)
-def test_valid_topologies_are_accepted(change):
-    check_topology(**TOPOLOGY | change)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (
-            {"num_experts": 6, "ep_size": 4},
-            r"model\.moe\.num_experts \(6\) must be divisible by parallel\.ep_size \(4\).*one of 1, 2, 3, 6 as ep_size",
-        ),
-        (
-            {"world_size": 6, "ep_size": 4},
-            r"number of ranks \(6\) must be divisible by parallel\.ep_size \(4\).*start a multiple of 4 ranks, or "
-            r"take one of 1, 2 as ep_size",
-        ),
-        (
-            {"overlap": 5},
-            r"parallel\.overlap \(5\) must be at most the number of experts of a rank \(4\), model\.moe\.num_experts "
-            r"\(8\) / parallel\.ep_size \(2\), .*take fewer parts, or a smaller ep_size",
-        ),
-        (
-            {"zero_stage": 0},
-            r"clip_grad_norm \(1\) cannot be used with zero_optimization\.stage 0 and parallel\.ep_size \(2\).*"
-            r"average of the ranks' gradient norms.*use stage 1 or 2, where it is, or clip_grad_norm=0",
-        ),
-    ],
-)
-def test_topologies_that_fail_or_give_other_results_are_refused(change, text):
-    with pytest.raises(ConfigError, match=text):
-        check_topology(**TOPOLOGY | change)

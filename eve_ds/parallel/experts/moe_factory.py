@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from eve_ds.model.eve import MoEFactory
-from eve_ds.parallel.moe import DeepSpeedMoE
-from eve_ds.parallel.moe_stage3 import Stage3MoE
+from eve_ds.parallel.experts.moe import DeepSpeedMoE
+from eve_ds.parallel.experts.moe_stage3 import Stage3MoE
 from eve_ds.topology import Topology
 
 

@@ -13,7 +13,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import nn
 
 from eve_ds.config import ModelConfig
-from eve_ds.parallel.routed_experts import RoutedExperts
+from eve_ds.parallel.experts.routed_experts import RoutedExperts
 
 
 class Stage3MoE(RoutedExperts, AutoEPMoELayer):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from eve_ds.config import ConfigError, ModelConfig, check_experts_per_rank
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoEOutput, Peers, Router, is_dropless, mix_experts, moe_output, packs_views
-from eve_ds.parallel.balance import sum_over_data_parallel
 from eve_ds.parallel.exchange.sharded_experts import ExpertRun, ShardedExperts, Slots
+from eve_ds.parallel.experts.balance import sum_over_data_parallel
 from eve_ds.topology import Topology
 
 

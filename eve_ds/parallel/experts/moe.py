@@ -10,7 +10,7 @@ from deepspeed.moe.layer import MoE as UpstreamMoE
 from torch import nn
 
 from eve_ds.config import ModelConfig, check_experts_per_rank
-from eve_ds.parallel.routed_experts import RoutedExperts
+from eve_ds.parallel.experts.routed_experts import RoutedExperts
 
 
 class DeepSpeedMoE(RoutedExperts, UpstreamMoE):
