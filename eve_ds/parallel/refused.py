@@ -57,7 +57,7 @@ def check_topology(
         raise ConfigError(
             f"optimizer.clip_grad_norm ({clip_grad_norm:g}) cannot be used with zero_optimization.stage 0 and "
             f"parallel.ep_size ({ep_size}): ranks hold different experts, and DeepSpeed at stage 0 clips by the "
-            "average of the ranks' gradient norms, which is not the norm of the whole gradient: use stage 1 or 2, "
+            "average of the ranks' gradient norms, which is not the norm of the whole gradient: use a higher stage, "
             "where it is, or clip_grad_norm=0"
         )
 
@@ -71,8 +71,8 @@ def check_clipping(precision: str, zero_stage: int, clip_grad_norm: float) -> No
     if precision != "fp32" and zero_stage == 0 and clip_grad_norm > 0:
         raise ConfigError(
             f"optimizer.clip_grad_norm ({clip_grad_norm:g}) cannot be used with precision {precision} and "
-            "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use stage 1 or 2, "
-            "or clip_grad_norm=0"
+            "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use a higher "
+            "stage, or clip_grad_norm=0"
         )
 
 
