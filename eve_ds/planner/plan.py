@@ -77,8 +77,8 @@ class Planner:
     def __init__(self, config: Config) -> None:
         if config.task is not None:
             raise ConfigError(
-                f"{config.name} has a section task, and only pre-training can be planned: its batches and heads differ "
-                "from those of a task: take a configuration without the section"
+                f"the configuration has a section task ({config.task.name}), and only pre-training can be planned, "
+                "whose batches and heads differ: take a configuration without the section"
             )
         self.config = config
         self.kept = kept_settings(config)
