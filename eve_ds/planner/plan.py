@@ -145,13 +145,20 @@ class Planner:
             raise ConfigError(
                 f"train.precision ({train.precision}) has no file in ds_configs/: plan with one of {', '.join(FILES)}"
             )
-        if not options:
-            named = [f"{'.'.join(SETTINGS[name])}={value}" for name, value in self.kept.items()]
-            wanted = f" with {', '.join(named)}" if named else ""
+        if options:
+            return
+        named = [f"{'.'.join(SETTINGS[name])}={value}" for name, value in self.kept.items()]
+        wanted = f" with {', '.join(named)}" if named else ""
+        sizes = {name: self.kept[name] for name in ("ep_size", "tp_size") if name in self.kept}
+        if not any(sizes.items() <= vars(shape).items() for shape in self._unsized(machine)):
             raise ConfigError(
-                f"train.train_batch_size ({train.train_batch_size}) cannot be split into micro-batches on {machine}"
-                f"{wanted}: take a multiple, another number of GPUs{', or other settings' if named else ''}"
+                f"no run starts on {machine}{wanted}: parallel.ep_size * parallel.tp_size must divide the GPUs, and "
+                "parallel.tp_size the GPUs of a node, the heads and the hidden channels: take other sizes"
             )
+        raise ConfigError(
+            f"train.train_batch_size ({train.train_batch_size}) cannot be split into micro-batches on {machine}"
+            f"{wanted}: take a multiple, another number of GPUs{', or other settings' if named else ''}"
+        )
 
     def shapes(self, machine: Machine) -> Iterator[Shape]:
         """Shapes of runs that would start, whether they fit or not."""

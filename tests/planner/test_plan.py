@@ -179,7 +179,7 @@ def test_command_recommends_settings_that_training_takes(capsys):
         ),
         (
             "--model eve_base --gpus 8 --set parallel.tp_size=5",
-            "on 8 GPUs with parallel.tp_size=5: take a multiple, another number of GPUs, or other settings",
+            "no run starts on 8 GPUs with parallel.tp_size=5: parallel.ep_size * parallel.tp_size must divide the GPUs",
         ),
         ("--model tasks/nlvr2 --gpus 8", "has a section task (nlvr), and only pre-training can be planned, "),
         ("--model eve_giant --gpus 1 --gpu_memory 24", "eve_giant does not fit on 1 GPU of 24 GiB, of which 90% are"),
