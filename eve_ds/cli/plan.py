@@ -8,6 +8,7 @@ built without storage, with captions of the greatest length. Needs neither GPUs 
 from __future__ import annotations
 
 import argparse
+import shlex
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from eve_ds.cli.command import (
 
 if TYPE_CHECKING:
     from eve_ds.planner.option import Option
+    from eve_ds.planner.shape import Shape
     from eve_ds.report.tables import Table
 
 MOST_GPUS = 65_536
@@ -68,16 +70,26 @@ def _plan(arguments: argparse.Namespace) -> int:
     per_node = min(arguments.gpus_per_node, arguments.gpus)
     if arguments.gpus % per_node:
         raise ConfigError(
-            f"--gpus ({arguments.gpus}) must be a multiple of --gpus_per_node ({per_node}): plan for whole nodes"
+            f"--gpus ({arguments.gpus}) must be a multiple of --gpus_per_node ({per_node}): plan for whole nodes, "
+            "or give the GPUs of a node"
         )
-    config = load_config(arguments.model, arguments.set)
+    size = [] if arguments.micro_batch is None else [f"train.micro_batch_size={arguments.micro_batch}"]
+    config = load_config(arguments.model, [*arguments.set, *size])
     machine = Machine(arguments.gpus, per_node, arguments.gpu_memory)
-    options = Planner(config).plan(machine, arguments.micro_batch)
+    options = Planner(config).plan(machine)
     console = Console(width=200, soft_wrap=True)
     console.print(plan_table(config.name, machine.gpus, options).to_rich())
     print(f"recommended: the first, which {options[0].reason}")
-    print(f"  --deepspeed_config {options[0].file} --set {' '.join(options[0].settings)}")
+    settings = _settings(arguments, options[0].shape)
+    print(f"  --config {arguments.model} --deepspeed_config {options[0].file} --set {settings}")
     return 0
+
+
+def _settings(arguments: argparse.Namespace, shape: Shape) -> str:
+    """Settings of a plan for a shell: those that were given, and those of the shape."""
+    chosen = {setting.partition("=")[0] for setting in shape.settings}
+    given = [setting for setting in arguments.set if setting.partition("=")[0] not in chosen]
+    return shlex.join([*given, *shape.settings])
 
 
 def plan_table(name: str, gpus: int, options: list[Option]) -> Table:

@@ -57,7 +57,7 @@ def check_topology(
         raise ConfigError(
             f"optimizer.clip_grad_norm ({clip_grad_norm:g}) cannot be used with zero_optimization.stage 0 and "
             f"parallel.ep_size ({ep_size}): ranks hold different experts, and DeepSpeed at stage 0 clips by the "
-            "average of the ranks' gradient norms, which is not the norm of the whole gradient: use stage 1 or 2, "
+            "average of the ranks' gradient norms, which is not the norm of the whole gradient: use a higher stage, "
             "where it is, or clip_grad_norm=0"
         )
 
@@ -71,8 +71,17 @@ def check_clipping(precision: str, zero_stage: int, clip_grad_norm: float) -> No
     if precision != "fp32" and zero_stage == 0 and clip_grad_norm > 0:
         raise ConfigError(
             f"optimizer.clip_grad_norm ({clip_grad_norm:g}) cannot be used with precision {precision} and "
-            "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use stage 1 or 2, "
-            "or clip_grad_norm=0"
+            "zero_optimization.stage 0, where DeepSpeed leaves the experts out of the gradient norm: use a higher "
+            "stage, or clip_grad_norm=0"
+        )
+
+
+def check_megatron(tp_size: int) -> None:
+    """Raise ConfigError if `tp_size` ranks share tensors and megatron-core is not installed."""
+    if tp_size > 1 and not (importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")):
+        raise ConfigError(
+            f"parallel.tp_size ({tp_size}) needs the package megatron-core, which is not installed: run pip install "
+            "--no-deps megatron-core==0.16.1 (its dependencies are not needed), or set tp_size=1"
         )
 
 
@@ -85,16 +94,11 @@ def check_tensor_parallel(config: Config, zero_stage: int, accumulates_in_fp32: 
         accumulates_in_fp32: whether micro-steps are summed in fp32 although the model computes in less.
 
     Raises:
-        ConfigError: megatron-core is missing, a size is not divisible, or a setting does not combine with it.
+        ConfigError: a size is not divisible, or a setting does not combine with it.
     """
     tp_size = config.parallel.tp_size
     if tp_size == 1:
         return
-    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
-        raise ConfigError(
-            f"parallel.tp_size ({tp_size}) needs the package megatron-core, which is not installed: run pip install "
-            "--no-deps megatron-core==0.16.1 (its dependencies are not needed), or set tp_size=1"
-        )
     check_cuts(config, tp_size)
     if config.train.compile != "none":
         raise ConfigError(

@@ -22,7 +22,13 @@ from eve_ds.parallel.deepspeed_json.check import JSON, Problems, check_keys
 from eve_ds.parallel.deepspeed_json.shared import SharedSettings, contradiction
 from eve_ds.parallel.deepspeed_json.values import show
 from eve_ds.parallel.deepspeed_json.zero_values import settle_zero
-from eve_ds.parallel.refused import check_clipping, check_compile, check_tensor_parallel, check_topology
+from eve_ds.parallel.refused import (
+    check_clipping,
+    check_compile,
+    check_megatron,
+    check_tensor_parallel,
+    check_topology,
+)
 
 BATCH = {
     "train_batch_size": "train_batch_size",
@@ -72,6 +78,7 @@ def resolve_deepspeed_config(
     _check_monitors(resolved, problems)
     settled = _settle_run(shared, precision, zero["stage"], world_size)
     with problems.collect():
+        check_megatron(config.parallel.tp_size)
         check_tensor_parallel(config, zero["stage"], "data_types" in resolved)
     problems.raise_all()
     for note in notes:

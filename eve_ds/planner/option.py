@@ -36,17 +36,6 @@ class Option(NamedTuple):
         return f"ds_configs/{file_of(self.shape).name}"
 
     @property
-    def settings(self) -> list[str]:
-        """Settings of the YAML, as `--set` takes them."""
-        shape = self.shape
-        found = [f"parallel.ep_size={shape.ep_size}", f"train.micro_batch_size={shape.micro_batch}"]
-        if shape.tp_size > 1:
-            found += [f"parallel.tp_size={shape.tp_size}", *["parallel.split_experts=true"] * shape.split_experts]
-        if shape.checkpointing:
-            found.append("train.activation_checkpointing=true")
-        return found
-
-    @property
     def order(self) -> tuple[float, ...]:
         """Sort key, lowest first; see :mod:`eve_ds.planner.plan`."""
         shape = self.shape

@@ -2,7 +2,7 @@
 
 The order depends on counts alone, on no times. It prefers, in this order: no offload, no tensor parallelism,
 micro-batches of some samples, no recomputation, a low ZeRO stage, expert rows that stay inside a node, few micro-steps,
-and few bytes between nodes.
+and few bytes between nodes. Settings of a shape that the configuration names (`parallel.tp_size`) are kept.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eve_ds.config import Config, ConfigError
 from eve_ds.objectives.registry import objectives_of
-from eve_ds.parallel.refused import check_clipping, check_cuts, check_topology
+from eve_ds.parallel.refused import check_clipping, check_compile, check_tensor_parallel, check_topology
 from eve_ds.planner.files import FILES, with_buffers
 from eve_ds.planner.forward import Forward, forward_of
 from eve_ds.planner.memory import memory
@@ -27,8 +27,17 @@ from eve_ds.planner.traffic import Passes, collectives
 GIB = 2**30
 RESERVED = 0.1
 """Share of a GPU's memory for the CUDA context, NCCL, cuBLAS and fragmentation: assumed, not measured on a GPU."""
-TENSOR_PARALLEL = ((1, False), *((size, split) for size in (2, 4, 8) for split in (False, True)))
-"""Numbers of ranks that share tensors, and whether these share experts too."""
+TENSOR_PARALLEL = (1, 2, 4, 8)
+"""Numbers of ranks that share tensors, unless the configuration names another one."""
+SETTINGS = {
+    "ep_size": ("parallel", "ep_size"),
+    "tp_size": ("parallel", "tp_size"),
+    "split_experts": ("parallel", "split_experts"),
+    "micro_batch": ("train", "micro_batch_size"),
+    "accumulation_steps": ("train", "gradient_accumulation_steps"),
+    "checkpointing": ("train", "activation_checkpointing"),
+}
+"""Fields of a shape -> sections and fields of the configuration."""
 
 
 class Machine(NamedTuple):
@@ -56,14 +65,23 @@ class Planner:
     measured and the others follow.
 
     Args:
-        config: model, masks, batch size, precision and clipping.
+        config: model, masks, batch size, precision, clipping, and the settings of shapes that are not to be chosen.
+
+    Raises:
+        ConfigError: the configuration is that of a task.
     """
 
     MEASURED = (8, 16)
     """Numbers of samples that are measured."""
 
     def __init__(self, config: Config) -> None:
+        if config.task is not None:
+            raise ConfigError(
+                f"the configuration has a section task ({config.task.name}), and only pre-training can be planned, "
+                "whose batches and heads differ: take a configuration without the section"
+            )
         self.config = config
+        self.kept = kept_settings(config)
         self._model = model_on_meta(config.model)
         self._measured: dict[Cutting, tuple[Forward, Forward]] = {}
         self._counted: dict[tuple[int, Cutting], Held] = {}
@@ -96,18 +114,17 @@ class Planner:
         )
         return Forward(outside, blocks, inputs, largest, logits, passes)
 
-    def plan(self, machine: Machine, micro_batch: int | None = None) -> list[Option]:
+    def plan(self, machine: Machine) -> list[Option]:
         """Shapes that fit, best first: of each ZeRO stage, offload and tensor-parallel size the best one.
 
         Args:
             machine: GPUs.
-            micro_batch: samples of a micro-batch; None: as many as fit.
 
         Raises:
             ConfigError: no shape is valid, or none fits.
         """
-        options = [option for shape in self._shapes(machine) for option in self._sizes(shape, micro_batch)]
-        self._check_not_empty(options, machine, micro_batch)
+        options = [self.option(shape) for shape in self.shapes(machine)]
+        self._check_not_empty(options, machine)
         fitting = [option for option in options if option.memory.gpu <= machine.usable]
         if not fitting:
             least = min(options, key=lambda option: option.memory.gpu)
@@ -122,27 +139,41 @@ class Planner:
             best.setdefault((shape.zero_stage, shape.offload, shape.tp_size), option)
         return list(best.values())
 
-    def _check_not_empty(self, options: list[Option], machine: Machine, micro_batch: int | None) -> None:
+    def _check_not_empty(self, options: list[Option], machine: Machine) -> None:
         train = self.config.train
         if train.precision not in FILES:
             raise ConfigError(
                 f"train.precision ({train.precision}) has no file in ds_configs/: plan with one of {', '.join(FILES)}"
             )
-        if not options:
-            wanted = "" if micro_batch is None else f" of {micro_batch}"
+        if options:
+            return
+        named = [f"{'.'.join(SETTINGS[name])}={value}" for name, value in self.kept.items()]
+        wanted = f" with {', '.join(named)}" if named else ""
+        sizes = {name: self.kept[name] for name in ("ep_size", "tp_size") if name in self.kept}
+        if not any(sizes.items() <= vars(shape).items() for shape in self._unsized(machine)):
             raise ConfigError(
-                f"train.train_batch_size ({train.train_batch_size}) cannot be split into micro-batches{wanted} on "
-                f"{machine}: take a multiple, or another number of GPUs"
+                f"no run starts on {machine}{wanted}: parallel.ep_size * parallel.tp_size must divide the GPUs, and "
+                "parallel.tp_size the GPUs of a node, the heads and the hidden channels: take other sizes"
             )
+        raise ConfigError(
+            f"train.train_batch_size ({train.train_batch_size}) cannot be split into micro-batches on {machine}"
+            f"{wanted}: take a multiple, another number of GPUs{', or other settings' if named else ''}"
+        )
 
-    def _shapes(self, machine: Machine) -> Iterator[Shape]:
+    def shapes(self, machine: Machine) -> Iterator[Shape]:
+        """Shapes of runs that would start, whether they fit or not."""
+        for shape in self._unsized(machine):
+            yield from self._sizes(shape)
+
+    def _unsized(self, machine: Machine) -> Iterator[Shape]:
         """Valid shapes with a micro-batch of 1."""
         precision = self.config.train.precision
-        for tp_size, split in TENSOR_PARALLEL:
+        sizes = sorted({*TENSOR_PARALLEL, self.kept.get("tp_size", 1)})
+        for tp_size, split in [(size, split) for size in sizes for split in (False, True) if size > 1 or not split]:
             for ep_size in self._ep_sizes(machine, tp_size):
                 for zero_stage, offload in FILES.get(precision, {}):
-                    sizes = machine.gpus, machine.gpus_per_node, ep_size, tp_size
-                    shape = Shape(*sizes, split, zero_stage, offload, precision=precision)
+                    ranks = machine.gpus, machine.gpus_per_node, ep_size, tp_size
+                    shape = Shape(*ranks, split, zero_stage, offload, precision=precision)
                     if self._is_valid(shape):
                         yield with_buffers(shape)
 
@@ -154,34 +185,56 @@ class Planner:
         return divisors(math.gcd(model.moe.num_experts, machine.gpus // tp_size)) if model.expert_layers else [1]
 
     def _is_valid(self, shape: Shape) -> bool:
-        clip = self.config.optimizer.clip_grad_norm
+        """Whether a run of this shape would start."""
+        config, stage = self.config, shape.zero_stage
+        sizes = {"ep_size": shape.ep_size, "tp_size": shape.tp_size, "split_experts": shape.split_experts}
+        clip, parallel = config.optimizer.clip_grad_norm, config.parallel.model_copy(update=sizes)
         try:
             check_topology(
                 world_size=shape.gpus,
-                num_experts=self.config.model.moe.num_experts,
+                num_experts=config.model.moe.num_experts,
                 ep_size=shape.ep_size,
-                zero_stage=shape.zero_stage,
+                zero_stage=stage,
                 clip_grad_norm=clip,
                 tp_size=shape.tp_size,
+                overlap=parallel.overlap,
             )
-            check_cuts(self.config, shape.tp_size)
-            check_clipping(shape.precision, shape.zero_stage, clip)
+            check_tensor_parallel(config.model_copy(update={"parallel": parallel}), stage, accumulates_in_fp32=False)
+            check_clipping(shape.precision, stage, clip)
+            check_compile(config.train.compile, stage)
         except ConfigError:
             return False
         return True
 
-    def _sizes(self, shape: Shape, micro_batch: int | None) -> Iterator[Option]:
+    def _sizes(self, shape: Shape) -> Iterator[Shape]:
         """The shape with every micro-batch that divides the share of a rank, kept or recomputed."""
         share, rest = divmod(self.config.train.train_batch_size, shape.data_size)
         if rest or not share:
             return
         least = max(objective.min_pairs for objective in objectives_of(self.config.model))
         for size in divisors(share):
-            if size >= least and micro_batch in (None, size):
-                for checkpointing in (False, True):
-                    yield self.option(
-                        replace(shape, micro_batch=size, accumulation_steps=share // size, checkpointing=checkpointing)
-                    )
+            for checkpointing in (False, True):
+                sized = replace(shape, micro_batch=size, accumulation_steps=share // size, checkpointing=checkpointing)
+                if size >= least and self._has_kept(sized):
+                    yield sized
+
+    def _has_kept(self, shape: Shape) -> bool:
+        """Whether a shape has the settings that the configuration names; without shards, experts are never split."""
+        return all(
+            getattr(shape, name) == value
+            for name, value in self.kept.items()
+            if name != "split_experts" or shape.tp_size > 1
+        )
+
+
+def kept_settings(config: Config) -> dict[str, Any]:
+    """Fields of a shape that a configuration names, with their values; an `ep_size` of 0 leaves the choice."""
+    found = {}
+    for name, (section, field) in SETTINGS.items():
+        values = getattr(config, section)
+        if field in values.model_fields_set and (name, getattr(values, field)) != ("ep_size", 0):
+            found[name] = getattr(values, field)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def divisors(number: int) -> list[int]:

@@ -67,6 +67,16 @@ class Shape:
         """Samples of one optimizer step."""
         return self.micro_batch * self.accumulation_steps * self.data_size
 
+    @property
+    def settings(self) -> list[str]:
+        """Settings of the YAML, as `--set` takes them."""
+        found = [f"parallel.ep_size={self.ep_size}", f"train.micro_batch_size={self.micro_batch}"]
+        if self.tp_size > 1:
+            found += [f"parallel.tp_size={self.tp_size}", *["parallel.split_experts=true"] * self.split_experts]
+        if self.checkpointing:
+            found.append("train.activation_checkpointing=true")
+        return found
+
     def spans_nodes(self, size: int, stride: int) -> bool:
         """Whether some group of `size` ranks, `stride` apart, has ranks of several nodes.
 

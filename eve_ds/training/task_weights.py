@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eve_ds.config import Config
+from eve_ds.distributed import seed_everything
 from eve_ds.log import get_logger
 from eve_ds.model.eve import Backbone, initialize_weights
 from eve_ds.model.moe import load_plain_state_dict
@@ -18,7 +19,11 @@ from eve_ds.tasks.task import Task, task_section
 
 
 def prepare_weights(model: nn.Module, config: Config, task: Task) -> None:
-    """Draw all weights; if `train.init` is set, copy the backbone from it, and the head tensors whose shapes match."""
+    """Draw all weights; if `train.init` is set, copy the backbone from it, and the head tensors whose shapes match.
+
+    The draws depend on `train.seed` alone: making a model draws too, by numbers that depend on the kind of MoE layer.
+    """
+    seed_everything(config.train.seed)
     initialize_weights(model, config.model, int(torch.randint(2**62, (), device="cpu")))
     task.draw_head(model)
     backbone = cast(Backbone, model.get_submodule("backbone"))

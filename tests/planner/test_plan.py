@@ -1,5 +1,6 @@
 """Plans: parameter counts, the order of the shapes, the command, its errors, and the tables of ds_configs/README.md."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from eve_ds.planner.memory import most_touched
 from eve_ds.planner.parameters import Cutting, count_parameters, model_on_meta
 from eve_ds.planner.plan import GIB, Machine, Planner, divisors
 from eve_ds.planner.shape import Shape
+from eve_ds.reading import read_json
 from eve_ds.topology import Topology
 
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -123,14 +125,58 @@ def test_every_shape_fits_and_the_first_does_with_least(planners):
     assert options[0].shape.zero_stage > 1 or options[0].shape.tp_size > 1
 
 
+KEPT = [
+    "train.compile=blocks",
+    "train.activation_checkpointing=true",
+    "train.gradient_accumulation_steps=2",
+    "train.micro_batch_size=4",
+    "parallel.overlap=4",
+    "parallel.ep_size=2",
+    "parallel.tp_size=2 parallel.split_experts=true",
+    "parallel.tp_size=2 parallel.split_experts=false",
+    "optimizer.clip_grad_norm=0",
+]
+"""Settings of a configuration that restrict the shapes of its runs."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
+@pytest.mark.parametrize("settings", KEPT)
+def test_training_takes_every_shape_and_keeps_named_settings(settings):
+    named = ["train.precision=bf16", "train.train_batch_size=16", *settings.split()]
+    planner = Planner(load_config("eve_tiny", named))
+    machine = Machine(4, 4, 80)
+    shapes = list(planner.shapes(machine))
+    assert shapes
+    for shape in shapes:
+        config = load_config("eve_tiny", [*named, *shape.settings])
+        settled, resolved = resolve_deepspeed_config(read_json(file_of(shape)), config, machine.gpus)
+        parallel, train = settled.parallel, settled.train
+        assert (parallel.ep_size, parallel.tp_size) == (shape.ep_size, shape.tp_size)
+        assert parallel.split_experts is shape.split_experts
+        assert (train.micro_batch_size, train.gradient_accumulation_steps, train.activation_checkpointing) == (
+            *(shape.micro_batch, shape.accumulation_steps, shape.checkpointing),
+        )
+        assert (resolved["zero_optimization"]["stage"], train.precision) == (shape.zero_stage, shape.precision)
+        for setting in named:
+            section, _, field = setting.partition("=")[0].partition(".")
+            assert getattr(getattr(settled, section), field) == getattr(getattr(planner.config, section), field)
+
+
+def test_plans_need_no_megatron(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    options = Planner(load_config("eve_tiny", ["parallel.tp_size=2"])).plan(Machine(4, 4, 80))
+    assert {option.shape.tp_size for option in options} == {2}
+
+
 # ----------------------------------------------------------------------------------------------------------- command
 
 
 def test_command_recommends_settings_that_training_takes(capsys):
     assert main(["plan", "--model", "eve_base", "--gpus", "64", "--set", "train.train_batch_size=4096"]) == 0
     out = capsys.readouterr().out
-    file, settings = re.search(r"--deepspeed_config (\S+) --set (.*)", out).groups()
-    config = load_config("eve_base", ["train.train_batch_size=4096", *settings.split()])
+    model, file, settings = re.search(r"--config (\S+) --deepspeed_config (\S+) --set (.*)", out).groups()
+    config = load_config(model, settings.split())
+    assert config.train.train_batch_size == 4096
     read = json.loads((FOLDER.parent / file).read_text(encoding="utf-8"))
     settled, _ = resolve_deepspeed_config(read, config, world_size=64)
     assert (settled.parallel.ep_size, settled.train.micro_batch_size) == (8, 64)
@@ -147,8 +193,13 @@ def test_command_recommends_settings_that_training_takes(capsys):
         ("--model eve_base --gpus 7", "train.train_batch_size (2048) cannot be split into micro-batches on 7 GPUs: "),
         (
             "--model eve_base --gpus 8 --micro_batch 3",
-            "cannot be split into micro-batches of 3 on 8 GPUs: take a multi",
+            "cannot be split into micro-batches on 8 GPUs with train.micro_batch_size=3: take a multiple, another ",
         ),
+        (
+            "--model eve_base --gpus 8 --set parallel.tp_size=5",
+            "no run starts on 8 GPUs with parallel.tp_size=5: parallel.ep_size * parallel.tp_size must divide the GPUs",
+        ),
+        ("--model tasks/nlvr2 --gpus 8", "has a section task (nlvr), and only pre-training can be planned, "),
         ("--model eve_giant --gpus 1 --gpu_memory 24", "eve_giant does not fit on 1 GPU of 24 GiB, of which 90% are"),
         ("--model eve_base --gpus 8 --set train.precision=fp16", "train.precision (fp16) has no file in ds_configs/: "),
     ],
@@ -224,7 +275,7 @@ def test_rows_without_recomputation_are_recommendations(planners):
     for model, gpus, file, settings, *_ in rows():
         if "checkpointing" not in settings:
             best = planners[model].plan(Machine(int(gpus), min(int(gpus), 8), 80))[0]
-            assert (file, settings) == (Path(best.file).name, f"--set {' '.join(best.settings)}")
+            assert (file, settings) == (Path(best.file).name, f"--set {' '.join(best.shape.settings)}")
 
 
 def test_every_file_has_a_line():

@@ -135,7 +135,7 @@ class _Walk(NamedTuple):
         if rule.use == UNUSED or (self.stage in (None, *rule.neutral_at) and _is_neutral(rule.kind.plain(value), rule)):
             return False
         if self.stage not in (None, *rule.stages):
-            stages = " and ".join(str(stage) for stage in rule.stages)
+            stages = ", ".join(map(str, rule.stages[:-1])) + " and " * (len(rule.stages) > 1) + str(rule.stages[-1])
             self.notes.append(f"{named} has no effect: it acts at ZeRO {stages} only, and the stage is {self.stage}")
             return False
         if rule.use == REFUSED:
