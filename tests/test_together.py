@@ -12,6 +12,7 @@ class Failing:
     """Job and batches that fail with the given error."""
 
     config = SimpleNamespace(data=SimpleNamespace(num_workers=0))
+    exchanged_views = ()
 
     def __init__(self, error):
         self.error = error

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from eve_ds.benchmark.harness import Figures, is_quick
 from eve_ds.parallel.exchange.sharded_experts import ShardedExperts, Slots
+from eve_ds.reading import read_json
 
 RANKS, EXPERTS = 4, 8
 WIDTH, SLOTS = 128, 64
@@ -122,7 +123,7 @@ def overlap(seconds: float) -> Iterator[Figures]:
             process.join()
         if any(process.exitcode for process in ranks):
             raise RuntimeError("a rank of the measure overlap has failed: see its traceback above")
-        of_ranks = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+        of_ranks = [read_json(Path(folder) / f"{rank}.json") for rank in range(RANKS)]
     slowest = [[max(own) for own in zip(*rounds, strict=True)] for rounds in zip(*of_ranks, strict=True)]
     plain, *measured = (statistics.median(rounds) for rounds in slowest)
     rest = plain - FORWARD - BACKWARD

@@ -58,7 +58,7 @@ def test_launch_line_is_printed_and_real(first):
     assert line.startswith("$ deepspeed --num_accelerators 2 ")
     assert "launcher/pretrain.py --config eve_tiny --deepspeed_config ds_configs/zero1_ep2_cpu.json" in line
     state = json.loads((out / f"seed-{SEED}/checkpoints/step-00000008/state.json").read_text())
-    assert state["topology"] == {"world_size": 2, "ep_size": 2, "zero_stage": 1}
+    assert state["topology"] == {"world_size": 2, "ep_size": 2, "tp_size": 1, "zero_stage": 1}
     assert json.loads((out / f"seed-{SEED}/config.json").read_text())["train"]["seed"] == SEED
 
 
