@@ -37,6 +37,14 @@ MOVES_OF_STAGE_3 = [
     ((4, 2, 3), (4, 4, 3)),
 ]
 """(topology, topology that it resumes from): ZeRO 3 from and to every other stage and number of ranks per expert."""
+OFFLOAD = {"offload": {"offload_optimizer": {"device": "cpu"}}}
+OFFLOAD_ALL = {
+    "offload": {
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "sub_group_size": 5000,
+    }
+}
 TOLERANCE = 1e-6
 """Relative tolerance of an fp32 loss."""
 TOLERANCE_BF16 = 2e-2
@@ -45,7 +53,7 @@ LIMIT = 400
 pytestmark = pytest.mark.timeout(6 * LIMIT)
 
 
-def settings(folder, topology, *, precision="fp32"):
+def settings(folder, topology, *, precision="fp32", offload=()):
     _, ep_size, stage = topology
     config = parse_config(
         {
@@ -64,7 +72,8 @@ def settings(folder, topology, *, precision="fp32"):
         }
     )
     some_stay = {"stage3_param_persistence_threshold": 500} if stage == 3 else {}  # small weights are not partitioned
-    return config, {"zero_optimization": {"stage": stage, **some_stay}}
+    dictionary = {"zero_optimization": {"stage": stage, **some_stay, **dict(offload)}}
+    return config, dictionary | ({"zero_force_ds_cpu_optimizer": False} if offload else {})
 
 
 def train(config, deepspeed_config, look=None, resume="auto"):
@@ -120,7 +129,7 @@ def resume_elsewhere(rank, world_size, folder, cases):
 
     initialize_deepspeed_distributed()
     results = []
-    for name, topology, source, options, more in cases:
+    for name, topology, source, options in cases:
         run, found = Path(folder) / name, []
         checkpoint = Path(folder) / source / "checkpoints" / f"step-{SAVED:08d}"
 
@@ -139,11 +148,7 @@ def resume_elsewhere(rank, world_size, folder, cases):
                     ]
                 )
 
-        config, deepspeed_config = settings(run, topology, **options)
-        deepspeed_config["zero_optimization"] |= more
-        if more:
-            deepspeed_config["zero_force_ds_cpu_optimizer"] = False
-        train(config, deepspeed_config, look, checkpoint)
+        train(*settings(run, topology, **options), look, checkpoint)
         results.append(found)
     return results
 
@@ -171,6 +176,7 @@ def uninterrupted_runs(folder, run_ranks):
             if world_size == 2:
                 cases.append(("stay-bf16", (2, 2, 1), {"precision": "bf16"}))
                 cases.append(("stay-bf16-3", (2, 2, 3), {"precision": "bf16"}))
+                cases.append(("stay-offloaded-3", (2, 2, 3), OFFLOAD_ALL))
             run_ranks(train_uninterrupted, world_size, str(folder), cases, timeout=LIMIT)
         (folder / "done").touch()
     return folder
@@ -189,12 +195,12 @@ def test_any_topology_resumes_from_any_other(uninterrupted_runs, run_ranks):
     worst = 0.0
     for world_size in (1, 2, 4):
         cases = [
-            (f"move-{named(t)}", t, f"stay-{named(TOPOLOGIES[(number + SHIFT) % len(TOPOLOGIES)])}", {}, {})
+            (f"move-{named(t)}", t, f"stay-{named(TOPOLOGIES[(number + SHIFT) % len(TOPOLOGIES)])}", {})
             for number, t in enumerate(TOPOLOGIES)
             if t[0] == world_size
         ]
         cases += [
-            (f"move-{named(t)}-from-{named(source)}", t, f"stay-{named(source)}", {}, {})
+            (f"move-{named(t)}-from-{named(source)}", t, f"stay-{named(source)}", {})
             for t, source in MOVES_OF_STAGE_3
             if t[0] == world_size
         ]
@@ -213,19 +219,20 @@ def test_any_topology_resumes_from_any_other(uninterrupted_runs, run_ranks):
 
 
 def test_resuming_with_other_precision_or_offload(uninterrupted_runs, run_ranks):
-    offload = {"offload_optimizer": {"device": "cpu"}}
-    offload_all = offload | {"offload_param": {"device": "cpu", "pin_memory": True}, "sub_group_size": 5000}
+    bf16 = {"precision": "bf16"}
     cases = {
-        1: [("bf16-alone", (1, 1, 2), "stay-bf16", {"precision": "bf16"}, {})],
+        1: [("bf16-alone", (1, 1, 2), "stay-bf16", bf16)],
         2: [
-            ("bf16-zero0", (2, 1, 0), "stay-bf16", {"precision": "bf16"}, {}),
-            ("bf16-from-fp32", (2, 2, 1), "stay-2-2-1", {"precision": "bf16"}, {}),
-            ("fp32-from-bf16", (2, 2, 2), "stay-bf16", {}, {}),
-            ("offloaded", (2, 1, 2), "stay-4-2-1", {}, offload),
-            ("bf16-3-from-1", (2, 2, 3), "stay-bf16", {"precision": "bf16"}, {}),
-            ("bf16-1-from-3", (2, 1, 1), "stay-bf16-3", {"precision": "bf16"}, {}),
-            ("offloaded-3", (2, 1, 3), "stay-4-4-3", {}, offload_all),
-            ("offloaded-3-bf16", (2, 2, 3), "stay-bf16-3", {"precision": "bf16"}, offload_all),
+            ("bf16-zero0", (2, 1, 0), "stay-bf16", bf16),
+            ("bf16-from-fp32", (2, 2, 1), "stay-2-2-1", bf16),
+            ("fp32-from-bf16", (2, 2, 2), "stay-bf16", {}),
+            ("offloaded", (2, 1, 2), "stay-4-2-1", OFFLOAD),
+            ("bf16-3-from-1", (2, 2, 3), "stay-bf16", bf16),
+            ("bf16-1-from-3", (2, 1, 1), "stay-bf16-3", bf16),
+            ("offloaded-3", (2, 1, 3), "stay-4-4-3", OFFLOAD_ALL),
+            ("offloaded-3-again", (2, 2, 3), "stay-offloaded-3", OFFLOAD_ALL),
+            ("offloaded-3-no-more", (2, 1, 1), "stay-offloaded-3", {}),
+            ("offloaded-3-bf16", (2, 2, 3), "stay-bf16-3", bf16 | OFFLOAD_ALL),
         ],
     }
     for world_size, chosen in cases.items():
@@ -233,8 +240,8 @@ def test_resuming_with_other_precision_or_offload(uninterrupted_runs, run_ranks)
             for case, ((unequal, _), weights) in zip(chosen, results, strict=True):
                 assert unequal == [], case
                 assert weights == [], case
-    for name, _, source, options, _ in itertools.chain(*cases.values()):
-        exact = not options and "bf16" not in source
+    for name, _, source, options in itertools.chain(*cases.values()):
+        exact = "precision" not in options and "bf16" not in source
         expected, found = losses(uninterrupted_runs / source), losses(uninterrupted_runs / name)
         tolerance = TOLERANCE if exact else TOLERANCE_BF16
         assert found == pytest.approx({step: expected[step] for step in found}, rel=tolerance), name
@@ -254,7 +261,7 @@ def test_universal_checkpoint_can_be_resumed(uninterrupted_runs, run_ranks, tmp_
     assert problems(universal) == []
     assert report.step == SAVED
     assert len(list(universal.glob("tensors-*"))) == report.files == 1
-    case = ("move-universal", (2, 2, 1), "universal", {}, {})
+    case = ("move-universal", (2, 2, 1), "universal", {})
     for (((unequal, _), weights),) in run_ranks(resume_elsewhere, 2, str(uninterrupted_runs), [case], timeout=LIMIT):
         assert unequal == weights == []
     expected, found = losses(uninterrupted_runs / "stay-4-2-3"), losses(uninterrupted_runs / "move-universal")

@@ -131,7 +131,7 @@ def train_and_resume(rank, world_size, folder):
 
     pretraining.evaluate_scenes = lambda *arguments, **options: {}
     results = {}
-    for stage, name in itertools.product((0, 1, 2), ("whole", "resumed")):
+    for stage, name in itertools.product((0, 1, 2, 3), ("whole", "resumed")):
         output = Path(folder) / f"{name}{stage}"
         for limit in [2] if name == "whole" else [1, 2]:
             settings = {"max_steps": limit, "output_dir": str(output)}
@@ -144,6 +144,6 @@ def train_and_resume(rank, world_size, folder):
 
 def test_a_run_that_sums_in_fp32_is_saved_and_resumes_bit_for_bit(run_ranks, tmp_path):
     for found in run_ranks(train_and_resume, 2, str(tmp_path)):
-        for stage in (0, 1, 2):
+        for stage in (0, 1, 2, 3):
             assert len(found[stage, "whole"]) >= 2
             assert found[stage, "whole"] == found[stage, "resumed"], stage

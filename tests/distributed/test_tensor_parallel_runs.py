@@ -23,8 +23,10 @@ TOPOLOGIES = {
     "tp2": {"ep_size": 2, "tp_size": 2, "stage": 2},
     "split": {"ep_size": 1, "tp_size": 2, "stage": 1, "split_experts": True},
     "tp4": {"ep_size": 1, "tp_size": 4, "stage": 0},
+    "zero3": {"ep_size": 2, "tp_size": 1, "stage": 3},
+    "tp2-zero3": {"ep_size": 2, "tp_size": 2, "stage": 3},
 }
-MOVES = {"plain": "split", "tp2": "plain", "split": "tp4", "tp4": "tp2"}
+MOVES = {"plain": "split", "tp2": "zero3", "split": "tp4", "tp4": "tp2-zero3", "zero3": "tp2", "tp2-zero3": "plain"}
 """Topology that resumes -> topology whose checkpoint it reads."""
 SCENES = {"kind": "scenes", "num_samples": 32}
 TOLERANCE = 1e-6
@@ -158,7 +160,7 @@ def exports_are_plain(folder):
     from eve_ds.export import load
     from eve_ds.model.eve import model_shapes
 
-    for name in ("tp2", "split", "tp4"):
+    for name in ("tp2", "split", "tp4", "tp2-zero3"):
         out = folder / f"{name}-export"
         assert convert([str(folder / name), "--out", str(out)]) == 0
         model, config, _ = load(out)
