@@ -11,15 +11,11 @@ import importlib.util
 
 import pytest
 import torch
-from scene_step import clip_and_update, denominators, difference, micro_batches
-from tiny import tiny_tree
-
-from eve_ds.config import parse_config
+from scene_step import clip_and_update, denominators, difference, micro_batches, step_config
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 
-RANKS, NUM_SAMPLES = 4, 8
-LEARNING_RATE, WEIGHT_DECAY, EPS = 1e-2, 0.1, 1e-3
+RANKS = 4
 TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 3.4e-6
 """Tolerances per tensor in fp32: norm of the difference over the norm of the expected tensor; the first is for
 outputs, updated weights and the norm. Sums over tokens and channels have another order than in one process. The second
@@ -63,31 +59,8 @@ class Case:
         decoder = {"kind": self.decoder, "num_layers": 2}
         moe = {"num_experts": 8, **dict(self.moe)}
         model = {"vocab_size": 251, "objectives": list(self.objectives), "moe": moe, "pixel_decoder": decoder}
-        return parse_config(
-            {
-                "model": tiny_tree(**model, profile=self.profile, layer_scale_init=self.layer_scale),
-                "data": {"sources": [{"kind": "scenes"}]},
-                "parallel": {
-                    "ep_size": self.ep_size,
-                    "tp_size": self.tp_size,
-                    "split_experts": self.split_experts,
-                },
-                "loss": {"load_balancing_weight": 0.1, "router_z_weight": 0.01},
-                "optimizer": {
-                    "clip_grad_norm": self.clip,
-                    "lr": LEARNING_RATE,
-                    "weight_decay": WEIGHT_DECAY,
-                    "eps": EPS,
-                },
-                "train": {
-                    "train_batch_size": NUM_SAMPLES,
-                    "gradient_accumulation_steps": self.micro_steps,
-                    "activation_checkpointing": self.checkpointing,
-                    "pack_views": self.pack_views,
-                    "precision": self.precision,
-                },
-            }
-        )
+        model |= {"profile": self.profile, "layer_scale_init": self.layer_scale}
+        return step_config(self, model, ep_size=self.ep_size, tp_size=self.tp_size, split_experts=self.split_experts)
 
     @property
     def dtype(self):

@@ -10,13 +10,9 @@ import functools
 
 import pytest
 import torch
-from scene_step import clip_and_update, denominators, difference, micro_batches
-from tiny import tiny_tree
+from scene_step import LEARNING_RATE, clip_and_update, denominators, difference, micro_batches, step_config
 
-from eve_ds.config import parse_config
-
-RANKS, NUM_SAMPLES = 4, 8
-LEARNING_RATE, WEIGHT_DECAY, EPS = 1e-2, 0.1, 1e-3
+RANKS = 4
 TOLERANCE = 1e-6
 """Tolerance per tensor in fp32: norm of the difference over the norm of the expected tensor. Sums over tokens have
 another order than in one process; that alone changes gradients by 2e-7 to 4e-7 (see test_parallel_moe.py)."""
@@ -46,27 +42,7 @@ class Case:
 
     def config(self):
         model = {"vocab_size": 251, "objectives": list(self.objectives), "moe": {"num_experts": 8, **dict(self.moe)}}
-        return parse_config(
-            {
-                "model": tiny_tree(**model),
-                "data": {"sources": [{"kind": "scenes"}]},
-                "parallel": {"ep_size": self.ep_size},
-                "loss": {"load_balancing_weight": 0.1, "router_z_weight": 0.01},
-                "optimizer": {
-                    "clip_grad_norm": self.clip,
-                    "lr": LEARNING_RATE,
-                    "weight_decay": WEIGHT_DECAY,
-                    "eps": EPS,
-                },
-                "train": {
-                    "train_batch_size": NUM_SAMPLES,
-                    "gradient_accumulation_steps": self.micro_steps,
-                    "activation_checkpointing": self.checkpointing,
-                    "pack_views": self.pack_views,
-                    "precision": self.precision,
-                },
-            }
-        )
+        return step_config(self, model, ep_size=self.ep_size)
 
 
 CASES = [

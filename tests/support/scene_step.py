@@ -6,11 +6,40 @@ import functools
 from typing import Any
 
 import torch
+from tiny import tiny_tree
 from torch import Tensor
 
-from eve_ds.config import Config
+from eve_ds.config import Config, parse_config
 from eve_ds.data.batch import Batch
 from eve_ds.model.eve import EVE
+
+NUM_SAMPLES, LEARNING_RATE = 8, 1e-2
+
+
+def step_config(case: Any, model: dict[str, Any], **parallel: Any) -> Config:
+    """Configuration of a step on scenes by a tiny model.
+
+    Args:
+        case: has `clip`, `micro_steps`, `checkpointing`, `pack_views` and `precision`.
+        model: settings of the model that differ from those of :func:`tiny.tiny_tree`.
+        parallel: the section `parallel`.
+    """
+    return parse_config(
+        {
+            "model": tiny_tree(**model),
+            "data": {"sources": [{"kind": "scenes"}]},
+            "parallel": parallel,
+            "loss": {"load_balancing_weight": 0.1, "router_z_weight": 0.01},
+            "optimizer": {"clip_grad_norm": case.clip, "lr": LEARNING_RATE, "weight_decay": 0.1, "eps": 1e-3},
+            "train": {
+                "train_batch_size": NUM_SAMPLES,
+                "gradient_accumulation_steps": case.micro_steps,
+                "activation_checkpointing": case.checkpointing,
+                "pack_views": case.pack_views,
+                "precision": case.precision,
+            },
+        }
+    )
 
 
 @functools.cache
